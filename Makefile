@@ -1,0 +1,74 @@
+# make demo | test | check | bench | run | lock | clean
+# Everything happens in .venv, which is made from requirements/dev.txt when that file changes.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCH_VENV := .venv-bench
+BENCH_STAMP := $(BENCH_VENV)/.installed
+LOCK_VENV := .venv-lock
+UV_VERSION := 0.13.8
+
+# Two: the tests start servers and browsers of their own beside each worker.
+TEST_WORKERS ?= 2
+PIP := -m pip --disable-pip-version-check -qq
+UV_COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
+	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
+
+.PHONY: help demo test check format bench run lock clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(STAMP) ## the whole story on loopback: 401, discovery, consent, token, result, refresh
+	@$(BIN)/mcp-auth-proxy demo
+
+test: $(STAMP) ## all tests; says which system parts are missing
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
+
+check: $(STAMP) ## lint, format, types, import contract
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check . || { echo "make format puts it right"; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+format: $(STAMP) ## put the code in its format
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format --quiet .
+
+bench: $(STAMP) $(BENCH_STAMP) ## one table: direct, nginx, FastMCP's proxy, ours (ARGS=--write keeps it)
+	@$(BIN)/python -m bench $(ARGS)
+
+run: $(STAMP) ## the proxy with ./mcp-auth-proxy.yaml (ARGS=URL for one server without a file)
+	@$(BIN)/mcp-auth-proxy serve $(ARGS)
+
+lock: ## pin the newest versions that pyproject.toml allows
+	@test -x $(LOCK_VENV)/bin/uv || { $(PYTHON) -m venv $(LOCK_VENV); $(LOCK_VENV)/bin/python $(PIP) install uv==$(UV_VERSION); }
+	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml --group build --group dev -o requirements/dev.txt
+	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml -c requirements/dev.txt -o requirements/run.txt
+	@$(UV_COMPILE) --upgrade --generate-hashes --group build -c requirements/dev.txt -o requirements/build.txt
+	@$(UV_COMPILE) --upgrade requirements/bench.in -o requirements/bench.txt
+
+clean: ## forget the environments and caches
+	@rm -rf $(VENV) $(BENCH_VENV) $(LOCK_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis \
+		.coverage* htmlcov dist build
+
+$(STAMP): requirements/dev.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here. Name a Python 3.11 or newer with PYTHON=…"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Name another with PYTHON=…")'
+	@echo "setting up $(VENV) (once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP) install --require-hashes -r requirements/dev.txt
+	@$(BIN)/python $(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(BENCH_STAMP): requirements/bench.txt
+	@echo "setting up $(BENCH_VENV) (once): FastMCP, to compare with"
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@{ $(BENCH_VENV)/bin/python $(PIP) install -r requirements/bench.txt && touch $@; } \
+		|| echo "FastMCP could not be installed: its column stays empty"

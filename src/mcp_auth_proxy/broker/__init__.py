@@ -1,0 +1,1 @@
+"""All that the data plane knows of OAuth: token() · challenged() · complete()."""

@@ -1,0 +1,472 @@
+"""The broker: which token a request may use, and what happens when there is none.
+
+In memory, for each (principal, server): the token in use (``_Held``) and the flow that waits for a user
+(``Pending``). All of it can be had again from the store; what another process writes there is noticed.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mcp_auth_proxy.broker.authorize import Authorizer, Plan
+from mcp_auth_proxy.broker.renew import GrantEnded, Renewer, renew_at, renewable
+from mcp_auth_proxy.broker.single_flight import SingleFlight
+from mcp_auth_proxy.broker.visits import Visit, Visits
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import (
+    AuthorizationDenied,
+    AuthorizationError,
+    CallbackRefused,
+    ProxyError,
+    StoreError,
+    TokenRefused,
+)
+from mcp_auth_proxy.models import AccessToken, Flow, FlowStatus, Grant, GrantType, Principal
+from mcp_auth_proxy.oauth import authorization_code
+from mcp_auth_proxy.oauth import challenge as challenges
+from mcp_auth_proxy.oauth.challenge import BearerChallenge
+from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store.flows import Flows
+from mcp_auth_proxy.store.grants import Grants
+
+logger = logging.getLogger(__name__)
+
+WATCH_INTERVAL = 0.5
+"""Seconds between looks at whether another process has written to the store."""
+
+MAX_AUTHORIZATIONS = 3
+"""Authorizations that one request may cause: a server that asks for more scope for ever is not followed."""
+
+MAX_UNAUTHORIZED = 3
+"""401 answers with a token that one request is carried through."""
+
+Key = tuple[str, str]
+"""(principal, server)"""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A grant in use: what the hot path looks at."""
+
+    grant: Grant
+    token: AccessToken
+    renew_at: float
+    dead_at: float
+    used: bool = False
+    timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Pending:
+    """A flow that waits for a user; every request that needs it waits on the same one."""
+
+    flow: Flow
+    link: str
+    _released: asyncio.Future[AccessToken]
+
+    async def wait(self, timeout: float, interrupt: asyncio.Future[None] | None = None) -> AccessToken | None:
+        """Return the token as soon as the user has consented; None after ``timeout`` seconds, or on ``interrupt``.
+
+        Raises AuthorizationError when the authorization has failed.
+        """
+        futures: set[asyncio.Future[Any]] = {self._released}
+        if interrupt is not None:
+            futures.add(interrupt)
+        await asyncio.wait(futures, timeout=max(0.0, timeout), return_when=asyncio.FIRST_COMPLETED)
+        return self._released.result() if self._released.done() else None
+
+    @property
+    def settled(self) -> bool:
+        return self._released.done()
+
+    def release(self, token: AccessToken) -> None:
+        if not self._released.done():
+            self._released.set_result(token)
+
+    def fail(self, error: AuthorizationError) -> None:
+        if not self._released.done():
+            self._released.set_exception(error)
+            # Marks it as seen: nobody may be waiting.
+            self._released.exception()
+
+
+@dataclass(slots=True)
+class Trail:
+    """What one request has been through; it bounds how often the request is carried on."""
+
+    unauthorized: int = 0
+    authorizations: int = 0
+
+
+class Broker:
+    """See the module. Built by the composition root; ``announce`` is told of each new flow and its link."""
+
+    def __init__(
+        self,
+        *,
+        servers: Mapping[str, ServerSettings],
+        database: Database,
+        authorizer: Authorizer,
+        public_url: str,
+        announce: Callable[[Flow, str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._servers = servers
+        self._database = database
+        self._grants = Grants(database)
+        self._flows = Flows(database)
+        self._authorizer = authorizer
+        self._renewer = Renewer(authorizer=authorizer, grants=self._grants, clock=clock)
+        self._visits = Visits(flows=self._flows, clock=clock)
+        self._public_url = public_url
+        self._announce = announce
+        self._clock = clock
+        self._generations = itertools.count(1)
+        self._held: dict[Key, _Held] = {}
+        self._absent: set[Key] = set()
+        self._pending: dict[Key, Pending] = {}
+        self._loading: SingleFlight[Key, _Held | None] = SingleFlight()
+        self._renewing: SingleFlight[Key, _Held | None] = SingleFlight()
+        self._authorizing: SingleFlight[Key, AccessToken | Pending] = SingleFlight()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Load what is stored, take up renewals that a crash cut short, and begin to watch the store."""
+        await self._flows.purge(self._clock())
+        await self._database.changed()
+        for grant in await self._grants.all():
+            key = (grant.key.principal, grant.key.server)
+            if grant.ended_at is None and grant.refresh_begun_at is not None and grant.key.server in self._servers:
+                logger.warning("a renewal for server %s was cut short; it is taken up again", grant.key.server)
+                held = await self._load(key)
+                if held is not None and renewable(held.grant):
+                    self._spawn(self._renew_in_background(key, held))
+        self._spawn(self._watch())
+
+    async def aclose(self) -> None:
+        """Stop all that runs by itself. A renewal under way is waited for: its refresh token is spent already."""
+        for held in self._held.values():
+            if held.timer is not None:
+                held.timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._renewing.settle(timeout=10.0)
+        for flight in (self._loading, self._renewing, self._authorizing):
+            await flight.aclose()
+
+    # The three verbs
+
+    async def token(self, principal: Principal, server: str) -> AccessToken | None:
+        """Return the token to send, None where there is no grant.
+
+        Raises AuthorizationServerUnavailable where the token is dead and can't be renewed now, and StoreError.
+        """
+        key = (principal.id, server)
+        held = self._held.get(key)
+        if held is not None:
+            now = self._clock()
+            if now < held.dead_at:
+                if now >= held.renew_at and key not in self._renewing:
+                    self._spawn(self._renew_in_background(key, held))
+                held.used = True
+                return held.token
+        elif key in self._absent:
+            return None
+        return await self._token_from_store(key, held)
+
+    def pending(self, principal: Principal, server: str) -> Pending | None:
+        """Return the flow that waits for the user, where there is one that can still be used."""
+        key = (principal.id, server)
+        pending = self._pending.get(key)
+        if pending is None:
+            return None
+        if pending.settled or pending.flow.expires_at <= self._clock():
+            self._drop_pending(key, pending)
+            return None
+        return pending
+
+    async def challenged(
+        self,
+        principal: Principal,
+        server: str,
+        *,
+        status: int,
+        challenge: Sequence[bytes],
+        used: AccessToken | None,
+        trail: Trail,
+    ) -> AccessToken | Pending | None:
+        """Answer an upstream's 401 or 403: a token to try again with, or a flow to wait for.
+
+        None: the answer is no challenge (a 403 for another reason) and belongs to the client.
+        Raises AuthorizationError, AuthorizationServerUnavailable, StoreError.
+        """
+        key = (principal.id, server)
+        settings = self._servers[server]
+        bearer = challenges.bearer(challenge)
+        if status == 403 and (bearer is None or bearer.error != "insufficient_scope"):
+            return None
+        held = self._held.get(key) or await self._load(key)
+        if held is not None and (used is None or held.token.generation > used.generation):
+            held.used = True
+            return held.token
+        if status == 401 and used is not None:
+            trail.unauthorized += 1
+            if held is not None and renewable(held.grant) and trail.unauthorized < MAX_UNAUTHORIZED:
+                renewed = await self._renew_or_end(key, held)
+                if renewed is not None:
+                    renewed.used = True
+                    return renewed.token
+            elif trail.authorizations:
+                raise AuthorizationError(
+                    f"Server {server} refuses a token that its authorization server has just issued"
+                    f"{f' ({held.grant.key.issuer})' if held else ''}. Look at servers.{server}.oauth.resource and "
+                    f"scopes, and at what the account may use there."
+                )
+        trail.authorizations += 1
+        if trail.authorizations > MAX_AUTHORIZATIONS:
+            raise AuthorizationError(
+                f"Server {server} goes on asking for more permission after {MAX_AUTHORIZATIONS} authorizations. "
+                f"The scopes it asked for last: {' '.join(bearer.scopes or ()) if bearer else 'none'}."
+            )
+        already = held.grant.scopes if held is not None and status == 403 else ()
+        return await self._authorizing.run(key, lambda: self._authorize(principal, settings, bearer, already))
+
+    async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
+        """Finish the flow that a callback belongs to, and let everyone who waits for it go on.
+
+        Raises CallbackRefused where it belongs to none, AuthorizationError where the authorization failed.
+        """
+        flow, attempt = await self._visits.accept(params, cookies)
+        key = (flow.key.principal, flow.key.server)
+        try:
+            server = self._server_of(flow)
+            code = authorization_code.check_response(params, flow=flow)
+            grant = await self._authorizer.redeem(server, flow, attempt, code)
+        except (AuthorizationError, CallbackRefused) as error:
+            if isinstance(error, TokenRefused) and error.error == "invalid_client":
+                await self._authorizer.forget_client(flow.registration)
+            await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
+            self._fail_pending(key, flow.id, str(error))
+            raise
+        await self._adopt(key, await self._grants.add(grant))
+        await self._flows.finish(flow.id, FlowStatus.DONE)
+        logger.info("server %s is connected", flow.key.server)
+        return flow
+
+    async def visit(self, server: str, flow_id: str) -> Visit:
+        """Begin a browser's visit to a link. Raises CallbackRefused."""
+        return await self._visits.open(server, flow_id)
+
+    # For the terminal
+
+    async def grants(self) -> list[Grant]:
+        """Return every grant that the store holds, ended ones too."""
+        return await self._grants.all()
+
+    async def logout(self, principal: Principal, server: ServerSettings, *, forget_client: bool) -> list[str]:
+        """Forget the grants for a server and revoke them upstream; return what happened, a line for each."""
+        lines = []
+        grants = await self._grants.delete(principal.id, server.name)
+        await self._flows.cancel(principal.id, server.name)
+        for grant in grants:
+            if grant.ended_at is not None:
+                continue
+            try:
+                revoked = await self._authorizer.revoke(server, grant)
+            except ProxyError as error:
+                lines.append(f"{server.name}: forgotten here, but not revoked at {grant.key.issuer}: {error}")
+            else:
+                how = "forgotten here and revoked at" if revoked else "forgotten here; no revocation is offered by"
+                lines.append(f"{server.name}: {how} {grant.key.issuer}")
+            if forget_client:
+                await self._authorizer.forget_client(grant.registration)
+        return lines
+
+    # Tokens
+
+    async def _token_from_store(self, key: Key, held: _Held | None) -> AccessToken | None:
+        if held is None:
+            held = await self._loading.run(key, lambda: self._load(key))
+            if held is None:
+                return None
+        held.used = True
+        if self._clock() < held.dead_at or not renewable(held.grant):
+            # A token that looks dead but can't be renewed is tried all the same: the clock may be what is wrong.
+            return held.token
+        renewed = await self._renew_or_end(key, held)
+        return renewed.token if renewed else None
+
+    async def _load(self, key: Key) -> _Held | None:
+        grant = await self._grants.current(*key)
+        if grant is None:
+            self._absent.add(key)
+            return None
+        return self._hold(key, grant)
+
+    def _hold(self, key: Key, grant: Grant) -> _Held:
+        """Put a stored grant in use, unless it is in use already."""
+        before = self._held.get(key)
+        if before is not None:
+            if (before.grant.id, before.grant.version) == (grant.id, grant.version):
+                return before
+            if before.timer is not None:
+                before.timer.cancel()
+        tokens = grant.tokens
+        due = renew_at(tokens) if renewable(grant) else None
+        held = _Held(
+            grant=grant,
+            token=AccessToken(f"Bearer {tokens.access_token}".encode("ascii"), next(self._generations)),
+            renew_at=float("inf") if due is None else due,
+            dead_at=float("inf") if tokens.expires_at is None else tokens.expires_at,
+        )
+        self._held[key] = held
+        self._absent.discard(key)
+        if due is not None:
+            held.timer = asyncio.get_running_loop().call_later(
+                min(max(0.0, due - self._clock()), 86_400.0), self._on_timer, key, held
+            )
+        return held
+
+    def _drop(self, key: Key) -> None:
+        held = self._held.pop(key, None)
+        if held is not None and held.timer is not None:
+            held.timer.cancel()
+
+    def _on_timer(self, key: Key, held: _Held) -> None:
+        """Renew ahead of expiry what has been used since the last renewal; what lies idle waits until it is used."""
+        held.timer = None
+        if held.used and self._held.get(key) is held:
+            self._spawn(self._renew_in_background(key, held))
+
+    async def _renew_in_background(self, key: Key, held: _Held) -> None:
+        try:
+            await self._renew_or_end(key, held)
+        except ProxyError as error:
+            logger.debug("background renewal for server %s: %s", key[1], error)
+            delay = self._renewer.retry_in(held.grant)
+            if delay is not None and self._held.get(key) is held and held.timer is None:
+                held.timer = asyncio.get_running_loop().call_later(delay, self._on_timer, key, held)
+                held.renew_at = max(held.renew_at, self._clock() + delay)
+
+    async def _renew_or_end(self, key: Key, held: _Held) -> _Held | None:
+        """Return the renewed grant, None where it has ended; one renewal at a time for everyone who asks."""
+        return await self._renewing.run(key, lambda: self._renew(key, held))
+
+    async def _renew(self, key: Key, held: _Held) -> _Held | None:
+        current = self._held.get(key)
+        if current is not None and current.token.generation > held.token.generation:
+            return current
+        try:
+            return self._hold(key, await self._renewer.renew(self._servers[key[1]], held.grant))
+        except GrantEnded:
+            self._drop(key)
+            return await self._load(key)
+
+    # Authorizations
+
+    async def _authorize(
+        self, principal: Principal, server: ServerSettings, challenge: BearerChallenge | None, already: tuple[str, ...]
+    ) -> AccessToken | Pending:
+        key = (principal.id, server.name)
+        pending = self.pending(principal, server.name)
+        if pending is None:
+            pending = await self._resume(key, challenge)
+        if pending is not None:
+            return pending
+        plan = await self._authorizer.plan(principal, server, challenge, already)
+        if server.oauth.grant is GrantType.CLIENT_CREDENTIALS:
+            return await self._obtain(key, plan)
+        flow = self._authorizer.flow(plan)
+        await self._flows.save(flow)
+        pending = self._expect(key, flow)
+        self._announce(flow, pending.link)
+        return pending
+
+    async def _obtain(self, key: Key, plan: Plan) -> AccessToken:
+        try:
+            grant = await self._authorizer.obtain(plan)
+        except TokenRefused as refused:
+            raise AuthorizationDenied(str(refused), refused.error) from None
+        return (await self._adopt(key, await self._grants.add(grant))).token
+
+    async def _resume(self, key: Key, challenge: BearerChallenge | None) -> Pending | None:
+        """Take up a flow that an earlier run of the proxy began, or another process, if it still fits."""
+        flow = await self._flows.live(*key, self._clock())
+        if flow is None or flow.redirect_uri != self._authorizer.redirect_uri:
+            return None
+        if not set((challenge and challenge.scopes) or ()) <= set(flow.scopes):
+            return None
+        return self._expect(key, flow)
+
+    def _expect(self, key: Key, flow: Flow) -> Pending:
+        link = f"{self._public_url}/connect/{flow.key.server}?flow={flow.id}"
+        pending = Pending(flow, link, asyncio.get_running_loop().create_future())
+        self._pending[key] = pending
+        return pending
+
+    async def _adopt(self, key: Key, grant: Grant) -> _Held:
+        held = self._hold(key, grant)
+        held.used = True
+        pending = self._pending.pop(key, None)
+        if pending is not None:
+            pending.release(held.token)
+        return held
+
+    def _fail_pending(self, key: Key, flow_id: str, reason: str) -> None:
+        pending = self._pending.get(key)
+        if pending is not None and pending.flow.id == flow_id:
+            del self._pending[key]
+            pending.fail(AuthorizationDenied(reason))
+
+    def _drop_pending(self, key: Key, pending: Pending) -> None:
+        del self._pending[key]
+        pending.fail(AuthorizationDenied("The link was not used in time. Ask again: a new one is made."))
+
+    def _server_of(self, flow: Flow) -> ServerSettings:
+        server = self._servers.get(flow.key.server)
+        if server is None:
+            raise AuthorizationError(f"Server {flow.key.server} is no longer in the configuration.")
+        return server
+
+    # What other processes do
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self) -> None:
+        """Notice grants that ``login`` or ``logout`` in another process has stored or removed."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            # A store in trouble is reported by /readyz and by the requests that need it.
+            with contextlib.suppress(StoreError):
+                if await self._database.changed():
+                    await self._look_again()
+
+    async def _look_again(self) -> None:
+        self._absent.clear()
+        for key in {*self._held, *self._pending}:
+            grant = await self._grants.current(*key)
+            if grant is None:
+                self._drop(key)
+            elif key not in self._renewing:
+                await self._adopt_if_new(key, grant)
+        for key, pending in list(self._pending.items()):
+            flow = await self._flows.get(pending.flow.id)
+            if flow is None or flow.status is FlowStatus.FAILED:
+                self._fail_pending(key, pending.flow.id, flow.reason if flow else "The authorization was cancelled.")
+
+    async def _adopt_if_new(self, key: Key, grant: Grant) -> None:
+        pending = self._pending.get(key)
+        if pending is None:
+            self._hold(key, grant)
+            return
+        flow = await self._flows.get(pending.flow.id)
+        if flow is not None and flow.status is FlowStatus.DONE:
+            await self._adopt(key, grant)

@@ -1,0 +1,179 @@
+"""``login``, ``logout`` and ``status``: they work on the store, beside a running proxy or without one."""
+
+import json
+import os
+import time
+from contextlib import AsyncExitStack
+from datetime import datetime
+from typing import Any
+
+import click
+import httpx2
+
+from mcp_auth_proxy.app import Application, lifespan
+from mcp_auth_proxy.broker.broker import Pending, Trail
+from mcp_auth_proxy.cli.listener import PortTaken, bind, listening
+from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings
+from mcp_auth_proxy.errors import ConfigurationError, Fault, ProxyError
+from mcp_auth_proxy.models import LOCAL, AccessToken, Flow, Grant
+from mcp_auth_proxy.proxy import routes
+from mcp_auth_proxy.proxy.probe import probe
+from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.web import browser
+
+
+async def login(settings: Settings, name: str) -> int:
+    """Authorize one server and list its tools through the proxy. Returns the exit code; raises ProxyError.
+
+    Where a proxy runs already, its callback finishes the flow; the store tells us. Else we listen ourselves.
+    """
+    server = _server(settings, name)
+    async with AsyncExitStack() as stack:
+        try:
+            sock, address = bind(settings.listen)
+        except PortTaken:
+            sock, address = None, settings.listen
+            await _require_our_proxy(address)
+        application = await stack.enter_async_context(
+            lifespan(settings, address, announce=_say_nothing, announce_key=_say)
+        )
+        if sock is not None:
+            stack.enter_context(sock)
+            await stack.enter_async_context(listening(application, sock))
+        token = await _authorize(application, server)
+        if token is None:
+            click.echo(f"{server.name} asks for no authorization.")
+        else:
+            click.echo(f"{server.name} is connected.")
+        await _list_tools(f"http://{address}/{server.name}/mcp")
+    return 0
+
+
+async def _authorize(application: Application, server: ServerSettings) -> AccessToken | None:
+    broker = application.broker
+    used = await broker.token(LOCAL, server.name)
+    if used is not None:
+        click.echo(f"{server.name} is connected already; `mcp-auth-proxy logout {server.name}` forgets it.")
+        return used
+    route = routes.build({server.name: server})[f"/{server.name}/mcp".encode()]
+    status, challenge = await probe(application.forwarder.upstream, route)
+    if status not in (401, 403):
+        return None
+    outcome = await broker.challenged(
+        LOCAL, server.name, status=status, challenge=challenge, used=None, trail=Trail()
+    )
+    if not isinstance(outcome, Pending):
+        return outcome
+    click.echo(f"Open this link to authorize {server.name}:\n\n  {outcome.link}\n")
+    opens = browser.should_open(
+        application.settings.authorization.open_browser, loopback=True, environ=os.environ
+    )
+    if opens:
+        await browser.open_link(outcome.link)
+    token = await outcome.wait(max(0.0, outcome.flow.expires_at - time.time()))
+    if token is None:
+        raise ProxyError("The link was not used in time. Run login again for a new one.")
+    return token
+
+
+async def _list_tools(url: str) -> None:
+    """Use the server as any client would, so that success means what it says."""
+    # The SDK takes 0.6 s to import: only the commands that use it pay for that.
+    from mcp import Client
+
+    async with Client(url) as client:
+        tools = (await client.list_tools()).tools
+    click.echo(f"It offers {len(tools)} tools: {', '.join(sorted(tool.name for tool in tools))}")
+
+
+async def logout(settings: Settings, name: str, *, forget_client: bool) -> int:
+    """Forget what is held for a server, and revoke it upstream. Returns the exit code; raises ProxyError."""
+    server = _server(settings, name)
+    async with lifespan(settings, settings.listen, background=False, announce_key=_say) as application:
+        lines = await application.broker.logout(LOCAL, server, forget_client=forget_client)
+    for line in lines or [f"{server.name}: nothing was connected."]:
+        click.echo(line)
+    return 0
+
+
+async def status(settings: Settings, *, as_json: bool) -> int:
+    """Print what is connected, since when, until when. Returns the exit code; raises ProxyError."""
+    grants: list[Grant] = []
+    if settings.store.path.exists():
+        database = await Database.open(settings.store)
+        try:
+            grants = await Grants(database).all()
+        finally:
+            await database.close()
+    rows = [_row(server, grants) for server in settings.servers.values()]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return 0
+    width = max(len(row["server"]) for row in rows)
+    for row in rows:
+        click.echo(f"{row['server']:<{width}}  {_in_words(row)}")
+    return 0
+
+
+def _row(server: ServerSettings, grants: list[Grant]) -> dict[str, Any]:
+    of_server = [grant for grant in grants if grant.key.server == server.name]
+    if not of_server:
+        return {"server": server.name, "url": server.url, "state": "not connected"}
+    grant = max(of_server, key=lambda grant: (grant.ended_at is None, grant.granted_at))
+    return {
+        "server": server.name,
+        "url": server.url,
+        "state": "connected" if grant.ended_at is None else "ended",
+        "issuer": grant.key.issuer,
+        "since": _iso(grant.granted_at),
+        "token_until": _iso(grant.tokens.expires_at),
+        "renews_itself": grant.tokens.refresh_token is not None or grant.grant_type == "client_credentials",
+        "scopes": list(grant.tokens.scopes),
+        "reason": grant.ended_reason,
+    }
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    if row["state"] == "not connected":
+        return "not connected"
+    if row["state"] == "ended":
+        return f"ended, it needs a new authorization: {row['reason']}"
+    until = f"token until {row['token_until']}" if row["token_until"] else "token without a stated end"
+    renews = "renews itself" if row["renews_itself"] else "can't be renewed"
+    scopes = f", scopes {' '.join(row['scopes'])}" if row["scopes"] else ""
+    return f"connected since {row['since']} by {row['issuer']}, {until}, {renews}{scopes}"
+
+
+def _iso(moment: float | None) -> str | None:
+    return None if moment is None else datetime.fromtimestamp(moment).astimezone().isoformat(timespec="seconds")
+
+
+def _server(settings: Settings, name: str) -> ServerSettings:
+    """Return the server of that name, or the only one where a URL was given."""
+    if "://" in name:
+        return next(iter(settings.servers.values()))
+    try:
+        return settings.servers[name]
+    except KeyError:
+        known = ", ".join(sorted(settings.servers))
+        raise ConfigurationError([Fault("", f"There is no server {name!r}. Configured: {known}.")]) from None
+
+
+async def _require_our_proxy(address: Address) -> None:
+    """Refuse to send a user to a callback that some other program would answer."""
+    try:
+        async with httpx2.AsyncClient(trust_env=False, timeout=5) as client:
+            answer = (await client.get(f"http://{address}/healthz")).json()
+    except (httpx2.HTTPError, ValueError):
+        answer = None
+    if not isinstance(answer, dict) or answer.get("service") != "mcp-auth-proxy":
+        raise PortTaken(f"{address} is taken by another program, so the callback could not be received there.")
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _say_nothing(flow: Flow, link: str) -> None:
+    """The link is printed by the command itself."""

@@ -1,0 +1,95 @@
+"""The socket that is listened on, and the HTTP server on it."""
+
+import asyncio
+import errno
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import FrameType
+
+import uvicorn
+
+from mcp_auth_proxy.app import Application
+from mcp_auth_proxy.config.settings import Address
+from mcp_auth_proxy.errors import ProxyError
+from mcp_auth_proxy.proxy.inbound import InboundProtocol
+
+BACKLOG = 2048
+KEEP_ALIVE = 75
+"""Seconds that a client's idle connection is kept: longer than most clients keep theirs."""
+
+
+class PortTaken(ProxyError):
+    """Something else listens on the address already."""
+
+
+def bind(address: Address) -> tuple[socket.socket, Address]:
+    """Return a listening socket and where it really listens. Raises PortTaken, ProxyError."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address.host, address.port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(
+                f"{address} is taken by another program, maybe another mcp-auth-proxy. End that one, or choose "
+                f"another address with --listen or the key 'listen'."
+            ) from None
+        raise ProxyError(f"Can't listen on {address}: {error.strerror or error}.") from None
+    sock.setblocking(False)
+    return sock, Address(address.host, sock.getsockname()[1])
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but SIGTERM drains first: the listener stays open meanwhile, so that probes see 503."""
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+        self._drain: asyncio.Task[None] | None = None
+        super().__init__(
+            uvicorn.Config(
+                application,  # type: ignore[arg-type]
+                http=InboundProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                date_header=False,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=5,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; a second signal ends at once."""
+        if self._drain is not None or self.should_exit:
+            self.should_exit = True
+            self.force_exit = sig == signal.SIGINT
+            return
+        self._drain = asyncio.get_running_loop().create_task(self._drain_then_exit())
+
+    async def _drain_then_exit(self) -> None:
+        await self._application.drain()
+        self.should_exit = True
+
+
+@asynccontextmanager
+async def listening(application: Application, sock: socket.socket) -> AsyncIterator[None]:
+    """Serve beside other work of the same command; signals stay with the command."""
+    server = Server(application)
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    await server.startup(sockets=[sock])
+    main_loop = asyncio.create_task(server.main_loop())
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await main_loop
+        await server.shutdown(sockets=[sock])

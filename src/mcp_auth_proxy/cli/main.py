@@ -1,0 +1,159 @@
+"""The command line: finds the configuration, runs the command, turns errors into one line and an exit code."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any
+
+import click
+import uvloop
+
+from mcp_auth_proxy import __version__
+from mcp_auth_proxy.config import load as config
+from mcp_auth_proxy.config.settings import Settings
+from mcp_auth_proxy.errors import ConfigurationError, ProxyError
+from mcp_auth_proxy.observability import logs
+
+LEVEL_VARIABLE = "MCP_AUTH_PROXY_LOG_LEVEL"
+
+config_option = click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="Configuration file. Else $MCP_AUTH_PROXY_CONFIG, ./mcp-auth-proxy.yaml, the user's config folder.",
+)
+
+
+def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --log-level and --log-format to a command, and configure the logs before it runs."""
+
+    @click.option("--log-level", type=click.Choice([*logs.LEVELS]), default=None, help=f"Default: ${LEVEL_VARIABLE}.")
+    @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+    @wraps(command)
+    def configured(*args: Any, log_level: str | None, log_format: logs.Format, **kwargs: Any) -> Any:
+        level = log_level or os.environ.get(LEVEL_VARIABLE, "info").lower()
+        if level not in logs.LEVELS:
+            raise click.UsageError(f"${LEVEL_VARIABLE} is {level!r}; it can be {', '.join(logs.LEVELS)}.")
+        logs.configure(level, log_format)
+        return command(*args, **kwargs)
+
+    return configured
+
+
+def settings_from(config_file: str | None, url: str | None = None, listen: str | None = None) -> Settings:
+    """Return the settings of the file that is found, or those for one URL. Raises ConfigurationError."""
+    if url is not None and config_file is None:
+        return config.single(url, environ=os.environ, listen=listen)
+    path = config.find(config_file, os.environ)
+    if path is None:
+        raise click.UsageError(
+            "No configuration was found. Give one with --config FILE, put mcp-auth-proxy.yaml in this folder, or "
+            "name one server: mcp-auth-proxy serve https://mcp.example.com/mcp"
+        )
+    if url is not None:
+        raise click.UsageError("Give a URL or --config, not both.")
+    return config.load(path, environ=os.environ, listen=listen)
+
+
+def run(work: Coroutine[Any, Any, int]) -> None:
+    """Run a command's work on uvloop and exit with its code."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        code = runner.run(work)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mcp-auth-proxy")
+def cli() -> None:
+    """Lets any MCP client use OAuth-protected MCP servers without doing OAuth itself."""
+
+
+@cli.command()
+@click.argument("url", required=False)
+@config_option
+@click.option("--listen", metavar="HOST:PORT", help="Where to listen, in the place of the configuration's.")
+@log_options
+def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
+    """Run the proxy for the configured servers, or for the one at URL."""
+    from mcp_auth_proxy.cli.serve import serve_forever
+
+    run(serve_forever(settings_from(config_file, url, listen)))
+
+
+@cli.command()
+@config_option
+def check(config_file: str | None) -> None:
+    """Validate the configuration and print every fault at once."""
+    settings = settings_from(config_file)
+    click.echo(f"{settings.source}: good, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
+
+
+@cli.command()
+@log_options
+def demo() -> None:
+    """Show the whole story with servers of its own on this machine."""
+    from mcp_auth_proxy.cli.demo import demo as run_demo
+
+    run(run_demo())
+
+
+@cli.command()
+@click.argument("server")
+@config_option
+@log_options
+def login(server: str, config_file: str | None) -> None:
+    """Authorize SERVER (a configured name, or a URL) from this terminal."""
+    from mcp_auth_proxy.cli import account
+
+    run(account.login(_settings_for(server, config_file), server))
+
+
+@cli.command()
+@click.argument("server")
+@config_option
+@click.option("--forget-client", is_flag=True, help="Forget the dynamic registration too.")
+@log_options
+def logout(server: str, config_file: str | None, forget_client: bool) -> None:
+    """Forget the grant of SERVER, and revoke it upstream where that is offered."""
+    from mcp_auth_proxy.cli import account
+
+    run(account.logout(_settings_for(server, config_file), server, forget_client=forget_client))
+
+
+@cli.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@log_options
+def status(config_file: str | None, as_json: bool) -> None:
+    """Show what is connected, since when, until when."""
+    from mcp_auth_proxy.cli import account
+
+    run(account.status(settings_from(config_file), as_json=as_json))
+
+
+def _settings_for(server: str, config_file: str | None) -> Settings:
+    return settings_from(config_file, server if "://" in server else None)
+
+
+def main() -> None:
+    """Run the command line. Faults of the configuration exit with 2, other errors with 1, each on its own line."""
+    try:
+        cli(standalone_mode=False)
+    except ConfigurationError as error:
+        source = f"{error.source}: " if error.source else ""
+        for fault in error.faults:
+            click.echo(f"error: {source}{fault}", err=True)
+        sys.exit(2)
+    except ProxyError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)

@@ -1,0 +1,45 @@
+"""``serve``: the proxy in the foreground until a signal ends it."""
+
+import gc
+
+import click
+
+from mcp_auth_proxy import __version__
+from mcp_auth_proxy.app import Application, lifespan
+from mcp_auth_proxy.cli.listener import Server, bind
+from mcp_auth_proxy.config.settings import Settings
+
+MAX_SHOWN = 20
+
+
+async def serve_forever(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, then drain. Returns the exit code; raises ProxyError."""
+    sock, address = bind(settings.listen)
+    with sock:
+        async with lifespan(settings, address, announce_key=lambda line: click.echo(line, err=True)) as application:
+            _say_what_is_served(application)
+            # What start-up has built stays for good: the collector need not look at it again.
+            gc.collect()
+            gc.freeze()
+            await Server(application).serve(sockets=[sock])
+    return 0
+
+
+def _say_what_is_served(application: Application) -> None:
+    base = application.public_url
+    names = list(application.settings.servers)
+    lines = [f"mcp-auth-proxy {__version__} is listening at {base}", ""]
+    width = max(len(name) for name in names[:MAX_SHOWN])
+    for name in names[:MAX_SHOWN]:
+        lines.append(f"  {name:<{width}}  {base}/{name}/mcp  ->  {application.settings.servers[name].url}")
+    if len(names) > MAX_SHOWN:
+        lines.append(f"  and {len(names) - MAX_SHOWN} more")
+    first = names[0]
+    lines += [
+        "",
+        "Point a client at such an address; it needs no credentials. For example:",
+        f"  claude mcp add --transport http {first} {base}/{first}/mcp",
+        f'  Cursor, VS Code:  {{"url": "{base}/{first}/mcp"}} under the name "{first}"',
+        "",
+    ]
+    click.echo("\n".join(lines))

@@ -1,0 +1,205 @@
+"""Finds the configuration and turns file, environment and flags into Settings; every fault is reported at once."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+
+from mcp_auth_proxy.config import values
+from mcp_auth_proxy.config.document import Document, parse
+from mcp_auth_proxy.config.reader import NOT_YET, Context, Section
+from mcp_auth_proxy.config.servers import read_servers, read_single
+from mcp_auth_proxy.config.settings import (
+    Address,
+    AuthorizationSettings,
+    InboundSettings,
+    KeySource,
+    LimitSettings,
+    OutboundSettings,
+    ServerSettings,
+    Settings,
+    StoreSettings,
+)
+from mcp_auth_proxy.errors import ConfigurationError, Fault
+
+FILE_NAME = "mcp-auth-proxy.yaml"
+VARIABLE = "MCP_AUTH_PROXY_CONFIG"
+
+_APP = "mcp-auth-proxy"
+_LISTEN = Address("127.0.0.1", 8787)
+_UPSTREAM_TIMEOUT = ServerSettings(name="", url="").upstream_timeout
+_STORE = "sqlite:///mcp-auth-proxy.db"
+_BROWSER: Mapping[str, Literal["auto", "always", "never"]] = {"auto": "auto", "always": "always", "never": "never"}
+
+
+def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The file to read: ``--config``, ``$MCP_AUTH_PROXY_CONFIG``, ``./mcp-auth-proxy.yaml``, the platform's
+    configuration folder; None when there is none. A file that was asked for and is missing is a ConfigurationError.
+    """
+    for text, origin in ((explicit, "--config"), (environ.get(VARIABLE), f"${VARIABLE}")):
+        if text:
+            path = Path(text).expanduser().absolute()
+            if not path.is_file():
+                raise ConfigurationError(
+                    [Fault("", f"{path} (given by {origin}) is not there or not a file")], str(path)
+                )
+            return path
+    for folder in (Path.cwd(), platformdirs.user_config_path(_APP, appauthor=False)):
+        if (folder / FILE_NAME).is_file():
+            return folder / FILE_NAME
+    return None
+
+
+def load(path: Path, *, environ: Mapping[str, str] = os.environ, listen: str | None = None) -> Settings:
+    """The settings of a file; ``listen`` is the flag, which wins. Raises ConfigurationError with all faults."""
+    path = path.absolute()
+    try:
+        document = parse(path.read_bytes())
+    except OSError as error:
+        raise ConfigurationError([Fault("", f"{path} can't be read ({error.strerror})")], str(path)) from None
+    except ConfigurationError as error:
+        raise ConfigurationError(error.faults, str(path)) from None
+    if document.content is None:
+        raise ConfigurationError([Fault("", "the file is empty: it needs at least a servers section")], str(path))
+    if not isinstance(document.content, Mapping):
+        raise ConfigurationError([Fault("", "the file must be a mapping (key: value lines)")], str(path))
+    context = Context(environ, path.parent)
+    settings = _read(Section(document.content, "", context), listen, path)
+    _refuse([*document.faults, *context.faults], document, str(path))
+    return settings
+
+
+def single(url: str, *, environ: Mapping[str, str] = os.environ, listen: str | None = None) -> Settings:
+    """The settings of ``serve URL``: one server named after its host, the store in the platform's data folder."""
+    context = Context(environ, platformdirs.user_data_path(_APP, appauthor=False))
+    servers = read_single(url, context)
+    section = Section({}, "", context)
+    settings = Settings(
+        listen=_listen(section, listen),
+        public_url=None,
+        store=_read_store(section.section("store")),
+        servers=servers,
+    )
+    if context.faults:
+        raise ConfigurationError(context.faults)
+    return settings
+
+
+def _refuse(faults: list[Fault], document: Document, source: str) -> None:
+    if faults:
+        raise ConfigurationError(sorted(faults, key=lambda fault: document.line(fault.path)), source)
+
+
+def _read(section: Section, listen: str | None, source: Path) -> Settings:
+    upstream_timeout = section.parsed("upstream_timeout", values.positive_duration, _UPSTREAM_TIMEOUT)
+    settings = Settings(
+        listen=_listen(section, listen),
+        public_url=section.parsed("public_url", values.public_url, None),
+        store=_read_store(section.section("store")),
+        authorization=_read_authorization(section.section("authorization")),
+        limits=_read_limits(section.section("limits")),
+        inbound=_read_inbound(section.section("inbound")),
+        outbound=_read_outbound(section.section("outbound")),
+        servers=_read_servers(section, upstream_timeout),
+        source=source,
+    )
+    section.close()
+    return settings
+
+
+def _listen(section: Section, flag: str | None) -> Address:
+    configured = section.parsed("listen", values.address, _LISTEN)
+    if flag is None:
+        return configured
+    return Section({"--listen": flag}, "", section.context).parsed("--listen", values.address, configured)
+
+
+def _read_servers(section: Section, upstream_timeout: float) -> dict[str, ServerSettings]:
+    inner = section.section("servers")
+    servers = read_servers(inner, upstream_timeout)
+    if not any(True for _ in inner.entries()):
+        section.fault("servers", "at least one server must be configured")
+    return servers
+
+
+def _read_store(section: Section) -> StoreSettings:
+    context = section.context
+    fallback = _store_path(_STORE, context)
+    path = section.parsed("url", lambda text: _store_path(text, context), fallback)
+    default = _default_key(path)
+    keys = section.each("keys", lambda text: _key_source(text, context, default), least=1)
+    section.close()
+    return StoreSettings(path=path, keys=keys or (default,), default_key=not keys or keys == (default,))
+
+
+def _store_path(text: str, context: Context) -> Path:
+    if text.startswith(("postgresql://", "postgres://")):
+        raise ValueError(f"PostgreSQL {NOT_YET}: use sqlite:///FILE")
+    name = text.removeprefix("sqlite:///")
+    if name == text or not name.strip("/") or name.endswith("/") or set(name) & set("?#\0"):
+        raise ValueError("must be sqlite:///FILE (relative to this file) or sqlite:////FILE (absolute)")
+    if name == ":memory:":
+        raise ValueError("a store in memory would forget every login: give a file")
+    return context.path(name)
+
+
+def _default_key(path: Path) -> KeySource:
+    beside = path.with_suffix(".key")
+    return KeySource(kind="file", name=str(beside if beside != path else path.with_name(path.name + ".key")))
+
+
+def _key_source(text: str, context: Context, default: KeySource) -> KeySource:
+    kind, _, name = text.partition(":")
+    if kind == "env":
+        context.variable(name)
+        return KeySource(kind="env", name=name)
+    if kind != "file":
+        raise ValueError("must be env:NAME or file:PATH: a key does not belong into the configuration")
+    source = KeySource(kind="file", name=str(context.path(name)))
+    if source != default or Path(source.name).exists():
+        context.file_text(name)
+    return source
+
+
+def _read_authorization(section: Section) -> AuthorizationSettings:
+    default = AuthorizationSettings()
+    settings = AuthorizationSettings(
+        wait=section.parsed("wait", values.duration, default.wait),
+        open_browser=section.choice("open_browser", _BROWSER, default.open_browser),
+        cold_start=section.boolean("cold_start", default=default.cold_start),
+        allow_private=section.each("allow_private", values.private_target) or (),
+    )
+    section.close()
+    return settings
+
+
+def _read_limits(section: Section) -> LimitSettings:
+    default = LimitSettings()
+    settings = LimitSettings(
+        body=section.parsed("body", values.size, default.body),
+        upstream_connections=section.parsed("upstream_connections", values.count, default.upstream_connections),
+    )
+    section.close()
+    return settings
+
+
+def _read_inbound(section: Section) -> InboundSettings:
+    settings = InboundSettings(allowed_hosts=section.each("allowed_hosts", values.allowed_host) or ())
+    section.close()
+    return settings
+
+
+def _read_outbound(section: Section) -> OutboundSettings:
+    def bundle(text: str) -> Path:
+        path = section.context.path(text)
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ValueError(f"the file {path} can't be read ({error.strerror})") from None
+        return path
+
+    settings = OutboundSettings(ca_bundle=section.parsed("ca_bundle", bundle, None))
+    section.close()
+    return settings

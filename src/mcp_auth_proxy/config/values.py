@@ -1,0 +1,196 @@
+"""What the texts of a configuration mean. Each reader raises ValueError whose text ends the sentence "<key>: …"."""
+
+import ipaddress
+import math
+import re
+from urllib.parse import SplitResult, urlsplit
+
+from mcp_auth_proxy.config.settings import Address
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|m|h)?", re.ASCII)
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+_LONGEST = 365 * 24 * 3600.0
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|kB|KB|MB|GB|KiB|MiB|GiB)?", re.ASCII)
+_BYTES = {
+    None: 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
+}  # fmt: skip
+_LARGEST = 2**40
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?")
+_PRINTABLE = re.compile(r"[!-\[\]-~]+")
+_SCOPE = re.compile(r"[!#-\[\]-~]+")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:.+")
+_HIGHEST_PORT = 65535
+
+
+def duration(text: str) -> float:
+    """Seconds: ``45s``, ``500ms``, ``2m``, ``1h``, or a plain number of seconds."""
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        raise ValueError("must be a duration such as 45s, 500ms, 2m or 1h")
+    seconds = float(found[1]) * _SECONDS[found[2]]
+    if not math.isfinite(seconds) or seconds > _LONGEST:
+        raise ValueError("must be at most 365 days (8760h)")
+    return seconds
+
+
+def positive_duration(text: str) -> float:
+    """As ``duration``, but not 0."""
+    seconds = duration(text)
+    if seconds == 0:
+        raise ValueError("must be more than 0")
+    return seconds
+
+
+def size(text: str) -> int:
+    """Bytes: ``16MiB``, ``1MB``, ``512KiB`` or a plain number of bytes; at least 1, at most 1024 GiB."""
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise ValueError("must be a size such as 16MiB, 1MB or a number of bytes")
+    number = float(found[1]) * _BYTES[found[2]]
+    if not 1 <= number <= _LARGEST:
+        raise ValueError("must be between 1 byte and 1024GiB")
+    return int(number)
+
+
+def count(text: str) -> int:
+    """A whole number from 1 to 1,000,000."""
+    if re.fullmatch(r"\d{1,7}", text, re.ASCII) is None or not 1 <= int(text) <= 1_000_000:
+        raise ValueError("must be a whole number from 1 to 1000000")
+    return int(text)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host of a URL, without brackets, is this machine by its own spelling (RFC 6761 §6.3)."""
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def host(text: str) -> str:
+    """A host name or an IP address, in lower case; IPv6 without brackets."""
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if _HOST_NAME.fullmatch(bare) is None:
+        try:
+            if "%" in bare:
+                raise ValueError
+            ipaddress.IPv6Address(bare)
+        except ValueError:
+            raise ValueError("must be a host name or an IP address") from None
+    return bare.lower()
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 lets the system choose."""
+    if re.fullmatch(r"\d{1,5}", text, re.ASCII) is None or int(text) > _HIGHEST_PORT:
+        raise ValueError(f"the port must be a number from 0 to {_HIGHEST_PORT}")
+    return int(text)
+
+
+def address(text: str) -> Address:
+    """``HOST:PORT``; an IPv6 host is written in brackets."""
+    name, colon, number = text.rpartition(":")
+    if not colon or not number:
+        raise ValueError("must be HOST:PORT, for example 127.0.0.1:8787")
+    if not name:
+        raise ValueError(f"names no host: write 127.0.0.1:{number} for this machine or 0.0.0.0:{number} for all")
+    if ":" in name and not (name.startswith("[") and name.endswith("]")):
+        raise ValueError("an IPv6 address is written in brackets: [::1]:8787")
+    return Address(host=host(name), port=port(number))
+
+
+def allowed_host(text: str) -> str:
+    """What a Host header may say: ``name`` or ``name:port``, in lower case."""
+    if "/" in text:
+        raise ValueError("must be a host, with a port or without: no scheme, no path")
+    name, colon, number = text.rpartition(":")
+    if colon and not text.endswith("]"):
+        port(number)
+        bare = host(name)
+        return f"[{bare}]:{number}" if ":" in bare else f"{bare}:{number}"
+    bare = host(text)
+    return f"[{bare}]" if ":" in bare else bare
+
+
+def private_target(text: str) -> str:
+    """A host name, an address, or a network (CIDR)."""
+    if "/" not in text:
+        return host(text)
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError as error:
+        raise ValueError(f"must be a host name, an address or a network such as 10.0.0.0/8 ({error})") from None
+
+
+def url(text: str) -> SplitResult:
+    """An absolute http or https URL without userinfo and fragment; the problem never repeats the URL."""
+    if not text.isascii():
+        raise ValueError("must be ASCII: write an international host name in its xn-- form")
+    if _PRINTABLE.fullmatch(text) is None:
+        raise ValueError("must not hold spaces, control characters or backslashes")
+    try:
+        parts = urlsplit(text)
+        number = parts.port
+    except ValueError:
+        raise ValueError("is not a URL: its host or port can't be read") from None
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("must be an http:// or https:// URL")
+    if "@" in parts.netloc:
+        raise ValueError("must not hold a user name or password")
+    if "#" in text:
+        raise ValueError("must not have a fragment (#…)")
+    if not parts.hostname or parts.netloc.endswith(":") or number == 0:
+        raise ValueError("is not a URL: its host or port can't be read")
+    host(parts.hostname)
+    return parts
+
+
+def public_url(text: str) -> str:
+    """The origin under which browsers reach the proxy, without a trailing slash."""
+    parts = url(text)
+    if parts.path not in ("", "/") or "?" in text:
+        raise ValueError("must be scheme://host[:port] without a path or query")
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        raise ValueError("must be https unless its host is loopback: authorization codes come back to it")
+    return f"{parts.scheme}://{parts.netloc.lower()}"
+
+
+def issuer(text: str) -> str:
+    """An issuer identifier (RFC 8414 §2), exactly as written."""
+    url(text)
+    if "?" in text:
+        raise ValueError("must not have a query (RFC 8414 §2)")
+    return text
+
+
+def endpoint(text: str) -> str:
+    """The URL of an OAuth endpoint (RFC 6749 §3.1, §3.2), exactly as written."""
+    url(text)
+    return text
+
+
+def client_metadata_url(text: str) -> str:
+    """A URL that may serve as client_id: https, with a path."""
+    parts = url(text)
+    if parts.scheme != "https" or parts.path in ("", "/"):
+        raise ValueError("must be an https URL with a path: it is used as client_id")
+    return text
+
+
+def resource(text: str) -> str:
+    """``auto``, ``omit`` or an absolute URI without fragment (RFC 8707 §2)."""
+    if text in ("auto", "omit"):
+        return text
+    if _SCHEME.fullmatch(text) is None or "#" in text or not text.isascii() or _PRINTABLE.fullmatch(text) is None:
+        raise ValueError("must be auto, omit or an absolute URI without a fragment (RFC 8707 §2)")
+    return text
+
+
+def scope(text: str) -> str:
+    """One scope token (RFC 6749 §3.3)."""
+    if _SCOPE.fullmatch(text) is None:
+        raise ValueError("is not a scope: one word, without quotes or backslashes (RFC 6749 §3.3)")
+    return text

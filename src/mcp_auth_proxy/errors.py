@@ -1,0 +1,149 @@
+"""The errors of the package; no HTTP in them, the edges decide how each is answered.
+
+::
+
+    ProxyError
+    ├── ConfigurationError             the configuration can't be used; carries every fault at once
+    ├── StoreError
+    │   ├── StoreRefused               wrong key, foreign or newer database: nothing is started or written
+    │   ├── StoreUnavailable           locked, read-only or full: passes, try again
+    │   └── SealBroken                 one sealed value does not open; other rows are not concerned
+    ├── AuthorizationError             an authorization can't go on
+    │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
+    │   ├── RegistrationImpossible     no way to become a client of this authorization server
+    │   ├── AuthorizationDenied        the authorization server, or the user, said no
+    │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
+    │   └── AuthorizationServerUnavailable   down, slow or answering rubbish: passes, try again
+    ├── CallbackRefused                a browser came back with something that no pending flow accounts for
+    └── UpstreamError
+        ├── UpstreamUnreachable        no connection: no byte of the request left
+        ├── UpstreamTimeout            connected, but no response head in time
+        ├── UpstreamBroken             the response broke off or broke HTTP
+        └── UpstreamBusy               all connections to the origin are taken
+
+``str()`` of each is one or two plain sentences for the user: what is wrong and, where there is one, the
+remedy. None of them ever holds a token, code, verifier, secret or state.
+"""
+
+from dataclasses import dataclass
+
+
+class ProxyError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong with the configuration: the dotted path of the key, and what is wrong with it."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}" if self.path else self.problem
+
+
+class ConfigurationError(ProxyError):
+    """The configuration can't be used. ``faults`` holds everything that is wrong, in file order."""
+
+    def __init__(self, faults: list[Fault], source: str = "") -> None:
+        self.faults = faults
+        self.source = source
+        super().__init__("\n".join(str(fault) for fault in faults))
+
+
+class StoreError(ProxyError):
+    """The store could not do what was asked."""
+
+
+class StoreRefused(StoreError):
+    """The store must not be used as it is: wrong key, not our database, or a newer schema."""
+
+
+class StoreUnavailable(StoreError):
+    """The store can't be read or written now: locked, read-only, disk full."""
+
+
+class SealBroken(StoreError):
+    """A sealed value does not open: damaged, moved to another row, or sealed under a key we don't have."""
+
+
+class AuthorizationError(ProxyError):
+    """An authorization can't go on. A new request may try again."""
+
+
+class DocumentRefused(AuthorizationError):
+    """A document from the network breaks a rule.
+
+    ``document`` is its name in words ("protected resource metadata"), ``url`` where it came from,
+    ``problem`` the rule and what was found instead, ``clause`` the RFC section ("RFC 8414 §3.3").
+    """
+
+    def __init__(self, document: str, url: str, problem: str, clause: str = "") -> None:
+        self.document = document
+        self.url = url
+        self.problem = problem
+        self.clause = clause
+        where = f" at {url}" if url else ""
+        rule = f" ({clause})" if clause else ""
+        super().__init__(f"The {document}{where} is refused: {problem}{rule}.")
+
+
+class RegistrationImpossible(AuthorizationError):
+    """There is no way to become a client of this authorization server; the text names the config keys to set."""
+
+
+class AuthorizationDenied(AuthorizationError):
+    """The authorization server, or the user at it, said no. ``error`` is the OAuth error code."""
+
+    def __init__(self, message: str, error: str = "") -> None:
+        self.error = error
+        super().__init__(message)
+
+
+class TokenRefused(AuthorizationError):
+    """The token endpoint answered with a structured OAuth error (RFC 6749 §5.2), in ``error``."""
+
+    def __init__(self, error: str, message: str) -> None:
+        self.error = error
+        super().__init__(message)
+
+
+class AuthorizationServerUnavailable(AuthorizationError):
+    """The authorization server can't be used now. ``retry_after`` is in seconds.
+
+    ``maybe_processed``: the request may have arrived and been acted upon, only the answer is missing.
+    """
+
+    def __init__(self, message: str, retry_after: float = 5.0, *, maybe_processed: bool = False) -> None:
+        self.retry_after = retry_after
+        self.maybe_processed = maybe_processed
+        super().__init__(message)
+
+
+class CallbackRefused(ProxyError):
+    """A browser came to the callback with something that no pending flow accounts for; ``status`` suits it."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+class UpstreamError(ProxyError):
+    """The upstream MCP server could not be used for this request."""
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No connection could be made: no byte of the request has left."""
+
+
+class UpstreamTimeout(UpstreamError):
+    """Connected, but the response head did not come in time."""
+
+
+class UpstreamBroken(UpstreamError):
+    """The response broke off, or broke the rules of HTTP. The request may have been acted upon."""
+
+
+class UpstreamBusy(UpstreamError):
+    """Every connection allowed to this origin is taken, and none came free in time."""

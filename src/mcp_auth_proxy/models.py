@@ -1,0 +1,164 @@
+"""Frozen values that every floor shares. Secrets are left out of ``repr``.
+
+Times are Unix seconds (float, UTC); scopes are tuples in the order they were given, without repeats.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a request is made for."""
+
+    id: str
+
+
+LOCAL = Principal("local")
+"""The one principal where nobody is authenticated."""
+
+
+class ClientAuth(StrEnum):
+    """How a client authenticates at the token endpoint (RFC 7591 §2, token_endpoint_auth_method)."""
+
+    NONE = "none"
+    BASIC = "client_secret_basic"
+    POST = "client_secret_post"
+
+
+class GrantType(StrEnum):
+    """How tokens are obtained; the values are those of the configuration key ``grant``."""
+
+    AUTHORIZATION_CODE = "authorization_code"
+    CLIENT_CREDENTIALS = "client_credentials"
+
+
+class RegistrationKind(StrEnum):
+    """Where a client identity came from."""
+
+    CONFIGURED = "configured"
+    METADATA_DOCUMENT = "metadata_document"
+    DYNAMIC = "dynamic"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """A client identity at one authorization server, for one of our servers."""
+
+    server: str
+    issuer: str
+    client_id: str
+    client_auth: ClientAuth
+    kind: RegistrationKind
+    client_secret: str | None = field(default=None, repr=False)
+    redirect_uri: str = ""
+    secret_expires_at: float | None = None
+    created_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSet:
+    """What a token endpoint answered, after validation (RFC 6749 §5.1)."""
+
+    access_token: str = field(repr=False)
+    token_type: str = "Bearer"
+    refresh_token: str | None = field(default=None, repr=False)
+    obtained_at: float
+    expires_at: float | None = None
+    """None where the server did not say: then only a 401 tells that it has died."""
+    scopes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoints:
+    """The endpoints of an authorization server that outlive discovery."""
+
+    authorization: str = ""
+    token: str
+    revocation: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantKey:
+    """What a grant is for. ``resource`` is empty where the resource parameter is omitted."""
+
+    principal: str
+    server: str
+    resource: str
+    issuer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Tokens held for one key, and all that renewing them needs."""
+
+    id: int = 0
+    """0 until stored."""
+    key: GrantKey
+    grant_type: GrantType
+    registration: Registration
+    endpoints: Endpoints
+    tokens: TokenSet
+    scopes: tuple[str, ...]
+    """What was asked for; ``tokens.scopes`` is what was given."""
+    granted_at: float
+    version: int = 1
+    """The fencing version: one more with each renewal."""
+    refresh_begun_at: float | None = None
+    """Set while a refresh is on its way; found set at start-up, it tells of a crash in between."""
+    refresh_owner: str = ""
+    ended_at: float | None = None
+    ended_reason: str = ""
+
+
+class FlowStatus(StrEnum):
+    """How far an authorization has come."""
+
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """One authorization that waits for a user. ``id`` is the unguessable part of the link."""
+
+    id: str
+    key: GrantKey
+    registration: Registration
+    endpoints: Endpoints
+    scopes: tuple[str, ...]
+    redirect_uri: str
+    iss_supported: bool
+    """The server promises ``iss`` in every authorization response (RFC 9207 §3)."""
+    extra_params: tuple[tuple[str, str], ...] = ()
+    created_at: float
+    expires_at: float
+    status: FlowStatus = FlowStatus.PENDING
+    reason: str = ""
+    """Why it failed, in words for the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One visit of a browser to the link of a flow: what the authorization response is held against.
+
+    ``state_hash`` and ``browser_hash`` are SHA-256 in hex of the state and of the cookie that binds the
+    browser; the values themselves are never stored.
+    """
+
+    flow_id: str
+    state_hash: str
+    browser_hash: str
+    code_verifier: str = field(repr=False)
+    created_at: float
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class AccessToken:
+    """What the data plane may hold: a ready Authorization header and its generation."""
+
+    header: bytes = field(repr=False)
+    generation: int
+    """Grows with every token that is put in the place of another for this principal and server."""

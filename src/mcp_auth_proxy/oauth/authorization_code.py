@@ -1,0 +1,94 @@
+"""The authorization code grant up to the code: the link, and what comes back (RFC 6749 §4.1, RFC 7636, RFC 9207)."""
+
+import base64
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote, unquote_plus, urlencode
+
+from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused
+from mcp_auth_proxy.models import Flow
+from mcp_auth_proxy.oauth import oauth_error, scopes
+
+PROTECTED = frozenset(
+    {"response_type", "client_id", "redirect_uri", "state", "code_challenge", "code_challenge_method"}
+)
+"""Parameters that neither the configuration nor the endpoint's own query may set."""
+
+MAX_CODE = 4096
+"""Characters of an authorization code."""
+
+_ONCE = ("code", "state", "iss", "error", "error_description", "error_uri")
+
+
+def new_verifier() -> str:
+    """Return a fresh PKCE code verifier of 43 characters, 256 random bits (RFC 7636 §4.1)."""
+    return secrets.token_urlsafe(32)
+
+
+def challenge_s256(verifier: str) -> str:
+    """Return the S256 code challenge of a verifier (RFC 7636 §4.2)."""
+    return base64.urlsafe_b64encode(hashlib.sha256(verifier.encode("ascii")).digest()).rstrip(b"=").decode()
+
+
+def new_state() -> str:
+    """Return a fresh state of 43 characters, 256 random bits (RFC 6749 §10.12)."""
+    return secrets.token_urlsafe(32)
+
+
+def authorization_url(flow: Flow, *, state: str, code_verifier: str) -> str:
+    """Return the URL at the authorization server that the browser is sent to (RFC 6749 §4.1.1, RFC 8707 §2).
+
+    The endpoint's own query is kept (§3.1). ``flow.extra_params`` replace our values, an empty one leaves the
+    parameter out, and no parameter is ever there twice. With ``offline_access`` goes ``prompt=consent``: without it
+    providers drop that scope (OpenID Connect Core §11). Raises AuthorizationError where there is no endpoint.
+    """
+    if not flow.endpoints.authorization:
+        raise AuthorizationError(
+            f"The authorization server {flow.key.issuer} has no authorization_endpoint: users can't authorize there."
+        )
+    params = {
+        "response_type": "code",
+        "client_id": flow.registration.client_id,
+        "redirect_uri": flow.redirect_uri,
+        "scope": " ".join(flow.scopes),
+        "state": state,
+        "code_challenge": challenge_s256(code_verifier),
+        "code_challenge_method": "S256",
+        "resource": flow.key.resource,
+        "prompt": "consent" if scopes.OFFLINE_ACCESS in flow.scopes else "",
+    }
+    params.update((name, value) for name, value in flow.extra_params if name not in PROTECTED)
+    base, _, query = flow.endpoints.authorization.partition("?")
+    kept = [pair for pair in query.split("&") if pair and unquote_plus(pair.partition("=")[0]) not in params]
+    ours = urlencode([(name, value) for name, value in params.items() if value], quote_via=quote)
+    return f"{base}?{'&'.join([*kept, ours])}"
+
+
+def check_response(params: Mapping[str, Sequence[str]], *, flow: Flow) -> str:
+    """Return the code of an authorization response to ``flow``, whose state has been checked already.
+
+    ``iss`` is looked at before anything else (RFC 9207 §2.4): an error from the wrong server is not worth showing.
+    Raises CallbackRefused for a response that can't be this server's, AuthorizationDenied for its error response.
+    """
+    for name in _ONCE:
+        if len(params.get(name, ())) > 1:
+            raise CallbackRefused(f"The authorization response has {name} more than once (RFC 6749 §3.1).")
+    values = {name: params[name][0] for name in _ONCE if params.get(name)}
+    iss = values.get("iss")
+    if iss is None and flow.iss_supported:
+        raise CallbackRefused(
+            f"The authorization response has no iss, which {flow.key.issuer} promises to send (RFC 9207 §2.4)."
+        )
+    if iss is not None and iss != flow.key.issuer:
+        raise CallbackRefused(
+            f"The authorization response is from another issuer than {flow.key.issuer} (RFC 9207 §2.4)."
+        )
+    if "error" in values:
+        error = oauth_error.code(values["error"])
+        words = oauth_error.sentence(error, values.get("error_description"), secrets=(values.get("state"),))
+        raise AuthorizationDenied(f"The authorization server {flow.key.issuer} said no: {words}.", error)
+    code = values.get("code", "")
+    if not code or len(code) > MAX_CODE or not (code.isascii() and code.isprintable()):
+        raise CallbackRefused("The authorization response has no usable code (RFC 6749 §4.1.2).")
+    return code

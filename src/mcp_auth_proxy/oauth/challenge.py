@@ -1,0 +1,132 @@
+"""WWW-Authenticate by its grammar (RFC 9110 §11.6.1), and what its Bearer challenges ask for (RFC 6750 §3).
+
+Whatever the bytes, parsing never raises and takes linear time. A challenge that breaks the grammar keeps its scheme
+and loses its parameters, and the rest of that field is not read: past an unterminated quote nobody can tell what is
+inside it. One thing is looser than the grammar: a value without quotes may hold any printable character but a comma
+or a quote, since servers write URLs that way.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from mcp_auth_proxy.oauth import scopes as scope_grammar
+
+MAX_BYTES = 64 * 1024
+"""Bytes of all fields together that are read; a field that goes beyond is ignored."""
+
+# Possessive quantifiers (*+, ++): the scanner never backtracks.
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++")
+_BLANK = re.compile(r"[ \t]*+")
+_SEPARATORS = re.compile(r"[ \t,]*+")
+_TOKEN68 = re.compile(r"[A-Za-z0-9\-._~+/]++=*+(?=[ \t]*+(?:,|\Z))")
+_EQUALS = re.compile(r"[ \t]*+=[ \t]*+")
+_QUOTED = re.compile(r'"((?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*+)"')
+_UNQUOTED = re.compile(r"[\x21\x23-\x2b\x2d-\x7e]++")
+_ESCAPE = re.compile(r"\\(.)")
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """One challenge. Scheme and parameter names are lower-case; a parameter that came twice is left out."""
+
+    scheme: str
+    params: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+
+
+@dataclass(frozen=True, slots=True)
+class BearerChallenge:
+    """What a resource server asks for. ``error`` is empty where there is none."""
+
+    error: str = ""
+    scopes: tuple[str, ...] | None = None
+    resource_metadata: str | None = None
+    """As it came: the fetcher decides whether it may be asked (RFC 9728 §5.1)."""
+
+
+def parse(values: Iterable[bytes]) -> tuple[Challenge, ...]:
+    """Return the challenges of all WWW-Authenticate fields, in order. Never raises."""
+    challenges: list[Challenge] = []
+    left = MAX_BYTES
+    for value in values:
+        left -= len(value)
+        if left < 0:
+            break
+        challenges += _parse_field(value.decode("latin-1"))
+    return tuple(challenges)
+
+
+def bearer(values: Iterable[bytes]) -> BearerChallenge | None:
+    """Return what the Bearer challenges say together; None where there is none.
+
+    A parameter on which several of them differ is ambiguous and left out.
+    """
+    found = [challenge.params for challenge in parse(values) if challenge.scheme == "bearer"]
+    if not found:
+        return None
+
+    def agreed(name: str) -> str | None:
+        given = {params[name] for params in found if name in params}
+        return given.pop() if len(given) == 1 else None
+
+    scope = agreed("scope")
+    return BearerChallenge(
+        error=agreed("error") or "",
+        scopes=scope_grammar.parse(scope) or None if scope is not None else None,
+        resource_metadata=agreed("resource_metadata") or None,
+    )
+
+
+def _parse_field(text: str) -> list[Challenge]:
+    challenges: list[Challenge] = []
+    position = _skip(_SEPARATORS, text, 0)
+    while position < len(text):
+        scheme = _TOKEN.match(text, position)
+        if scheme is None:
+            break
+        params, position, sound = _parse_params(text, scheme.end())
+        challenges.append(Challenge(scheme.group().lower(), params))
+        if not sound:
+            break
+    return challenges
+
+
+def _parse_params(text: str, position: int) -> tuple[Mapping[str, str], int, bool]:
+    """Return the parameters that follow a scheme, where the next challenge starts, and whether all was grammar."""
+    after = _skip(_BLANK, text, position)
+    token68 = _TOKEN68.match(text, after) if after > position else None
+    if token68 is not None:
+        return _NOTHING, _skip(_SEPARATORS, text, token68.end()), True
+    if after == position and after < len(text) and text[after] != ",":
+        return _NOTHING, position, False
+    params: dict[str, str] = {}
+    repeated: set[str] = set()
+    position = _skip(_SEPARATORS, text, after)
+    listed = "," in text[after:position]
+    while position < len(text):
+        name = _TOKEN.match(text, position)
+        equals = _EQUALS.match(text, name.end()) if name else None
+        if name is None or (equals is None and not listed):
+            return _NOTHING, position, False
+        if equals is None:
+            break  # the scheme of the next challenge
+        value = _QUOTED.match(text, equals.end()) or _UNQUOTED.match(text, equals.end())
+        if value is None:
+            return _NOTHING, position, False
+        position = _skip(_BLANK, text, value.end())
+        if position < len(text) and text[position] != ",":
+            return _NOTHING, position, False
+        position, listed = _skip(_SEPARATORS, text, position), True
+        key = name.group().lower()
+        if key in params:
+            repeated.add(key)
+        params[key] = _ESCAPE.sub(r"\1", value.group(1)) if value.re is _QUOTED else value.group()
+    return {key: value for key, value in params.items() if key not in repeated}, position, True
+
+
+def _skip(pattern: re.Pattern[str], text: str, position: int) -> int:
+    match = pattern.match(text, position)
+    return match.end() if match else position

@@ -1,0 +1,244 @@
+"""From a server URL to its authorization server: which URLs to ask, and validators for what they answer.
+
+Two documents: protected resource metadata (RFC 9728) and authorization server metadata (RFC 8414, OpenID Connect
+Discovery). Resource and issuer are compared as the strings of the JSON, never through a type that normalises.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit, urlunsplit
+
+from mcp_auth_proxy.errors import AuthorizationError, DocumentRefused
+from mcp_auth_proxy.oauth import urls
+from mcp_auth_proxy.oauth.documents import Document
+
+RESOURCE_METADATA = "protected resource metadata"
+SERVER_METADATA = "authorization server metadata"
+"""The documents' names, for errors."""
+
+_RESOURCE_WELL_KNOWN = "/.well-known/oauth-protected-resource"
+_SERVER_WELL_KNOWN = "/.well-known/oauth-authorization-server"
+_OPENID_WELL_KNOWN = "/.well-known/openid-configuration"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceMetadata:
+    """Protected resource metadata that holds for the server that was asked (RFC 9728 §2)."""
+
+    resource: str
+    """As the document spells it: authorization servers compare it as a string."""
+    authorization_servers: tuple[str, ...]
+    """Issuers, never empty."""
+    scopes_supported: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerMetadata:
+    """Authorization server metadata, validated (RFC 8414 §2). None: the server does not say."""
+
+    issuer: str
+    authorization_endpoint: str = ""
+    """Empty where the server has no grant that needs one."""
+    token_endpoint: str
+    registration_endpoint: str | None = None
+    revocation_endpoint: str | None = None
+    scopes_supported: tuple[str, ...] | None = None
+    response_types_supported: tuple[str, ...] | None = None
+    grant_types_supported: tuple[str, ...] | None = None
+    code_challenge_methods_supported: tuple[str, ...] | None = None
+    token_endpoint_auth_methods_supported: tuple[str, ...] | None = None
+    client_id_metadata_document_supported: bool = False
+    iss_parameter_supported: bool = False
+    """RFC 9207 §3: every authorization response carries ``iss``."""
+    synthesised: bool = False
+    """No document: the default endpoints of MCP 2025-03-26."""
+
+
+def canonical_resource(server_url: str) -> str:
+    """Return the resource identifier of a server that has no metadata (RFC 8707 §2; MCP, canonical server URI).
+
+    Scheme and host in lower case, no fragment, no slash where there is no path.
+    """
+    parts = urlsplit(server_url)
+    path = "" if parts.path == "/" and not parts.query else parts.path
+    return urlunsplit((parts.scheme.lower(), parts.netloc.lower(), path, parts.query, ""))
+
+
+def resource_metadata_urls(server_url: str, challenge_url: str | None) -> list[str]:
+    """Return where to ask for resource metadata, in order: the challenge's URL, path-inserted, root (RFC 9728 §3.1)."""
+    parts = urlsplit(server_url)
+    origin = urls.origin(server_url)
+    path = "" if parts.path == "/" else parts.path
+    query = f"?{parts.query}" if parts.query else ""
+    candidates = [
+        *([challenge_url] if challenge_url else []),
+        f"{origin}{_RESOURCE_WELL_KNOWN}{path}{query}",
+        f"{origin}{_RESOURCE_WELL_KNOWN}{path}",
+        f"{origin}{_RESOURCE_WELL_KNOWN}",
+    ]
+    return list(dict.fromkeys(candidates))
+
+
+def read_resource_metadata(
+    body: bytes, *, url: str, server_url: str, http_loopback: bool | None = None
+) -> ResourceMetadata:
+    """Return validated resource metadata for ``server_url``. Raises DocumentRefused.
+
+    ``resource`` must be the server URL, or have its origin and a path that contains the server's path
+    (RFC 9728 §3.3; MCP lets one resource span several endpoints). Issuers that break RFC 8414 §2 are left out; one
+    must remain. ``http_loopback``: http issuers on loopback are fine; by default where the server is on loopback.
+    """
+    document = Document.parse(body, name=RESOURCE_METADATA, url=url, clause="RFC 9728 §2")
+    resource = document.required_text("resource")
+    if not _covers(resource, server_url):
+        raise document.refuse(f"it is for the resource {resource}, not for {server_url}", "RFC 9728 §3.3")
+    if http_loopback is None:
+        http_loopback = urls.is_loopback(urls.split(server_url).host)
+    issuers = document.texts("authorization_servers")
+    if not issuers:
+        raise document.refuse("it names no authorization server")
+    problems: list[str] = []
+    good: list[str] = []
+    for issuer in issuers:
+        try:
+            _check_issuer(issuer, http_loopback=http_loopback)
+            good.append(issuer)
+        except ValueError as problem:
+            problems.append(f"the authorization server {issuer} can't be used: {problem}")
+    if not good:
+        raise document.refuse(problems[0], "RFC 8414 §2")
+    return ResourceMetadata(
+        resource=resource, authorization_servers=tuple(good), scopes_supported=document.texts("scopes_supported")
+    )
+
+
+def authorization_server_metadata_urls(issuer: str) -> list[str]:
+    """Return where to ask for an issuer's metadata, in the order of MCP 2025-11-25 (RFC 8414 §3.1 and §5).
+
+    For an issuer with a path the root is not among them: what is there belongs to another issuer.
+    """
+    origin = urls.origin(issuer)
+    path = urlsplit(issuer).path.rstrip("/")
+    if not path:
+        return [f"{origin}{_SERVER_WELL_KNOWN}", f"{origin}{_OPENID_WELL_KNOWN}"]
+    return [
+        f"{origin}{_SERVER_WELL_KNOWN}{path}",
+        f"{origin}{_OPENID_WELL_KNOWN}{path}",
+        f"{origin}{path}{_OPENID_WELL_KNOWN}",
+    ]
+
+
+def read_server_metadata(
+    body: bytes, *, url: str, issuer: str, policy_http_loopback: bool, legacy: bool = False
+) -> ServerMetadata:
+    """Return validated authorization server metadata of ``issuer``. Raises DocumentRefused.
+
+    ``issuer`` in the document must be the same string (RFC 8414 §3.3). With ``legacy``, for a server of MCP
+    2025-03-26 whose issuer nobody has spelled, it may also differ by a slash at its end; the document's spelling is
+    kept, since ``iss`` will have it. Any other issuer is refused there too: the callback's ``iss`` could not be
+    checked, and credentials would be kept under a name that another server may bear.
+    """
+    document = Document.parse(body, name=SERVER_METADATA, url=url, clause="RFC 8414 §2")
+    stated = document.required_text("issuer")
+    accepted = {issuer, issuer.rstrip("/"), issuer.rstrip("/") + "/"} if legacy else {issuer}
+    if stated not in accepted:
+        raise document.refuse(f"its issuer is {stated}, not {issuer} as expected", "RFC 8414 §3.3")
+    return _server_metadata(document, stated, http_loopback=policy_http_loopback)
+
+
+def configured_server_metadata(mapping: Mapping[str, object], *, issuer: str | None) -> ServerMetadata:
+    """Return the metadata that an operator wrote into the configuration in place of discovery.
+
+    Where neither it nor ``issuer`` names the issuer, the origin of the token endpoint stands in: grants and
+    credentials are kept by issuer. Raises DocumentRefused.
+    """
+    document = Document(mapping, name="configured metadata", url="", clause="RFC 8414 §2")
+    stated = document.text("issuer")
+    if issuer is not None and stated is not None and issuer != stated:
+        raise document.refuse(f"its issuer is {stated}, but the key oauth.issuer says {issuer}")
+    known = issuer or stated or urls.origin(document.required_text("token_endpoint"))
+    return _server_metadata(document, known, http_loopback=True)
+
+
+def legacy_server_metadata(server_url: str) -> ServerMetadata:
+    """Return the default endpoints at the server's origin (MCP 2025-03-26, fallbacks for servers without metadata).
+
+    Raises DocumentRefused where they would be http away from loopback.
+    """
+    origin = urls.origin(server_url)
+    try:
+        urls.check(origin, http_loopback=True)
+    except ValueError as problem:
+        raise DocumentRefused(
+            "default authorization server of a server without metadata", origin, f"its URL is refused: {problem}"
+        ) from None
+    return ServerMetadata(
+        issuer=origin,
+        authorization_endpoint=f"{origin}/authorize",
+        token_endpoint=f"{origin}/token",
+        registration_endpoint=f"{origin}/register",
+        synthesised=True,
+    )
+
+
+def require_pkce(metadata: ServerMetadata, *, allow_missing: bool, server: str) -> None:
+    """Raise AuthorizationError where the server does not advertise PKCE with S256 (MCP, authorization code protection).
+
+    Default endpoints have no metadata to advertise it in; MCP 2025-03-26 demands PKCE of every server.
+    """
+    if allow_missing or metadata.synthesised or "S256" in (metadata.code_challenge_methods_supported or ()):
+        return
+    raise AuthorizationError(
+        f"The authorization server {metadata.issuer} does not advertise PKCE with S256 "
+        f"(code_challenge_methods_supported, RFC 8414 §2; RFC 7636 §4.2). If it is known to support PKCE, set "
+        f"servers.{server}.oauth.allow_missing_pkce: true."
+    )
+
+
+def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) -> ServerMetadata:
+    def endpoint(member: str) -> str | None:
+        url = document.text(member)
+        if not url:
+            return None
+        try:
+            urls.check(url, http_loopback=http_loopback)
+        except ValueError as problem:
+            raise document.refuse(f"{member} {url} can't be used: {problem}") from None
+        return url
+
+    token_endpoint = endpoint("token_endpoint")
+    if token_endpoint is None:
+        raise document.refuse("it has no token_endpoint")
+    return ServerMetadata(
+        issuer=issuer,
+        authorization_endpoint=endpoint("authorization_endpoint") or "",
+        token_endpoint=token_endpoint,
+        registration_endpoint=endpoint("registration_endpoint"),
+        revocation_endpoint=endpoint("revocation_endpoint"),
+        scopes_supported=document.texts("scopes_supported"),
+        response_types_supported=document.texts("response_types_supported"),
+        grant_types_supported=document.texts("grant_types_supported"),
+        code_challenge_methods_supported=document.texts("code_challenge_methods_supported"),
+        token_endpoint_auth_methods_supported=document.texts("token_endpoint_auth_methods_supported"),
+        client_id_metadata_document_supported=document.flag("client_id_metadata_document_supported"),
+        iss_parameter_supported=document.flag("authorization_response_iss_parameter_supported"),
+    )
+
+
+def _check_issuer(issuer: str, *, http_loopback: bool) -> None:
+    urls.check(issuer, http_loopback=http_loopback)
+    if "?" in issuer:
+        raise ValueError("it has a query")
+
+
+def _covers(resource: str, server_url: str) -> bool:
+    """Whether a resource identifier is the server URL, or its origin with a path above it on a segment boundary."""
+    if resource == server_url:
+        return True
+    try:
+        theirs, ours = urls.split(resource), urls.split(server_url)
+    except ValueError:
+        return False
+    if theirs.origin != ours.origin or theirs.fragment or theirs.userinfo or "?" in resource:
+        return False
+    return f"{ours.path.rstrip('/')}/".startswith(f"{theirs.path.rstrip('/')}/")

@@ -1,0 +1,45 @@
+"""OAuth errors as text for people: what an authorization server wrote is cut down to what is safe to show."""
+
+import re
+from collections.abc import Iterable
+
+MAX_DESCRIPTION = 300
+"""Characters of an error_description that are shown."""
+
+# RFC 6749 §4.1.2.1 and §5.2: error = 1*NQSCHAR
+_CODE = re.compile(r"[\x20\x21\x23-\x5b\x5d-\x7e]{1,80}")
+_UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\ud7ff\uf900-\uffef]+")
+
+
+_OPAQUE = re.compile(r"[A-Za-z0-9_-]{32,}")
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+
+
+def code(value: object) -> str:
+    """Return an OAuth error code, or ``unknown_error`` in place of one that breaks its grammar."""
+    return value if isinstance(value, str) and _CODE.fullmatch(value) else "unknown_error"
+
+
+def sentence(error: str, description: object = None, *, secrets: Iterable[str | None] = ()) -> str:
+    """Return code and description in one line, at most 400 characters, without control characters.
+
+    ``secrets`` are values that must not be shown should the server repeat them. Besides these, long runs that look
+    like a code or a token are masked; a UUID is left, for providers give the trace of a failure that way.
+    """
+    if not isinstance(description, str):
+        description = ""
+    for secret in secrets:
+        if secret:
+            error = error.replace(secret, "****")
+            description = description.replace(secret, "****")
+    description = _OPAQUE.sub(_mask, description)
+    words = " ".join(_UNPRINTABLE.sub(" ", description[: 4 * MAX_DESCRIPTION]).split())
+    if len(words) > MAX_DESCRIPTION:
+        words = words[:MAX_DESCRIPTION] + "…"
+    return f"{error} ({words})" if words else error
+
+
+def _mask(run: re.Match[str]) -> str:
+    text = run.group()
+    looks_random = any(character.isdigit() for character in text) and not _UUID.fullmatch(text)
+    return "****" if looks_random else text

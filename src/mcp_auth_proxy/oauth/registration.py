@@ -1,0 +1,136 @@
+"""Becoming a client: dynamic registration (RFC 7591) and the Client ID Metadata Document.
+
+No ``scope`` is registered: some providers refuse it, others make it binding, and a step-up then fails.
+"""
+
+import json
+from typing import Literal, NamedTuple
+
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, RegistrationImpossible
+from mcp_auth_proxy.models import ClientAuth
+from mcp_auth_proxy.oauth import client_auth, oauth_error, urls
+from mcp_auth_proxy.oauth.discovery import ServerMetadata
+from mcp_auth_proxy.oauth.documents import Document, parse_object
+
+CLIENT_NAME = "mcp-auth-proxy"
+
+# A native app can't keep a secret (RFC 8252 §8.4); a shared service can, and its refresh tokens are safer with one.
+_PREFERENCE: dict[str, tuple[ClientAuth, ...]] = {
+    "native": (ClientAuth.NONE, ClientAuth.BASIC, ClientAuth.POST),
+    "web": (ClientAuth.BASIC, ClientAuth.POST, ClientAuth.NONE),
+}
+
+
+class RegisteredClient(NamedTuple):
+    """A client information response (RFC 7591 §3.2.1). ``secret_expires_at`` is in Unix seconds; None: never."""
+
+    client_id: str
+    client_secret: str | None
+    client_auth: ClientAuth
+    secret_expires_at: float | None
+
+    def __repr__(self) -> str:
+        return f"RegisteredClient(client_id={self.client_id!r}, client_auth={self.client_auth.value!r})"
+
+
+def application_type(redirect_uri: str) -> Literal["native", "web"]:
+    """Return ``native`` for an http redirect URI on loopback, else ``web`` (OpenID Connect Registration §2)."""
+    parts = urls.split(redirect_uri)
+    return "native" if parts.scheme == "http" and urls.is_loopback(parts.host) else "web"
+
+
+def build_request(metadata: ServerMetadata, *, redirect_uri: str, client_name: str = CLIENT_NAME) -> bytes:
+    """Return the JSON body of a registration request (RFC 7591 §3.1).
+
+    Where the server lists its token endpoint authentication methods, one of them is asked for. Where it lists none,
+    the member is left out and the server decides: both RFCs then mean client_secret_basic, and servers for public
+    clients only answer without a secret.
+    """
+    kind = application_type(redirect_uri)
+    request: dict[str, object] = {**_client(redirect_uri, client_name), "application_type": kind}
+    supported = metadata.token_endpoint_auth_methods_supported
+    if supported is not None:
+        method = next((method for method in _PREFERENCE[kind] if method.value in supported), None)
+        if method is not None:
+            request["token_endpoint_auth_method"] = method.value
+    return json.dumps(request).encode()
+
+
+def read_response(
+    status: int, body: bytes, *, url: str, server: str, supported: tuple[str, ...] | None = None
+) -> RegisteredClient:
+    """Return the client that was registered.
+
+    ``supported`` are the server's token endpoint authentication methods, for a response that names none.
+
+    Raises RegistrationImpossible with the server's reason and the keys that make registration needless,
+    DocumentRefused for a response that breaks RFC 7591 §3.2.1, AuthorizationServerUnavailable for 429 and 5xx.
+    """
+    if status == 429 or status >= 500:
+        raise AuthorizationServerUnavailable(f"The client registration at {url} can't be had: HTTP {status}.")
+    if status not in (200, 201):
+        raise _refused(_error_text(status, body), url, server)
+    document = Document.parse(body, name="client registration", url=url, clause="RFC 7591 §3.2.1")
+    client_id = document.required_text("client_id")
+    secret = document.text("client_secret") or None
+    stated = document.text("token_endpoint_auth_method") or None
+    if stated is None:
+        method = client_auth.choose(supported, configured=None, has_secret=secret is not None)
+    elif stated in {known.value for known in ClientAuth}:
+        method = ClientAuth(stated)
+    else:
+        raise _refused(f"it wants token endpoint authentication by {stated}, which is not supported", url, server)
+    if method is not ClientAuth.NONE and secret is None:
+        raise document.refuse(f"it says {method.value} but has no client_secret")
+    return RegisteredClient(client_id, secret, method, _expiry(document.get("client_secret_expires_at")))
+
+
+def client_metadata_document(public_url: str) -> dict[str, object]:
+    """Return the proxy's Client ID Metadata Document; its ``client_id`` is the URL that it is served at.
+
+    (draft-ietf-oauth-client-id-metadata-document §4)
+    """
+    redirect_uri = f"{public_url}/oauth/callback"
+    return {
+        "client_id": f"{public_url}/oauth/client-metadata.json",
+        "client_uri": public_url,
+        **_client(redirect_uri, CLIENT_NAME),
+        "application_type": application_type(redirect_uri),
+        "token_endpoint_auth_method": ClientAuth.NONE.value,
+    }
+
+
+def _client(redirect_uri: str, client_name: str) -> dict[str, object]:
+    return {
+        "client_name": client_name,
+        "redirect_uris": [redirect_uri],
+        "grant_types": ["authorization_code", "refresh_token"],
+        "response_types": ["code"],
+    }
+
+
+def _refused(reason: str, url: str, server: str) -> RegistrationImpossible:
+    return RegistrationImpossible(
+        f"Dynamic client registration at {url} failed: {reason}. Register a client there by hand and put it in "
+        f"servers.{server}.oauth.client_id and servers.{server}.oauth.client_secret."
+    )
+
+
+def _error_text(status: int, body: bytes) -> str:
+    """RFC 7591 §3.2.2, or the status where there is no structured error."""
+    try:
+        answer = parse_object(body)
+    except ValueError:
+        return f"HTTP {status}"
+    if not isinstance(answer.get("error"), str):
+        return f"HTTP {status}"
+    return oauth_error.sentence(oauth_error.code(answer["error"]), answer.get("error_description"))
+
+
+def _expiry(value: object) -> float | None:
+    """0 means never (RFC 7591 §3.2.1); what is not a time is taken as never: the server will say invalid_client."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 15:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 < value < 1e12 else None

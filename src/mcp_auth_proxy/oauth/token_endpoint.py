@@ -1,0 +1,167 @@
+"""Token requests and responses: code, refresh token or client credentials → tokens (RFC 6749 §4.1.3, §4.4, §5, §6)."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, TokenRefused
+from mcp_auth_proxy.models import Attempt, Flow, Grant, TokenSet
+from mcp_auth_proxy.oauth import oauth_error, scopes
+from mcp_auth_proxy.oauth.documents import Document, parse_object
+
+MAX_TOKEN = 16 * 1024
+"""Characters of a token."""
+
+MAX_LIFETIME = 10 * 365 * 86400.0
+"""Seconds; a longer expires_in is taken as this."""
+
+RETRY_AFTER_DEFAULT = 5.0
+RETRY_AFTER_MAX = 300.0
+"""Seconds."""
+
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+_SECONDS = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
+
+# Errors that pass, sent by some servers as a 400 (RFC 6749 §4.1.2.1 names them for the front channel).
+_PASSING = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
+
+
+def code_request(flow: Flow, attempt: Attempt, code: str) -> list[tuple[str, str]]:
+    """Return the form that redeems a code (RFC 6749 §4.1.3, RFC 7636 §4.5, RFC 8707 §2.2)."""
+    return [
+        ("grant_type", "authorization_code"),
+        ("code", code),
+        ("redirect_uri", flow.redirect_uri),
+        ("code_verifier", attempt.code_verifier),
+        *_resource(flow.key.resource),
+    ]
+
+
+def refresh_request(grant: Grant) -> list[tuple[str, str]]:
+    """Return the form that renews a grant by its refresh token (RFC 6749 §6).
+
+    No scope: left out, it means all that was granted. Raises ValueError where the grant has no refresh token.
+    """
+    if grant.tokens.refresh_token is None:
+        raise ValueError("the grant has no refresh token")
+    return [
+        ("grant_type", "refresh_token"),
+        ("refresh_token", grant.tokens.refresh_token),
+        *_resource(grant.key.resource),
+    ]
+
+
+def client_credentials_request(resource: str, scopes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Return the form that asks for a token of the client's own (RFC 6749 §4.4.2)."""
+    scope = [("scope", " ".join(scopes))] if scopes else []
+    return [("grant_type", "client_credentials"), *scope, *_resource(resource)]
+
+
+def read_tokens(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    url: str,
+    now: float,
+    requested_scopes: tuple[str, ...],
+    previous: TokenSet | None = None,
+    secrets: Iterable[str] = (),
+) -> TokenSet:
+    """Return the tokens of a token response (RFC 6749 §5.1).
+
+    ``headers`` have lower-case names; ``now`` is in Unix seconds. A refresh response without a refresh token keeps
+    that of ``previous`` (§6); one without a scope means the scopes of ``previous``, or those requested. ``secrets``
+    are what was sent and must not be shown should an error repeat it, besides the tokens of ``previous``.
+    Raises TokenRefused for a structured OAuth error, also with HTTP 200; AuthorizationServerUnavailable for 408, 429,
+    5xx and what is no OAuth answer at all; DocumentRefused for tokens that must not be used.
+    """
+    if status in (408, 429) or status >= 500:
+        raise _unavailable(status, headers, url, f"HTTP {status}")
+    try:
+        answer = parse_object(body)
+    except ValueError as problem:
+        raise _unavailable(status, headers, url, f"HTTP {status}, and {problem}") from None
+    error = answer.get("error")
+    if isinstance(error, str) and error:
+        held = (previous.access_token, previous.refresh_token) if previous else ()
+        code = oauth_error.code(error)
+        words = oauth_error.sentence(code, answer.get("error_description"), secrets=(*held, *secrets))
+        if code in _PASSING:
+            raise _unavailable(status, headers, url, words)
+        raise TokenRefused(code, f"The token endpoint {url} refused: {words}.")
+    if not 200 <= status < 300 or answer.get("ok") is False:
+        raise _unavailable(status, headers, url, f"HTTP {status}, and no OAuth error")
+    document = Document(answer, name="token response", url=url, clause="RFC 6749 §5.1")
+    token_type = document.get("token_type")
+    if not isinstance(token_type, str) or token_type.lower() != "bearer":
+        raise document.refuse("its token_type is not Bearer")
+    access_token = _token(document, "access_token")
+    if access_token is None:
+        raise document.refuse("it has no access_token")
+    lifetime = read_lifetime(document.get("expires_in"))
+    return TokenSet(
+        access_token=access_token,
+        refresh_token=_token(document, "refresh_token") or (previous.refresh_token if previous else None),
+        obtained_at=now,
+        expires_at=None if lifetime is None else now + lifetime,
+        scopes=_granted(document.get("scope"), previous.scopes if previous else requested_scopes),
+    )
+
+
+def read_lifetime(value: object) -> float | None:
+    """Return ``expires_in`` in seconds, at most 10 years; None where it says nothing that can be used.
+
+    Servers write numbers as strings, and 0 or less for tokens that do not expire: taken at its word, that would
+    be a refresh before each request. A 401 tells when such a token has died.
+    """
+    if isinstance(value, str) and _SECONDS.fullmatch(value):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or value == math.inf:
+        return None
+    return float(min(value, MAX_LIFETIME))
+
+
+def read_retry_after(value: str | None, *, now: datetime | None = None) -> float:
+    """Return a Retry-After in seconds, from 1 to 300 (RFC 9110 §10.2.3); 5 where there is none that can be read."""
+    text = (value or "").strip()
+    if _SECONDS.fullmatch(text):
+        seconds = float(text)
+    else:
+        try:
+            date = parsedate_to_datetime(text)
+        except (ValueError, OverflowError, IndexError, TypeError):
+            return RETRY_AFTER_DEFAULT
+        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - (now or datetime.now(UTC))).total_seconds()
+    return min(max(seconds, 1.0), RETRY_AFTER_MAX)
+
+
+def _unavailable(status: int, headers: Mapping[str, str], url: str, reason: str) -> AuthorizationServerUnavailable:
+    # A gateway's 502 or 504, or a page with status 200, may hide a request that was acted upon.
+    return AuthorizationServerUnavailable(
+        f"The token endpoint {url} can't be used now: {reason}.",
+        retry_after=read_retry_after(headers.get("retry-after")),
+        maybe_processed=status < 300 or (status >= 500 and status != 503),
+    )
+
+
+def _token(document: Document, member: str) -> str | None:
+    """RFC 6749 appendix A.12 and A.17, without the space: it goes into a header field. Empty counts as absent."""
+    value = document.get(member)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or len(value) > MAX_TOKEN or not _TOKEN.fullmatch(value):
+        raise document.refuse(f"its {member} has characters that a token may not have, or is longer than 16 KiB")
+    return value
+
+
+def _granted(value: object, otherwise: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(value, list):
+        value = " ".join(item for item in value if isinstance(item, str))
+    return scopes.parse(value) if isinstance(value, str) else otherwise
+
+
+def _resource(resource: str) -> list[tuple[str, str]]:
+    return [("resource", resource)] if resource else []

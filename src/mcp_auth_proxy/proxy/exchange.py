@@ -1,0 +1,496 @@
+"""One request of a client, from its body to the last byte of the upstream's answer.
+
+send → 401/403 → broker → once more; held while a user authorizes; relayed raw, both ways.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal
+from urllib.parse import urljoin
+
+from mcp_auth_proxy.broker.broker import Broker, Pending, Trail
+from mcp_auth_proxy.errors import (
+    AuthorizationError,
+    AuthorizationServerUnavailable,
+    ProxyError,
+    StoreError,
+    UpstreamBroken,
+    UpstreamBusy,
+    UpstreamTimeout,
+)
+from mcp_auth_proxy.models import LOCAL, AccessToken
+from mcp_auth_proxy.proxy import consent
+from mcp_auth_proxy.proxy.body import BodyTooLarge, ClientGone, read_body
+from mcp_auth_proxy.proxy.connection import Response
+from mcp_auth_proxy.proxy.headers import request_head, response_headers
+from mcp_auth_proxy.proxy.routes import Route
+from mcp_auth_proxy.proxy.upstream import Upstream, split
+
+logger = logging.getLogger(__name__)
+
+COMMENT_INTERVAL = 5.0
+"""Seconds between SSE comments on a held response: Python clients give up after 300 s of silence, others earlier."""
+
+DISCOVER_WAIT = 8.0
+"""Seconds that ``server/discover`` is held at most: clients probe with 10 s."""
+
+RETRY_WAIT = 45.0
+"""Seconds that a retry after ``input_required`` is held at least: answered at once, clients would spin."""
+
+WATCH_AFTER = 0.25
+"""Seconds after which a client is watched for going away: most requests are over before."""
+
+MAX_SENDS = 10
+"""A bound over all bounds on how often one request is sent."""
+
+MAX_REDIRECTS = 3
+
+SESSIONS_REMEMBERED = 10_000
+
+SSE = b"text/event-stream"
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Sessions:
+    """Which MCP sessions declared URL elicitation when they were initialized; bounded, oldest forgotten first."""
+
+    def __init__(self) -> None:
+        self._elicits: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+
+    def remember(self, server: str, session_id: bytes) -> None:
+        self._elicits[server, session_id] = None
+        if len(self._elicits) > SESSIONS_REMEMBERED:
+            self._elicits.popitem(last=False)
+
+    def elicits(self, server: str, session_id: bytes | None) -> bool:
+        return session_id is not None and (server, session_id) in self._elicits
+
+
+class Forwarder:
+    """Carries requests to upstreams; knows those under way, so that they can be watched and drained."""
+
+    def __init__(self, *, broker: Broker, upstream: Upstream, body_limit: int, wait: float) -> None:
+        self.broker = broker
+        self.upstream = upstream
+        self.body_limit = body_limit
+        self.wait = wait
+        self.sessions = Sessions()
+        self.draining: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._active: set[Exchange] = set()
+        self._unwatched: set[Exchange] = set()
+        self._watchdog = asyncio.create_task(self._watch_clients())
+
+    async def forward(self, route: Route, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request. The client gets an answer whatever happens, unless it goes away."""
+        exchange = Exchange(self, route, scope, receive, send)
+        self._active.add(exchange)
+        self._unwatched.add(exchange)
+        try:
+            await exchange.run()
+        except asyncio.CancelledError:
+            if exchange.ending is None:
+                raise
+            exchange.task.uncancel()
+            if exchange.ending == "draining":
+                await exchange.finish_early()
+        finally:
+            self._active.discard(exchange)
+            self._unwatched.discard(exchange)
+            exchange.close()
+
+    async def _watch_clients(self) -> None:
+        """Plain ASGI tells of a client that went away only to those who ask; ask for the slow ones."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(WATCH_AFTER)
+            due = loop.time() - WATCH_AFTER
+            for exchange in [exchange for exchange in self._unwatched if exchange.begun <= due]:
+                if exchange.body_read:
+                    self._unwatched.discard(exchange)
+                    exchange.watch()
+
+    @property
+    def under_way(self) -> int:
+        """How many requests are being answered now."""
+        return len(self._active)
+
+    def drain(self) -> None:
+        """Let requests finish, but end what only waits: event streams without a request, and held requests."""
+        if not self.draining.done():
+            self.draining.set_result(None)
+        for exchange in list(self._active):
+            if exchange.listening:
+                exchange.end("draining")
+
+    def end_all(self) -> None:
+        """End every request under way, each stream with a final chunk where it can have one."""
+        for exchange in list(self._active):
+            exchange.end("draining")
+
+    async def aclose(self) -> None:
+        self._watchdog.cancel()
+        await asyncio.gather(self._watchdog, return_exceptions=True)
+
+
+class Exchange:
+    """The state of one request under way."""
+
+    __slots__ = (
+        "__weakref__",
+        "_body",
+        "_forwarder",
+        "_initializes",
+        "_receive",
+        "_response",
+        "_route",
+        "_scope",
+        "_send",
+        "_started",
+        "_streaming",
+        "_watcher",
+        "begun",
+        "body_read",
+        "ending",
+        "listening",
+        "task",
+    )
+
+    def __init__(
+        self, forwarder: Forwarder, route: Route, scope: dict[str, Any], receive: Receive, send: Send
+    ) -> None:
+        self._forwarder = forwarder
+        self._route = route
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._body = b""
+        self._initializes = False
+        self._response: Response | None = None
+        self._started: Literal["", "relay", "events"] = ""
+        self._streaming = False
+        self._watcher: asyncio.Task[None] | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        self.begun = asyncio.get_running_loop().time()
+        self.body_read = False
+        self.ending: Literal["gone", "draining"] | None = None
+        self.listening = False
+
+    # The course of a request
+
+    async def run(self) -> None:
+        """Carry the request and answer it; errors become answers by their kind."""
+        server = self._route.server.name
+        try:
+            self._body = await read_body(self._receive, self._scope["headers"], self._forwarder.body_limit)
+            self.body_read = True
+            await self._carry()
+        except ClientGone:
+            return
+        except BodyTooLarge as error:
+            await self._answer_failure(413, str(error), consent.UPSTREAM_FAILED)
+        except AuthorizationServerUnavailable as error:
+            await self._answer_failure(503, f"Server {server}: {error}", consent.UPSTREAM_FAILED, error.retry_after)
+        except AuthorizationError as error:
+            logger.warning("server %s: %s", server, error)
+            await self._answer_refusal(f"Server {server} can't be authorized: {error}")
+        except StoreError as error:
+            logger.error("server %s: %s", server, error)
+            await self._answer_failure(503, f"Server {server}: {error}", consent.UPSTREAM_FAILED, 5.0)
+        except UpstreamBroken as error:
+            if self._started == "relay":
+                # The head is out: all that is left is to end without a final chunk, so that the client notices.
+                logger.warning("server %s: the response broke off: %s", server, error)
+                return
+            await self._answer_failure(502, f"Server {server}: {error}", consent.UPSTREAM_FAILED)
+        except UpstreamBusy as error:
+            await self._answer_failure(503, f"Server {server}: {error}", consent.UPSTREAM_FAILED, 1.0)
+        except UpstreamTimeout as error:
+            await self._answer_failure(504, f"Server {server}: {error}", consent.UPSTREAM_FAILED)
+        except ProxyError as error:
+            await self._answer_failure(502, f"Server {server}: {error}", consent.UPSTREAM_FAILED)
+
+    async def _carry(self) -> None:
+        broker = self._forwarder.broker
+        name = self._route.server.name
+        self._look_for_initialize()
+        token = await broker.token(LOCAL, name)
+        if token is None:
+            pending = broker.pending(LOCAL, name)
+            if pending is not None:
+                token = await self._hold(pending)
+                if token is None:
+                    return
+        trail: Trail | None = None
+        for _ in range(MAX_SENDS):
+            response = await self._send_upstream(token)
+            if response.status != 401 and response.status != 403:
+                await self._relay(response)
+                return
+            trail = trail or Trail()
+            verdict = await broker.challenged(
+                LOCAL,
+                name,
+                status=response.status,
+                challenge=[value for field, value in response.headers if field.lower() == b"www-authenticate"],
+                used=token,
+                trail=trail,
+            )
+            if verdict is None:
+                await self._relay(response)
+                return
+            response.close()
+            if isinstance(verdict, Pending):
+                token = await self._hold(verdict)
+                if token is None:
+                    return
+            else:
+                token = verdict
+        raise AuthorizationError(f"Server {name} refuses every token that is renewed for it.")
+
+    def _look_for_initialize(self) -> None:
+        """Remember whether the client can show URLs: it says so in ``initialize`` alone, so only that is parsed."""
+        body = self._body
+        if len(body) < 65_536 and b'"initialize"' in body:
+            messages, _ = consent.parse(body)
+            self._initializes = any(m.method == "initialize" and m.url_elicitation for m in messages)
+
+    # Upstream
+
+    async def _send_upstream(self, token: AccessToken | None) -> Response:
+        """Send the request, following redirects that stay on the origin (RFC 9110 §15.4.8, §15.4.9)."""
+        route = self._route
+        scope = self._scope
+        method: bytes = scope["method"].encode("ascii")
+        headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
+        if self._started == "events":
+            # The head of the answer is out already, without a Content-Encoding.
+            headers = [*((n, v) for n, v in headers if n != b"accept-encoding"), (b"accept-encoding", b"identity")]
+        body = self._body
+        target = route.target
+        for _ in range(MAX_REDIRECTS + 1):
+            head = request_head(
+                method,
+                target,
+                route.host,
+                headers,
+                token.header if token else None,
+                len(body) if body or method not in (b"GET", b"HEAD", b"DELETE", b"OPTIONS") else None,
+            )
+            self._response = response = await self._forwarder.upstream.send(
+                route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
+            )
+            if not 300 <= response.status < 400 or response.status == 304:
+                return response
+            target = self._redirect_target(response)
+            response.close()
+        raise UpstreamBroken(f"it redirects more than {MAX_REDIRECTS} times.")
+
+    def _redirect_target(self, response: Response) -> bytes:
+        location = next((value for name, value in response.headers if name.lower() == b"location"), b"")
+        try:
+            origin, target, _ = split(urljoin(self._route.server.url, location.decode("ascii")))
+        except (ValueError, ProxyError):
+            raise UpstreamBroken(f"it answers {response.status} without a usable Location.") from None
+        if response.status not in (307, 308) or origin != self._route.origin:
+            raise UpstreamBroken(
+                f"it answers {response.status}, a redirect to {origin}; a token is not carried along there. If the "
+                f"server has moved, put its new address in servers.{self._route.server.name}.url."
+            )
+        return target
+
+    async def _relay(self, response: Response) -> None:
+        """Pass the answer on as it comes, bytes unchanged."""
+        if self._started == "events":
+            await self._relay_as_events(response)
+            return
+        headers = response_headers(response.headers)
+        self._note(response, headers)
+        self._started = "relay"
+        await self._send({"type": "http.response.start", "status": response.status, "headers": headers})
+        self._body = b""
+        send = self._send
+        while True:
+            chunk = await response.read()
+            more = not response.complete
+            await send({"type": "http.response.body", "body": chunk, "more_body": more})
+            if not more:
+                return
+
+    def _note(self, response: Response, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Keep what is needed of a response once its head is known."""
+        if self._initializes:
+            for name, value in headers:
+                if name == b"mcp-session-id":
+                    self._forwarder.sessions.remember(self._route.server.name, value)
+        # What has no length can be ended with a final chunk.
+        self._streaming = not any(name == b"content-length" for name, _ in headers)
+        self.listening = self._streaming and (self._scope["method"] == "GET" or self._subscribes())
+
+    def _subscribes(self) -> bool:
+        """MCP 2026-07-28: ``subscriptions/listen`` takes the place of the GET stream."""
+        body = self._body
+        if len(body) > 65_536 or b"subscriptions/listen" not in body:
+            return False
+        messages, _ = consent.parse(body)
+        return any(message.method == "subscriptions/listen" for message in messages)
+
+    async def _relay_as_events(self, response: Response) -> None:
+        """Pass the answer on in an event stream that has begun already, while the request was held."""
+        content_type = next((v for n, v in response.headers if n.lower() == b"content-type"), b"")
+        if response.status == 200 and content_type.lower().startswith(SSE):
+            self.listening = self._scope["method"] == "GET" or self._subscribes()
+            while not response.complete:
+                await self._event_bytes(await response.read())
+            await self._event_bytes(b"", last=True)
+            return
+        whole = bytearray()
+        while not response.complete:
+            whole += await response.read()
+            if len(whole) > self._forwarder.body_limit:
+                raise UpstreamBroken("its answer is too long to be put in an event stream that has begun already.")
+        messages, _ = consent.parse(bytes(whole))
+        if messages and messages[0].id is not None and response.status < 500:
+            await self._event_bytes(consent.as_events([bytes(whole)]), last=True)
+        elif response.status in (202, 204) or self._scope["method"] == "GET":
+            await self._event_bytes(b"", last=True)
+        else:
+            await self._answer_failure(
+                502, f"Server {self._route.server.name} answered HTTP {response.status}.", consent.UPSTREAM_FAILED
+            )
+
+    # Held while a user authorizes
+
+    async def _hold(self, pending: Pending) -> AccessToken | None:
+        """Wait for the user, bounded; None when the request has been answered instead.
+
+        What waits in the meantime costs a timer and, where it may stream, a comment every five seconds.
+        """
+        forwarder = self._forwarder
+        messages, _ = consent.parse(self._body)
+        action = ""
+        if consent.is_retry(self._body):
+            self._body, action = consent.without_our_input(self._body)
+        if action in ("decline", "cancel"):
+            raise AuthorizationError("the user declined to open the link.")
+        limit = max(forwarder.wait, RETRY_WAIT) if action else forwarder.wait
+        if any(message.method == "server/discover" for message in messages):
+            limit = min(limit, DISCOVER_WAIT)
+        may_stream = self._may_stream(messages)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit
+        while True:
+            left = deadline - loop.time()
+            token = await pending.wait(min(COMMENT_INTERVAL, left), forwarder.draining)
+            if token is not None:
+                return token
+            if deadline <= loop.time() or forwarder.draining.done():
+                await self._answer_with_link(pending)
+                return None
+            if may_stream:
+                await self._event_bytes(b": waiting for the user to authorize\n\n")
+
+    def _may_stream(self, messages: Sequence[consent.Message]) -> bool:
+        """A session id travels in the response head, so ``initialize`` must wait for the upstream's."""
+        accepts = any(SSE in value for name, value in self._scope["headers"] if name == b"accept")
+        if self._scope["method"] == "GET":
+            return accepts
+        requests = [message for message in messages if message.is_request]
+        return accepts and bool(requests) and all(message.method != "initialize" for message in requests)
+
+    async def _answer_with_link(self, pending: Pending) -> None:
+        server = self._route.server.name
+        session = next((v for n, v in self._scope["headers"] if n == b"mcp-session-id"), None)
+        elicits = self._forwarder.sessions.elicits(server, session)
+        text = f"Server {server} needs your authorization. Open {pending.link} in a browser, then try again."
+        if not self._has_request():
+            await self._answer_failure(503, text, consent.AUTHORIZATION_REQUIRED, 5.0, link=pending.link)
+            return
+        answer = consent.answer_all(
+            self._body,
+            lambda message: consent.authorization_needed(
+                message, server=server, link=pending.link, elicitation_id=pending.flow.id, session_elicits=elicits
+            ),
+            dict,
+        )
+        await self._answer(200, answer)
+
+    # Answers of our own
+
+    def _has_request(self) -> bool:
+        return any(message.is_request for message in consent.parse(self._body)[0])
+
+    async def _answer_refusal(self, text: str) -> None:
+        """An authorization that failed: a JSON-RPC error over HTTP 200, since a 4xx means other things to clients."""
+        status = 200 if self._has_request() else 502
+        await self._answer_failure(status, text, consent.AUTHORIZATION_REQUIRED)
+
+    async def _answer_failure(
+        self, status: int, text: str, code: int, retry_after: float | None = None, link: str | None = None
+    ) -> None:
+        server = self._route.server.name
+
+        def answer(message: consent.Message | None) -> consent.Json:
+            return consent.failure(message, text, code=code, server=server, link=link)
+
+        headers = [(b"retry-after", str(max(1, round(retry_after))).encode())] if retry_after is not None else []
+        await self._answer(status, consent.answer_all(self._body, answer, lambda: answer(None)), headers)
+
+    async def _answer(self, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        if self._started == "events":
+            listens = self._scope["method"] == "GET"
+            await self._event_bytes(b"" if listens else consent.as_events([body]), last=True)
+            return
+        self._started = "relay"
+        head = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"cache-control", b"no-store"),
+            *headers,
+        ]
+        await self._send({"type": "http.response.start", "status": status, "headers": head})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _event_bytes(self, data: bytes, *, last: bool = False) -> None:
+        """Send bytes of an event stream of our own, whose head goes out with the first."""
+        if not self._started:
+            self._started = "events"
+            self._streaming = True
+            head = [(b"content-type", SSE), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+            await self._send({"type": "http.response.start", "status": 200, "headers": head})
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    # Ends from outside
+
+    def watch(self) -> None:
+        self._watcher = asyncio.create_task(self._until_gone())
+
+    async def _until_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.end("gone")
+
+    def end(self, why: Literal["gone", "draining"]) -> None:
+        """Stop the request; what it holds upstream is closed at once."""
+        if self.ending is None:
+            self.ending = why
+            self.task.cancel()
+
+    async def finish_early(self) -> None:
+        """Give a stream its final chunk, so that the client sees an end and not a fault."""
+        if not self._started:
+            text = f"Server {self._route.server.name}: the proxy is shutting down."
+            await self._answer_failure(503, text, consent.UPSTREAM_FAILED, 5.0)
+        elif self._streaming:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._response is not None:
+            self._response.close()

@@ -1,0 +1,153 @@
+"""Heads on their way through: out to the upstream, and back to the client.
+
+Both are built anew from what may pass, so nothing that belongs to one hop reaches another (RFC 9110 §7.6.1).
+"""
+
+from collections.abc import Iterable
+
+_HOP_BY_HOP = frozenset(
+    {b"connection", b"content-length", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
+)
+"""Fields of one connection, and the framing, which is written anew. ``proxy-*`` comes on top."""
+
+_NOT_OUT = _HOP_BY_HOP | {
+    b"authorization",
+    b"cookie",
+    b"cookie2",
+    b"expect",
+    b"forwarded",
+    b"host",
+    b"http2-settings",
+    b"origin",
+    b"x-real-ip",
+}
+"""What a client says to us, and what it can't be believed about. ``x-forwarded-*`` comes on top."""
+
+_NOT_OUT_PREFIXES = (b"proxy-", b"x-forwarded-")
+
+_OUT_UNSEEN = frozenset(
+    {
+        b"accept",
+        b"accept-encoding",
+        b"accept-language",
+        b"content-type",
+        b"last-event-id",
+        b"mcp-method",
+        b"mcp-name",
+        b"mcp-protocol-version",
+        b"mcp-session-id",
+        b"sec-fetch-mode",
+        b"traceparent",
+        b"tracestate",
+        b"user-agent",
+    }
+)
+"""The usual fields, which pass without a closer look."""
+
+_NOT_BACK = (_HOP_BY_HOP - {b"content-length"}) | {
+    # For the client of the authorised exchange, which is us (design §4.2).
+    b"set-cookie",
+    b"set-cookie2",
+    b"www-authenticate",
+    # Policies of the upstream's origin: a browser would apply them to the proxy's.
+    b"alt-svc",
+    b"clear-site-data",
+    b"expect-ct",
+    b"nel",
+    b"public-key-pins",
+    b"public-key-pins-report-only",
+    b"report-to",
+    b"reporting-endpoints",
+    b"service-worker-allowed",
+    b"strict-transport-security",
+}
+
+_NOT_BACK_PREFIX = b"proxy-"
+
+_SIMPLE_CONNECTION = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
+
+_CANONICAL = bytes(ord(chr(byte).lower()) if byte < 128 and chr(byte).isalnum() else ord("-") for byte in range(256))
+"""Servers that hand fields on as environment variables (RFC 3875 §4.1.18) tell apart letters and digits only:
+to them ``x_forwarded_for`` is ``x-forwarded-for``."""
+
+NO_STORE = (b"cache-control", b"no-store")
+
+
+def request_head(
+    method: bytes,
+    target: bytes,
+    host: bytes,
+    headers: Iterable[tuple[bytes, bytes]],
+    authorization: bytes | None,
+    content_length: int | None,
+) -> bytes:
+    """Return the head of an upstream request, with the empty line that ends it.
+
+    ``headers`` are the client's, names in lower case. Dropped of them: hop-by-hop fields and those that
+    ``Connection`` lists, framing, ``Expect``, and everything that speaks of who the client is or claims to be,
+    in any spelling that a server could take for it. The rest passes unchanged and in order, ``Via`` too.
+    ``content_length`` None means a request without a body.
+
+    Raises ValueError on a part that would break out of its line; such never come from our parser.
+    """
+    lines = [b"%s %s HTTP/1.1" % (method, target), b"host: " + host]
+    names = [b"", b""]
+    listed: set[bytes] | None = None
+    for name, value in headers:
+        if name not in _OUT_UNSEEN:
+            key = name.translate(_CANONICAL).strip(b"-")
+            if key in _NOT_OUT or key.startswith(_NOT_OUT_PREFIXES):
+                if key == b"connection" and value not in _SIMPLE_CONNECTION:
+                    listed = _list_names(listed, value)
+                continue
+        names.append(name)
+        lines.append(name + b": " + value)
+    if listed:
+        lines = [line for name, line in zip(names, lines, strict=True) if name.lower() not in listed]
+    if authorization is not None:
+        lines.append(b"authorization: " + authorization)
+    if content_length is not None:
+        lines.append(b"content-length: %d" % content_length)
+    expected = len(lines) + 1
+    lines += (b"", b"")
+    head = b"\r\n".join(lines)
+    # One look at the whole costs less than one at each part, and sees names and the target too.
+    if head.count(b"\n") != expected or head.count(b"\r") != expected or b"\0" in head or lines[0].count(b" ") != 2:
+        raise ValueError("a field of the request holds a line break or NUL")
+    return head
+
+
+def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the fields of an upstream response that go back to the client, names in lower case.
+
+    Dropped: hop-by-hop fields and those that ``Connection`` lists, challenges, cookies, and policies that hold
+    for a whole origin (HSTS, Alt-Svc, reporting). ``Content-Length`` stays, since it is only there when it frames
+    the body; CORS fields stay. ``Cache-Control: no-store`` is added where the upstream has no ``Cache-Control``:
+    the answer was given to our token, which no cache on the way to the client knows of (RFC 9111 §3.5).
+    """
+    kept: list[tuple[bytes, bytes]] = []
+    listed: set[bytes] | None = None
+    cacheable = False
+    for field, value in raw:
+        name = field.lower()
+        if name in _NOT_BACK or name.startswith(_NOT_BACK_PREFIX):
+            if name == b"connection" and value not in _SIMPLE_CONNECTION:
+                listed = _list_names(listed, value)
+            continue
+        if name == b"cache-control":
+            cacheable = True
+        kept.append((name, value))
+    if listed:
+        kept = [pair for pair in kept if pair[0] not in listed or pair[0] == b"content-length"]
+        cacheable = cacheable and b"cache-control" not in listed
+    if not cacheable:
+        kept.append(NO_STORE)
+    return kept
+
+
+def _list_names(listed: set[bytes] | None, value: bytes) -> set[bytes]:
+    """Add the field names of one ``Connection`` value (RFC 9110 §7.6.1) to those known."""
+    names = listed or set()
+    names.update(name.strip().lower() for name in value.split(b","))
+    names.discard(b"")
+    return names

@@ -1,0 +1,41 @@
+"""From a raw request path to the upstream it stands for: one dictionary look-up, however many servers there are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.proxy.upstream import Origin, split
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A server, and where its requests go: taken from the configuration, never from a request."""
+
+    server: ServerSettings
+    origin: Origin
+    target: bytes
+    host: bytes
+
+
+def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
+    """Return the routes by raw path: ``/{server}/mcp``, and ``/mcp`` too where there is just one server."""
+    routes = {f"/{name}/mcp".encode(): Route(server, *split(server.url)) for name, server in servers.items()}
+    if len(routes) == 1:
+        routes[b"/mcp"] = next(iter(routes.values()))
+    return routes
+
+
+def is_endpoint(path: bytes) -> bool:
+    """Whether a path has the form of an MCP endpoint, for a server that may not exist."""
+    return path == b"/mcp" or (path.endswith(b"/mcp") and path.count(b"/") == 2)
+
+
+def is_plain(path: bytes) -> bool:
+    """Whether a raw path means what it says: no dot segments, empty segments or encoded separators (RFC 3986 §6.2)."""
+    if b"//" in path or b"\\" in path:
+        return False
+    if b"%" in path:
+        lowered = path.lower()
+        if b"%2f" in lowered or b"%2e" in lowered or b"%5c" in lowered or b"%00" in lowered:
+            return False
+    return b"/./" not in path and b"/../" not in path and not path.endswith((b"/.", b"/.."))

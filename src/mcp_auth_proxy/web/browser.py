@@ -1,0 +1,39 @@
+"""Opens the user's browser at one of our own links, where there is somebody to see it."""
+
+import asyncio
+import logging
+import os
+import sys
+import webbrowser
+from collections.abc import Mapping
+from typing import Literal
+
+logger = logging.getLogger(__name__)
+
+
+def should_open(choice: Literal["auto", "always", "never"], *, loopback: bool, environ: Mapping[str, str]) -> bool:
+    """Whether to open a browser: ``auto`` does where the proxy is local and a browser can be shown."""
+    if choice != "auto":
+        return choice == "always"
+    if not loopback or "SSH_CONNECTION" in environ:
+        return False
+    if environ.get("BROWSER"):
+        return True
+    if environ.get("CI"):
+        return False
+    return sys.platform in ("darwin", "win32") or any(name in environ for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+def open_link(link: str) -> asyncio.Task[None]:
+    """Open a ``/connect/…`` link in ``$BROWSER`` or the system's browser; no shell sees it (CVE-2025-6514)."""
+    return asyncio.create_task(_open(link))
+
+
+async def _open(link: str) -> None:
+    try:
+        opened = await asyncio.to_thread(webbrowser.open, link)
+    except (webbrowser.Error, OSError) as error:
+        opened = False
+        logger.debug("the browser did not start: %s", error)
+    if not opened:
+        logger.warning("no browser could be opened (BROWSER=%s); open the link by hand", os.environ.get("BROWSER", ""))

@@ -1,0 +1,42 @@
+"""``/oauth/callback``: the one redirect URI; it says in plain words what happened."""
+
+import logging
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.broker.visits import cookie_name
+from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
+from mcp_auth_proxy.web.pages import message
+
+logger = logging.getLogger(__name__)
+
+AGAIN = "You can close this tab. Ask your MCP client again: it gets a new link."
+
+
+async def callback(request: Request, broker: Broker) -> Response:
+    """Finish the flow that the authorization response belongs to (RFC 6749 §4.1.2)."""
+    params: dict[str, list[str]] = {}
+    for name, value in request.query_params.multi_items():
+        params.setdefault(name, []).append(value)
+    try:
+        flow = await broker.complete(params, request.cookies)
+    except CallbackRefused as refused:
+        return message("This authorization was not accepted", str(refused), status=refused.status)
+    except AuthorizationDenied as denied:
+        return message("Not authorized", str(denied), status=400, hint=AGAIN)
+    except AuthorizationError as error:
+        logger.warning("an authorization could not be finished: %s", error)
+        return message("The authorization could not be finished", str(error), status=502, hint=AGAIN)
+    except StoreError as error:
+        logger.error("a grant could not be stored: %s", error)
+        return message("The authorization could not be stored", str(error), status=503, hint=AGAIN)
+    response = message(
+        f"{flow.key.server} is connected",
+        "Your MCP client goes on by itself. You can close this tab.",
+        status=200,
+        hint=f"Authorized by {flow.key.issuer}.",
+    )
+    response.delete_cookie(cookie_name(params["state"][0]), path="/oauth/callback")
+    return response

@@ -1,0 +1,107 @@
+"""YAML, read so that nothing is guessed."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcp_auth_proxy.config.document import parse
+from mcp_auth_proxy.errors import ConfigurationError
+
+
+def test_scalars_stay_as_written() -> None:
+    document = parse(b"a: off\nb: 0123\nc: 2026-01-01\nd: 1_0\ne: 12:30\nf: 'null'\ng: ''\nh: 1e3\n")
+    assert document.content == {
+        "a": "off", "b": "0123", "c": "2026-01-01", "d": "1_0", "e": "12:30", "f": "null", "g": "", "h": "1e3",
+    }  # fmt: skip
+
+
+def test_nothing_and_null_are_none() -> None:
+    assert parse(b"a:\nb: ~\nc: null\n").content == {"a": None, "b": None, "c": None}
+
+
+def test_a_key_given_twice_is_a_fault_with_both_lines() -> None:
+    document = parse(b"a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n")
+    assert [str(fault) for fault in document.faults] == ["b.c: given twice: again on line 5, first on line 3"]
+
+
+def test_anchors_and_merges_are_no_duplicates() -> None:
+    document = parse(b"x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\nz: *x\n")
+    assert document.faults == ()
+    assert document.content == {"x": {"a": "1", "b": "2"}, "y": {"a": "1", "b": "3"}, "z": {"a": "1", "b": "2"}}
+
+
+def test_a_path_without_a_line_takes_that_of_its_surroundings() -> None:
+    document = parse(b"a: 1\nb:\n  c: [x,\n    y]\n")
+    assert [document.line(path) for path in ("a", "b.c", "b.c[1]", "b.zzz", "b.c[1].q", "", "q")] == [
+        1,
+        3,
+        4,
+        2,
+        4,
+        0,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        (b"a: [1,\n  b: {", "line 3, column 1"),
+        (b"a: 1\nb: !!int x", "line 2, column 4"),
+        (b"a: 1\n\tb: 2\n", "line 2, column 1"),
+        (b"a: 1\nb: \x00\n", "line 2"),
+        (b"a: 1\n\xff\xfe", "line 2"),
+        (b"a: *nope", "line 1, column 4"),
+        (b"a: !!python/object:os.system x", "line 1, column 4"),
+        (b"? [a]\n: b", "line 1"),
+        (b"a: 1\n---\nb: 2\n", "line 2"),
+    ],
+)
+def test_what_is_no_yaml_is_refused_with_its_place(data: bytes, where: str) -> None:
+    with pytest.raises(ConfigurationError, match=where):
+        parse(data)
+
+
+def test_deep_nesting_is_refused_and_no_crash() -> None:
+    with pytest.raises(ConfigurationError):
+        parse(b"[" * 5000)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_document_or_a_configuration_error(data: bytes) -> None:
+    try:
+        parse(data)
+    except ConfigurationError as error:
+        assert error.faults
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                b"a: ",
+                b"&x ",
+                b"*x",
+                b"<<: ",
+                b"{",
+                b"}",
+                b"[",
+                b"]",
+                b"\n",
+                b"  ",
+                b"- ",
+                b"!!int ",
+                b"z",
+                b",",
+                b"!!set ",
+                b"!!binary ",
+            ]
+        ),
+        max_size=14,
+    )
+)
+def test_any_yaml_like_text_is_a_document_or_a_configuration_error(parts: list[bytes]) -> None:
+    try:
+        parse(b"".join(parts))
+    except ConfigurationError as error:
+        assert error.faults

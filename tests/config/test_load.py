@@ -1,0 +1,361 @@
+"""Finding and reading the configuration, from real files."""
+
+import os
+import time
+from pathlib import Path
+
+import platformdirs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcp_auth_proxy.config.load import find, load, single
+from mcp_auth_proxy.config.servers import RESERVED
+from mcp_auth_proxy.config.settings import Address, KeySource, Settings
+from mcp_auth_proxy.errors import ConfigurationError
+from mcp_auth_proxy.models import ClientAuth, GrantType
+
+MINIMAL = "servers: {a: {url: 'https://a.example/mcp'}}\n"
+
+
+def settings(folder: Path, text: str, environ: dict[str, str] | None = None, listen: str | None = None) -> Settings:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return load(path, environ=environ or {}, listen=listen)
+
+
+def faults(folder: Path, text: str, environ: dict[str, str] | None = None, listen: str | None = None) -> list[str]:
+    with pytest.raises(ConfigurationError) as caught:
+        settings(folder, text, environ, listen)
+    assert caught.value.source == str(folder / "config.yaml")
+    return [str(fault) for fault in caught.value.faults]
+
+
+def oauth(text: str) -> str:
+    return f"servers: {{a: {{url: 'https://a.example/mcp', oauth: {{{text}}}}}}}\n"
+
+
+def test_a_minimal_file_has_all_defaults(tmp_path: Path) -> None:
+    found = settings(tmp_path, MINIMAL)
+    assert found.listen == Address("127.0.0.1", 8787)
+    assert found.public_url is None
+    assert found.store.path == tmp_path / "mcp-auth-proxy.db"
+    assert found.store.keys == (KeySource(kind="file", name=str(tmp_path / "mcp-auth-proxy.key")),)
+    assert found.store.default_key
+    assert (found.authorization.wait, found.limits.body) == (45.0, 16 * 2**20)
+    assert found.servers["a"].upstream_timeout == 300.0
+    assert found.servers["a"].oauth.grant is GrantType.AUTHORIZATION_CODE
+    assert found.source == tmp_path / "config.yaml"
+
+
+def test_every_key_is_read(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("x")
+    (tmp_path / "secret").write_text("from-file\n")
+    found = settings(
+        tmp_path,
+        """
+        listen: "[::1]:9000"
+        public_url: https://proxy.example.com/
+        upstream_timeout: 1m
+        store: {url: "sqlite:////var/lib/x/s.db", keys: [env:NEW, env:OLD]}
+        authorization: {wait: 0, open_browser: never, cold_start: off, allow_private: [10.0.0.0/8, AS.internal]}
+        limits: {body: 1MB, upstream_connections: 7}
+        inbound: {allowed_hosts: ["proxy.internal:8787"]}
+        outbound: {ca_bundle: ca.pem}
+        servers:
+          a:
+            url: http://mcp.internal/mcp?tenant=1
+            allow_http: yes
+            upstream_timeout: 5s
+            oauth:
+              grant: client_credentials
+              client_id: 0123
+              client_secret: file:secret
+              client_auth: client_secret_post
+              scopes: [read, write, read]
+              issuer: https://AS.example.com/
+              resource: urn:example:a
+              authorization_params: {access_type: offline, n: 1}
+              metadata:
+                token_endpoint: https://as.example.com/token
+                code_challenge_methods_supported: [S256]
+                client_id_metadata_document_supported: true
+              client_metadata_url: https://agents.example.com/c.json
+              dpop: off
+              allow_missing_pkce: true
+          b: {url: "https://b.example"}
+        """,
+        {"NEW": "k1", "OLD": "k2"},
+    )
+    a = found.servers["a"]
+    assert (found.listen, found.public_url) == (Address("::1", 9000), "https://proxy.example.com")
+    assert (found.store.path, found.store.default_key) == (Path("/var/lib/x/s.db"), False)
+    assert [str(key) for key in found.store.keys] == ["env:NEW", "env:OLD"]
+    assert found.authorization.allow_private == ("10.0.0.0/8", "as.internal")
+    assert (found.authorization.wait, found.authorization.open_browser) == (0.0, "never")
+    assert found.authorization.cold_start is False
+    assert (found.limits.body, found.limits.upstream_connections) == (10**6, 7)
+    assert found.inbound.allowed_hosts == ("proxy.internal:8787",)
+    assert found.outbound.ca_bundle == tmp_path / "ca.pem"
+    assert (a.url, a.upstream_timeout, found.servers["b"].upstream_timeout) == (
+        "http://mcp.internal/mcp?tenant=1",
+        5,
+        60,
+    )
+    assert (a.oauth.grant, a.oauth.client_id) == (GrantType.CLIENT_CREDENTIALS, "0123")
+    assert a.oauth.client_secret is not None
+    assert a.oauth.client_secret.value == "from-file"
+    assert (a.oauth.client_auth, a.oauth.scopes) == (ClientAuth.POST, ("read", "write"))
+    assert (a.oauth.issuer, a.oauth.resource) == ("https://AS.example.com/", "urn:example:a")
+    assert a.oauth.authorization_params == {"access_type": "offline", "n": "1"}
+    assert a.oauth.metadata == {
+        "token_endpoint": "https://as.example.com/token",
+        "code_challenge_methods_supported": ["S256"],
+        "client_id_metadata_document_supported": True,
+    }
+    assert a.oauth.allow_missing_pkce
+
+
+def test_all_faults_come_at_once_in_file_order(tmp_path: Path) -> None:
+    found = faults(
+        tmp_path,
+        """
+listen: 8787
+lissten: x
+store: {url: "postgresql://db/x"}
+servers:
+  beta: {url: "ftp://b.example", typo: 1}
+  mcp: {url: "https://m.example"}
+  Bad_Name: {}
+authorization: {wait: soon, cold_start: maybe, open_browser: sometimes, allow_private: 10.0.0.1}
+listen: nowhere
+limits: [1]
+""",
+    )
+    assert [fault.partition(": ")[0] for fault in found] == [
+        "listen", "listen", "lissten", "store.url",
+        "servers.beta.url", "servers.beta.typo", "servers.mcp", "servers.Bad_Name", "servers.Bad_Name.url",
+        "authorization.wait", "authorization.open_browser", "authorization.cold_start", "authorization.allow_private",
+        "limits",
+    ]  # fmt: skip
+    assert "did you mean listen?" in found[2]
+    assert "not supported in this version" in found[3]
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("http://a.example/mcp", "allow_http: true"),
+        ("http://10.0.0.1/mcp", "allow_http: true"),
+        ("http://localhost.evil.example/mcp", "allow_http: true"),
+        ("ws://a.example", "http:// or https://"),
+        ("https://user:hunter2@a.example", "user name or password"),
+        ("https://a.example/#x", "fragment"),
+        ("a.example", "http:// or https://"),
+        ("", "must not be empty"),
+    ],
+)
+def test_a_server_url_is_refused_with_the_reason(tmp_path: Path, url: str, problem: str) -> None:
+    (found,) = faults(tmp_path, f"servers: {{a: {{url: '{url}'}}}}")
+    assert found.startswith("servers.a.url: ")
+    assert problem in found
+    assert "hunter2" not in found
+
+
+@pytest.mark.parametrize("url", ["http://localhost:1/mcp", "http://127.0.0.1:1/mcp?x=y", "http://[::1]:1/"])
+def test_http_to_loopback_needs_no_permission(tmp_path: Path, url: str) -> None:
+    assert settings(tmp_path, f"servers: {{a: {{url: '{url}'}}}}").servers["a"].url == url
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "---\n", "[a]", "just text", "servers:", "servers: {}", "listen: 127.0.0.1:1"]
+)
+def test_a_file_without_servers_is_refused(tmp_path: Path, text: str) -> None:
+    assert faults(tmp_path, text)
+
+
+def test_a_syntax_error_is_told_with_line_and_column(tmp_path: Path) -> None:
+    (found,) = faults(tmp_path, "servers:\n  a: {url: x\n  b: y\n")
+    assert "line 3" in found
+    assert "column" in found
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_reserved_server_names_are_refused(tmp_path: Path, name: str) -> None:
+    (found,) = faults(tmp_path, f"servers: {{{name}: {{url: 'https://a.example'}}}}")
+    assert found.startswith(f"servers.{name}: ")
+
+
+@given(st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True).filter(lambda name: name not in RESERVED))
+def test_every_name_of_the_contract_is_accepted(name: str) -> None:
+    folder = Path(os.environ["PYTEST_NAMES_FOLDER"])
+    assert set(settings(folder, f"servers: {{{name}: {{url: 'https://a.example'}}}}").servers) == {name}
+
+
+@pytest.fixture(autouse=True)
+def _names_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_NAMES_FOLDER", str(tmp_path_factory.mktemp("names")))
+
+
+@pytest.mark.parametrize("name", ["-a", "A", "a_b", "a.b", "é", "a" * 64, "a b"])
+def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
+    assert faults(tmp_path, f"servers: {{'{name}': {{url: 'https://a.example'}}}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("grant: device_code", "grant"),
+        ("grant: jwt_bearer, assertion: 'file:x'", "grant"),
+        ("grant: id_jag, idp: {issuer: x}", "idp"),
+        ("grant: token_exchange", "grant"),
+        ("client_id: a, client_auth: private_key_jwt, private_key: 'file:x'", "client_auth"),
+        ("signing_alg: ES256", "signing_alg"),
+        ("dpop: required", "dpop"),
+        ("dpop: auto", "dpop"),
+    ],
+)
+def test_what_is_announced_but_not_built_says_so(tmp_path: Path, text: str, path: str) -> None:
+    found = faults(tmp_path, oauth(text))
+    assert all("not supported in this version" in fault for fault in found)
+    assert any(fault.startswith(f"servers.a.oauth.{path}: ") for fault in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("grant: client_credentials", "client_id"),
+        ("grant: client_credentials, client_id: a", "client_secret"),
+        ("client_secret: a", "client_secret"),
+        ("client_id: a, client_auth: client_secret_basic", "client_auth"),
+        ("client_auth: secret", "client_auth"),
+        ("grant: password", "grant"),
+        ("issuer: 'https://as.example?x'", "issuer"),
+        ("resource: 'https://a.example/#x'", "resource"),
+        ("resource: relative", "resource"),
+        ("scopes: read", "scopes"),
+        ("scopes: ['read write']", "scopes[0]"),
+        ("scopes: [[a]]", "scopes[0]"),
+        ("client_metadata_url: 'http://a.example/c'", "client_metadata_url"),
+        ("client_metadata_url: 'https://a.example/'", "client_metadata_url"),
+        ("metadata: text", "metadata"),
+        ("metadata: {}", "metadata.token_endpoint"),
+        ("metadata: {authorization_endpoint: 'https://a.example', token_endpoint: [x]}", "metadata.token_endpoint"),
+        ("metadata: {token_endpoint: 'https://a.example'}", "metadata.authorization_endpoint"),
+        ("authorization_params: {state: x}", "authorization_params.state"),
+        ("authorization_params: {code_challenge_method: plain}", "authorization_params.code_challenge_method"),
+        ("authorization_params: {request_uri: x}", "authorization_params.request_uri"),
+        ("authorization_params: {scope: x}", "authorization_params.scope"),
+        ("authorization_params: {a: [x]}", "authorization_params.a"),
+        ("allow_missing_pkce: perhaps", "allow_missing_pkce"),
+        ("client_id: [a]", "client_id"),
+        ("client_id: ''", "client_id"),
+    ],
+)
+def test_an_oauth_fault_names_its_key(tmp_path: Path, text: str, path: str) -> None:
+    assert any(fault.startswith(f"servers.a.oauth.{path}: ") for fault in faults(tmp_path, oauth(text)))
+
+
+def test_client_credentials_without_a_secret_need_client_auth_none(tmp_path: Path) -> None:
+    found = settings(tmp_path, oauth("grant: client_credentials, client_id: a, client_auth: none"))
+    assert found.servers["a"].oauth.client_auth is ClientAuth.NONE
+
+
+@pytest.mark.parametrize(
+    "secret", ["env:UNSET", "env:EMPTY", "file:missing", "file:empty", "file:.", "file:~nobody-x/y"]
+)
+def test_a_secret_that_cannot_be_read_is_a_fault(tmp_path: Path, secret: str) -> None:
+    (tmp_path / "empty").write_text("\n")
+    (found,) = faults(tmp_path, oauth(f"client_id: a, client_secret: '{secret}'"), {"EMPTY": ""})
+    assert found.startswith("servers.a.oauth.client_secret: ")
+
+
+def test_secrets_show_in_no_repr(tmp_path: Path) -> None:  # T45
+    found = settings(tmp_path, oauth("client_id: a, client_secret: 'env:S'"), {"S": "canary-4711"})
+    assert "canary-4711" not in repr(found)
+    assert "canary-4711" not in str(found.servers["a"].oauth.client_secret)
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://x", "sqlite://x.db", "sqlite:///", "sqlite:///:memory:", "sqlite:////", "x.db", "sqlite:///a?b"]
+)
+def test_other_stores_are_refused(tmp_path: Path, url: str) -> None:
+    (found,) = faults(tmp_path, MINIMAL + f"store: {{url: '{url}'}}")
+    assert found.startswith("store.url: ")
+
+
+@pytest.mark.parametrize("key", ["env:UNSET", "file:other.key", "c2VjcmV0", "env:"])
+def test_a_store_key_that_is_not_there_is_a_fault(tmp_path: Path, key: str) -> None:
+    (found,) = faults(tmp_path, MINIMAL + f"store: {{keys: ['{key}']}}")
+    assert found.startswith("store.keys[0]: ")
+
+
+def test_no_store_key_at_all_is_a_fault(tmp_path: Path) -> None:
+    (found,) = faults(tmp_path, MINIMAL + "store: {keys: []}")
+    assert found.startswith("store.keys: ")
+
+
+def test_the_default_key_may_be_written_out(tmp_path: Path) -> None:
+    found = settings(tmp_path, MINIMAL + "store: {url: 'sqlite:///x/my.db', keys: ['file:x/my.key']}")
+    assert found.store.default_key
+
+
+def test_the_listen_flag_wins_and_its_faults_are_told(tmp_path: Path) -> None:
+    assert settings(tmp_path, MINIMAL + "listen: 127.0.0.1:1", listen="0.0.0.0:2").listen == Address("0.0.0.0", 2)
+    assert faults(tmp_path, MINIMAL, listen="nonsense")[0].startswith("--listen: ")
+
+
+def test_a_missing_ca_bundle_is_a_fault(tmp_path: Path) -> None:
+    (found,) = faults(tmp_path, MINIMAL + "outbound: {ca_bundle: nowhere.pem}")
+    assert str(tmp_path / "nowhere.pem") in found
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"gone\.yaml"):
+        load(tmp_path / "gone.yaml", environ={})
+
+
+def test_ten_thousand_servers_load_in_seconds(tmp_path: Path) -> None:
+    entry = "  s{0}: {{url: 'https://s{0}.example/mcp', oauth: {{client_id: c{0}, scopes: [a]}}}}\n"
+    text = "servers:\n" + "".join(entry.format(number) for number in range(10_000))
+    before = time.process_time()
+    assert len(settings(tmp_path, text).servers) == 10_000
+    assert time.process_time() - before < 20
+
+
+def test_find_looks_in_the_order_of_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = tmp_path / "user"
+    monkeypatch.setattr(platformdirs, "user_config_path", lambda *_, **__: user)
+    monkeypatch.chdir(tmp_path)
+    assert find(None, {}) is None
+    user.mkdir()
+    (user / "mcp-auth-proxy.yaml").touch()
+    assert find(None, {}) == user / "mcp-auth-proxy.yaml"
+    (tmp_path / "mcp-auth-proxy.yaml").touch()
+    assert find(None, {}) == tmp_path / "mcp-auth-proxy.yaml"
+    (tmp_path / "env.yaml").touch()
+    assert find(None, {"MCP_AUTH_PROXY_CONFIG": "env.yaml"}) == tmp_path / "env.yaml"
+    (tmp_path / "flag.yaml").touch()
+    assert find("flag.yaml", {"MCP_AUTH_PROXY_CONFIG": "env.yaml"}) == tmp_path / "flag.yaml"
+
+
+def test_find_refuses_a_file_that_was_asked_for_and_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml.*--config"):
+        find(str(tmp_path / "nowhere.yaml"), {})
+    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml.*MCP_AUTH_PROXY_CONFIG"):
+        find(None, {"MCP_AUTH_PROXY_CONFIG": str(tmp_path / "nowhere.yaml")})
+
+
+def test_a_single_server_needs_no_file() -> None:
+    found = single("https://mcp.linear.app/mcp", environ={}, listen="127.0.0.1:0")
+    assert list(found.servers) == ["linear"]
+    assert found.listen.port == 0
+    assert found.store.path == platformdirs.user_data_path("mcp-auth-proxy", appauthor=False) / "mcp-auth-proxy.db"
+    assert found.store.default_key
+
+
+@pytest.mark.parametrize("url", ["http://a.example/mcp", "linear", "", "https://u:p@a.example"])
+def test_a_single_url_is_held_to_the_same_rules(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        single(url, environ={})
+    assert [fault.path for fault in caught.value.faults] == ["URL"]

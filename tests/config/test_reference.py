@@ -1,0 +1,107 @@
+"""The example and the reference page know every key."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.config.settings import (
+    AuthorizationSettings,
+    InboundSettings,
+    LimitSettings,
+    OAuthSettings,
+    OutboundSettings,
+    ServerSettings,
+    Settings,
+)
+from mcp_auth_proxy.errors import ConfigurationError
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "config.example.yaml"
+REFERENCE = ROOT / "docs" / "configuration.md"
+SECTIONS: dict[str, type] = {
+    "": Settings,
+    "authorization.": AuthorizationSettings,
+    "limits.": LimitSettings,
+    "inbound.": InboundSettings,
+    "outbound.": OutboundSettings,
+    "servers.*.": ServerSettings,
+    "servers.*.oauth.": OAuthSettings,
+}
+NOT_KEYS = {"source", "servers.*.name"}
+# Keys that are no field of their section: they are turned into something else while they are read.
+MORE_KEYS = {"upstream_timeout", "store.url", "store.keys", "servers.*.oauth.dpop"}
+
+
+def setting_keys() -> set[str]:
+    fields = {prefix + field.name for prefix, section in SECTIONS.items() for field in dataclasses.fields(section)}
+    return fields - NOT_KEYS | MORE_KEYS
+
+
+def documented_keys() -> set[str]:
+    return set(re.findall(r"^\| `([a-z_.*]+)` \|", REFERENCE.read_text(), re.MULTILINE))
+
+
+def example_keys(text: str) -> set[str]:
+    keys: set[str] = set()
+    parents: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        found = re.match(r"( *)([a-z_]+):(?: |$)", line)
+        if found is None:
+            continue
+        depth = len(found[1])
+        parents = [parent for parent in parents if parent[0] < depth]
+        name = "*" if [key for _, key in parents] == ["servers"] else found[2]
+        parents.append((depth, name))
+        keys.add(".".join(key for _, key in parents))
+    return keys
+
+
+def whole_example() -> str:
+    """The example with its commented server switched on."""
+    text = EXAMPLE.read_text()
+    return re.sub(r"^  # ( *[a-z_#]+:? .*|  *[a-z_]+:|warehouse:)$", r"  \1", text, flags=re.MULTILINE)
+
+
+def test_the_reference_has_every_key_and_no_other() -> None:
+    assert documented_keys() == setting_keys()
+
+
+def test_the_example_has_every_key() -> None:
+    assert setting_keys() - example_keys(whole_example()) == set()
+
+
+def test_the_example_loads_and_holds_the_defaults(tmp_path: Path) -> None:
+    example, minimal = tmp_path / "example.yaml", tmp_path / "minimal.yaml"
+    example.write_text(EXAMPLE.read_text())
+    minimal.write_text("servers: {linear: {url: 'https://mcp.linear.app/mcp'}}\n")
+    shown = dataclasses.replace(load(example, environ={}), source=None, public_url=None)
+    assert shown == dataclasses.replace(load(minimal, environ={}), source=None)
+
+
+def test_the_commented_server_of_the_example_loads(tmp_path: Path) -> None:
+    path = tmp_path / "example.yaml"
+    path.write_text(whole_example())
+    found = load(path, environ={"WAREHOUSE_SECRET": "s"})
+    assert set(found.servers) == {"linear", "warehouse"}
+    assert found.servers["warehouse"].oauth.metadata
+
+
+def test_every_documented_key_is_known_to_the_loader(tmp_path: Path) -> None:
+    path = tmp_path / "all.yaml"
+    leaves = {key for key in documented_keys() if not any(other.startswith(key + ".") for other in documented_keys())}
+    tree: dict[str, object] = {}
+    for key in leaves:
+        node: dict[str, object] = tree
+        *parents, last = key.replace("*", "a").split(".")
+        for parent in parents:
+            inner = node.setdefault(parent, {})
+            assert isinstance(inner, dict)
+            node = inner
+        node[last] = ["wrong"]
+    path.write_text(str(tree))
+    with pytest.raises(ConfigurationError) as caught:
+        load(path, environ={})
+    assert not [fault for fault in caught.value.faults if "unknown key" in fault.problem]

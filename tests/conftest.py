@@ -1,0 +1,43 @@
+"""Tests that need a part of the system which is not a Python package: skipped with a reason where it is missing.
+
+With ``MCP_AUTH_PROXY_REQUIRE_ALL=1``, as in CI, they fail instead: nothing is left out unnoticed.
+"""
+
+import os
+import shutil
+
+import pytest
+
+pytest_plugins = ["fakes.fixtures"]
+
+PARTS = {
+    "chromium": ("chromium", "chromium-browser", "google-chrome"),
+    "nginx": ("nginx",),
+    "wrk": ("wrk",),
+}
+"""Marker → the commands, one of which must be there."""
+
+SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+REQUIRE_ALL = os.environ.get("MCP_AUTH_PROXY_REQUIRE_ALL") == "1"
+MISSING = {part for part, commands in PARTS.items() if not any(shutil.which(name, path=SEARCH) for name in commands)}
+
+
+def pytest_report_header() -> str:
+    found = ", ".join(f"{part} {'missing' if part in MISSING else 'found'}" for part in PARTS)
+    return f"system parts: {found}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if MISSING:
+        names = " ".join(sorted(MISSING))
+        terminalreporter.write_line(
+            f"Not tested here, since missing on this machine: {names} (Debian: apt install {names})"
+        )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    missing = sorted(MISSING.intersection(mark.name for mark in item.iter_markers()))
+    if missing and REQUIRE_ALL:
+        pytest.fail(f"needs {', '.join(missing)}, and MCP_AUTH_PROXY_REQUIRE_ALL=1 leaves nothing out", pytrace=False)
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed on this machine")

@@ -1,0 +1,242 @@
+"""An authorization server that tests program: the demo's, with knobs and a record of all it is asked."""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fakes.exchange import Answer, Answers, Log, Received, changed, finished_before_leaving, resolve
+from mcp_auth_proxy.cli.demo_servers.authorization_server import AuthorizationRequest, AuthorizationServer
+from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued, Rules
+from mcp_auth_proxy.cli.demo_servers.local_server import LocalServer, serve
+
+AUTO = "auto"
+
+
+class FakeAuthorizationServer(AuthorizationServer):
+    """Set the attributes at any time. ``rules`` holds lifetimes, scopes, rotation and refresh tokens.
+
+    ``answers`` puts an answer in the place of ours, by endpoint (metadata, register, authorize, consent, token,
+    revoke); ``outage`` does so for all of them. ``gates`` holds requests to an endpoint until their event is set.
+    """
+
+    def __init__(self, issuer: str, **knobs: Any) -> None:
+        self.log = Log()
+        self.local: LocalServer
+        self.auto_consent = False
+        self.serves_metadata = True
+        """False: as a server of 2025-03-26 without metadata, default endpoints only."""
+        self.metadata_changes: dict[str, object] = {}
+        self.token_changes: dict[str, object] = {}
+        """Made to every successful token answer."""
+        self.answers: dict[str, Answers] = {}
+        self.outage: Answers | None = None
+        self.gates: dict[str, Any] = {}
+        self.lost_responses: set[str] = set()
+        """Endpoints that do what they are asked, and then break the connection without saying so."""
+        self.authorize_error: tuple[str, str] | None = None
+        """Error code and description that every authorization ends with."""
+        self.iss: str | None = AUTO
+        """The ``iss`` of authorization responses: AUTO is right, None leaves it out."""
+        self.registration = True
+        self.client_documents = False
+        """Takes the URL of a Client ID Metadata Document for a client, and advertises it."""
+        rules = knobs.pop("rules", None) or Rules(scopes=None, default_scopes=())
+        super().__init__(issuer, rules=rules)
+        self.configure(**knobs)
+
+    @classmethod
+    @asynccontextmanager
+    async def running(cls, path: str = "", *, port: int = 0, **knobs: Any) -> AsyncIterator[Self]:
+        """One that listens on loopback; its issuer is its origin and the path."""
+        made: list[Self] = []
+
+        def make(origin: str) -> ASGIApp:
+            made.append(cls(f"{origin}{path}", **knobs))
+            return made[0]
+
+        async with serve(make, port=port) as local:
+            made[0].local = local
+            yield made[0]
+
+    def configure(self, **knobs: Any) -> None:
+        """Set several attributes; those of ``rules`` by their own names."""
+        for name, value in knobs.items():
+            target = self.rules if name in Rules.__slots__ else self
+            if not hasattr(target, name):
+                raise TypeError(f"no knob {name}")
+            setattr(target, name, value)
+
+    # what was asked
+
+    @property
+    def requests(self) -> list[Received]:
+        return self.log.requests
+
+    def seen(self, endpoint: str, **form: str) -> list[Received]:
+        """The requests to one endpoint, of which the form (the query of a GET) has these values."""
+        return [
+            received
+            for received in self.requests
+            if received.endpoint == endpoint and form.items() <= received.form.items()
+        ]
+
+    @property
+    def discoveries(self) -> int:
+        return len(self.seen("metadata"))
+
+    @property
+    def registrations(self) -> int:
+        return len(self.seen("register"))
+
+    @property
+    def authorizations(self) -> int:
+        return len(self.seen("authorize"))
+
+    @property
+    def revocations(self) -> int:
+        return len(self.seen("revoke"))
+
+    @property
+    def refreshes(self) -> int:
+        return self.token_requests("refresh_token")
+
+    def token_requests(self, grant_type: str | None = None) -> int:
+        """How many token requests came, of one grant type or in all."""
+        return len(self.seen("token", **({} if grant_type is None else {"grant_type": grant_type})))
+
+    def secrets(self) -> set[str]:
+        """Every secret that was issued or sent here: what must be found in no log and no file."""
+        ledger = self.ledger
+        sent = {
+            received.form[name]
+            for received in self.requests
+            for name in ("code", "code_verifier", "refresh_token", "client_secret", "state")
+            if received.form.get(name)
+        }
+        clients = {client.secret for client in ledger.clients.values() if client.secret}
+        return sent | clients | {*ledger.tokens, *ledger.refresh_tokens, *ledger.codes}
+
+    # what has happened to it
+
+    def forget_clients(self) -> None:
+        """Every client is answered ``invalid_client`` from now on."""
+        self.ledger.clients.clear()
+
+    def end_grants(self) -> None:
+        """Every refresh is answered ``invalid_grant`` from now on, and every access token is dead."""
+        self.ledger.end_grants()
+
+    def end_access_tokens(self) -> int:
+        """Every access token is dead at once; refresh tokens work. Returns how many were good."""
+        return self.ledger.end_access_tokens()
+
+    def issue(self, *, resource: str, scopes: tuple[str, ...] = (), client_id: str = "by-hand") -> str:
+        """A good access token, without a flow."""
+        client = Client(id=client_id, auth="client_secret_post", secret="by-hand")
+        return self.ledger.client_credentials(client, resource=resource, scopes=scopes).access_token
+
+    # the ASGI application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = await Received.read(scope, receive)
+        received.endpoint = self._endpoint(received.path)
+        self.log.add(received)
+        gate = self.gates.get(received.endpoint)
+        if gate is not None and not await finished_before_leaving(gate.wait(), received, receive):
+            return
+        answer = resolve(self.outage, received) or resolve(self.answers.get(received.endpoint), received)
+        answer = answer or self._own_answer(received)
+        if answer is not None:
+            await answer.deliver(received, receive, send, self.local.abort)
+        elif received.endpoint in self.lost_responses:
+            await super().__call__(scope, _body_again(received), _discard)
+            await Answer.drop().deliver(received, receive, send, self.local.abort)
+        else:
+            await super().__call__(scope, _body_again(received), send)
+
+    def _own_answer(self, received: Received) -> Answer | None:
+        if received.endpoint == "metadata" and not self.serves_metadata:
+            return Answer.html("not found", 404)
+        if received.endpoint == "register" and not self.registration:
+            return Answer.html("not found", 404)
+        return None
+
+    def _endpoint(self, path: str) -> str:
+        if path in self.metadata_paths():
+            return "metadata"
+        name = path.removeprefix(urlsplit(self.issuer).path).removeprefix("/")
+        return name if name in ("register", "authorize", "consent", "token", "revoke") else "other"
+
+    def owns(self, path: str) -> bool:
+        """True where this issuer, of several on one host, answers for the path."""
+        return self._endpoint(path) != "other"
+
+    # what the demo's server lets be changed
+
+    def metadata(self) -> dict[str, object]:
+        document = super().metadata()
+        if not self.registration:
+            del document["registration_endpoint"]
+        if self.client_documents:
+            document["client_id_metadata_document_supported"] = True
+        return changed(document, self.metadata_changes)
+
+    def callback_iss(self) -> str | None:
+        return super().callback_iss() if self.iss == AUTO else self.iss
+
+    def token_response(self, issued: Issued) -> dict[str, object]:
+        return changed(super().token_response(issued), self.token_changes)
+
+    async def find_client(self, client_id: str, redirect_uri: str) -> Client | None:
+        if self.client_documents and client_id.startswith("https://") and client_id not in self.ledger.clients:
+            # the document itself can't be fetched in tests: the proxy's public https URL is a name only
+            self.add_client(client_id=client_id, auth="none", redirect_uris=(redirect_uri,))
+        return await super().find_client(client_id, redirect_uri)
+
+    def ask(self, waiting: AuthorizationRequest) -> Response:
+        if self.authorize_error is not None:
+            error, description = self.authorize_error
+            params = {"error": error, "error_description": description, "state": waiting.state}
+            return self._redirect(waiting.redirect_uri, params)
+        return self.decide(waiting, allowed=True) if self.auto_consent else super().ask(waiting)
+
+
+class Tenants:
+    """Several issuers on one origin, each with a path of its own."""
+
+    def __init__(self, origin: str, paths: tuple[str, ...], knobs: Mapping[str, Any]) -> None:
+        self.servers = [FakeAuthorizationServer(f"{origin}{path}", **knobs) for path in paths]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        owner = next((server for server in self.servers if server.owns(scope["path"])), self.servers[0])
+        await owner(scope, receive, send)
+
+    @classmethod
+    @asynccontextmanager
+    async def running(cls, *paths: str, **knobs: Any) -> AsyncIterator[list[FakeAuthorizationServer]]:
+        """Issuers with these paths, on one loopback origin."""
+        made: list[Tenants] = []
+
+        def make(origin: str) -> ASGIApp:
+            made.append(cls(origin, paths, knobs))
+            return made[0]
+
+        async with serve(make) as local:
+            for server in made[0].servers:
+                server.local = local
+            yield made[0].servers
+
+
+def _body_again(received: Received) -> Callable[[], Any]:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": received.body, "more_body": False}
+
+    return receive
+
+
+async def _discard(message: Message) -> None:
+    """Takes an answer that nobody is to see."""

@@ -1,0 +1,86 @@
+"""Fixtures that start the fakes and stop them after the test; ``servers`` starts as many as a test wants."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp
+
+from fakes.authorization_server import FakeAuthorizationServer, Tenants
+from fakes.mcp_server import FakeMcpServer
+from mcp_auth_proxy.cli.demo_servers.authorization_server import AuthorizationServer
+from mcp_auth_proxy.cli.demo_servers.local_server import LocalServer, serve
+from mcp_auth_proxy.cli.demo_servers.mcp_server import ProtectedMcpServer, Protection
+
+
+@dataclass(kw_only=True)
+class RealMcpServer:
+    """The SDK's MCP server behind the demo's bearer check. ``steps`` is what it announced, by name."""
+
+    url: str
+    protection: Protection
+    local: LocalServer
+    steps: list[str] = field(default_factory=list)
+
+
+class Servers:
+    """Starts fakes; all of them stop when the test ends, the last first."""
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+
+    async def authorization_server(self, path: str = "", **knobs: Any) -> FakeAuthorizationServer:
+        return await self._stack.enter_async_context(FakeAuthorizationServer.running(path, **knobs))
+
+    async def tenants(self, *paths: str, **knobs: Any) -> list[FakeAuthorizationServer]:
+        return await self._stack.enter_async_context(Tenants.running(*paths, **knobs))
+
+    async def mcp_server(self, *authorization_servers: AuthorizationServer, **knobs: Any) -> FakeMcpServer:
+        return await self._stack.enter_async_context(FakeMcpServer.running(*authorization_servers, **knobs))
+
+    async def real_mcp_server(
+        self, authorization_server: AuthorizationServer, *, scopes: tuple[str, ...] = ()
+    ) -> RealMcpServer:
+        steps: list[str] = []
+        protections: list[Protection] = []
+
+        def make(origin: str) -> ASGIApp:
+            protection = Protection(
+                resource=f"{origin}/mcp",
+                issuer=authorization_server.issuer,
+                find_token=authorization_server.ledger.token,
+                scopes=scopes,
+                announce=lambda step, _: steps.append(step),
+            )
+            protections.append(protection)
+            return ProtectedMcpServer(protection)
+
+        local = await self._stack.enter_async_context(serve(make, lifespan="on"))
+        protection = protections[0]
+        return RealMcpServer(url=protection.resource, protection=protection, local=local, steps=steps)
+
+
+@pytest.fixture
+async def servers() -> AsyncIterator[Servers]:
+    async with AsyncExitStack() as stack:
+        yield Servers(stack)
+
+
+@pytest.fixture
+async def authorization_server(servers: Servers) -> FakeAuthorizationServer:
+    """An authorization server that shows its consent page."""
+    return await servers.authorization_server()
+
+
+@pytest.fixture
+async def mcp_server(servers: Servers, authorization_server: FakeAuthorizationServer) -> FakeMcpServer:
+    """A protected MCP server that accepts the tokens of ``authorization_server``."""
+    return await servers.mcp_server(authorization_server)
+
+
+@pytest.fixture
+async def real_mcp_server(servers: Servers, authorization_server: FakeAuthorizationServer) -> RealMcpServer:
+    """The same with the SDK's MCP server."""
+    return await servers.real_mcp_server(authorization_server)

@@ -1,0 +1,375 @@
+"""A protected MCP server that tests program: plain ASGI, both protocol eras, and every oddity that a test needs."""
+
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fakes.exchange import Answer, Answers, Channel, Log, Received, changed, resolve, sse
+from mcp_auth_proxy.cli.demo_servers.authorization_server import AuthorizationServer
+from mcp_auth_proxy.cli.demo_servers.ledger import Token
+from mcp_auth_proxy.cli.demo_servers.local_server import LocalServer, serve
+
+MODERN = "2026-07-28"
+WELL_KNOWN = "/.well-known/oauth-protected-resource"
+CHUNK = b"x" * 65536
+JSON = (("content-type", "application/json"),)
+
+
+@dataclass
+class Session:
+    """One ``Mcp-Session-Id``: the GET streams that are open for it."""
+
+    id: str
+    streams: list[Channel] = field(default_factory=list)
+
+
+class FakeMcpServer:
+    """Set the attributes at any time.
+
+    ``answers`` puts an answer in the place of ours once the token was accepted, by ``tools/call:NAME``, by JSON-RPC
+    method, or by HTTP method; ``script`` the same for a few requests only. ``intercept`` comes before any check.
+    """
+
+    def __init__(self, origin: str, authorization_servers: Sequence[AuthorizationServer], **knobs: Any) -> None:
+        self.origin = origin
+        self.authorization_servers = list(authorization_servers)
+        """Asked, in process, whether a token is good; and named in the metadata."""
+        self.local: LocalServer
+        self.log = Log()
+        self.path = "/mcp"
+        self.protected = True
+        self.checks_audience = True
+        """False: a token for another resource, or for none, is good too."""
+        self.scopes: tuple[str, ...] = ()
+        """Demanded of every request."""
+        self.step_up: dict[str, tuple[str, ...]] = {}
+        """Demanded in addition, by ``tools/call:NAME`` or JSON-RPC method."""
+        self.challenge_scopes: tuple[str, ...] | None = None
+        """The ``scope`` of a 401; None: ``scopes``, left out where there are none."""
+        self.endless_401 = False
+        self.endless_403: Literal["", "same", "growing"] = ""
+        """Always ``insufficient_scope``: for the same scope, or for another one each time."""
+        self.challenges: dict[int, list[str]] = {}
+        """Raw WWW-Authenticate values by status (401, 403), in the place of ours; [] sends none."""
+        self.challenge_names_metadata = True
+        self.metadata_at: set[Literal["inserted", "root"]] = {"inserted"}
+        self.metadata_changes: dict[str, object] = {}
+        self.metadata_answer: Answers | None = None
+        self.answer_as: Literal["json", "sse"] = "json"
+        self.sessions_on = False
+        """True: ``initialize`` gives an Mcp-Session-Id, which then is demanded (2025 revisions)."""
+        self.get_stream = True
+        self.modern = True
+        """False: knows nothing of 2026-07-28."""
+        self.response_headers: tuple[tuple[str, str], ...] = ()
+        """Added to every JSON-RPC answer, such as Set-Cookie."""
+        self.intercept: Callable[[Received], Answer | None] | None = None
+        self.answers: dict[str, Answers] = {}
+        self.sessions: dict[str, Session] = {}
+        self._scripts: dict[str, list[Answer]] = {}
+        self._refused = 0
+        for name, value in knobs.items():
+            if not hasattr(self, name):
+                raise TypeError(f"no knob {name}")
+            setattr(self, name, value)
+
+    @classmethod
+    @asynccontextmanager
+    async def running(
+        cls, *authorization_servers: AuthorizationServer, port: int = 0, **knobs: Any
+    ) -> AsyncIterator[Self]:
+        """One that listens on loopback."""
+        made: list[Self] = []
+
+        def make(origin: str) -> ASGIApp:
+            made.append(cls(origin, authorization_servers, **knobs))
+            return made[0]
+
+        async with serve(make, port=port) as local:
+            made[0].local = local
+            yield made[0]
+
+    @property
+    def url(self) -> str:
+        """The MCP endpoint, and the resource of its tokens."""
+        return f"{self.origin}{self.path}"
+
+    @property
+    def requests(self) -> list[Received]:
+        return self.log.requests
+
+    def calls(self, key: str = "") -> list[Received]:
+        """The requests to the MCP endpoint; of one JSON-RPC method, ``tools/call:NAME`` or HTTP method only."""
+        return [r for r in self.requests if r.path == self.path and (not key or key in _keys(r))]
+
+    @property
+    def bearers(self) -> list[str | None]:
+        """The token of every request to the MCP endpoint, in order."""
+        return [received.bearer for received in self.calls()]
+
+    @property
+    def metadata_requests(self) -> list[Received]:
+        return [received for received in self.requests if received.path.startswith(WELL_KNOWN)]
+
+    def script(self, key: str, *answers: Answer) -> None:
+        """Answer the next requests of this kind so, one after another; then as ever."""
+        self._scripts.setdefault(key, []).extend(answers)
+
+    def push(self, message: Mapping[str, object]) -> int:
+        """Send a server-sent event on every open GET stream; returns how many there are."""
+        streams = [stream for session in self.sessions.values() for stream in session.streams]
+        for stream in streams:
+            stream.event(message)
+        return len(streams)
+
+    def end_sessions(self) -> None:
+        """Every session is gone: its id is answered 404."""
+        for session in self.sessions.values():
+            for stream in session.streams:
+                stream.close()
+        self.sessions.clear()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = await Received.read(scope, receive)
+        self.log.add(received)
+        answer = self._answer(received)
+        await answer.deliver(received, receive, send, self.local.abort)
+
+    def _answer(self, received: Received) -> Answer:
+        if self.intercept is not None and (intercepted := self.intercept(received)) is not None:
+            return intercepted
+        if received.path.startswith(WELL_KNOWN):
+            return self._metadata(received)
+        if received.path != self.path:
+            return Answer.json({"error": "not found"}, 404)
+        return self._challenge(received) or self._programmed(received) or self._speak(received)
+
+    def _programmed(self, received: Received) -> Answer | None:
+        for key in _keys(received):
+            if self._scripts.get(key):
+                return self._scripts[key].pop(0)
+            answer = resolve(self.answers.get(key), received)
+            if answer is not None:
+                return answer
+        return None
+
+    # protection
+
+    def _metadata(self, received: Received) -> Answer:
+        """RFC 9728 §3."""
+        places = {"inserted": f"{WELL_KNOWN}{self.path}", "root": WELL_KNOWN}
+        answer = resolve(self.metadata_answer, received)
+        if answer is not None:
+            return answer
+        if received.path not in {places[place] for place in self.metadata_at}:
+            return Answer.json({"error": "not found"}, 404)
+        document: dict[str, object] = {
+            "resource": self.url,
+            "authorization_servers": [server.issuer for server in self.authorization_servers],
+        }
+        return Answer.json(changed(document, self.metadata_changes))
+
+    def find_token(self, bearer: str | None) -> Token | None:
+        """The token, where one of the authorization servers finds it good and it is meant for this resource."""
+        for server in self.authorization_servers:
+            token = server.ledger.token(bearer or "")
+            if token is not None and (token.resource == self.url or not self.checks_audience):
+                return token
+        return None
+
+    def _challenge(self, received: Received) -> Answer | None:
+        if not self.protected:
+            return None
+        token = None if self.endless_401 else self.find_token(received.bearer)
+        if token is None:
+            scopes = self.scopes if self.challenge_scopes is None else self.challenge_scopes
+            return self._refuse(401, "invalid_token" if received.bearer else "", scopes)
+        needed = dict.fromkeys(self.scopes)
+        for key in _keys(received):
+            needed |= dict.fromkeys(self.step_up.get(key, ()))
+        if self.endless_403:
+            needed["more" if self.endless_403 == "same" else f"more:{self._refused}"] = None
+        elif set(needed) <= set(token.scopes):
+            return None
+        return self._refuse(403, "insufficient_scope", tuple(needed))
+
+    def _refuse(self, status: int, error: str, scopes: tuple[str, ...]) -> Answer:
+        self._refused += 1
+        params = {"error": error, "scope": " ".join(scopes)}
+        if self.challenge_names_metadata:
+            place = f"{WELL_KNOWN}{self.path}" if "inserted" in self.metadata_at else WELL_KNOWN
+            params["resource_metadata"] = f"{self.origin}{place}"
+        ours = "Bearer " + ", ".join(f'{name}="{value}"' for name, value in params.items() if value)
+        values = self.challenges.get(status, [ours.strip()])
+        challenges = tuple(("www-authenticate", value) for value in values)
+        return Answer(status=status, headers=(*challenges, *JSON), body=b'{"error":"challenge of the upstream"}')
+
+    # MCP
+
+    def _speak(self, received: Received) -> Answer:
+        if received.method == "GET":
+            return self._open_stream(received)
+        if received.method == "DELETE":
+            return self._end_session(received)
+        message = received.message
+        if received.method != "POST" or not message:
+            return Answer.json(_error(None, -32700, "not a JSON-RPC message"), 400)
+        modern = received.header("mcp-protocol-version") == MODERN
+        if modern and not self.modern:
+            return Answer.json(_error(message.get("id"), -32000, "Bad Request: Unsupported protocol version"), 400)
+        if self.sessions_on and not modern and received.rpc_method != "initialize":
+            refusal = self._session_refusal(received)
+            if refusal is not None:
+                return refusal
+        if "id" not in message or "method" not in message:
+            return Answer(status=202)
+        return self._respond(received, modern=modern)
+
+    def _session_refusal(self, received: Received) -> Answer | None:
+        session = received.header("mcp-session-id")
+        if session is None:
+            return Answer.json(_error(received.message.get("id"), -32600, "Bad Request: Missing session ID"), 400)
+        if session not in self.sessions:
+            return Answer.json(_error(received.message.get("id"), -32600, "Session not found"), 404)
+        return None
+
+    def _open_stream(self, received: Received) -> Answer:
+        session = self.sessions.get(received.header("mcp-session-id") or "")
+        if not self.get_stream or not self.sessions_on:
+            return Answer(status=405, headers=(("allow", "POST"),))
+        if session is None:
+            return Answer.json(_error(None, -32600, "Session not found"), 404)
+        stream = Channel()
+        session.streams.append(stream)
+
+        async def until_left() -> AsyncIterator[bytes]:
+            try:
+                async for chunk in stream():
+                    yield chunk
+            finally:
+                session.streams.remove(stream)
+
+        return Answer.events(until_left)
+
+    def _end_session(self, received: Received) -> Answer:
+        if not self.sessions_on:
+            return Answer(status=405, headers=(("allow", "POST"),))
+        session = self.sessions.pop(received.header("mcp-session-id") or "", None)
+        if session is None:
+            return Answer.json(_error(None, -32600, "Session not found"), 404)
+        for stream in session.streams:
+            stream.close()
+        return Answer()
+
+    def _respond(self, received: Received, *, modern: bool) -> Answer:
+        message = received.message
+        extra = self.response_headers
+        if received.rpc_method == "initialize" and self.sessions_on:
+            session = Session(secrets.token_hex(16))
+            self.sessions[session.id] = session
+            extra = (*extra, ("mcp-session-id", session.id))
+        result = self._result(received)
+        if result is None:
+            status = 404 if modern else 200
+            return Answer.json(_error(message["id"], -32601, f"Method not found: {received.rpc_method}"), status)
+        if modern:
+            result = {"resultType": "complete", **result}
+        response = {"jsonrpc": "2.0", "id": message["id"], "result": result}
+        progress = self._progress(received)
+        if self.answer_as == "sse" or progress:
+            body = b"".join(sse(event) for event in (*progress, response))
+            return Answer(headers=(("content-type", "text/event-stream"), *extra), body=body)
+        return Answer(headers=(*JSON, *extra), body=json.dumps(response).encode())
+
+    def _result(self, received: Received) -> dict[str, object] | None:
+        info = {"name": "fake", "version": "1"}
+        match received.rpc_method:
+            case "initialize":
+                asked = received.message.get("params", {}).get("protocolVersion", "2025-11-25")
+                return {"protocolVersion": asked, "capabilities": {"tools": {}}, "serverInfo": info}
+            case "server/discover":
+                return {
+                    "supportedVersions": [MODERN],
+                    "capabilities": {"tools": {}},
+                    "ttlMs": 0,
+                    "cacheScope": "public",
+                    "_meta": {"io.modelcontextprotocol/serverInfo": info},
+                }
+            case "ping":
+                return {}
+            case "tools/list":
+                tools = [{"name": name, "inputSchema": {"type": "object"}} for name in ("echo", "count", "whoami")]
+                return {"tools": tools, "ttlMs": 0, "cacheScope": "public"}
+            case "tools/call":
+                return {"content": [{"type": "text", "text": self._call(received)}], "isError": False}
+            case _:
+                return None
+
+    def _call(self, received: Received) -> str:
+        arguments = received.message["params"].get("arguments") or {}
+        match received.tool:
+            case "whoami":
+                token = self.find_token(received.bearer)
+                return "nobody" if token is None else f"{token.client_id} {' '.join(token.scopes)} {token.resource}"
+            case "large":
+                return "x" * int(arguments.get("size", 1_000_000))
+            case _:
+                return str(arguments.get("text", received.tool))
+
+    def _progress(self, received: Received) -> tuple[dict[str, object], ...]:
+        """What the tool ``count`` tells on its way, where the client asked for it."""
+        params = received.message.get("params") or {}
+        token = (params.get("_meta") or {}).get("progressToken")
+        if received.tool != "count" or token is None:
+            return ()
+        last = int((params.get("arguments") or {}).get("to", 3))
+        return tuple(
+            {
+                "jsonrpc": "2.0",
+                "method": "notifications/progress",
+                "params": {"progressToken": token, "progress": number, "total": last},
+            }
+            for number in range(1, last + 1)
+        )
+
+
+def big(size: int, *, content_type: str = "application/octet-stream") -> Answer:
+    """A streamed, chunked answer of this many bytes."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        for start in range(0, size, len(CHUNK)):
+            yield CHUNK[: min(len(CHUNK), size - start)]
+
+    return Answer(headers=(("content-type", content_type),), stream=stream)
+
+
+def endless(chunk: bytes = sse({"jsonrpc": "2.0", "method": "notifications/message"})) -> Answer:
+    """Server-sent events without an end, as fast as they are taken."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        while True:
+            yield chunk
+
+    return Answer.events(stream)
+
+
+def _keys(received: Received) -> tuple[str, ...]:
+    """What a request is known by, the narrowest first."""
+    keys = [f"tools/call:{received.tool}"] if received.tool else []
+    return (*keys, *filter(None, [received.rpc_method]), received.method)
+
+
+def _error(request_id: object, code: int, message: str) -> dict[str, object]:
+    return {"jsonrpc": "2.0", "id": request_id, "error": {"code": code, "message": message}}
+
+
+def origin_of(url: str) -> str:
+    """Scheme, host and port of a URL."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"

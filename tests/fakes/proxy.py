@@ -1,0 +1,211 @@
+"""The subject: the proxy in this event loop, or as a process of its own, always behind a real socket."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import yaml
+
+from fakes.mcp_client import PlainClient
+from mcp_auth_proxy.app import Application, lifespan
+from mcp_auth_proxy.cli.listener import bind, listening
+from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.config.settings import Address
+from mcp_auth_proxy.models import Flow
+
+Json = dict[str, Any]
+
+
+class RunningProxy:
+    """A proxy that serves. ``links`` are those that it has announced, in order."""
+
+    def __init__(self, origin: str, links: list[str], application: Application | None = None) -> None:
+        self.origin = origin
+        self.links = links
+        self._application = application
+
+    @property
+    def application(self) -> Application:
+        assert self._application is not None, "only a proxy in this process has one"
+        return self._application
+
+    def client(self, server: str, **options: Any) -> PlainClient:
+        return PlainClient(f"{self.origin}/{server}/mcp", **options)
+
+    async def next_link(self, count: int = 1) -> str:
+        """Wait, bounded, until ``count`` links have been announced; return the last of them."""
+        await until(lambda: len(self.links) >= count, f"{count} links, have {len(self.links)}")
+        return self.links[count - 1]
+
+
+def write_config(folder: Path, servers: Mapping[str, str | Json], **sections: Any) -> Path:
+    """Write a configuration file. A server may be given as its URL alone. The store lies in ``folder``."""
+    document = {
+        "listen": "127.0.0.1:0",
+        "store": {"url": "sqlite:///proxy.db"},
+        "authorization": {"wait": "5s", "open_browser": "never"},
+        "servers": {name: {"url": it} if isinstance(it, str) else it for name, it in servers.items()},
+    }
+    for name, section in sections.items():
+        before = document.get(name)
+        document[name] = {**before, **section} if isinstance(before, dict) and isinstance(section, dict) else section
+    path = folder / "mcp-auth-proxy.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@asynccontextmanager
+async def running_proxy(
+    folder: Path,
+    servers: Mapping[str, str | Json],
+    *,
+    clock: Callable[[], float] | None = None,
+    listen: Address | None = None,
+    **sections: Any,
+) -> AsyncIterator[RunningProxy]:
+    """Run the proxy in this event loop until the block ends; started again on the same folder it has the same store.
+
+    ``listen`` keeps the port over a restart: a redirect URI names it.
+    """
+    settings = load(write_config(folder, servers, **sections), environ=os.environ)
+    links: list[str] = []
+
+    def announce(flow: Flow, link: str) -> None:
+        links.append(link)
+
+    sock, address = bind(listen or settings.listen)
+    options = {"clock": clock} if clock is not None else {}
+    with sock:
+        async with (
+            lifespan(settings, address, announce=announce, announce_key=lambda line: None, **options) as application,
+            listening(application, sock),
+        ):
+            yield RunningProxy(application.public_url, links, application)
+
+
+class ProxyProcess(RunningProxy):
+    """``mcp-auth-proxy serve`` as a user runs it. ``log`` is all that it has written to stdout and stderr."""
+
+    def __init__(self, process: asyncio.subprocess.Process, origin: str) -> None:
+        super().__init__(origin, [])
+        self.process = process
+        self.log = ""
+        self.reading: asyncio.Task[None] | None = None
+
+    def note(self, line: str) -> None:
+        self.log += line
+        self.links += re.findall(r"http://\S+/connect/\S+", line)
+
+    async def stop(self, sign: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end; return the exit code."""
+        if self.process.returncode is None:
+            self.process.send_signal(sign)
+        code = await asyncio.wait_for(self.process.wait(), 40)
+        if self.reading is not None:
+            await self.reading
+        return code
+
+
+async def run_command(*arguments: str, env: Mapping[str, str] | None = None, timeout: float = 30) -> tuple[int, str, str]:
+    """Run a command of ours to its end; return exit code, stdout, stderr."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "mcp_auth_proxy",
+        *arguments,
+        env={**os.environ, **(env or {})},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), timeout)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+@asynccontextmanager
+async def proxy_process(
+    config: Path, *arguments: str, listen: str = "127.0.0.1:0", env: Mapping[str, str] | None = None
+) -> AsyncIterator[ProxyProcess]:
+    """Run ``serve`` until the block ends; yield it once it says that it is ready."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "mcp_auth_proxy",
+        "serve",
+        "--config",
+        str(config),
+        "--listen",
+        listen,
+        *arguments,
+        env={**os.environ, **(env or {})},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    proxy = ProxyProcess(process, "")
+    started = asyncio.Event()
+
+    async def read() -> None:
+        assert process.stdout is not None
+        async for raw in process.stdout:
+            line = raw.decode(errors="replace")
+            proxy.note(line)
+            found = re.search(r"is listening at (http\S+)", line)
+            if found:
+                proxy.origin = found[1]
+                started.set()
+        started.set()
+
+    proxy.reading = asyncio.create_task(read())
+    try:
+        await asyncio.wait_for(started.wait(), 20)
+        assert proxy.origin, f"serve did not start:\n{proxy.log}"
+        await ready(proxy.origin)
+        yield proxy
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await proxy.reading
+
+
+async def ready(origin: str) -> None:
+    """Wait, bounded, until /readyz answers 200."""
+    async with httpx2.AsyncClient(trust_env=False) as client:
+        for _ in range(200):
+            try:
+                if (await client.get(f"{origin}/readyz")).status_code == 200:
+                    return
+            except httpx2.HTTPError:
+                pass
+            await asyncio.sleep(0.05)
+    raise AssertionError(f"{origin} did not become ready")
+
+
+async def until(condition: Callable[[], object], what: str = "the condition", timeout: float = 10) -> None:
+    """Wait, bounded, for a condition that something else brings about."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    while not condition():
+        assert loop.time() < deadline, f"{what} did not come about within {timeout} s"
+        await asyncio.sleep(0.01)
+
+
+def link_in(answer: Json) -> str:
+    """Return the authorization link that an answer of ours carries, wherever its form puts it."""
+    found = re.search(r"http://[^\s\"\\]+/connect/[^\s\"\\]+", json.dumps(answer))
+    assert found, f"no link in {answer}"
+    return found[0]

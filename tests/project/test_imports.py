@@ -1,0 +1,44 @@
+"""The floors of the house import downwards only; the contract is in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = Path(sys.executable).with_name("lint-imports")
+
+
+def lint(sources: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(COMMAND), "--config", str(ROOT / "pyproject.toml"), "--no-cache", "--no-logo"]
+    environment = {**os.environ, "PYTHONPATH": str(sources)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=False)
+
+
+def test_every_floor_imports_only_from_the_floors_below_it() -> None:
+    done = lint(ROOT / "src")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("store/grants.py", "import mcp_auth_proxy.proxy"),
+        ("store/grants.py", "import mcp_auth_proxy.oauth"),
+        ("proxy/routes.py", "import mcp.types"),
+        ("oauth/fetch.py", "import starlette.requests"),
+        ("helpers.py", ""),
+    ],
+)
+def test_a_breach_of_the_contract_is_noticed(tmp_path: Path, module: str, line: str) -> None:
+    package = tmp_path / "mcp_auth_proxy"
+    for floor in ("cli", "proxy", "web", "observability", "broker", "oauth", "store", "config"):
+        (package / floor).mkdir(parents=True)
+        (package / floor / "__init__.py").touch()
+    for name in ("__init__.py", "app.py", "models.py", "errors.py"):
+        (package / name).touch()
+    assert lint(tmp_path).returncode == 0
+    (package / module).write_text(line + "\n")
+    assert lint(tmp_path).returncode == 1
