@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
         self._drain: asyncio.Task[None] | None = None
         super().__init__(
             uvicorn.Config(
-                application,  # type: ignore[arg-type]
+                application,
                 http=InboundProtocol,
                 ws="none",
                 lifespan="off",

@@ -24,7 +24,7 @@ _TAGS = (*(f"tag:yaml.org,2002:{kind}" for kind in ("null", "str", "seq", "map")
 class _Loader(_BASE):  # type: ignore[misc, valid-type]  # chosen when the module is imported
     # This is how PyYAML is told which unquoted scalars and which tags mean something.
     yaml_implicit_resolvers = {first: [_NULL] for first in ("", "~", "n", "N")} | {"<": [_MERGE]}
-    yaml_constructors = {tag: _BASE.yaml_constructors[tag] for tag in _TAGS}
+    yaml_constructors = {tag: _BASE.yaml_constructors[tag] for tag in _TAGS}  # noqa: RUF012
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,26 +1,22 @@
 """Connections to upstreams: addresses, proxies on the way, and TLS, each within one deadline."""
 
 import asyncio
-import base64
 import contextlib
 import errno
-import ipaddress
-import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from mcp_auth_proxy.config.settings import OutboundSettings
 from mcp_auth_proxy.errors import ConfigurationError, Fault, UpstreamUnreachable
+from mcp_auth_proxy.proxy import forward_proxy
 from mcp_auth_proxy.proxy.connection import Connection
+from mcp_auth_proxy.proxy.forward_proxy import ForwardProxy
+from mcp_auth_proxy.proxy.origin import Origin
 
 STAGGER = 0.25
 """Seconds that one address is tried alone before the next is tried beside it (RFC 8305 §8)."""
-
-PROXY_HEAD_LIMIT = 16 * 1024
 
 KEEP_ALIVE = ((("TCP_KEEPIDLE", "TCP_KEEPALIVE"), 60), (("TCP_KEEPINTVL",), 15), (("TCP_KEEPCNT",), 4))
 """A peer that vanished is noticed within two minutes: streams have no other limit (design §4.8)."""
@@ -37,10 +33,7 @@ class Dialer:
     def __init__(self, outbound: OutboundSettings, *, timeout: float, environ: Mapping[str, str]) -> None:
         self._timeout = timeout
         self._ca_bundle = outbound.ca_bundle
-        self._proxy = _proxy_from(_variable(environ, "https_proxy"))
-        self._no_proxy = tuple(
-            part.strip().lower() for part in _variable(environ, "no_proxy").split(",") if part.strip()
-        )
+        self._proxies = forward_proxy.from_environment(environ)
         # The trust store costs some megabytes: loaded with the first https upstream, but a wrong file is told at once.
         self._tls = _tls_context(self._ca_bundle) if self._ca_bundle else None
 
@@ -63,7 +56,7 @@ class Dialer:
         loop = asyncio.get_running_loop()
         if origin.scheme == "https" and self._tls is None:
             self._tls = _tls_context(None)
-        proxy = self._proxy_for(origin)
+        proxy = self._proxies.towards(origin)
         sock = await self._dial_through(proxy, origin) if proxy else await _dial(origin.host, origin.port)
         connection = make(sock)
         try:
@@ -85,20 +78,14 @@ class Dialer:
             raise
         return connection
 
-    def _proxy_for(self, origin: Origin) -> OutboundProxy | None:
-        """Plain http goes direct: such upstreams are on loopback, or allowed by name."""
-        if self._proxy is None or origin.scheme != "https" or _bypassed(origin, self._no_proxy):
-            return None
-        return self._proxy
-
-    async def _dial_through(self, proxy: OutboundProxy, origin: Origin) -> socket.socket:
+    async def _dial_through(self, proxy: ForwardProxy, origin: Origin) -> socket.socket:
         try:
             sock = await _dial(proxy.host, proxy.port)
         except OSError as error:
             reason = _network_reason(error, proxy.host)
             raise UpstreamUnreachable(f"{origin} can't be reached: {proxy} did not answer: {reason}.") from None
         try:
-            await _connect_through(sock, proxy, origin)
+            await proxy.connect(sock, origin)
         except BaseException:
             sock.close()
             raise

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import contextlib
 import ipaddress
 import re
 import socket
@@ -27,25 +26,53 @@ class ForwardProxy:
     def __str__(self) -> str:
         return f"the proxy {self.host}:{self.port} (HTTPS_PROXY)"
 
+    async def connect(self, sock: socket.socket, origin: Origin) -> None:
+        """Make a socket that is connected to the proxy one that leads to the origin. Raises UpstreamUnreachable."""
+        loop = asyncio.get_running_loop()
+        lines = [f"CONNECT {origin} HTTP/1.1", f"Host: {origin}"]
+        if self.authorization:
+            lines.append(f"Proxy-Authorization: {self.authorization}")
+        await loop.sock_sendall(sock, "\r\n".join([*lines, "", ""]).encode("ascii"))
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            data = await loop.sock_recv(sock, 4096)
+            head += data
+            # Nothing may follow the head: in TLS it is the client that speaks first.
+            if not data or len(head) > HEAD_LIMIT or b"\r\n\r\n" in head[:-4]:
+                raise UpstreamUnreachable(f"{origin} can't be reached: {self} gave no proper answer to CONNECT.")
+        status = re.match(rb"HTTP/1\.[01] (\d{3})[ \r]", head)
+        if status is None or not status[1].startswith(b"2"):
+            answer = status[1].decode() if status else "something that is not HTTP"
+            raise UpstreamUnreachable(f"{origin} can't be reached: {self} answered {answer}.")
 
-XXX
-async def _connect_through(sock: socket.socket, proxy: ForwardProxy, origin: Origin) -> None:
-    loop = asyncio.get_running_loop()
-    lines = [f"CONNECT {origin} HTTP/1.1", f"Host: {origin}"]
-    if proxy.authorization:
-        lines.append(f"Proxy-Authorization: {proxy.authorization}")
-    await loop.sock_sendall(sock, "\r\n".join([*lines, "", ""]).encode("ascii"))
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        data = await loop.sock_recv(sock, 4096)
-        head += data
-        # Nothing may follow the head: in TLS it is the client that speaks first.
-        if not data or len(head) > HEAD_LIMIT or b"\r\n\r\n" in head[:-4]:
-            raise UpstreamUnreachable(f"{origin} can't be reached: {proxy} gave no proper answer to CONNECT.")
-    status = re.match(rb"HTTP/1\.[01] (\d{3})[ \r]", head)
-    if status is None or not status[1].startswith(b"2"):
-        code = status[1].decode() if status else "something that is not HTTP"
-        raise UpstreamUnreachable(f"{origin} can't be reached: {proxy} answered {code}.")
+
+@dataclass(frozen=True, slots=True)
+class ForwardProxies:
+    """Which way leads to which origin."""
+
+    https: ForwardProxy | None
+    exempt: tuple[str, ...]
+    """The entries of NO_PROXY, in lower case."""
+
+    def towards(self, origin: Origin) -> ForwardProxy | None:
+        """Return the proxy to ask. Plain http goes direct: such upstreams are on loopback, or allowed by name."""
+        if self.https is None or origin.scheme != "https" or self._exempts(origin):
+            return None
+        return self.https
+
+    def _exempts(self, origin: Origin) -> bool:
+        address = _ip(origin.host)
+        if origin.host == "localhost" or (address is not None and address.is_loopback):
+            return True
+        return any(_matches(entry, origin, address) for entry in self.exempt)
+
+
+def from_environment(environ: Mapping[str, str]) -> ForwardProxies:
+    """Read ``HTTPS_PROXY`` and ``NO_PROXY``. Raises ConfigurationError on a proxy URL that is none."""
+    exempt = _variable(environ, "no_proxy").lower().split(",")
+    return ForwardProxies(
+        _read_url(_variable(environ, "https_proxy")), tuple(entry.strip() for entry in exempt if entry.strip())
+    )
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str:
@@ -53,14 +80,14 @@ def _variable(environ: Mapping[str, str], name: str) -> str:
     return (environ.get(name) or environ.get(name.upper()) or "").strip()
 
 
-def _proxy_from(url: str) -> ForwardProxy | None:
+def _read_url(url: str) -> ForwardProxy | None:
     if not url:
         return None
-    parts = urlsplit(url if "://" in url else f"http://{url}")
     try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
         host, port = parts.hostname, parts.port
     except ValueError:
-        host = port = None
+        parts, host, port = urlsplit(""), None, None
     if parts.scheme != "http" or not host:
         # The value may hold a password: it is not shown.
         raise ConfigurationError([Fault("", "HTTPS_PROXY in the environment must be like http://host:port")])
@@ -71,27 +98,22 @@ def _proxy_from(url: str) -> ForwardProxy | None:
     return ForwardProxy(host, port or 80, credentials)
 
 
-def _bypassed(origin: Origin, no_proxy: tuple[str, ...]) -> bool:
-    """Whether NO_PROXY names the origin: ``*``, a domain with or without dot, an address, a network, with a port."""
-    address = _ip(origin.host)
-    if origin.host == "localhost" or (address is not None and address.is_loopback):
+def _matches(entry: str, origin: Origin, address: ipaddress.IPv4Address | ipaddress.IPv6Address | None) -> bool:
+    """Whether an entry names the origin: ``*``, a domain with or without dot, an address or network; with a port."""
+    if entry == "*":
         return True
-    for entry in no_proxy:
-        if entry == "*":
-            return True
-        name, colon, port = entry.rpartition(":")
-        if colon and port.isdigit() and (":" not in name or name.startswith("[")):
-            if int(port) != origin.port:
-                continue
-            entry = name
-        entry = entry.strip("[]").lstrip("*").lstrip(".")
-        if address is not None:
-            with contextlib.suppress(ValueError):
-                if address in ipaddress.ip_network(entry, strict=False):
-                    return True
-        elif entry and (origin.host == entry or origin.host.endswith("." + entry)):
-            return True
-    return False
+    name, colon, port = entry.rpartition(":")
+    if not (colon and port.isdigit() and (":" not in name or name.startswith("["))):
+        name = entry
+    elif int(port) != origin.port:
+        return False
+    name = name.strip("[]").lstrip("*").lstrip(".")
+    if address is None:
+        return bool(name) and (origin.host == name or origin.host.endswith("." + name))
+    try:
+        return address in ipaddress.ip_network(name, strict=False)
+    except ValueError:
+        return False
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -99,5 +121,3 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address(host)
     except ValueError:
         return None
-
-

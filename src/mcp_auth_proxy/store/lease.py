@@ -1,6 +1,7 @@
 """Who is refreshing a grant, and whether that process still lives."""
 
 import os
+import re
 import secrets
 import socket
 from pathlib import Path
@@ -9,6 +10,7 @@ LONGEST = 60.0
 """Seconds after which a refresh that nobody finished may be begun anew by another."""
 
 _HOST = socket.gethostname().replace(":", "-")
+_OWNER = re.compile(r"(?P<host>[^:]+):(?P<pid>[0-9]{1,9}):(?:(?P<start>[0-9]+)\.)?[^:]*")
 _STATE, _START = 0, 19  # fields of /proc/PID/stat after the name: proc(5) counts them as 3 and 22
 _DEAD_STATES = ("Z", "X", "x")
 
@@ -29,10 +31,10 @@ def is_held(owner: str, begun_at: float, now: float) -> bool:
     # Either way round: after a jump of the clock a begin in the future must not hold for the length of the jump.
     if abs(now - begun_at) > LONGEST:
         return False
-    host, _, rest = owner.rpartition(":")[0].rpartition(":")
-    if host != _HOST or not rest.isdecimal():
+    found = _OWNER.fullmatch(owner)
+    if found is None or found["host"] != _HOST:
         return True
-    return _is_alive(int(rest), owner.rpartition(":")[2].partition(".")[0])
+    return _is_alive(int(found["pid"]), found["start"] or "")
 
 
 def _is_alive(pid: int, start: str) -> bool:

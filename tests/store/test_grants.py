@@ -1,0 +1,224 @@
+"""Grants: kept, renewed once, fenced."""
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mcp_auth_proxy.models import Grant
+from mcp_auth_proxy.store import lease
+from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store.grants import SUPERSEDED, Grants
+from store.builders import NOW, grant, registration, store_settings, tokens
+
+OWNER, OTHER = "elsewhere:1:a", "elsewhere:2:b"
+
+
+@pytest.fixture
+def grants(database: Database) -> Grants:
+    return Grants(database)
+
+
+async def test_a_grant_comes_back_as_it_was_given(grants: Grants) -> None:
+    stored = await grants.add(grant())
+    assert stored == replace(grant(), id=stored.id)
+    assert await grants.get(stored.id) == stored
+    assert await grants.current("local", "linear") == stored
+    assert await grants.all() == [stored]
+
+
+async def test_what_may_be_absent_stays_absent(grants: Grants) -> None:
+    bare = replace(
+        grant(),
+        tokens=replace(tokens(), refresh_token=None, expires_at=None, scopes=()),
+        registration=registration(client_secret=None, secret_expires_at=None),
+        scopes=(),
+    )
+    stored = await grants.add(bare)
+    assert await grants.get(stored.id) == replace(bare, id=stored.id)
+
+
+async def test_other_principals_and_servers_see_nothing(grants: Grants) -> None:
+    await grants.add(grant())
+    assert await grants.current("someone", "linear") is None
+    assert await grants.current("local", "warehouse") is None
+    assert await grants.get(999) is None
+
+
+async def test_a_grant_with_the_same_key_takes_the_place_and_goes_on_counting(grants: Grants) -> None:
+    first = await grants.add(grant())
+    assert await grants.begin_refresh(first.id, version=1, owner=OWNER, now=NOW)
+    second = await grants.add(grant(at=NOW + 5, name="2"))
+    assert (second.id, second.version) == (first.id, 2)
+    assert await grants.all() == [second]
+    assert await grants.renewed(first.id, version=1, owner=OWNER, tokens=tokens("late")) is None
+
+
+async def test_a_grant_of_another_issuer_supersedes_and_says_so(grants: Grants) -> None:
+    old = await grants.add(grant())
+    other_server = await grants.add(grant("warehouse"))
+    new = await grants.add(grant(issuer="https://new.example", at=NOW + 5))
+    assert await grants.current("local", "linear") == new
+    ended = await grants.get(old.id)
+    assert ended is not None
+    assert (ended.ended_at, ended.ended_reason) == (NOW + 5, SUPERSEDED)
+    assert await grants.current("local", "warehouse") == other_server
+
+
+async def test_a_renewal_counts_on_and_lets_go(grants: Grants) -> None:
+    stored = await grants.add(grant())
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+    begun = await grants.get(stored.id)
+    assert begun is not None
+    assert (begun.refresh_begun_at, begun.refresh_owner) == (NOW, OWNER)
+    new = await grants.renewed(stored.id, version=1, owner=OWNER, tokens=tokens("2", NOW + 9))
+    assert new == replace(stored, tokens=tokens("2", NOW + 9), version=2)
+    assert await grants.current("local", "linear") == new
+    assert not await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+
+
+async def test_one_refresh_at_a_time(grants: Grants) -> None:  # F3
+    stored = await grants.add(grant())
+    begun = await asyncio.gather(
+        *(grants.begin_refresh(stored.id, version=1, owner=f"elsewhere:1:{n}", now=NOW) for n in range(10))
+    )
+    assert begun.count(True) == 1
+
+
+async def test_the_same_owner_may_begin_again(grants: Grants) -> None:
+    stored = await grants.add(grant())
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW + 30)
+    assert not await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW + 80)
+
+
+async def test_an_old_lease_is_taken_over_and_its_late_write_fenced_off(grants: Grants) -> None:  # F13
+    stored = await grants.add(grant())
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+    assert not await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW + 59)
+    assert await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW + 61)
+    assert await grants.renewed(stored.id, version=1, owner=OWNER, tokens=tokens("late")) is None
+    await grants.release_refresh(stored.id, version=1, owner=OWNER)
+    new = await grants.renewed(stored.id, version=1, owner=OTHER, tokens=tokens("2"))
+    assert new is not None
+    assert new.tokens.access_token == "canary-access-2"
+
+
+async def test_a_lease_from_the_future_does_not_hold_for_ever(grants: Grants) -> None:  # F9
+    stored = await grants.add(grant())
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW + 3600)
+    assert await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW)
+
+
+async def test_a_lease_let_go_is_free_at_once(grants: Grants) -> None:
+    stored = await grants.add(grant())
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+    await grants.release_refresh(stored.id, version=1, owner=OTHER)
+    assert not await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW)
+    await grants.release_refresh(stored.id, version=1, owner=OWNER)
+    assert await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW)
+
+
+async def test_a_process_killed_in_a_refresh_is_found_and_taken_over_at_once(grants: Grants, tmp_path: Path) -> None:
+    # F6
+    stored = await grants.add(grant())
+    code = (
+        "import asyncio, os, pathlib, signal, sys\n"
+        "from store.builders import NOW, store_settings\n"
+        "from mcp_auth_proxy.store.database import Database\n"
+        "from mcp_auth_proxy.store.grants import Grants\n"
+        "from mcp_auth_proxy.store.lease import new_owner\n"
+        "async def main():\n"
+        "    database = await Database.open(store_settings(pathlib.Path(sys.argv[1])))\n"
+        "    assert await Grants(database).begin_refresh(int(sys.argv[2]), version=1, owner=new_owner(), now=NOW)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(main())\n"
+    )
+    paths = os.pathsep.join(str(Path(__file__).parents[depth] / name) for depth, name in ((1, ""), (2, "src")))
+    environ = {**os.environ, "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(stored.id)], env=environ, timeout=30, check=False)
+    found = await grants.get(stored.id)
+    assert found is not None
+    assert found.refresh_begun_at == NOW
+    assert not lease.is_held(found.refresh_owner, NOW, NOW + 1)
+    assert await grants.begin_refresh(stored.id, version=1, owner=lease.new_owner(), now=NOW + 1)
+
+
+async def test_a_living_process_holds_its_lease(grants: Grants) -> None:
+    stored = await grants.add(grant())
+    assert await grants.begin_refresh(stored.id, version=1, owner=lease.new_owner(), now=NOW)
+    assert not await grants.begin_refresh(stored.id, version=1, owner=lease.new_owner(), now=NOW)
+
+
+async def test_end_keeps_the_row_and_its_reason(grants: Grants) -> None:  # F2
+    stored = await grants.add(grant())
+    assert not await grants.end(stored.id, version=7, reason="x", now=NOW)
+    assert await grants.end(stored.id, version=1, reason="The refresh token was revoked.", now=NOW + 1)
+    assert not await grants.end(stored.id, version=1, reason="x", now=NOW)
+    assert await grants.current("local", "linear") is None
+    assert not await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+    (ended,) = await grants.all()
+    assert (ended.ended_at, ended.ended_reason) == (NOW + 1, "The refresh token was revoked.")
+
+
+async def test_a_grant_that_ended_during_its_refresh_stays_ended(grants: Grants) -> None:
+    stored = await grants.add(grant())
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+    assert await grants.end(stored.id, version=1, reason="x", now=NOW)
+    assert await grants.renewed(stored.id, version=1, owner=OWNER, tokens=tokens("2")) is None
+
+
+async def test_delete_returns_what_is_to_be_revoked_and_its_id_never_comes_back(grants: Grants) -> None:
+    stored = await grants.add(grant())
+    kept = await grants.add(grant("warehouse"))
+    assert await grants.delete("local", "linear") == [stored]
+    assert await grants.all() == [kept]
+    assert await grants.delete("local", "linear") == []
+    assert await grants.delete("local", "warehouse") == [kept]
+    assert (await grants.add(grant())).id > kept.id
+
+
+async def test_swapped_rows_fail_and_others_work(
+    grants: Grants, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:  # T47
+    a, b, good = [await grants.add(grant(name, name=name)) for name in ("a", "b", "c")]
+    await swap(database, a, b)
+    with caplog.at_level(logging.DEBUG):
+        assert await grants.all() == [good]
+        assert await grants.current("local", "a") is None
+        assert await grants.get(b.id) is None
+        assert await grants.current("local", "c") == good
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert all("grants" in line and "canary" not in line for line in warnings)
+
+
+async def test_a_store_with_broken_rows_starts_and_takes_new_grants(tmp_path: Path) -> None:  # T47
+    database = await Database.open(store_settings(tmp_path))
+    a, b = [await Grants(database).add(grant(name, name=name)) for name in ("a", "b")]
+    await swap(database, a, b)
+    async with database.transaction() as transaction:
+        await transaction.execute("UPDATE grants SET grant_type = 'nonsense' WHERE id = ?", (b.id,))
+    await database.close()
+    database = await Database.open(store_settings(tmp_path))
+    grants = Grants(database)
+    assert await grants.all() == []
+    new = await grants.add(grant("a", name="new"))
+    assert await grants.current("local", "a") == new
+    assert await grants.delete("local", "b") == []
+    assert await grants.all() == [new]
+    await database.close()
+
+
+async def swap(database: Database, a: Grant, b: Grant) -> None:
+    async with database.transaction() as transaction:
+        rows = await transaction.execute("SELECT id, access_token FROM grants WHERE id IN (?, ?)", (a.id, b.id))
+        for row, other in zip(rows, reversed(rows), strict=True):
+            await transaction.execute(
+                "UPDATE grants SET access_token = ? WHERE id = ?", (other["access_token"], row["id"])
+            )

@@ -1,0 +1,49 @@
+"""Whose refresh is still alive."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from mcp_auth_proxy.store.lease import is_held, new_owner
+from store.builders import NOW
+
+HOST = socket.gethostname()
+
+
+def test_a_living_process_holds() -> None:
+    assert is_held(new_owner(), NOW, NOW + 59)
+    assert is_held(f"{HOST}:{os.getpid()}:random", NOW, NOW)
+
+
+def test_names_differ() -> None:
+    assert new_owner() != new_owner()
+
+
+def test_a_dead_process_holds_nothing() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    assert not is_held(f"{HOST}:{process.pid}:1.x", NOW, NOW)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="start times come from /proc")
+def test_a_pid_that_was_given_to_another_process_holds_nothing() -> None:
+    assert not is_held(f"{HOST}:{os.getpid()}:1.x", NOW, NOW)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process states come from /proc")
+def test_a_process_that_died_and_was_not_waited_for_holds_nothing() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_held(f"{HOST}:{process.pid}:", NOW, NOW)
+
+
+@pytest.mark.parametrize("owner", ["elsewhere:1:x", "", "x", "::", f"{HOST}:nonsense:x"])
+def test_of_others_only_the_age_counts(owner: str) -> None:
+    assert is_held(owner, NOW, NOW + 60)
+    assert not is_held(owner, NOW, NOW + 61)
+    assert not is_held(owner, NOW + 61, NOW)
