@@ -3,10 +3,13 @@
 With ``MCP_AUTH_PROXY_REQUIRE_ALL=1``, as in CI, they fail instead: nothing is left out unnoticed.
 """
 
+import asyncio
 import os
 import shutil
+from collections.abc import Callable
 
 import pytest
+import uvloop
 
 pytest_plugins = ["fakes.fixtures"]
 
@@ -41,3 +44,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(f"needs {', '.join(missing)}, and MCP_AUTH_PROXY_REQUIRE_ALL=1 leaves nothing out", pytrace=False)
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed on this machine")
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop that ``serve`` runs on: what passes on asyncio's own may fail there."""
+    return {"uvloop": uvloop.new_event_loop}

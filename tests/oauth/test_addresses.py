@@ -171,7 +171,8 @@ def test_unacceptable_urls_are_refused(url: str) -> None:  # T2, T5
 
 
 @pytest.mark.parametrize(
-    "url", ["https://h", "https://H:8443/a?b=c%20d", "https://[2001:db8::1]:8443/x", "http://localhost:1/", "http://[::1]/"]
+    "url",
+    ["https://h", "https://H:8443/a?b=c%20d", "https://[2001:db8::1]:8443/x", "http://localhost:1/", "http://[::1]/"],
 )
 def test_acceptable_urls_are_taken_apart(url: str) -> None:
     assert urls.check(url, http_loopback=True).scheme in url

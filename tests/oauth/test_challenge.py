@@ -35,7 +35,10 @@ def test_parameters_of_a_bearer_challenge_are_read() -> None:
         ('Bearer realm=""', {"realm": ""}),
         ("Bearer ,, realm=x,, ,scope=y,", {"realm": "x", "scope": "y"}),
         ('Bearer realm="é"', {"realm": "é"}),
-        ("Bearer resource_metadata=https://h/.well-known/x?a=b, error=e", {"resource_metadata": "https://h/.well-known/x?a=b", "error": "e"}),
+        (
+            "Bearer resource_metadata=https://h/.well-known/x?a=b, error=e",
+            {"resource_metadata": "https://h/.well-known/x?a=b", "error": "e"},
+        ),
         ("Bearer bW9yZQ==", {}),
     ],
 )
@@ -87,7 +90,9 @@ def test_a_parameter_given_twice_is_ignored() -> None:  # T20
 
 
 def test_bearer_challenges_that_differ_leave_the_parameter_out() -> None:  # T20
-    found = bearer([b'Bearer scope="a", error=x', b'Bearer scope="b", error=x', b'Bearer resource_metadata="https://h/"'])
+    found = bearer(
+        [b'Bearer scope="a", error=x', b'Bearer scope="b", error=x', b'Bearer resource_metadata="https://h/"']
+    )
 
     assert found == BearerChallenge(error="x", scopes=None, resource_metadata="https://h/")
 
@@ -110,7 +115,8 @@ def test_fields_beyond_64_kb_are_ignored() -> None:  # T20
 
 
 @pytest.mark.parametrize(
-    "unit", [b"a ", b"a,", b"a=", b'a="', b"\\", b'"\\', b"a b, ", b"a=b, ", b" ", b"\t,", b"a  =", b"==", b'Bearer a="\\"']
+    "unit",
+    [b"a ", b"a,", b"a=", b'a="', b"\\", b'"\\', b"a b, ", b"a=b, ", b" ", b"\t,", b"a  =", b"==", b'Bearer a="\\"'],
 )
 def test_64_kb_of_anything_is_parsed_at_once(unit: bytes) -> None:  # T20
     field = b"Bearer " + unit * ((MAX_BYTES - 10) // len(unit))

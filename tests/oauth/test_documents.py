@@ -17,7 +17,19 @@ def read(body: bytes) -> Document:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"[]", b'"x"', b"null", b"<html>", b"{", b'{"a": NaN}', b'{"a": -Infinity}', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000],
+    [
+        b"",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"<html>",
+        b"{",
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+    ],
 )
 def test_what_is_no_json_object_is_refused_with_document_url_and_clause(body: bytes) -> None:
     with pytest.raises(DocumentRefused) as refused:

@@ -33,9 +33,7 @@ def test_configured_goes_before_challenge_before_resource_metadata(
     assert chosen == expected
 
 
-@pytest.mark.parametrize(
-    ("configured", "expected"), [(None, ("a", "b", "c")), (("d",), ("a", "b", "d", "c"))]
-)
+@pytest.mark.parametrize(("configured", "expected"), [(None, ("a", "b", "c")), (("d",), ("a", "b", "d", "c"))])
 def test_a_step_up_asks_for_old_and_new_scopes_in_order(
     configured: tuple[str, ...] | None, expected: tuple[str, ...]
 ) -> None:  # T19

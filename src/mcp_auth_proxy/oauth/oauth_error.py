@@ -8,7 +8,6 @@ MAX_DESCRIPTION = 300
 
 # RFC 6749 §4.1.2.1 and §5.2: error = 1*NQSCHAR
 _CODE = re.compile(r"[\x20\x21\x23-\x5b\x5d-\x7e]{1,80}")
-_UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\ud7ff\uf900-\uffef]+")
 
 
 _OPAQUE = re.compile(r"[A-Za-z0-9_-]{32,}")
@@ -33,7 +32,9 @@ def sentence(error: str, description: object = None, *, secrets: Iterable[str | 
             error = error.replace(secret, "****")
             description = description.replace(secret, "****")
     description = _OPAQUE.sub(_mask, description)
-    words = " ".join(_UNPRINTABLE.sub(" ", description[: 4 * MAX_DESCRIPTION]).split())
+    # isprintable() is False for controls and for what turns the direction of writing round.
+    printable = (character if character.isprintable() else " " for character in description[: 4 * MAX_DESCRIPTION])
+    words = " ".join("".join(printable).split())
     if len(words) > MAX_DESCRIPTION:
         words = words[:MAX_DESCRIPTION] + "…"
     return f"{error} ({words})" if words else error

@@ -9,7 +9,7 @@ forbids is refused here: other transfer codings than ``chunked``, transfer codin
 import asyncio
 import contextlib
 import socket
-from typing import Final, Protocol
+from typing import Final, Protocol, cast, cast
 
 import httptools
 
@@ -203,8 +203,8 @@ class Connection(asyncio.Protocol):
     # The transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports are none of asyncio's classes.
+        self._transport = cast(asyncio.Transport, transport)
         self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
