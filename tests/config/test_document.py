@@ -62,9 +62,18 @@ def test_what_is_no_yaml_is_refused_with_its_place(data: bytes, where: str) -> N
         parse(data)
 
 
-def test_deep_nesting_is_refused_and_no_crash() -> None:
-    with pytest.raises(ConfigurationError):
-        parse(b"[" * 5000)
+@pytest.mark.parametrize("data", [b"[" * 300_000, b"{a: " * 100_000, b"- " * 100_000, b"[" * 5000 + b"]" * 5000])
+def test_deep_nesting_is_refused_and_no_crash(data: bytes) -> None:
+    with pytest.raises(ConfigurationError, match="nested too deeply"):
+        parse(data)
+
+
+@pytest.mark.parametrize("data", [b"&a [*a]", b"a: &a {<<: *a, b: 1}", b"a: &a {b: *a}"])
+def test_a_document_that_holds_itself_does_not_hang(data: bytes) -> None:
+    try:
+        parse(data)
+    except ConfigurationError as error:
+        assert error.faults
 
 
 @given(st.binary(max_size=60))

@@ -197,7 +197,7 @@ def test_a_token_without_type_is_refused() -> None:  # T22
 @pytest.mark.parametrize("token", ["can\r\nary", "can\x00ary", "can ary", "canaré", "canary" * 5000, 3, ["canary"]])
 def test_a_malformed_token_is_refused_and_not_shown(member: str, token: object) -> None:  # T23
     with pytest.raises(DocumentRefused, match=member) as refused:
-        read(**{member: token})
+        read(**dict[str, Any]({member: token}))
 
     assert "can" not in str(refused.value).replace("can not", "")
 

@@ -2,10 +2,7 @@
 
 import asyncio
 import logging
-import os
 import random
-import secrets
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +10,7 @@ from mcp_auth_proxy.broker.authorize import Authorizer
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused, StoreUnavailable, TokenRefused
 from mcp_auth_proxy.models import Grant, GrantType, TokenSet
+from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
@@ -77,7 +75,7 @@ class Renewer:
         self._grants = grants
         self._clock = clock
         self._pauses: dict[int, _Pause] = {}
-        self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._owner = lease.new_owner()
 
     async def renew(self, server: ServerSettings, grant: Grant) -> Grant:
         """Return the grant with new tokens, durable already.

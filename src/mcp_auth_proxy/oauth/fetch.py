@@ -223,12 +223,16 @@ class Fetcher:
 
 
 def _check(url: str, method: str, document: str, policy: AddressPolicy) -> urls.Parts:
+    remedy = False
     try:
         parts = urls.split(url)
         may_be_http = policy.allows_http(parts.host, parts.port)
+        remedy = urls.is_loopback(parts.host) and not may_be_http
         return urls.check(url, http_loopback=may_be_http, http=may_be_http and method == "GET")
     except ValueError as problem:
-        raise DocumentRefused(document, url if url.isprintable() else "", f"its URL is refused: {problem}") from None
+        key = "; if that is meant, list the host in the key authorization.allow_private" if remedy else ""
+        shown = url if url.isprintable() else ""
+        raise DocumentRefused(document, shown, f"its URL is refused: {problem}{key}") from None
 
 
 def _check_literal(parts: urls.Parts, policy: AddressPolicy) -> None:

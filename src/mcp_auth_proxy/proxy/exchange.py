@@ -141,6 +141,7 @@ class Exchange:
 
     __slots__ = (
         "__weakref__",
+        "_action",
         "_body",
         "_forwarder",
         "_initializes",
@@ -168,6 +169,7 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._body = b""
+        self._action = ""
         self._initializes = False
         self._response: Response | None = None
         self._started: Literal["", "relay", "events"] = ""
@@ -218,7 +220,7 @@ class Exchange:
     async def _carry(self) -> None:
         broker = self._forwarder.broker
         name = self._route.server.name
-        self._look_for_initialize()
+        self._look_into_body()
         token = await broker.token(LOCAL, name)
         if token is None:
             pending = broker.pending(LOCAL, name)
@@ -253,9 +255,11 @@ class Exchange:
                 token = verdict
         raise AuthorizationError(f"Server {name} refuses every token that is renewed for it.")
 
-    def _look_for_initialize(self) -> None:
-        """Remember whether the client can show URLs: it says so in ``initialize`` alone, so only that is parsed."""
+    def _look_into_body(self) -> None:
+        """Parse the two kinds of body that are for us too: ``initialize``, and a retry after ``input_required``."""
         body = self._body
+        if consent.is_retry(body):
+            self._body, self._action = consent.without_our_input(body)
         if len(body) < 65_536 and b'"initialize"' in body:
             messages, _ = consent.parse(body)
             self._initializes = any(m.method == "initialize" and m.url_elicitation for m in messages)
@@ -373,9 +377,7 @@ class Exchange:
         """
         forwarder = self._forwarder
         messages, _ = consent.parse(self._body)
-        action = ""
-        if consent.is_retry(self._body):
-            self._body, action = consent.without_our_input(self._body)
+        action = self._action
         if action in ("decline", "cancel"):
             raise AuthorizationError("the user declined to open the link.")
         limit = max(forwarder.wait, RETRY_WAIT) if action else forwarder.wait

@@ -65,7 +65,8 @@ class Guard:
         return not self._loopback and path in PROBES
 
     def _known(self, host: str) -> bool:
-        return host in self._names or (self._loopback and is_loopback(host))
+        # A loopback name can't be forged by DNS rebinding: the browser sends the name that it was led to.
+        return host in self._names or is_loopback(host)
 
     def _origin_is_good(self, value: bytes) -> bool:
         try:
