@@ -427,4 +427,4 @@ async def test_real_server_challenges_by_rfc_9728_and_steps_up(
         stepped = await client.call("write_note", text="n")
         assert stepped.status == 403
         assert 'error="insufficient_scope", scope="notes:write"' in stepped.headers["www-authenticate"]
-    assert real_mcp_server.steps == ["challenge", "resource-metadata", "challenge", "challenge"]
+    assert real_mcp_server.steps == ["challenge", "resource-metadata", "challenge", "retry", "challenge"]

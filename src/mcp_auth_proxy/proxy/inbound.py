@@ -70,7 +70,9 @@ class InboundProtocol(HttpToolsProtocol):
         if self._fields > MAX_FIELDS or self._field_bytes > MAX_HEAD:
             self._refusal = 431
             raise ValueError("request header fields too large")
-        super().on_header(name, value)
+        if self._in_head:
+            # Trailers may not be taken for header fields (RFC 9110 §6.5.1): uvicorn would add them.
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -99,10 +101,10 @@ class InboundProtocol(HttpToolsProtocol):
     def _check_progress(self) -> None:
         """Close on a client that sends nothing, a head that does not end, or a body that trickles."""
         self._slow_timer = None
-        paused = self.flow is not None and self.flow.read_paused
-        if self.transport.is_closing() or (self._in_message and paused):
+        if self.transport.is_closing():
             return
-        if self._in_message and not self._in_head and self._body_bytes >= MIN_BODY_RATE * SLOW_AFTER:
+        fast = not self._in_head and self._body_bytes >= MIN_BODY_RATE * SLOW_AFTER
+        if self._in_message and (fast or self.flow.read_paused):
             self._body_bytes = 0
             self._slow_timer = self.loop.call_later(SLOW_AFTER, self._check_progress)
             return

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from mcp_auth_proxy.config.settings import OutboundSettings
 from mcp_auth_proxy.errors import UpstreamBroken, UpstreamBusy, UpstreamUnreachable
-from mcp_auth_proxy.proxy.connection import Connection, ConnectionStale, Response
+from mcp_auth_proxy.proxy.connection import READ_SIZE, Connection, ConnectionStale, Response
 from mcp_auth_proxy.proxy.dial import Dialer
 from mcp_auth_proxy.proxy.origin import Origin, split
 
@@ -47,8 +47,9 @@ _REPEATABLE = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 class Pool:
     """The connections to one origin. The one idle for the shortest time is used first, so that the others can go."""
 
-    def __init__(self, origin: Origin, dialer: Dialer, limit: int) -> None:
+    def __init__(self, origin: Origin, dialer: Dialer, limit: int, buffer: memoryview) -> None:
         self.name = str(origin)
+        self.buffer = buffer
         self._origin = origin
         self._dialer = dialer
         self._limit = limit
@@ -228,6 +229,7 @@ class Upstream:
         self._dialer = Dialer(outbound, timeout=connect_timeout, environ=environ)
         self._limit = connections_per_origin
         self._pools: dict[Origin, Pool] = {}
+        self._buffer = memoryview(bytearray(READ_SIZE))
         self._closed = False
 
     async def send(
@@ -263,7 +265,7 @@ class Upstream:
     def _new_pool(self, origin: Origin) -> Pool:
         if self._closed:
             raise UpstreamBusy("The proxy is shutting down.")
-        pool = self._pools[origin] = Pool(origin, self._dialer, self._limit)
+        pool = self._pools[origin] = Pool(origin, self._dialer, self._limit, self._buffer)
         return pool
 
 

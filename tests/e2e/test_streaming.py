@@ -1,0 +1,266 @@
+"""Bytes on their way: large bodies, events one by one, slow readers, clients that leave, and the SDK's own client."""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from mcp import Client
+
+from fakes.exchange import Answer, Channel, Received, sse
+from fakes.fixtures import Servers
+from fakes.mcp_client import MODERN
+from fakes.mcp_server import CHUNK
+from fakes.proxy import ProxyProcess, proxy_process, running_proxy, until, write_config
+from fakes.raw import RawClient
+from fakes.unattended import connected, unattended
+
+MEGABYTE = 1024 * 1024
+SSE = {"accept": "text/event-stream"}
+
+
+def call(tool: str) -> bytes:
+    return json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool}}).encode()
+
+
+def progress(number: int) -> dict[str, object]:
+    return {"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": 1, "progress": number}}
+
+
+async def settled(value: Callable[[], int]) -> int:
+    """Wait, bounded, until a number no longer changes; return it."""
+    for _ in range(50):
+        before = value()
+        await asyncio.sleep(0.2)
+        if value() == before:
+            return before
+    raise AssertionError("it never came to rest")
+
+
+async def test_five_megabytes_pass_both_ways_unchanged(servers: Servers, tmp_path: Path) -> None:
+    sent, answered = os.urandom(5 * MEGABYTE), os.urandom(5 * MEGABYTE)
+
+    async def stream() -> AsyncIterator[bytes]:
+        for start in range(0, len(answered), 10_007):
+            yield answered[start : start + 10_007]
+
+    binary = {"content-type": "application/octet-stream"}
+    async with connected(servers, tmp_path) as it:
+        for answer in (Answer(stream=stream), Answer(body=answered)):
+            it.upstream.answers["POST"] = answer
+            response = await it.client.http.post(it.client.url, content=sent, headers=binary)
+            assert response.content == answered
+            assert it.upstream.calls()[-1].body == sent
+
+
+async def test_a_compressed_answer_is_not_touched(servers: Servers, tmp_path: Path) -> None:
+    answer = Answer.gzipped({"jsonrpc": "2.0", "id": 1, "result": {}})
+    async with connected(servers, tmp_path, knobs={"answers": {"ping": answer}}) as it:  # T36
+        message = it.client.message("ping", id=1)
+        headers = it.client.headers(message) | {"accept-encoding": "gzip"}
+        async with it.client.http.stream("POST", it.client.url, json=message, headers=headers) as response:
+            raw = b"".join([part async for part in response.aiter_raw()])
+    assert (raw, response.headers["content-encoding"]) == (answer.body, "gzip")
+    assert response.headers["content-length"] == str(len(answer.body))
+
+
+@pytest.mark.parametrize("version", ["2025-11-25", MODERN])
+async def test_events_of_a_call_arrive_one_by_one(servers: Servers, tmp_path: Path, version: str) -> None:
+    channel = Channel()
+    async with connected(servers, tmp_path, version=version) as it:
+        it.upstream.answers["tools/call:count"] = Answer.events(channel)
+        async with it.client.stream("tools/call", {"name": "count"}) as (response, events), asyncio.timeout(10):
+            assert response.headers["content-type"] == "text/event-stream"
+            for number in range(10):
+                channel.event(progress(number))
+                assert (await anext(events))["params"]["progress"] == number
+            channel.close()
+            assert [event async for event in events] == []
+
+
+async def test_comments_and_half_events_pass_at_once(servers: Servers, tmp_path: Path) -> None:
+    channel = Channel()
+    async with connected(servers, tmp_path, knobs={"sessions_on": True}) as it:
+        await it.client.initialize()
+        it.upstream.answers["GET"] = Answer.events(channel)
+        headers = SSE | {"mcp-session-id": it.client.session or ""}
+        async with it.client.http.stream("GET", it.client.url, headers=headers) as response, asyncio.timeout(10):
+            parts = response.aiter_raw()
+            for part in (b": keep-alive\n\n", b"id: 1\ndata: {", b"}\n\n", b"\r\n", "data: é\n\n".encode()):
+                channel.put(part)
+                assert await anext(parts) == part
+
+
+async def test_pushed_events_come_on_the_get_stream_which_delete_ends(servers: Servers, tmp_path: Path) -> None:
+    async with connected(servers, tmp_path, knobs={"sessions_on": True}) as it:
+        await it.client.initialize()
+        it.client.http.headers["last-event-id"] = "event-41"
+        async with it.client.stream() as (_, events), asyncio.timeout(10):
+            for number in range(5):
+                assert it.upstream.push(progress(number)) == 1
+                assert (await anext(events))["params"]["progress"] == number
+            assert (await it.client.call("echo", text="beside it")).text == "beside it"
+            assert (await it.client.delete()).status == 200
+            assert [event async for event in events] == []
+        assert it.upstream.calls("GET")[-1].header("last-event-id") == "event-41"
+        async with it.client.stream() as (response, _):
+            assert response.status_code == 404
+
+
+async def test_a_get_stream_that_the_server_does_not_offer_is_405(servers: Servers, tmp_path: Path) -> None:
+    async with connected(servers, tmp_path, knobs={"get_stream": False}) as it:
+        async with it.client.stream() as (response, _):
+            assert (response.status_code, response.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_slow_reader_holds_the_upstream_back(servers: Servers, tmp_path: Path, method: str) -> None:
+    given = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal given
+        while True:
+            given += len(CHUNK)
+            yield CHUNK
+
+    async with connected(servers, tmp_path) as it:  # T39
+        await it.client.post("ping")
+        it.upstream.answers[method] = Answer.events(endless)
+        async with RawClient.to(it.proxy.origin, buffer=64 * 1024) as raw:
+            if method == "GET":
+                raw.get()
+            else:
+                raw.post(call("endless"))
+            await raw.head()
+            stuck = await settled(lambda: given)
+            assert stuck < 32 * MEGABYTE  # what kernels buffer on two loopback connections
+            for _ in range(2 * stuck // len(CHUNK)):
+                await raw.reader.readexactly(len(CHUNK))
+            assert given > stuck
+        await asyncio.wait_for(it.upstream.calls(method)[-1].gone.wait(), 1)
+
+
+def resident(proxy: ProxyProcess) -> int:
+    """Bytes of memory that the process holds."""
+    status = Path(f"/proc/{proxy.process.pid}/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+async def test_slow_readers_cost_bounded_memory(servers: Servers, tmp_path: Path) -> None:
+    given = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal given
+        while True:
+            given += len(CHUNK)
+            yield CHUNK
+
+    issuer = await servers.authorization_server()
+    upstream = await servers.mcp_server(issuer, answers={"GET": Answer.events(endless)})
+    config = write_config(tmp_path, {"notes": unattended(issuer, upstream.url, tmp_path)})
+    async with proxy_process(config) as proxy, AsyncExitStack() as stack:  # T39
+        async with proxy.client("notes") as client:
+            await client.post("ping")
+        before = resident(proxy)
+        for _ in range(20):
+            raw = await stack.enter_async_context(RawClient.to(proxy.origin, buffer=64 * 1024))
+            raw.get()
+            await raw.head()
+        await settled(lambda: given)
+        assert given > 20 * MEGABYTE
+        assert resident(proxy) - before < 20 * MEGABYTE
+
+
+# A client that leaves
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("silent", ["before the head", "in a stream"])
+async def test_a_client_that_leaves_closes_the_upstream_exchange(
+    servers: Servers, tmp_path: Path, method: str, silent: str
+) -> None:
+    answer = Answer.hang() if silent == "before the head" else Answer.events(Channel())
+    async with connected(servers, tmp_path) as it:  # T40
+        await it.client.post("ping")
+        it.upstream.answers[method] = answer
+        for leaves in (RawClient.drop, lambda raw: raw.writer.close(), lambda raw: raw.writer.write_eof()):
+            async with RawClient.to(it.proxy.origin) as raw:
+                if method == "GET":
+                    raw.get()
+                else:
+                    raw.post(call("think"))
+                received = await it.upstream.log.wait_for(
+                    lambda r: r.method == method and not r.gone.is_set(), count=2 if method == "POST" else 1
+                )
+                if silent == "in a stream":
+                    await raw.head()
+                leaves(raw)
+                await asyncio.wait_for(received.gone.wait(), 1)
+        assert it.proxy.application.forwarder.under_way == 0
+
+
+async def test_many_clients_that_leave_at_once_are_all_noticed(servers: Servers, tmp_path: Path) -> None:
+    answers = {"tools/call:think": Answer.hang(), "GET": Answer.events(Channel())}
+    async with connected(servers, tmp_path, knobs={"answers": answers}) as it, AsyncExitStack() as stack:  # T40
+        await it.client.post("ping")
+        clients = [await stack.enter_async_context(RawClient.to(it.proxy.origin)) for _ in range(100)]
+        for number, raw in enumerate(clients):
+            if number % 2:
+                raw.get()
+            else:
+                raw.post(call("think"))
+
+        def open_ones() -> list[Received]:
+            return [r for r in it.upstream.requests if (r.tool or r.method == "GET") and not r.gone.is_set()]
+
+        await until(lambda: len(open_ones()) == 100)
+        for raw in clients:
+            raw.drop()
+        await until(lambda: not open_ones(), timeout=1)
+        assert (await it.client.call("echo", text="on")).text == "on"
+
+
+async def test_one_call_is_cancelled_without_harm_to_the_others(servers: Servers, tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    body = sse({"jsonrpc": "2.0", "id": 1, "result": {}})
+    async with connected(servers, tmp_path, version=MODERN) as it:
+        it.upstream.answers["tools/call:gated"] = Answer(
+            headers=(("content-type", "text/event-stream"),), body=body, gate=gate
+        )
+        calls = [asyncio.create_task(it.client.call("gated")) for _ in range(3)]
+        middle = await it.upstream.log.wait_for(lambda r: r.tool == "gated" and bool(r.bearer), count=3)
+        await until(lambda: len([r for r in it.upstream.calls("tools/call:gated") if r.bearer]) == 3)
+        calls[1].cancel()
+        await until(lambda: len([r for r in it.upstream.calls("tools/call:gated") if r.gone.is_set()]) == 1, timeout=1)
+        gate.set()
+        assert [(await one).message["id"] for one in (calls[0], calls[2])] == [1, 1]
+        assert middle.bearer
+
+
+# The SDK on both ends
+
+
+@pytest.mark.parametrize("mode", ["legacy", "auto", MODERN])
+async def test_the_sdks_client_and_server_work_through_the_proxy(servers: Servers, tmp_path: Path, mode: str) -> None:
+    issuer = await servers.authorization_server()
+    upstream = await servers.real_mcp_server(issuer)
+    loop = asyncio.get_running_loop()
+    seen: list[tuple[float, float]] = []
+
+    async def note(current: float, total: float | None, message: str | None) -> None:
+        seen.append((current, loop.time()))
+
+    config = {"notes": unattended(issuer, upstream.url, tmp_path)}
+    async with running_proxy(tmp_path, config) as proxy, Client(f"{proxy.origin}/notes/mcp", mode=mode) as client:
+        assert "echo" in {tool.name for tool in (await client.list_tools()).tools}
+        large = await client.call_tool("large", {"size": 5 * MEGABYTE})
+        assert getattr(large.content[0], "text", "") == "x" * 5 * MEGABYTE
+        result = await client.call_tool("count", {"to": 4, "seconds": 0.1}, progress_callback=note)
+        ended = loop.time()
+    assert getattr(result.content[0], "text", "") == "counted to 4"
+    assert [number for number, _ in seen] == [1, 2, 3, 4]
+    assert all(ended - at > 0.1 * (4 - number) for number, at in seen)

@@ -1,0 +1,168 @@
+"""Heads of requests and responses on their way through the proxy."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcp_auth_proxy.proxy.headers import request_head, response_headers
+
+TOKEN = b"Bearer ours"
+
+
+def fields(head: bytes) -> list[tuple[bytes, bytes]]:
+    lines = head.split(b"\r\n")
+    assert lines[-2:] == [b"", b""]
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines[1:-2])]
+
+
+def sent(*headers: tuple[bytes, bytes], length: int | None = None) -> list[tuple[bytes, bytes]]:
+    return fields(request_head(b"POST", b"/mcp", b"up.example", headers, TOKEN, length))
+
+
+def test_a_request_head_is_written_from_scratch() -> None:
+    head = request_head(
+        b"POST",
+        b"/mcp?a=b",
+        b"up.example:8443",
+        [(b"host", b"127.0.0.1:8787"), (b"content-length", b"9"), (b"accept", b"application/json")],
+        TOKEN,
+        5,
+    )
+    assert head == (
+        b"POST /mcp?a=b HTTP/1.1\r\nhost: up.example:8443\r\naccept: application/json\r\n"
+        b"authorization: Bearer ours\r\ncontent-length: 5\r\n\r\n"
+    )
+
+
+def test_without_token_and_body_there_is_neither_authorization_nor_length() -> None:
+    head = request_head(b"GET", b"/", b"h", [(b"authorization", b"Bearer theirs")], None, None)
+    assert head == b"GET / HTTP/1.1\r\nhost: h\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        # T31
+        "authorization", "Authorization", "cookie", "cookie2", "authorization_", "_authorization", "cookie_",
+        # T33
+        "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-anything", "x_forwarded_for",
+        "x_forwarded-proto", "x.forwarded.for", "x-real-ip", "x_real_ip",
+        # hop-by-hop and framing
+        "connection", "keep-alive", "proxy-connection", "proxy-authorization", "proxy_authorization",
+        "proxy-authenticate", "te", "trailer", "transfer-encoding", "transfer_encoding", "upgrade",
+        "content-length", "content_length", "expect", "http2-settings", "host", "origin",
+    ],
+)  # fmt: skip
+def test_what_speaks_of_the_client_or_of_one_hop_stays_behind(name: str) -> None:
+    assert sent((name.encode(), b"1")) == [(b"host", b"up.example"), (b"authorization", TOKEN)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "accept", "accept-encoding", "content-type", "mcp-session-id", "mcp-protocol-version", "mcp-method",
+        "last-event-id", "traceparent", "via", "x-custom", "x_custom", "mcp-param-region", "referer", "user-agent",
+    ],
+)  # fmt: skip
+def test_other_fields_pass_unchanged(name: str) -> None:
+    # T36: Accept-Encoding is among them, so that a gzip body passes as it is.
+    assert (name.encode(), b"gzip;q=1, \xe9") in sent((name.encode(), b"gzip;q=1, \xe9"))
+
+
+def test_repeated_fields_keep_their_order() -> None:
+    assert [v for n, v in sent((b"x-a", b"1"), (b"accept", b"2"), (b"x-a", b"3")) if n == b"x-a"] == [b"1", b"3"]
+
+
+@pytest.mark.parametrize("listed", [b"authorization", b"Authorization, host", b"keep-alive ,authorization,,"])
+def test_connection_can_not_remove_what_we_add(listed: bytes) -> None:
+    # T32
+    got = sent((b"connection", listed), (b"accept", b"a"), length=3)
+    assert got == [
+        (b"host", b"up.example"),
+        (b"accept", b"a"),
+        (b"authorization", TOKEN),
+        (b"content-length", b"3"),
+    ]
+
+
+def test_fields_listed_in_connection_stay_behind_wherever_they_stand() -> None:
+    got = sent(
+        (b"x-hop", b"1"), (b"connection", b"X-Hop"), (b"accept", b"a"), (b"connection", b"x-hop2"), (b"x-hop2", b"2")
+    )
+    assert got == [(b"host", b"up.example"), (b"accept", b"a"), (b"authorization", TOKEN)]
+
+
+@pytest.mark.parametrize("bad", [b"a\r\nx: y", b"a\nx: y", b"a\rb", b"a\0b", b"\r\n\r\n"])
+def test_a_value_that_breaks_its_line_is_refused(bad: bytes) -> None:
+    with pytest.raises(ValueError, match="line break"):
+        request_head(b"GET", b"/", b"h", [(b"x-a", bad)], None, None)
+    with pytest.raises(ValueError, match="line break"):
+        request_head(b"GET", b"/", b"h", [], b"Bearer " + bad, None)
+    with pytest.raises(ValueError, match="line break"):
+        request_head(b"GET", b"/" + bad, b"h", [], None, None)
+
+
+def test_a_target_with_a_space_is_refused() -> None:
+    with pytest.raises(ValueError, match="line break"):
+        request_head(b"GET", b"/ HTTP/1.1", b"h", [], None, None)
+
+
+names = st.from_regex(rb"\A[a-z0-9_-]{1,12}\Z") | st.sampled_from([b"authorization", b"connection", b"cookie", b"te"])
+values = st.from_regex(rb"\A[ -~]{0,20}\Z")
+
+
+@given(st.lists(st.tuples(names, values), max_size=12))
+def test_whatever_comes_in_goes_out_once_with_our_token_and_host(headers: list[tuple[bytes, bytes]]) -> None:
+    got = sent(*headers, length=0)
+    assert got[0] == (b"host", b"up.example")
+    assert [v for n, v in got if n == b"authorization"] == [TOKEN]
+    assert [v for n, v in got if n == b"content-length"] == [b"0"]
+    assert all(pair in headers for pair in got[1:-2])
+
+
+def test_response_fields_pass_but_for_those_of_the_hop_the_login_and_the_origin() -> None:
+    # T34
+    got = response_headers(
+        [
+            (b"Content-Type", b"application/json"),
+            (b"Content-Length", b"2"),
+            (b"Content-Encoding", b"gzip"),
+            (b"Cache-Control", b"max-age=1"),
+            (b"Mcp-Session-Id", b"s"),
+            (b"Retry-After", b"3"),
+            (b"Access-Control-Allow-Origin", b"*"),
+            (b"Set-Cookie", b"a=b"),
+            (b"Set-Cookie2", b"a=b"),
+            (b"WWW-Authenticate", b"Bearer"),
+            (b"Proxy-Authenticate", b"Basic"),
+            (b"Transfer-Encoding", b"chunked"),
+            (b"Connection", b"keep-alive, X-Hop"),
+            (b"X-Hop", b"1"),
+            (b"Keep-Alive", b"timeout=5"),
+            (b"Trailer", b"x"),
+            (b"Upgrade", b"h2c"),
+            (b"Alt-Svc", b"h3"),
+            (b"Strict-Transport-Security", b"max-age=1"),
+            (b"Clear-Site-Data", b'"*"'),
+        ]
+    )
+    assert got == [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"2"),
+        (b"content-encoding", b"gzip"),
+        (b"cache-control", b"max-age=1"),
+        (b"mcp-session-id", b"s"),
+        (b"retry-after", b"3"),
+        (b"access-control-allow-origin", b"*"),
+    ]
+
+
+@pytest.mark.parametrize("headers", [[], [(b"connection", b"cache-control"), (b"cache-control", b"public")]])
+def test_an_answer_without_cache_control_is_not_to_be_stored(headers: list[tuple[bytes, bytes]]) -> None:
+    # T38
+    assert response_headers(headers) == [(b"cache-control", b"no-store")]
+
+
+def test_connection_can_not_remove_the_framing_of_a_response() -> None:
+    got = response_headers([(b"connection", b"content-length"), (b"content-length", b"2")])
+    assert (b"content-length", b"2") in got
