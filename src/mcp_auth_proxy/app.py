@@ -44,8 +44,13 @@ def effective_public_url(settings: Settings, listening: Address) -> str:
     """Return how browsers reach the proxy: as configured, else the address that is listened on."""
     if settings.public_url is not None:
         return settings.public_url
+    return f"http://{reachable(listening)}"
+
+
+def reachable(listening: Address) -> Address:
+    """Return where this machine reaches what listens there: a wildcard is no address to call."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listening.host, listening.host)
-    return f"http://{Address(host, listening.port)}"
+    return Address(host, listening.port)
 
 
 @asynccontextmanager
@@ -85,9 +90,7 @@ async def lifespan(
         stack.push_async_callback(broker.aclose)
         if background:
             await broker.start()
-        upstream = Upstream(
-            outbound=settings.outbound, connections_per_origin=settings.limits.upstream_connections
-        )
+        upstream = Upstream(outbound=settings.outbound, connections_per_origin=settings.limits.upstream_connections)
         stack.push_async_callback(upstream.aclose)
         forwarder = Forwarder(
             broker=broker,

@@ -24,6 +24,7 @@ class ClientAuth(StrEnum):
     NONE = "none"
     BASIC = "client_secret_basic"
     POST = "client_secret_post"
+    PRIVATE_KEY_JWT = "private_key_jwt"
 
 
 class GrantType(StrEnum):
@@ -31,6 +32,20 @@ class GrantType(StrEnum):
 
     AUTHORIZATION_CODE = "authorization_code"
     CLIENT_CREDENTIALS = "client_credentials"
+    DEVICE_CODE = "device_code"
+    JWT_BEARER = "jwt_bearer"
+    ID_JAG = "id_jag"
+    TOKEN_EXCHANGE = "token_exchange"
+
+    @property
+    def unattended(self) -> bool:
+        """Whether tokens are had within a request: no user is asked."""
+        return self.repeatable or self is GrantType.TOKEN_EXCHANGE
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the configuration alone is enough to ask for new tokens at any time."""
+        return self in (GrantType.CLIENT_CREDENTIALS, GrantType.JWT_BEARER, GrantType.ID_JAG)
 
 
 class RegistrationKind(StrEnum):
@@ -120,6 +135,19 @@ class FlowStatus(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceAuthorization:
+    """What the user needs to authorize on another device, and what we poll with (RFC 8628 §3.2)."""
+
+    device_code: str = field(repr=False)
+    user_code: str = field(repr=False)
+    verification_uri: str
+    verification_uri_complete: str = field(default="", repr=False)
+    """Empty where the server has none."""
+    interval: float = 5.0
+    """Seconds between two polls."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
     """One authorization that waits for a user. ``id`` is the unguessable part of the link."""
 
@@ -137,6 +165,8 @@ class Flow:
     status: FlowStatus = FlowStatus.PENDING
     reason: str = ""
     """Why it failed, in words for the user."""
+    device: DeviceAuthorization | None = None
+    """Set where the user authorizes on another device; then there is no redirect."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

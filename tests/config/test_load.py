@@ -201,12 +201,6 @@ def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("grant: device_code", "grant"),
-        ("grant: jwt_bearer, assertion: 'file:x'", "grant"),
-        ("grant: id_jag, idp: {issuer: x}", "idp"),
-        ("grant: token_exchange", "grant"),
-        ("client_id: a, client_auth: private_key_jwt, private_key: 'file:x'", "client_auth"),
-        ("signing_alg: ES256", "signing_alg"),
         ("dpop: required", "dpop"),
         ("dpop: auto", "dpop"),
     ],

@@ -5,10 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.config.settings import (
     AuthorizationSettings,
+    IdpSettings,
     InboundSettings,
     LimitSettings,
     OAuthSettings,
@@ -29,10 +32,11 @@ SECTIONS: dict[str, type] = {
     "outbound.": OutboundSettings,
     "servers.*.": ServerSettings,
     "servers.*.oauth.": OAuthSettings,
+    "servers.*.oauth.idp.": IdpSettings,
 }
 NOT_KEYS = {"source", "servers.*.name"}
 # Keys that are no field of their section: they are turned into something else while they are read.
-MORE_KEYS = {"upstream_timeout", "store.url", "store.keys", "servers.*.oauth.dpop"}
+MORE_KEYS = {"upstream_timeout", "store.url", "store.keys", "servers.*.oauth.dpop", "servers.*.oauth.signing_alg"}
 
 
 def setting_keys() -> set[str]:
@@ -60,9 +64,9 @@ def example_keys(text: str) -> set[str]:
 
 
 def whole_example() -> str:
-    """The example with its commented server switched on."""
+    """The example with its commented servers switched on."""
     text = EXAMPLE.read_text()
-    return re.sub(r"^  # ( *[a-z_#]+:? .*|  *[a-z_]+:|warehouse:)$", r"  \1", text, flags=re.MULTILINE)
+    return re.sub(r"^  # (  [ #].*|  [a-z_]+:.*|[a-z]+:)$", r"  \1", text, flags=re.MULTILINE)
 
 
 def test_the_reference_has_every_key_and_no_other() -> None:
@@ -81,12 +85,18 @@ def test_the_example_loads_and_holds_the_defaults(tmp_path: Path) -> None:
     assert shown == dataclasses.replace(load(minimal, environ={}), source=None)
 
 
-def test_the_commented_server_of_the_example_loads(tmp_path: Path) -> None:
+def test_the_commented_servers_of_the_example_load(tmp_path: Path) -> None:
     path = tmp_path / "example.yaml"
     path.write_text(whole_example())
-    found = load(path, environ={"WAREHOUSE_SECRET": "s"})
-    assert set(found.servers) == {"linear", "warehouse"}
+    secrets = dict.fromkeys(re.findall(r"env:([A-Z_]+)\n", EXAMPLE.read_text()), "s")
+    found = load(path, environ={**secrets, "REPORTS_KEY": a_key()})
+    assert set(found.servers) == {"linear", "warehouse", "reports", "batch", "payroll", "travel"}
     assert found.servers["warehouse"].oauth.metadata
+
+
+def a_key() -> str:
+    key = ec.generate_private_key(ec.SECP256R1())
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
 
 
 def test_every_documented_key_is_known_to_the_loader(tmp_path: Path) -> None:

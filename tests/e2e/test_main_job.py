@@ -42,7 +42,9 @@ async def test_one_flow_however_many_ask(servers: Servers, tmp_path: Path) -> No
     upstream = await servers.mcp_server(issuer)
     async with running_proxy(tmp_path, {"notes": upstream.url}, authorization={"wait": "20s"}) as proxy:
         clients = [proxy.client("notes") for _ in range(5)]
-        calls = [asyncio.create_task(c.call("echo", text=str(n))) for n in range(20) for c in clients[n % 5 : n % 5 + 1]]
+        calls = [
+            asyncio.create_task(c.call("echo", text=str(n))) for n in range(20) for c in clients[n % 5 : n % 5 + 1]
+        ]
         await consent(await proxy.next_link())
         replies = await asyncio.gather(*calls)
         for client in clients:

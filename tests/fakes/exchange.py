@@ -213,6 +213,8 @@ class Answer:
         if self.stream is not None:
             async for chunk in self.stream():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                # uvicorn's send() to a client that has left returns at once: the loop must come round to say so
+                await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": self.body, "more_body": self.reset})
 
 

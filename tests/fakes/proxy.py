@@ -92,16 +92,22 @@ async def running_proxy(
 
 
 class ProxyProcess(RunningProxy):
-    """``mcp-auth-proxy serve`` as a user runs it. ``log`` is all that it has written to stdout and stderr."""
+    """``mcp-auth-proxy serve`` as a user runs it. ``log`` is all that it has written to ``out`` and ``err``."""
 
     def __init__(self, process: asyncio.subprocess.Process, origin: str) -> None:
         super().__init__(origin, [])
         self.process = process
         self.log = ""
+        self.out = ""
+        self.err = ""
         self.reading: asyncio.Task[None] | None = None
 
-    def note(self, line: str) -> None:
+    def note(self, line: str, *, err: bool = False) -> None:
         self.log += line
+        if err:
+            self.err += line
+        else:
+            self.out += line
         self.links += re.findall(r"http://\S+/connect/\S+", line)
 
     async def stop(self, sign: signal.Signals = signal.SIGTERM) -> int:
@@ -114,18 +120,32 @@ class ProxyProcess(RunningProxy):
         return code
 
 
-async def run_command(*arguments: str, env: Mapping[str, str] | None = None, timeout: float = 30) -> tuple[int, str, str]:
-    """Run a command of ours to its end; return exit code, stdout, stderr."""
-    process = await asyncio.create_subprocess_exec(
+Environment = Mapping[str, str | None]
+"""Variables to set besides those of the test run; None takes one away."""
+
+
+async def start_command(
+    *arguments: str, env: Environment | None = None, cwd: Path | None = None
+) -> asyncio.subprocess.Process:
+    """Start a command of ours, without a terminal."""
+    return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "mcp_auth_proxy",
         *arguments,
-        env={**os.environ, **(env or {})},
+        env={name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None},
+        cwd=cwd,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
+
+
+async def run_command(
+    *arguments: str, env: Environment | None = None, cwd: Path | None = None, timeout: float = 30
+) -> tuple[int, str, str]:
+    """Run a command of ours to its end; return exit code, stdout, stderr."""
+    process = await start_command(*arguments, env=env, cwd=cwd)
     try:
         out, err = await asyncio.wait_for(process.communicate(), timeout)
     finally:
@@ -137,39 +157,38 @@ async def run_command(*arguments: str, env: Mapping[str, str] | None = None, tim
 
 @asynccontextmanager
 async def proxy_process(
-    config: Path, *arguments: str, listen: str = "127.0.0.1:0", env: Mapping[str, str] | None = None
+    config: Path, *arguments: str, listen: str = "127.0.0.1:0", env: Environment | None = None
 ) -> AsyncIterator[ProxyProcess]:
-    """Run ``serve`` until the block ends; yield it once it says that it is ready."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "mcp_auth_proxy",
-        "serve",
-        "--config",
-        str(config),
-        "--listen",
-        listen,
-        *arguments,
-        env={**os.environ, **(env or {})},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
+    """Run ``serve`` with this file until the block ends; yield it once it says that it is ready."""
+    async with serving("--config", str(config), "--listen", listen, *arguments, env=env) as proxy:
+        yield proxy
+
+
+@asynccontextmanager
+async def serving(
+    *arguments: str, env: Environment | None = None, cwd: Path | None = None
+) -> AsyncIterator[ProxyProcess]:
+    """Run ``serve`` with these arguments until the block ends; yield it once it says that it is ready."""
+    process = await start_command("serve", *arguments, env=env, cwd=cwd)
     proxy = ProxyProcess(process, "")
     started = asyncio.Event()
 
-    async def read() -> None:
-        assert process.stdout is not None
-        async for raw in process.stdout:
+    async def read(stream: asyncio.StreamReader, *, err: bool) -> None:
+        async for raw in stream:
             line = raw.decode(errors="replace")
-            proxy.note(line)
+            proxy.note(line, err=err)
             found = re.search(r"is listening at (http\S+)", line)
             if found:
                 proxy.origin = found[1]
                 started.set()
+
+    async def read_all() -> None:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        await asyncio.gather(read(process.stdout, err=False), read(process.stderr, err=True))
         started.set()
 
-    proxy.reading = asyncio.create_task(read())
+    proxy.reading = asyncio.create_task(read_all())
     try:
         await asyncio.wait_for(started.wait(), 20)
         assert proxy.origin, f"serve did not start:\n{proxy.log}"

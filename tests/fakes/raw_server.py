@@ -37,8 +37,29 @@ class Peer:
         self._writer.write(data)
         await self._writer.drain()
 
-    def close(self) -> None:
-        self._writer.close()
+    @property
+    def alpn(self) -> str | None:
+        """The protocol agreed on in TLS."""
+        tls = self._writer.get_extra_info("ssl_object")
+        return tls.selected_alpn_protocol() if tls else None
+
+    async def pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Carry bytes to and from another connection until one of the two ends."""
+
+        async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(65_536):
+                    sink.write(data)
+                    await sink.drain()
+
+        ways = [asyncio.ensure_future(carry(self._reader, writer)), asyncio.ensure_future(carry(reader, self._writer))]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            writer.close()
 
     def reset(self) -> None:
         """Close with RST."""

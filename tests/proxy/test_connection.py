@@ -29,7 +29,7 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.written = b""
         self.closed = ""
-        self.reading = True
+        self._reading = True
         self.unsent = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -50,11 +50,14 @@ class Wire(asyncio.Transport):
     def abort(self) -> None:
         self.closed = "aborted"
 
+    def is_reading(self) -> bool:
+        return self._reading
+
     def pause_reading(self) -> None:
-        self.reading = False
+        self._reading = False
 
     def resume_reading(self) -> None:
-        self.reading = True
+        self._reading = True
 
 
 class Home:
@@ -391,11 +394,11 @@ async def test_reading_pauses_at_the_limit_and_goes_on_when_the_body_is_taken() 
     line = Line()
     response = await _head(line, OK + b"Content-Length: 1000000\r\n\r\n")
     line.receive(b"x" * READ_AHEAD)
-    assert line.wire.reading
+    assert line.wire.is_reading()
     line.receive(b"x")
-    assert not line.wire.reading
+    assert not line.wire.is_reading()
     assert len(await response.read()) == READ_AHEAD + 1
-    assert line.wire.reading
+    assert line.wire.is_reading()
 
 
 async def test_a_response_that_ends_while_reading_is_paused_frees_the_connection() -> None:
@@ -403,7 +406,7 @@ async def test_a_response_that_ends_while_reading_is_paused_frees_the_connection
     response = await _head(line, OK + b"Content-Length: %d\r\n\r\n" % (2 * READ_AHEAD))
     line.receive(b"x" * READ_AHEAD)
     line.receive(b"x" * READ_AHEAD)
-    assert line.wire.reading
+    assert line.wire.is_reading()
     assert line.home.back == [line.connection]
     assert len(await response.read()) == 2 * READ_AHEAD
     assert response.complete

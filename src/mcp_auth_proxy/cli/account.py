@@ -1,6 +1,7 @@
 """``login``, ``logout`` and ``status``: they work on the store, beside a running proxy or without one."""
 
 import json
+import logging
 import os
 import time
 from contextlib import AsyncExitStack
@@ -10,7 +11,7 @@ from typing import Any
 import click
 import httpx2
 
-from mcp_auth_proxy.app import Application, lifespan
+from mcp_auth_proxy.app import Application, lifespan, reachable
 from mcp_auth_proxy.broker.broker import Pending, Trail
 from mcp_auth_proxy.cli.listener import PortTaken, bind, listening
 from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings
@@ -42,11 +43,8 @@ async def login(settings: Settings, name: str) -> int:
             stack.enter_context(sock)
             await stack.enter_async_context(listening(application, sock))
         token = await _authorize(application, server)
-        if token is None:
-            click.echo(f"{server.name} asks for no authorization.")
-        else:
-            click.echo(f"{server.name} is connected.")
-        await _list_tools(f"http://{address}/{server.name}/mcp")
+        click.echo(f"{server.name} is connected." if token else f"{server.name} asks for no authorization.")
+        await _list_tools(server, f"http://{reachable(address)}/{server.name}/mcp")
     return 0
 
 
@@ -54,21 +52,17 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     broker = application.broker
     used = await broker.token(LOCAL, server.name)
     if used is not None:
-        click.echo(f"{server.name} is connected already; `mcp-auth-proxy logout {server.name}` forgets it.")
+        click.echo(f"A login for {server.name} is stored already; `mcp-auth-proxy logout {server.name}` forgets it.")
         return used
     route = routes.build({server.name: server})[f"/{server.name}/mcp".encode()]
     status, challenge = await probe(application.forwarder.upstream, route)
     if status not in (401, 403):
         return None
-    outcome = await broker.challenged(
-        LOCAL, server.name, status=status, challenge=challenge, used=None, trail=Trail()
-    )
+    outcome = await broker.challenged(LOCAL, server.name, status=status, challenge=challenge, used=None, trail=Trail())
     if not isinstance(outcome, Pending):
         return outcome
     click.echo(f"Open this link to authorize {server.name}:\n\n  {outcome.link}\n")
-    opens = browser.should_open(
-        application.settings.authorization.open_browser, loopback=True, environ=os.environ
-    )
+    opens = browser.should_open(application.settings.authorization.open_browser, loopback=True, environ=os.environ)
     if opens:
         await browser.open_link(outcome.link)
     token = await outcome.wait(max(0.0, outcome.flow.expires_at - time.time()))
@@ -77,14 +71,29 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     return token
 
 
-async def _list_tools(url: str) -> None:
-    """Use the server as any client would, so that success means what it says."""
+async def _list_tools(server: ServerSettings, url: str) -> None:
+    """Use the server as any client would, so that success means what it says. Raises ProxyError."""
     # The SDK takes 0.6 s to import: only the commands that use it pay for that.
     from mcp import Client
 
-    async with Client(url) as client:
-        tools = (await client.list_tools()).tools
-    click.echo(f"It offers {len(tools)} tools: {', '.join(sorted(tool.name for tool in tools))}")
+    # The SDK logs what it meets on its way with tracebacks; what matters is told below.
+    logging.getLogger("mcp").setLevel(logging.CRITICAL)
+    try:
+        async with Client(url) as client:
+            tools = (await client.list_tools()).tools
+    except Exception as error:  # the SDK raises groups of whatever went wrong in its tasks
+        raise ProxyError(
+            f"The tools of {server.name} could not be listed: {_first(error)}. Is {server.url} its MCP endpoint?"
+        ) from None
+    names = ", ".join(sorted(tool.name for tool in tools))
+    click.echo(f"It offers {len(tools)} tool{'s'[: len(tools) != 1]}{': ' if names else ''}{names}")
+
+
+def _first(error: BaseException) -> str:
+    """Return the text of the first error in a group of them."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error).rstrip(".") or type(error).__name__
 
 
 async def logout(settings: Settings, name: str, *, forget_client: bool) -> int:
@@ -164,7 +173,7 @@ async def _require_our_proxy(address: Address) -> None:
     """Refuse to send a user to a callback that some other program would answer."""
     try:
         async with httpx2.AsyncClient(trust_env=False, timeout=5) as client:
-            answer = (await client.get(f"http://{address}/healthz")).json()
+            answer = (await client.get(f"http://{reachable(address)}/healthz")).json()
     except (httpx2.HTTPError, ValueError):
         answer = None
     if not isinstance(answer, dict) or answer.get("service") != "mcp-auth-proxy":

@@ -13,9 +13,10 @@ import uvloop
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.config import load as config
 from mcp_auth_proxy.config.settings import Settings
-from mcp_auth_proxy.errors import ConfigurationError, ProxyError
+from mcp_auth_proxy.errors import ConfigurationError, Fault, ProxyError
 from mcp_auth_proxy.observability import logs
 
+EXAMPLE = "https://mcp.example.com/mcp"
 LEVEL_VARIABLE = "MCP_AUTH_PROXY_LOG_LEVEL"
 
 config_option = click.option(
@@ -29,7 +30,9 @@ config_option = click.option(
 def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --log-level and --log-format to a command, and configure the logs before it runs."""
 
-    @click.option("--log-level", type=click.Choice([*logs.LEVELS]), default=None, help=f"Default: ${LEVEL_VARIABLE}.")
+    @click.option(
+        "--log-level", type=click.Choice([*logs.LEVELS]), default=None, help=f"Default: ${LEVEL_VARIABLE}, else info."
+    )
     @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
     @wraps(command)
     def configured(*args: Any, log_level: str | None, log_format: logs.Format, **kwargs: Any) -> Any:
@@ -44,16 +47,20 @@ def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def settings_from(config_file: str | None, url: str | None = None, listen: str | None = None) -> Settings:
     """Return the settings of the file that is found, or those for one URL. Raises ConfigurationError."""
-    if url is not None and config_file is None:
+    if url is not None:
+        if config_file is not None:
+            raise click.UsageError("Give a URL or --config, not both.")
         return config.single(url, environ=os.environ, listen=listen)
     path = config.find(config_file, os.environ)
     if path is None:
-        raise click.UsageError(
-            "No configuration was found. Give one with --config FILE, put mcp-auth-proxy.yaml in this folder, or "
-            "name one server: mcp-auth-proxy serve https://mcp.example.com/mcp"
+        ways = "Give one with --config FILE, put mcp-auth-proxy.yaml in this folder"
+        command = click.get_current_context().info_name
+        last = (
+            "set $MCP_AUTH_PROXY_CONFIG."
+            if command == "check"
+            else f"name one server: mcp-auth-proxy {command} {EXAMPLE}"
         )
-    if url is not None:
-        raise click.UsageError("Give a URL or --config, not both.")
+        raise ConfigurationError([Fault("", f"No configuration was found. {ways}, or {last}")])
     return config.load(path, environ=os.environ, listen=listen)
 
 
@@ -123,14 +130,15 @@ def logout(server: str, config_file: str | None, forget_client: bool) -> None:
 
 
 @cli.command()
+@click.argument("url", required=False)
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @log_options
-def status(config_file: str | None, as_json: bool) -> None:
-    """Show what is connected, since when, until when."""
+def status(url: str | None, config_file: str | None, as_json: bool) -> None:
+    """Show what is connected, since when, until when; of the server at URL where it is served without a file."""
     from mcp_auth_proxy.cli import account
 
-    run(account.status(settings_from(config_file), as_json=as_json))
+    run(account.status(settings_from(config_file, url), as_json=as_json))
 
 
 def _settings_for(server: str, config_file: str | None) -> Settings:

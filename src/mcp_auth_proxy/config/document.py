@@ -67,6 +67,10 @@ def parse(data: bytes) -> Document:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = " ".join(part for part in (error.context, error.problem) if part)
+        if error.context_mark and mark and error.context_mark.line != mark.line:
+            problem += f" (it begins on line {error.context_mark.line + 1})"
+        if mark and text[mark.index : mark.index + 1] == "\t":
+            problem += ": a tab; YAML is indented with spaces"
         raise ConfigurationError([Fault("", f"{where}not valid YAML: {problem}")]) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1

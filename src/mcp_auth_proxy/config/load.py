@@ -42,9 +42,7 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
         if text:
             path = Path(text).expanduser().absolute()
             if not path.is_file():
-                raise ConfigurationError(
-                    [Fault("", f"{path} (given by {origin}) is not there or not a file")], str(path)
-                )
+                raise ConfigurationError([Fault("", f"{path} (given by {origin}) is not there or not a file")])
             return path
     for folder in (Path.cwd(), platformdirs.user_config_path(_APP, appauthor=False)):
         if (folder / FILE_NAME).is_file():
@@ -58,7 +56,7 @@ def load(path: Path, *, environ: Mapping[str, str] = os.environ, listen: str | N
     try:
         document = parse(path.read_bytes())
     except OSError as error:
-        raise ConfigurationError([Fault("", f"{path} can't be read ({error.strerror})")], str(path)) from None
+        raise ConfigurationError([Fault("", f"{path} can't be read ({error.strerror})")]) from None
     except ConfigurationError as error:
         raise ConfigurationError(error.faults, str(path)) from None
     if document.content is None:

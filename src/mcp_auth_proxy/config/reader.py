@@ -152,13 +152,6 @@ class Section:
             self._known[name] = None
             yield name, value
 
-    def unsupported(self, *keys: str) -> None:
-        """Keys that the contract announces and this version does not have."""
-        for key in keys:
-            self._known[key] = None
-            if self.has(key):
-                self.fault(key, NOT_YET)
-
     def close(self) -> None:
         """Reports every key that nobody asked for, with the known one that looks most like it."""
         for key in self._content:

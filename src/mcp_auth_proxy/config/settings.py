@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.models import ClientAuth, GrantType
 
 
@@ -60,6 +61,25 @@ class AuthorizationSettings:
     """Host names, addresses or networks (CIDR)."""
 
 
+Credential = Path | Secret
+"""A credential that others renew: an absolute path is read again at each use, a secret stays."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdpSettings:
+    """The identity provider of enterprise-managed authorization, and who the user is there."""
+
+    issuer: str | None = None
+    token_endpoint: str | None = None
+    """None: as the metadata of ``issuer`` says."""
+    client_id: str
+    client_secret: Secret | None = None
+    client_auth: ClientAuth | None = None
+    id_token: Credential | None = None
+    refresh_token: Credential | None = None
+    """Either this or ``id_token``."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OAuthSettings:
     grant: GrantType = GrantType.AUTHORIZATION_CODE
@@ -67,6 +87,10 @@ class OAuthSettings:
     client_secret: Secret | None = None
     client_auth: ClientAuth | None = None
     """None: chosen from what the authorization server supports."""
+    private_key: SigningKey | None = None
+    assertion: Credential | None = None
+    """The workload's own token, with grant jwt_bearer."""
+    idp: IdpSettings | None = None
     scopes: tuple[str, ...] | None = None
     issuer: str | None = None
     resource: str = "auto"
@@ -91,7 +115,7 @@ class ServerSettings:
 class LimitSettings:
     body: int = 16 * 1024 * 1024
     """Bytes of request body that are accepted."""
-    upstream_connections: int = 1000
+    upstream_connections: int = 10_000
     """Connections at a time to one upstream origin."""
 
 

@@ -1,47 +1,113 @@
-"""How the client proves itself at the token endpoint (RFC 6749 §2.3)."""
+"""How the client proves itself at the token endpoint (RFC 6749 §2.3, RFC 7523 §2.2)."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from urllib.parse import quote_plus, urlencode
 
+from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import ClientAuth, Registration
+from mcp_auth_proxy.oauth import client_assertion
+
+Fields = list[tuple[str, str]]
 
 
-def choose(supported: tuple[str, ...] | None, *, configured: ClientAuth | None, has_secret: bool) -> ClientAuth:
-    """Return how a client is to authenticate: as configured; not at all without a secret; else what is supported.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What the methods prove a client with. ``now`` is in Unix seconds."""
+
+    client: Registration
+    key: SigningKey | None = None
+    now: float = 0.0
+
+    def secret(self) -> str:
+        if self.client.client_secret is None:
+            raise self.missing("secret", "client_secret")
+        return self.client.client_secret
+
+    def missing(self, what: str, setting: str) -> AuthorizationError:
+        client = self.client
+        return AuthorizationError(
+            f"The client {client.client_id} is to authenticate by {client.client_auth.value} but has no {what}: set "
+            f"servers.{client.server}.oauth.{setting}."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """What a method adds to a request: fields of the form, and headers."""
+
+    fields: Fields = field(default_factory=list, repr=False)
+    headers: Fields = field(default_factory=list, repr=False)
+
+
+Method = Callable[[Proof], Addition]
+
+
+def _none(proof: Proof) -> Addition:
+    # A workload that presents an assertion may have no client identity at all (RFC 7521 §4.1).
+    client_id = proof.client.client_id
+    return Addition([("client_id", client_id)] if client_id else [])
+
+
+def _post(proof: Proof) -> Addition:
+    return Addition([("client_id", proof.client.client_id), ("client_secret", proof.secret())])
+
+
+def _basic(proof: Proof) -> Addition:
+    # RFC 6749 §2.3.1: both are form-encoded before they are joined, so that a colon in the id stays unambiguous.
+    pair = f"{quote_plus(proof.client.client_id)}:{quote_plus(proof.secret())}"
+    return Addition(headers=[("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")])
+
+
+def _private_key_jwt(proof: Proof) -> Addition:
+    client = proof.client
+    if proof.key is None:
+        raise proof.missing("key", "private_key")
+    assertion = client_assertion.build(proof.key, client_id=client.client_id, audience=client.issuer, now=proof.now)
+    # No client_id beside it: the assertion's sub says who it is (MCP client credentials extension).
+    return Addition(client_assertion.form(assertion))
+
+
+_METHODS: Mapping[ClientAuth, Method] = {
+    ClientAuth.NONE: _none,
+    ClientAuth.BASIC: _basic,
+    ClientAuth.POST: _post,
+    ClientAuth.PRIVATE_KEY_JWT: _private_key_jwt,
+}
+
+
+def choose(
+    supported: tuple[str, ...] | None, *, configured: ClientAuth | None, has_secret: bool, has_key: bool = False
+) -> ClientAuth:
+    """Return how a client is to authenticate: as configured; by what it has; with a secret by what is supported.
 
     Basic goes before post (RFC 6749 §2.3.1), and is the default of a server that does not say (RFC 8414 §2).
     """
     if configured is not None:
         return configured
     if not has_secret:
-        return ClientAuth.NONE
+        return ClientAuth.PRIVATE_KEY_JWT if has_key else ClientAuth.NONE
     if supported is not None and ClientAuth.POST in supported and ClientAuth.BASIC not in supported:
         return ClientAuth.POST
     return ClientAuth.BASIC
 
 
 def authenticate(
-    registration: Registration, form: Sequence[tuple[str, str]]
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return form and headers of a token request, with the client's authentication in one of them.
+    registration: Registration,
+    form: Sequence[tuple[str, str]],
+    *,
+    key: SigningKey | None = None,
+    now: float = 0.0,
+) -> tuple[Fields, Fields]:
+    """Return form and headers of a request to the authorization server, with the client's authentication in one.
 
-    Raises AuthorizationError where the method needs a secret and there is none.
+    ``key`` and ``now`` (Unix seconds) are for private_key_jwt. Raises AuthorizationError where the method needs a
+    secret or a key, and there is none.
     """
-    client_id, secret = registration.client_id, registration.client_secret
-    if registration.client_auth is ClientAuth.NONE:
-        return [*form, ("client_id", client_id)], []
-    if secret is None:
-        raise AuthorizationError(
-            f"The client {client_id} is to authenticate by {registration.client_auth.value} but has no secret: set "
-            f"servers.{registration.server}.oauth.client_secret."
-        )
-    if registration.client_auth is ClientAuth.POST:
-        return [*form, ("client_id", client_id), ("client_secret", secret)], []
-    # RFC 6749 §2.3.1: both are form-encoded before they are joined, so that a colon in the id stays unambiguous.
-    pair = f"{quote_plus(client_id)}:{quote_plus(secret)}"
-    return list(form), [("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")]
+    added = _METHODS[registration.client_auth](Proof(client=registration, key=key, now=now))
+    return [*form, *added.fields], added.headers
 
 
 def encode_form(fields: Sequence[tuple[str, str]]) -> bytes:

@@ -42,11 +42,13 @@ class ServerMetadata:
     token_endpoint: str
     registration_endpoint: str | None = None
     revocation_endpoint: str | None = None
+    device_authorization_endpoint: str | None = None
     scopes_supported: tuple[str, ...] | None = None
     response_types_supported: tuple[str, ...] | None = None
     grant_types_supported: tuple[str, ...] | None = None
     code_challenge_methods_supported: tuple[str, ...] | None = None
     token_endpoint_auth_methods_supported: tuple[str, ...] | None = None
+    token_endpoint_auth_signing_alg_values_supported: tuple[str, ...] | None = None
     client_id_metadata_document_supported: bool = False
     iss_parameter_supported: bool = False
     """RFC 9207 §3: every authorization response carries ``iss``."""
@@ -134,15 +136,16 @@ def read_server_metadata(
     """Return validated authorization server metadata of ``issuer``. Raises DocumentRefused.
 
     ``issuer`` in the document must be the same string (RFC 8414 §3.3). With ``legacy``, for a server of MCP
-    2025-03-26 whose issuer nobody has spelled, it may also differ by a slash at its end; the document's spelling is
-    kept, since ``iss`` will have it. Any other issuer is refused there too: the callback's ``iss`` could not be
-    checked, and credentials would be kept under a name that another server may bear.
+    2025-03-26 whose issuer nobody has spelled and whose origin we ask by guess, it may also be a path below that
+    origin, as its characters stand: whoever serves the origin's well-known documents owns that name as well. The
+    document's spelling is kept, since ``iss`` will have it. A name of another origin is refused there too: expecting
+    that server's ``iss`` we would carry its codes to endpoints which it did not name.
     """
     document = Document.parse(body, name=SERVER_METADATA, url=url, clause="RFC 8414 §2")
     stated = document.required_text("issuer")
-    accepted = {issuer, issuer.rstrip("/"), issuer.rstrip("/") + "/"} if legacy else {issuer}
-    if stated not in accepted:
-        raise document.refuse(f"its issuer is {stated}, not {issuer} as expected", "RFC 8414 §3.3")
+    if stated != issuer and not (legacy and _is_below(stated, issuer)):
+        remedy = "; if that is this server's authorization server, name it in the key oauth.issuer" if legacy else ""
+        raise document.refuse(f"its issuer is {stated}, not {issuer} as expected{remedy}", "RFC 8414 §3.3")
     return _server_metadata(document, stated, http_loopback=policy_http_loopback)
 
 
@@ -215,11 +218,15 @@ def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) ->
         token_endpoint=token_endpoint,
         registration_endpoint=endpoint("registration_endpoint"),
         revocation_endpoint=endpoint("revocation_endpoint"),
+        device_authorization_endpoint=endpoint("device_authorization_endpoint"),
         scopes_supported=document.texts("scopes_supported"),
         response_types_supported=document.texts("response_types_supported"),
         grant_types_supported=document.texts("grant_types_supported"),
         code_challenge_methods_supported=document.texts("code_challenge_methods_supported"),
         token_endpoint_auth_methods_supported=document.texts("token_endpoint_auth_methods_supported"),
+        token_endpoint_auth_signing_alg_values_supported=document.texts(
+            "token_endpoint_auth_signing_alg_values_supported"
+        ),
         client_id_metadata_document_supported=document.flag("client_id_metadata_document_supported"),
         iss_parameter_supported=document.flag("authorization_response_iss_parameter_supported"),
     )
@@ -229,6 +236,11 @@ def _check_issuer(issuer: str, *, http_loopback: bool) -> None:
     urls.check(issuer, http_loopback=http_loopback)
     if "?" in issuer:
         raise ValueError("it has a query")
+
+
+def _is_below(issuer: str, origin: str) -> bool:
+    """Whether an issuer is a path of an origin, that origin spelt as we do, and no more than a path."""
+    return issuer.startswith(f"{origin}/") and "?" not in issuer and "#" not in issuer
 
 
 def _covers(resource: str, server_url: str) -> bool:

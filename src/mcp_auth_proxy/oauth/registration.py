@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, RegistrationImpossible
 from mcp_auth_proxy.models import ClientAuth
-from mcp_auth_proxy.oauth import client_auth, oauth_error, urls
+from mcp_auth_proxy.oauth import client_auth, device_authorization, oauth_error, urls
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
 from mcp_auth_proxy.oauth.documents import Document, parse_object
 
@@ -19,6 +19,9 @@ _PREFERENCE: dict[str, tuple[ClientAuth, ...]] = {
     "native": (ClientAuth.NONE, ClientAuth.BASIC, ClientAuth.POST),
     "web": (ClientAuth.BASIC, ClientAuth.POST, ClientAuth.NONE),
 }
+
+# private_key_jwt needs a key of the operator's, which a client that registers itself has not.
+_REGISTRABLE = frozenset({ClientAuth.NONE, ClientAuth.BASIC, ClientAuth.POST})
 
 
 class RegisteredClient(NamedTuple):
@@ -34,13 +37,15 @@ class RegisteredClient(NamedTuple):
 
 
 def application_type(redirect_uri: str) -> Literal["native", "web"]:
-    """Return ``native`` for an http redirect URI on loopback, else ``web`` (OpenID Connect Registration §2)."""
+    """Return ``native`` for an http redirect URI on loopback or none at all, else ``web`` (OIDC Registration §2)."""
+    if not redirect_uri:
+        return "native"
     parts = urls.split(redirect_uri)
     return "native" if parts.scheme == "http" and urls.is_loopback(parts.host) else "web"
 
 
 def build_request(metadata: ServerMetadata, *, redirect_uri: str, client_name: str = CLIENT_NAME) -> bytes:
-    """Return the JSON body of a registration request (RFC 7591 §3.1).
+    """Return the JSON body of a registration request (RFC 7591 §3.1); without a redirect URI, one for device codes.
 
     Where the server lists its token endpoint authentication methods, one of them is asked for. Where it lists none,
     the member is left out and the server decides: both RFCs then mean client_secret_basic, and servers for public
@@ -76,7 +81,7 @@ def read_response(
     stated = document.text("token_endpoint_auth_method") or None
     if stated is None:
         method = client_auth.choose(supported, configured=None, has_secret=secret is not None)
-    elif stated in {known.value for known in ClientAuth}:
+    elif stated in _REGISTRABLE:
         method = ClientAuth(stated)
     else:
         raise _refused(f"it wants token endpoint authentication by {stated}, which is not supported", url, server)
@@ -85,27 +90,31 @@ def read_response(
     return RegisteredClient(client_id, secret, method, _expiry(document.get("client_secret_expires_at")))
 
 
-def client_metadata_document(public_url: str) -> dict[str, object]:
+def client_metadata_document(public_url: str, *, device: bool = False) -> dict[str, object]:
     """Return the proxy's Client ID Metadata Document; its ``client_id`` is the URL that it is served at.
 
-    (draft-ietf-oauth-client-id-metadata-document §4)
+    ``device``: it may use device codes too. (draft-ietf-oauth-client-id-metadata-document §4)
     """
     redirect_uri = f"{public_url}/oauth/callback"
-    return {
+    document: dict[str, object] = {
         "client_id": f"{public_url}/oauth/client-metadata.json",
         "client_uri": public_url,
         **_client(redirect_uri, CLIENT_NAME),
         "application_type": application_type(redirect_uri),
         "token_endpoint_auth_method": ClientAuth.NONE.value,
     }
+    if device:
+        document["grant_types"] = ["authorization_code", "refresh_token", device_authorization.GRANT_TYPE]
+    return document
 
 
 def _client(redirect_uri: str, client_name: str) -> dict[str, object]:
+    # RFC 7591 §2.1: response types go with the grant types that have an authorization endpoint.
     return {
         "client_name": client_name,
-        "redirect_uris": [redirect_uri],
-        "grant_types": ["authorization_code", "refresh_token"],
-        "response_types": ["code"],
+        "redirect_uris": [redirect_uri] if redirect_uri else [],
+        "grant_types": ["authorization_code" if redirect_uri else device_authorization.GRANT_TYPE, "refresh_token"],
+        "response_types": ["code"] if redirect_uri else [],
     }
 
 

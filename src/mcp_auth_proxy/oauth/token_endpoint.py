@@ -78,22 +78,8 @@ def read_tokens(
     Raises TokenRefused for a structured OAuth error, also with HTTP 200; AuthorizationServerUnavailable for 408, 429,
     5xx and what is no OAuth answer at all; DocumentRefused for tokens that must not be used.
     """
-    if status in (408, 429) or status >= 500:
-        raise _unavailable(status, headers, url, f"HTTP {status}")
-    try:
-        answer = parse_object(body)
-    except ValueError as problem:
-        raise _unavailable(status, headers, url, f"HTTP {status}, and {problem}") from None
-    error = answer.get("error")
-    if isinstance(error, str) and error:
-        held = (previous.access_token, previous.refresh_token) if previous else ()
-        code = oauth_error.code(error)
-        words = oauth_error.sentence(code, answer.get("error_description"), secrets=(*held, *secrets))
-        if code in _PASSING:
-            raise _unavailable(status, headers, url, words)
-        raise TokenRefused(code, f"The token endpoint {url} refused: {words}.")
-    if not 200 <= status < 300 or answer.get("ok") is False:
-        raise _unavailable(status, headers, url, f"HTTP {status}, and no OAuth error")
+    held = (previous.access_token, previous.refresh_token) if previous else ()
+    answer = read_answer(status, headers, body, url=url, secrets=(*(token for token in held if token), *secrets))
     document = Document(answer, name="token response", url=url, clause="RFC 6749 §5.1")
     token_type = document.get("token_type")
     if not isinstance(token_type, str) or token_type.lower() != "bearer":
@@ -109,6 +95,38 @@ def read_tokens(
         expires_at=None if lifetime is None else now + lifetime,
         scopes=_granted(document.get("scope"), previous.scopes if previous else requested_scopes),
     )
+
+
+def read_answer(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    url: str,
+    endpoint: str = "token endpoint",
+    secrets: Iterable[str] = (),
+) -> dict[str, object]:
+    """Return the JSON object of a successful answer of any endpoint that answers as the token endpoint does.
+
+    Raises TokenRefused for a structured OAuth error, also with HTTP 200 (RFC 6749 §5.2); AuthorizationServerUnavailable
+    for 408, 429, 5xx and what is no OAuth answer at all.
+    """
+    if status in (408, 429) or status >= 500:
+        raise _unavailable(status, headers, f"{endpoint} {url}", f"HTTP {status}")
+    try:
+        answer = parse_object(body)
+    except ValueError as problem:
+        raise _unavailable(status, headers, f"{endpoint} {url}", f"HTTP {status}, and {problem}") from None
+    error = answer.get("error")
+    if isinstance(error, str) and error:
+        code = oauth_error.code(error)
+        words = oauth_error.sentence(code, answer.get("error_description"), secrets=secrets)
+        if code in _PASSING:
+            raise _unavailable(status, headers, f"{endpoint} {url}", words)
+        raise TokenRefused(code, f"The {endpoint} {url} refused: {words}.")
+    if not 200 <= status < 300 or answer.get("ok") is False:
+        raise _unavailable(status, headers, f"{endpoint} {url}", f"HTTP {status}, and no OAuth error")
+    return answer
 
 
 def read_lifetime(value: object) -> float | None:
@@ -138,10 +156,10 @@ def read_retry_after(value: str | None, *, now: datetime | None = None) -> float
     return min(max(seconds, 1.0), RETRY_AFTER_MAX)
 
 
-def _unavailable(status: int, headers: Mapping[str, str], url: str, reason: str) -> AuthorizationServerUnavailable:
+def _unavailable(status: int, headers: Mapping[str, str], place: str, reason: str) -> AuthorizationServerUnavailable:
     # A gateway's 502 or 504, or a page with status 200, may hide a request that was acted upon.
     return AuthorizationServerUnavailable(
-        f"The token endpoint {url} can't be used now: {reason}.",
+        f"The {place} can't be used now: {reason}.",
         retry_after=read_retry_after(headers.get("retry-after")),
         maybe_processed=status < 300 or (status >= 500 and status != 503),
     )

@@ -310,8 +310,12 @@ class Exchange:
 
     async def _relay(self, response: Response) -> None:
         """Pass the answer on as it comes, bytes unchanged."""
+        is_events = _is_event_stream(response)
+        if not is_events:
+            # Events may be far apart, anything else has to come to its end.
+            response.expire_after(self._route.server.upstream_timeout)
         if self._started == "events":
-            await self._relay_as_events(response)
+            await self._relay_as_events(response, is_events=is_events)
             return
         headers = response_headers(response.headers)
         self._note(response, headers)
@@ -344,10 +348,9 @@ class Exchange:
         messages, _ = consent.parse(body)
         return any(message.method == "subscriptions/listen" for message in messages)
 
-    async def _relay_as_events(self, response: Response) -> None:
+    async def _relay_as_events(self, response: Response, *, is_events: bool) -> None:
         """Pass the answer on in an event stream that has begun already, while the request was held."""
-        content_type = next((v for n, v in response.headers if n.lower() == b"content-type"), b"")
-        if response.status == 200 and content_type.lower().startswith(SSE):
+        if response.status == 200 and is_events:
             self.listening = self._scope["method"] == "GET" or self._subscribes()
             while not response.complete:
                 await self._event_bytes(await response.read())
@@ -496,3 +499,7 @@ class Exchange:
             self._watcher.cancel()
         if self._response is not None:
             self._response.close()
+
+
+def _is_event_stream(response: Response) -> bool:
+    return any(name == b"content-type" and value.lower().startswith(SSE) for name, value in response.headers)

@@ -61,7 +61,10 @@ def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
     except binascii.Error:
         secret = b""
     if len(secret) != _KEY_BYTES:
-        raise StoreRefused(f"The store key {source} is not a key: it must be 32 bytes as base64 text; {_MAKE}")
+        raise StoreRefused(
+            f"The store key {source} is not a key: it must be 32 bytes as base64 text. A store that "
+            f"exists needs the key it was made with; for a new store, {_MAKE}"
+        )
     return Key.of(secret)
 
 

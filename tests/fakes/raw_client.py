@@ -1,15 +1,14 @@
-"""HTTP byte by byte, on either side of the proxy: what no library would send, or would hide."""
+"""A client that says HTTP byte by byte: what no library would send, or would hide from its caller."""
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlsplit
 
 SECONDS = 10
-Turn = Callable[["RawExchange"], Awaitable[None]]
 
 
 @dataclass
@@ -113,82 +112,3 @@ class RawClient:
                     return body, True
         except (asyncio.IncompleteReadError, ConnectionError):
             return body, False
-
-
-@dataclass
-class RawExchange:
-    """One request to a raw server, and the connection to answer it on."""
-
-    head: bytes
-    body: bytes
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    number: int
-    """Counts the requests of this connection, from 1."""
-
-    async def say(self, data: bytes) -> None:
-        self.writer.write(data)
-        await self.writer.drain()
-
-
-@dataclass
-class RawServer:
-    """Reads requests and answers each as ``turn`` says; the connection is kept unless ``turn`` closes it."""
-
-    turn: Turn
-    origin: str = ""
-    requests: list[RawExchange] = field(default_factory=list)
-    connections: int = 0
-
-    @property
-    def url(self) -> str:
-        return f"{self.origin}/mcp"
-
-    @classmethod
-    @asynccontextmanager
-    async def running(cls, turn: Turn | bytes) -> AsyncIterator[Self]:
-        """One that listens on loopback; bytes are said to every request, and the connection is closed then."""
-
-        async def say_and_close(exchange: RawExchange) -> None:
-            assert isinstance(turn, bytes)
-            await exchange.say(turn)
-            exchange.writer.close()
-
-        server = cls(say_and_close if isinstance(turn, bytes) else turn)
-        tasks: set[asyncio.Task[None]] = set()
-
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.create_task(server._serve(reader, writer))
-            tasks.add(task)
-
-        listener = await asyncio.start_server(accept, "127.0.0.1", 0)
-        server.origin = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-        try:
-            yield server
-        finally:
-            listener.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        number = 0
-        try:
-            while not writer.is_closing():
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = next((int(x[15:]) for x in head.split(b"\r\n") if x.startswith(b"content-length:")), 0)
-                number += 1
-                exchange = RawExchange(head, await reader.readexactly(length), reader, writer, number)
-                self.requests.append(exchange)
-                await self.turn(exchange)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.transport.abort()
-
-
-def ok(body: bytes = b"{}", *fields: str) -> bytes:
-    """A plain JSON response."""
-    lines = ["HTTP/1.1 200 OK", "content-type: application/json", *fields, f"content-length: {len(body)}", "", ""]
-    return "\r\n".join(lines).encode() + body

@@ -1,0 +1,185 @@
+"""Reads the ``oauth`` section of a server."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mcp_auth_proxy.config import signing_key, values
+from mcp_auth_proxy.config.reader import NOT_YET, Section
+from mcp_auth_proxy.config.settings import Credential, IdpSettings, OAuthSettings
+from mcp_auth_proxy.config.signing_key import SigningKey
+from mcp_auth_proxy.models import ClientAuth, GrantType
+
+_GRANTS: Mapping[str, GrantType] = {str(grant): grant for grant in GrantType}
+_CLIENT_AUTHS: Mapping[str, ClientAuth] = {str(method): method for method in ClientAuth}
+_IDP_AUTHS = {name: method for name, method in _CLIENT_AUTHS.items() if method is not ClientAuth.PRIVATE_KEY_JWT}
+_ALGORITHMS: Mapping[str, str] = {name: name for name in signing_key.ALGORITHMS}
+_DPOP: Mapping[str, bool] = {"off": False, "auto": True, "required": True}
+_OWN_PARAMS = frozenset(
+    {
+        *("response_type", "response_mode", "client_id", "client_secret", "client_assertion", "client_assertion_type"),
+        *("redirect_uri", "state", "scope", "resource", "request", "request_uri", "grant_type", "code"),
+        *("code_verifier", "code_challenge", "code_challenge_method", "dpop_jkt"),
+    }
+)
+_HINTS = {"scope": "use scopes", "resource": "use the key resource", "client_id": "use the key client_id"}
+
+# Grants in which the client must be known beforehand: nobody is there to let it register itself.
+_PRE_REGISTERED = frozenset({GrantType.CLIENT_CREDENTIALS, GrantType.ID_JAG, GrantType.TOKEN_EXCHANGE})
+# Keys that only one grant uses, and whether it can do without.
+_OF_ONE_GRANT: Mapping[str, GrantType] = {"assertion": GrantType.JWT_BEARER, "idp": GrantType.ID_JAG}
+_ENDPOINTS: Mapping[GrantType, str] = {
+    GrantType.AUTHORIZATION_CODE: "authorization_endpoint",
+    GrantType.DEVICE_CODE: "device_authorization_endpoint",
+}
+
+
+def read_oauth(section: Section) -> OAuthSettings:
+    """The section; its faults go to the context."""
+    grant = section.choice("grant", _GRANTS, GrantType.AUTHORIZATION_CODE)
+    client_auth = section.choice("client_auth", _CLIENT_AUTHS, None)
+    if section.choice("dpop", _DPOP, False):
+        section.fault("dpop", f"{section.text('dpop')} {NOT_YET}: leave it off")
+    _check_client(section, grant, client_auth)
+    _check_key(section, client_auth)
+    _check_grant(section, grant)
+    settings = OAuthSettings(
+        grant=grant,
+        client_id=section.text("client_id"),
+        client_secret=section.parsed("client_secret", section.context.secret, None),
+        client_auth=client_auth,
+        private_key=_read_key(section),
+        assertion=section.parsed("assertion", lambda text: _credential(section, text), None),
+        idp=_read_idp(section.section("idp")) if section.has("idp") else None,
+        scopes=_read_scopes(section),
+        issuer=section.parsed("issuer", values.issuer, None),
+        resource=section.parsed("resource", values.resource, "auto"),
+        authorization_params=_read_params(section.section("authorization_params")),
+        metadata=_read_metadata(section, grant),
+        client_metadata_url=section.parsed("client_metadata_url", values.client_metadata_url, None),
+        allow_missing_pkce=section.boolean("allow_missing_pkce", default=False),
+    )
+    section.close()
+    return settings
+
+
+def _check_client(section: Section, grant: GrantType, client_auth: ClientAuth | None) -> None:
+    has_id, has_secret = section.has("client_id"), section.has("client_secret")
+    if has_secret and not has_id:
+        section.fault("client_secret", "needs a client_id beside it")
+    if grant in _PRE_REGISTERED and not has_id:
+        section.fault("client_id", f"is needed with grant {grant}")
+    proves_itself = has_secret or section.has("private_key")
+    needs_no_secret = client_auth in (ClientAuth.NONE, ClientAuth.PRIVATE_KEY_JWT)
+    if grant is GrantType.CLIENT_CREDENTIALS and not proves_itself and not needs_no_secret:
+        section.fault("client_secret", "is needed with grant client_credentials (or private_key, or client_auth: none)")
+    elif has_id and not has_secret and client_auth in (ClientAuth.BASIC, ClientAuth.POST):
+        section.fault("client_auth", f"{client_auth} needs a client_secret")
+
+
+def _check_key(section: Section, client_auth: ClientAuth | None) -> None:
+    has_key = section.has("private_key")
+    if client_auth is ClientAuth.PRIVATE_KEY_JWT:
+        if not has_key:
+            section.fault("private_key", "is needed with client_auth private_key_jwt")
+        if not section.has("client_id"):
+            section.fault("client_id", "is needed with client_auth private_key_jwt")
+    elif has_key and client_auth is not None:
+        section.fault("private_key", f"is of no use with client_auth {client_auth}: use private_key_jwt")
+    elif has_key and section.has("client_secret"):
+        section.fault("private_key", "stands beside client_secret: say with client_auth which of them is meant")
+    elif has_key and not section.has("client_id"):
+        section.fault("private_key", "needs a client_id beside it")
+    if section.has("signing_alg") and not has_key:
+        section.fault("signing_alg", "needs a private_key beside it")
+
+
+def _check_grant(section: Section, grant: GrantType) -> None:
+    for key, its_grant in _OF_ONE_GRANT.items():
+        if grant is its_grant and not section.has(key):
+            section.fault(key, f"is needed with grant {grant}")
+        elif grant is not its_grant and section.has(key):
+            section.fault(key, f"is for grant {its_grant} only")
+
+
+def _read_key(section: Section) -> SigningKey | None:
+    algorithm = section.choice("signing_alg", _ALGORITHMS, None)
+    return section.parsed(
+        "private_key", lambda text: signing_key.read(section.context.secret(text).value, algorithm), None
+    )
+
+
+def _credential(section: Section, text: str) -> Credential:
+    """A file that is read again at each use, and need not be there yet; or a secret of the environment."""
+    kind, _, name = text.partition(":")
+    if kind == "file" and name:
+        path: Path = section.context.path(name)
+        return path
+    if kind == "env":
+        return section.context.secret(text)
+    raise ValueError("must be file:PATH, which is read again at each use, or env:NAME")
+
+
+def _read_idp(section: Section) -> IdpSettings | None:
+    if not section.has("issuer") and not section.has("token_endpoint"):
+        section.fault("issuer", "is needed, or token_endpoint: where the ID-JAG is asked for")
+    if not section.has("client_id"):
+        section.fault("client_id", "is needed: who we are at the identity provider")
+    if section.has("id_token") == section.has("refresh_token"):
+        section.fault("id_token", "is needed, or refresh_token, and not both: who the user is")
+    client_auth = section.choice("client_auth", _IDP_AUTHS, None)
+    if client_auth in (ClientAuth.BASIC, ClientAuth.POST) and not section.has("client_secret"):
+        section.fault("client_auth", f"{client_auth} needs a client_secret")
+    settings = IdpSettings(
+        issuer=section.parsed("issuer", values.issuer, None),
+        token_endpoint=section.parsed("token_endpoint", values.endpoint, None),
+        client_id=section.text("client_id") or "",
+        client_secret=section.parsed("client_secret", section.context.secret, None),
+        client_auth=client_auth,
+        id_token=section.parsed("id_token", lambda text: _credential(section, text), None),
+        refresh_token=section.parsed("refresh_token", lambda text: _credential(section, text), None),
+    )
+    section.close()
+    return settings
+
+
+def _read_scopes(section: Section) -> tuple[str, ...] | None:
+    scopes = section.each("scopes", values.scope)
+    return None if scopes is None else tuple(dict.fromkeys(scopes))
+
+
+def _read_params(section: Section) -> dict[str, str]:
+    params: dict[str, str] = {}
+    for name, value in section.entries():
+        if name in _OWN_PARAMS:
+            hint = f": {_HINTS[name]}" if name in _HINTS else ""
+            section.fault(name, f"is a parameter that the proxy sets itself{hint}")
+        elif not isinstance(value, str):
+            section.fault(name, "must be text")
+        else:
+            params[name] = value
+    return params
+
+
+def _read_metadata(section: Section, grant: GrantType) -> dict[str, object] | None:
+    inner = section.section("metadata")
+    if not section.has("metadata"):
+        return None
+    metadata = {name: _metadata_value(inner, name, value) for name, value in inner.entries()}
+    for name in filter(None, ("token_endpoint", _ENDPOINTS.get(grant))):
+        if not inner.has(name):
+            inner.fault(name, "is needed in static metadata")
+    return metadata
+
+
+def _metadata_value(section: Section, name: str, value: object) -> object:
+    """A value of RFC 8414 §2 by what its name promises: a URL, a list or flag (``…_supported``), or anything."""
+    if name == "issuer":
+        return section.parsed(name, values.issuer, "")
+    if name.endswith(("_endpoint", "_uri")):
+        return section.parsed(name, values.endpoint, "")
+    flag = {"true": True, "false": False}.get(value) if isinstance(value, str) else None
+    if flag is not None:
+        return flag
+    if name.endswith("_supported"):
+        return list(section.each(name, str) or ())
+    return value

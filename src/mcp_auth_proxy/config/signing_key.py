@@ -1,0 +1,58 @@
+"""The private key of a client, and the signature algorithms that it can serve (RFC 7518 §3.1)."""
+
+from dataclasses import dataclass, field
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+PrivateKey = RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey
+
+ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+"""All that ``signing_alg`` may be."""
+
+SMALLEST_RSA = 2048
+"""Bits (RFC 7518 §3.3)."""
+
+_CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """A private key and the algorithm that it signs with."""
+
+    key: PrivateKey = field(repr=False)
+    algorithm: str
+
+
+def read(pem: str, algorithm: str | None = None) -> SigningKey:
+    """Return the key in a PEM text; without ``algorithm`` it signs with the first that it can serve.
+
+    Raises ValueError, whose text ends the sentence "<key>: …" and never repeats the key.
+    """
+    try:
+        key = load_pem_private_key(pem.encode(), password=None)
+    except TypeError:
+        raise ValueError("is encrypted: give a key without a passphrase, protected by its file or secret") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise ValueError("is not a private key in PEM form (-----BEGIN PRIVATE KEY-----)") from None
+    if not isinstance(key, RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey):
+        raise ValueError("is a key of a kind that can't sign here: use RSA, EC (P-256, P-384, P-521) or Ed25519")
+    able = _algorithms(key)
+    if algorithm is not None and algorithm not in able:
+        raise ValueError(f"can't sign with {algorithm}: this key is for {', '.join(able)}")
+    return SigningKey(key, algorithm or able[0])
+
+
+def _algorithms(key: PrivateKey) -> tuple[str, ...]:
+    if isinstance(key, RSAPrivateKey):
+        if key.key_size < SMALLEST_RSA:
+            raise ValueError(f"is an RSA key of {key.key_size} bits: at least {SMALLEST_RSA} are needed")
+        return tuple(name for name in ALGORITHMS if name[:2] in ("RS", "PS"))
+    if isinstance(key, Ed25519PrivateKey):
+        return ("EdDSA",)
+    if key.curve.name not in _CURVES:
+        raise ValueError(f"is on the curve {key.curve.name}: use P-256, P-384 or P-521")
+    return (_CURVES[key.curve.name],)

@@ -1,0 +1,134 @@
+"""Authorization on another device: a code for the user, and polling until it has been used (RFC 8628)."""
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import NamedTuple
+
+from mcp_auth_proxy.errors import AuthorizationError
+from mcp_auth_proxy.models import DeviceAuthorization, Flow, TokenSet
+from mcp_auth_proxy.oauth import oauth_error, token_endpoint, urls
+from mcp_auth_proxy.oauth.documents import Document, parse_object
+
+GRANT_TYPE = "urn:ietf:params:oauth:grant-type:device_code"
+
+INTERVAL_DEFAULT = 5.0
+"""Seconds between polls where the server does not say (RFC 8628 §3.2)."""
+
+SLOW_DOWN_STEP = 5.0
+"""Seconds by which ``slow_down`` makes the interval longer (RFC 8628 §3.5)."""
+
+INTERVAL_MIN, INTERVAL_MAX = 1.0, 60.0
+LIFETIME_MIN, LIFETIME_MAX = 10.0, 3600.0
+LIFETIME_DEFAULT = 600.0
+"""Seconds; expires_in is required, and some servers forget it."""
+
+MAX_CODE = 4096
+"""Characters of a device code."""
+
+MAX_USER_CODE = 64
+"""Characters of a user code: somebody has to type it."""
+
+
+class Poll(Enum):
+    """Answers to a poll that mean: ask again (RFC 8628 §3.5)."""
+
+    PENDING = "authorization_pending"
+    SLOW_DOWN = "slow_down"
+
+
+class Begun(NamedTuple):
+    """A device authorization, and the seconds that it is good for."""
+
+    device: DeviceAuthorization
+    lifetime: float
+
+
+def request(*, resource: str, scopes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Return the form of the device authorization request (RFC 8628 §3.1, RFC 8707 §2)."""
+    scope = [("scope", " ".join(scopes))] if scopes else []
+    return [*scope, *([("resource", resource)] if resource else [])]
+
+
+def read_response(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    url: str,
+    http_loopback: bool,
+    secrets: Iterable[str] = (),
+) -> Begun:
+    """Return the validated device authorization response (RFC 8628 §3.2). Raises as ``token_endpoint.read_answer``.
+
+    The verification URIs are shown to a user as links: only https is accepted, or http on loopback where
+    ``http_loopback`` allows that. ``verification_url`` is what Google calls it.
+    """
+    answer = token_endpoint.read_answer(
+        status, headers, body, url=url, endpoint="device authorization endpoint", secrets=secrets
+    )
+    document = Document(answer, name="device authorization response", url=url, clause="RFC 8628 §3.2")
+    device_code, user_code = document.required_text("device_code"), document.required_text("user_code")
+    if len(device_code) > MAX_CODE or len(user_code) > MAX_USER_CODE:
+        raise document.refuse("its device_code or user_code is too long")
+    name = "verification_uri" if document.get("verification_uri") is not None else "verification_url"
+    plain, complete = document.text(name), document.text("verification_uri_complete") or ""
+    if not plain:
+        raise document.refuse("it has no verification_uri")
+    for member, uri in ((name, plain), ("verification_uri_complete", complete)):
+        try:
+            if uri:
+                urls.check(uri, http_loopback=http_loopback)
+        except ValueError as problem:
+            raise document.refuse(f"{member} can't be used: {problem}") from None
+    device = DeviceAuthorization(
+        device_code=device_code,
+        user_code=user_code,
+        verification_uri=plain,
+        verification_uri_complete=complete,
+        interval=_clamped(document.get("interval"), INTERVAL_DEFAULT, INTERVAL_MIN, INTERVAL_MAX),
+    )
+    return Begun(device, _clamped(document.get("expires_in"), LIFETIME_DEFAULT, LIFETIME_MIN, LIFETIME_MAX))
+
+
+def poll_request(flow: Flow) -> list[tuple[str, str]]:
+    """Return the form of one poll (RFC 8628 §3.4). Raises ValueError for a flow of another kind."""
+    if flow.device is None:
+        raise ValueError("the flow has no device code")
+    target = [("resource", flow.key.resource)] if flow.key.resource else []
+    return [("grant_type", GRANT_TYPE), ("device_code", flow.device.device_code), *target]
+
+
+def read_poll(
+    status: int, headers: Mapping[str, str], body: bytes, *, flow: Flow, now: float, secrets: Iterable[str] = ()
+) -> TokenSet | Poll:
+    """Return the tokens, or what to do instead (RFC 8628 §3.5). Raises as ``token_endpoint.read_tokens``.
+
+    After tokens the device code must not be sent again: servers take that for theft and end the grant.
+    """
+    if status < 500:
+        # With HTTP 200 too: GitHub answers so.
+        with contextlib.suppress(ValueError):
+            return Poll(oauth_error.code(parse_object(body).get("error")))
+    return token_endpoint.read_tokens(
+        status,
+        headers,
+        body,
+        url=flow.endpoints.token,
+        now=now,
+        requested_scopes=flow.scopes,
+        secrets=secrets,
+    )
+
+
+def not_offered(issuer: str, server: str) -> AuthorizationError:
+    """Return the error for an authorization server without a device authorization endpoint (RFC 8628 §4)."""
+    return AuthorizationError(
+        f"The authorization server {issuer} names no device_authorization_endpoint (RFC 8628 §4). Where it has one, "
+        f"give it in servers.{server}.oauth.metadata; else use another servers.{server}.oauth.grant."
+    )
+
+
+def _clamped(value: object, default: float, least: float, most: float) -> float:
+    seconds = token_endpoint.read_lifetime(value)
+    return default if seconds is None else min(max(seconds, least), most)

@@ -1,0 +1,141 @@
+"""What the oauth section of a server may say, grant by grant."""
+
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
+
+from mcp_auth_proxy.config import signing_key
+from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.config.settings import OAuthSettings, Secret
+from mcp_auth_proxy.config.signing_key import PrivateKey
+from mcp_auth_proxy.errors import ConfigurationError
+from mcp_auth_proxy.models import ClientAuth, GrantType
+
+P256 = ec.generate_private_key(ec.SECP256R1())
+
+
+def pem(key: PrivateKey | dsa.DSAPrivateKey, password: bytes | None = None) -> str:
+    encryption = BestAvailableEncryption(password) if password else NoEncryption()
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption).decode()
+
+
+def read(folder: Path, text: str) -> OAuthSettings:
+    path = folder / "config.yaml"
+    path.write_text(f"servers: {{a: {{url: 'https://a.example/mcp', oauth: {{{text}}}}}}}\n")
+    return load(path, environ={"KEY": pem(P256), "ENCRYPTED": pem(P256, b"x"), "S": "s"}).servers["a"].oauth
+
+
+def faults(folder: Path, text: str) -> list[str]:
+    with pytest.raises(ConfigurationError) as caught:
+        read(folder, text)
+    return [str(fault).removeprefix("servers.a.oauth.") for fault in caught.value.faults]
+
+
+@pytest.mark.parametrize(
+    ("key", "algorithm"),
+    [
+        (P256, "ES256"),
+        (ec.generate_private_key(ec.SECP384R1()), "ES384"),
+        (ec.generate_private_key(ec.SECP521R1()), "ES512"),
+        (ed25519.Ed25519PrivateKey.generate(), "EdDSA"),
+        (rsa.generate_private_key(65537, 2048), "RS256"),
+    ],
+)
+def test_a_key_signs_with_the_first_algorithm_that_it_can_serve(key: PrivateKey, algorithm: str) -> None:
+    found = signing_key.read(pem(key))
+    assert found.algorithm == algorithm
+    assert signing_key.read(pem(key), algorithm) == found or found.key is not key
+
+
+def test_an_rsa_key_signs_with_what_is_asked() -> None:
+    assert signing_key.read(pem(rsa.generate_private_key(65537, 2048)), "PS384").algorithm == "PS384"
+
+
+def test_a_private_key_is_read_and_shows_itself_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "client.pem").write_text(pem(P256))
+    found = read(tmp_path, "client_id: a, client_auth: private_key_jwt, private_key: 'file:client.pem'")
+    assert found.client_auth is ClientAuth.PRIVATE_KEY_JWT
+    assert found.private_key is not None
+    assert found.private_key.algorithm == "ES256"
+    assert repr(found.private_key) == "SigningKey(algorithm='ES256')"
+    assert "PrivateKey object" not in repr(found)  # T45
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("client_id: a, client_auth: private_key_jwt", "private_key: is needed with client_auth private_key_jwt"),
+        ("private_key: 'env:KEY'", "private_key: needs a client_id beside it"),
+        ("client_auth: private_key_jwt, private_key: 'env:KEY'", "client_id: is needed with client_auth"),
+        ("client_id: a, client_auth: none, private_key: 'env:KEY'", "private_key: is of no use with client_auth none"),
+        ("client_id: a, client_secret: s, private_key: 'env:KEY'", "private_key: stands beside client_secret"),
+        ("client_id: a, private_key: 'env:KEY', signing_alg: RS256", "private_key: can't sign with RS256: this key is"),
+        ("client_id: a, private_key: 'env:KEY', signing_alg: HS256", "signing_alg: must be one of RS256"),
+        ("client_id: a, private_key: 'env:S'", "private_key: is not a private key in PEM form"),
+        ("client_id: a, private_key: 'env:ENCRYPTED'", "private_key: is encrypted"),
+        ("client_id: a, private_key: 'file:none.pem'", "private_key: the file"),
+        ("signing_alg: ES256", "signing_alg: needs a private_key beside it"),
+    ],
+)
+def test_a_key_that_can_not_be_used_is_a_fault(tmp_path: Path, text: str, found: str) -> None:
+    assert [fault for fault in faults(tmp_path, text) if fault.startswith(found)]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [rsa.generate_private_key(65537, 1024), ec.generate_private_key(ec.SECP256K1()), dsa.generate_private_key(2048)],
+)
+def test_weak_and_unsuitable_keys_are_refused(key: PrivateKey | dsa.DSAPrivateKey) -> None:
+    with pytest.raises(ValueError, match=r"^is "):
+        signing_key.read(pem(key))
+
+
+def test_the_assertion_of_a_workload_is_a_file_that_need_not_be_there_yet(tmp_path: Path) -> None:
+    found = read(tmp_path, "grant: jwt_bearer, assertion: 'file:tokens/mcp'")
+    assert (found.grant, found.assertion) == (GrantType.JWT_BEARER, tmp_path / "tokens/mcp")
+    assert read(tmp_path, "grant: jwt_bearer, assertion: 'env:S'").assertion == Secret("s")
+
+
+def test_an_identity_provider_is_read(tmp_path: Path) -> None:
+    idp = "issuer: 'https://idp.example', client_id: i, client_secret: 'env:S', id_token: 'file:id'"
+    found = read(tmp_path, f"grant: id_jag, client_id: a, client_secret: 'env:S', idp: {{{idp}}}")
+    assert found.idp is not None
+    assert (found.idp.issuer, found.idp.token_endpoint) == ("https://idp.example", None)
+    assert (found.idp.client_id, found.idp.client_secret) == ("i", Secret("s"))
+    assert (found.idp.id_token, found.idp.refresh_token) == (tmp_path / "id", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("grant: jwt_bearer", "assertion: is needed with grant jwt_bearer"),
+        ("grant: jwt_bearer, assertion: eyJhbGciOi", "assertion: must be file:PATH"),
+        ("grant: jwt_bearer, assertion: 'env:NONE'", "assertion: the environment variable"),
+        ("assertion: 'file:x'", "assertion: is for grant jwt_bearer only"),
+        ("grant: id_jag, client_id: a", "idp: is needed with grant id_jag"),
+        ("grant: id_jag, idp: {}", "client_id: is needed with grant id_jag"),
+        ("grant: id_jag, client_id: a, idp: {client_id: i}", "idp.issuer: is needed, or token_endpoint"),
+        ("grant: id_jag, client_id: a, idp: {issuer: 'https://i.example'}", "idp.client_id: is needed"),
+        ("grant: id_jag, client_id: a, idp: {client_id: i}", "idp.id_token: is needed, or refresh_token"),
+        (
+            "grant: id_jag, client_id: a, idp: {id_token: 'env:S', refresh_token: 'env:S'}",
+            "idp.id_token: is needed, or",
+        ),
+        ("grant: id_jag, client_id: a, idp: {client_id: i, secret: x}", "idp.secret: unknown key"),
+        ("grant: id_jag, client_id: a, idp: {client_auth: client_secret_post}", "idp.client_auth: client_secret_post"),
+        ("idp: {client_id: i}", "idp: is for grant id_jag only"),
+        ("grant: token_exchange", "client_id: is needed with grant token_exchange"),
+        (
+            "grant: device_code, metadata: {token_endpoint: 'https://a.example'}",
+            "metadata.device_authorization_endpoint: is needed",
+        ),
+    ],
+)
+def test_what_a_grant_needs_is_told(tmp_path: Path, text: str, found: str) -> None:
+    assert [fault for fault in faults(tmp_path, text) if fault.startswith(found)]
+
+
+def test_a_fault_never_repeats_a_key_or_an_assertion(tmp_path: Path) -> None:
+    assert "eyJhbGciOi" not in "".join(faults(tmp_path, "grant: jwt_bearer, assertion: eyJhbGciOi"))  # T45
