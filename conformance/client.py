@@ -1,8 +1,9 @@
 """The command that the suite tests: the proxy before the scenario's server, and a plain MCP client through it.
 
-``python -m conformance.client [--direct] URL``. The client is the SDK's, without its OAuth; links are followed as a
-user would who has consented before: the suite's authorization servers redirect at once. Exit code 0 when all went
-well. ``--direct`` leaves the proxy out, to tell a fault of the client from one of the proxy.
+``python -m conformance.client [--direct | --unheld] URL``. The client is the SDK's, without its OAuth; links are
+followed as a user would who has consented before: the suite's authorization servers redirect at once. Exit code 0 when
+all went well. ``--direct`` leaves the proxy out, to tell a fault of the client from one of the proxy. ``--unheld`` has
+the proxy answer with the link at once, where it otherwise holds requests for the consent; the client then begins anew.
 """
 
 import asyncio
@@ -16,13 +17,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx2
-import yaml
 from mcp import Client
 
-from conformance.scenarios import SERVER, Scenario, act, configuration, fill_defaults
+from conformance.scenarios import SERVER, Scenario, act, fill_defaults, write_configuration
 
 DEADLINE = 25.0
 """Seconds; under the suite's 30, whose time-out ends the shell only and then waits for the pipes."""
+
+HELD, UNHELD = "20s", "0s"
+"""How long the proxy holds a request for the consent."""
+
+MOST_STARTS = 6
+"""How often a client that is answered with links begins anew."""
+
+VISIT = 3.0
+"""Seconds in which a link is found in the proxy's output and followed to its end."""
 
 _LISTENING = re.compile(r"is listening at (http\S+)")
 _LINK = re.compile(r"http://\S+/connect/\S+")
@@ -35,18 +44,20 @@ def main() -> None:
         version=os.environ.get("MCP_CONFORMANCE_PROTOCOL_VERSION", "2025-11-25"),
         context=json.loads(os.environ.get("MCP_CONFORMANCE_CONTEXT", "{}")),
     )
-    direct = "--direct" in sys.argv
-    asyncio.run(run_scenario(scenario, direct=direct))
+    asyncio.run(run(scenario, set(sys.argv[1:-1])))
 
 
-async def run_scenario(scenario: Scenario, *, direct: bool) -> None:
+async def run(scenario: Scenario, options: set[str]) -> None:
     """Run one scenario to its end, within the deadline."""
     async with asyncio.timeout(DEADLINE):
-        if direct:
+        if "--direct" in options:
             await use(scenario.url, scenario)
-            return
-        async with proxy_before(scenario) as origin:
-            await use(f"{origin}/{SERVER}/mcp", scenario)
+        elif "--unheld" in options:
+            async with proxy_before(scenario, UNHELD) as proxy:
+                await use_until_connected(proxy, scenario)
+        else:
+            async with proxy_before(scenario, HELD) as proxy:
+                await use(await proxy.url, scenario)
 
 
 async def use(url: str, scenario: Scenario) -> None:
@@ -55,36 +66,45 @@ async def use(url: str, scenario: Scenario) -> None:
         await act(client, scenario)
 
 
+async def use_until_connected(proxy: "Proxy", scenario: Scenario) -> None:
+    """The same, begun anew after each link that the user has followed."""
+    for _ in range(MOST_STARTS - 1):
+        proxy.visited.clear()
+        try:
+            return await use(await proxy.url, scenario)
+        except Exception as error:
+            sys.stderr.write(f"client: {error!r}\n")
+            await asyncio.wait_for(proxy.visited.wait(), VISIT)
+    return await use(await proxy.url, scenario)
+
+
 @asynccontextmanager
-async def proxy_before(scenario: Scenario) -> AsyncIterator[str]:
-    """Run ``mcp-auth-proxy serve`` until the block ends; yield where it listens. Its links are followed at once."""
+async def proxy_before(scenario: Scenario, wait: str) -> AsyncIterator["Proxy"]:
+    """Run ``mcp-auth-proxy serve`` until the block ends."""
     with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
-        document, files = configuration(scenario)
-        for name, text in files.items():
-            Path(folder, name).write_text(text)
-        config = Path(folder, "mcp-auth-proxy.yaml")
-        config.write_text(yaml.safe_dump(document))
+        config = write_configuration(scenario, Path(folder), wait)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "mcp_auth_proxy", "serve", "--config", str(config)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        output = Output(process)
+        proxy = Proxy(process)
         try:
-            yield await output.origin
+            yield proxy
         finally:
             if process.returncode is None:
                 process.terminate()
             await process.wait()
-            await output.close()
+            await proxy.close()
 
 
-class Output:
-    """What the proxy prints: kept for whoever reads the suite's results, and watched for links."""
+class Proxy:
+    """A proxy that runs. What it prints goes to stderr, where the suite keeps it, and is watched for links."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.origin: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.visited = asyncio.Event()
         self._process = process
         self._visits: set[asyncio.Task[None]] = set()
         self._reading = asyncio.create_task(self._read())
@@ -94,12 +114,19 @@ class Output:
         async for raw in self._process.stdout:
             line = raw.decode(errors="replace")
             sys.stderr.write(f"proxy: {line}")
-            if not self.origin.done() and (found := _LISTENING.search(line)):
-                self.origin.set_result(found[1])
+            if not self.url.done() and (found := _LISTENING.search(line)):
+                self.url.set_result(f"{found[1]}/{SERVER}/mcp")
             for link in _LINK.findall(line):
-                self._visits.add(asyncio.create_task(consent(link)))
-        if not self.origin.done():
-            self.origin.set_exception(RuntimeError("the proxy did not start"))
+                self._visits.add(asyncio.create_task(self._visit(link)))
+        if not self.url.done():
+            self.url.set_exception(RuntimeError("the proxy did not start"))
+
+    async def _visit(self, link: str) -> None:
+        """Open a link and follow where it leads, to the callback's page."""
+        async with httpx2.AsyncClient(follow_redirects=True, trust_env=False, timeout=10) as browser:
+            page = await browser.get(link)
+        sys.stderr.write(f"browser: {page.url.path} answered {page.status_code}\n")
+        self.visited.set()
 
     async def close(self) -> None:
         """Wait for all that was printed; give up the visits that are not over."""
@@ -107,13 +134,6 @@ class Output:
         for visit in self._visits:
             visit.cancel()
         await asyncio.gather(*self._visits, return_exceptions=True)
-
-
-async def consent(link: str) -> None:
-    """Open the link and follow where it leads, to the callback's page."""
-    async with httpx2.AsyncClient(follow_redirects=True, trust_env=False, timeout=10) as browser:
-        page = await browser.get(link)
-    sys.stderr.write(f"browser: {page.url.path} answered {page.status_code}\n")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ def runs(suite: str, found: Mapping[str, tuple[str, ...]]) -> list[Run]:
 @dataclass(frozen=True, slots=True)
 class Runner:
     node: str
-    direct: bool
+    options: tuple[str, ...]
+    """Of the command under test."""
 
     def list_scenarios(self, suite: str) -> dict[str, tuple[str, ...]]:
         command = [self.node, str(entry(suite)), "list"]
@@ -128,7 +129,7 @@ class Runner:
     async def run(self, run: Run) -> Result:
         """Run one scenario. Its checks, and what the client and the proxy printed, stay in its folder."""
         run.folder.mkdir(parents=True)
-        client = [sys.executable, "-m", "conformance.client", *(["--direct"] if self.direct else [])]
+        client = [sys.executable, "-m", "conformance.client", *self.options]
         command = [
             *(self.node, str(entry(run.suite)), "client", "--scenario", run.scenario),
             *("--command", f"exec {shlex.join(client)}", "--timeout", f"{TIMEOUT * 1000:.0f}"),
@@ -218,13 +219,14 @@ def report(results: Sequence[Result], expectations: Expectations, stale: Sequenc
     console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     console.print(table(results, expectations))
     outcomes = [expectations.outcome(result) for result in results]
-    for title, reasons in (("Expected failures", expectations.failing), ("Left out", expectations.left_out)):
+    for title, reasons in (("Failing as expected", expectations.failing), ("Left out", expectations.left_out)):
         if reasons:
-            console.print(f"{title}:", *(f"{name}: {reason}" for name, reason in reasons.items()), sep="\n  ")
+            console.print(f"\n{title}:", *(f"{name}: {reason}" for name, reason in reasons.items()), sep="\n  ")
     for result, outcome in zip(results, outcomes, strict=True):
         if outcome in ("FAIL", "UNEXPECTED PASS"):
             wire = f" at {result.run.wire}" if result.run.wire else ""
-            console.print(f"\n{outcome}: {result.run.scenario} ({version(result.run.suite)}{wire})\n{result.why}")
+            why = result.why or "take it out of expected-failures.yaml"
+            console.print(f"\n{outcome}: {result.run.scenario} ({version(result.run.suite)}{wire})\n{why}")
     for name in stale:
         console.print(f"\nexpected-failures.yaml: {name} fits no scenario")
     passed, unexpected = outcomes.count("pass"), outcomes.count("FAIL") + outcomes.count("UNEXPECTED PASS")
@@ -238,7 +240,9 @@ def report(results: Sequence[Result], expectations: Expectations, stale: Sequenc
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m conformance.run", description=__doc__)
     parser.add_argument("--only", default="*", metavar="NAME", help="scenarios to run; * stands for anything")
-    parser.add_argument("--direct", action="store_true", help="without the proxy: what the plain client does alone")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--direct", action="store_true", help="without the proxy: what the plain client does alone")
+    way.add_argument("--unheld", action="store_true", help="requests are answered with the link at once (wait: 0s)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--node", default="node", help="Node.js 22 or newer")
     arguments = parser.parse_args()
@@ -247,7 +251,8 @@ def main() -> int:
         sys.stderr.write("The suite is not installed: run make conformance.\n")
         return 2
     expectations = Expectations.read(HERE / "expected-failures.yaml")
-    runner = Runner(node, arguments.direct)
+    options = tuple(f"--{way}" for way in ("direct", "unheld") if getattr(arguments, way))
+    runner = Runner(str(Path(node).resolve()), options)
     found = {suite: runner.list_scenarios(suite) for suite in SUITES}
     planned = [
         run

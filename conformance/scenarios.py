@@ -3,8 +3,10 @@
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import yaml
 from mcp import Client, types
 from mcp.client import ClientRequestContext
 from pydantic import ValidationError
@@ -14,9 +16,6 @@ SERVER = "conformance"
 
 CLIENT_METADATA_URL = "https://conformance-test.local/client-metadata.json"
 """The one Client ID Metadata Document that the suite accepts; nobody fetches it."""
-
-PROXY_WAIT = "20s"
-"""How long the proxy holds a request for the consent; the suite gives a scenario 30 s in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +36,8 @@ class Scenario:
 # The configuration
 
 
-def configuration(scenario: Scenario) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the proxy's configuration document, and the files beside it by name."""
+def write_configuration(scenario: Scenario, folder: Path, wait: str) -> Path:
+    """Write the proxy's configuration, and the files that it names; return where it is."""
     oauth, files = _oauth(scenario.name, scenario.context)
     server: dict[str, Any] = {"url": scenario.url}
     if oauth:
@@ -46,14 +45,18 @@ def configuration(scenario: Scenario) -> tuple[dict[str, Any], dict[str, str]]:
     document = {
         "listen": "127.0.0.1:0",
         "store": {"url": "sqlite:///proxy.db"},
-        "authorization": {"wait": PROXY_WAIT, "open_browser": "never"},
+        "authorization": {"wait": wait, "open_browser": "never"},
         "servers": {SERVER: server},
     }
-    return document, files
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    path = folder / "mcp-auth-proxy.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
 
 
 def _oauth(name: str, context: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a user would write who was told what the context tells."""
+    """What a user would write who was told what the context tells: the ``oauth`` section, and files by name."""
     files: dict[str, str] = {}
     oauth: dict[str, Any] = {key: context[key] for key in ("client_id", "client_secret", "issuer") if key in context}
     match name:
@@ -107,7 +110,7 @@ async def act(client: Client, scenario: Scenario) -> None:
 
 async def _use_every_tool(client: Client, scenario: Scenario) -> None:
     for tool in (await client.list_tools()).tools:
-        await _call(client, tool.name, {name: 0 for name in tool.input_schema.get("required", ())})
+        await _call(client, tool.name, dict.fromkeys(tool.input_schema.get("required", ()), 0))
 
 
 async def _list_only(client: Client, scenario: Scenario) -> None:

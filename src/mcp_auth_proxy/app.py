@@ -18,7 +18,7 @@ from mcp_auth_proxy.broker.authorize import Authorizer
 from mcp_auth_proxy.broker.broker import Broker
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.errors import StoreError
-from mcp_auth_proxy.models import Flow
+from mcp_auth_proxy.models import Flow, GrantType
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.proxy import routes
@@ -109,14 +109,15 @@ class _Announcer:
         self._opens = browser.should_open(
             settings.authorization.open_browser, loopback=is_loopback(listening.host), environ=os.environ
         )
-        self._opening: set[asyncio.Task[None]] = set()
 
     def __call__(self, flow: Flow, link: str) -> None:
         logger.warning("server %s needs your authorization, open this link: %s", flow.key.server, link)
+        if flow.device is not None:
+            # The link may lead to a machine that no browser reaches; this address is for any device.
+            where, code = flow.device.verification_uri, flow.device.user_code
+            logger.warning("server %s: or open %s on any device, and enter %s", flow.key.server, where, code)
         if self._opens:
-            task = browser.open_link(link)
-            self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
+            browser.open_link(link)
 
 
 class Application:
@@ -148,7 +149,10 @@ class Application:
         path: bytes = scope["raw_path"]
         route = self._routes.get(path)
         refused = self._guard.refusal(
-            path, scope["headers"], page_write=route is None and scope["method"] not in ("GET", "HEAD", "OPTIONS")
+            path,
+            scope["headers"],
+            endpoint=route is not None,
+            page_write=route is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"),
         )
         if refused is not None:
             await PlainTextResponse(refused[1], status_code=refused[0])(scope, receive, send)  # type: ignore[arg-type]
@@ -169,13 +173,18 @@ class Application:
         deadline = loop.time() + DRAIN_SECONDS
         while self.forwarder.under_way and loop.time() < deadline:
             await asyncio.sleep(0.05)
+        self.end()
+
+    def end(self) -> None:
+        """End what is left of the requests under way, each stream with a final chunk."""
         self.forwarder.end_all()
 
     # Pages
 
     def _build_pages(self) -> Starlette:
         secure = self.public_url.startswith("https://")
-        document = client_metadata_document(self.public_url) if secure else None
+        device = any(server.oauth.grant is GrantType.DEVICE_CODE for server in self.settings.servers.values())
+        document = client_metadata_document(self.public_url, device=device) if secure else None
 
         async def on_connect(request: Request) -> Response:
             return await connect(request, self.broker, secure=secure)

@@ -68,8 +68,24 @@ class SealBroken(StoreError):
     """A sealed value does not open: damaged, moved to another row, or sealed under a key we don't have."""
 
 
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """What in the configuration would allow what was refused.
+
+    ``key`` is a dotted path: below the server where it begins with ``oauth.``, else from the top. ``value`` is what
+    to put there, empty where only the operator can know.
+    """
+
+    key: str
+    value: str = ""
+
+
 class AuthorizationError(ProxyError):
-    """An authorization can't go on. A new request may try again."""
+    """An authorization can't go on. A new request may try again. ``remedy`` is None where no key would allow it."""
+
+    def __init__(self, message: str, *, remedy: Remedy | None = None) -> None:
+        self.remedy = remedy
+        super().__init__(message)
 
 
 class DocumentRefused(AuthorizationError):
@@ -79,18 +95,23 @@ class DocumentRefused(AuthorizationError):
     ``problem`` the rule and what was found instead, ``clause`` the RFC section ("RFC 8414 §3.3").
     """
 
-    def __init__(self, document: str, url: str, problem: str, clause: str = "") -> None:
+    def __init__(
+        self, document: str, url: str, problem: str, clause: str = "", *, remedy: Remedy | None = None
+    ) -> None:
         self.document = document
         self.url = url
         self.problem = problem
         self.clause = clause
         where = f" at {url}" if url else ""
         rule = f" ({clause})" if clause else ""
-        super().__init__(f"The {document}{where} is refused: {problem}{rule}.")
+        super().__init__(f"The {document}{where} is refused: {problem}{rule}.", remedy=remedy)
 
 
 class RegistrationImpossible(AuthorizationError):
     """There is no way to become a client of this authorization server; the text names the config keys to set."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, remedy=Remedy("oauth.client_id"))
 
 
 class AuthorizationDenied(AuthorizationError):

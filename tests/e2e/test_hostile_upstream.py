@@ -11,7 +11,7 @@ import pytest
 
 from fakes.exchange import Answer, Channel
 from fakes.fixtures import Servers
-from fakes.proxy import RunningProxy, running_proxy, until
+from fakes.proxy import RunningProxy, running_proxy
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, ok
 from fakes.unattended import connected
@@ -62,9 +62,11 @@ async def test_responses_that_break_http_are_502_and_never_mixed_with_others(tmp
     said = {"now": b""}
 
     async def script(peer: Peer) -> None:
-        while not said["now"]:
+        broken = b""
+        while not broken:
             await peer.request()
-            await peer.send(said["now"] or ok(b"{}"))
+            broken = said["now"]
+            await peer.send(broken or ok())
 
     async with RawServer(script) as upstream, open_proxy(tmp_path, upstream) as (_, http):
         for name, response in BROKEN.items():
@@ -75,7 +77,7 @@ async def test_responses_that_break_http_are_502_and_never_mixed_with_others(tmp
             assert "notes" in refused.json()["error"]["message"]
             assert len(upstream.requests) == before + 1, name
             said["now"] = b""
-            assert (await http.post("/notes/mcp", content=CALL)).content == b"{}", name
+            assert (await http.post("/notes/mcp", content=CALL)).content == b"hi", name
 
 
 GOOD = {
@@ -129,12 +131,10 @@ async def test_a_response_that_breaks_off_ends_unfinished_and_is_not_asked_for_a
     async with RawServer(script) as upstream, open_proxy(tmp_path, upstream) as (proxy, _):
         async with RawClient.to(proxy.origin) as raw:
             raw.post(CALL)
-            reading = asyncio.create_task(raw.answer())
-            await until(lambda: b"hello" in raw.received)
+            assert (await raw.head())[0] == 200
+            await raw.reader.readuntil(b"hello")
             release.set()
-            answer = await reading
-            assert (answer.status, answer.body, answer.ended) == (200, b"hello", False)
-            assert await raw.rest() == b""
+            assert await raw.rest() in (b"", b"\r\n")
         assert len(upstream.requests) == 1
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from fakes.exchange import Answer, Channel, Received, sse
 from fakes.fixtures import Servers
 from fakes.mcp_client import MODERN
 from fakes.mcp_server import CHUNK
-from fakes.proxy import ProxyProcess, proxy_process, running_proxy, until, write_config
+from fakes.proxy import ProxyProcess, proxy_process, running_proxy, settled, until, write_config
 from fakes.raw_client import RawClient
 from fakes.unattended import connected, unattended
 
@@ -28,16 +28,6 @@ def call(tool: str) -> bytes:
 
 def progress(number: int) -> dict[str, object]:
     return {"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": 1, "progress": number}}
-
-
-async def settled(value: Callable[[], int]) -> int:
-    """Wait, bounded, until a number no longer changes; return it."""
-    for _ in range(50):
-        before = value()
-        await asyncio.sleep(0.2)
-        if value() == before:
-            return before
-    raise AssertionError("it never came to rest")
 
 
 async def test_five_megabytes_pass_both_ways_unchanged(servers: Servers, tmp_path: Path) -> None:

@@ -223,6 +223,16 @@ async def until(condition: Callable[[], object], what: str = "the condition", ti
         await asyncio.sleep(0.01)
 
 
+async def settled(value: Callable[[], int]) -> int:
+    """Wait, bounded, until a number no longer changes; return it."""
+    for _ in range(50):
+        before = value()
+        await asyncio.sleep(0.2)
+        if value() == before:
+            return before
+    raise AssertionError("it never came to rest")
+
+
 def link_in(answer: Json) -> str:
     """Return the authorization link that an answer of ours carries, wherever its form puts it."""
     found = re.search(r"http://[^\s\"\\]+/connect/[^\s\"\\]+", json.dumps(answer))

@@ -151,7 +151,8 @@ def test_the_sdk_reads_the_same(members: dict[str, Any]) -> None:
     ("value", "expected"),
     [
         (3600, 3600.0),
-        (0.5, 0.5),
+        (0.5, None),
+        (1.5, 1.5),
         ("3600", 3600.0),
         ("3600.5", 3600.5),
         (10**12, MAX_LIFETIME),

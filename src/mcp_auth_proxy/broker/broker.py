@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mcp_auth_proxy.broker.authorize import Authorizer, Plan
+from mcp_auth_proxy.broker.device import DeviceFlows
 from mcp_auth_proxy.broker.renew import GrantEnded, Renewer, renew_at, renewable
 from mcp_auth_proxy.broker.single_flight import SingleFlight
-from mcp_auth_proxy.broker.visits import Visit, Visits
+from mcp_auth_proxy.broker.step_up import MAX_AUTHORIZATIONS, StepUps, never_enough
+from mcp_auth_proxy.broker.visits import DeviceVisit, Visit, Visits
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
     AuthorizationDenied,
@@ -25,7 +27,7 @@ from mcp_auth_proxy.errors import (
     StoreError,
     TokenRefused,
 )
-from mcp_auth_proxy.models import AccessToken, Flow, FlowStatus, Grant, GrantType, Principal
+from mcp_auth_proxy.models import AccessToken, Flow, FlowStatus, Grant, Principal
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
@@ -37,9 +39,6 @@ logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL = 0.5
 """Seconds between looks at whether another process has written to the store."""
-
-MAX_AUTHORIZATIONS = 3
-"""Authorizations that one request may cause: a server that asks for more scope for ever is not followed."""
 
 MAX_UNAUTHORIZED = 3
 """401 answers with a token that one request is carried through."""
@@ -122,6 +121,8 @@ class Broker:
         self._authorizer = authorizer
         self._renewer = Renewer(authorizer=authorizer, grants=self._grants, clock=clock)
         self._visits = Visits(flows=self._flows, clock=clock)
+        self._step_ups = StepUps(clock=clock)
+        self._devices = DeviceFlows(authorizer=authorizer, flows=self._flows, grants=self._grants, clock=clock)
         self._public_url = public_url
         self._announce = announce
         self._clock = clock
@@ -145,6 +146,10 @@ class Broker:
                 held = await self._load(key)
                 if held is not None and renewable(held.grant):
                     self._spawn(self._renew_in_background(key, held))
+        for flow in await self._flows.devices(self._clock()):
+            server = self._servers.get(flow.key.server)
+            if server is not None and self._authorizer.fits(flow, server):
+                self._expect((flow.key.principal, flow.key.server), flow)
         self._spawn(self._watch())
 
     async def aclose(self) -> None:
@@ -156,6 +161,7 @@ class Broker:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._renewing.settle(timeout=10.0)
+        await self._devices.settle()
         for flight in (self._loading, self._renewing, self._authorizing):
             await flight.aclose()
 
@@ -229,11 +235,8 @@ class Broker:
                 )
         trail.authorizations += 1
         if trail.authorizations > MAX_AUTHORIZATIONS:
-            raise AuthorizationError(
-                f"Server {server} goes on asking for more permission after {MAX_AUTHORIZATIONS} authorizations. "
-                f"The scopes it asked for last: {' '.join(bearer.scopes or ()) if bearer else 'none'}."
-            )
-        already = held.grant.scopes if held is not None and status == 403 else ()
+            raise never_enough(server, (bearer and bearer.scopes) or ())
+        already = held.grant.scopes if held is not None and status == 403 else None
         return await self._authorizing.run(key, lambda: self._authorize(principal, settings, bearer, already))
 
     async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
@@ -250,15 +253,14 @@ class Broker:
         except (AuthorizationError, CallbackRefused) as error:
             if isinstance(error, TokenRefused) and error.error == "invalid_client":
                 await self._authorizer.forget_client(flow.registration)
-            await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
-            self._fail_pending(key, flow.id, str(error))
+            await self._give_up(key, flow, str(error))
             raise
         await self._adopt(key, await self._grants.add(grant))
         await self._flows.finish(flow.id, FlowStatus.DONE)
         logger.info("server %s is connected", flow.key.server)
         return flow
 
-    async def visit(self, server: str, flow_id: str) -> Visit:
+    async def visit(self, server: str, flow_id: str) -> Visit | DeviceVisit:
         """Begin a browser's visit to a link. Raises CallbackRefused."""
         return await self._visits.open(server, flow_id)
 
@@ -283,8 +285,10 @@ class Broker:
             else:
                 how = "forgotten here and revoked at" if revoked else "forgotten here; no revocation is offered by"
                 lines.append(f"{server.name}: {how} {grant.key.issuer}")
-            if forget_client:
-                await self._authorizer.forget_client(grant.registration)
+        if forget_client:
+            # Also where no grant is left: that is when a registration is what stands in the way.
+            await self._authorizer.forget_clients(server)
+            lines.append(f"{server.name}: the next authorization registers anew")
         return lines
 
     # Tokens
@@ -370,18 +374,26 @@ class Broker:
     # Authorizations
 
     async def _authorize(
-        self, principal: Principal, server: ServerSettings, challenge: BearerChallenge | None, already: tuple[str, ...]
+        self,
+        principal: Principal,
+        server: ServerSettings,
+        challenge: BearerChallenge | None,
+        already: tuple[str, ...] | None,
     ) -> AccessToken | Pending:
+        """``already``: the scopes that a step-up starts from; None: this is none."""
         key = (principal.id, server.name)
         pending = self.pending(principal, server.name)
         if pending is None:
-            pending = await self._resume(key, challenge)
+            pending = await self._resume(key, server, challenge)
         if pending is not None:
             return pending
-        plan = await self._authorizer.plan(principal, server, challenge, already)
-        if server.oauth.grant is GrantType.CLIENT_CREDENTIALS:
+        plan = await self._authorizer.plan(principal, server, challenge, already or ())
+        if already is not None:
+            asked = (challenge and challenge.scopes) or ()
+            self._step_ups.count(key, server=server.name, asked=asked, already=already)
+        if server.oauth.grant.unattended:
             return await self._obtain(key, plan)
-        flow = self._authorizer.flow(plan)
+        flow = await self._begin(plan)
         await self._flows.save(flow)
         pending = self._expect(key, flow)
         self._announce(flow, pending.link)
@@ -394,10 +406,18 @@ class Broker:
             raise AuthorizationDenied(str(refused), refused.error) from None
         return (await self._adopt(key, await self._grants.add(grant))).token
 
-    async def _resume(self, key: Key, challenge: BearerChallenge | None) -> Pending | None:
+    async def _begin(self, plan: Plan) -> Flow:
+        try:
+            return await self._authorizer.begin(plan)
+        except TokenRefused as refused:
+            if refused.error == "invalid_client":
+                await self._authorizer.forget_client(plan.registration)
+            raise AuthorizationDenied(str(refused), refused.error) from None
+
+    async def _resume(self, key: Key, server: ServerSettings, challenge: BearerChallenge | None) -> Pending | None:
         """Take up a flow that an earlier run of the proxy began, or another process, if it still fits."""
         flow = await self._flows.live(*key, self._clock())
-        if flow is None or flow.redirect_uri != self._authorizer.redirect_uri:
+        if flow is None or not self._authorizer.fits(flow, server):
             return None
         if not set((challenge and challenge.scopes) or ()) <= set(flow.scopes):
             return None
@@ -407,7 +427,27 @@ class Broker:
         link = f"{self._public_url}/connect/{flow.key.server}?flow={flow.id}"
         pending = Pending(flow, link, asyncio.get_running_loop().create_future())
         self._pending[key] = pending
+        if flow.device is not None:
+            self._spawn(self._follow_device(key, flow))
         return pending
+
+    async def _follow_device(self, key: Key, flow: Flow) -> None:
+        """Wait for the user on another device, then let everyone who waits go on."""
+        try:
+            grant = await self._devices.decided(self._server_of(flow), flow)
+            if grant is not None:
+                await self._adopt(key, grant)
+                logger.info("server %s is connected", flow.key.server)
+        except AuthorizationError as error:
+            logger.warning("server %s was not authorized: %s", flow.key.server, error)
+            await self._give_up(key, flow, str(error))
+        except StoreError as error:
+            logger.error("the authorization of server %s could not be stored: %s", flow.key.server, error)
+            self._fail_pending(key, flow.id, str(error))
+
+    async def _give_up(self, key: Key, flow: Flow, reason: str) -> None:
+        await self._flows.finish(flow.id, FlowStatus.FAILED, reason)
+        self._fail_pending(key, flow.id, reason)
 
     async def _adopt(self, key: Key, grant: Grant) -> _Held:
         held = self._hold(key, grant)

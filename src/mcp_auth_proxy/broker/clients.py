@@ -1,11 +1,11 @@
 """Becoming a client of an authorization server: configured, by Client ID Metadata Document, or registered."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationError, RegistrationImpossible
+from mcp_auth_proxy.errors import AuthorizationError, RegistrationImpossible, Remedy
 from mcp_auth_proxy.models import ClientAuth, GrantType, Registration, RegistrationKind
 from mcp_auth_proxy.oauth import client_auth, registration
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
@@ -13,6 +13,9 @@ from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher
 from mcp_auth_proxy.store.registrations import Registrations
 
 logger = logging.getLogger(__name__)
+
+Bind = Callable[[str, str, str], Awaitable[str]]
+"""Server, client and issuer to the issuer that the client belongs to."""
 
 
 class Clients:
@@ -35,9 +38,32 @@ class Clients:
 
         A workload that presents its own token needs no client identity at all. Raises AuthorizationError.
         """
+        known = await self._known(server, metadata, self._registrations.bind_client)
+        if known is not None:
+            return known
+        return await self._register_dynamically(server, metadata, self._endpoint(server, metadata), policy)
+
+    async def foresee(self, server: ServerSettings, metadata: ServerMetadata) -> Registration:
+        """Return what ``register`` would, but register nothing and write nothing. Raises AuthorizationError.
+
+        A client that is still to be registered has an empty ``client_id``.
+        """
+
+        async def bound(name: str, client_id: str, issuer: str) -> str:
+            return await self._registrations.bound_issuer(name, client_id) or issuer
+
+        known = await self._known(server, metadata, bound)
+        if known is not None:
+            return known
+        self._endpoint(server, metadata)
+        method = registration.method(metadata, redirect_uri=self.redirect_uri(server.oauth.grant))
+        return self._registration(server, metadata, RegistrationKind.DYNAMIC, "", method or ClientAuth.NONE)
+
+    async def _known(self, server: ServerSettings, metadata: ServerMetadata, bind: Bind) -> Registration | None:
+        """The client that need not be registered; None where there is none."""
         oauth = server.oauth
         if oauth.client_id is not None or oauth.grant.unattended:
-            return await self._configured(server, metadata, oauth.client_id or "")
+            return await self._configured(server, metadata, oauth.client_id or "", bind)
         document_url = oauth.client_metadata_url
         if document_url is None and self._public_url.startswith("https://"):
             document_url = f"{self._public_url}/oauth/client-metadata.json"
@@ -46,11 +72,12 @@ class Clients:
                 server, metadata, RegistrationKind.METADATA_DOCUMENT, document_url, ClientAuth.NONE
             )
         stored = await self._registrations.find(server.name, metadata.issuer, self.redirect_uri(oauth.grant))
-        if stored is not None and not self._lapsed(stored):
-            return stored
+        return None if stored is None or self._lapsed(stored) else stored
+
+    def _endpoint(self, server: ServerSettings, metadata: ServerMetadata) -> str:
         if metadata.registration_endpoint is not None:
-            return await self._register_dynamically(server, metadata, metadata.registration_endpoint, policy)
-        where = self.redirect_uri(oauth.grant)
+            return metadata.registration_endpoint
+        where = self.redirect_uri(server.oauth.grant)
         raise RegistrationImpossible(
             f"The authorization server {metadata.issuer} registers no clients by itself. Register one there by hand "
             f"{f'with the redirect URI {where}' if where else 'for device codes'}, and put it in "
@@ -62,19 +89,26 @@ class Clients:
         if client.kind is RegistrationKind.DYNAMIC:
             await self._registrations.delete(client.server, client.issuer)
 
+    async def forget_all(self, server: ServerSettings) -> None:
+        """Drop every dynamic registration that was made for a server."""
+        await self._registrations.delete(server.name)
+
     def _lapsed(self, client: Registration) -> bool:
         return client.secret_expires_at is not None and client.secret_expires_at <= self._clock()
 
-    async def _configured(self, server: ServerSettings, metadata: ServerMetadata, client_id: str) -> Registration:
+    async def _configured(
+        self, server: ServerSettings, metadata: ServerMetadata, client_id: str, bind: Bind
+    ) -> Registration:
         """Credentials of the configuration go to the issuer that they were first used with, and to no other."""
         oauth = server.oauth
         if oauth.issuer is None:
-            bound = await self._registrations.bind_client(server.name, client_id, metadata.issuer)
+            bound = await bind(server.name, client_id, metadata.issuer)
             if bound != metadata.issuer:
                 raise AuthorizationError(
                     f"Server {server.name} now names the authorization server {metadata.issuer}, but its configured "
                     f"client has been used with {bound} and is sent to no other. If the move is genuine, set "
-                    f"servers.{server.name}.oauth.issuer to {metadata.issuer}."
+                    f"servers.{server.name}.oauth.issuer to {metadata.issuer}.",
+                    remedy=Remedy("oauth.issuer", metadata.issuer),
                 )
         secret = oauth.client_secret.value if oauth.client_secret else None
         method = client_auth.choose(

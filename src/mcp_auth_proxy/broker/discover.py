@@ -1,9 +1,12 @@
 """Discovery: from a server to its authorization server, one document after another."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from mcp_auth_proxy.config.settings import IdpSettings, ServerSettings
-from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, DocumentRefused
+from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, DocumentRefused, Remedy
 from mcp_auth_proxy.models import GrantType
 from mcp_auth_proxy.oauth import discovery
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
@@ -11,12 +14,32 @@ from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher, Response
 
 
+@dataclass(slots=True)
+class Look:
+    """One address that was asked for a document. ``found`` is None where it is not there, or ``error`` says why."""
+
+    document: str
+    url: str
+    response: Response | None = None
+    found: ResourceMetadata | ServerMetadata | None = None
+    error: AuthorizationError | None = None
+
+
+Observer = Callable[[Look], None]
+"""Told of each look once it is over."""
+
+
+def unobserved(look: Look) -> None:
+    """Nobody watches: a running proxy tells of what went wrong, not of each step."""
+
+
 class Discoverer:
     """Reads the documents, and knows which addresses they may lead to. Raises AuthorizationError throughout."""
 
-    def __init__(self, *, fetcher: Fetcher, allow_private: tuple[str, ...]) -> None:
+    def __init__(self, *, fetcher: Fetcher, allow_private: tuple[str, ...], observe: Observer = unobserved) -> None:
         self._fetcher = fetcher
         self._allow_private = allow_private
+        self._observe = observe
 
     def policy(self, url: str) -> AddressPolicy:
         """Return the addresses that documents may lead to where they start from a configured URL."""
@@ -28,9 +51,11 @@ class Discoverer:
         """Return the metadata of the resource, None where it has none, and of its authorization server."""
         oauth = server.oauth
         if oauth.metadata is not None:
-            return None, discovery.configured_server_metadata(oauth.metadata, issuer=oauth.issuer)
+            with self._look(discovery.SERVER_METADATA, "") as look:
+                look.found = metadata = discovery.configured_server_metadata(oauth.metadata, issuer=oauth.issuer)
+            return None, metadata
         policy = self.policy(server.url)
-        resource = await self._resource_metadata(server, challenge, policy)
+        resource = await self.resource_metadata(server, challenge)
         if resource is not None:
             issuer = _issuer(server, resource)
             metadata = await self._server_metadata(issuer, policy)
@@ -39,6 +64,7 @@ class Discoverer:
         else:
             metadata = await self._legacy_metadata(server, policy)
         if oauth.grant is GrantType.AUTHORIZATION_CODE:
+            discovery.require_authorization_endpoint(metadata)
             discovery.require_pkce(metadata, allow_missing=oauth.allow_missing_pkce, server=server.name)
         return resource, metadata
 
@@ -51,17 +77,20 @@ class Discoverer:
         metadata = await self._server_metadata(idp.issuer, self.policy(idp.issuer))
         return metadata.token_endpoint, metadata.token_endpoint_auth_methods_supported
 
-    async def _resource_metadata(
-        self, server: ServerSettings, challenge: BearerChallenge | None, policy: AddressPolicy
+    async def resource_metadata(
+        self, server: ServerSettings, challenge: BearerChallenge | None
     ) -> ResourceMetadata | None:
         """RFC 9728 §3 and §5: the URL of the challenge, then the well-known ones. None: the server has none."""
+        policy = self.policy(server.url)
         named = challenge.resource_metadata if challenge else None
         for url in discovery.resource_metadata_urls(server.url, named):
-            response = await self._fetcher.get(url, document=discovery.RESOURCE_METADATA, policy=policy)
-            if _is_document(response, required=url == named):
-                return discovery.read_resource_metadata(response.body, url=url, server_url=server.url)
-            if response.status >= 500:
-                raise _answered_badly(discovery.RESOURCE_METADATA, url, response)
+            with self._look(discovery.RESOURCE_METADATA, url) as look:
+                look.response = response = await self._fetcher.get(url, document=look.document, policy=policy)
+                if _is_document(response, required=url == named):
+                    look.found = found = discovery.read_resource_metadata(response.body, url=url, server_url=server.url)
+                    return found
+                if response.status >= 500:
+                    raise _answered_badly(look.document, url, response)
         return None
 
     async def _server_metadata(self, issuer: str, policy: AddressPolicy) -> ServerMetadata:
@@ -73,6 +102,7 @@ class Discoverer:
                 "none was found at any of its well-known addresses; where the server has none, "
                 "give it in the key oauth.metadata",
                 "RFC 8414 §3",
+                remedy=Remedy("oauth.metadata"),
             )
         return found
 
@@ -83,19 +113,31 @@ class Discoverer:
         return found or discovery.legacy_server_metadata(server.url)
 
     async def _find_server_metadata(self, issuer: str, policy: AddressPolicy, *, legacy: bool) -> ServerMetadata | None:
-        document = discovery.SERVER_METADATA
         failed: AuthorizationServerUnavailable | None = None
         for url in discovery.authorization_server_metadata_urls(issuer):
-            response = await self._fetcher.get(url, document=document, policy=policy)
-            if _is_document(response, required=False):
-                return discovery.read_server_metadata(
-                    response.body, url=url, issuer=issuer, policy_http_loopback=policy.loopback, legacy=legacy
-                )
-            if response.status >= 500:
-                failed = _answered_badly(document, url, response)
+            with self._look(discovery.SERVER_METADATA, url) as look:
+                look.response = response = await self._fetcher.get(url, document=look.document, policy=policy)
+                if _is_document(response, required=False):
+                    look.found = found = discovery.read_server_metadata(
+                        response.body, url=url, issuer=issuer, policy_http_loopback=policy.loopback, legacy=legacy
+                    )
+                    return found
+                if response.status >= 500:
+                    look.error = failed = _answered_badly(look.document, url, response)
         if failed is not None:
             raise failed
         return None
+
+    @contextmanager
+    def _look(self, document: str, url: str) -> Iterator[Look]:
+        look = Look(document, url)
+        try:
+            yield look
+        except AuthorizationError as error:
+            look.error = error
+            raise
+        finally:
+            self._observe(look)
 
 
 def _issuer(server: ServerSettings, resource: ResourceMetadata) -> str:
@@ -107,7 +149,8 @@ def _issuer(server: ServerSettings, resource: ResourceMetadata) -> str:
         return pinned
     raise AuthorizationError(
         f"Server {server.name} names {', '.join(offered)} as its authorization server, but "
-        f"servers.{server.name}.oauth.issuer pins {pinned}. If the move is genuine, change that key."
+        f"servers.{server.name}.oauth.issuer pins {pinned}. If the move is genuine, change that key.",
+        remedy=Remedy("oauth.issuer", offered[0]),
     )
 
 

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 
 from mcp_auth_proxy.broker.authorize import Authorizer
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused, StoreUnavailable, TokenRefused
-from mcp_auth_proxy.models import Grant, GrantType, TokenSet
+from mcp_auth_proxy.errors import (
+    AuthorizationError,
+    AuthorizationServerUnavailable,
+    StoreUnavailable,
+    TokenRefused,
+)
+from mcp_auth_proxy.models import Grant, TokenSet
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.grants import Grants
 
@@ -41,7 +46,7 @@ class GrantEnded(Exception):
 
 def renewable(grant: Grant) -> bool:
     """Whether new tokens can be had without a user."""
-    return grant.grant_type is GrantType.CLIENT_CREDENTIALS or grant.tokens.refresh_token is not None
+    return grant.grant_type.repeatable or grant.tokens.refresh_token is not None
 
 
 def renew_at(tokens: TokenSet) -> float | None:
@@ -97,7 +102,7 @@ class Renewer:
             tokens = await self._authorizer.refresh(server, current)
         except TokenRefused as refused:
             return await self._refused(current, refused)
-        except (AuthorizationServerUnavailable, DocumentRefused) as failure:
+        except AuthorizationError as failure:
             raise await self._failed(current, failure) from None
         self._pauses.pop(current.id, None)
         stored = await self._keep(current, tokens)
@@ -131,9 +136,7 @@ class Renewer:
         if 0 < left <= REQUEST_GATE:
             raise AuthorizationServerUnavailable(str(pause.error), retry_after=max(left, 1.0))
 
-    async def _failed(
-        self, grant: Grant, failure: AuthorizationServerUnavailable | DocumentRefused | TokenRefused
-    ) -> AuthorizationServerUnavailable:
+    async def _failed(self, grant: Grant, failure: AuthorizationError) -> AuthorizationServerUnavailable:
         """Remember a failure that passes, and return it as what a request is told."""
         retry_after = failure.retry_after if isinstance(failure, AuthorizationServerUnavailable) else 5.0
         error = AuthorizationServerUnavailable(str(failure), retry_after=max(1.0, retry_after))

@@ -124,9 +124,7 @@ class TokenRequests:
             client, None, url, form, document="ID-JAG response", policy=self._discoverer.policy(idp.issuer or url)
         )
         secrets = [user.value, client.client_secret or ""]
-        return token_exchange.read_id_jag(
-            response.status, response.headers, response.body, url=url, secrets=secrets
-        )
+        return token_exchange.read_id_jag(response.status, response.headers, response.body, url=url, secrets=secrets)
 
     async def _post(
         self,

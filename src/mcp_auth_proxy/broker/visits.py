@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mcp_auth_proxy.errors import CallbackRefused
-from mcp_auth_proxy.models import Attempt, Flow, FlowStatus
+from mcp_auth_proxy.models import Attempt, DeviceAuthorization, Flow, FlowStatus
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.store.flows import Flows
 
@@ -25,6 +25,14 @@ class Visit:
     """Seconds that the cookie is kept."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceVisit:
+    """What to show to a user who authorizes on another device. ``device`` is None once that is done."""
+
+    server: str
+    device: DeviceAuthorization | None
+
+
 class Visits:
     """Each visit has a state, a verifier and a cookie of its own; all are good for one callback."""
 
@@ -32,16 +40,20 @@ class Visits:
         self._flows = flows
         self._clock = clock
 
-    async def open(self, server: str, flow_id: str) -> Visit:
+    async def open(self, server: str, flow_id: str) -> Visit | DeviceVisit:
         """Begin a visit to a link. Raises CallbackRefused where the link is unknown, used or too old."""
         flow = await self._flows.get(flow_id)
         now = self._clock()
         if flow is None or flow.key.server != server:
             raise CallbackRefused("This link is not known here. Ask your MCP client again: it gets a new one.", 404)
         if flow.status is FlowStatus.DONE:
+            if flow.device is not None:
+                return DeviceVisit(server=server, device=None)
             raise CallbackRefused("This link has been used, and the server is connected. Nothing is left to do.", 410)
         if flow.status is FlowStatus.FAILED or flow.expires_at <= now:
             raise CallbackRefused("This link is no longer good. Ask your MCP client again: it gets a new one.", 410)
+        if flow.device is not None:
+            return DeviceVisit(server=server, device=flow.device)
         state = authorization_code.new_state()
         verifier = authorization_code.new_verifier()
         cookie = secrets.token_urlsafe(32)

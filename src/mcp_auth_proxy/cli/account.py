@@ -13,6 +13,7 @@ import httpx2
 
 from mcp_auth_proxy.app import Application, lifespan, reachable
 from mcp_auth_proxy.broker.broker import Pending, Trail
+from mcp_auth_proxy.broker.renew import renewable
 from mcp_auth_proxy.cli.listener import PortTaken, bind, listening
 from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings
 from mcp_auth_proxy.errors import ConfigurationError, Fault, ProxyError
@@ -61,14 +62,25 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     outcome = await broker.challenged(LOCAL, server.name, status=status, challenge=challenge, used=None, trail=Trail())
     if not isinstance(outcome, Pending):
         return outcome
-    click.echo(f"Open this link to authorize {server.name}:\n\n  {outcome.link}\n")
+    click.echo(_invitation(server.name, outcome))
     opens = browser.should_open(application.settings.authorization.open_browser, loopback=True, environ=os.environ)
     if opens:
-        await browser.open_link(outcome.link)
+        browser.open_link(outcome.link)
     token = await outcome.wait(max(0.0, outcome.flow.expires_at - time.time()))
     if token is None:
         raise ProxyError("The link was not used in time. Run login again for a new one.")
     return token
+
+
+def _invitation(server: str, pending: Pending) -> str:
+    """What the user is to do; a code is for any device, so that the terminal's machine needs no browser (RFC 8628)."""
+    device = pending.flow.device
+    if device is None:
+        return f"Open this link to authorize {server}:\n\n  {pending.link}\n"
+    lines = [f"To authorize {server}, open on any device", device.verification_uri, "and enter", device.user_code]
+    if device.verification_uri_complete:
+        lines += ["or open this address, and see that it shows the same code:", device.verification_uri_complete]
+    return "\n".join(f"\n  {line}\n" if number % 2 else line for number, line in enumerate(lines))
 
 
 async def _list_tools(server: ServerSettings, url: str) -> None:
@@ -137,7 +149,7 @@ def _row(server: ServerSettings, grants: list[Grant]) -> dict[str, Any]:
         "issuer": grant.key.issuer,
         "since": _iso(grant.granted_at),
         "token_until": _iso(grant.tokens.expires_at),
-        "renews_itself": grant.tokens.refresh_token is not None or grant.grant_type == "client_credentials",
+        "renews_itself": renewable(grant),
         "scopes": list(grant.tokens.scopes),
         "reason": grant.ended_reason,
     }

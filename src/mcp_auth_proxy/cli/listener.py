@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +15,8 @@ from mcp_auth_proxy.errors import ProxyError
 from mcp_auth_proxy.proxy.inbound import InboundProtocol
 
 BACKLOG = 2048
+FLUSH_SECONDS = 1.0
+"""Seconds that clients have, at the end, to take what was sent to them."""
 KEEP_ALIVE = 75
 """Seconds that a client's idle connection is kept: longer than most clients keep theirs."""
 
@@ -50,6 +51,7 @@ class Server(uvicorn.Server):
     def __init__(self, application: Application) -> None:
         self._application = application
         self._drain: asyncio.Task[None] | None = None
+        self._signals = 0
         super().__init__(
             uvicorn.Config(
                 application,
@@ -67,16 +69,31 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a second signal ends at once."""
-        if self._drain is not None or self.should_exit:
-            self.should_exit = True
-            self.force_exit = sig == signal.SIGINT
-            return
-        self._drain = asyncio.get_running_loop().create_task(self._drain_then_exit())
+        """Begin to drain; a second signal ends what is under way, a third waits for nothing."""
+        asyncio.get_running_loop().call_soon_threadsafe(self._on_signal)
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            self._drain = asyncio.create_task(self._drain_then_exit())
+        elif self._signals == 2:
+            self._application.end()
+        else:
+            self.should_exit = self.force_exit = True
 
     async def _drain_then_exit(self) -> None:
         await self._application.drain()
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close every connection; a client that does not take what was sent to it is waited for briefly."""
+        late = asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._abort_connections)
+        await super().shutdown(sockets)
+        late.cancel()
+
+    def _abort_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
-from mcp_auth_proxy.errors import AuthorizationError, DocumentRefused
+from mcp_auth_proxy.errors import AuthorizationError, DocumentRefused, Remedy
 from mcp_auth_proxy.oauth import urls
 from mcp_auth_proxy.oauth.documents import Document
 
@@ -194,8 +194,18 @@ def require_pkce(metadata: ServerMetadata, *, allow_missing: bool, server: str) 
     raise AuthorizationError(
         f"The authorization server {metadata.issuer} does not advertise PKCE with S256 "
         f"(code_challenge_methods_supported, RFC 8414 §2; RFC 7636 §4.2). If it is known to support PKCE, set "
-        f"servers.{server}.oauth.allow_missing_pkce: true."
+        f"servers.{server}.oauth.allow_missing_pkce: true.",
+        remedy=Remedy("oauth.allow_missing_pkce", "true"),
     )
+
+
+def require_authorization_endpoint(metadata: ServerMetadata) -> None:
+    """Raise AuthorizationError where a user would have nowhere to go (RFC 8414 §2)."""
+    if not metadata.authorization_endpoint:
+        raise AuthorizationError(
+            f"The authorization server {metadata.issuer} names no authorization_endpoint (RFC 8414 §2): users can't "
+            f"authorize there."
+        )
 
 
 def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) -> ServerMetadata:

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpcore2
 
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused, Remedy
 from mcp_auth_proxy.oauth import urls
 from mcp_auth_proxy.oauth.addresses import AddressPolicy
 
@@ -194,7 +194,10 @@ class Fetcher:
                 return await _read(response, url, document)
         except _AddressRefused as refused:
             raise DocumentRefused(
-                document, url, f"{refused}; if that is meant, list the host in the key authorization.allow_private"
+                document,
+                url,
+                f"{refused}; if that is meant, list the host in the key authorization.allow_private",
+                remedy=Remedy("authorization.allow_private", parts.host),
             ) from None
         except httpcore2.ConnectTimeout:
             raise unavailable("no connection in time") from None
@@ -223,16 +226,17 @@ class Fetcher:
 
 
 def _check(url: str, method: str, document: str, policy: AddressPolicy) -> urls.Parts:
-    remedy = False
+    remedy: Remedy | None = None
     try:
         parts = urls.split(url)
         may_be_http = policy.allows_http(parts.host, parts.port)
-        remedy = urls.is_loopback(parts.host) and not may_be_http
+        if urls.is_loopback(parts.host) and not may_be_http:
+            remedy = Remedy("authorization.allow_private", parts.host)
         return urls.check(url, http_loopback=may_be_http, http=may_be_http and method == "GET")
     except ValueError as problem:
         key = "; if that is meant, list the host in the key authorization.allow_private" if remedy else ""
         shown = url if url.isprintable() else ""
-        raise DocumentRefused(document, shown, f"its URL is refused: {problem}{key}") from None
+        raise DocumentRefused(document, shown, f"its URL is refused: {problem}{key}", remedy=remedy) from None
 
 
 def _check_literal(parts: urls.Parts, policy: AddressPolicy) -> None:

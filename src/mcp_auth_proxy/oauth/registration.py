@@ -53,12 +53,16 @@ def build_request(metadata: ServerMetadata, *, redirect_uri: str, client_name: s
     """
     kind = application_type(redirect_uri)
     request: dict[str, object] = {**_client(redirect_uri, client_name), "application_type": kind}
-    supported = metadata.token_endpoint_auth_methods_supported
-    if supported is not None:
-        method = next((method for method in _PREFERENCE[kind] if method.value in supported), None)
-        if method is not None:
-            request["token_endpoint_auth_method"] = method.value
+    wanted = method(metadata, redirect_uri=redirect_uri)
+    if wanted is not None:
+        request["token_endpoint_auth_method"] = wanted.value
     return json.dumps(request).encode()
+
+
+def method(metadata: ServerMetadata, *, redirect_uri: str) -> ClientAuth | None:
+    """Return the authentication method that a registration asks for; None where that is left to the server."""
+    supported = metadata.token_endpoint_auth_methods_supported or ()
+    return next((m for m in _PREFERENCE[application_type(redirect_uri)] if m.value in supported), None)
 
 
 def read_response(

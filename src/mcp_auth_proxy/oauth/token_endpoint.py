@@ -132,12 +132,12 @@ def read_answer(
 def read_lifetime(value: object) -> float | None:
     """Return ``expires_in`` in seconds, at most 10 years; None where it says nothing that can be used.
 
-    Servers write numbers as strings, and 0 or less for tokens that do not expire: taken at its word, that would
-    be a refresh before each request. A 401 tells when such a token has died.
+    Servers write numbers as strings, and 0 or less for tokens that do not expire: taken at its word, that (or part
+    of a second) would be a refresh before each request. A 401 tells when such a token has died.
     """
     if isinstance(value, str) and _SECONDS.fullmatch(value):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or value == math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1 or value == math.inf:
         return None
     return float(min(value, MAX_LIFETIME))
 

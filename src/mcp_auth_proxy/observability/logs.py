@@ -12,7 +12,7 @@ Format = Literal["text", "json"]
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
 _SECRET_PARAMS = re.compile(
-    r"(?i)\b((?:access_|refresh_|id_)?token|code|code_verifier|client_secret|client_assertion|state|assertion|device_code"
+    r"(?i)\b((?:access_|refresh_|id_|subject_)?token|code|code_verifier|client_secret|client_assertion|state|assertion|device_code"
     r"|password|authorization)(\"?\s*[=:]\s*\"?)(?!//)((?:Bearer|Basic|DPoP)\s+)?[^\s&\"',;}]+"
 )
 _SCHEMES = re.compile(r"(?i)\b(Bearer|Basic|DPoP)(\s+)[A-Za-z0-9\-._~+/]{6,}=*")

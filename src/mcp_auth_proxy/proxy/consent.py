@@ -59,7 +59,9 @@ def _message(item: Json) -> Message:
     meta = _mapping(params.get("_meta"))
     version = meta.get(_VERSION_META)
     modern = isinstance(version, str) and version >= MODERN_VERSION
-    declared = meta.get(_CAPABILITIES_META) if modern else params.get("capabilities") if method == "initialize" else None
+    declared = (
+        meta.get(_CAPABILITIES_META) if modern else params.get("capabilities") if method == "initialize" else None
+    )
     identifier = item.get("id")
     usable = isinstance(identifier, (str, int, float)) and not isinstance(identifier, bool)
     return Message(
@@ -78,7 +80,9 @@ def _mapping(value: object) -> Mapping[str, Any]:
 # The answers
 
 
-def authorization_needed(message: Message, *, server: str, link: str, elicitation_id: str, session_elicits: bool) -> Json:
+def authorization_needed(
+    message: Message, *, server: str, link: str, elicitation_id: str, session_elicits: bool
+) -> Json:
     """Return the answer to one request while a user has to authorize.
 
     ``session_elicits``: in this request's session, the client declared URL elicitation when it initialized.
@@ -94,9 +98,7 @@ def authorization_needed(message: Message, *, server: str, link: str, elicitatio
             "elicitationId": elicitation_id,
             "message": f"Server {server} needs your authorization.",
         }
-        return _error(
-            message.id, URL_ELICITATION_REQUIRED, text, {"elicitations": [shown], "authorization_url": link}
-        )
+        return _error(message.id, URL_ELICITATION_REQUIRED, text, {"elicitations": [shown], "authorization_url": link})
     if message.method == "tools/call":
         return _result(message, _tool_error(text, link, modern=message.modern))
     return _error(message.id, AUTHORIZATION_REQUIRED, text, {"authorization_url": link, "server": server})

@@ -4,6 +4,7 @@ send → 401/403 → broker → once more; held while a user authorizes; relayed
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,6 +25,7 @@ from mcp_auth_proxy.models import LOCAL, AccessToken
 from mcp_auth_proxy.proxy import consent
 from mcp_auth_proxy.proxy.body import BodyTooLarge, ClientGone, read_body
 from mcp_auth_proxy.proxy.connection import Response
+from mcp_auth_proxy.proxy.decoding import decoded
 from mcp_auth_proxy.proxy.headers import request_head, response_headers
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream import Upstream, split
@@ -41,6 +43,9 @@ RETRY_WAIT = 45.0
 
 WATCH_AFTER = 0.25
 """Seconds after which a client is watched for going away: most requests are over before."""
+
+FAREWELL = 1.0
+"""Seconds that a client has, when its request is ended, to take what was sent to it before."""
 
 MAX_SENDS = 10
 """A bound over all bounds on how often one request is sent."""
@@ -160,9 +165,7 @@ class Exchange:
         "task",
     )
 
-    def __init__(
-        self, forwarder: Forwarder, route: Route, scope: dict[str, Any], receive: Receive, send: Send
-    ) -> None:
+    def __init__(self, forwarder: Forwarder, route: Route, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         self._forwarder = forwarder
         self._route = route
         self._scope = scope
@@ -286,9 +289,11 @@ class Exchange:
                 token.header if token else None,
                 len(body) if body or method not in (b"GET", b"HEAD", b"DELETE", b"OPTIONS") else None,
             )
+            self.listening = method == b"GET"
             self._response = response = await self._forwarder.upstream.send(
                 route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
             )
+            self.listening = False
             if not 300 <= response.status < 400 or response.status == 304:
                 return response
             target = self._redirect_target(response)
@@ -319,16 +324,20 @@ class Exchange:
             return
         headers = response_headers(response.headers)
         self._note(response, headers)
+        if self.listening and self._forwarder.draining.done():
+            self.end("draining")
+        # Head and body in one piece where both are here; a body that is yet to come does not hold up the head.
+        chunk = await response.read() if response.ready else b""
         self._started = "relay"
-        await self._send({"type": "http.response.start", "status": response.status, "headers": headers})
-        self._body = b""
         send = self._send
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        self._body = b""
         while True:
-            chunk = await response.read()
             more = not response.complete
             await send({"type": "http.response.body", "body": chunk, "more_body": more})
             if not more:
                 return
+            chunk = await response.read()
 
     def _note(self, response: Response, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Keep what is needed of a response once its head is known."""
@@ -337,7 +346,7 @@ class Exchange:
                 if name == b"mcp-session-id":
                     self._forwarder.sessions.remember(self._route.server.name, value)
         # What has no length can be ended with a final chunk.
-        self._streaming = not any(name == b"content-length" for name, _ in headers)
+        self._streaming = b"content-length" not in dict(headers)
         self.listening = self._streaming and (self._scope["method"] == "GET" or self._subscribes())
 
     def _subscribes(self) -> bool:
@@ -352,13 +361,13 @@ class Exchange:
         """Pass the answer on in an event stream that has begun already, while the request was held."""
         if response.status == 200 and is_events:
             self.listening = self._scope["method"] == "GET" or self._subscribes()
-            while not response.complete:
-                await self._event_bytes(await response.read())
+            async for data in decoded(response):
+                await self._event_bytes(data)
             await self._event_bytes(b"", last=True)
             return
         whole = bytearray()
-        while not response.complete:
-            whole += await response.read()
+        async for data in decoded(response):
+            whole += data
             if len(whole) > self._forwarder.body_limit:
                 raise UpstreamBroken("its answer is too long to be put in an event stream that has begun already.")
         messages, _ = consent.parse(bytes(whole))
@@ -488,11 +497,13 @@ class Exchange:
 
     async def finish_early(self) -> None:
         """Give a stream its final chunk, so that the client sees an end and not a fault."""
-        if not self._started:
-            text = f"Server {self._route.server.name}: the proxy is shutting down."
-            await self._answer_failure(503, text, consent.UPSTREAM_FAILED, 5.0)
-        elif self._streaming:
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL):
+                if not self._started:
+                    text = f"Server {self._route.server.name}: the proxy is shutting down."
+                    await self._answer_failure(503, text, consent.UPSTREAM_FAILED, 5.0)
+                elif self._streaming:
+                    await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def close(self) -> None:
         if self._watcher is not None:
@@ -502,4 +513,4 @@ class Exchange:
 
 
 def _is_event_stream(response: Response) -> bool:
-    return any(name == b"content-type" and value.lower().startswith(SSE) for name, value in response.headers)
+    return dict(response.headers).get(b"content-type", b"").lower().startswith(SSE)

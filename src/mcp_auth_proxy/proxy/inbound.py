@@ -8,8 +8,12 @@ import asyncio
 import contextlib
 import http
 from typing import Any
+from urllib.parse import unquote
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mcp_auth_proxy.proxy.reply import Reply
 
 MAX_HEAD = 64 * 1024
 """Bytes of request line and header fields."""
@@ -22,6 +26,8 @@ SLOW_AFTER = 8.0
 MIN_BODY_RATE = 1024
 """Bytes a second that a body must come with."""
 
+_LOOKED_AT = frozenset({b"content-length", b"expect", b"host", b"transfer-encoding", b"upgrade"})
+
 
 class InboundProtocol(HttpToolsProtocol):
     """One connection from a client."""
@@ -30,8 +36,14 @@ class InboundProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._in_message = False
         self._in_head = True
+        self._read_bytes = 0
         self._head_bytes = 0
         self._body_bytes = 0
+        self._trailers = 0
+        self._hosts = 0
+        self._framing = b""
+        self._coding = b""
+        self._upgrades = False
         self._refusal = 400
         self._slow_timer: asyncio.TimerHandle | None = None
 
@@ -44,15 +56,31 @@ class InboundProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._read_bytes = len(data)
         if self._in_head:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self._refuse(self._refusal)
+            return
         if self.transport.is_closing():
             return
         if self._in_message and self._in_head and self._head_bytes > MAX_HEAD:
             self._refuse(431)
-        elif self._in_message and self._slow_timer is None:
+        elif self._slow_timer is None and (self._in_message or self.cycle.response_complete):
             self._slow_timer = self.loop.call_later(SLOW_AFTER, self._check_progress)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser takes what follows for another protocol, but none is offered (RFC 9110 §7.8): it is the body.
+            self.parser = httptools.HttpRequestParser(_AfterUpgrade(self))
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % self._framing)
+            self._feed(data[upgrade.args[0] :])
 
     # Parser callbacks
 
@@ -60,37 +88,91 @@ class InboundProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._in_message = self._in_head = True
         self._refusal = 400
-        self._body_bytes = 0
-        self._fields = 0
-        self._field_bytes = 0
+        self._body_bytes = self._trailers = self._hosts = 0
+        self._framing = self._coding = b""
+        self._upgrades = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._fields += 1
-        self._field_bytes += len(name) + len(value) + 4
-        if self._fields > MAX_FIELDS or self._field_bytes > MAX_HEAD:
-            self._refusal = 431
-            raise ValueError("request header fields too large")
-        if self._in_head:
+        if not self._in_head:
             # Trailers may not be taken for header fields (RFC 9110 §6.5.1): uvicorn would add them.
-            super().on_header(name, value)
+            self._trailers += 1
+            if self._trailers > MAX_FIELDS:
+                raise self._too_large()
+            return
+        name = name.lower()
+        if name in _LOOKED_AT:
+            if name == b"host":
+                self._hosts += 1
+            elif name == b"expect":
+                self.expect_100_continue = value.lower() == b"100-continue"
+            elif name == b"upgrade":
+                # Upgrades are not offered: the request is answered as if it had not asked (RFC 9110 §7.8).
+                return
+            else:
+                self._framing = name + b": " + value + b"\r\n"
+                if name == b"transfer-encoding":
+                    self._coding += value.lower()
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        """As uvicorn does, with a Reply for its cycle."""
+        headers = self.headers
+        if len(headers) > MAX_FIELDS or (
+            max(self._head_bytes, self._read_bytes) > MAX_HEAD and _size_of(headers) > MAX_HEAD
+        ):
+            raise self._too_large()
         self._in_head = False
         self._head_bytes = 0
-        hosts = sum(1 for name, _ in self.headers if name == b"host")
+        url = self.url
         # RFC 9112 §3.2: exactly one Host; §3.2.1: origin-form, the only one an origin server is asked with.
-        if hosts != 1 or not self.url.startswith(b"/") or len(self.url) > MAX_HEAD:
+        if self._hosts != 1 or not url.startswith(b"/") or b"#" in url or len(url) > MAX_HEAD:
             raise ValueError("bad request")
-        if self._get_upgrade() is not None:
-            # Upgrades are not offered: the request is answered as if it had not asked (RFC 9110 §7.8).
-            self.headers[:] = [(n, v) for n, v in self.headers if n != b"upgrade"]
-        super().on_headers_complete()
+        method = self.parser.get_method()
+        version = self.parser.get_http_version()
+        if self._coding and version == "1.0":
+            raise ValueError("RFC 9112 §6.1: the framing of such a message is faulty")
+        if method == b"TRACE" or self._coding not in (b"", b"chunked"):
+            # RFC 9110 §9.3.8: an upstream would echo the request, and with it our token.
+            self._refusal = 501
+            raise ValueError("not implemented")
+        self._upgrades = self.parser.should_upgrade()
+        parts = httptools.parse_url(url)
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+        scope["method"] = method.decode("ascii")
+        scope["http_version"] = version
+        scope["raw_path"] = parts.path
+        scope["path"] = unquote(parts.path.decode("ascii"))
+        scope["query_string"] = parts.query or b""
+        before = self.cycle
+        self.cycle = reply = Reply(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        if before is None or before.response_complete:
+            self._start_asgi_task(reply, self.app)
+        else:
+            # The answers to pipelined requests are made one after the other.
+            self.flow.pause_reading()
+            self.pipeline.appendleft((reply, self.app))
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._upgrades:
+            # The message goes on behind what the parser takes for its end.
+            self._upgrades = False
+            return
         self._in_message = False
         self._in_head = True
         self._stop_timer()
@@ -113,9 +195,6 @@ class InboundProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(self._refusal)
-
     def _refuse(self, status: int) -> None:
         """Answer in plain text and close, unless an answer to an earlier request is still being written."""
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
@@ -123,6 +202,10 @@ class InboundProtocol(HttpToolsProtocol):
             head = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
             self.transport.write(head % (status, phrase, len(phrase), phrase))
         self.transport.close()
+
+    def _too_large(self) -> ValueError:
+        self._refusal = 431
+        return ValueError("request header fields too large")
 
     def _stop_timer(self) -> None:
         if self._slow_timer is not None:
@@ -133,3 +216,34 @@ class InboundProtocol(HttpToolsProtocol):
         # A client that has sent half a request and closes its side gets no answer from a hanging parser.
         with contextlib.suppress(AttributeError):
             super().eof_received()
+
+
+class _AfterUpgrade:
+    """Callbacks for a parser that goes on with a message in the place of another: the head was told already."""
+
+    def __init__(self, protocol: InboundProtocol) -> None:
+        self._protocol = protocol
+        self._told = False
+        self.on_body = protocol.on_body
+        self.on_message_complete = protocol.on_message_complete
+
+    def on_message_begin(self) -> None:
+        if self._told:
+            self._protocol.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if self._told:
+            self._protocol.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._told:
+            self._protocol.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._told:
+            self._protocol.on_headers_complete()
+        self._told = True
+
+
+def _size_of(headers: list[tuple[bytes, bytes]]) -> int:
+    return sum(len(name) + len(value) + 4 for name, value in headers)

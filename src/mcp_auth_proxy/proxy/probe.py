@@ -27,8 +27,6 @@ async def probe(upstream: Upstream, route: Route) -> tuple[int, list[bytes]]:
     )
     headers = [(b"content-type", b"application/json"), (b"accept", b"application/json, text/event-stream")]
     head = request_head(b"POST", route.target, route.host, headers, None, len(body))
-    response = await upstream.send(
-        route.origin, head, body, method=b"POST", head_timeout=route.server.upstream_timeout
-    )
+    response = await upstream.send(route.origin, head, body, method=b"POST", head_timeout=route.server.upstream_timeout)
     response.close()
     return response.status, [value for name, value in response.headers if name.lower() == b"www-authenticate"]

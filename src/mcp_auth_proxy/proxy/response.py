@@ -44,6 +44,11 @@ class Response:
         """Whether the whole body has come, and has been taken by ``read()``."""
         return self._ended and not self._chunks and self._error is None
 
+    @property
+    def ready(self) -> bool:
+        """Whether ``read()`` returns, or raises, at once."""
+        return self._ended or bool(self._chunks)
+
     async def read(self) -> bytes:
         """Return what has come of the body, at once where something has; ``b""`` at its end.
 

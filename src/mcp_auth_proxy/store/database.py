@@ -14,8 +14,8 @@ import aiosqlite
 
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreUnavailable
-from mcp_auth_proxy.store.cipher import Cipher
-from mcp_auth_proxy.store.opening import BUSY_SECONDS, obtain_keys, prepare
+from mcp_auth_proxy.store.cipher import Cipher, load_key
+from mcp_auth_proxy.store.opening import BUSY_SECONDS, companions, inspect, obtain_keys, prepare
 from mcp_auth_proxy.store.sqlite_errors import translated
 
 Row = sqlite3.Row
@@ -96,6 +96,22 @@ class Database:
             await _uninterrupted(connection.close())
             raise
         return database
+
+    @classmethod
+    async def open_to_read(cls, settings: StoreSettings, *, environ: Mapping[str, str] = os.environ) -> "Database":
+        """Opens a store that exists, and writes nothing: none is made, migrated or tidied up.
+
+        Raises StoreRefused and StoreUnavailable, here or, where its schema is older than ours, from a query.
+        """
+        cipher = Cipher([await asyncio.to_thread(load_key, source, environ) for source in settings.keys])
+        await asyncio.to_thread(inspect, settings.path, cipher)
+        # As in inspect: without a log file, "immutable" keeps SQLite from making one.
+        quiet = not companions(settings.path)[0].exists()
+        uri = f"{settings.path.as_uri()}?mode=ro{'&immutable=1' if quiet else ''}"
+        with translated(settings.path):
+            connection = await aiosqlite.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+        connection.row_factory = sqlite3.Row
+        return cls(connection, settings.path, cipher)
 
     async def close(self) -> None:
         """Ends the connection and its thread, after the transaction that may be running. May be called again."""

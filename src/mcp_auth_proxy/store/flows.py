@@ -1,6 +1,7 @@
 """The authorizations that wait for a user, and the visits of browsers to them."""
 
 from mcp_auth_proxy.models import Attempt, Flow, FlowStatus
+from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.database import Database, Row
 from mcp_auth_proxy.store.rows import (
     Seals,
@@ -24,12 +25,13 @@ _SAVE = """
     INSERT INTO flows (
         uid, id, principal, server, resource, issuer, client_id, client_auth, client_kind, client_secret,
         client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint, token_endpoint,
-        revocation_endpoint, scopes, redirect_uri, iss_supported, extra_params, created_at, expires_at, status, reason
+        revocation_endpoint, scopes, redirect_uri, iss_supported, extra_params, created_at, expires_at, status, reason,
+        device
     ) VALUES (
         :uid, :id, :principal, :server, :resource, :issuer, :client_id, :client_auth, :client_kind, :client_secret,
         :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint, :token_endpoint,
         :revocation_endpoint, :scopes, :redirect_uri, :iss_supported, :extra_params, :created_at, :expires_at, :status,
-        :reason
+        :reason, :device
     )
     ON CONFLICT (id) DO UPDATE SET
         uid = excluded.uid, principal = excluded.principal, server = excluded.server, resource = excluded.resource,
@@ -41,7 +43,7 @@ _SAVE = """
         revocation_endpoint = excluded.revocation_endpoint, scopes = excluded.scopes,
         redirect_uri = excluded.redirect_uri, iss_supported = excluded.iss_supported,
         extra_params = excluded.extra_params, created_at = excluded.created_at, expires_at = excluded.expires_at,
-        status = excluded.status, reason = excluded.reason
+        status = excluded.status, reason = excluded.reason, device = excluded.device
 """
 _FORGET_OLD_ATTEMPTS = """
     DELETE FROM attempts WHERE flow_id = :flow_id AND state_hash NOT IN (
@@ -65,6 +67,11 @@ _END_ONE = "UPDATE flows SET status = :status, reason = :reason WHERE id = :id A
 _END_ALL = """
     UPDATE flows SET status = 'failed', reason = :reason
     WHERE principal = :principal AND server = :server AND status = 'pending'
+    RETURNING id
+"""
+
+_CLAIM_POLL = """
+    UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at WHERE id = :id AND status = 'pending'
     RETURNING id
 """
 
@@ -95,6 +102,34 @@ class Flows:
                 (principal, server, now),
             )
         )
+
+    async def devices(self, now: float) -> list[Flow]:
+        """The flows that still wait for a user on another device, oldest first."""
+        rows = await self._database.fetch_all(
+            "SELECT * FROM flows WHERE device IS NOT NULL AND status = 'pending' AND expires_at > ? "
+            "ORDER BY created_at",
+            (now,),
+        )
+        return readable(self._database, "flows", rows, read_flow)
+
+    async def claim_poll(self, flow_id: str, *, owner: str, now: float, next_poll_at: float) -> bool:
+        """Makes ``owner`` (of ``lease.new_owner``) the one process that polls for a flow, until ``next_poll_at``.
+
+        False when the flow is no longer pending, or another process that is still alive polls: a device code that
+        is sent once more after it has brought tokens ends the grant at some servers.
+        """
+        async with self._database.transaction() as transaction:
+            row = await transaction.fetch_one(
+                "SELECT poll_owner, next_poll_at FROM flows WHERE id = ? AND status = 'pending' AND expires_at > ?",
+                (flow_id, now),
+            )
+            if row is None:
+                return False
+            holder = row["poll_owner"]
+            if holder and holder != owner and lease.is_held(holder, row["next_poll_at"], now):
+                return False
+            values = {"id": flow_id, "owner": owner, "next_poll_at": next_poll_at}
+            return bool(await transaction.execute(_CLAIM_POLL, values))
 
     async def add_attempt(self, attempt: Attempt) -> bool:
         """Remembers a visit of a browser; the oldest beyond KEPT_ATTEMPTS are forgotten.

@@ -54,6 +54,13 @@ class Registrations:
             else:
                 await transaction.execute("DELETE FROM registrations WHERE server = ? AND issuer = ?", (server, issuer))
 
+    async def bound_issuer(self, server: str, client_id: str) -> str | None:
+        """The issuer that ``bind_client`` has bound a configured client to; None where it was never used."""
+        row = await self._database.fetch_one(
+            "SELECT issuer FROM client_bindings WHERE server = ? AND client_id = ?", (server, client_id)
+        )
+        return None if row is None else str(row["issuer"])
+
     async def bind_client(self, server: str, client_id: str, issuer: str) -> str:
         """The issuer to which a configured client belongs: the first one it was used with, which is now this one
         where there was none. Its secret must go to no other.

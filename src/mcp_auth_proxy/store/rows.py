@@ -3,12 +3,14 @@
 import json
 import secrets
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TypeVar
 
 from mcp_auth_proxy.errors import SealBroken
 from mcp_auth_proxy.models import (
     Attempt,
     ClientAuth,
+    DeviceAuthorization,
     Endpoints,
     Flow,
     FlowStatus,
@@ -169,11 +171,13 @@ def flow_columns(flow: Flow, seals: Seals) -> Columns:
         "expires_at": flow.expires_at,
         "status": str(flow.status),
         "reason": flow.reason,
+        "device": None if flow.device is None else seals.seal("device", json.dumps(asdict(flow.device))),
     }
 
 
 def read_flow(row: Row, seals: Seals) -> Flow:
     """The flow in a row."""
+    device = seals.open_if("device", row["device"])
     return Flow(
         id=row["id"],
         key=_read_key(row),
@@ -187,6 +191,7 @@ def read_flow(row: Row, seals: Seals) -> Flow:
         expires_at=row["expires_at"],
         status=FlowStatus(row["status"]),
         reason=row["reason"],
+        device=None if device is None else DeviceAuthorization(**json.loads(device)),
     )
 
 

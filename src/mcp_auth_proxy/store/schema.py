@@ -118,7 +118,14 @@ _FIRST = (
     "CREATE INDEX attempts_by_flow ON attempts (flow_id, created_at)",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST,)
+# Flows whose user authorizes on another device: what is polled with, sealed, and which process polls.
+_DEVICE_FLOWS = (
+    "ALTER TABLE flows ADD COLUMN device BLOB",
+    "ALTER TABLE flows ADD COLUMN poll_owner TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE flows ADD COLUMN next_poll_at DOUBLE PRECISION NOT NULL DEFAULT 0",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _DEVICE_FLOWS)
 """What was released is never changed: a new schema is a new entry."""
 
 

@@ -1,9 +1,9 @@
 """Opens the user's browser at one of our own links, where there is somebody to see it."""
 
-import asyncio
 import logging
 import os
 import sys
+import threading
 import webbrowser
 from collections.abc import Mapping
 from typing import Literal
@@ -24,14 +24,18 @@ def should_open(choice: Literal["auto", "always", "never"], *, loopback: bool, e
     return sys.platform in ("darwin", "win32") or any(name in environ for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
-def open_link(link: str) -> asyncio.Task[None]:
-    """Open a ``/connect/…`` link in ``$BROWSER`` or the system's browser; no shell sees it (CVE-2025-6514)."""
-    return asyncio.create_task(_open(link))
+def open_link(link: str) -> None:
+    """Open a ``/connect/…`` link in ``$BROWSER`` or the system's browser; no shell sees it (CVE-2025-6514).
+
+    Returns at once. Some browsers stay in the foreground until they are closed: neither a request nor the end of
+    this process waits for that, hence a daemon thread and not one of asyncio's.
+    """
+    threading.Thread(target=_open, args=(link,), name="browser", daemon=True).start()
 
 
-async def _open(link: str) -> None:
+def _open(link: str) -> None:
     try:
-        opened = await asyncio.to_thread(webbrowser.open, link)
+        opened = webbrowser.open(link)
     except (webbrowser.Error, OSError) as error:
         opened = False
         logger.debug("the browser did not start: %s", error)

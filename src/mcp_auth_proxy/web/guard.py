@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from mcp_auth_proxy.config.settings import Address, InboundSettings
 
 PROBES = frozenset({b"/healthz", b"/readyz", b"/metrics"})
+_FROM_ELSEWHERE = frozenset({b"cross-site", b"same-site"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 Headers = list[tuple[bytes, bytes]]
@@ -16,15 +17,18 @@ class Guard:
 
     def __init__(self, *, listen: Address, public_url: str, inbound: InboundSettings) -> None:
         self._loopback = is_loopback(listen.host)
+        self._port = listen.port
         self._public_origin = _origin(public_url)
         self._names = {self._public_origin[1], *(name.lower() for name in inbound.allowed_hosts)}
         self._good_hosts: set[bytes] = set()
         self._good_origins: set[bytes] = set()
 
-    def refusal(self, path: bytes, headers: Headers, *, page_write: bool) -> tuple[int, str] | None:
+    def refusal(self, path: bytes, headers: Headers, *, endpoint: bool, page_write: bool) -> tuple[int, str] | None:
         """Return status and reason where a request must not be served, else None.
 
-        ``page_write``: it would change something, and is not for an MCP endpoint; then only our own pages may ask.
+        ``endpoint``: it is for an MCP endpoint, where no other site's page has any business, not even with a GET, which
+        browsers send without an Origin. ``page_write``: it is not, and would change something; then only our own pages
+        may ask.
         """
         origins = 0
         host = b""
@@ -41,6 +45,8 @@ class Guard:
                 origins += 1
                 if origins > 1 or (value not in self._good_origins and not self._origin_is_good(value)):
                     return 403, "Requests from this web origin are not served."
+            elif endpoint and name == b"sec-fetch-site" and value in _FROM_ELSEWHERE:
+                return 403, "Requests from pages of other sites are not served."
         if page_write and not self._is_own(headers, host):
             return 403, "Only this proxy's own pages may ask for changes."
         return None
@@ -74,7 +80,9 @@ class Guard:
         except ValueError:
             return False
         good = (scheme, host, port) == self._public_origin or (
-            scheme in ("http", "https") and (is_loopback(host) if self._loopback else host in self._names)
+            # Another port of this machine is another site: a page there may hold anybody's script.
+            scheme in ("http", "https")
+            and (is_loopback(host) and port == self._port if self._loopback else host in self._names)
         )
         if good:
             self._remember(self._good_origins, value)

@@ -1,0 +1,44 @@
+"""Takes the encoding off a body that must go into a response whose head, without an encoding, is out already."""
+
+import zlib
+from collections.abc import AsyncIterator, Sequence
+
+from mcp_auth_proxy.errors import UpstreamBroken
+from mcp_auth_proxy.proxy.response import Response
+
+PIECE = 64 * 1024
+"""Bytes that come out at a time, however small what goes in: a bomb is met by whoever counts them."""
+
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+
+
+async def decoded(response: Response) -> AsyncIterator[bytes]:
+    """Yield the body without its Content-Encoding (RFC 9110 §8.4), as it comes. Raises UpstreamBroken.
+
+    We ask for ``identity``; gzip and deflate are read all the same, since some servers compress whatever is asked.
+    """
+    encoding = _encoding(response.headers)
+    if encoding not in (b"", b"gzip", b"x-gzip", b"deflate"):
+        name = encoding.decode("latin-1")[:40]
+        raise UpstreamBroken(f"its answer is encoded as {name!r}, though only identity was asked for.")
+    unpack = zlib.decompressobj(_GZIP_OR_ZLIB) if encoding else None
+    while not response.complete:
+        data = await response.read()
+        if unpack is None:
+            yield data
+            continue
+        while data:
+            try:
+                piece = unpack.decompress(data, PIECE)
+            except zlib.error:
+                raise UpstreamBroken("its answer is not what its Content-Encoding says.") from None
+            data = unpack.unconsumed_tail
+            if piece:
+                yield piece
+    if unpack is not None and (rest := unpack.flush()):
+        yield rest
+
+
+def _encoding(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    values = [value.strip().lower() for name, value in headers if name.lower() == b"content-encoding"]
+    return b", ".join(value for value in values if value and value != b"identity")

@@ -1,0 +1,281 @@
+"""The pages in a real browser: consent to its end, what other pages can't do to the proxy, and how it looks."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.async_api import Browser, BrowserContext, Page, async_playwright
+from starlette.responses import HTMLResponse
+from starlette.types import ASGIApp
+
+from fakes.fixtures import Servers
+from fakes.mcp_client import PlainClient
+from fakes.proxy import RunningProxy, running_proxy, until
+from mcp_auth_proxy.cli.demo_servers.local_server import serve
+
+pytestmark = pytest.mark.chromium
+
+EVIL = "evil.example"
+"""A name that the browser resolves to this machine."""
+
+ALLOW = "button[value=allow]"
+CALL = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"echo","arguments":{"text":"stolen"}}}'
+
+
+@asynccontextmanager
+async def chromium() -> AsyncIterator[Browser]:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(found for name in names if (found := shutil.which(name)))
+    arguments = ["--disable-gpu", "--disable-dev-shm-usage", f"--host-resolver-rules=MAP {EVIL} 127.0.0.1"]
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=path, chromium_sandbox=False, args=arguments)
+        try:
+            yield browser
+        finally:
+            await browser.close()
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    async with chromium() as started:
+        yield started
+
+
+async def watched(context: BrowserContext) -> tuple[Page, list[str]]:
+    """A page, and what goes wrong on it: script errors, refused loads, violations of the policy."""
+    page = await context.new_page()
+    faults: list[str] = []
+    page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("requestfailed", lambda request: faults.append(f"{request.url}: {request.failure}"))
+    return page, faults
+
+
+@asynccontextmanager
+async def notes(servers: Servers, folder: Path, **sections: Any) -> AsyncIterator[tuple[RunningProxy, PlainClient]]:
+    """A proxy before one protected server, and a client of it."""
+    upstream = await servers.mcp_server(await servers.authorization_server())
+    async with (
+        running_proxy(folder, {"notes": upstream.url}, **{"authorization": {"wait": "20s"}, **sections}) as proxy,
+        proxy.client("notes") as client,
+    ):
+        yield proxy, client
+
+
+@asynccontextmanager
+async def website(html: str) -> AsyncIterator[str]:
+    """A foreign page on this machine; yields its port."""
+
+    def make(origin: str) -> ASGIApp:
+        return HTMLResponse(html)
+
+    async with serve(make) as local:
+        yield local.origin.rpartition(":")[2]
+
+
+@pytest.mark.parametrize("script", [True, False], ids=["with-script", "without-script"])
+async def test_consent_in_a_browser_ends_on_a_page_that_says_so(
+    servers: Servers, tmp_path: Path, browser: Browser, script: bool
+) -> None:
+    async with notes(servers, tmp_path) as (proxy, client):
+        call = asyncio.create_task(client.call("echo", text="hello"))
+        page, faults = await watched(await browser.new_context(java_script_enabled=script))
+        await page.goto(await proxy.next_link())
+        await page.click(ALLOW)
+        await page.wait_for_url("**/oauth/callback?**")
+        assert await page.inner_text("h1") == "notes is connected"
+        assert "You can close this tab" in await page.inner_text("main")
+        assert (await call).text == "hello"
+    assert faults == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_the_pages_can_be_read_in_light_and_dark(
+    servers: Servers, tmp_path: Path, browser: Browser, scheme: Any
+) -> None:
+    context = await browser.new_context(color_scheme=scheme, viewport={"width": 380, "height": 640})
+    async with notes(servers, tmp_path) as (proxy, client):
+        call = asyncio.create_task(client.call("echo", text="hello"))
+        page, faults = await watched(context)
+        link = await proxy.next_link()
+        for address, name in ((proxy.origin, "index"), (f"{proxy.origin}/connect/notes?flow=x", "refused")):
+            await page.goto(address)
+            await page.screenshot(path=tmp_path / f"{name}-{scheme}.png")
+            assert await contrast(page) >= 4.5
+        faults.clear()  # the browser reports the 404, as it should
+        await page.goto(link)
+        await page.click(ALLOW)
+        await page.wait_for_url("**/oauth/callback?**")
+        await page.screenshot(path=tmp_path / f"connected-{scheme}.png")
+        assert await contrast(page) >= 4.5
+        await call
+    assert faults == []
+
+
+async def contrast(page: Page) -> float:
+    """The least contrast of a text to its background on the page (WCAG 2.2 §1.4.3), and nothing wider than it."""
+    assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    return float(
+        await page.evaluate("""() => {
+            const light = text => {
+                const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(Number).map(value => value / 255)
+                    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+                return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+            };
+            const paper = light(getComputedStyle(document.body).backgroundColor);
+            return Math.min(...[...document.querySelectorAll('h1, p, td, th, footer')].map(element => {
+                const ink = light(getComputedStyle(element).color);
+                return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+            }));
+        }""")
+    )
+
+
+async def test_a_reload_of_the_last_page_is_refused_and_the_grant_stays(
+    servers: Servers, tmp_path: Path, browser: Browser
+) -> None:
+    async with notes(servers, tmp_path) as (proxy, client):
+        call = asyncio.create_task(client.call("echo", text="x"))
+        page = await browser.new_page()
+        await page.goto(await proxy.next_link())
+        await page.click(ALLOW)
+        await page.wait_for_url("**/oauth/callback?**")
+        await call
+        response = await page.reload()
+        assert response is not None
+        assert response.status == 400  # T12
+        assert "finished already" in await page.inner_text("main")
+        assert (await client.call("echo", text="still")).text == "still"
+
+
+async def test_declining_in_a_browser_is_told_in_plain_words(
+    servers: Servers, tmp_path: Path, browser: Browser
+) -> None:
+    async with notes(servers, tmp_path) as (proxy, client):
+        call = asyncio.create_task(client.call("echo", text="x"))
+        page = await browser.new_page()
+        await page.goto(await proxy.next_link())
+        await page.click("button[value=deny]")
+        await page.wait_for_url("**/oauth/callback?**")
+        assert await page.inner_text("h1") == "Not authorized"
+        assert "You can close this tab" in await page.inner_text("main")
+        assert "access_denied" in (await call).error["message"]
+
+
+async def test_two_flows_at_once_in_one_browser_do_not_spoil_each_other(
+    servers: Servers, tmp_path: Path, browser: Browser
+) -> None:
+    upstreams = [await servers.mcp_server(await servers.authorization_server()) for _ in range(2)]
+    config = {f"s{n}": upstream.url for n, upstream in enumerate(upstreams)}
+    async with running_proxy(tmp_path, dict(config), authorization={"wait": "20s"}) as proxy:
+        clients = [proxy.client(name) for name in config]
+        calls = [asyncio.create_task(client.call("echo", text=client.url)) for client in clients]
+        await proxy.next_link(2)
+        context = await browser.new_context()
+        # The first link in two tabs: the older one must still be good.
+        pages = [await context.new_page() for _ in range(3)]
+        for page, link in zip(pages, [proxy.links[0], *proxy.links], strict=True):
+            await page.goto(link)
+        for page in (pages[2], pages[0]):
+            await page.click(ALLOW)
+            await page.wait_for_url("**/oauth/callback?**")
+            assert "is connected" in await page.inner_text("h1")
+        assert [(await call).text for call in calls] == [client.url for client in clients]
+        for client in clients:
+            await client.http.aclose()
+
+
+async def test_no_other_page_can_frame_ours(servers: Servers, tmp_path: Path, browser: Browser) -> None:  # T17
+    async with notes(servers, tmp_path) as (proxy, client):
+        call = asyncio.create_task(client.call("echo", text="x"))
+        link = await proxy.next_link()
+        frames = "".join(f'<iframe src="{url}"></iframe>' for url in (proxy.origin, f"{proxy.origin}/oauth/callback"))
+        async with website(frames) as port:
+            page, faults = await watched(await browser.new_context())
+            await page.goto(f"http://{EVIL}:{port}/")
+            await until(lambda: len([fault for fault in faults if "frame-ancestors" in fault]) == 2, str(faults))
+            for frame in page.frames[1:]:
+                assert "mcp-auth-proxy" not in await frame.content()
+        await page.goto(link)
+        await page.click(ALLOW)
+        await call
+
+
+@pytest.mark.parametrize("host", [EVIL, "127.0.0.1"])
+async def test_a_foreign_page_can_neither_read_nor_make_the_proxy_do_anything(
+    servers: Servers, tmp_path: Path, browser: Browser, host: str
+) -> None:  # T41, T42
+    upstream = await servers.mcp_server(protected=False, response_headers=(("access-control-allow-origin", "*"),))
+    async with running_proxy(tmp_path, {"notes": upstream.url}) as proxy, website("<p>foreign</p>") as port:
+        page = await browser.new_page()
+        await page.goto(f"http://{host}:{port}/")
+        heard = await page.evaluate(
+            """async ([origin, call]) => {
+                const heard = [];
+                const ask = async (path, options) => {
+                    try { heard.push([path, await (await fetch(origin + path, options)).text()]); } catch (error) {}
+                };
+                for (const path of ['/', '/notes/mcp', '/mcp', '/api/v1/servers', '/oauth/callback', '/readyz']) {
+                    await ask(path, {});
+                    await ask(path, {credentials: 'include'});
+                    await ask(path, {method: 'POST', body: call});
+                    await ask(path, {method: 'POST', body: call, headers: {'content-type': 'application/json'}});
+                    await ask(path, {method: 'DELETE'});
+                    await fetch(origin + path, {method: 'POST', body: call, mode: 'no-cors'}).catch(() => 0);
+                    await fetch(origin + path, {mode: 'no-cors'}).catch(() => 0);
+                }
+                return heard;
+            }""",
+            [proxy.origin, CALL],
+        )
+        assert heard == []
+        for path in ("/notes/mcp", "/", "/oauth/callback", "/api/v1/servers"):
+            status = await post_form(page, f"{proxy.origin}{path}")
+            assert status == 403, path
+            await page.goto(f"http://{host}:{port}/")
+        assert upstream.requests == []
+        async with proxy.client("notes") as client:
+            assert (await client.call("echo", text="mine")).text == "mine"
+
+
+async def post_form(page: Page, target: str) -> int:
+    """Send a form whose text is a JSON-RPC request, as a page can without asking anybody."""
+    head, _, tail = CALL.partition('"text":"')
+    async with page.expect_navigation() as navigation:
+        await page.evaluate(
+            """([target, name, value]) => {
+                const form = Object.assign(document.createElement('form'), {method: 'post', action: target});
+                form.enctype = 'text/plain';
+                form.append(Object.assign(document.createElement('input'), {name, value}));
+                document.body.append(form);
+                form.submit();
+            }""",
+            [target, f'{head}"text":"', tail],
+        )
+    response = await navigation.value
+    assert response is not None
+    return response.status
+
+
+async def test_an_opener_hears_nothing_of_the_authorization(
+    servers: Servers, tmp_path: Path, browser: Browser
+) -> None:  # T16
+    async with notes(servers, tmp_path) as (proxy, client), website("<p>opener</p>") as port:
+        call = asyncio.create_task(client.call("echo", text="x"))
+        context = await browser.new_context()
+        opener = await context.new_page()
+        await opener.goto(f"http://{EVIL}:{port}/")
+        await opener.evaluate("heard = []; addEventListener('message', event => heard.push(String(event.data)))")
+        link = await proxy.next_link()
+        async with context.expect_page() as opening:
+            await opener.evaluate("link => { popup = window.open(link) }", link)
+        popup = await opening.value
+        await popup.click(ALLOW)
+        await popup.wait_for_url("**/oauth/callback?**")
+        assert (await call).text == "x"
+        assert await popup.evaluate("window.opener") is None
+        assert await opener.evaluate("heard") == []

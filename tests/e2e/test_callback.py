@@ -1,0 +1,283 @@
+"""The link and the callback: what a browser may bring back, from whom, how often, and what it is then shown."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import httpx2
+import pytest
+
+from fakes.authorization_server import FakeAuthorizationServer
+from fakes.exchange import Answer
+from fakes.fixtures import Servers
+from fakes.headless import Browser, Page, consent
+from fakes.proxy import running_proxy
+from fakes.scene import scene
+from mcp_auth_proxy.config.settings import Address
+
+Change = Callable[[dict[str, str], str], list[tuple[str, str]]]
+PAGES = ["/", "/nothing", "/connect/notes", "/connect/none?flow=1", "/oauth/callback", "/oauth/callback?state=1"]
+ADVERTISED = "authorization_response_iss_parameter_supported"
+
+
+def without(name: str) -> Change:
+    return lambda params, issuer: [pair for pair in params.items() if pair[0] != name]
+
+
+def with_(name: str, value: str) -> Change:
+    return lambda params, issuer: [*{**params, name: value}.items()]
+
+
+def twice(name: str, value: str) -> Change:
+    return lambda params, issuer: [*params.items(), (name, value)]
+
+
+def changed(url: str, change: Change, issuer: str) -> str:
+    """The callback's URL with other parameters."""
+    base, _, query = url.partition("?")
+    return f"{base}?{urlencode(change(dict(parse_qsl(query)), issuer))}"
+
+
+def assert_page(page: httpx2.Response, status: int) -> None:
+    """A page of ours: nothing runs on it, nobody may frame it, and nothing of it is kept."""
+    assert page.status_code == status, page.text
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy  # T17
+    assert page.headers["x-frame-options"] == "DENY"
+    assert page.headers["cache-control"] == "no-store"
+    assert page.headers["referrer-policy"] == "no-referrer"
+    assert "<script" not in page.text
+
+
+BAD_STATES: dict[str, Change] = {
+    "another state": with_("state", "x" * 43),
+    "no state": without("state"),
+    "an empty state": with_("state", ""),
+    "two states": twice("state", "x" * 43),
+}
+
+
+@pytest.mark.parametrize("change", BAD_STATES.values(), ids=BAD_STATES)
+async def test_a_bad_state_asks_for_no_token_and_the_right_one_still_works(  # T14
+    servers: Servers, tmp_path: Path, change: Change
+) -> None:
+    async with scene(servers, tmp_path) as it, Browser() as browser:
+        callback = await browser.stop_before(await it.link())
+        assert_page(bad := await browser.open(changed(callback, change, it.issuer.issuer)), bad.status_code)
+        assert bad.status_code in (400, 403)
+        assert it.issuer.token_requests() == 0
+        assert_page(await browser.open(callback), 200)
+        assert (await it.ask("in")).text == "in"
+
+
+async def test_another_browser_is_refused_and_the_right_one_still_finishes(  # T13
+    servers: Servers, tmp_path: Path
+) -> None:
+    async with scene(servers, tmp_path) as it, Browser() as browser, Browser() as without_cookie, Browser() as other:
+        link = await it.link()
+        callback = await browser.stop_before(link)
+        await other.stop_before(link)
+        assert_page(await without_cookie.open(callback), 403)
+        assert_page(await other.open(callback), 403)
+        assert it.issuer.token_requests() == 0
+        assert_page(await browser.open(callback), 200)
+        assert (await it.ask("in")).text == "in"
+
+
+async def test_a_repeated_callback_is_400_and_asks_for_no_token(servers: Servers, tmp_path: Path) -> None:  # T12
+    async with scene(servers, tmp_path) as it, Browser() as browser:
+        callback = await browser.stop_before(await it.link())
+        pages = await asyncio.gather(*(browser.open(callback) for _ in range(5)))
+        assert sorted(page.status_code for page in pages) == [200, 400, 400, 400, 400]
+        assert_page(await browser.open(callback), 400)
+        assert it.issuer.token_requests() == 1
+        assert (await it.ask("in")).text == "in"
+
+
+async def test_after_ten_minutes_a_callback_is_400(servers: Servers, tmp_path: Path) -> None:  # T12
+    async with scene(servers, tmp_path) as it, Browser() as browser:
+        link = await it.link()
+        callback = await browser.stop_before(link)
+        it.clock.ahead += 601
+        assert_page(await browser.open(callback), 400)
+        assert_page(await browser.open(link), 410)
+        assert it.issuer.token_requests() == 0
+        second = await it.link()
+        assert second != link
+        assert (await consent(second)).status_code == 200
+        assert (await it.ask("in")).text == "in"
+
+
+BAD_ISSUERS: dict[str, Change] = {
+    "another iss": with_("iss", "https://evil.example"),
+    "iss with a slash": lambda params, issuer: [*{**params, "iss": f"{issuer}/"}.items()],
+    "iss in capitals": lambda params, issuer: [*{**params, "iss": issuer.replace("http", "HTTP")}.items()],
+    "no iss though advertised": without("iss"),
+    "two iss": lambda params, issuer: [*params.items(), ("iss", issuer)],
+}
+
+
+@pytest.mark.parametrize("change", BAD_ISSUERS.values(), ids=BAD_ISSUERS)
+@pytest.mark.parametrize("error", [None, ("server_error", "MUST NOT BE SHOWN")], ids=["code", "error"])
+async def test_a_wrong_issuer_is_refused_unread(  # T9
+    servers: Servers, tmp_path: Path, change: Change, error: tuple[str, str] | None
+) -> None:
+    async with scene(servers, tmp_path, wait="20s", issuer={"authorize_error": error}) as it, Browser() as browser:
+        call = asyncio.create_task(it.ask())
+        callback = await browser.stop_before(await it.proxy.next_link())
+        assert_page(page := await browser.open(changed(callback, change, it.issuer.issuer)), 400)
+        answer = await call
+        assert answer.status == 200
+        for text in (page.text, answer.error["message"]):
+            assert "MUST NOT BE SHOWN" not in text
+            assert "iss" in text
+        assert it.issuer.token_requests() == 0
+
+
+async def test_an_issuer_that_promises_no_iss_need_not_send_it(servers: Servers, tmp_path: Path) -> None:  # T9
+    async with scene(servers, tmp_path, issuer={"iss": None, "metadata_changes": {ADVERTISED: False}}) as it:
+        await it.connect()
+
+
+async def test_an_error_is_shown_inert_and_told_to_who_waits(servers: Servers, tmp_path: Path) -> None:  # T15
+    error = ("access_denied", "<script>alert(1)</script><img src=x onerror=alert(2)>")
+    async with scene(servers, tmp_path, wait="20s", issuer={"authorize_error": error}) as it:
+        call = asyncio.create_task(it.ask())
+        page = await consent(await it.proxy.next_link(1))
+        assert_page(page, 400)
+        assert "<img" not in page.text
+        answer = await call
+        assert answer.status == 200
+        assert "access_denied" in answer.error["message"]
+        assert "/connect/" not in str(answer.message)
+        it.issuer.authorize_error = None
+        call = asyncio.create_task(it.ask("again"))
+        assert (await consent(await it.proxy.next_link(2))).status_code == 200
+        assert (await call).text == "again"
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (Answer.json({"error": "invalid_grant", "error_description": "<b>no</b>"}, 400), "invalid_grant"),
+        (Answer.html(status=500), "500"),
+        (Answer.drop(), "token"),
+        (Answer.json({"access_token": "x", "token_type": "mac"}), "token_type"),
+    ],
+    ids=["refused", "broken", "dropped", "unusable"],
+)
+async def test_a_code_that_brings_no_token_is_told_to_browser_and_client(
+    servers: Servers, tmp_path: Path, answer: Answer, told: str
+) -> None:
+    async with scene(servers, tmp_path, wait="20s", issuer={"answers": {"token": answer}}) as it:
+        call = asyncio.create_task(it.ask())
+        page = await consent(await it.proxy.next_link())
+        assert page.status_code >= 400
+        assert told in page.text
+        assert "<b>" not in page.text
+        reply = await call
+        assert told in reply.error["message"]
+        assert reply.status not in (401, 500)
+        assert "/connect/" not in str(reply.message)
+
+
+# the link
+
+
+async def test_a_link_says_what_became_of_it(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it, Browser() as browser:
+        link = await it.link()
+        assert_page(await browser.open(f"{link}x"), 404)
+        assert_page(await browser.open(link.partition("?")[0]), 404)
+        assert_page(await browser.open(link.replace("/notes?", "/other?")), 404)
+        assert it.issuer.authorizations == 0
+        assert (await browser.follow(link)).status_code == 200
+        again = await browser.open(link)
+        assert_page(again, 410)
+        assert "connected" in again.text
+        assert it.issuer.authorizations == 1
+
+
+async def test_a_link_of_one_server_is_not_good_for_another(servers: Servers, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server()
+    config = {name: (await servers.mcp_server(issuer)).url for name in ("one", "two")}
+    async with (
+        running_proxy(tmp_path, dict(config), authorization={"wait": "0s"}) as proxy,
+        proxy.client("one") as client,
+        Browser() as browser,
+    ):
+        await client.call("echo")
+        link = await proxy.next_link()
+        assert_page(await browser.open(link.replace("/one?", "/two?")), 404)
+
+
+async def test_connecting_needs_no_script(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it, Browser() as browser:
+        link = await it.link()
+        page = await browser.open(link)
+        assert "<script" not in page.text
+        (onward,) = Page(page.text).links
+        assert onward.startswith(f"{it.issuer.issuer}/authorize?")
+        assert page.headers.get("location", onward) == onward
+        finished = await browser.follow(onward)
+        assert_page(finished, 200)
+        assert "close this tab" in finished.text
+
+
+async def test_a_visit_leaves_one_cookie_that_only_the_callback_gets(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it, Browser() as browser:
+        page = await browser.open(await it.link())
+        (cookie,) = page.headers.get_list("set-cookie")
+        fields = [field.strip().lower() for field in cookie.split(";")[1:]]
+        assert {"httponly", "samesite=lax", "path=/oauth/callback"} <= set(fields)
+
+
+@pytest.mark.parametrize("name", ["next", "redirect_uri", "redirect", "return_to", "url"])
+async def test_no_parameter_leads_elsewhere(servers: Servers, tmp_path: Path, name: str) -> None:  # T18
+    async with scene(servers, tmp_path) as it, Browser() as browser:
+        evil = urlencode({name: "https://evil.example/"})
+        page = await browser.open(f"{await it.link()}&{evil}")
+        onward = page.headers["location"]
+        assert urlsplit(onward).netloc == urlsplit(it.issuer.issuer).netloc
+        assert "evil" not in onward + page.text
+        callback = await browser.stop_before(it.proxy.links[0])
+        finished = await browser.open(f"{callback}&{evil}")
+        assert_page(finished, 200)
+        assert "evil" not in finished.text
+
+
+async def test_a_second_visit_does_not_spoil_the_first(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it, Browser() as browser:
+        link = await it.link()
+        first = await browser.stop_before(link)
+        await browser.stop_before(link)
+        assert_page(await browser.open(first), 200)
+
+
+async def test_a_callback_after_a_restart_finishes_the_flow(servers: Servers, tmp_path: Path) -> None:
+    issuer: FakeAuthorizationServer = await servers.authorization_server(auto_consent=True)
+    upstream = await servers.mcp_server(issuer)
+    config, options = {"notes": upstream.url}, {"authorization": {"wait": "20s"}}
+    async with Browser() as browser:
+        async with running_proxy(tmp_path, dict(config), **options) as proxy, proxy.client("notes") as client:
+            call = asyncio.create_task(client.call("echo"))
+            callback = await browser.stop_before(await proxy.next_link())
+            call.cancel()
+            parts = urlsplit(proxy.origin)
+        address = Address(str(parts.hostname), int(parts.port or 0))
+        async with running_proxy(tmp_path, dict(config), listen=address, **options) as proxy:
+            assert_page(await browser.open(callback), 200)
+            async with proxy.client("notes") as client:
+                assert (await client.call("echo", text="in")).text == "in"
+            assert proxy.links == []
+    assert issuer.token_requests() == 1
+
+
+async def test_every_page_forbids_framing_and_script(servers: Servers, tmp_path: Path) -> None:  # T17
+    async with scene(servers, tmp_path) as it, Browser() as browser:
+        for path in PAGES:
+            page = await browser.open(f"{it.proxy.origin}{path}")
+            assert_page(page, page.status_code)
+        assert_page(page := await browser.open(await it.link()), page.status_code)

@@ -1,0 +1,334 @@
+"""``login``, ``logout`` and ``status`` from a terminal, beside a running proxy and without one."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from fakes.authorization_server import FakeAuthorizationServer
+from fakes.exchange import Answer
+from fakes.fixtures import RealMcpServer, Servers
+from fakes.headless import consent, decline
+from fakes.mcp_client import PlainClient
+from fakes.proxy import link_in, proxy_process, run_command, start_command, until, write_config
+
+TOOLS = ["add", "count", "echo", "large", "whoami", "write_note"]
+
+
+class Login:
+    """``login`` while it waits for its user."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.out = ""
+
+    async def link(self) -> str:
+        """The link, as soon as it stands on stdout."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(15):
+            async for raw in self.process.stdout:
+                self.out += raw.decode()
+                if found := re.search(r"http://\S+/connect/\S+", self.out):
+                    return found[0]
+        raise AssertionError(f"no link in {self.out!r}")
+
+    async def end(self) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr; bounded."""
+        out, err = await asyncio.wait_for(self.process.communicate(), 15)
+        return self.process.returncode or 0, self.out + out.decode(), err.decode()
+
+
+@asynccontextmanager
+async def login(server: str, config: Path, **env: str) -> AsyncIterator[Login]:
+    process = await start_command("login", server, "--config", str(config), env=env)
+    try:
+        yield Login(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def config(tmp_path: Path, real_mcp_server: RealMcpServer) -> Path:
+    """A port that stays the same: the redirect URI names it."""
+    return write_config(tmp_path, {"notes": real_mcp_server.url}, listen=f"127.0.0.1:{free_port()}")
+
+
+def listen_of(config: Path) -> str:
+    found = re.search(r"listen: (\S+)", config.read_text())
+    assert found
+    return found[1]
+
+
+async def log_in(config: Path) -> None:
+    async with login("notes", config) as it:
+        await consent(await it.link())
+        assert (await it.end())[0] == 0
+
+
+async def states(config: Path) -> dict[str, str]:
+    code, out, err = await run_command("status", "--config", str(config), "--json")
+    assert (code, err) == (0, "")
+    return {row["server"]: row["state"] for row in json.loads(out)}
+
+
+# login
+
+
+async def test_login_without_a_running_proxy_ends_by_listing_the_tools(
+    config: Path, authorization_server: FakeAuthorizationServer
+) -> None:
+    async with login("notes", config) as it:
+        page = await consent(await it.link())
+        assert page.status_code == 200
+        code, out, err = await it.end()
+    assert code == 0, err
+    assert "notes is connected." in out
+    assert out.splitlines()[-1] == f"It offers 6 tools: {', '.join(TOOLS)}"
+    assert "Traceback" not in err
+    async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
+        assert "result" in (await client.initialize()).message
+        assert await proxy.stop() == 0
+    assert proxy.links == []
+    assert authorization_server.authorizations == 1
+
+
+async def test_login_beside_a_running_proxy_leaves_the_callback_to_it(
+    config: Path, authorization_server: FakeAuthorizationServer
+) -> None:
+    async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
+        async with login("notes", config) as it:
+            link = await it.link()
+            assert link.startswith(f"{proxy.origin}/connect/notes?flow=")
+            await consent(link)
+            code, out, err = await it.end()
+        assert code == 0, err
+        assert "It offers 6 tools" in out
+        assert "result" in (await client.initialize()).message
+        assert await proxy.stop() == 0
+    assert proxy.links == []
+    assert (authorization_server.authorizations, authorization_server.registrations) == (1, 1)
+
+
+async def test_login_shows_the_link_that_a_waiting_request_has_already(config: Path) -> None:
+    async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
+        call = asyncio.create_task(client.initialize())
+        waiting = await proxy.next_link()
+        async with login("notes", config) as it:
+            assert await it.link() == waiting
+            await consent(waiting)
+            assert (await it.end())[0] == 0
+        assert "result" in (await call).message
+
+
+async def test_login_again_says_that_it_is_done_already(config: Path) -> None:
+    await log_in(config)
+    code, out, err = await run_command("login", "notes", "--config", str(config))
+    assert (code, err) == (0, "")
+    assert "/connect/" not in out
+    assert "stored already" in out
+    assert "It offers 6 tools" in out
+
+
+async def test_login_to_a_server_that_asks_for_nothing_says_so(servers: Servers, tmp_path: Path) -> None:
+    upstream = await servers.mcp_server(protected=False)
+    config = write_config(tmp_path, {"open": upstream.url})
+    code, out, _ = await run_command("login", "open", "--config", str(config))
+    assert code == 0
+    assert out.splitlines() == ["open asks for no authorization.", "It offers 3 tools: count, echo, whoami"]
+
+
+async def test_login_with_client_credentials_needs_no_link(
+    real_mcp_server: RealMcpServer, authorization_server: FakeAuthorizationServer, tmp_path: Path
+) -> None:
+    authorization_server.add_client(client_id="agent", secret="s3cret")
+    oauth = {"grant": "client_credentials", "client_id": "agent", "client_secret": "env:AGENT_SECRET"}
+    config = write_config(tmp_path, {"notes": {"url": real_mcp_server.url, "oauth": oauth}})
+    env = {"AGENT_SECRET": "s3cret"}
+    code, out, err = await run_command("login", "notes", "--config", str(config), env=env)
+    assert (code, out.splitlines()[0]) == (0, "notes is connected."), err
+    assert "/connect/" not in out
+    env = {"AGENT_SECRET": "wrong"}
+    assert (await run_command("logout", "notes", "--config", str(config), env=env))[0] == 0
+    code, out, err = await run_command("login", "notes", "--config", str(config), env=env)
+    assert (code, out) == (1, "")
+    assert "invalid_client" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+async def test_login_on_a_wildcard_address_lists_the_tools_too(real_mcp_server: RealMcpServer, tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"notes": real_mcp_server.url}, listen=f"0.0.0.0:{free_port()}")
+    async with login("notes", config) as it:
+        await consent(await it.link())
+        code, out, err = await it.end()
+    assert (code, out.splitlines()[-1][:17]) == (0, "It offers 6 tools"), err
+
+
+async def test_a_declined_login_is_one_line_and_exit_1(config: Path) -> None:
+    async with login("notes", config, MCP_AUTH_PROXY_LOG_LEVEL="warning") as it:
+        await decline(await it.link())
+        code, out, err = await it.end()
+    assert code == 1
+    assert "connected" not in out
+    (line,) = [line for line in err.splitlines() if "store key" not in line]
+    assert line.startswith("error: ")
+    assert "access_denied" in line
+
+
+async def test_login_can_be_interrupted_without_a_traceback(config: Path) -> None:
+    async with login("notes", config) as it:
+        await it.link()
+        it.process.send_signal(signal.SIGINT)
+        code, _, err = await it.end()
+    assert code == 130
+    assert "Traceback" not in err
+
+
+async def test_a_login_that_can_not_succeed_is_one_line_and_exit_1(servers: Servers, tmp_path: Path) -> None:
+    web = await servers.mcp_server(protected=False, intercept=lambda _: Answer.html("a web page", 404))
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        closed = sock.getsockname()[1]
+    config = write_config(tmp_path, {"page": web.url, "dead": f"http://127.0.0.1:{closed}/mcp"})
+    await run_command("logout", "dead", "--config", str(config))  # the key is made and told
+    for name, words in {"page": f"Is {web.url} its MCP endpoint?", "dead": "connection refused"}.items():
+        code, _, err = await run_command("login", name, "--config", str(config))
+        assert (code, len(err.splitlines())) == (1, 1), err
+        assert words in err
+    code, _, err = await run_command("login", "nope", "--config", str(config))
+    assert (code, err) == (2, "error: There is no server 'nope'. Configured: dead, page.\n")
+
+
+async def test_login_does_not_send_a_user_to_a_stranger_on_its_port(servers: Servers, config: Path) -> None:
+    host, _, port = listen_of(config).partition(":")
+    with socket.create_server((host, int(port))):
+        code, out, err = await run_command("login", "notes", "--config", str(config))
+    assert (code, out) == (1, "")
+    assert f"{host}:{port} is taken by another program" in err
+
+
+# logout
+
+
+async def test_logout_revokes_the_refresh_token_and_a_running_proxy_notices(
+    config: Path, authorization_server: FakeAuthorizationServer
+) -> None:
+    # What is revoked goes on working here: only the proxy itself can make the request below ask for a login.
+    authorization_server.answers["revoke"] = Answer()
+    async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
+        call = asyncio.create_task(client.initialize())
+        await consent(await proxy.next_link(1))
+        assert "result" in (await call).message
+        code, out, err = await run_command("logout", "notes", "--config", str(config))
+        assert (code, err) == (0, "")
+        assert out == f"notes: forgotten here and revoked at {authorization_server.issuer}\n"
+        asking = asyncio.create_task(ask_until(client, lambda: len(proxy.links) == 2))
+        await until(lambda: len(proxy.links) == 2, "a new link", timeout=1.5)
+        await consent(proxy.links[1])
+        await asking
+    (request,) = authorization_server.seen("revoke")
+    assert request.form["token_type_hint"] == "refresh_token"
+    assert request.form["token"] in authorization_server.ledger.refresh_tokens
+
+
+async def ask_until(client: PlainClient, condition: Callable[[], bool]) -> None:
+    while not condition():
+        assert "result" in (await client.initialize()).message
+
+
+async def test_logout_with_the_authorization_server_down_forgets_and_says_what_is_left(
+    config: Path, authorization_server: FakeAuthorizationServer
+) -> None:
+    await log_in(config)
+    authorization_server.outage = Answer.html("down", 503)
+    _, out, err = await run_command("logout", "notes", "--config", str(config))
+    assert "Traceback" not in err
+    assert f"not revoked at {authorization_server.issuer}" in out + err
+    assert "503" in out + err
+    assert await states(config) == {"notes": "not connected"}
+
+
+async def test_logout_of_what_is_not_connected_is_no_failure(config: Path) -> None:
+    code, out, _ = await run_command("logout", "notes", "--config", str(config))
+    assert (code, out) == (0, "notes: nothing was connected.\n")
+
+
+async def test_logout_can_forget_the_registration_even_where_no_grant_is_left(
+    config: Path, authorization_server: FakeAuthorizationServer
+) -> None:
+    await log_in(config)
+    assert (await run_command("logout", "notes", "--config", str(config)))[0] == 0
+    await log_in(config)
+    assert authorization_server.registrations == 1
+    for _ in range(2):
+        assert (await run_command("logout", "notes", "--forget-client", "--config", str(config)))[0] == 0
+    await log_in(config)
+    assert authorization_server.registrations == 2
+
+
+async def test_logout_ends_a_flow_that_waits(config: Path) -> None:
+    async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
+        call = asyncio.create_task(client.post("tools/list"))
+        link = await proxy.next_link()
+        assert (await run_command("logout", "notes", "--config", str(config)))[0] == 0
+        answer = await asyncio.wait_for(call, 3)
+        assert "error" in answer.message
+        assert (await client.http.get(link)).status_code == 410
+
+
+# status
+
+
+async def test_status_tells_what_is_connected_since_when_until_when(
+    config: Path, authorization_server: FakeAuthorizationServer
+) -> None:
+    async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
+        assert await run_command("status", "--config", str(config)) == (0, "notes  not connected\n", "")
+        call = asyncio.create_task(client.initialize())
+        await consent(await proxy.next_link())
+        await call
+        code, text, err = await run_command("status", "--config", str(config))
+        assert (code, err) == (0, "")
+        _, document, _ = await run_command("status", "--config", str(config), "--json")
+        await until(lambda: proxy.err)
+    (row,) = json.loads(document)
+    assert (row["server"], row["state"], row["issuer"]) == ("notes", "connected", authorization_server.issuer)
+    assert row["since"] < row["token_until"]
+    assert row["renews_itself"] is True
+    for part in ("notes  connected since", row["since"], row["token_until"], authorization_server.issuer):
+        assert part in text
+    assert not [secret for secret in authorization_server.secrets() if secret in text + document]
+
+
+async def test_status_says_why_a_login_is_needed_again(
+    config: Path, authorization_server: FakeAuthorizationServer
+) -> None:
+    async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
+        call = asyncio.create_task(client.initialize())
+        await consent(await proxy.next_link())
+        await call
+        authorization_server.end_grants()
+        call = asyncio.create_task(client.initialize())
+        await proxy.next_link(2)
+        _, text, _ = await run_command("status", "--config", str(config))
+        assert "notes  ended" in text
+        assert "invalid_grant" in text
+        assert link_in((await call).message)
+
+
+async def test_status_reads_a_store_that_is_not_there_as_nothing_and_makes_none(config: Path) -> None:
+    before = sorted(config.parent.iterdir())
+    assert await states(config) == {"notes": "not connected"}
+    assert sorted(config.parent.iterdir()) == before

@@ -1,0 +1,382 @@
+"""The life of a grant: renewed ahead of time, once for all who need it, and kept through every failure that passes."""
+
+import asyncio
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes.exchange import Answer, Received
+from fakes.fixtures import Servers
+from fakes.headless import consent
+from fakes.mcp_client import Reply
+from fakes.proxy import link_in, running_proxy, until
+from fakes.scene import Scene, scene
+from fakes.unattended import unattended
+
+MINUTE, HOUR = 60.0, 3600.0
+
+
+async def many(it: Scene, count: int) -> list[Reply]:
+    return await asyncio.gather(*(it.ask(str(number)) for number in range(count)))
+
+
+def texts(replies: list[Reply]) -> list[str]:
+    return [reply.text for reply in replies]
+
+
+def numbered(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
+
+
+# ahead of time
+
+
+async def test_a_token_is_renewed_in_time_by_itself(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path, issuer={"token_seconds": 2.0}) as it:
+        await it.connect()
+        first = it.upstream.bearers[-1]
+        await until(lambda: it.issuer.refreshes == 1, "a renewal while nobody asks")
+        await until_the_token_is_another(it, first)
+        # One request without a token began it; since then every token has been good.
+        assert it.upstream.bearers.count(None) == 1
+        assert it.issuer.authorizations == 1
+
+
+async def test_requests_go_on_with_the_old_token_while_it_is_renewed(servers: Servers, tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        it.issuer.gates["token"] = gate
+        it.clock.ahead += 0.9 * MINUTE
+        assert texts(await many(it, 20)) == numbered(20)
+        await until(lambda: it.issuer.refreshes == 1)
+        first = it.upstream.bearers[-1]
+        gate.set()
+        await until_the_token_is_another(it, first)
+        assert it.issuer.refreshes == 1
+
+
+async def until_the_token_is_another(it: Scene, before: str | None) -> None:
+    """Ask, bounded, until the new token is used; no request fails meanwhile."""
+    for _ in range(100):
+        assert (await it.ask("good")).text == "good"
+        if it.upstream.bearers[-1] != before:
+            return
+    raise AssertionError("the new token was never used")
+
+
+async def test_a_thousand_requests_meet_a_dead_token(servers: Servers, tmp_path: Path) -> None:  # F3
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        it.issuer.end_access_tokens()
+        assert texts(await many(it, 1000)) == numbered(1000)
+        assert (it.issuer.refreshes, it.issuer.authorizations) == (1, 1)
+
+
+async def test_requests_wait_for_one_renewal_where_the_token_is_known_to_be_dead(
+    servers: Servers, tmp_path: Path
+) -> None:
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        it.clock.ahead += 2 * MINUTE
+        before = len(it.upstream.bearers)
+        assert texts(await many(it, 200)) == numbered(200)
+        assert it.issuer.refreshes == 1
+        assert len(set(it.upstream.bearers[before:])) == 1
+
+
+async def test_a_401_for_a_token_of_before_is_answered_with_the_new_one(servers: Servers, tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        old = it.upstream.bearers[-1]
+
+        def late(received: Received) -> Answer | None:
+            if received.tool != "slow" or received.bearer != old:
+                return None
+            return Answer(status=401, headers=(("www-authenticate", 'Bearer error="invalid_token"'),), gate=gate)
+
+        it.upstream.intercept = late
+        slow = asyncio.create_task(it.client.call("slow"))
+        await it.upstream.log.wait_for(lambda received: received.tool == "slow")
+        it.issuer.end_access_tokens()
+        assert (await it.ask("renewed")).text == "renewed"
+        gate.set()
+        assert (await slow).text == "slow"
+        assert it.issuer.refreshes == 1
+
+
+# what a grant can't do
+
+
+async def test_without_a_refresh_token_the_user_is_asked_again(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path, issuer={"refresh": False}) as it:
+        await it.connect()
+        it.issuer.end_access_tokens()
+        assert (await consent(await it.link())).status_code == 200
+        assert (await it.ask("in")).text == "in"
+        assert (it.issuer.refreshes, it.issuer.authorizations) == (0, 2)
+
+
+async def test_without_rotation_the_old_refresh_token_is_kept(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path, issuer={"rotate": False}) as it:
+        await it.connect()
+        for number in range(3):
+            it.issuer.end_access_tokens()
+            assert (await it.ask(str(number))).text == str(number)
+        sent = {request.form["refresh_token"] for request in it.issuer.seen("token", grant_type="refresh_token")}
+        assert (len(sent), it.issuer.refreshes, it.issuer.authorizations) == (1, 3, 1)
+
+
+# trouble at the authorization server
+
+
+OUTAGES: dict[str, Answer | None] = {
+    "down": None,
+    "500": Answer.html(status=500),
+    "503": Answer.json({"error": "temporarily_unavailable"}, 503, retry_after="9"),
+    "429": Answer.too_many("7"),
+    "a page": Answer.html(),
+    "400 without OAuth": Answer.html(status=400),
+    "broken off": Answer.drop(),
+}
+
+
+async def begin(outage: Answer | None, it: Scene) -> None:
+    if outage is None:
+        await it.issuer.local.down()
+    it.issuer.outage = outage
+
+
+async def end(it: Scene) -> None:
+    it.issuer.outage = None
+    await it.issuer.local.up()
+
+
+def assert_unavailable(reply: Reply) -> None:
+    assert reply.status == 503
+    assert int(reply.headers["retry-after"]) >= 1
+    assert reply.error["message"]
+    assert "/connect/" not in str(reply.message)
+
+
+@pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES)
+async def test_an_outage_is_felt_only_when_the_token_dies_and_the_grant_outlives_it(  # F1
+    servers: Servers, tmp_path: Path, outage: Answer | None
+) -> None:
+    async with scene(servers, tmp_path, issuer={"rotate": False}) as it:
+        await it.connect()
+        await begin(outage, it)
+        it.clock.ahead += 0.9 * MINUTE
+        for _ in range(3):
+            assert texts(await many(it, 5)) == numbered(5)
+        it.clock.ahead += MINUTE
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        reply = await it.client.post("tools/list", id="mine")
+        assert loop.time() - begun < 5
+        assert_unavailable(reply)
+        assert reply.message["id"] == "mine"
+        for other in await many(it, 50):
+            assert_unavailable(other)
+        assert it.issuer.refreshes <= 5
+        await end(it)
+        it.clock.ahead += 10
+        assert (await it.ask("back")).text == "back"
+        assert (it.issuer.authorizations, len(it.proxy.links)) == (1, 1)
+
+
+async def test_a_server_that_hangs_costs_a_bounded_wait(servers: Servers, tmp_path: Path) -> None:  # F1
+    async with scene(servers, tmp_path, issuer={"rotate": False}) as it:
+        await it.connect()
+        it.issuer.outage = Answer.hang()
+        it.clock.ahead += 0.9 * MINUTE
+        assert (await it.ask("alive")).text == "alive"
+        it.clock.ahead += MINUTE
+        async with asyncio.timeout(15):
+            for reply in await many(it, 20):
+                assert_unavailable(reply)
+        it.issuer.outage = None
+        it.clock.ahead += 10
+        assert (await it.ask("back")).text == "back"
+        assert it.issuer.authorizations == 1
+
+
+async def test_a_401_while_the_server_is_down_is_503_and_passes(servers: Servers, tmp_path: Path) -> None:  # F1
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        await it.issuer.local.down()
+        it.issuer.end_access_tokens()
+        assert_unavailable(await it.ask())
+        await it.issuer.local.up()
+        it.clock.ahead += 10
+        assert (await it.ask("back")).text == "back"
+        assert it.issuer.authorizations == 1
+
+
+# the end of a grant
+
+
+async def test_an_ended_grant_is_tried_once_and_asked_for_once(servers: Servers, tmp_path: Path) -> None:  # F2
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        it.issuer.end_grants()
+        links = {link_in(reply.message) for reply in await many(it, 50)}
+        assert len(links) == 1
+        assert (it.issuer.refreshes, len(it.proxy.links)) == (1, 2)
+        assert (await consent(links.pop())).status_code == 200
+        assert texts(await many(it, 10)) == numbered(10)
+        assert (it.issuer.refreshes, it.issuer.authorizations) == (1, 2)
+
+
+async def test_an_ended_grant_leaves_others_alone(servers: Servers, tmp_path: Path) -> None:  # F2
+    issuer = await servers.authorization_server(auto_consent=True)
+    config = {name: (await servers.mcp_server(issuer)).url for name in ("one", "two")}
+    async with (
+        running_proxy(tmp_path, dict(config), authorization={"wait": "0s"}) as proxy,
+        proxy.client("one") as one,
+        proxy.client("two") as two,
+    ):
+        for client in (one, two):
+            await consent(link_in((await client.call("echo")).message))
+            assert (await client.call("echo", text="in")).text == "in"
+        issuer.ledger.grants[0].ended = True
+        assert (await one.call("echo")).result["isError"] is True
+        assert (await two.call("echo", text="in")).text == "in"
+        issuer.end_access_tokens()
+        assert (await two.call("echo", text="renewed")).text == "renewed"
+
+
+async def test_a_forgotten_client_registers_once_more(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        it.issuer.forget_clients()
+        it.issuer.end_access_tokens()
+        links = {link_in(reply.message) for reply in await many(it, 20)}
+        assert (len(links), it.issuer.registrations, it.issuer.refreshes) == (1, 2, 1)
+        assert (await consent(links.pop())).status_code == 200
+        assert (await it.ask("in")).text == "in"
+
+
+async def test_a_server_that_never_knows_its_clients_is_not_asked_for_ever(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        it.issuer.answers["token"] = Answer.json({"error": "invalid_client"}, 401)
+        it.issuer.end_access_tokens()
+        for _ in range(3):
+            page = await consent(await it.link())
+            assert "invalid_client" in page.text
+        assert it.issuer.registrations <= 1 + 3
+        assert it.issuer.token_requests() <= 1 + 1 + 3
+
+
+# odd lifetimes and clocks
+
+
+@pytest.mark.parametrize(
+    "value", ["-5", "0", "true", '"abc"', "1e400", "9" * 400, f'"{"9" * 400}"', "null", "[]", "0.5e-300", "-1e999"]
+)
+async def test_an_odd_lifetime_neither_breaks_nor_storms(servers: Servers, tmp_path: Path, value: str) -> None:  # T21
+    async with scene(servers, tmp_path) as it:
+        token = it.issuer.issue(resource=it.upstream.url)
+        body = f'{{"access_token": "{token}", "token_type": "Bearer", "refresh_token": "rt", "expires_in": {value}}}'
+        it.issuer.answers["token"] = Answer(headers=(("content-type", "application/json"),), body=body.encode())
+        await it.connect()
+        assert texts(await many(it, 20)) == numbered(20)
+        for number in numbered(5):
+            assert (await it.ask(number)).text == number
+        assert it.issuer.refreshes <= 1
+
+
+@pytest.mark.parametrize("jump", [HOUR, -HOUR])
+async def test_a_clock_that_jumps_starts_no_storm(servers: Servers, tmp_path: Path, jump: float) -> None:  # F9
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        for ahead in (jump, 0.0, jump):
+            it.clock.ahead = ahead
+            assert texts(await many(it, 30)) == numbered(30)
+            assert texts(await many(it, 30)) == numbered(30)
+        assert it.issuer.refreshes <= 2
+        before = it.issuer.refreshes
+        it.issuer.end_access_tokens()
+        assert texts(await many(it, 30)) == numbered(30)
+        assert (it.issuer.refreshes, it.issuer.authorizations) == (before + 1, 1)
+
+
+async def test_a_token_that_only_looks_dead_is_used_where_it_can_not_be_renewed(  # F9
+    servers: Servers, tmp_path: Path
+) -> None:
+    async with scene(servers, tmp_path, issuer={"refresh": False}) as it:
+        await it.connect()
+        it.clock.ahead = HOUR
+        assert (await it.ask("still")).text == "still"
+        assert it.issuer.authorizations == 1
+
+
+# servers that are never content
+
+
+def never_content(it: Scene, knob: str, value: object) -> None:
+    setattr(it.upstream, knob, value)
+
+
+ENDLESS: dict[str, Callable[[Scene], None]] = {
+    "401": lambda it: never_content(it, "endless_401", True),
+    "403 for the same scope": lambda it: never_content(it, "endless_403", "same"),
+    "403 for more each time": lambda it: never_content(it, "endless_403", "growing"),
+}
+
+
+@pytest.mark.parametrize("connected", [False, True], ids=["at first", "later"])
+@pytest.mark.parametrize("make_endless", ENDLESS.values(), ids=ENDLESS)
+async def test_an_endless_challenge_ends_in_an_error(  # T19
+    servers: Servers, tmp_path: Path, make_endless: Callable[[Scene], None], connected: bool
+) -> None:
+    async with scene(servers, tmp_path, wait="20s") as it:
+        if connected:
+            call = asyncio.create_task(it.ask())
+            await consent(await it.proxy.next_link())
+            await call
+        make_endless(it)
+        seen = len(it.proxy.links)
+        sent, asked = len(it.upstream.bearers), it.issuer.token_requests()
+        call = asyncio.create_task(it.ask())
+        while not call.done():
+            await until(lambda: call.done() or len(it.proxy.links) > seen)  # noqa: B023
+            if len(it.proxy.links) > seen:
+                seen += 1
+                await consent(it.proxy.links[seen - 1])
+        reply = call.result()
+        assert reply.status == 200
+        assert it.issuer.authorizations <= 4
+        assert len(it.upstream.bearers) - sent <= 8
+        assert it.issuer.token_requests() - asked <= 6
+        assert "www-authenticate" not in reply.headers
+        assert "/connect/" not in str(reply.message)
+        assert reply.error["message"]
+        if it.upstream.endless_401:
+            assert it.issuer.issuer in reply.error["message"]
+        if it.upstream.endless_403 == "growing":
+            scopes = [set(request.form.get("scope", "").split()) for request in it.issuer.seen("authorize")]
+            assert all(before < after for before, after in pairwise(scopes))
+
+
+@pytest.mark.parametrize("knobs", [{"endless_401": True}, {"endless_403": "same"}, {"endless_403": "growing"}], ids=str)
+async def test_an_endless_challenge_ends_without_a_human_too(  # T19
+    servers: Servers, tmp_path: Path, knobs: dict[str, Any]
+) -> None:
+    issuer = await servers.authorization_server()
+    upstream = await servers.mcp_server(issuer, **knobs)
+    async with (
+        running_proxy(tmp_path, {"notes": unattended(issuer, upstream.url, tmp_path)}) as proxy,
+        proxy.client("notes") as client,
+    ):
+        for _ in range(3):
+            before = len(upstream.bearers)
+            reply = await client.call("echo")
+            assert (reply.status, bool(reply.error["message"])) == (200, True)
+            assert len(upstream.bearers) - before <= 8
+        assert issuer.token_requests() <= 15

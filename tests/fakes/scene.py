@@ -1,0 +1,74 @@
+"""One issuer, one server ``notes`` and the proxy before it, with a clock that a test may turn."""
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fakes.authorization_server import FakeAuthorizationServer
+from fakes.fixtures import Servers
+from fakes.headless import consent
+from fakes.mcp_client import PlainClient, Reply
+from fakes.mcp_server import FakeMcpServer
+from fakes.proxy import RunningProxy, link_in, running_proxy
+
+
+class Clock:
+    """The proxy's clock: the machine's, and what a test adds to it."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+
+@dataclass(kw_only=True)
+class Scene:
+    """Everything that runs. ``client`` speaks to the server ``notes``."""
+
+    issuer: FakeAuthorizationServer
+    upstream: FakeMcpServer
+    proxy: RunningProxy
+    client: PlainClient
+    clock: Clock
+
+    async def ask(self, text: str = "x") -> Reply:
+        """One tool call, which answers with its text."""
+        return await self.client.call("echo", text=text)
+
+    async def link(self) -> str:
+        """The link that a request is answered with."""
+        return link_in((await self.ask()).message)
+
+    async def connect(self) -> None:
+        """Authorize, as a user would, where requests are not held."""
+        page = await consent(await self.link())
+        assert page.status_code == 200, page.text
+        assert (await self.ask("connected")).text == "connected"
+
+
+@asynccontextmanager
+async def scene(
+    servers: Servers,
+    folder: Path,
+    *,
+    wait: str = "0s",
+    issuer: Mapping[str, Any] | None = None,
+    upstream: Mapping[str, Any] | None = None,
+    oauth: Mapping[str, Any] | None = None,
+    client: Mapping[str, Any] | None = None,
+    **sections: Any,
+) -> AsyncIterator[Scene]:
+    """Run it. The mappings are knobs of the fakes, the ``oauth`` section of the server, options of the client."""
+    authority = await servers.authorization_server(**{"auto_consent": True, **(issuer or {})})
+    server = await servers.mcp_server(authority, **(upstream or {}))
+    clock = Clock()
+    config = {"url": server.url, **({"oauth": dict(oauth)} if oauth else {})}
+    async with (
+        running_proxy(folder, {"notes": config}, clock=clock, authorization={"wait": wait}, **sections) as proxy,
+        proxy.client("notes", **(client or {})) as plain,
+    ):
+        yield Scene(issuer=authority, upstream=server, proxy=proxy, client=plain, clock=clock)
