@@ -12,7 +12,7 @@ from mcp.client.session import ClientRequestContext
 from mcp.types import ElicitRequestParams, ElicitRequestURLParams, ElicitResult, TextContent
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.fixtures import RealMcpServer
+from fakes.fixtures import RealMcpServer, Servers
 from fakes.headless import consent
 from fakes.mcp_client import MODERN
 from fakes.proxy import ProxyProcess, proxy_process, write_config
@@ -58,9 +58,10 @@ async def consent_to(proxy: ProxyProcess, count: int) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_the_sdks_client_steps_up_in_the_middle_of_its_work(
-    real_mcp_server: RealMcpServer, tmp_path: Path, mode: Any
+    servers: Servers, authorization_server: FakeAuthorizationServer, tmp_path: Path, mode: Any
 ) -> None:
-    async with proxy_before(real_mcp_server, tmp_path, wait="20s") as proxy:
+    upstream = await servers.real_mcp_server(authorization_server, scopes=("notes:read",))
+    async with proxy_before(upstream, tmp_path, wait="20s") as proxy:
         consenting = asyncio.create_task(consent_to(proxy, 1))
         async with Client(f"{proxy.origin}/notes/mcp", mode=mode) as client:
             assert await echo(client, "read") == "read"
@@ -113,11 +114,11 @@ async def test_the_2025_client_is_told_to_show_the_link_by_its_own_error(
 async def test_a_client_without_elicitation_gets_the_link_as_the_tools_text(
     real_mcp_server: RealMcpServer, authorization_server: FakeAuthorizationServer, tmp_path: Path, mode: Any
 ) -> None:
-    async with proxy_before(real_mcp_server, tmp_path, wait="1s") as proxy:
+    async with proxy_before(real_mcp_server, tmp_path, wait="3s") as proxy:
         consenting = asyncio.create_task(consent_to(proxy, 1))
         async with Client(f"{proxy.origin}/notes/mcp", mode=mode) as client:
-            await consenting
             assert await echo(client, "first") == "first"
+            await consenting
             authorization_server.end_grants()
             result = await client.call_tool("echo", {"text": "x"})
             assert result.is_error

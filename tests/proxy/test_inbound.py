@@ -21,12 +21,6 @@ SLOW_AFTER = 0.3
 GOOD = b"GET /good HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"])
-def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
-    policy: asyncio.AbstractEventLoopPolicy = request.param()
-    return policy
-
-
 @dataclass
 class App:
     """Tells each request back as JSON. ``/held`` waits for ``release``, ``/early`` answers before the body is there."""

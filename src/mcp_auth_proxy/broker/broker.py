@@ -214,7 +214,7 @@ class Broker:
         key = (principal.id, server)
         settings = self._servers[server]
         bearer = challenges.bearer(challenge)
-        if status == 403 and (bearer is None or bearer.error != "insufficient_scope"):
+        if not challenges.demands_authorization(status, bearer):
             return None
         held = self._held.get(key) or await self._load(key)
         if held is not None and (used is None or held.token.generation > used.generation):

@@ -1,5 +1,6 @@
 """Requests to an authorization server, each with the client's proof; and the forms of grants that ask no user."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ from mcp_auth_proxy.broker import credentials
 from mcp_auth_proxy.broker.discover import Discoverer
 from mcp_auth_proxy.config.settings import IdpSettings, ServerSettings
 from mcp_auth_proxy.config.signing_key import SigningKey
-from mcp_auth_proxy.errors import AuthorizationError
+from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable
 from mcp_auth_proxy.models import (
     ClientAuth,
     Endpoints,
@@ -21,6 +22,9 @@ from mcp_auth_proxy.oauth import client_auth, jwt_bearer, token_endpoint, token_
 from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher, Response
 from mcp_auth_proxy.oauth.token_exchange import IdJag, SubjectToken, TokenType
+
+IDP_DEADLINE = 10.0
+"""Seconds for an identity provider's metadata and its ID-JAG together."""
 
 _SECRET_FIELDS = frozenset({"code", "code_verifier", "refresh_token", "assertion", "subject_token", "device_code"})
 
@@ -117,6 +121,18 @@ class TokenRequests:
             user = SubjectToken(token, TokenType.REFRESH_TOKEN)
         else:
             raise AuthorizationError(f"{setting} says nothing of who the user is: set id_token or refresh_token.")
+        try:
+            async with asyncio.timeout(IDP_DEADLINE):
+                return await self._exchange(server, idp, user, key, scopes)
+        except TimeoutError:
+            raise AuthorizationServerUnavailable(
+                f"The identity provider {idp.issuer or idp.token_endpoint} of server {server.name} did not answer "
+                f"within {IDP_DEADLINE:.0f} s."
+            ) from None
+
+    async def _exchange(
+        self, server: ServerSettings, idp: IdpSettings, user: SubjectToken, key: GrantKey, scopes: tuple[str, ...]
+    ) -> IdJag:
         url, methods = await self._discoverer.identity_provider(idp)
         form = token_exchange.id_jag_request(user, audience=key.issuer, resource=key.resource, scopes=scopes)
         client = _idp_client(server, idp, url, methods)

@@ -163,5 +163,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(1)
+    except OSError as error:
+        # What a command can expect of files and sockets is a ProxyError; this is a full disk under stdout, or the like.
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)

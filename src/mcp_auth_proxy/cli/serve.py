@@ -1,6 +1,8 @@
 """``serve``: the proxy in the foreground until a signal ends it."""
 
+import contextlib
 import gc
+import resource
 
 import click
 
@@ -14,6 +16,7 @@ MAX_SHOWN = 20
 
 async def serve_forever(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, then drain. Returns the exit code; raises ProxyError."""
+    _raise_file_limit()
     sock, address = bind(settings.listen)
     with sock:
         async with lifespan(settings, address, announce_key=lambda line: click.echo(line, err=True)) as application:
@@ -23,6 +26,14 @@ async def serve_forever(settings: Settings) -> int:
             gc.freeze()
             await Server(application).serve(sockets=[sock])
     return 0
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system grants: each held stream takes two, and 1,024 is a usual default."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Where the hard limit is called infinite, macOS still refuses it: the soft one then stays.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _say_what_is_served(application: Application) -> None:

@@ -80,6 +80,11 @@ def bearer(values: Iterable[bytes]) -> BearerChallenge | None:
     )
 
 
+def demands_authorization(status: int, asked: BearerChallenge | None) -> bool:
+    """Whether an answer asks for a token, or for one that may do more (RFC 6750 §3.1). A bare 403 does not."""
+    return status == 401 or (status == 403 and asked is not None and asked.error == "insufficient_scope")
+
+
 def _parse_field(text: str) -> list[Challenge]:
     challenges: list[Challenge] = []
     position = _skip(_SEPARATORS, text, 0)

@@ -9,7 +9,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
-from urllib.parse import urljoin
 
 from mcp_auth_proxy.broker.broker import Broker, Pending, Trail
 from mcp_auth_proxy.errors import (
@@ -27,8 +26,10 @@ from mcp_auth_proxy.proxy.body import BodyTooLarge, ClientGone, read_body
 from mcp_auth_proxy.proxy.connection import Response
 from mcp_auth_proxy.proxy.decoding import decoded
 from mcp_auth_proxy.proxy.headers import request_head, response_headers
+from mcp_auth_proxy.proxy.redirects import MAX_REDIRECTS, is_redirect
+from mcp_auth_proxy.proxy.redirects import target as redirect_target
 from mcp_auth_proxy.proxy.routes import Route
-from mcp_auth_proxy.proxy.upstream import Upstream, split
+from mcp_auth_proxy.proxy.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,6 @@ FAREWELL = 1.0
 
 MAX_SENDS = 10
 """A bound over all bounds on how often one request is sent."""
-
-MAX_REDIRECTS = 3
 
 SESSIONS_REMEMBERED = 10_000
 
@@ -84,7 +83,8 @@ class Forwarder:
         self.body_limit = body_limit
         self.wait = wait
         self.sessions = Sessions()
-        self.draining: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.loop = asyncio.get_running_loop()
+        self.draining: asyncio.Future[None] = self.loop.create_future()
         self._active: set[Exchange] = set()
         self._unwatched: set[Exchange] = set()
         self._watchdog = asyncio.create_task(self._watch_clients())
@@ -109,10 +109,9 @@ class Forwarder:
 
     async def _watch_clients(self) -> None:
         """Plain ASGI tells of a client that went away only to those who ask; ask for the slow ones."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(WATCH_AFTER)
-            due = loop.time() - WATCH_AFTER
+            due = self.loop.time() - WATCH_AFTER
             for exchange in [exchange for exchange in self._unwatched if exchange.begun <= due]:
                 if exchange.body_read:
                     self._unwatched.discard(exchange)
@@ -178,10 +177,10 @@ class Exchange:
         self._started: Literal["", "relay", "events"] = ""
         self._streaming = False
         self._watcher: asyncio.Task[None] | None = None
-        task = asyncio.current_task()
+        task = asyncio.current_task(forwarder.loop)
         assert task is not None
         self.task = task
-        self.begun = asyncio.get_running_loop().time()
+        self.begun = forwarder.loop.time()
         self.body_read = False
         self.ending: Literal["gone", "draining"] | None = None
         self.listening = False
@@ -294,24 +293,11 @@ class Exchange:
                 route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
             )
             self.listening = False
-            if not 300 <= response.status < 400 or response.status == 304:
+            if not is_redirect(response):
                 return response
-            target = self._redirect_target(response)
+            target = redirect_target(route, response)
             response.close()
         raise UpstreamBroken(f"it redirects more than {MAX_REDIRECTS} times.")
-
-    def _redirect_target(self, response: Response) -> bytes:
-        location = next((value for name, value in response.headers if name.lower() == b"location"), b"")
-        try:
-            origin, target, _ = split(urljoin(self._route.server.url, location.decode("ascii")))
-        except (ValueError, ProxyError):
-            raise UpstreamBroken(f"it answers {response.status} without a usable Location.") from None
-        if response.status not in (307, 308) or origin != self._route.origin:
-            raise UpstreamBroken(
-                f"it answers {response.status}, a redirect to {origin}; a token is not carried along there. If the "
-                f"server has moved, put its new address in servers.{self._route.server.name}.url."
-            )
-        return target
 
     async def _relay(self, response: Response) -> None:
         """Pass the answer on as it comes, bytes unchanged."""

@@ -20,9 +20,6 @@ MAX_HEAD = 64 * 1024
 
 MAX_FIELDS = 200
 
-SLOW_AFTER = 8.0
-"""Seconds in which a request head must be complete, and between looks at whether a body comes on."""
-
 MIN_BODY_RATE = 1024
 """Bytes a second that a body must come with."""
 
@@ -32,6 +29,9 @@ _LOOKED_AT = frozenset({b"content-length", b"expect", b"host", b"transfer-encodi
 class InboundProtocol(HttpToolsProtocol):
     """One connection from a client."""
 
+    slow_after = 8.0
+    """Seconds in which a request head must be complete, and between looks at whether a body comes on."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_message = False
@@ -39,7 +39,7 @@ class InboundProtocol(HttpToolsProtocol):
         self._read_bytes = 0
         self._head_bytes = 0
         self._body_bytes = 0
-        self._trailers = 0
+        self._trailer_bytes = 0
         self._hosts = 0
         self._framing = b""
         self._coding = b""
@@ -49,7 +49,7 @@ class InboundProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._slow_timer = self.loop.call_later(SLOW_AFTER, self._check_progress)
+        self._slow_timer = self.loop.call_later(self.slow_after, self._check_progress)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -70,7 +70,7 @@ class InboundProtocol(HttpToolsProtocol):
         if self._in_message and self._in_head and self._head_bytes > MAX_HEAD:
             self._refuse(431)
         elif self._slow_timer is None and (self._in_message or self.cycle.response_complete):
-            self._slow_timer = self.loop.call_later(SLOW_AFTER, self._check_progress)
+            self._slow_timer = self.loop.call_later(self.slow_after, self._check_progress)
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -88,15 +88,15 @@ class InboundProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._in_message = self._in_head = True
         self._refusal = 400
-        self._body_bytes = self._trailers = self._hosts = 0
+        self._body_bytes = self._trailer_bytes = self._hosts = 0
         self._framing = self._coding = b""
         self._upgrades = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
             # Trailers may not be taken for header fields (RFC 9110 §6.5.1): uvicorn would add them.
-            self._trailers += 1
-            if self._trailers > MAX_FIELDS:
+            self._trailer_bytes += len(name) + len(value) + 4
+            if self._trailer_bytes > MAX_HEAD:
                 raise self._too_large()
             return
         name = name.lower()
@@ -157,7 +157,7 @@ class InboundProtocol(HttpToolsProtocol):
             keep_alive=version != "1.0" and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
-        if before is None or before.response_complete:
+        if not before or before.response_complete:
             self._start_asgi_task(reply, self.app)
         else:
             # The answers to pipelined requests are made one after the other.
@@ -185,10 +185,10 @@ class InboundProtocol(HttpToolsProtocol):
         self._slow_timer = None
         if self.transport.is_closing():
             return
-        fast = not self._in_head and self._body_bytes >= MIN_BODY_RATE * SLOW_AFTER
+        fast = not self._in_head and self._body_bytes >= MIN_BODY_RATE * self.slow_after
         if self._in_message and (fast or self.flow.read_paused):
             self._body_bytes = 0
-            self._slow_timer = self.loop.call_later(SLOW_AFTER, self._check_progress)
+            self._slow_timer = self.loop.call_later(self.slow_after, self._check_progress)
             return
         if self._in_message:
             self._refuse(408)
@@ -197,7 +197,7 @@ class InboundProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int) -> None:
         """Answer in plain text and close, unless an answer to an earlier request is still being written."""
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        if not self.cycle or self.cycle.response_complete or not self.cycle.response_started:
             phrase = http.HTTPStatus(status).phrase.encode()
             head = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
             self.transport.write(head % (status, phrase, len(phrase), phrase))

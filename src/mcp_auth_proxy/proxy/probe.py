@@ -1,11 +1,49 @@
 """Asks an upstream, without a token, whether it wants one."""
 
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from mcp_auth_proxy.errors import UpstreamBroken, UpstreamError
 from mcp_auth_proxy.proxy.consent import encode
 from mcp_auth_proxy.proxy.headers import request_head
+from mcp_auth_proxy.proxy.redirects import MAX_REDIRECTS, is_redirect, target
+from mcp_auth_proxy.proxy.response import Response
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream import Upstream
 
 PROTOCOL_VERSION = "2025-11-25"
+MODERN = "2026-07-28"
+"""The revision without sessions, in which each request says by itself what it is."""
+
+MAX_BODY = 16 * 1024
+"""Bytes of an answer that are read: enough to show what it is."""
+
+BODY_SECONDS = 5.0
+
+_CLIENT = {"name": "mcp-auth-proxy", "version": "1"}
+_META = "io.modelcontextprotocol"
+_JSON = [(b"content-type", b"application/json"), (b"accept", b"application/json, text/event-stream")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a server answered to one MCP method. Header names are in lower case."""
+
+    method: str
+    status: int
+    headers: Sequence[tuple[bytes, bytes]] = field(repr=False)
+    body: bytes = field(default=b"", repr=False)
+    """The first ``MAX_BODY`` bytes, in the encoding that they came in."""
+
+    def all(self, name: bytes) -> list[bytes]:
+        return [value for field_name, value in self.headers if field_name == name]
+
+    @property
+    def challenge(self) -> list[bytes]:
+        """The WWW-Authenticate fields."""
+        return self.all(b"www-authenticate")
 
 
 async def probe(upstream: Upstream, route: Route) -> tuple[int, list[bytes]]:
@@ -13,20 +51,81 @@ async def probe(upstream: Upstream, route: Route) -> tuple[int, list[bytes]]:
 
     Raises UpstreamError.
     """
-    body = encode(
-        {
-            "jsonrpc": "2.0",
-            "id": 1,
-            "method": "initialize",
-            "params": {
-                "protocolVersion": PROTOCOL_VERSION,
-                "capabilities": {},
-                "clientInfo": {"name": "mcp-auth-proxy", "version": "1"},
-            },
-        }
+    answer = await ask(upstream, route, "initialize")
+    await end_session(upstream, route, answer)
+    return answer.status, answer.challenge
+
+
+async def ask(upstream: Upstream, route: Route, method: str, *, session: bytes = b"", modern: bool = False) -> Answer:
+    """Send one MCP request without a token and return what comes back. Raises UpstreamError."""
+    version = MODERN if modern else PROTOCOL_VERSION
+    message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": _params(method, modern=modern)}
+    headers = list(_JSON)
+    if modern or method != "initialize":
+        headers.append((b"mcp-protocol-version", version.encode()))
+    if modern:
+        headers.append((b"mcp-method", method.encode()))
+    if session:
+        headers.append((b"mcp-session-id", session))
+    response = await _send(upstream, route, b"POST", headers, encode(message))
+    try:
+        body = await _beginning(response)
+    finally:
+        response.close()
+    return Answer(
+        method=method,
+        status=response.status,
+        headers=[(name.lower(), value) for name, value in response.headers],
+        body=body,
     )
-    headers = [(b"content-type", b"application/json"), (b"accept", b"application/json, text/event-stream")]
-    head = request_head(b"POST", route.target, route.host, headers, None, len(body))
-    response = await upstream.send(route.origin, head, body, method=b"POST", head_timeout=route.server.upstream_timeout)
-    response.close()
-    return response.status, [value for name, value in response.headers if name.lower() == b"www-authenticate"]
+
+
+async def end_session(upstream: Upstream, route: Route, answer: Answer) -> None:
+    """End the session that an ``initialize`` has begun; a server that does not do that will forget it by itself."""
+    for session in answer.all(b"mcp-session-id")[:1]:
+        headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
+        with suppress(UpstreamError):
+            (await _send(upstream, route, b"DELETE", headers, b"")).close()
+
+
+async def _send(
+    upstream: Upstream, route: Route, method: bytes, headers: list[tuple[bytes, bytes]], body: bytes
+) -> Response:
+    length = len(body) if body else None
+    path = route.target
+    for _ in range(MAX_REDIRECTS + 1):
+        head = request_head(method, path, route.host, headers, None, length)
+        response = await upstream.send(
+            route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
+        )
+        if not is_redirect(response):
+            return response
+        response.close()
+        path = target(route, response)
+    raise UpstreamBroken(f"it redirects more than {MAX_REDIRECTS} times.")
+
+
+async def _beginning(response: Response) -> bytes:
+    """Return the first bytes of the body; a stream that stays open, or breaks off, is no fault here."""
+    body = b""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while not response.complete and len(body) < MAX_BODY:
+                body += await response.read()
+    except (TimeoutError, UpstreamBroken):
+        pass
+    return body[:MAX_BODY]
+
+
+def _params(method: str, *, modern: bool) -> Mapping[str, object]:
+    if modern:
+        return {
+            "_meta": {
+                f"{_META}/protocolVersion": MODERN,
+                f"{_META}/clientInfo": _CLIENT,
+                f"{_META}/clientCapabilities": {},
+            }
+        }
+    if method == "initialize":
+        return {"protocolVersion": PROTOCOL_VERSION, "capabilities": {}, "clientInfo": _CLIENT}
+    return {}

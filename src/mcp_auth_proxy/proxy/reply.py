@@ -48,7 +48,7 @@ class Reply(RequestResponseCycle):
             if name == b"content-length":
                 self.chunked_encoding = False
                 self.expected_content_length = int(value)
-            lines.append(b"%b: %b\r\n" % (name, value))
+            lines.append(name + b": " + value + b"\r\n")
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
         if self.scope["method"] == "HEAD":

@@ -1,0 +1,89 @@
+"""Flows of users on another device: sealed, polled for by one process, kept over a migration."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mcp_auth_proxy.models import DeviceAuthorization, FlowStatus
+from mcp_auth_proxy.store import lease
+from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store.flows import Flows
+from store.builders import NOW, flow, store_settings
+
+DEVICE = DeviceAuthorization(
+    device_code="canary-device",
+    user_code="CANARY-USER",
+    verification_uri="https://as.example/d",
+    verification_uri_complete="https://as.example/d?user_code=CANARY-USER",
+    interval=7.0,
+)
+WAITING = replace(flow(), device=DEVICE, redirect_uri="")
+
+
+@pytest.fixture
+def flows(database: Database) -> Flows:
+    return Flows(database)
+
+
+async def test_a_device_flow_comes_back_as_it_was_saved_and_is_sealed(flows: Flows, tmp_path: Path) -> None:
+    await flows.save(WAITING)
+    assert await flows.get("flow-1") == WAITING
+    stored = b"".join(path.read_bytes() for path in tmp_path.glob("store.db*"))
+    assert b"canary" not in stored.lower()  # T45
+
+
+async def test_those_that_wait_are_found_after_a_restart(flows: Flows) -> None:
+    await flows.save(WAITING)
+    await flows.save(replace(WAITING, id="late", created_at=NOW + 1))
+    await flows.save(replace(WAITING, id="done"))
+    await flows.save(flow("with-a-browser"))
+    await flows.finish("done", FlowStatus.DONE)
+    assert [found.id for found in await flows.devices(NOW)] == ["flow-1", "late"]
+    assert await flows.devices(WAITING.expires_at) == []
+
+
+async def test_one_living_process_polls(flows: Flows) -> None:
+    await flows.save(WAITING)
+    first, second = lease.new_owner(), lease.new_owner()
+    assert await flows.claim_poll("flow-1", owner=first, now=NOW, next_poll_at=NOW + 5)
+    assert not await flows.claim_poll("flow-1", owner=second, now=NOW, next_poll_at=NOW + 5)
+    assert await flows.claim_poll("flow-1", owner=first, now=NOW + 5, next_poll_at=NOW + 10)
+
+
+async def test_the_successor_of_a_dead_process_polls_on(flows: Flows) -> None:
+    await flows.save(WAITING)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    dead = lease.new_owner().replace(f":{os.getpid()}:", f":{process.pid}:")
+    assert await flows.claim_poll("flow-1", owner=dead, now=NOW, next_poll_at=NOW + 5)
+    assert await flows.claim_poll("flow-1", owner=lease.new_owner(), now=NOW, next_poll_at=NOW + 5)
+
+
+@pytest.mark.parametrize("status", [FlowStatus.DONE, FlowStatus.FAILED])
+async def test_nobody_polls_for_what_is_over(flows: Flows, status: FlowStatus) -> None:
+    await flows.save(WAITING)
+    await flows.finish("flow-1", status)
+    assert not await flows.claim_poll("flow-1", owner="o", now=NOW, next_poll_at=NOW)
+    await flows.save(replace(WAITING, id="old"))
+    assert not await flows.claim_poll("old", owner="o", now=WAITING.expires_at, next_poll_at=NOW)
+    assert not await flows.claim_poll("unknown", owner="o", now=NOW, next_poll_at=NOW)
+
+
+async def test_a_flow_of_the_first_schema_is_kept_by_the_migration(tmp_path: Path) -> None:
+    database = await Database.open(store_settings(tmp_path))
+    await Flows(database).save(flow())
+    await database.close()
+    before = sqlite3.connect(tmp_path / "store.db")
+    for column in ("device", "poll_owner", "next_poll_at"):
+        before.execute(f"ALTER TABLE flows DROP COLUMN {column}")
+    before.execute("PRAGMA user_version = 1")
+    before.close()
+    database = await Database.open(store_settings(tmp_path))
+    assert await Flows(database).get("flow-1") == flow()
+    await Flows(database).save(WAITING)
+    await database.close()
