@@ -30,7 +30,7 @@ async def login(settings: Settings, name: str) -> int:
 
     Where a proxy runs already, its callback finishes the flow; the store tells us. Else we listen ourselves.
     """
-    server = _server(settings, name)
+    server = server_of(settings, name)
     async with AsyncExitStack() as stack:
         try:
             sock, address = bind(settings.listen)
@@ -110,7 +110,7 @@ def _first(error: BaseException) -> str:
 
 async def logout(settings: Settings, name: str, *, forget_client: bool) -> int:
     """Forget what is held for a server, and revoke it upstream. Returns the exit code; raises ProxyError."""
-    server = _server(settings, name)
+    server = server_of(settings, name)
     async with lifespan(settings, settings.listen, background=False, announce_key=_say) as application:
         lines = await application.broker.logout(LOCAL, server, forget_client=forget_client)
     for line in lines or [f"{server.name}: nothing was connected."]:
@@ -170,7 +170,7 @@ def _iso(moment: float | None) -> str | None:
     return None if moment is None else datetime.fromtimestamp(moment).astimezone().isoformat(timespec="seconds")
 
 
-def _server(settings: Settings, name: str) -> ServerSettings:
+def server_of(settings: Settings, name: str) -> ServerSettings:
     """Return the server of that name, or the only one where a URL was given."""
     if "://" in name:
         return next(iter(settings.servers.values()))

@@ -141,6 +141,23 @@ def status(url: str | None, config_file: str | None, as_json: bool) -> None:
     run(account.status(settings_from(config_file, url), as_json=as_json))
 
 
+@cli.command()
+@click.argument("server")
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@log_options
+def doctor(server: str, config_file: str | None, as_json: bool) -> None:
+    """Walk discovery against SERVER (a URL, or a configured name) and say what to put in the configuration.
+
+    Nothing is registered or stored. Exits with 0 where the proxy can authorize or need not, else with 1.
+    """
+    from mcp_auth_proxy.cli import account
+    from mcp_auth_proxy.cli.doctor import command
+
+    settings = _settings_for(server, config_file)
+    run(command.doctor(settings, account.server_of(settings, server), as_machine=as_json))
+
+
 def _settings_for(server: str, config_file: str | None) -> Settings:
     return settings_from(config_file, server if "://" in server else None)
 

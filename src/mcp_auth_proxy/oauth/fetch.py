@@ -133,6 +133,10 @@ class Fetcher:
         """
         return await self._exchange("GET", url, [], None, document=document, policy=policy)
 
+    async def options(self, url: str, *, document: str, policy: AddressPolicy) -> Response:
+        """Ask what an endpoint takes, which has no effect there (RFC 9110 §9.3.7). Raises as ``get`` does."""
+        return await self._exchange("OPTIONS", url, [], None, document=document, policy=policy)
+
     async def post(
         self,
         url: str,

@@ -29,6 +29,8 @@ _LOOKED_AT = frozenset({b"content-length", b"expect", b"host", b"transfer-encodi
 class InboundProtocol(HttpToolsProtocol):
     """One connection from a client."""
 
+    cycle: Reply | None  # type: ignore[assignment]  # uvicorn's own annotation leaves out that there may be none yet
+
     slow_after = 8.0
     """Seconds in which a request head must be complete, and between looks at whether a body comes on."""
 
@@ -69,7 +71,7 @@ class InboundProtocol(HttpToolsProtocol):
             return
         if self._in_message and self._in_head and self._head_bytes > MAX_HEAD:
             self._refuse(431)
-        elif self._slow_timer is None and (self._in_message or self.cycle.response_complete):
+        elif self._slow_timer is None and (self._in_message or self.cycle is None or self.cycle.response_complete):
             self._slow_timer = self.loop.call_later(self.slow_after, self._check_progress)
 
     def _feed(self, data: bytes) -> None:
@@ -157,7 +159,7 @@ class InboundProtocol(HttpToolsProtocol):
             keep_alive=version != "1.0" and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
-        if not before or before.response_complete:
+        if before is None or before.response_complete:
             self._start_asgi_task(reply, self.app)
         else:
             # The answers to pipelined requests are made one after the other.
@@ -197,7 +199,7 @@ class InboundProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int) -> None:
         """Answer in plain text and close, unless an answer to an earlier request is still being written."""
-        if not self.cycle or self.cycle.response_complete or not self.cycle.response_started:
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             phrase = http.HTTPStatus(status).phrase.encode()
             head = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
             self.transport.write(head % (status, phrase, len(phrase), phrase))

@@ -1,0 +1,108 @@
+"""Finds out, without a token, whether and where a server asks for one."""
+
+import json
+from dataclasses import dataclass
+
+from mcp_auth_proxy.cli.doctor.report import Reply, Request, Step, Verdict, shown
+from mcp_auth_proxy.errors import UpstreamError
+from mcp_auth_proxy.oauth import challenge as challenges
+from mcp_auth_proxy.oauth.challenge import BearerChallenge
+from mcp_auth_proxy.proxy import probe
+from mcp_auth_proxy.proxy.probe import Answer
+from mcp_auth_proxy.proxy.routes import Route
+from mcp_auth_proxy.proxy.upstream import Upstream
+
+STEP = "challenge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """``demanded``: a token is asked for, by ``challenge`` where there is a Bearer one. ``served``: MCP was spoken."""
+
+    steps: tuple[Step, ...]
+    demanded: bool = False
+    challenge: BearerChallenge | None = None
+    served: bool = False
+
+
+async def probe_all(upstream: Upstream, route: Route) -> Probed:
+    """Ask for what a client asks first, and for the tools: some servers protect these alone. Never raises."""
+    steps: list[Step] = []
+    served = False
+    try:
+        for modern in (False, True):
+            first = await probe.ask(upstream, route, "server/discover" if modern else "initialize", modern=modern)
+            answers = [first]
+            if not _demands(first) and _is_result(first):
+                session = next(iter(first.all(b"mcp-session-id")), b"")
+                answers.append(await probe.ask(upstream, route, "tools/list", session=session, modern=modern))
+                await probe.end_session(upstream, route, first)
+            steps += [_step(answer, route) for answer in answers]
+            if _demands(answers[-1]):
+                return Probed(
+                    steps=tuple(steps), demanded=True, challenge=challenges.bearer(answers[-1].challenge), served=served
+                )
+            served = served or any(_is_result(answer) for answer in answers)
+            if served:
+                return Probed(steps=tuple(steps), served=True)
+    except UpstreamError as error:
+        refused = Step(
+            step=STEP,
+            verdict=Verdict.REFUSED,
+            says=f"Server {route.server.name}: {error}",
+            request=Request(method="POST", url=route.server.url),
+        )
+        return Probed(steps=(*steps, refused))
+    says = f"{route.server.url} answers no MCP request, and asks for no authorization. Is it the MCP endpoint?"
+    return Probed(steps=(*steps, Step(step=STEP, verdict=Verdict.REFUSED, says=says)))
+
+
+def _demands(answer: Answer) -> bool:
+    return challenges.demands_authorization(answer.status, challenges.bearer(answer.challenge))
+
+
+def _is_result(answer: Answer) -> bool:
+    """Whether the request was served: an error inside a 200 is none, events are taken for a result."""
+    if not 200 <= answer.status < 300:
+        return False
+    try:
+        message = json.loads(answer.body)
+    except ValueError:
+        return True
+    return not isinstance(message, dict) or "error" not in message
+
+
+def _step(answer: Answer, route: Route) -> Step:
+    verdict, says, clause = _judged(answer)
+    fields = "; ".join(f"WWW-Authenticate: {shown(value)}" for value in answer.challenge)
+    return Step(
+        step=STEP,
+        verdict=verdict,
+        says=says,
+        clause=clause,
+        request=Request(method="POST", url=route.server.url, rpc=answer.method),
+        reply=Reply(status=answer.status, text=fields or shown(answer.body)),
+    )
+
+
+def _judged(answer: Answer) -> tuple[Verdict, str, str]:
+    bearer = challenges.bearer(answer.challenge)
+    if _demands(answer):
+        return _challenged(bearer)
+    if answer.status == 403:
+        says = 'A 403 without error="insufficient_scope" asks for no authorization: the proxy passes it on.'
+        return Verdict.NOTE, says, "RFC 6750 §3.1"
+    if _is_result(answer):
+        return Verdict.OK, f"{answer.method} is answered without a token.", ""
+    return Verdict.NOTE, f"{answer.method} is neither served nor met with a demand for authorization.", ""
+
+
+def _challenged(bearer: BearerChallenge | None) -> tuple[Verdict, str, str]:
+    if bearer is None:
+        says = "It asks for authorization, but without a Bearer challenge; well-known addresses are tried."
+        return Verdict.NOTE, says, "RFC 6750 §3"
+    asks = f" and for the scopes {' '.join(bearer.scopes)}" if bearer.scopes else ""
+    if bearer.resource_metadata is None:
+        says = f"It asks for a token{asks}, and names no resource metadata; well-known addresses are tried."
+        return Verdict.NOTE, says, "RFC 9728 §5.1"
+    return Verdict.OK, f"It asks for a token{asks}, and says where its metadata is.", "RFC 9728 §5.1"

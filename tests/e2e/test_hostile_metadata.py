@@ -1,0 +1,389 @@
+"""Hostile servers and authorization servers: each document is refused by name and rule, and nothing goes astray."""
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from fakes.authorization_server import FakeAuthorizationServer
+from fakes.exchange import ABSENT, Answer
+from fakes.fixtures import Servers
+from fakes.headless import Browser, consent
+from fakes.mcp_client import Reply
+from fakes.mcp_server import CHUNK, WELL_KNOWN, FakeMcpServer
+from fakes.proxy import link_in, proxy_process, running_proxy, until, write_config
+from fakes.scene import Scene, scene
+
+RESOURCE, SERVER = "protected resource metadata", "authorization server metadata"
+PRIVATE = ["169.254.169.254", "[64:ff9b::a9fe:a9fe]", "192.0.0.192", "100.64.0.1", "10.0.0.1", "[fd00::1]"]
+
+
+@dataclass
+class Trap:
+    """Listens on loopback, and counts who comes."""
+
+    port: int = 0
+    visits: list[object] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def trap() -> AsyncIterator[Trap]:
+    found = Trap()
+
+    def visited(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.visits.append(writer.get_extra_info("peername"))
+        writer.close()
+
+    server = await asyncio.start_server(visited, "127.0.0.1", 0)
+    found.port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield found
+
+
+def assert_refused(reply: Reply, *words: str) -> None:
+    """An error that says why, that no client takes for a challenge, and that offers no link."""
+    assert reply.status in (200, 400, 403, 404, 502, 503, 504)
+    assert "www-authenticate" not in reply.headers
+    text = reply.error["message"]
+    assert "notes" in text
+    assert "/connect/" not in str(reply.message)
+    for word in words:
+        assert word in text, text
+
+
+async def refused_quickly(it: Scene, *words: str) -> None:
+    async with asyncio.timeout(5):
+        assert_refused(await it.ask(), *words)
+    assert it.proxy.links == []
+
+
+def challenge_naming(url: str) -> dict[int, list[str]]:
+    return {401: [f'Bearer resource_metadata="{url}"']}
+
+
+# where documents may lead
+
+
+@pytest.mark.parametrize("host", PRIVATE)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_challenge_leads_to_no_private_address(  # T1, T2
+    servers: Servers, tmp_path: Path, host: str, scheme: str
+) -> None:
+    url = f"{scheme}://{host}/latest/meta-data"
+    async with scene(servers, tmp_path, upstream={"challenges": challenge_naming(url)}) as it:
+        rule = "authorization.allow_private" if scheme == "https" else "http"
+        await refused_quickly(it, RESOURCE, url, rule)
+        assert it.issuer.requests == []
+        it.upstream.challenges.clear()
+        await it.connect()
+
+
+@pytest.mark.parametrize("host", PRIVATE)
+async def test_resource_metadata_leads_to_no_private_address(servers: Servers, tmp_path: Path, host: str) -> None:  # T1
+    async with scene(servers, tmp_path) as it:
+        it.upstream.metadata_changes = {"authorization_servers": [f"https://{host}"]}
+        await refused_quickly(it, SERVER, f"https://{host}", "authorization.allow_private")
+        assert it.issuer.requests == []
+
+
+async def test_registration_leads_to_no_private_address(servers: Servers, tmp_path: Path) -> None:  # T1
+    async with scene(servers, tmp_path) as it:
+        it.issuer.metadata_changes = {"registration_endpoint": "https://169.254.169.254/register"}
+        await refused_quickly(it, "client registration", "169.254.169.254", "authorization.allow_private")
+
+
+async def test_a_code_goes_to_no_private_address(servers: Servers, tmp_path: Path) -> None:  # T1
+    async with scene(servers, tmp_path, wait="20s") as it:
+        it.issuer.metadata_changes = {"token_endpoint": "https://169.254.169.254/token"}
+        call = asyncio.create_task(it.ask())
+        page = await consent(await it.proxy.next_link())
+        assert page.status_code >= 400
+        assert "169.254.169.254" in page.text
+        assert_refused(await call, "169.254.169.254", "authorization.allow_private")
+
+
+SPELLINGS = ["127.0.0.1", "0x7f.1", "2130706433", "0177.0.0.1", "localhost", "[::ffff:127.0.0.1]", "①②⑦.⓪.⓪.①"]
+
+
+@pytest.mark.parametrize("host", SPELLINGS)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_server_elsewhere_leads_nobody_to_loopback(  # T1, T2
+    servers: Servers, tmp_path: Path, host: str, scheme: str
+) -> None:
+    """0.0.0.0 reaches this machine, but is not a loopback address: to the rules it is a server elsewhere."""
+    upstream = await servers.mcp_server()
+    upstream.origin = upstream.origin.replace("127.0.0.1", "0.0.0.0")
+    config: dict[str, Any] = {"notes": {"url": upstream.url, "allow_http": True}}
+    async with trap() as it, running_proxy(tmp_path, config) as proxy, proxy.client("notes") as client:
+        url = f"{scheme}://{host}:{it.port}"
+        upstream.metadata_changes = {"authorization_servers": [url]}
+        assert_refused(await client.call("echo"))
+        if host.isascii():
+            upstream.challenges = challenge_naming(f"{url}{WELL_KNOWN}")
+            assert_refused(await client.call("echo"))
+        assert it.visits == []
+        assert proxy.links == []
+    assert upstream.calls("tools/call")
+
+
+@pytest.mark.parametrize("status", [301, 302, 307])
+async def test_no_document_redirects(servers: Servers, tmp_path: Path, status: int) -> None:  # T4
+    async with trap() as target, scene(servers, tmp_path) as it:
+        for location in ("http://10.0.0.1/", f"http://127.0.0.1:{target.port}/"):
+            before = len(it.upstream.metadata_requests)
+            it.upstream.metadata_answer = Answer.redirect(location, status)
+            await refused_quickly(it, RESOURCE, str(status))
+            assert len(it.upstream.metadata_requests) == before + 1
+        it.upstream.metadata_answer = None
+        it.issuer.answers["metadata"] = Answer.redirect(f"http://127.0.0.1:{target.port}/", status)
+        await refused_quickly(it, SERVER, str(status))
+        assert (it.issuer.discoveries, target.visits) == (1, [])
+
+
+# what documents may say
+
+
+ENDPOINTS = ["authorization_endpoint", "token_endpoint", "registration_endpoint", "revocation_endpoint"]
+BAD_URLS = [
+    "javascript:alert(1)",
+    "file:///etc/passwd",
+    "http://as.example/x",
+    "https://user:pw@as.example/x",
+    "https://as.example/x#fragment",
+    "data:text/html,x",
+    "//as.example/x",
+    "https://",
+    "https://as.example/\nx",
+    "https://as.example/`id`",
+]
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+async def test_an_endpoint_that_must_not_be_opened_is_refused(servers: Servers, tmp_path: Path, url: str) -> None:  # T5
+    async with scene(servers, tmp_path) as it:
+        for endpoint in ENDPOINTS:
+            it.issuer.metadata_changes = {endpoint: url}
+            await refused_quickly(it, SERVER, endpoint, it.issuer.issuer, "RFC 8414")
+        assert {request.endpoint for request in it.issuer.requests} == {"metadata"}
+
+
+async def test_no_shell_sees_what_a_server_says(servers: Servers, tmp_path: Path) -> None:  # T6
+    marker, seen, browser = tmp_path / "pwned", tmp_path / "seen", tmp_path / "browser.sh"
+    browser.write_text(f'#!/bin/sh\nfor it in "$@"; do echo "$it" >> {seen}; done\n')
+    browser.chmod(0o755)
+    issuer = await servers.authorization_server()
+    upstream = await servers.mcp_server(issuer)
+    issuer.metadata_changes = {"authorization_endpoint": f"{issuer.issuer}/$(touch$IFS{marker});touch$IFS{marker}&x"}
+    config = write_config(tmp_path, {"notes": upstream.url}, authorization={"wait": "0s", "open_browser": "always"})
+    async with proxy_process(config, env={"BROWSER": str(browser)}) as proxy, proxy.client("notes") as client:
+        link = link_in((await client.call("echo")).message)
+        await until(seen.exists, "the browser")
+        async with Browser() as user:
+            assert "$(touch" in (await user.open(link)).headers["location"]
+    assert seen.read_text().splitlines() == [link]
+    assert not marker.exists()
+
+
+def other_resources(url: str) -> dict[str, object]:
+    return {
+        "another origin": "https://other.example/mcp",
+        "another port": url.replace("127.0.0.1", "127.0.0.1:1").replace("127.0.0.1:1:", "127.0.0.1:1"),
+        "another scheme": url.replace("http:", "https:"),
+        "a sibling": f"{url}2",
+        "part of a segment": url[:-1],
+        "beneath": f"{url}/sub",
+        "with a user": url.replace("://", "://user@"),
+        "with a fragment": f"{url}#x",
+        "no text": 7,
+        "absent": ABSENT,
+    }
+
+
+@pytest.mark.parametrize("kind", other_resources(""))
+async def test_metadata_of_another_resource_ends_the_authorization(  # T7
+    servers: Servers, tmp_path: Path, kind: str
+) -> None:
+    async with scene(servers, tmp_path) as it:
+        it.upstream.metadata_changes = {"resource": other_resources(it.upstream.url)[kind]}
+        await refused_quickly(it, RESOURCE, "resource", "RFC 9728")
+        assert it.issuer.requests == []
+
+
+ISSUERS = {
+    "slash": lambda issuer: f"{issuer}/",
+    "capitals": lambda issuer: issuer.replace("http", "HTTP"),
+    "another port": lambda issuer: f"{issuer}0",
+    "default port": lambda issuer: "http://127.0.0.1:80",
+    "path": lambda issuer: f"{issuer}/tenant",
+    "another host": lambda issuer: issuer.replace("127.0.0.1", "localhost"),
+}
+
+
+@pytest.mark.parametrize("other", ISSUERS.values(), ids=ISSUERS)
+async def test_an_issuer_is_compared_by_its_characters(servers: Servers, tmp_path: Path, other: Any) -> None:  # T8
+    async with scene(servers, tmp_path) as it:
+        it.issuer.metadata_changes = {"issuer": other(it.issuer.issuer)}
+        await refused_quickly(it, SERVER, "issuer", "RFC 8414")
+        it.issuer.metadata_changes = {}
+        it.upstream.metadata_changes = {"authorization_servers": [f"{it.issuer.issuer}/"]}
+        await refused_quickly(it, SERVER, "issuer", "RFC 8414")
+        assert it.issuer.registrations == it.issuer.authorizations == 0
+
+
+@pytest.mark.parametrize("methods", [ABSENT, ["plain"], [], ["s256"]], ids=str)
+async def test_without_s256_there_is_no_authorization_but_by_the_operators_word(  # T10
+    servers: Servers, tmp_path: Path, methods: object
+) -> None:
+    knobs = {"metadata_changes": {"code_challenge_methods_supported": methods}}
+    async with scene(servers, tmp_path, issuer=knobs) as it:
+        await refused_quickly(it, "S256", "servers.notes.oauth.allow_missing_pkce", it.issuer.issuer)
+        assert it.issuer.authorizations == 0
+    async with scene(servers, tmp_path, issuer=knobs, oauth={"allow_missing_pkce": True}) as it:
+        await it.connect()
+
+
+NOT_DOCUMENTS = {
+    "html": b"<html>",
+    "a list": b"[]",
+    "nothing": b"",
+    "cut short": b'{"issuer": "http',
+    "not UTF-8": b'{"issuer": "\xff"}',
+    "NaN": b'{"issuer": NaN}',
+    "deep": b'{"issuer": ' + b"[" * 100_000,
+    "other types": b'{"issuer": [], "resource": {}, "authorization_servers": "x", "token_endpoint": 1}',
+    "nulls": b'{"issuer": null, "resource": null, "authorization_servers": null}',
+}
+
+
+@pytest.mark.parametrize("body", NOT_DOCUMENTS.values(), ids=NOT_DOCUMENTS)
+async def test_a_malformed_document_is_named_with_its_address_and_clause(
+    servers: Servers, tmp_path: Path, body: bytes
+) -> None:
+    async with scene(servers, tmp_path) as it:
+        it.upstream.metadata_answer = Answer(body=body)
+        await refused_quickly(it, RESOURCE, f"{it.upstream.origin}{WELL_KNOWN}", "RFC 9728")
+        it.upstream.metadata_answer = None
+        it.issuer.answers["metadata"] = Answer(body=body)
+        await refused_quickly(it, SERVER, it.issuer.issuer, "RFC 8414")
+        del it.issuer.answers["metadata"]
+        await it.connect()
+
+
+# challenges
+
+
+TRICKS = [
+    'Bearer realm="x scope=evil resource_metadata=http://127.0.0.1:PORT/"',
+    'Bearer realm="a\\", scope=\\"evil", error_description="resource_metadata=\\"http://127.0.0.1:PORT/\\""',
+    'Bearer realm="' + "a" * 60_000,
+    'Basic realm="x", resource_metadata="http://127.0.0.1:PORT/", scope="evil"',
+    'Bearer ,,,=,="", scope=',
+    '"Bearer" scope="evil"',
+    "Bearer " + "a" * 60_000,
+    "\xe9\xff=\x80",
+    "",
+]
+
+
+@pytest.mark.parametrize("challenge", TRICKS, ids=lambda challenge: challenge[:30])
+async def test_nothing_is_read_from_inside_quotes_and_garbage_means_nothing(  # T20
+    servers: Servers, tmp_path: Path, challenge: str
+) -> None:
+    async with trap() as target, scene(servers, tmp_path) as it:
+        it.upstream.challenges = {401: [challenge.replace("PORT", str(target.port))]}
+        await it.connect()
+        assert "evil" not in it.issuer.seen("authorize")[0].form.get("scope", "")
+        assert target.visits == []
+
+
+async def test_two_challenges_in_one_field_or_two_are_told_apart(servers: Servers, tmp_path: Path) -> None:  # T20
+    async with scene(servers, tmp_path) as it:
+        it.upstream.challenges = {401: ['Basic realm="a, b", Bearer scope="read"', 'Digest scope="evil"']}
+        await it.connect()
+        assert it.issuer.seen("authorize")[0].form["scope"] == "read"
+
+
+# tokens
+
+
+BAD_TOKENS: list[dict[str, object]] = [
+    {"token_type": "mac"},
+    {"token_type": ABSENT},
+    {"token_type": "DPoP"},
+    {"token_type": 7},
+    *({"access_token": token} for token in ("a\r\nX-Evil: 1", "a\nb", "a\0b", "a b", "\u00e9", "", 7, ABSENT)),
+    {"refresh_token": "a\r\nb"},
+]
+
+
+@pytest.mark.parametrize("change", BAD_TOKENS, ids=str)
+async def test_a_token_that_must_not_be_used_is_neither_used_nor_kept(  # T22, T23
+    servers: Servers, tmp_path: Path, change: dict[str, object]
+) -> None:
+    async with scene(servers, tmp_path, wait="20s") as it:
+        it.issuer.token_changes = change
+        call = asyncio.create_task(it.ask())
+        page = await consent(await it.proxy.next_link())
+        assert page.status_code == 502
+        assert_refused(await call, "token", it.issuer.issuer)
+        assert set(it.upstream.bearers) == {None}
+        it.issuer.token_changes = {}
+        call = asyncio.create_task(it.ask("in"))
+        await consent(await it.proxy.next_link(2))
+        assert (await call).text == "in"
+
+
+# bombs
+
+
+async def test_a_compressed_or_endless_document_is_refused(servers: Servers, tmp_path: Path) -> None:  # T24
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while sent < 100 * 1024 * 1024:
+            sent += len(CHUNK)
+            yield CHUNK
+
+    bomb = gzip.compress(json.dumps({"resource": "x" * 10_000_000}).encode())
+    async with scene(servers, tmp_path) as it:
+        it.upstream.metadata_answer = Answer(headers=(("content-encoding", "gzip"),), body=bomb)
+        await refused_quickly(it, RESOURCE, "compressed")
+        it.upstream.metadata_answer = Answer(stream=endless)
+        await refused_quickly(it, RESOURCE, "longer than")
+        assert sent < 20 * 1024 * 1024
+        assert it.upstream.requests[-1].header("accept-encoding") == "identity"
+
+
+async def test_a_dripping_document_costs_fifteen_seconds_at_most(servers: Servers, tmp_path: Path) -> None:  # T24
+    async def drip() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(1)
+
+    slow_resource: FakeMcpServer = await servers.mcp_server(metadata_answer=Answer(stream=drip))
+    slow_issuer: FakeAuthorizationServer = await servers.authorization_server(answers={"metadata": Answer(stream=drip)})
+    silent_issuer = await servers.authorization_server(answers={"metadata": Answer.hang()})
+    urls = [
+        slow_resource.url,
+        (await servers.mcp_server(slow_issuer)).url,
+        (await servers.mcp_server(silent_issuer)).url,
+    ]
+    config = {f"notes{number}": url for number, url in enumerate(urls)}
+    async with running_proxy(tmp_path, dict(config)) as proxy:
+        clients = [proxy.client(name) for name in config]
+        async with asyncio.timeout(15):
+            replies = await asyncio.gather(*(client.call("echo") for client in clients))
+        for reply, url in zip(replies, urls, strict=True):
+            assert_refused(reply, "metadata")
+            assert urlsplit(url).netloc or reply.message
+        for client in clients:
+            await client.http.aclose()
+    assert proxy.links == []

@@ -1,0 +1,376 @@
+"""Becoming a client, in the order of the contract, and what is sent to which authorization server under which name."""
+
+import base64
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote_plus, urlsplit
+
+import httpx2
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fakes.authorization_server import FakeAuthorizationServer
+from fakes.exchange import ABSENT
+from fakes.fixtures import Servers
+from fakes.headless import Browser, consent
+from fakes.mcp_client import PlainClient
+from fakes.mcp_server import FakeMcpServer
+from fakes.proxy import link_in, running_proxy
+from fakes.scene import scene
+from mcp_auth_proxy.cli.demo_servers.local_server import serve
+from mcp_auth_proxy.config.settings import Address
+
+PUBLIC = "https://proxy.example"
+DOCUMENT = f"{PUBLIC}/oauth/client-metadata.json"
+SECRET = "s3cret/+ %:é with space"
+
+
+def secret_file(folder: Path) -> str:
+    (folder / "client-secret").write_text(SECRET)
+    return "file:client-secret"
+
+
+# by hand
+
+
+@pytest.mark.parametrize("configured", [True, False], ids=["configured", "chosen"])
+@pytest.mark.parametrize("method", ["client_secret_basic", "client_secret_post", "none"])
+async def test_a_client_of_the_configuration_authenticates_by_its_method(
+    servers: Servers, tmp_path: Path, method: str, configured: bool
+) -> None:
+    oauth = {"client_id": "by hand:1"}
+    if method != "none":
+        oauth["client_secret"] = secret_file(tmp_path)
+    if configured:
+        oauth["client_auth"] = method
+    supported = {"token_endpoint_auth_methods_supported": [method]}
+    async with scene(servers, tmp_path, oauth=oauth, issuer={"metadata_changes": supported}) as it:
+        redirect_uri = f"{it.proxy.origin}/oauth/callback"
+        secret = None if method == "none" else SECRET
+        it.issuer.add_client(client_id="by hand:1", auth=method, secret=secret, redirect_uris=(redirect_uri,))
+        await it.connect()
+        it.issuer.end_access_tokens()
+        assert (await it.ask("renewed")).text == "renewed"
+        assert it.issuer.registrations == 0
+        for request in it.issuer.seen("token"):
+            # RFC 6749 §2.3.1: form-encoded first, so that the colon in the id stays unambiguous.
+            pair = f"{quote_plus('by hand:1')}:{quote_plus(SECRET)}".encode()
+            basic = f"Basic {base64.b64encode(pair).decode()}" if method == "client_secret_basic" else None
+            assert request.header("authorization") == basic
+            assert request.form.get("client_secret") == (SECRET if method == "client_secret_post" else None)
+            assert ("client_id" in request.form) == (method != "client_secret_basic")
+
+
+async def test_a_configured_client_goes_before_a_metadata_document(servers: Servers, tmp_path: Path) -> None:
+    options = {"client_id": "by-hand", "client_metadata_url": "https://elsewhere.example/client.json"}
+    async with scene(servers, tmp_path, oauth=options, issuer={"client_documents": True}) as it:
+        it.issuer.add_client(client_id="by-hand", auth="none", redirect_uris=(f"{it.proxy.origin}/oauth/callback",))
+        await it.connect()
+        assert it.issuer.seen("authorize")[0].form["client_id"] == "by-hand"
+        assert it.issuer.registrations == 0
+
+
+# Client ID Metadata Documents
+
+
+class PublicBrowser(Browser):
+    """A browser for which the proxy's public name leads to where the proxy listens, as a TLS terminator would."""
+
+    def __init__(self, address: Address) -> None:
+        super().__init__()
+        self.address = address
+        self.client._transport = Terminator(self.client._transport, address)
+
+
+class Terminator(httpx2.AsyncBaseTransport):
+    def __init__(self, inner: httpx2.AsyncBaseTransport, address: Address) -> None:
+        self.inner = inner
+        self.address = address
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        url = request.url
+        if url.host == urlsplit(PUBLIC).hostname:
+            # A new request: the browser keeps its cookies by the URL of the old one.
+            url = url.copy_with(scheme="http", host=self.address.host, port=self.address.port)
+            request = httpx2.Request(request.method, url, headers=request.headers, stream=request.stream)
+        return await self.inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+def free_address() -> Address:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return Address("127.0.0.1", free.getsockname()[1])
+
+
+@pytest.mark.parametrize("supported", [True, False])
+async def test_behind_https_our_metadata_document_is_the_client_where_it_may_be(
+    servers: Servers, tmp_path: Path, supported: bool
+) -> None:
+    address = free_address()
+    async with scene(
+        servers, tmp_path, issuer={"client_documents": supported}, public_url=PUBLIC, listen=address
+    ) as it:
+        it.client.url = f"http://{address}/notes/mcp"
+        async with PublicBrowser(address) as browser:
+            link = await https_link(it.client)
+            assert link.startswith(f"{PUBLIC}/connect/notes?")
+            page = await browser.follow(link)
+            assert page.status_code == 200
+            document = (await browser.open(DOCUMENT)).json()
+        assert (await it.ask("in")).text == "in"
+        asked = it.issuer.seen("authorize")[0].form
+        assert it.issuer.registrations == (0 if supported else 1)
+        assert (asked["client_id"] == DOCUMENT) == supported
+        assert asked["redirect_uri"] == f"{PUBLIC}/oauth/callback"
+        assert document["client_id"] == DOCUMENT
+        assert document["redirect_uris"] == [f"{PUBLIC}/oauth/callback"]
+        assert document["application_type"] == "web"
+        assert document["token_endpoint_auth_method"] == "none"
+        if not supported:
+            assert it.issuer.seen("register")[0].message["application_type"] == "web"
+
+
+async def https_link(client: PlainClient) -> str:
+    answer = (await client.call("echo")).message
+    return str(answer["result"]["_meta"]["io.mcp-auth-proxy/authorization_url"])
+
+
+async def test_a_document_hosted_elsewhere_is_the_client(servers: Servers, tmp_path: Path) -> None:
+    url = "https://elsewhere.example/client.json"
+    async with scene(servers, tmp_path, oauth={"client_metadata_url": url}, issuer={"client_documents": True}) as it:
+        await it.connect()
+        assert {request.form["client_id"] for request in it.issuer.seen("token")} == {url}
+        assert it.issuer.registrations == 0
+
+
+# dynamic registration
+
+
+async def test_without_https_a_native_client_registers_once(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path, issuer={"client_documents": True}) as it:
+        await it.connect()
+        it.issuer.end_grants()
+        assert (await consent(await it.link())).status_code == 200
+        (request,) = it.issuer.seen("register")
+        assert request.message["application_type"] == "native"
+        assert request.message["redirect_uris"] == [f"{it.proxy.origin}/oauth/callback"]
+        assert set(request.message["grant_types"]) == {"authorization_code", "refresh_token"}
+        assert request.message["response_types"] == ["code"]
+        assert request.message["client_name"]
+
+
+async def test_each_server_has_a_client_of_its_own(servers: Servers, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server(auto_consent=True)
+    config = {name: (await servers.mcp_server(issuer)).url for name in ("one", "two")}
+    async with running_proxy(tmp_path, dict(config), authorization={"wait": "0s"}) as proxy:
+        for name in config:
+            async with proxy.client(name) as client:
+                await consent(link_in((await client.call("echo")).message))
+    assert issuer.registrations == 2
+    assert len({request.form["client_id"] for request in issuer.seen("token")}) == 2
+
+
+@pytest.mark.parametrize("knobs", [{"registration": False}, {"metadata_changes": {"registration_endpoint": ABSENT}}])
+async def test_without_registration_the_error_names_the_keys(
+    servers: Servers, tmp_path: Path, knobs: dict[str, Any]
+) -> None:
+    async with scene(servers, tmp_path, issuer=knobs) as it:
+        reply = await it.ask()
+        assert reply.status == 200
+        text = reply.error["message"]
+        assert "servers.notes.oauth.client_id" in text
+        assert it.issuer.issuer in text
+        assert f"{it.proxy.origin}/oauth/callback" in text
+        assert "/connect/" not in str(reply.message)
+        assert it.issuer.registrations == 0
+
+
+# the first issuer
+
+
+async def moved(servers: Servers, upstream: FakeMcpServer) -> FakeAuthorizationServer:
+    """The server now names another authorization server."""
+    other = await servers.authorization_server(auto_consent=True)
+    upstream.authorization_servers[:] = [other]
+    return other
+
+
+async def test_a_configured_client_is_sent_to_its_first_issuer_only(servers: Servers, tmp_path: Path) -> None:  # T11
+    oauth = {"client_id": "by-hand", "client_secret": secret_file(tmp_path)}
+    async with scene(servers, tmp_path, oauth=oauth) as it:
+        callback = f"{it.proxy.origin}/oauth/callback"
+        it.issuer.add_client(client_id="by-hand", secret=SECRET, redirect_uris=(callback,))
+        await it.connect()
+        other = await moved(servers, it.upstream)
+        replies = [await it.ask()]
+        it.issuer.end_grants()
+        replies.append(await it.ask())
+        for reply in replies:
+            assert reply.status == 200
+            assert other.issuer in reply.error["message"]
+            assert it.issuer.issuer in reply.error["message"]
+            assert "servers.notes.oauth.issuer" in reply.error["message"]
+        assert {request.endpoint for request in other.requests} <= {"metadata"}
+        assert SECRET not in repr(other.requests)
+
+
+async def test_a_new_issuer_sees_nothing_of_the_old_one(servers: Servers, tmp_path: Path) -> None:  # T11
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        other = await moved(servers, it.upstream)
+        page = await consent(await it.link())
+        assert page.status_code == 200
+        assert (await it.ask("in")).text == "in"
+        sent = repr([(request.headers, request.body, request.query_string) for request in other.requests])
+        assert not [secret for secret in it.issuer.secrets() if secret in sent]
+        assert other.registrations == 1
+
+
+async def test_a_pinned_issuer_is_the_only_one(servers: Servers, tmp_path: Path) -> None:
+    pinned = await servers.authorization_server(auto_consent=True)
+    async with scene(servers, tmp_path, oauth={"issuer": pinned.issuer}) as it:
+        reply = await it.ask()
+        assert pinned.issuer in reply.error["message"]
+        assert "servers.notes.oauth.issuer" in reply.error["message"]
+        assert it.issuer.requests == []
+        it.upstream.authorization_servers.append(pinned)
+        await it.connect()
+        assert it.issuer.requests == []
+
+
+# discovery done by hand, and servers that know nothing of it
+
+
+async def test_static_metadata_skips_discovery(servers: Servers, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server(auto_consent=True, serves_metadata=False)
+    upstream = await servers.mcp_server(issuer)
+    upstream.metadata_answer = lambda received: None
+    oauth = {
+        "metadata": {
+            "issuer": issuer.issuer,
+            "authorization_endpoint": f"{issuer.issuer}/authorize",
+            "token_endpoint": f"{issuer.issuer}/token",
+            "registration_endpoint": f"{issuer.issuer}/register",
+        }
+    }
+    async with (
+        running_proxy(
+            tmp_path, {"notes": {"url": upstream.url, "oauth": oauth}}, authorization={"wait": "0s"}
+        ) as proxy,
+        proxy.client("notes") as client,
+    ):
+        await consent(link_in((await client.call("echo")).message))
+        assert (await client.call("echo", text="in")).text == "in"
+    assert (issuer.discoveries, upstream.metadata_requests) == (0, [])
+
+
+class OneOrigin:
+    """A server of 2025-03-26: its origin is its own authorization server."""
+
+    def __init__(self, origin: str, **knobs: Any) -> None:
+        self.issuer = FakeAuthorizationServer(origin, auto_consent=True, **knobs)
+        self.upstream = FakeMcpServer(origin, [self.issuer], metadata_at=set(), challenge_names_metadata=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self.issuer if self.issuer.owns(scope["path"]) else self.upstream
+        await app(scope, receive, send)
+
+
+@asynccontextmanager
+async def one_origin(**knobs: Any) -> AsyncIterator[OneOrigin]:
+    made: list[OneOrigin] = []
+
+    def make(origin: str) -> ASGIApp:
+        made.append(OneOrigin(origin, **knobs))
+        return made[0]
+
+    async with serve(make) as local:
+        made[0].issuer.local = made[0].upstream.local = local
+        yield made[0]
+
+
+@pytest.mark.parametrize("knobs", [{}, {"serves_metadata": False, "iss": None}], ids=["metadata", "default endpoints"])
+async def test_without_resource_metadata_the_origin_is_the_authorization_server(
+    tmp_path: Path, knobs: dict[str, Any]
+) -> None:
+    async with (
+        one_origin(**knobs) as it,
+        running_proxy(tmp_path, {"notes": it.upstream.url}, authorization={"wait": "0s"}) as proxy,
+        proxy.client("notes", version="2025-03-26") as client,
+    ):
+        page = await consent(link_in((await client.call("echo")).message))
+        assert page.status_code == 200, page.text
+        assert (await client.call("echo", text="in")).text == "in"
+        it.issuer.end_access_tokens()
+        assert (await client.call("echo", text="renewed")).text == "renewed"
+        assert it.issuer.seen("authorize")[0].form["code_challenge_method"] == "S256"
+
+
+# what is asked for
+
+
+@pytest.mark.parametrize(
+    ("resource", "sent"), [("omit", None), ("https://exact.example/api", "https://exact.example/api"), ("auto", "")]
+)
+async def test_the_resource_goes_on_every_request(
+    servers: Servers, tmp_path: Path, resource: str, sent: str | None
+) -> None:  # T49
+    knobs = {"checks_audience": False}
+    async with scene(servers, tmp_path, oauth={"resource": resource}, upstream=knobs) as it:
+        await it.connect()
+        it.issuer.end_access_tokens()
+        assert (await it.ask("renewed")).text == "renewed"
+        requests = [*it.issuer.seen("authorize"), *it.issuer.seen("token")]
+        assert len(requests) == 3
+        expected = it.upstream.url if sent == "" else sent
+        assert {request.form.get("resource") for request in requests} == {expected}
+
+
+async def test_offline_access_is_asked_for_with_consent_where_it_is_offered(servers: Servers, tmp_path: Path) -> None:
+    knobs = {"scopes": ("read", "offline_access"), "refresh_needs_offline_access": True}
+    async with scene(servers, tmp_path, issuer=knobs, upstream={"scopes": ("read",)}) as it:
+        await it.connect()
+        asked = it.issuer.seen("authorize")[0].form
+        assert asked["scope"].split() == ["read", "offline_access"]
+        assert asked["prompt"] == "consent"
+        it.issuer.end_access_tokens()
+        assert (await it.ask("renewed")).text == "renewed"
+
+
+async def test_where_it_is_not_offered_it_is_not_asked_for(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path, issuer={"scopes": ("read",)}, upstream={"scopes": ("read",)}) as it:
+        await it.connect()
+        asked = it.issuer.seen("authorize")[0].form
+        assert asked["scope"] == "read"
+        assert "prompt" not in asked
+
+
+async def test_configured_parameters_take_the_place_of_ours(servers: Servers, tmp_path: Path) -> None:
+    oauth = {"authorization_params": {"prompt": "login", "access_type": "offline", "audience": "a b&c"}}
+    knobs = {"scopes": ("read", "offline_access")}
+    async with scene(servers, tmp_path, oauth=oauth, issuer=knobs, upstream={"scopes": ("read",)}) as it:
+        await it.connect()
+        asked = it.issuer.seen("authorize")[0].query
+        assert asked["prompt"] == ["login"]
+        assert asked["access_type"] == ["offline"]
+        assert asked["audience"] == ["a b&c"]
+        assert all(len(values) == 1 for values in asked.values())
+
+
+async def test_configured_scopes_go_before_those_of_the_challenge(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path, oauth={"scopes": ["mine"]}, upstream={"challenge_scopes": ("theirs",)}) as it:
+        await it.connect()
+        assert it.issuer.seen("authorize")[0].form["scope"] == "mine"
+
+
+async def test_without_a_challenged_scope_those_of_the_resource_are_asked_for(servers: Servers, tmp_path: Path) -> None:
+    knobs = {"metadata_changes": {"scopes_supported": ["a", "b"]}}
+    async with scene(servers, tmp_path, upstream=knobs) as it:
+        await it.connect()
+        assert it.issuer.seen("authorize")[0].form["scope"] == "a b"
