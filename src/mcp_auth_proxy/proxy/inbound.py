@@ -23,6 +23,9 @@ MAX_FIELDS = 200
 MIN_BODY_RATE = 1024
 """Bytes a second that a body must come with."""
 
+LINGER = 1.0
+"""Seconds for which a refused client may go on sending, unread, so that it can read why."""
+
 _LOOKED_AT = frozenset({b"content-length", b"expect", b"host", b"transfer-encoding", b"upgrade"})
 
 
@@ -46,8 +49,16 @@ class InboundProtocol(HttpToolsProtocol):
         self._framing = b""
         self._coding = b""
         self._upgrades = False
+        self._progress = False
+        self._framing_bytes = 0
         self._refusal = 400
         self._slow_timer: asyncio.TimerHandle | None = None
+        self._receiving: Reply | None = None
+        """The answer to the request whose body is being received."""
+        self._unfinished: list[Reply] = []
+        self._held_back = b""
+        self._deferred = 0
+        self._leaving = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -55,13 +66,26 @@ class InboundProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        # uvicorn tells the last request of the connection alone; the upstream of the first would stay open.
+        for reply in self._unfinished:
+            reply.abandon()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._leaving or self._deferred:
+            return
+        if self._unfinished and not self._in_message:
+            # Its turn comes when the request before has its answer; more than this is not read meanwhile.
+            self._held_back += data
+            if len(self._held_back) > MAX_HEAD:
+                self.flow.pause_reading()
+            return
         self._read_bytes = len(data)
+        in_body = self._in_message and not self._in_head
         if self._in_head:
             self._head_bytes += len(data)
         self._unset_keepalive_if_required()
+        self._progress = False
         try:
             self._feed(data)
         except httptools.HttpParserError:
@@ -71,7 +95,14 @@ class InboundProtocol(HttpToolsProtocol):
             return
         if self._in_message and self._in_head and self._head_bytes > MAX_HEAD:
             self._refuse(431)
-        elif self._slow_timer is None and (self._in_message or self.cycle is None or self.cycle.response_complete):
+            return
+        if in_body and self._in_message and not self._in_head:
+            # Chunk extensions and trailers, of which there is no end to be seen.
+            self._framing_bytes = 0 if self._progress else self._framing_bytes + len(data)
+            if self._framing_bytes > MAX_HEAD:
+                self._refuse(400)
+                return
+        if self._slow_timer is None and (self._in_message or not self._unfinished):
             self._slow_timer = self.loop.call_later(self.slow_after, self._check_progress)
 
     def _feed(self, data: bytes) -> None:
@@ -90,7 +121,7 @@ class InboundProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._in_message = self._in_head = True
         self._refusal = 400
-        self._body_bytes = self._trailer_bytes = self._hosts = 0
+        self._body_bytes = self._trailer_bytes = self._framing_bytes = self._hosts = 0
         self._framing = self._coding = b""
         self._upgrades = False
 
@@ -99,7 +130,7 @@ class InboundProtocol(HttpToolsProtocol):
             # Trailers may not be taken for header fields (RFC 9110 §6.5.1): uvicorn would add them.
             self._trailer_bytes += len(name) + len(value) + 4
             if self._trailer_bytes > MAX_HEAD:
-                raise self._too_large()
+                raise ValueError("trailers without end")
             return
         name = name.lower()
         if name in _LOOKED_AT:
@@ -120,17 +151,20 @@ class InboundProtocol(HttpToolsProtocol):
         """As uvicorn does, with a Reply for its cycle."""
         headers = self.headers
         if len(headers) > MAX_FIELDS or (
-            max(self._head_bytes, self._read_bytes) > MAX_HEAD and _size_of(headers) > MAX_HEAD
+            max(self._head_bytes, self._read_bytes) > MAX_HEAD and len(self.url) + _size_of(headers) > MAX_HEAD
         ):
-            raise self._too_large()
+            self._refusal = 431
+            raise ValueError("request header fields too large")
         self._in_head = False
         self._head_bytes = 0
         url = self.url
         # RFC 9112 §3.2: exactly one Host; §3.2.1: origin-form, the only one an origin server is asked with.
-        if self._hosts != 1 or not url.startswith(b"/") or b"#" in url or len(url) > MAX_HEAD:
+        if self._hosts != 1 or not url.startswith(b"/") or b"#" in url:
             raise ValueError("bad request")
         method = self.parser.get_method()
         version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            raise ValueError("RFC 9112 §2.3: another major version has another syntax")
         if self._coding and version == "1.0":
             raise ValueError("RFC 9112 §6.1: the framing of such a message is faulty")
         if method == b"TRACE" or self._coding not in (b"", b"chunked"):
@@ -145,8 +179,8 @@ class InboundProtocol(HttpToolsProtocol):
         scope["raw_path"] = parts.path
         scope["path"] = unquote(parts.path.decode("ascii"))
         scope["query_string"] = parts.query or b""
-        before = self.cycle
-        self.cycle = reply = Reply(
+        self._stop_timer()
+        self.cycle = self._receiving = reply = Reply(
             scope=self.scope,
             transport=self.transport,
             flow=self.flow,
@@ -159,15 +193,22 @@ class InboundProtocol(HttpToolsProtocol):
             keep_alive=version != "1.0" and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
-        if before is None or before.response_complete:
+        self._unfinished.append(reply)
+        if len(self._unfinished) == 1:
             self._start_asgi_task(reply, self.app)
         else:
             # The answers to pipelined requests are made one after the other.
-            self.flow.pause_reading()
             self.pipeline.appendleft((reply, self.app))
 
     def on_body(self, body: bytes) -> None:
+        self._progress = True
         self._body_bytes += len(body)
+        reply = self.cycle
+        if reply is not None and reply.response_complete:
+            # Nobody wants this part any more; a short rest is taken, so that the connection can be used again.
+            reply.unwanted += len(body)
+            if reply.unwanted > MAX_HEAD:
+                raise ValueError("the request was answered long ago")
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -177,6 +218,7 @@ class InboundProtocol(HttpToolsProtocol):
             return
         self._in_message = False
         self._in_head = True
+        self._receiving = None
         self._stop_timer()
         super().on_message_complete()
 
@@ -197,17 +239,49 @@ class InboundProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def _refuse(self, status: int) -> None:
-        """Answer in plain text and close, unless an answer to an earlier request is still being written."""
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            phrase = http.HTTPStatus(status).phrase.encode()
-            head = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
-            self.transport.write(head % (status, phrase, len(phrase), phrase))
-        self.transport.close()
+    def on_response_complete(self) -> None:
+        self._unfinished.pop(0)
+        super().on_response_complete()
+        if self._unfinished or self.transport.is_closing():
+            return
+        if self._deferred:
+            self._refuse(self._deferred)
+        elif self._held_back:
+            data, self._held_back = self._held_back, b""
+            self.loop.call_soon(self._take_turn, data)
 
-    def _too_large(self) -> ValueError:
-        self._refusal = 431
-        return ValueError("request header fields too large")
+    def _take_turn(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.data_received(data)
+
+    def _refuse(self, status: int) -> None:
+        """Answer in plain text and close; requests that came before on the connection get their answers first."""
+        own = self._receiving
+        if own is not None and own in self._unfinished and own is not self._unfinished[0]:
+            self._unfinished.pop()
+            self.pipeline.popleft()
+        if self._unfinished and self._unfinished[0] is not own:
+            self._deferred = status
+            return
+        started = own is not None and own.response_started
+        for reply in self._unfinished:
+            reply.abandon()
+        if started:
+            self.transport.close()
+            return
+        phrase = http.HTTPStatus(status).phrase.encode()
+        head = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
+        self.transport.write(head % (status, phrase, len(phrase), phrase))
+        self._leave()
+
+    def _leave(self) -> None:
+        """Close so that the last answer arrives: with bytes unread, close() would reset it away (RFC 9112 §9.6)."""
+        self._leaving = True
+        self._stop_timer()
+        self._unset_keepalive_if_required()
+        with contextlib.suppress(OSError, RuntimeError):
+            self.transport.write_eof()
+        self._slow_timer = self.loop.call_later(LINGER, self.transport.close)
 
     def _stop_timer(self) -> None:
         if self._slow_timer is not None:

@@ -19,6 +19,15 @@ class Reply(RequestResponseCycle):
 
     _head: bytes = b""
 
+    unwanted: int = 0
+    """Bytes of request body that came after the answer was complete."""
+
+    def abandon(self) -> None:
+        """Tell the application that its client is lost."""
+        if not self.response_complete:
+            self.disconnected = True
+        self.message_event.set()
+
     async def send(self, message: Any) -> None:
         """Send a head or a part of the body; waits while the client is slow to take what was sent before.
 

@@ -15,7 +15,7 @@ from mcp_auth_proxy.cli.doctor.probing import Probed, probe_all
 from mcp_auth_proxy.cli.doctor.proposal import Proposal
 from mcp_auth_proxy.cli.doctor.providers import Provider
 from mcp_auth_proxy.cli.doctor.report import Outcome, Prospect, Report, Step, Verdict
-from mcp_auth_proxy.config.settings import KeySource, ServerSettings, Settings, StoreSettings
+from mcp_auth_proxy.config.settings import Address, KeySource, ServerSettings, Settings, StoreSettings
 from mcp_auth_proxy.errors import AuthorizationError, StoreError, StoreRefused
 from mcp_auth_proxy.models import LOCAL
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
@@ -25,6 +25,9 @@ from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.upstream import Upstream
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.registrations import Registrations
+
+ANY_PORT = 8787
+"""Stands in the redirect URI for a port that is chosen at the start."""
 
 MAX_CURES = 4
 """Things missing from the configuration that are looked for one after another."""
@@ -109,7 +112,7 @@ async def examine(settings: Settings, server: ServerSettings) -> Report:
         means = _Means(
             fetcher=fetcher,
             registrations=registrations,
-            public_url=effective_public_url(settings, settings.listen),
+            public_url=_public_url(settings),
             allow_private=settings.authorization.allow_private,
         )
         if probed.demanded or (probed.served and await means.announces(server)):
@@ -208,6 +211,12 @@ def _provider(run: _Run, server: ServerSettings) -> Provider | None:
     named = run.resource.authorization_servers[0] if run.resource else server.oauth.issuer
     issuer = run.metadata.issuer if run.metadata else named
     return None if issuer is None else providers.recognise(issuer, run.metadata)
+
+
+def _public_url(settings: Settings) -> str:
+    listening = settings.listen
+    # Port 0 takes any that is free; which, nobody can know before.
+    return effective_public_url(settings, listening if listening.port else Address(listening.host, ANY_PORT))
 
 
 def _refusals(steps: list[Step]) -> list[Step]:

@@ -69,8 +69,8 @@ def default_endpoint(url: str, response: Response) -> Step:
     return Step(
         step="authorization",
         verdict=Verdict.REFUSED,
-        says=f"The server has no metadata, and of the default endpoints {url} answers HTTP {response.status}: it offers "
-        f"no OAuth that could be found. If it wants an API key or the like, that is not what this proxy is for; if its "
+        says=f"The server has no metadata, and of the default endpoints {url} answers HTTP {response.status}: no OAuth "
+        f"can be found there. If it wants an API key or the like, that is not what this proxy is for; if its "
         f"authorization server is elsewhere, give that in oauth.issuer or oauth.metadata.",
         clause="MCP 2025-03-26",
         request=Request(method="OPTIONS", url=url),

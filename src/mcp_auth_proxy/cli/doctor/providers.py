@@ -31,7 +31,8 @@ _KEYCLOAK = Provider(
     name="Keycloak",
     advice="Its issuer is the realm's URL: a realm that was renamed or has moved is another issuer. Dynamic "
     "registration is limited by the realm's client registration policies (trusted hosts); where it is refused, "
-    "register a client by hand. The audience of its tokens comes from a mapper in a client scope, not from the resource parameter.",
+    "register a client by hand. The audience of its tokens comes from a mapper in a client scope, not from the "
+    "resource parameter.",
 )
 
 PROVIDERS = (
