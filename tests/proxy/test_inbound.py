@@ -4,13 +4,12 @@ import asyncio
 import gc
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import uvicorn
-import uvloop
 
 from fakes.proxy import until
 from mcp_auth_proxy.proxy.inbound import MAX_FIELDS, MAX_HEAD, MIN_BODY_RATE, InboundProtocol
@@ -103,10 +102,8 @@ class Client:
 
     async def close(self) -> None:
         self.writer.close()
-        try:
+        with suppress(ConnectionError):
             await self.writer.wait_closed()
-        except ConnectionError:
-            pass
 
 
 class Listener:

@@ -160,7 +160,7 @@ async def _consent(link: str) -> None:
 async def _call(url: str, tool: str, **arguments: Any) -> str:
     """Call a tool as any MCP client would; return the text of the result."""
     # The SDK takes 0.6 s to import: only the commands that use it pay for that.
-    from mcp import Client  # noqa: PLC0415
+    from mcp import Client
 
     async with Client(url) as client:
         result = await client.call_tool(tool, arguments)
