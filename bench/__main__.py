@@ -21,8 +21,8 @@ CONNECTIONS = 32
 class Plan:
     """How long and how much; seconds and bytes."""
 
-    rounds: int = 3
-    seconds: float = 4.0
+    rounds: int = 5
+    seconds: float = 3.0
     streams: tuple[int, ...] = (1000, 2000)
     blob: int = 200 * 2**20
     starts: int = 3

@@ -114,7 +114,7 @@ def render(results: Results, connections: int, stream_counts: list[int]) -> str:
     blocks.append(table(["Target", "found", "wanted", ""], [target.row() for target in wanted]))
     notes = [
         f"Load: {GENERATOR}; a stateless `tools/call` (MCP 2026-07-28), the same for all.",
-        "Medians of interleaved rounds; CPU is that of the proxy's processes alone.",
+        "Medians of interleaved rounds, p50 of the quietest; CPU is that of the proxy's processes alone.",
     ]
     if "fastmcp" in names:
         notes.append(

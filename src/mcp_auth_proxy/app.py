@@ -169,10 +169,7 @@ class Application:
         """Become unready, let requests finish for a bounded time, then end what is left."""
         self._draining = True
         self.forwarder.drain()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + DRAIN_SECONDS
-        while self.forwarder.under_way and loop.time() < deadline:
-            await asyncio.sleep(0.05)
+        await self.forwarder.until_idle(DRAIN_SECONDS)
         self.end()
 
     def end(self) -> None:

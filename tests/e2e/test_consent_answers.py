@@ -13,16 +13,17 @@ from mcp import Client
 
 from fakes.exchange import Answer, Received, sse
 from fakes.fixtures import Servers
-from fakes.headless import consent
+from fakes.headless import consent, decline
 from fakes.mcp_client import MODERN, PlainClient, Reply, read
 from fakes.proxy import link_in, running_proxy, until
 from fakes.scene import Scene, scene
 from fakes.unattended import unattended
+from mcp_auth_proxy.proxy import exchange
 
 LINK = re.compile(r"http://127\.0\.0\.1:\d+/connect/notes\?flow=[\w-]+")
 LINK_KEY = "io.mcp-auth-proxy/authorization_url"
-URLS = {"elicitation": {"url": {}}}
-FORMS_ONLY = {"elicitation": {}}
+URLS: dict[str, Any] = {"elicitation": {"url": {}}}
+FORMS_ONLY: dict[str, Any] = {"elicitation": {}}
 OLD = ["2025-03-26", "2025-06-18", "2025-11-25"]
 ASKABLE: list[tuple[str, dict[str, Any]]] = [
     ("tools/call", {"name": "echo", "arguments": {"text": "in"}}),
@@ -307,6 +308,26 @@ def gzipped_events(received: Received) -> Answer:
     event = sse({"jsonrpc": "2.0", "id": received.message["id"], "result": {"of": received.tool}})
     headers = (("content-type", "text/event-stream"), ("content-encoding", "gzip"))
     return Answer(headers=headers, body=gzip.compress(event))
+
+
+@pytest.mark.parametrize("declined", [False, True], ids=["nobody comes", "declined"])
+async def test_after_comments_the_answer_of_our_own_comes_as_an_event(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declined: bool
+) -> None:
+    monkeypatch.setattr(exchange, "COMMENT_INTERVAL", 0.1)  # the length of it is tested once, below
+    async with scene(servers, tmp_path, wait="20s" if declined else "0.5s", issuer={"auto_consent": False}) as it:
+        held = Held(it.client, "echo")
+        running = asyncio.create_task(held.run())
+        await until(lambda: len(held.comments) >= 2)
+        if declined:
+            await decline(it.proxy.links[0])
+        answer = await running
+        assert answer["id"] == "id of echo"
+        if declined:
+            assert "access_denied" in answer["error"]["message"]
+            assert "/connect/" not in str(answer)
+        else:
+            assert answer["result"]["_meta"][LINK_KEY] == it.proxy.links[0]
 
 
 async def test_held_requests_are_kept_alive_and_all_answered(servers: Servers, tmp_path: Path) -> None:

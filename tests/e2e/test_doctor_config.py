@@ -17,6 +17,7 @@ from fakes.proxy import Json, link_in, proxy_process, run_command, running_proxy
 from mcp_auth_proxy.cli.doctor.examine import examine
 from mcp_auth_proxy.cli.doctor.report import Outcome, Report
 from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.config.settings import Address
 
 UNHELD = {"authorization": {"wait": "0s"}}
 
@@ -48,9 +49,10 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir() if file.is_file()}
 
 
-async def connects(folder: Path, servers: Json, **sections: Any) -> bool:
+async def connects(folder: Path, servers: Json, *, port: int = 0) -> bool:
     """Whether the proxy, so configured, gets a user through consent and a call through the server."""
-    async with running_proxy(folder, servers, **UNHELD, **sections) as proxy, proxy.client("notes") as client:
+    listen = Address("127.0.0.1", port)
+    async with running_proxy(folder, servers, listen=listen, **UNHELD) as proxy, proxy.client("notes") as client:
         page = await consent(link_in((await client.call("echo", text="x")).message))
         return page.status_code == 200 and (await client.call("echo", text="in")).text == "in"
 
@@ -74,7 +76,7 @@ async def test_without_registration_the_configuration_names_the_client_id(server
     assert "client_secret: env:NOTES_CLIENT_SECRET" in report.config
     issuer.add_client(client_id="by-hand", auth="none", redirect_uris=(redirect,))
     config["notes"]["oauth"]["client_id"] = "by-hand"
-    assert await connects(tmp_path, config, listen=f"127.0.0.1:{port}")
+    assert await connects(tmp_path, config, port=port)
     assert (await diagnose(tmp_path, config["notes"], listen=f"127.0.0.1:{port}")).outcome is Outcome.READY
 
 
@@ -141,11 +143,11 @@ async def test_a_registration_in_the_store_counts_and_the_store_stays_as_it_is(
 ) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
-    listen = f"127.0.0.1:{free_port()}"
-    assert await connects(tmp_path, {"notes": upstream.url}, listen=listen)
+    port = free_port()
+    assert await connects(tmp_path, {"notes": upstream.url}, port=port)
     issuer.registration = False
     before = digests(tmp_path)
-    report = await diagnose(tmp_path, upstream.url, listen=listen)
+    report = await diagnose(tmp_path, upstream.url, listen=f"127.0.0.1:{port}")
     assert (report.outcome, report.config_complete) == (Outcome.READY, True)
     assert report.prospect is not None
     assert report.prospect.client_id in issuer.ledger.clients

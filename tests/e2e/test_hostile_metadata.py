@@ -4,8 +4,6 @@ import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from fakes.exchange import ABSENT, Answer
 from fakes.fixtures import Servers
 from fakes.headless import Browser, consent
+from fakes.hostile import assert_refused, trap
 from fakes.mcp_client import Reply
 from fakes.mcp_server import CHUNK, WELL_KNOWN
 from fakes.proxy import RunningProxy, link_in, proxy_process, running_proxy, until, write_config
@@ -21,39 +20,6 @@ from fakes.scene import Scene, scene
 
 RESOURCE, SERVER = "protected resource metadata", "authorization server metadata"
 PRIVATE = ["169.254.169.254", "[64:ff9b::a9fe:a9fe]", "192.0.0.192", "100.64.0.1", "10.0.0.1", "[fd00::1]"]
-
-
-@dataclass
-class Trap:
-    """Listens on loopback, and counts who comes."""
-
-    port: int = 0
-    visits: list[object] = field(default_factory=list)
-
-
-@asynccontextmanager
-async def trap() -> AsyncIterator[Trap]:
-    found = Trap()
-
-    def visited(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        found.visits.append(writer.get_extra_info("peername"))
-        writer.close()
-
-    server = await asyncio.start_server(visited, "127.0.0.1", 0)
-    found.port = server.sockets[0].getsockname()[1]
-    async with server:
-        yield found
-
-
-def assert_refused(reply: Reply, *words: str) -> None:
-    """An error that says why, that no client takes for a challenge, and that offers no link."""
-    assert reply.status in (200, 400, 403, 404, 502, 503, 504)
-    assert "www-authenticate" not in reply.headers
-    text = reply.error["message"]
-    assert "notes" in text
-    assert "/connect/" not in str(reply.message)
-    for word in words:
-        assert word in text, text
 
 
 async def refused_quickly(it: Scene, *words: str) -> None:
@@ -274,70 +240,6 @@ async def test_a_malformed_document_is_named_with_its_address_and_clause(
         await refused_quickly(it, SERVER, it.issuer.issuer, "RFC 8414")
         del it.issuer.answers["metadata"]
         await it.connect()
-
-
-# challenges
-
-
-TRICKS = [
-    'Bearer realm="x scope=evil resource_metadata=http://127.0.0.1:PORT/"',
-    'Bearer realm="a\\", scope=\\"evil", error_description="resource_metadata=\\"http://127.0.0.1:PORT/\\""',
-    'Bearer realm="' + "a" * 60_000,
-    'Basic realm="x", resource_metadata="http://127.0.0.1:PORT/", scope="evil"',
-    'Bearer ,,,=,="", scope=',
-    '"Bearer" scope="evil"',
-    "Bearer " + "a" * 60_000,
-    "\xe9\xff=\x80",
-    "",
-]
-
-
-@pytest.mark.parametrize("challenge", TRICKS, ids=lambda challenge: challenge[:30])
-async def test_nothing_is_read_from_inside_quotes_and_garbage_means_nothing(  # T20
-    servers: Servers, tmp_path: Path, challenge: str
-) -> None:
-    async with trap() as target, scene(servers, tmp_path) as it:
-        it.upstream.challenges = {401: [challenge.replace("PORT", str(target.port))]}
-        await it.connect()
-        assert "evil" not in it.issuer.seen("authorize")[0].form.get("scope", "")
-        assert target.visits == []
-
-
-async def test_two_challenges_in_one_field_or_two_are_told_apart(servers: Servers, tmp_path: Path) -> None:  # T20
-    async with scene(servers, tmp_path) as it:
-        it.upstream.challenges = {401: ['Basic realm="a, b", Bearer scope="read"', 'Digest scope="evil"']}
-        await it.connect()
-        assert it.issuer.seen("authorize")[0].form["scope"] == "read"
-
-
-# tokens
-
-
-BAD_TOKENS: list[dict[str, object]] = [
-    {"token_type": "mac"},
-    {"token_type": ABSENT},
-    {"token_type": "DPoP"},
-    {"token_type": 7},
-    *({"access_token": token} for token in ("a\r\nX-Evil: 1", "a\nb", "a\0b", "a b", "\u00e9", "", 7, ABSENT)),
-    {"refresh_token": "a\r\nb"},
-]
-
-
-@pytest.mark.parametrize("change", BAD_TOKENS, ids=str)
-async def test_a_token_that_must_not_be_used_is_neither_used_nor_kept(  # T22, T23
-    servers: Servers, tmp_path: Path, change: dict[str, object]
-) -> None:
-    async with scene(servers, tmp_path, wait="20s") as it:
-        it.issuer.token_changes = change
-        call = asyncio.create_task(it.ask())
-        page = await consent(await it.proxy.next_link())
-        assert page.status_code == 502
-        assert_refused(await call, "token", it.issuer.issuer)
-        assert set(it.upstream.bearers) == {None}
-        it.issuer.token_changes = {}
-        call = asyncio.create_task(it.ask("in"))
-        await consent(await it.proxy.next_link(2))
-        assert (await call).text == "in"
 
 
 # bombs

@@ -80,14 +80,18 @@ async def test_a_restart_keeps_the_login_and_an_open_flow(servers: Servers, tmp_
     async with running_proxy(tmp_path, {"notes": upstream.url}, **options) as proxy, proxy.client("notes") as client:
         link = link_in((await client.call("echo", text="x")).message)
         address = address_of(proxy.origin)
-    async with running_proxy(tmp_path, {"notes": upstream.url}, listen=address, **options) as proxy:
-        async with proxy.client("notes") as client:
-            assert link_in((await client.call("echo", text="x")).message) == link
-            assert (await consent(link)).status_code == 200
-            assert (await client.call("echo", text="in")).text == "in"
-    async with running_proxy(tmp_path, {"notes": upstream.url}, listen=address, **options) as proxy:
-        async with proxy.client("notes") as client:
-            assert (await client.call("echo", text="still in")).text == "still in"
+    async with (
+        running_proxy(tmp_path, {"notes": upstream.url}, listen=address, **options) as proxy,
+        proxy.client("notes") as client,
+    ):
+        assert link_in((await client.call("echo", text="x")).message) == link
+        assert (await consent(link)).status_code == 200
+        assert (await client.call("echo", text="in")).text == "in"
+    async with (
+        running_proxy(tmp_path, {"notes": upstream.url}, listen=address, **options) as proxy,
+        proxy.client("notes") as client,
+    ):
+        assert (await client.call("echo", text="still in")).text == "still in"
     assert issuer.authorizations == 1
 
 

@@ -1,5 +1,6 @@
 """One issuer, one server ``notes`` and the proxy before it, with a clock that a test may turn."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -48,6 +49,20 @@ class Scene:
         page = await consent(await self.link())
         assert page.status_code == 200, page.text
         assert (await self.ask("connected")).text == "connected"
+
+
+async def many(it: Scene, count: int) -> list[Reply]:
+    """So many tool calls at once, each with its number."""
+    return await asyncio.gather(*(it.ask(str(number)) for number in range(count)))
+
+
+def texts(replies: list[Reply]) -> list[str]:
+    return [reply.text for reply in replies]
+
+
+def numbered(count: int) -> list[str]:
+    """What ``many`` is to be answered."""
+    return [str(number) for number in range(count)]
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ Pure functions from a request body to an answer. Decisions rest on the body, nev
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ UPSTREAM_FAILED = -32002
 LINK_KEY = "io.mcp-auth-proxy/authorization_url"
 INPUT_KEY = "io.mcp-auth-proxy/authorization"
 """The key of our own entry among ``inputRequests``, and so among the ``inputResponses`` of a retry."""
+_INPUT_KEY_START = INPUT_KEY.partition("/")[0].encode()
 
 MODERN_VERSION = "2026-07-28"
 _VERSION_META = "io.modelcontextprotocol/protocolVersion"
@@ -45,7 +47,7 @@ class Message:
 def parse(body: bytes) -> tuple[list[Message], bool]:
     """Return the messages of a body and whether it is a batch; nothing where it is not JSON-RPC."""
     try:
-        document = json.loads(body)
+        document = _decode(body)
     except (ValueError, RecursionError):
         return [], False
     if isinstance(document, list):
@@ -64,6 +66,9 @@ def _message(item: Json) -> Message:
     )
     identifier = item.get("id")
     usable = isinstance(identifier, (str, int, float)) and not isinstance(identifier, bool)
+    if isinstance(identifier, float):
+        # What is too large for a float is read as infinity, which JSON can't say.
+        usable = math.isfinite(identifier)
     return Message(
         method=method if isinstance(method, str) else "",
         id=identifier if usable else None,
@@ -140,7 +145,18 @@ def answer_all(body: bytes, answer: Callable[[Message], Json], fallback: Callabl
 
 
 def encode(document: object) -> bytes:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    """Return JSON. Raises ValueError for the infinities, RecursionError for what is nested too deep."""
+    # In ASCII, for an id or argument may hold half a surrogate pair, which JSON can say and UTF-8 can't.
+    return json.dumps(document, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def _decode(body: bytes) -> Any:
+    """Read JSON, without the NaN and Infinity that Python would let pass. Raises ValueError, RecursionError."""
+    return json.loads(body, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _result(message: Message, result: Json) -> Json:
@@ -156,7 +172,8 @@ def _error(identifier: str | int | float | None, code: int, text: str, data: Jso
 
 def is_retry(body: bytes) -> bool:
     """Whether the body may carry an answer to our own ``inputRequests`` entry (a quick look, no parsing)."""
-    return INPUT_KEY.encode() in body
+    # Not the whole key: some encoders write the slash in it as "\/".
+    return _INPUT_KEY_START in body
 
 
 def without_our_input(body: bytes) -> tuple[bytes, str]:
@@ -165,7 +182,7 @@ def without_our_input(body: bytes) -> tuple[bytes, str]:
     The action is empty where the body carries no such entry; the body is then unchanged.
     """
     try:
-        document = json.loads(body)
+        document = _decode(body)
     except (ValueError, RecursionError):
         return body, ""
     params = document.get("params") if isinstance(document, dict) else None
@@ -175,7 +192,10 @@ def without_our_input(body: bytes) -> tuple[bytes, str]:
     action = _mapping(responses.pop(INPUT_KEY)).get("action")
     if not responses:
         del params["inputResponses"]
-    return encode(document), action if isinstance(action, str) else "accept"
+    try:
+        return encode(document), action if isinstance(action, str) else "accept"
+    except (ValueError, RecursionError):
+        return body, ""
 
 
 def as_events(documents: Iterable[bytes]) -> bytes:

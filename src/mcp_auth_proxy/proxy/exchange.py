@@ -85,6 +85,7 @@ class Forwarder:
         self.sessions = Sessions()
         self.loop = asyncio.get_running_loop()
         self.draining: asyncio.Future[None] = self.loop.create_future()
+        self._idle: asyncio.Future[None] | None = None
         self._active: set[Exchange] = set()
         self._unwatched: set[Exchange] = set()
         self._watchdog = asyncio.create_task(self._watch_clients())
@@ -106,6 +107,8 @@ class Forwarder:
             self._active.discard(exchange)
             self._unwatched.discard(exchange)
             exchange.close()
+            if self._idle is not None and not self._active and not self._idle.done():
+                self._idle.set_result(None)
 
     async def _watch_clients(self) -> None:
         """Plain ASGI tells of a client that went away only to those who ask; ask for the slow ones."""
@@ -117,10 +120,11 @@ class Forwarder:
                     self._unwatched.discard(exchange)
                     exchange.watch()
 
-    @property
-    def under_way(self) -> int:
-        """How many requests are being answered now."""
-        return len(self._active)
+    async def until_idle(self, timeout: float) -> None:
+        """Wait until no request is under way, at most ``timeout`` seconds."""
+        if self._active:
+            self._idle = self.loop.create_future()
+            await asyncio.wait({self._idle}, timeout=timeout)
 
     def drain(self) -> None:
         """Let requests finish, but end what only waits: event streams without a request, and held requests."""

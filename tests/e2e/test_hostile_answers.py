@@ -1,0 +1,78 @@
+"""Hostile challenges and hostile token responses."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from fakes.exchange import ABSENT
+from fakes.fixtures import Servers
+from fakes.headless import consent
+from fakes.hostile import assert_refused, trap
+from fakes.scene import scene
+
+TRICKS = [
+    'Bearer realm="x scope=evil resource_metadata=http://127.0.0.1:PORT/"',
+    'Bearer realm="a\\", scope=\\"evil", error_description="resource_metadata=\\"http://127.0.0.1:PORT/\\""',
+    'Bearer realm="' + "a" * 60_000,
+    'Basic realm="x", resource_metadata="http://127.0.0.1:PORT/", scope="evil"',
+    'Bearer ,,,=,="", scope=',
+    '"Bearer" scope="evil"',
+    "Bearer " + "a" * 60_000,
+    "\xe9\xff=\x80",
+    "",
+]
+
+
+@pytest.mark.parametrize("challenge", TRICKS, ids=lambda challenge: challenge[:30])
+async def test_nothing_is_read_from_inside_quotes_and_garbage_means_nothing(  # T20
+    servers: Servers, tmp_path: Path, challenge: str
+) -> None:
+    async with trap() as target, scene(servers, tmp_path) as it:
+        it.upstream.challenges = {401: [challenge.replace("PORT", str(target.port))]}
+        await it.connect()
+        assert "evil" not in it.issuer.seen("authorize")[0].form.get("scope", "")
+        assert target.visits == []
+
+
+async def test_a_401_without_a_challenge_is_one_all_the_same(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it:
+        it.upstream.challenges = {401: []}
+        await it.connect()
+
+
+async def test_two_challenges_in_one_field_or_two_are_told_apart(servers: Servers, tmp_path: Path) -> None:  # T20
+    async with scene(servers, tmp_path) as it:
+        it.upstream.challenges = {401: ['Basic realm="a, b", Bearer scope="read"', 'Digest scope="evil"']}
+        await it.connect()
+        assert it.issuer.seen("authorize")[0].form["scope"] == "read"
+
+
+# tokens
+
+
+BAD_TOKENS: list[dict[str, object]] = [
+    {"token_type": "mac"},
+    {"token_type": ABSENT},
+    {"token_type": "DPoP"},
+    {"token_type": 7},
+    *({"access_token": token} for token in ("a\r\nX-Evil: 1", "a\nb", "a\0b", "a b", "\u00e9", "", 7, ABSENT)),
+    {"refresh_token": "a\r\nb"},
+]
+
+
+@pytest.mark.parametrize("change", BAD_TOKENS, ids=str)
+async def test_a_token_that_must_not_be_used_is_neither_used_nor_kept(  # T22, T23
+    servers: Servers, tmp_path: Path, change: dict[str, object]
+) -> None:
+    async with scene(servers, tmp_path, wait="20s") as it:
+        it.issuer.token_changes = change
+        call = asyncio.create_task(it.ask())
+        page = await consent(await it.proxy.next_link())
+        assert page.status_code == 502
+        assert_refused(await call, "token", it.issuer.issuer)
+        assert set(it.upstream.bearers) == {None}
+        it.issuer.token_changes = {}
+        call = asyncio.create_task(it.ask("in"))
+        await consent(await it.proxy.next_link(2))
+        assert (await call).text == "in"

@@ -1,0 +1,41 @@
+"""What tests of hostile servers look at: who was visited, and whether the client was told why."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from fakes.mcp_client import Reply
+
+
+@dataclass
+class Trap:
+    """Listens on loopback, and counts who comes."""
+
+    port: int = 0
+    visits: list[object] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def trap() -> AsyncIterator[Trap]:
+    found = Trap()
+
+    def visited(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.visits.append(writer.get_extra_info("peername"))
+        writer.close()
+
+    server = await asyncio.start_server(visited, "127.0.0.1", 0)
+    found.port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield found
+
+
+def assert_refused(reply: Reply, *words: str) -> None:
+    """An error that says why, that no client takes for a challenge, and that offers no link."""
+    assert reply.status in (200, 400, 403, 404, 502, 503, 504)
+    assert "www-authenticate" not in reply.headers
+    text = reply.error["message"]
+    assert "notes" in text
+    assert "/connect/" not in str(reply.message)
+    for word in words:
+        assert word in text, text

@@ -1,0 +1,64 @@
+"""Taking an encoding off: piece by piece, bounded, and with an error for what does not hold what it says."""
+
+import gzip
+import zlib
+from collections.abc import Sequence
+
+import pytest
+
+from mcp_auth_proxy.errors import UpstreamBroken, UpstreamError
+from mcp_auth_proxy.proxy.decoding import PIECE, decoded
+from mcp_auth_proxy.proxy.response import Response
+
+
+class Source:
+    """The connection of a response that has come in whole."""
+
+    def resume(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def fail(self, error: UpstreamError) -> None: ...
+
+
+def response(body: bytes, *encodings: bytes) -> Response:
+    found = Response(Source(), 200, [(b"content-encoding", encoding) for encoding in encodings])
+    found.feed(body)
+    found.finish(None)
+    return found
+
+
+async def pieces(answer: Response) -> list[bytes]:
+    return [piece async for piece in decoded(answer)]
+
+
+@pytest.mark.parametrize(
+    ("body", "encodings"),
+    [
+        (b"text", []),
+        (b"text", [b"identity"]),
+        (gzip.compress(b"text"), [b"gzip"]),
+        (gzip.compress(b"text"), [b" X-GZIP "]),
+        (zlib.compress(b"text"), [b"deflate"]),
+        (b"", [b"gzip"]),
+    ],
+)
+async def test_the_text_comes_out(body: bytes, encodings: Sequence[bytes]) -> None:
+    assert b"".join(await pieces(response(body, *encodings))) == (b"text" if body else b"")
+
+
+async def test_a_bomb_comes_out_in_bounded_pieces() -> None:  # T24
+    found = await pieces(response(gzip.compress(b"\0" * 10_000_000), b"gzip"))
+    assert sum(map(len, found)) == 10_000_000
+    assert max(map(len, found)) <= PIECE
+
+
+@pytest.mark.parametrize("encodings", [[b"br"], [b"gzip, br"], [b"gzip", b"gzip"]])
+async def test_an_encoding_that_we_can_not_take_off_is_named(encodings: list[bytes]) -> None:
+    with pytest.raises(UpstreamBroken, match=encodings[0].decode()):
+        await pieces(response(b"x", *encodings))
+
+
+async def test_what_is_not_what_it_says_is_broken() -> None:
+    with pytest.raises(UpstreamBroken, match="Content-Encoding"):
+        await pieces(response(b"plain text", b"gzip"))
