@@ -120,6 +120,11 @@ class Forwarder:
                     self._unwatched.discard(exchange)
                     exchange.watch()
 
+    @property
+    def under_way(self) -> int:
+        """How many requests are being answered now."""
+        return len(self._active)
+
     async def until_idle(self, timeout: float) -> None:
         """Wait until no request is under way, at most ``timeout`` seconds."""
         if self._active:
