@@ -138,6 +138,30 @@ async def test_what_a_configured_grant_lacks_is_refused(
     assert (issuer.token_requests(), issuer.registrations) == (0, 0)
 
 
+async def test_static_metadata_takes_the_place_of_discovery(servers: Servers, tmp_path: Path) -> None:
+    upstream = await servers.mcp_server()
+    metadata = {
+        "authorization_endpoint": "https://as.example/authorize",
+        "token_endpoint": "https://as.example/token",
+        "code_challenge_methods_supported": ["S256"],
+    }
+    report = await diagnose(tmp_path, {"url": upstream.url, "oauth": {"client_id": "x", "metadata": metadata}})
+    assert (report.outcome, report.config_complete) == (Outcome.READY, True)
+    assert proposed(report, tmp_path)["notes"]["oauth"]["metadata"] == metadata
+    assert upstream.metadata_requests == []
+
+
+async def test_a_client_metadata_document_needs_no_registration(servers: Servers, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server(client_documents=True, registration=False)
+    upstream = await servers.mcp_server(issuer)
+    report = await diagnose(tmp_path, upstream.url, public_url="https://proxy.example.com")
+    assert report.outcome is Outcome.READY
+    assert report.prospect is not None
+    assert report.prospect.client_id == "https://proxy.example.com/oauth/client-metadata.json"
+    assert report.config is not None
+    assert yaml.safe_load(report.config)["public_url"] == "https://proxy.example.com"
+
+
 async def test_a_registration_in_the_store_counts_and_the_store_stays_as_it_is(
     servers: Servers, tmp_path: Path
 ) -> None:

@@ -315,7 +315,9 @@ def test_good_values_stay_good_and_bad_ones_bad_however_many_there_are() -> None
 @given(st.text(string.ascii_letters + string.digits + ".:-_@/\\[]# \t%", max_size=30).map(str.encode) | st.binary())
 def test_a_host_is_good_only_where_what_stands_before_its_port_is(value: bytes) -> None:
     if status(guard(), value) == 200:
-        name, _, port = value.decode("ascii").rpartition(":") if b":" in value.split(b"]")[-1] else (value.decode(), "", "")
+        name, _, port = (
+            value.decode("ascii").rpartition(":") if b":" in value.split(b"]")[-1] else (value.decode(), "", "")
+        )
         assert is_loopback(name.strip("[]"))
         assert port == "" or port.isdigit()
 

@@ -1,6 +1,7 @@
 """The guard before every route: Host and Origin, so that no web page can reach the proxy through a browser."""
 
 import ipaddress
+import re
 from urllib.parse import urlsplit
 
 from mcp_auth_proxy.config.settings import Address, InboundSettings
@@ -8,6 +9,11 @@ from mcp_auth_proxy.config.settings import Address, InboundSettings
 PROBES = frozenset({b"/healthz", b"/readyz", b"/metrics"})
 _FROM_ELSEWHERE = frozenset({b"cross-site", b"same-site"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+_AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9a-z._-]+))(?::([0-9]{0,5}))?")
+"""``host``, with a port or without (RFC 9110 §7.2), in lower case; no user, no list, nothing before or behind."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -18,8 +24,11 @@ class Guard:
     def __init__(self, *, listen: Address, public_url: str, inbound: InboundSettings) -> None:
         self._loopback = is_loopback(listen.host)
         self._port = listen.port
-        self._public_origin = _origin(public_url)
-        self._names = {self._public_origin[1], *(name.lower() for name in inbound.allowed_hosts)}
+        public = urlsplit(public_url)
+        self._public_origin = (public.scheme, public.hostname or "", public.port or _DEFAULT_PORTS[public.scheme])
+        # A name with the port None is good with any port.
+        self._names: set[tuple[str, int | None]] = {(self._public_origin[1], None)}
+        self._names.update(filter(None, map(_authority, inbound.allowed_hosts)))
         self._good_hosts: set[bytes] = set()
         self._good_origins: set[bytes] = set()
 
@@ -47,6 +56,8 @@ class Guard:
                     return 403, "Requests from this web origin are not served."
             elif endpoint and name == b"sec-fetch-site" and value in _FROM_ELSEWHERE:
                 return 403, "Requests from pages of other sites are not served."
+        if not host:
+            return 400, "The request names no Host."
         if page_write and not self._is_own(headers, host):
             return 403, "Only this proxy's own pages may ask for changes."
         return None
@@ -55,35 +66,38 @@ class Guard:
         """Whether a write comes from no web page at all, or from one of ours (Origin, Fetch Metadata)."""
         for name, value in headers:
             if name == b"origin" and value not in (b"http://" + host, b"https://" + host):
-                return False
-            if name == b"sec-fetch-site" and value not in (b"same-origin", b"none"):
+                # Behind another proxy, Host may be the name that is used between the two.
+                if _origin(value) != self._public_origin:
+                    return False
+            elif name == b"sec-fetch-site" and value not in (b"same-origin", b"none"):
                 return False
         return True
 
     def _host_is_good(self, path: bytes, value: bytes) -> bool:
-        host = _host_name(value.decode("latin-1"))
-        if host is None:
+        authority = _authority(value.decode("latin-1"))
+        if authority is None:
             return False
-        if self._known(host):
+        # A loopback name can't be forged by DNS rebinding: the browser sends the name that it was led to.
+        if is_loopback(authority[0]) or self._is_named(*authority):
             self._remember(self._good_hosts, value)
             return True
         # Probes come with the address of the pod as Host. On loopback no probe comes from outside.
         return not self._loopback and path in PROBES
 
-    def _known(self, host: str) -> bool:
-        # A loopback name can't be forged by DNS rebinding: the browser sends the name that it was led to.
-        return host in self._names or is_loopback(host)
+    def _is_named(self, name: str, port: int | None) -> bool:
+        ports = (None, port) if port is not None else (None, *_DEFAULT_PORTS.values())
+        return any((name, port) in self._names for port in ports)
 
     def _origin_is_good(self, value: bytes) -> bool:
-        try:
-            scheme, host, port = _origin(value.decode("ascii"))
-        except ValueError:
+        origin = _origin(value)
+        if origin is None:
             return False
-        good = (scheme, host, port) == self._public_origin or (
+        _, name, port = origin
+        if self._loopback:
             # Another port of this machine is another site: a page there may hold anybody's script.
-            scheme in ("http", "https")
-            and (is_loopback(host) and port == self._port if self._loopback else host in self._names)
-        )
+            good = origin == self._public_origin or (is_loopback(name) and port == self._port)
+        else:
+            good = self._is_named(name, port)
         if good:
             self._remember(self._good_origins, value)
         return good
@@ -104,20 +118,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _host_name(value: str) -> str | None:
-    """Return the name of a Host field without its port (RFC 9110 §7.2), None where it is not one."""
-    if not value or any(char in value for char in "/?#@\\ \t,"):
+def _authority(value: str) -> tuple[str, int | None] | None:
+    """Return the name in lower case and without brackets, and the port where there is one; None for anything else."""
+    found = _AUTHORITY.fullmatch(value.lower())
+    if found is None:
         return None
-    try:
-        parts = urlsplit(f"//{value}")
-        _ = parts.port
-    except ValueError:
-        return None
-    return parts.hostname
+    address, name, digits = found.groups()
+    port = int(digits) if digits else None
+    return None if port is not None and port > 65535 else (address or name, port)
 
 
-def _origin(value: str) -> tuple[str, str, int]:
-    parts = urlsplit(value)
-    if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username:
-        raise ValueError("not an origin")
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+def _origin(value: bytes) -> tuple[str, str, int] | None:
+    """Return scheme, name and port of a web origin (RFC 6454 §6.1); None where it is not one of http or https."""
+    scheme, _, rest = value.decode("latin-1").partition("://")
+    authority = _authority(rest)
+    scheme = scheme.lower()
+    if scheme not in _DEFAULT_PORTS or authority is None:
+        return None
+    return scheme, authority[0], authority[1] or _DEFAULT_PORTS[scheme]
