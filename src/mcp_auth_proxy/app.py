@@ -1,6 +1,5 @@
 """The composition root: builds every floor from the settings, owns their lives, and leads each request to its place."""
 
-import asyncio
 import logging
 import os
 import time

@@ -183,3 +183,20 @@ async def test_a_declined_consent_is_told_and_a_new_request_may_try_again(server
         call = asyncio.create_task(client.call("echo", text="x"))
         await consent(await proxy.next_link(2))
         assert (await call).text == "x"
+
+
+async def test_a_name_given_to_another_server_takes_no_token_there(servers: Servers, tmp_path: Path) -> None:  # T49
+    issuer = await servers.authorization_server()
+    first, second = await servers.mcp_server(issuer), await servers.mcp_server(issuer)
+    options = {"authorization": {"wait": "0s"}}
+    async with running_proxy(tmp_path, {"notes": first.url}, **options) as proxy, proxy.client("notes") as client:
+        await consent(link_in((await client.call("echo", text="x")).message))
+        assert (await client.call("echo", text="in")).text == "in"
+        address = address_of(proxy.origin)
+    async with (
+        running_proxy(tmp_path, {"notes": second.url}, listen=address, **options) as proxy,
+        proxy.client("notes") as client,
+    ):
+        await consent(link_in((await client.call("echo", text="x")).message))
+        assert (await client.call("echo", text="moved")).text == "moved"
+    assert not set(filter(None, first.bearers)) & set(filter(None, second.bearers))

@@ -22,7 +22,7 @@ from mcp_auth_proxy.models import (
     Registration,
     TokenSet,
 )
-from mcp_auth_proxy.oauth import device_authorization, discovery, revocation, scopes, token_endpoint
+from mcp_auth_proxy.oauth import device_authorization, discovery, revocation, scopes, token_endpoint, urls
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.device_authorization import Poll
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
@@ -78,7 +78,19 @@ class Authorizer:
         """Whether a stored flow can still end in what the server is configured for."""
         grant = server.oauth.grant
         is_device = flow.device is not None
-        return is_device == (grant is GrantType.DEVICE_CODE) and flow.redirect_uri == self._clients.redirect_uri(grant)
+        return (
+            is_device == (grant is GrantType.DEVICE_CODE)
+            and flow.redirect_uri == self._clients.redirect_uri(grant)
+            and _is_for(flow.key, server)
+        )
+
+    @staticmethod
+    def serves(grant: Grant, server: ServerSettings) -> bool:
+        """Whether a stored grant is for what the server is configured to be now.
+
+        A name that was given to another server must not take the old one's token there.
+        """
+        return grant.grant_type is server.oauth.grant and _is_for(grant.key, server)
 
     # From a challenge to a plan
 
@@ -281,3 +293,16 @@ def _resource(server: ServerSettings, metadata: ResourceMetadata | None) -> str:
             return metadata.resource if metadata else discovery.canonical_resource(server.url)
         case exact:
             return exact
+
+
+def _is_for(key: GrantKey, server: ServerSettings) -> bool:
+    oauth = server.oauth
+    if oauth.issuer is not None and key.issuer != oauth.issuer:
+        return False
+    match oauth.resource:
+        case "omit":
+            return not key.resource
+        case "auto":
+            return bool(key.resource) and urls.split(key.resource).origin == urls.split(server.url).origin
+        case exact:
+            return key.resource == exact

@@ -305,8 +305,17 @@ class Broker:
         renewed = await self._renew_or_end(key, held)
         return renewed.token if renewed else None
 
-    async def _load(self, key: Key) -> _Held | None:
+    async def _current(self, key: Key) -> Grant | None:
+        """The stored grant for a server, if it is for what the server is configured to be now."""
         grant = await self._grants.current(*key)
+        server = self._servers.get(key[1])
+        if grant is None or server is None or self._authorizer.serves(grant, server):
+            return grant
+        logger.warning("the grant of server %s is for another server or issuer than configured; it is not used", key[1])
+        return None
+
+    async def _load(self, key: Key) -> _Held | None:
+        grant = await self._current(key)
         if grant is None:
             self._absent.add(key)
             return None
@@ -492,7 +501,7 @@ class Broker:
     async def _look_again(self) -> None:
         self._absent.clear()
         for key in {*self._held, *self._pending}:
-            grant = await self._grants.current(*key)
+            grant = await self._current(key)
             if grant is None:
                 self._drop(key)
             elif key not in self._renewing:
