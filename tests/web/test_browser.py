@@ -92,7 +92,8 @@ def command(folder: Path, text: str) -> Path:
     "link",
     [
         "http://127.0.0.1:8787/connect/linear?flow=abc",
-        "http://127.0.0.1:8787/connect/linear?flow=$(touch canary)&x=`touch canary`;touch canary|touch canary\ntouch canary",
+        "http://127.0.0.1:8787/connect/linear?flow=$(touch canary)&x=`touch canary`"
+        ";touch canary|touch canary\ntouch canary",
         "http://127.0.0.1:8787/connect/linear?flow='\"%s%20 x",
     ],
 )

@@ -21,14 +21,16 @@ class SingleFlight(Generic[K, T]):
     def start(self, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
         """Start ``work`` unless it is under way; return the task that does it."""
         task = self._running.get(key)
-        if task is None:
+        # One that is done may still be there: others get a turn between its end and the callback.
+        if task is None or task.done():
             task = asyncio.create_task(work())
             self._running[key] = task
             task.add_done_callback(lambda done: self._finished(key, done))
         return task
 
     def _finished(self, key: K, task: asyncio.Task[T]) -> None:
-        del self._running[key]
+        if self._running.get(key) is task:
+            del self._running[key]
         if not task.cancelled():
             # Marks the exception as seen: with nobody waiting, asyncio would report it a second time.
             task.exception()
@@ -46,4 +48,5 @@ class SingleFlight(Generic[K, T]):
             await asyncio.wait(list(self._running.values()), timeout=timeout)
 
     def __contains__(self, key: K) -> bool:
-        return key in self._running
+        task = self._running.get(key)
+        return task is not None and not task.done()

@@ -1,0 +1,166 @@
+"""One piece of work per key, however many want it and whatever becomes of them."""
+
+import asyncio
+import gc
+
+import pytest
+
+from mcp_auth_proxy.broker.single_flight import SingleFlight
+
+
+class Work:
+    """Counts its runs; ends when ``end`` is called."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.cancelled = 0
+        self._end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def __call__(self) -> int:
+        self.runs += 1
+        try:
+            return await asyncio.shield(self._end)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    def end(self, outcome: int | Exception = 1) -> None:
+        if isinstance(outcome, Exception):
+            self._end.set_exception(outcome)
+        else:
+            self._end.set_result(outcome)
+
+
+async def turns(count: int = 3) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_thousand_callers_share_one_run() -> None:  # F3
+    flight: SingleFlight[str, int] = SingleFlight()
+    work = Work()
+    callers = [asyncio.create_task(flight.run("key", work)) for _ in range(1000)]
+    await turns()
+    work.end(7)
+    assert await asyncio.gather(*callers) == [7] * 1000
+    assert work.runs == 1
+    assert "key" not in flight
+
+
+async def test_keys_do_not_wait_for_each_other() -> None:
+    flight: SingleFlight[str, int] = SingleFlight()
+    slow, quick = Work(), Work()
+    waiting = asyncio.create_task(flight.run("slow", slow))
+    quick.end(2)
+    assert await flight.run("quick", quick) == 2
+    assert not waiting.done()
+    slow.end(1)
+    assert await waiting == 1
+
+
+async def test_every_caller_hears_of_a_failure_and_the_next_one_starts_anew() -> None:
+    flight: SingleFlight[str, int] = SingleFlight()
+    work = Work()
+    callers = [asyncio.create_task(flight.run("key", work)) for _ in range(3)]
+    await turns()
+    work.end(ValueError("no"))
+    outcomes = await asyncio.gather(*callers, return_exceptions=True)
+    assert [str(outcome) for outcome in outcomes] == ["no"] * 3
+    again = Work()
+    again.end(2)
+    assert await flight.run("key", again) == 2
+
+
+async def test_a_caller_that_gives_up_does_not_take_the_work_down() -> None:
+    flight: SingleFlight[str, int] = SingleFlight()
+    work = Work()
+    leaver, stayer = (asyncio.create_task(flight.run("key", work)) for _ in range(2))
+    await turns()
+    leaver.cancel()
+    await turns()
+    assert leaver.cancelled()
+    work.end(3)
+    assert await stayer == 3
+    assert (work.runs, work.cancelled) == (1, 0)
+
+
+async def test_the_work_goes_on_when_everybody_has_given_up() -> None:
+    flight: SingleFlight[str, int] = SingleFlight()
+    work = Work()
+    leaver = asyncio.create_task(flight.run("key", work))
+    await turns()
+    leaver.cancel()
+    await turns()
+    assert "key" in flight
+    newcomer = asyncio.create_task(flight.run("key", work))
+    await turns()
+    work.end(4)
+    assert await newcomer == 4
+    assert work.runs == 1
+
+
+async def test_a_failure_that_nobody_waits_for_is_not_reported_by_asyncio() -> None:
+    flight: SingleFlight[str, int] = SingleFlight()
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    work = Work()
+    leaver = asyncio.create_task(flight.run("key", work))
+    await turns()
+    leaver.cancel()
+    await turns()
+    work.end(ValueError("no"))
+    await turns()
+    del leaver, work
+    gc.collect()
+    await turns()
+    assert reported == []
+    assert "key" not in flight
+
+
+async def test_what_has_just_ended_is_not_under_way() -> None:
+    """Between the end of a task and its callbacks, others get a turn: they must not be handed the old outcome."""
+    flight: SingleFlight[str, int] = SingleFlight()
+    begun = asyncio.Event()
+    seen: list[bool] = []
+
+    async def fail() -> int:
+        begun.set()
+        # Runs after this task has ended, and before the callbacks of its end.
+        asyncio.get_running_loop().call_soon(lambda: seen.append("key" in flight))
+        asyncio.get_running_loop().call_soon(lambda: seen.append(flight.start("key", again) is first))
+        raise ValueError("no")
+
+    async def again() -> int:
+        return 2
+
+    first = flight.start("key", fail)
+    await begun.wait()
+    assert await flight.run("key", again) == 2
+    assert seen == [False, False]
+    await turns()
+    assert "key" not in flight
+
+
+async def test_closing_cancels_what_is_under_way_and_waits_for_its_end() -> None:
+    flight: SingleFlight[str, int] = SingleFlight()
+    work = Work()
+    caller = asyncio.create_task(flight.run("key", work))
+    await turns()
+    await flight.aclose()
+    assert work.cancelled == 1
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert "key" not in flight
+    await flight.aclose()
+
+
+async def test_settling_waits_for_the_end_but_not_for_ever() -> None:
+    flight: SingleFlight[str, int] = SingleFlight()
+    await flight.settle(timeout=10)
+    work = Work()
+    task = flight.start("key", work)
+    await flight.settle(timeout=0.01)
+    assert not task.done()
+    asyncio.get_running_loop().call_soon(work.end, 5)
+    await flight.settle(timeout=10)
+    assert task.result() == 5
