@@ -36,7 +36,7 @@ SERVER = ServerSettings(name="linear", url="https://linear.example/mcp")
 
 
 class Clock:
-    now = NOW + 10
+    now: float = NOW + 10
 
     def __call__(self) -> float:
         return self.now

@@ -17,7 +17,7 @@ from store.builders import NOW, flow, store_settings
 
 
 class Clock:
-    now = NOW + 1
+    now: float = NOW + 1
 
     def __call__(self) -> float:
         return self.now
@@ -166,7 +166,10 @@ async def test_the_cookie_lives_no_longer_than_the_flow(it: Scene) -> None:
 
 
 async def test_many_visits_leave_the_newest_usable(it: Scene) -> None:
-    opened = [await it.open() for _ in range(30)]
+    opened = []
+    for _ in range(30):
+        it.clock.now += 1
+        opened.append(await it.open())
     visit, state = opened[-1]
     await it.visits.accept({"state": [state]}, cookies_of(visit))
     visit, state = opened[0]

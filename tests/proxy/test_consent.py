@@ -41,7 +41,7 @@ METHODS = [
     "completion/complete",
     "x/own",
 ]
-URLS = {"elicitation": {"url": {}}}
+URLS: dict[str, object] = {"elicitation": {"url": {}}}
 
 Json = dict[str, Any]
 

@@ -160,9 +160,29 @@ def test_response_fields_pass_but_for_those_of_the_hop_the_login_and_the_origin(
 @pytest.mark.parametrize("headers", [[], [(b"connection", b"cache-control"), (b"cache-control", b"public")]])
 def test_an_answer_without_cache_control_is_not_to_be_stored(headers: list[tuple[bytes, bytes]]) -> None:
     # T38
-    assert response_headers(headers) == [(b"cache-control", b"no-store")]
+    assert response_headers([(b"content-type", b"application/json"), *headers])[1:] == [(b"cache-control", b"no-store")]
 
 
 def test_connection_can_not_remove_the_framing_of_a_response() -> None:
     got = response_headers([(b"connection", b"content-length"), (b"content-length", b"2")])
     assert (b"content-length", b"2") in got
+
+
+@pytest.mark.parametrize(
+    ("headers", "inert"),
+    [
+        ([(b"content-type", b"application/json")], False),
+        ([(b"Content-Type", b"Application/JSON; charset=utf-8")], False),
+        ([(b"content-type", b"text/event-stream")], False),
+        ([(b"content-type", b"text/html")], True),
+        ([(b"content-type", b"image/svg+xml")], True),
+        ([(b"content-type", b"application/json, text/html")], True),
+        ([(b"content-type", b"application/json"), (b"content-type", b"text/html")], True),
+        ([(b"content-type", b"application/json"), (b"connection", b"content-type")], True),
+        ([], True),
+    ],
+)
+def test_what_a_browser_could_show_as_a_page_is_made_inert(headers: list[tuple[bytes, bytes]], inert: bool) -> None:
+    # Script in it would run in the proxy's origin, and from there call every other server.
+    policies = [value for name, value in response_headers(headers) if name == b"content-security-policy"]
+    assert policies == ([b"default-src 'none'; sandbox"] if inert else [])

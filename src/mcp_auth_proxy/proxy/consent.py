@@ -28,6 +28,9 @@ _VERSION_META = "io.modelcontextprotocol/protocolVersion"
 _CAPABILITIES_META = "io.modelcontextprotocol/clientCapabilities"
 _INPUT_REQUIRED_METHODS = frozenset({"tools/call", "prompts/get", "resources/read"})
 
+MAX_BATCH = 1000
+"""Messages of one body: each is looked at and answered within one turn of the event loop, which all clients share."""
+
 Json = dict[str, Any]
 
 
@@ -45,12 +48,14 @@ class Message:
 
 
 def parse(body: bytes) -> tuple[list[Message], bool]:
-    """Return the messages of a body and whether it is a batch; nothing where it is not JSON-RPC."""
+    """Return the messages of a body and whether it is a batch; nothing where it is no JSON-RPC or over MAX_BATCH."""
     try:
         document = _decode(body)
     except (ValueError, RecursionError):
         return [], False
     if isinstance(document, list):
+        if len(document) > MAX_BATCH:
+            return [], False
         return [_message(item) for item in document if isinstance(item, dict)], True
     return ([_message(document)] if isinstance(document, dict) else []), False
 

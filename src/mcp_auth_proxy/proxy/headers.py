@@ -72,6 +72,12 @@ to them ``x_forwarded_for`` is ``x-forwarded-for``."""
 
 NO_STORE = (b"cache-control", b"no-store")
 
+INERT = (b"content-security-policy", b"default-src 'none'; sandbox")
+"""For answers that a browser could show as a page: its script would run in the proxy's origin, and so could call every
+other server. With a policy of the upstream's own, both hold."""
+
+_NO_PAGES = (b"application/json", b"text/event-stream")
+
 
 def request_head(
     method: bytes,
@@ -123,11 +129,14 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, by
     Dropped: hop-by-hop fields and those that ``Connection`` lists, challenges, cookies, and policies that hold
     for a whole origin (HSTS, Alt-Svc, reporting). ``Content-Length`` stays, since it is only there when it frames
     the body; CORS fields stay. ``Cache-Control: no-store`` is added where the upstream has no ``Cache-Control``:
-    the answer was given to our token, which no cache on the way to the client knows of (RFC 9111 §3.5).
+    the answer was given to our token, which no cache on the way to the client knows of (RFC 9111 §3.5). What is
+    neither JSON nor events is made inert, should a browser be led here.
     """
     kept: list[tuple[bytes, bytes]] = []
     listed: set[bytes] | None = None
     cacheable = False
+    types = 0
+    inert = False
     for field, value in raw:
         name = field.lower()
         if name in _NOT_BACK or name.startswith(_NOT_BACK_PREFIX):
@@ -136,12 +145,18 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, by
             continue
         if name == b"cache-control":
             cacheable = True
+        elif name == b"content-type":
+            types += 1
+            inert = inert or value.partition(b";")[0].strip().lower() not in _NO_PAGES
         kept.append((name, value))
     if listed:
         kept = [pair for pair in kept if pair[0] not in listed or pair[0] == b"content-length"]
         cacheable = cacheable and b"cache-control" not in listed
+        inert = inert or b"content-type" in listed
     if not cacheable:
         kept.append(NO_STORE)
+    if inert or types != 1:  # without a type, or with two, browsers guess
+        kept.append(INERT)
     return kept
 
 

@@ -74,8 +74,9 @@ class InboundProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._leaving or self._deferred:
             return
-        if self._unfinished and not self._in_message:
-            # Its turn comes when the request before has its answer; more than this is not read meanwhile.
+        if self._held_back or (self._unfinished and not self._in_message):
+            # Its turn comes when the request before has its answer; more than this is not read meanwhile. What comes
+            # while earlier bytes still wait for their turn must not overtake them: a body would become a request.
             self._held_back += data
             if len(self._held_back) > MAX_HEAD:
                 self.flow.pause_reading()
@@ -247,11 +248,12 @@ class InboundProtocol(HttpToolsProtocol):
         if self._deferred:
             self._refuse(self._deferred)
         elif self._held_back:
-            data, self._held_back = self._held_back, b""
-            self.loop.call_soon(self._take_turn, data)
+            self.loop.call_soon(self._take_turn)
 
-    def _take_turn(self, data: bytes) -> None:
+    def _take_turn(self) -> None:
+        data, self._held_back = self._held_back, b""
         if not self.transport.is_closing():
+            self.flow.resume_reading()
             self.data_received(data)
 
     def _refuse(self, status: int) -> None:
