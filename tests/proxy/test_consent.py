@@ -466,3 +466,10 @@ def test_every_document_is_one_event(documents: list[object], indent: int | None
     read = [event.split(b"data: ", 1)[1] for event in events.removesuffix(b"\n\n").split(b"\n\n")]
     assert [event.count(b"\n") for event in read] == [0] * len(documents)
     assert [repr(json.loads(event)) for event in read] == [repr(one) for one in documents]
+
+
+def test_a_batch_without_end_is_not_looked_through() -> None:
+    # T30: 16 MiB of "{}" held the event loop, and with it every client, for half a minute.
+    bodies = [b"[" + b",".join([b'{"id":1,"method":"a"}'] * count) + b"]" for count in (1000, 1001)]
+    assert [len(consent.parse(body)[0]) for body in bodies] == [1000, 0]
+    assert consent.answer_all(bodies[1], lambda message: {}, lambda: {"one": "answer"}) == b'{"one":"answer"}'
