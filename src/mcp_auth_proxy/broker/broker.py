@@ -231,7 +231,8 @@ class Broker:
                 raise AuthorizationError(
                     f"Server {server} refuses a token that its authorization server has just issued"
                     f"{f' ({held.grant.key.issuer})' if held else ''}. Look at servers.{server}.oauth.resource and "
-                    f"scopes, and at what the account may use there."
+                    f"scopes, at authorization_params or token_params where the provider wants an audience there "
+                    f"(docs/providers.md), and at what the account may use."
                 )
         trail.authorizations += 1
         if trail.authorizations > MAX_AUTHORIZATIONS:
