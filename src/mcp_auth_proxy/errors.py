@@ -117,17 +117,17 @@ class RegistrationImpossible(AuthorizationError):
 class AuthorizationDenied(AuthorizationError):
     """The authorization server, or the user at it, said no. ``error`` is the OAuth error code."""
 
-    def __init__(self, message: str, error: str = "") -> None:
+    def __init__(self, message: str, error: str = "", *, remedy: Remedy | None = None) -> None:
         self.error = error
-        super().__init__(message)
+        super().__init__(message, remedy=remedy)
 
 
 class TokenRefused(AuthorizationError):
     """The token endpoint answered with a structured OAuth error (RFC 6749 §5.2), in ``error``."""
 
-    def __init__(self, error: str, message: str) -> None:
+    def __init__(self, error: str, message: str, *, remedy: Remedy | None = None) -> None:
         self.error = error
-        super().__init__(message)
+        super().__init__(message, remedy=remedy)
 
 
 class AuthorizationServerUnavailable(AuthorizationError):

@@ -139,3 +139,14 @@ def test_what_a_grant_needs_is_told(tmp_path: Path, text: str, found: str) -> No
 
 def test_a_fault_never_repeats_a_key_or_an_assertion(tmp_path: Path) -> None:
     assert "eyJhbGciOi" not in "".join(faults(tmp_path, "grant: jwt_bearer, assertion: eyJhbGciOi"))  # T45
+
+
+def test_parameters_of_the_protocol_are_not_for_the_configuration(tmp_path: Path) -> None:
+    assert read(tmp_path, "token_params: {audience: x, organization: o}").token_params == {
+        "audience": "x",
+        "organization": "o",
+    }
+    for name in ("grant_type", "scope", "resource", "client_secret", "refresh_token", "assertion", "device_code"):
+        found = faults(tmp_path, f"token_params: {{{name}: x}}")
+        assert len(found) == 1
+        assert found[0].startswith(f"token_params.{name}: is a parameter that the proxy sets itself")

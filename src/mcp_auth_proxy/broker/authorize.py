@@ -9,7 +9,7 @@ from mcp_auth_proxy.broker.clients import Clients
 from mcp_auth_proxy.broker.discover import Discoverer, Observer, unobserved
 from mcp_auth_proxy.broker.token_requests import TokenRequests
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable
+from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, TokenRefused
 from mcp_auth_proxy.models import (
     Attempt,
     DeviceAuthorization,
@@ -24,6 +24,7 @@ from mcp_auth_proxy.models import (
 )
 from mcp_auth_proxy.oauth import device_authorization, discovery, revocation, scopes, token_endpoint, urls
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
+from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.device_authorization import Poll
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -73,6 +74,7 @@ class Authorizer:
         self._clients = Clients(fetcher=fetcher, registrations=registrations, public_url=public_url, clock=clock)
         self._requests = TokenRequests(fetcher=fetcher, discoverer=self._discoverer, clock=clock)
         self._clock = clock
+        self._without_offline_access: set[tuple[str, str]] = set()
 
     def fits(self, flow: Flow, server: ServerSettings) -> bool:
         """Whether a stored flow can still end in what the server is configured for."""
@@ -149,7 +151,8 @@ class Authorizer:
             supported_by_resource=resource.scopes_supported if resource else None,
             supported_by_server=metadata.scopes_supported,
             already=already,
-            offline_access=not oauth.grant.unattended,
+            offline_access=not oauth.grant.unattended
+            and (server.name, metadata.issuer) not in self._without_offline_access,
         )
         key = GrantKey(
             principal=principal.id,
@@ -158,6 +161,14 @@ class Authorizer:
             issuer=metadata.issuer,
         )
         return Plan(server=server, key=key, metadata=metadata, registration=client, scopes=chosen)
+
+    def leave_out_offline_access(self, flow_or_plan: Flow | Plan) -> None:
+        """Ask for ``offline_access`` by ourselves no more where a server has refused the scopes that had it.
+
+        Some list it for all and allow it to some clients only. Asking for less is never a risk.
+        """
+        if scopes.OFFLINE_ACCESS in flow_or_plan.scopes:
+            self._without_offline_access.add((flow_or_plan.key.server, flow_or_plan.key.issuer))
 
     async def forget_client(self, client: Registration) -> None:
         """Drop a dynamic registration that its server no longer knows, so that the next plan makes a new one."""
@@ -213,9 +224,7 @@ class Authorizer:
     async def poll(self, server: ServerSettings, flow: Flow) -> Grant | Poll:
         """Ask once whether the user has authorized on the other device (RFC 8628 §3.4). Raises AuthorizationError."""
         form = device_authorization.poll_request(flow)
-        response = await self._requests.post(
-            server, flow.registration, flow.endpoints.token, form, document="token response"
-        )
+        response = await self._requests.ask(server, flow.registration, flow.endpoints.token, form)
         answer = device_authorization.read_poll(
             response.status,
             response.headers,
@@ -255,8 +264,19 @@ class Authorizer:
         """
         if grant.grant_type.repeatable:
             form = await self._requests.unattended_form(server, grant.grant_type, grant.key, grant.scopes)
-        else:
+        elif grant.key.resource or not grant.scopes:
             form = token_endpoint.refresh_request(grant)
+        else:
+            # Where no resource says whom the token is for, the scope does: Entra ID wants it each time.
+            try:
+                return await self._refreshed(server, grant, token_endpoint.refresh_request(grant, with_scope=True))
+            except TokenRefused as refused:
+                if refused.error != "invalid_scope":
+                    raise
+            form = token_endpoint.refresh_request(grant)
+        return await self._refreshed(server, grant, form)
+
+    async def _refreshed(self, server: ServerSettings, grant: Grant, form: Fields) -> TokenSet:
         return await self._requests.tokens(
             server, grant.registration, grant.endpoints, form, requested=grant.scopes, previous=grant.tokens
         )

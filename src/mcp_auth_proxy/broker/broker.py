@@ -231,7 +231,8 @@ class Broker:
                 raise AuthorizationError(
                     f"Server {server} refuses a token that its authorization server has just issued"
                     f"{f' ({held.grant.key.issuer})' if held else ''}. Look at servers.{server}.oauth.resource and "
-                    f"scopes, and at what the account may use there."
+                    f"scopes, at authorization_params or token_params where the provider wants an audience there "
+                    f"(docs/providers.md), and at what the account may use."
                 )
         trail.authorizations += 1
         if trail.authorizations > MAX_AUTHORIZATIONS:
@@ -251,8 +252,8 @@ class Broker:
             code = authorization_code.check_response(params, flow=flow)
             grant = await self._authorizer.redeem(server, flow, attempt, code)
         except (AuthorizationError, CallbackRefused) as error:
-            if isinstance(error, TokenRefused) and error.error == "invalid_client":
-                await self._authorizer.forget_client(flow.registration)
+            if isinstance(error, TokenRefused | AuthorizationDenied):
+                await self._learn_from(error.error, flow)
             await self._give_up(key, flow, str(error))
             raise
         await self._adopt(key, await self._grants.add(grant))
@@ -412,16 +413,22 @@ class Broker:
         try:
             grant = await self._authorizer.obtain(plan)
         except TokenRefused as refused:
-            raise AuthorizationDenied(str(refused), refused.error) from None
+            raise AuthorizationDenied(str(refused), refused.error, remedy=refused.remedy) from None
         return (await self._adopt(key, await self._grants.add(grant))).token
 
     async def _begin(self, plan: Plan) -> Flow:
         try:
             return await self._authorizer.begin(plan)
         except TokenRefused as refused:
-            if refused.error == "invalid_client":
-                await self._authorizer.forget_client(plan.registration)
-            raise AuthorizationDenied(str(refused), refused.error) from None
+            await self._learn_from(refused.error, plan)
+            raise AuthorizationDenied(str(refused), refused.error, remedy=refused.remedy) from None
+
+    async def _learn_from(self, error: str, tried: Flow | Plan) -> None:
+        """Let the next authorization do without what this one was refused for, where that is ours to change."""
+        if error == "invalid_client":
+            await self._authorizer.forget_client(tried.registration)
+        elif error == "invalid_scope":
+            self._authorizer.leave_out_offline_access(tried)
 
     async def _resume(self, key: Key, server: ServerSettings, challenge: BearerChallenge | None) -> Pending | None:
         """Take up a flow that an earlier run of the proxy began, or another process, if it still fits."""

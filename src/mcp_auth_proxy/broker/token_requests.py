@@ -21,6 +21,7 @@ from mcp_auth_proxy.models import (
 from mcp_auth_proxy.oauth import client_auth, jwt_bearer, token_endpoint, token_exchange
 from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher, Response
+from mcp_auth_proxy.oauth.oauth_error import Asked
 from mcp_auth_proxy.oauth.token_exchange import IdJag, SubjectToken, TokenType
 
 IDP_DEADLINE = 10.0
@@ -48,7 +49,7 @@ class TokenRequests:
         previous: TokenSet | None = None,
     ) -> TokenSet:
         """Return the tokens that the form brings (RFC 6749 §5.1)."""
-        response = await self.post(server, client, endpoints.token, form, document="token response")
+        response = await self.ask(server, client, endpoints.token, form)
         return token_endpoint.read_tokens(
             response.status,
             response.headers,
@@ -58,7 +59,14 @@ class TokenRequests:
             requested_scopes=requested,
             previous=previous,
             secrets=self.secrets(server, client, form),
+            asked=Asked(server=server.name, resource=dict(form).get("resource", ""), scopes=requested),
         )
+
+    async def ask(self, server: ServerSettings, client: Registration, url: str, form: Fields) -> Response:
+        """Return what the token endpoint answers to a form, the client's proof and the configured ``token_params``."""
+        names = {name for name, _ in form}
+        more = [(name, value) for name, value in server.oauth.token_params.items() if name not in names]
+        return await self.post(server, client, url, [*form, *more], document="token response")
 
     async def post(
         self, server: ServerSettings, client: Registration, url: str, form: Fields, *, document: str

@@ -102,10 +102,10 @@ async def _list_tools(server: ServerSettings, url: str) -> None:
 
 
 def _first(error: BaseException) -> str:
-    """Return the text of the first error in a group of them."""
+    """Return the text of the first error in a group of them, on one line."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return str(error).rstrip(".") or type(error).__name__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 async def logout(settings: Settings, name: str, *, forget_client: bool) -> int:

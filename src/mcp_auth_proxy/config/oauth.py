@@ -21,6 +21,9 @@ _OWN_PARAMS = frozenset(
         *("code_verifier", "code_challenge", "code_challenge_method", "dpop_jkt"),
     }
 )
+_OWN_TOKEN_PARAMS = _OWN_PARAMS | {
+    *("refresh_token", "assertion", "device_code", "subject_token", "subject_token_type", "requested_token_type"),
+}
 _HINTS = {"scope": "use scopes", "resource": "use the key resource", "client_id": "use the key client_id"}
 
 # Grants in which the client must be known beforehand: nobody is there to let it register itself.
@@ -53,7 +56,8 @@ def read_oauth(section: Section) -> OAuthSettings:
         scopes=_read_scopes(section),
         issuer=section.parsed("issuer", values.issuer, None),
         resource=section.parsed("resource", values.resource, "auto"),
-        authorization_params=_read_params(section.section("authorization_params")),
+        authorization_params=_read_params(section.section("authorization_params"), _OWN_PARAMS),
+        token_params=_read_params(section.section("token_params"), _OWN_TOKEN_PARAMS),
         metadata=_read_metadata(section, grant),
         client_metadata_url=section.parsed("client_metadata_url", values.client_metadata_url, None),
         allow_missing_pkce=section.boolean("allow_missing_pkce", default=False),
@@ -147,10 +151,10 @@ def _read_scopes(section: Section) -> tuple[str, ...] | None:
     return None if scopes is None else tuple(dict.fromkeys(scopes))
 
 
-def _read_params(section: Section) -> dict[str, str]:
+def _read_params(section: Section, own: frozenset[str]) -> dict[str, str]:
     params: dict[str, str] = {}
     for name, value in section.entries():
-        if name in _OWN_PARAMS:
+        if name in own:
             hint = f": {_HINTS[name]}" if name in _HINTS else ""
             section.fault(name, f"is a parameter that the proxy sets itself{hint}")
         elif not isinstance(value, str):

@@ -96,6 +96,8 @@ class OAuthSettings:
     resource: str = "auto"
     """``auto``, ``omit`` or an exact URI."""
     authorization_params: Mapping[str, str] = field(default_factory=dict)
+    token_params: Mapping[str, str] = field(default_factory=dict)
+    """Added to every request to the token endpoint."""
     metadata: Mapping[str, object] | None = None
     client_metadata_url: str | None = None
     allow_missing_pkce: bool = False

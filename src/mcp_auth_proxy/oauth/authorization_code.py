@@ -86,8 +86,13 @@ def check_response(params: Mapping[str, Sequence[str]], *, flow: Flow) -> str:
         )
     if "error" in values:
         error = oauth_error.code(values["error"])
-        words = oauth_error.sentence(error, values.get("error_description"), secrets=(values.get("state"),))
-        raise AuthorizationDenied(f"The authorization server {flow.key.issuer} said no: {words}.", error)
+        description = values.get("error_description")
+        words = oauth_error.sentence(error, description, secrets=(values.get("state"),))
+        asked = oauth_error.Asked(server=flow.key.server, resource=flow.key.resource, scopes=flow.scopes)
+        hint, remedy = oauth_error.advice(error, description, asked)
+        raise AuthorizationDenied(
+            f"The authorization server {flow.key.issuer} said no: {words}.{hint}", error, remedy=remedy
+        )
     code = values.get("code", "")
     if not code or len(code) > MAX_CODE or not (code.isascii() and code.isprintable()):
         raise CallbackRefused("The authorization response has no usable code (RFC 6749 §4.1.2).")

@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mcp_auth_proxy.errors import Remedy
 
 MAX_DESCRIPTION = 300
 """Characters of an error_description that are shown."""
@@ -12,6 +15,39 @@ _CODE = re.compile(r"[\x20\x21\x23-\x5b\x5d-\x7e]{1,80}")
 
 _OPAQUE = re.compile(r"[A-Za-z0-9_-]{32,}")
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+
+# Entra ID: the resource does not go with the scopes; the parameter is not supported.
+_RESOURCE_REFUSED = re.compile(r"\bAADSTS(9010010|901002)\b")
+_RESOURCE_ERRORS = frozenset({"invalid_target", "invalid_resource"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a request asked for that an error may be about, and for which of our servers."""
+
+    server: str
+    resource: str = ""
+    scopes: tuple[str, ...] = ()
+
+
+def advice(error: str, description: object, asked: Asked) -> tuple[str, Remedy | None]:
+    """Return a sentence that names the configuration key to look at, and the remedy; "" and None where none is known.
+
+    ``error`` is what ``code`` returned. The text of the server is looked into for this hint alone.
+    """
+    words = description if isinstance(description, str) else ""
+    setting = f"servers.{asked.server}.oauth"
+    about_resource = error in _RESOURCE_ERRORS or (error == "invalid_request" and re.search(r"\bresource\b", words))
+    if asked.resource and (about_resource or _RESOURCE_REFUSED.search(words)):
+        return (
+            f" The resource parameter was {asked.resource} (RFC 8707 §2): set {setting}.resource to what this "
+            f"authorization server knows the MCP server by, or to omit where it takes none.",
+            Remedy("oauth.resource", "omit"),
+        )
+    if error == "invalid_scope":
+        asked_for = " ".join(asked.scopes) or "none"
+        return f" The scopes asked for: {asked_for}. Others can be set in {setting}.scopes.", Remedy("oauth.scopes")
+    return "", None
 
 
 def code(value: object) -> str:

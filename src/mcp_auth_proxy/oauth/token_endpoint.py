@@ -8,8 +8,9 @@ from email.utils import parsedate_to_datetime
 
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, TokenRefused
 from mcp_auth_proxy.models import Attempt, Flow, Grant, TokenSet
-from mcp_auth_proxy.oauth import oauth_error, scopes
+from mcp_auth_proxy.oauth import dialects, oauth_error, scopes
 from mcp_auth_proxy.oauth.documents import Document, parse_object
+from mcp_auth_proxy.oauth.oauth_error import Asked
 
 MAX_TOKEN = 16 * 1024
 """Characters of a token."""
@@ -39,16 +40,18 @@ def code_request(flow: Flow, attempt: Attempt, code: str) -> list[tuple[str, str
     ]
 
 
-def refresh_request(grant: Grant) -> list[tuple[str, str]]:
+def refresh_request(grant: Grant, *, with_scope: bool = False) -> list[tuple[str, str]]:
     """Return the form that renews a grant by its refresh token (RFC 6749 §6).
 
-    No scope: left out, it means all that was granted. Raises ValueError where the grant has no refresh token.
+    Without the scope, which then means all that was granted; ``with_scope``: with what was asked for. Raises
+    ValueError where the grant has no refresh token.
     """
     if grant.tokens.refresh_token is None:
         raise ValueError("the grant has no refresh token")
     return [
         ("grant_type", "refresh_token"),
         ("refresh_token", grant.tokens.refresh_token),
+        *([("scope", " ".join(grant.scopes))] if with_scope else []),
         *_resource(grant.key.resource),
     ]
 
@@ -69,17 +72,20 @@ def read_tokens(
     requested_scopes: tuple[str, ...],
     previous: TokenSet | None = None,
     secrets: Iterable[str] = (),
+    asked: Asked | None = None,
 ) -> TokenSet:
     """Return the tokens of a token response (RFC 6749 §5.1).
 
     ``headers`` have lower-case names; ``now`` is in Unix seconds. A refresh response without a refresh token keeps
     that of ``previous`` (§6); one without a scope means the scopes of ``previous``, or those requested. ``secrets``
-    are what was sent and must not be shown should an error repeat it, besides the tokens of ``previous``.
+    are what was sent and must not be shown should an error repeat it, besides the tokens of ``previous``; ``asked``
+    lets an error name the key that it is about.
     Raises TokenRefused for a structured OAuth error, also with HTTP 200; AuthorizationServerUnavailable for 408, 429,
     5xx and what is no OAuth answer at all; DocumentRefused for tokens that must not be used.
     """
     held = (previous.access_token, previous.refresh_token) if previous else ()
-    answer = read_answer(status, headers, body, url=url, secrets=(*(token for token in held if token), *secrets))
+    hidden = (*(token for token in held if token), *secrets)
+    answer = dialects.standard_answer(read_answer(status, headers, body, url=url, secrets=hidden, asked=asked))
     document = Document(answer, name="token response", url=url, clause="RFC 6749 §5.1")
     token_type = document.get("token_type")
     if not isinstance(token_type, str) or token_type.lower() != "bearer":
@@ -105,6 +111,7 @@ def read_answer(
     url: str,
     endpoint: str = "token endpoint",
     secrets: Iterable[str] = (),
+    asked: Asked | None = None,
 ) -> dict[str, object]:
     """Return the JSON object of a successful answer of any endpoint that answers as the token endpoint does.
 
@@ -119,11 +126,13 @@ def read_answer(
         raise _unavailable(status, headers, f"{endpoint} {url}", f"HTTP {status}, and {problem}") from None
     error = answer.get("error")
     if isinstance(error, str) and error:
-        code = oauth_error.code(error)
-        words = oauth_error.sentence(code, answer.get("error_description"), secrets=secrets)
+        own, description = oauth_error.code(error), answer.get("error_description")
+        words = oauth_error.sentence(own, description, secrets=secrets)
+        code = dialects.standard_error(own)
         if code in _PASSING:
             raise _unavailable(status, headers, f"{endpoint} {url}", words)
-        raise TokenRefused(code, f"The {endpoint} {url} refused: {words}.")
+        hint, remedy = oauth_error.advice(code, description, asked) if asked else ("", None)
+        raise TokenRefused(code, f"The {endpoint} {url} refused: {words}.{hint}", remedy=remedy)
     if not 200 <= status < 300 or answer.get("ok") is False:
         raise _unavailable(status, headers, f"{endpoint} {url}", f"HTTP {status}, and no OAuth error")
     return answer

@@ -89,7 +89,7 @@ PROVIDERS = (
     ),
     Provider(
         name="Slack",
-        hosts=("slack.com",),
+        hosts=("slack.com", "mcp.slack.com"),
         advice="It reports errors with HTTP 200, which the proxy understands. It registers no clients by itself: make "
         "an app, whose secret is needed.",
     ),
