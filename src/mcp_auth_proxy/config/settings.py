@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from mcp_auth_proxy.config.signing_key import SigningKey
-from mcp_auth_proxy.models import ClientAuth, GrantType
+from mcp_auth_proxy.models import ClientAuth, DpopUse, GrantType
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,7 @@ class OAuthSettings:
     authorization_params: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, object] | None = None
     client_metadata_url: str | None = None
+    dpop: DpopUse = DpopUse.OFF
     allow_missing_pkce: bool = False
 
 
