@@ -3,8 +3,10 @@
 Times are Unix seconds (float, UTC); scopes are tuples in the order they were given, without repeats.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,15 @@ class GrantType(StrEnum):
         return self in (GrantType.CLIENT_CREDENTIALS, GrantType.JWT_BEARER, GrantType.ID_JAG)
 
 
+class DpopUse(StrEnum):
+    """Whether tokens are bound to a key of ours (RFC 9449); the values are those of the configuration key ``dpop``."""
+
+    OFF = "off"
+    AUTO = "auto"
+    """Where both the resource and the authorization server want it."""
+    REQUIRED = "required"
+
+
 class RegistrationKind(StrEnum):
     """Where a client identity came from."""
 
@@ -77,6 +88,7 @@ class TokenSet:
 
     access_token: str = field(repr=False)
     token_type: str = "Bearer"
+    """``Bearer``, or ``DPoP`` for a token that is good with a proof only."""
     refresh_token: str | None = field(default=None, repr=False)
     obtained_at: float
     expires_at: float | None = None
@@ -117,6 +129,8 @@ class Grant:
     scopes: tuple[str, ...]
     """What was asked for; ``tokens.scopes`` is what was given."""
     granted_at: float
+    dpop_key: str | None = field(default=None, repr=False)
+    """The private key that the tokens were asked for with, as ``oauth.dpop.Key.text``; kept for the grant's life."""
     version: int = 1
     """The fencing version: one more with each renewal."""
     refresh_begun_at: float | None = None
@@ -167,6 +181,8 @@ class Flow:
     """Why it failed, in words for the user."""
     device: DeviceAuthorization | None = None
     """Set where the user authorizes on another device; then there is no redirect."""
+    dpop_key: str | None = field(default=None, repr=False)
+    """The key that the grant is to be bound to, from before the user is asked until it has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +201,16 @@ class Attempt:
     expires_at: float
 
 
+class Prover(Protocol):
+    """Goes with a token that is good for nothing without a proof for each request."""
+
+    def prove(self, method: bytes, target: bytes) -> bytes:
+        """Return the proof for one request to the token's server, to be used once."""
+
+    def heard(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Take in what an answer says about the next proof."""
+
+
 @dataclass(frozen=True, slots=True)
 class AccessToken:
     """What the data plane may hold: a ready Authorization header and its generation."""
@@ -192,3 +218,5 @@ class AccessToken:
     header: bytes = field(repr=False)
     generation: int
     """Grows with every token that is put in the place of another for this principal and server."""
+    prover: Prover | None = field(default=None, repr=False)
+    """None for a bearer token."""

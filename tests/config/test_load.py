@@ -201,19 +201,6 @@ def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("dpop: required", "dpop"),
-        ("dpop: auto", "dpop"),
-    ],
-)
-def test_what_is_announced_but_not_built_says_so(tmp_path: Path, text: str, path: str) -> None:
-    found = faults(tmp_path, oauth(text))
-    assert all("not supported in this version" in fault for fault in found)
-    assert any(fault.startswith(f"servers.a.oauth.{path}: ") for fault in found)
-
-
-@pytest.mark.parametrize(
-    ("text", "path"),
-    [
         ("grant: client_credentials", "client_id"),
         ("grant: client_credentials, client_id: a", "client_secret"),
         ("client_secret: a", "client_secret"),

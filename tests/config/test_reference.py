@@ -36,7 +36,7 @@ SECTIONS: dict[str, type] = {
 }
 NOT_KEYS = {"source", "servers.*.name"}
 # Keys that are no field of their section: they are turned into something else while they are read.
-MORE_KEYS = {"upstream_timeout", "store.url", "store.keys", "servers.*.oauth.dpop", "servers.*.oauth.signing_alg"}
+MORE_KEYS = {"upstream_timeout", "store.url", "store.keys", "servers.*.oauth.signing_alg"}
 
 
 def setting_keys() -> set[str]:

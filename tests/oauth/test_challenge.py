@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_auth_proxy.oauth.challenge import MAX_BYTES, BearerChallenge, Challenge, bearer, parse
+from mcp_auth_proxy.oauth.challenge import MAX_BYTES, BearerChallenge, Challenge, bearer, parse, wants_nonce
 
 
 def one(value: str) -> Challenge:
@@ -163,3 +163,22 @@ def test_what_is_written_by_the_grammar_is_read_back(challenges: list[tuple[str,
 
     assert [(challenge.scheme, dict(challenge.params)) for challenge in together] == expected
     assert apart == together
+
+
+def test_a_dpop_challenge_is_read_as_a_bearer_one_and_remembered() -> None:
+    found = bearer([b'Bearer resource_metadata="https://h/", DPoP algs="ES256", error="invalid_token", scope="a b"'])
+    assert found == BearerChallenge(error="invalid_token", scopes=("a", "b"), resource_metadata="https://h/", dpop=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        (b'DPoP error="use_dpop_nonce"', True),
+        (b'Bearer, DPoP error="invalid_dpop_proof"', True),
+        (b'DPoP error="invalid_token"', False),
+        (b'Bearer error="use_dpop_nonce"', False),
+        (b'Bearer realm="DPoP error=use_dpop_nonce"', False),
+    ],
+)
+def test_only_a_dpop_challenge_asks_for_a_nonce(field: bytes, expected: bool) -> None:  # T20
+    assert wants_nonce([field]) is expected

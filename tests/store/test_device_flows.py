@@ -79,7 +79,8 @@ async def test_a_flow_of_the_first_schema_is_kept_by_the_migration(tmp_path: Pat
     await Flows(database).save(flow())
     await database.close()
     before = sqlite3.connect(tmp_path / "store.db")
-    for column in ("device", "poll_owner", "next_poll_at"):
+    before.execute("ALTER TABLE grants DROP COLUMN dpop_key")
+    for column in ("device", "poll_owner", "next_poll_at", "dpop_key"):
         before.execute(f"ALTER TABLE flows DROP COLUMN {column}")
     before.execute("PRAGMA user_version = 1")
     before.close()

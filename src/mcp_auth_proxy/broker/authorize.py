@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from mcp_auth_proxy.broker import dpop as bindings
 from mcp_auth_proxy.broker.clients import Clients
 from mcp_auth_proxy.broker.discover import Discoverer, Observer, unobserved
 from mcp_auth_proxy.broker.token_requests import TokenRequests
@@ -22,7 +23,7 @@ from mcp_auth_proxy.models import (
     Registration,
     TokenSet,
 )
-from mcp_auth_proxy.oauth import device_authorization, discovery, revocation, scopes, token_endpoint, urls
+from mcp_auth_proxy.oauth import device_authorization, discovery, dpop, revocation, scopes, token_endpoint, urls
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.device_authorization import Poll
@@ -47,6 +48,8 @@ class Plan:
     metadata: ServerMetadata
     registration: Registration
     scopes: tuple[str, ...]
+    dpop: bool = False
+    """Whether the tokens are to be bound to a key of ours (RFC 9449)."""
 
     @property
     def endpoints(self) -> Endpoints:
@@ -84,6 +87,7 @@ class Authorizer:
             is_device == (grant is GrantType.DEVICE_CODE)
             and flow.redirect_uri == self._clients.redirect_uri(grant)
             and _is_for(flow.key, server)
+            and bindings.fits(flow, server)
         )
 
     @staticmethod
@@ -92,7 +96,7 @@ class Authorizer:
 
         A name that was given to another server must not take the old one's token there.
         """
-        return grant.grant_type is server.oauth.grant and _is_for(grant.key, server)
+        return grant.grant_type is server.oauth.grant and _is_for(grant.key, server) and bindings.fits(grant, server)
 
     # From a challenge to a plan
 
@@ -139,6 +143,13 @@ class Authorizer:
         try:
             async with asyncio.timeout(DISCOVERY_DEADLINE):
                 resource, metadata = await self._discoverer.discover(server, challenge)
+                bound = dpop.decide(
+                    server.oauth.dpop,
+                    metadata,
+                    challenged=challenge is not None and challenge.dpop,
+                    demanded=resource is not None and resource.dpop_required,
+                    server=server.name,
+                )
                 client = await register(metadata)
         except TimeoutError:
             raise AuthorizationServerUnavailable(
@@ -160,7 +171,7 @@ class Authorizer:
             resource=_resource(server, resource),
             issuer=metadata.issuer,
         )
-        return Plan(server=server, key=key, metadata=metadata, registration=client, scopes=chosen)
+        return Plan(server=server, key=key, metadata=metadata, registration=client, scopes=chosen, dpop=bound)
 
     def leave_out_offline_access(self, flow_or_plan: Flow | Plan) -> None:
         """Ask for ``offline_access`` by ourselves no more where a server has refused the scopes that had it.
@@ -213,18 +224,23 @@ class Authorizer:
             created_at=now,
             expires_at=now + lifetime,
             device=device,
+            dpop_key=_new_key(plan),
         )
 
     async def redeem(self, server: ServerSettings, flow: Flow, attempt: Attempt, code: str) -> Grant:
         """Exchange a code for tokens (RFC 6749 §4.1.3). Raises AuthorizationError."""
         form = token_endpoint.code_request(flow, attempt, code)
-        tokens = await self._requests.tokens(server, flow.registration, flow.endpoints, form, requested=flow.scopes)
-        return self._granted(flow, GrantType.AUTHORIZATION_CODE, tokens)
+        tokens = await self._requests.tokens(
+            server, flow.registration, flow.endpoints, form, requested=flow.scopes, dpop_key=flow.dpop_key
+        )
+        return self._granted(flow, GrantType.AUTHORIZATION_CODE, tokens, flow.dpop_key)
 
     async def poll(self, server: ServerSettings, flow: Flow) -> Grant | Poll:
         """Ask once whether the user has authorized on the other device (RFC 8628 §3.4). Raises AuthorizationError."""
         form = device_authorization.poll_request(flow)
-        response = await self._requests.ask(server, flow.registration, flow.endpoints.token, form)
+        response = await self._requests.ask(
+            server, flow.registration, flow.endpoints.token, form, dpop_key=flow.dpop_key
+        )
         answer = device_authorization.read_poll(
             response.status,
             response.headers,
@@ -232,10 +248,13 @@ class Authorizer:
             flow=flow,
             now=self._clock(),
             secrets=self._requests.secrets(server, flow.registration, form),
+            token_types=self._requests.token_types(server, flow.dpop_key),
         )
-        return answer if isinstance(answer, Poll) else self._granted(flow, GrantType.DEVICE_CODE, answer)
+        if isinstance(answer, Poll):
+            return answer
+        return self._granted(flow, GrantType.DEVICE_CODE, answer, flow.dpop_key)
 
-    def _granted(self, origin: Flow | Plan, grant: GrantType, tokens: TokenSet) -> Grant:
+    def _granted(self, origin: Flow | Plan, grant: GrantType, tokens: TokenSet, dpop_key: str | None) -> Grant:
         return Grant(
             key=origin.key,
             grant_type=grant,
@@ -244,6 +263,7 @@ class Authorizer:
             tokens=tokens,
             scopes=origin.scopes,
             granted_at=self._clock(),
+            dpop_key=dpop_key,
         )
 
     # Without one
@@ -252,10 +272,11 @@ class Authorizer:
         """Obtain a grant that needs no user; ``subject`` is the caller's token. Raises AuthorizationError."""
         grant = plan.server.oauth.grant
         form = await self._requests.unattended_form(plan.server, grant, plan.key, plan.scopes, subject=subject)
+        key = _new_key(plan)
         tokens = await self._requests.tokens(
-            plan.server, plan.registration, plan.endpoints, form, requested=plan.scopes
+            plan.server, plan.registration, plan.endpoints, form, requested=plan.scopes, dpop_key=key
         )
-        return self._granted(plan, grant, tokens)
+        return self._granted(plan, grant, tokens, key)
 
     async def refresh(self, server: ServerSettings, grant: Grant) -> TokenSet:
         """Renew the tokens of a grant: by its refresh token, or by asking again where the configuration is enough.
@@ -278,7 +299,13 @@ class Authorizer:
 
     async def _refreshed(self, server: ServerSettings, grant: Grant, form: Fields) -> TokenSet:
         return await self._requests.tokens(
-            server, grant.registration, grant.endpoints, form, requested=grant.scopes, previous=grant.tokens
+            server,
+            grant.registration,
+            grant.endpoints,
+            form,
+            requested=grant.scopes,
+            previous=grant.tokens,
+            dpop_key=grant.dpop_key,
         )
 
     async def revoke(self, server: ServerSettings, grant: Grant) -> bool:
@@ -295,6 +322,11 @@ class Authorizer:
         if response.status >= 400:
             raise AuthorizationError(f"{endpoint} answered {response.status} to the revocation.")
         return True
+
+
+def _new_key(plan: Plan) -> str | None:
+    """A key for each grant: two of them can't be told to belong together by it."""
+    return dpop.Key.generate().text if plan.dpop else None
 
 
 def _device_endpoint(plan: Plan) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mcp_auth_proxy.broker import dpop
 from mcp_auth_proxy.broker.authorize import Authorizer, Plan
 from mcp_auth_proxy.broker.device import DeviceFlows
 from mcp_auth_proxy.broker.renew import GrantEnded, Renewer, renew_at, renewable
@@ -99,6 +100,8 @@ class Trail:
 
     unauthorized: int = 0
     authorizations: int = 0
+    proved_anew: int = 0
+    """The generation of the token that was last sent again with a nonce its server asked for."""
 
 
 class Broker:
@@ -127,6 +130,7 @@ class Broker:
         self._announce = announce
         self._clock = clock
         self._generations = itertools.count(1)
+        self._nonces = dpop.Nonces()
         self._held: dict[Key, _Held] = {}
         self._absent: set[Key] = set()
         self._pending: dict[Key, Pending] = {}
@@ -205,10 +209,12 @@ class Broker:
         challenge: Sequence[bytes],
         used: AccessToken | None,
         trail: Trail,
+        nonce: Sequence[bytes] = (),
     ) -> AccessToken | Pending | None:
         """Answer an upstream's 401 or 403: a token to try again with, or a flow to wait for.
 
-        None: the answer is no challenge (a 403 for another reason) and belongs to the client.
+        ``nonce`` are the answer's DPoP-Nonce fields. None: the answer is no challenge (a 403 for another reason) and
+        belongs to the client.
         Raises AuthorizationError, AuthorizationServerUnavailable, StoreError.
         """
         key = (principal.id, server)
@@ -221,6 +227,11 @@ class Broker:
             held.used = True
             return held.token
         if status == 401 and used is not None:
+            again = trail.proved_anew == used.generation
+            same = dpop.proved_anew(used, server=server, challenge=challenge, nonce=nonce, again=again)
+            if same is not None:
+                trail.proved_anew = used.generation
+                return same
             trail.unauthorized += 1
             if held is not None and renewable(held.grant) and trail.unauthorized < MAX_UNAUTHORIZED:
                 renewed = await self._renew_or_end(key, held)
@@ -334,7 +345,9 @@ class Broker:
         due = renew_at(tokens) if renewable(grant) else None
         held = _Held(
             grant=grant,
-            token=AccessToken(f"Bearer {tokens.access_token}".encode("ascii"), next(self._generations)),
+            token=dpop.access_token(
+                grant, self._servers[key[1]], next(self._generations), nonces=self._nonces, clock=self._clock
+            ),
             renew_at=float("inf") if due is None else due,
             dead_at=float("inf") if tokens.expires_at is None else tokens.expires_at,
         )

@@ -1,11 +1,12 @@
 """Requests to an authorization server, each with the client's proof; and the forms of grants that ask no user."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mcp_auth_proxy.broker import credentials
 from mcp_auth_proxy.broker.discover import Discoverer
+from mcp_auth_proxy.broker.dpop import Nonces
 from mcp_auth_proxy.config.settings import IdpSettings, ServerSettings
 from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable
@@ -18,7 +19,7 @@ from mcp_auth_proxy.models import (
     RegistrationKind,
     TokenSet,
 )
-from mcp_auth_proxy.oauth import client_auth, jwt_bearer, token_endpoint, token_exchange
+from mcp_auth_proxy.oauth import client_auth, dpop, jwt_bearer, token_endpoint, token_exchange
 from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher, Response
 from mcp_auth_proxy.oauth.oauth_error import Asked
@@ -37,6 +38,7 @@ class TokenRequests:
         self._fetcher = fetcher
         self._discoverer = discoverer
         self._clock = clock
+        self._nonces = Nonces()
 
     async def tokens(
         self,
@@ -47,9 +49,10 @@ class TokenRequests:
         *,
         requested: tuple[str, ...],
         previous: TokenSet | None = None,
+        dpop_key: str | None = None,
     ) -> TokenSet:
-        """Return the tokens that the form brings (RFC 6749 §5.1)."""
-        response = await self.ask(server, client, endpoints.token, form)
+        """Return the tokens that the form brings (RFC 6749 §5.1), bound to the key where there is one."""
+        response = await self.ask(server, client, endpoints.token, form, dpop_key=dpop_key)
         return token_endpoint.read_tokens(
             response.status,
             response.headers,
@@ -58,22 +61,63 @@ class TokenRequests:
             now=self._clock(),
             requested_scopes=requested,
             previous=previous,
+            token_types=self.token_types(server, dpop_key, previous),
             secrets=self.secrets(server, client, form),
             asked=Asked(server=server.name, resource=dict(form).get("resource", ""), scopes=requested),
         )
 
-    async def ask(self, server: ServerSettings, client: Registration, url: str, form: Fields) -> Response:
+    async def ask(
+        self,
+        server: ServerSettings,
+        client: Registration,
+        url: str,
+        form: Fields,
+        *,
+        dpop_key: str | None = None,
+    ) -> Response:
         """Return what the token endpoint answers to a form, the client's proof and the configured ``token_params``."""
         names = {name for name, _ in form}
         more = [(name, value) for name, value in server.oauth.token_params.items() if name not in names]
-        return await self.post(server, client, url, [*form, *more], document="token response")
+        return await self.post(server, client, url, [*form, *more], document="token response", dpop_key=dpop_key)
 
     async def post(
-        self, server: ServerSettings, client: Registration, url: str, form: Fields, *, document: str
+        self,
+        server: ServerSettings,
+        client: Registration,
+        url: str,
+        form: Fields,
+        *,
+        document: str,
+        dpop_key: str | None = None,
     ) -> Response:
-        """Return what the server's authorization server answers to a form and the client's proof."""
+        """Return what the server's authorization server answers to a form and the client's proof.
+
+        With a key, a proof of that goes along too; a server that wants it with a nonce is asked again, once: it has
+        not consumed what was sent (RFC 9449 §8).
+        """
         client, key = _as_configured(server, client)
-        return await self._post(client, key, url, form, document=document, policy=self._discoverer.policy(server.url))
+        policy = self._discoverer.policy(server.url)
+        if dpop_key is None:
+            return await self._post(client, key, url, form, document=document, policy=policy)
+        bound = dpop.Key.load(dpop_key)
+
+        async def send(nonce: str) -> Response:
+            proof = bound.proof(method="POST", url=url, now=self._clock(), nonce=nonce)
+            response = await self._post(
+                client, key, url, form, document=document, policy=policy, headers=[("DPoP", proof)]
+            )
+            self._nonces.heard(url, dpop.read_nonce(response.headers.get("dpop-nonce")))
+            return response
+
+        response = await send(self._nonces.get(url))
+        nonce = dpop.nonce_asked_for(response.status, response.headers, response.body)
+        return await send(nonce) if nonce else response
+
+    @staticmethod
+    def token_types(server: ServerSettings, dpop_key: str | None, previous: TokenSet | None = None) -> tuple[str, ...]:
+        """Return the types that a token may have which was asked for with this key, or without one."""
+        bound = previous is not None and previous.token_type == dpop.TOKEN_TYPE
+        return dpop.token_types(server.oauth.dpop, bound=bound, proved=dpop_key is not None)
 
     @staticmethod
     def secrets(server: ServerSettings, client: Registration, form: Fields) -> list[str]:
@@ -159,13 +203,14 @@ class TokenRequests:
         *,
         document: str,
         policy: AddressPolicy,
+        headers: Sequence[tuple[str, str]] = (),
     ) -> Response:
-        fields, headers = client_auth.authenticate(client, form, key=key, now=self._clock())
+        fields, proofs = client_auth.authenticate(client, form, key=key, now=self._clock())
         return await self._fetcher.post(
             url,
             body=client_auth.encode_form(fields),
             content_type="application/x-www-form-urlencoded",
-            headers=headers,
+            headers=[*proofs, *headers],
             document=document,
             policy=policy,
         )

@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mcp_auth_proxy.config import signing_key, values
-from mcp_auth_proxy.config.reader import NOT_YET, Section
+from mcp_auth_proxy.config.reader import Section
 from mcp_auth_proxy.config.settings import Credential, IdpSettings, OAuthSettings
 from mcp_auth_proxy.config.signing_key import SigningKey
-from mcp_auth_proxy.models import ClientAuth, GrantType
+from mcp_auth_proxy.models import ClientAuth, DpopUse, GrantType
 
 _GRANTS: Mapping[str, GrantType] = {str(grant): grant for grant in GrantType}
 _CLIENT_AUTHS: Mapping[str, ClientAuth] = {str(method): method for method in ClientAuth}
 _IDP_AUTHS = {name: method for name, method in _CLIENT_AUTHS.items() if method is not ClientAuth.PRIVATE_KEY_JWT}
 _ALGORITHMS: Mapping[str, str] = {name: name for name in signing_key.ALGORITHMS}
-_DPOP: Mapping[str, bool] = {"off": False, "auto": True, "required": True}
+_DPOP: Mapping[str, DpopUse] = {str(use): use for use in DpopUse}
 _OWN_PARAMS = frozenset(
     {
         *("response_type", "response_mode", "client_id", "client_secret", "client_assertion", "client_assertion_type"),
@@ -40,8 +40,6 @@ def read_oauth(section: Section) -> OAuthSettings:
     """The section; its faults go to the context."""
     grant = section.choice("grant", _GRANTS, GrantType.AUTHORIZATION_CODE)
     client_auth = section.choice("client_auth", _CLIENT_AUTHS, None)
-    if section.choice("dpop", _DPOP, False):
-        section.fault("dpop", f"{section.text('dpop')} {NOT_YET}: leave it off")
     _check_client(section, grant, client_auth)
     _check_key(section, client_auth)
     _check_grant(section, grant)
@@ -60,6 +58,7 @@ def read_oauth(section: Section) -> OAuthSettings:
         token_params=_read_params(section.section("token_params"), _OWN_TOKEN_PARAMS),
         metadata=_read_metadata(section, grant),
         client_metadata_url=section.parsed("client_metadata_url", values.client_metadata_url, None),
+        dpop=section.choice("dpop", _DPOP, DpopUse.OFF),
         allow_missing_pkce=section.boolean("allow_missing_pkce", default=False),
     )
     section.close()

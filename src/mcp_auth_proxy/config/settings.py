@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from mcp_auth_proxy.config.signing_key import SigningKey
-from mcp_auth_proxy.models import ClientAuth, GrantType
+from mcp_auth_proxy.models import ClientAuth, DpopUse, GrantType
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,7 @@ class OAuthSettings:
     """Added to every request to the token endpoint."""
     metadata: Mapping[str, object] | None = None
     client_metadata_url: str | None = None
+    dpop: DpopUse = DpopUse.OFF
     allow_missing_pkce: bool = False
 
 

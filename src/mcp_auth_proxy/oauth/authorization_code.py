@@ -8,10 +8,10 @@ from urllib.parse import quote, unquote_plus, urlencode
 
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused
 from mcp_auth_proxy.models import Flow
-from mcp_auth_proxy.oauth import oauth_error, scopes
+from mcp_auth_proxy.oauth import dpop, oauth_error, scopes
 
 PROTECTED = frozenset(
-    {"response_type", "client_id", "redirect_uri", "state", "code_challenge", "code_challenge_method"}
+    {"response_type", "client_id", "redirect_uri", "state", "code_challenge", "code_challenge_method", "dpop_jkt"}
 )
 """Parameters that neither the configuration nor the endpoint's own query may set."""
 
@@ -41,7 +41,8 @@ def authorization_url(flow: Flow, *, state: str, code_verifier: str) -> str:
 
     The endpoint's own query is kept (§3.1). ``flow.extra_params`` replace our values, an empty one leaves the
     parameter out, and no parameter is ever there twice. With ``offline_access`` goes ``prompt=consent``: without it
-    providers drop that scope (OpenID Connect Core §11). Raises AuthorizationError where there is no endpoint.
+    providers drop that scope (OpenID Connect Core §11). A flow with a key has the code bound to it (RFC 9449 §10).
+    Raises AuthorizationError where there is no endpoint.
     """
     if not flow.endpoints.authorization:
         raise AuthorizationError(
@@ -56,6 +57,7 @@ def authorization_url(flow: Flow, *, state: str, code_verifier: str) -> str:
         "code_challenge": challenge_s256(code_verifier),
         "code_challenge_method": "S256",
         "resource": flow.key.resource,
+        "dpop_jkt": dpop.Key.load(flow.dpop_key).thumbprint if flow.dpop_key else "",
         "prompt": "consent" if scopes.OFFLINE_ACCESS in flow.scopes else "",
     }
     params.update((name, value) for name, value in flow.extra_params if name not in PROTECTED)

@@ -1,4 +1,4 @@
-"""WWW-Authenticate by its grammar (RFC 9110 §11.6.1), and what its Bearer challenges ask for (RFC 6750 §3).
+"""WWW-Authenticate by its grammar (RFC 9110 §11.6.1), and what Bearer and DPoP challenges ask for (RFC 6750 §3).
 
 Whatever the bytes, parsing never raises and takes linear time. A challenge that breaks the grammar keeps its scheme
 and loses its parameters, and the rest of that field is not read: past an unterminated quote nobody can tell what is
@@ -45,6 +45,8 @@ class BearerChallenge:
     scopes: tuple[str, ...] | None = None
     resource_metadata: str | None = None
     """As it came: the fetcher decides whether it may be asked (RFC 9728 §5.1)."""
+    dpop: bool = False
+    """A DPoP challenge is among them: the resource takes tokens that are bound to a key (RFC 9449 §7.1)."""
 
 
 def parse(values: Iterable[bytes]) -> tuple[Challenge, ...]:
@@ -60,11 +62,12 @@ def parse(values: Iterable[bytes]) -> tuple[Challenge, ...]:
 
 
 def bearer(values: Iterable[bytes]) -> BearerChallenge | None:
-    """Return what the Bearer challenges say together; None where there is none.
+    """Return what the Bearer challenges, and DPoP's (RFC 9449 §7.1), say together; None where there is none.
 
     A parameter on which several of them differ is ambiguous and left out.
     """
-    found = [challenge.params for challenge in parse(values) if challenge.scheme == "bearer"]
+    asked = [challenge for challenge in parse(values) if challenge.scheme in ("bearer", "dpop")]
+    found = [challenge.params for challenge in asked]
     if not found:
         return None
 
@@ -77,6 +80,15 @@ def bearer(values: Iterable[bytes]) -> BearerChallenge | None:
         error=agreed("error") or "",
         scopes=scope_grammar.parse(scope) or None if scope is not None else None,
         resource_metadata=agreed("resource_metadata") or None,
+        dpop=any(challenge.scheme == "dpop" for challenge in asked),
+    )
+
+
+def wants_nonce(values: Iterable[bytes]) -> bool:
+    """Whether a resource refuses the proof of a request, and not its token (RFC 9449 §9): a new nonce may help."""
+    return any(
+        challenge.scheme == "dpop" and challenge.params.get("error") in ("use_dpop_nonce", "invalid_dpop_proof")
+        for challenge in parse(values)
     )
 
 

@@ -100,7 +100,14 @@ def poll_request(flow: Flow) -> list[tuple[str, str]]:
 
 
 def read_poll(
-    status: int, headers: Mapping[str, str], body: bytes, *, flow: Flow, now: float, secrets: Iterable[str] = ()
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    flow: Flow,
+    now: float,
+    secrets: Iterable[str] = (),
+    token_types: tuple[str, ...] = token_endpoint.BEARER_ONLY,
 ) -> TokenSet | Poll:
     """Return the tokens, or what to do instead (RFC 8628 §3.5). Raises as ``token_endpoint.read_tokens``.
 
@@ -118,6 +125,7 @@ def read_poll(
         now=now,
         requested_scopes=flow.scopes,
         secrets=secrets,
+        token_types=token_types,
     )
 
 

@@ -30,6 +30,8 @@ class ResourceMetadata:
     authorization_servers: tuple[str, ...]
     """Issuers, never empty."""
     scopes_supported: tuple[str, ...] | None = None
+    dpop_required: bool = False
+    """The resource takes no token but those bound to a key (RFC 9728 §2, dpop_bound_access_tokens_required)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,7 @@ class ServerMetadata:
     code_challenge_methods_supported: tuple[str, ...] | None = None
     token_endpoint_auth_methods_supported: tuple[str, ...] | None = None
     token_endpoint_auth_signing_alg_values_supported: tuple[str, ...] | None = None
+    dpop_signing_alg_values_supported: tuple[str, ...] | None = None
     client_id_metadata_document_supported: bool = False
     iss_parameter_supported: bool = False
     """RFC 9207 §3: every authorization response carries ``iss``."""
@@ -110,7 +113,10 @@ def read_resource_metadata(
     if not good:
         raise document.refuse(problems[0], "RFC 8414 §2")
     return ResourceMetadata(
-        resource=resource, authorization_servers=tuple(good), scopes_supported=document.texts("scopes_supported")
+        resource=resource,
+        authorization_servers=tuple(good),
+        scopes_supported=document.texts("scopes_supported"),
+        dpop_required=document.flag("dpop_bound_access_tokens_required"),
     )
 
 
@@ -237,6 +243,7 @@ def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) ->
         token_endpoint_auth_signing_alg_values_supported=document.texts(
             "token_endpoint_auth_signing_alg_values_supported"
         ),
+        dpop_signing_alg_values_supported=document.texts("dpop_signing_alg_values_supported"),
         client_id_metadata_document_supported=document.flag("client_id_metadata_document_supported"),
         iss_parameter_supported=document.flag("authorization_response_iss_parameter_supported"),
     )

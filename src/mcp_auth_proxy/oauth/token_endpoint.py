@@ -26,6 +26,8 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")
 _SECONDS = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
 
 # Errors that pass, sent by some servers as a 400 (RFC 6749 §4.1.2.1 names them for the front channel).
+BEARER_ONLY: tuple[str, ...] = ("Bearer",)
+
 _PASSING = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
 
 
@@ -73,8 +75,9 @@ def read_tokens(
     previous: TokenSet | None = None,
     secrets: Iterable[str] = (),
     asked: Asked | None = None,
+    token_types: tuple[str, ...] = BEARER_ONLY,
 ) -> TokenSet:
-    """Return the tokens of a token response (RFC 6749 §5.1).
+    """Return the tokens of a token response (RFC 6749 §5.1), which must be of one of ``token_types`` (RFC 9449 §5).
 
     ``headers`` have lower-case names; ``now`` is in Unix seconds. A refresh response without a refresh token keeps
     that of ``previous`` (§6); one without a scope means the scopes of ``previous``, or those requested. ``secrets``
@@ -88,14 +91,16 @@ def read_tokens(
     answer = dialects.standard_answer(read_answer(status, headers, body, url=url, secrets=hidden, asked=asked))
     document = Document(answer, name="token response", url=url, clause="RFC 6749 §5.1")
     token_type = document.get("token_type")
-    if not isinstance(token_type, str) or token_type.lower() != "bearer":
-        raise document.refuse("its token_type is not Bearer")
+    known = {name.lower(): name for name in token_types}
+    if not isinstance(token_type, str) or token_type.lower() not in known:
+        raise document.refuse(f"its token_type is not {' or '.join(token_types)}")
     access_token = _token(document, "access_token")
     if access_token is None:
         raise document.refuse("it has no access_token")
     lifetime = read_lifetime(document.get("expires_in"))
     return TokenSet(
         access_token=access_token,
+        token_type=known[token_type.lower()],
         refresh_token=_token(document, "refresh_token") or (previous.refresh_token if previous else None),
         obtained_at=now,
         expires_at=None if lifetime is None else now + lifetime,

@@ -250,7 +250,8 @@ class Exchange:
                 LOCAL,
                 name,
                 status=response.status,
-                challenge=[value for field, value in response.headers if field.lower() == b"www-authenticate"],
+                challenge=_fields(response, b"www-authenticate"),
+                nonce=_fields(response, b"dpop-nonce"),
                 used=token,
                 trail=trail,
             )
@@ -289,6 +290,7 @@ class Exchange:
         body = self._body
         target = route.target
         for _ in range(MAX_REDIRECTS + 1):
+            prover = token.prover if token else None
             head = request_head(
                 method,
                 target,
@@ -296,12 +298,15 @@ class Exchange:
                 headers,
                 token.header if token else None,
                 len(body) if body or method not in (b"GET", b"HEAD", b"DELETE", b"OPTIONS") else None,
+                prover.prove(method, target) if prover else None,
             )
             self.listening = method == b"GET"
             self._response = response = await self._forwarder.upstream.send(
                 route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
             )
             self.listening = False
+            if prover is not None:
+                prover.heard(response.headers)
             if not is_redirect(response):
                 return response
             target = redirect_target(route, response)
@@ -505,6 +510,10 @@ class Exchange:
             self._watcher.cancel()
         if self._response is not None:
             self._response.close()
+
+
+def _fields(response: Response, name: bytes) -> list[bytes]:
+    return [value for field, value in response.headers if field.lower() == name]
 
 
 def _is_event_stream(response: Response) -> bool:

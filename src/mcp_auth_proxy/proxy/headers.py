@@ -14,6 +14,7 @@ _NOT_OUT = _HOP_BY_HOP | {
     b"authorization",
     b"cookie",
     b"cookie2",
+    b"dpop",
     b"expect",
     b"forwarded",
     b"host",
@@ -46,6 +47,7 @@ _OUT_UNSEEN = frozenset(
 
 _NOT_BACK = (_HOP_BY_HOP - {b"content-length"}) | {
     # For the client of the authorised exchange, which is us (design §4.2).
+    b"dpop-nonce",
     b"set-cookie",
     b"set-cookie2",
     b"www-authenticate",
@@ -86,13 +88,14 @@ def request_head(
     headers: Iterable[tuple[bytes, bytes]],
     authorization: bytes | None,
     content_length: int | None,
+    proof: bytes | None = None,
 ) -> bytes:
     """Return the head of an upstream request, with the empty line that ends it.
 
     ``headers`` are the client's, names in lower case. Dropped of them: hop-by-hop fields and those that
     ``Connection`` lists, framing, ``Expect``, and everything that speaks of who the client is or claims to be,
     in any spelling that a server could take for it. The rest passes unchanged and in order, ``Via`` too.
-    ``content_length`` None means a request without a body.
+    ``content_length`` None means a request without a body; ``proof`` goes with a token that needs one (RFC 9449 §7).
 
     Raises ValueError on a part that would break out of its line; such never come from our parser.
     """
@@ -112,6 +115,8 @@ def request_head(
         lines = [line for name, line in zip(names, lines, strict=True) if name.lower() not in listed]
     if authorization is not None:
         lines.append(b"authorization: " + authorization)
+    if proof is not None:
+        lines.append(b"dpop: " + proof)
     if content_length is not None:
         lines.append(b"content-length: %d" % content_length)
     expected = len(lines) + 1

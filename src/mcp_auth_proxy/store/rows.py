@@ -125,6 +125,7 @@ def grant_columns(grant: Grant, seals: Seals) -> Columns:
         **token_columns(grant.tokens, seals),
         "scopes": " ".join(grant.scopes),
         "granted_at": grant.granted_at,
+        "dpop_key": seals.seal_if("dpop_key", grant.dpop_key),
         "version": grant.version,
     }
 
@@ -148,6 +149,7 @@ def read_grant(row: Row, seals: Seals) -> Grant:
         tokens=tokens,
         scopes=tuple(row["scopes"].split()),
         granted_at=row["granted_at"],
+        dpop_key=seals.open_if("dpop_key", row["dpop_key"]),
         version=row["version"],
         refresh_begun_at=row["refresh_begun_at"],
         refresh_owner=row["refresh_owner"],
@@ -172,6 +174,7 @@ def flow_columns(flow: Flow, seals: Seals) -> Columns:
         "status": str(flow.status),
         "reason": flow.reason,
         "device": None if flow.device is None else seals.seal("device", json.dumps(asdict(flow.device))),
+        "dpop_key": seals.seal_if("dpop_key", flow.dpop_key),
     }
 
 
@@ -192,6 +195,7 @@ def read_flow(row: Row, seals: Seals) -> Flow:
         status=FlowStatus(row["status"]),
         reason=row["reason"],
         device=None if device is None else DeviceAuthorization(**json.loads(device)),
+        dpop_key=seals.open_if("dpop_key", row["dpop_key"]),
     )
 
 

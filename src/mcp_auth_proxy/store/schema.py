@@ -125,7 +125,13 @@ _DEVICE_FLOWS = (
     "ALTER TABLE flows ADD COLUMN next_poll_at DOUBLE PRECISION NOT NULL DEFAULT 0",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _DEVICE_FLOWS)
+# Tokens bound to a key (RFC 9449): the private key, sealed, from before the user is asked.
+_DPOP_KEYS = (
+    "ALTER TABLE grants ADD COLUMN dpop_key BLOB",
+    "ALTER TABLE flows ADD COLUMN dpop_key BLOB",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _DEVICE_FLOWS, _DPOP_KEYS)
 """What was released is never changed: a new schema is a new entry."""
 
 

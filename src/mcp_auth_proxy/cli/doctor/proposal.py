@@ -22,6 +22,7 @@ PLACEHOLDER = "YOUR_CLIENT_ID"
 _WHY = {
     "oauth.client_id": "register a client with the authorization server by hand, and put its id here",
     "oauth.allow_missing_pkce": "only if the authorization server is known to support PKCE (S256) without saying so",
+    "oauth.dpop": "the server takes only tokens that are bound to a key",
     "oauth.issuer": "only if this move to another authorization server is genuine",
     "oauth.metadata": "this provider has no metadata that could be discovered",
     "authorization.allow_private": "only if this host is meant to be reached: it is in a private network",

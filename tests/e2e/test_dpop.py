@@ -1,0 +1,200 @@
+"""Tokens bound to a key, with servers that check every proof (RFC 9449)."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes.dpop_servers import DpopAuthorizationServer, DpopMcpServer
+from fakes.headless import consent
+from fakes.mcp_client import PlainClient
+from fakes.proxy import RunningProxy, link_in, running_proxy
+from mcp_auth_proxy.config.settings import Address
+
+
+@dataclass
+class Scene:
+    issuer: DpopAuthorizationServer
+    upstream: DpopMcpServer
+    folder: Path
+
+    @asynccontextmanager
+    async def proxy(self, use: str, listen: Address | None = None, **oauth: Any) -> AsyncIterator[RunningProxy]:
+        server = {"url": self.upstream.url, "oauth": {"dpop": use, **oauth}}
+        wait = {"wait": "0s"}
+        async with running_proxy(self.folder, {"notes": server}, authorization=wait, listen=listen) as proxy:
+            yield proxy
+
+    def jwts(self) -> list[str]:
+        """Every proof that was sent."""
+        received = [*self.issuer.seen("token"), *self.upstream.calls()]
+        return [value for request in received for value in request.all("dpop")]
+
+
+@asynccontextmanager
+async def scene(folder: Path, upstream: dict[str, Any] | None = None, **issuer: Any) -> AsyncIterator[Scene]:
+    async with (
+        DpopAuthorizationServer.running(auto_consent=True, **issuer) as authorization_server,
+        DpopMcpServer.running(authorization_server, **(upstream or {})) as mcp_server,
+    ):
+        yield Scene(authorization_server, mcp_server, folder)
+
+
+async def log_in(client: PlainClient) -> None:
+    page = await consent(link_in((await client.call("echo")).message))
+    assert page.status_code == 200, page.text
+    assert (await client.call("echo", text="in")).text == "in"
+
+
+@pytest.mark.parametrize(("use", "asks"), [("required", "nothing"), ("auto", "metadata"), ("auto", "challenge")])
+async def test_every_request_has_a_fresh_proof_of_the_one_key(tmp_path: Path, use: str, asks: str) -> None:
+    async with (
+        scene(tmp_path, {"asks": asks}) as it,
+        it.proxy(use) as proxy,
+        proxy.client("notes") as client,
+    ):
+        await log_in(client)
+        replies = await asyncio.gather(*(client.call("echo", text=str(n)) for n in range(20)))
+        assert [reply.text for reply in replies] == [str(n) for n in range(20)]
+        assert len(set(it.jwts())) == len(it.jwts()) >= 22
+        (key,) = {*it.issuer.proofs.keys, *it.upstream.proofs.keys}
+        assert it.issuer.seen("authorize")[0].query["dpop_jkt"] == [key]
+        assert set(it.upstream.refusals) == {""}
+
+
+async def test_nonces_of_both_servers_are_taken_up_and_their_rotation_followed(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it, it.proxy("required") as proxy, proxy.client("notes") as client:
+        it.issuer.proofs.rotate()
+        it.upstream.proofs.rotate()
+        await log_in(client)
+        assert len(it.issuer.seen("token")) == 2, "refused once for the nonce, the code was not used up"
+        for n in range(3):
+            it.issuer.proofs.rotate()
+            it.upstream.proofs.rotate()
+            it.issuer.end_access_tokens()
+            assert (await client.call("echo", text=str(n))).text == str(n)
+        assert (it.issuer.authorizations, it.issuer.refreshes) == (1, 6)
+        refused = len(it.upstream.refusals)
+        assert (await client.call("echo", text="same nonce")).text == "same nonce"
+        it.upstream.proofs.rotate_gently()
+        assert (await client.call("echo", text="told by a success")).text == "told by a success"
+        it.upstream.proofs.previous = ""
+        assert (await client.call("echo", text="used")).text == "used"
+        assert len(it.upstream.refusals) == refused
+        assert len(proxy.links) == 1
+
+
+async def test_nonces_that_are_good_once_serve_requests_at_the_same_time(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it, it.proxy("required") as proxy, proxy.client("notes") as client:
+        await log_in(client)
+        it.upstream.proofs.once = True
+        replies = await asyncio.gather(*(client.call("echo", text=str(n)) for n in range(8)))
+        assert [reply.text for reply in replies] == [str(n) for n in range(8)]
+        assert (it.issuer.refreshes, it.issuer.authorizations) == (0, 1)
+
+
+async def test_a_server_that_is_never_content_with_a_nonce_is_asked_twice(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it, it.proxy("required") as proxy, proxy.client("notes") as client:
+        await log_in(client)
+        before = len(it.upstream.calls())
+        it.upstream.endless_nonce = True
+        answer = await client.call("echo", text="x")
+        assert answer.status == 200
+        assert "RFC 9449" in str(answer.message)
+        assert len(it.upstream.calls()) - before == 2
+        assert (it.issuer.refreshes, it.issuer.authorizations) == (0, 1)
+
+
+async def test_the_key_outlives_restart_and_rotation_and_lies_nowhere_in_clear(  # T45
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    async with scene(tmp_path) as it:
+        async with it.proxy("required") as proxy, proxy.client("notes") as client:
+            link = link_in((await client.call("echo")).message)
+            host, _, port = proxy.origin.removeprefix("http://").partition(":")
+        address = Address(host, int(port))
+        async with it.proxy("required", listen=address) as proxy, proxy.client("notes") as client:
+            await consent(link)
+            assert (await client.call("echo", text="in")).text == "in"
+        async with it.proxy("required", listen=address) as proxy, proxy.client("notes") as client:
+            it.issuer.end_access_tokens()
+            assert (await client.call("echo", text="again")).text == "again"
+        assert len({*it.issuer.proofs.keys, *it.upstream.proofs.keys}) == 1
+        files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+        assert b"PRIVATE KEY" not in files
+        assert "PRIVATE KEY" not in caplog.text
+        for secret in [*it.jwts(), *it.issuer.bound]:
+            assert secret.encode() not in files
+            assert secret not in caplog.text
+
+
+async def test_a_bearer_token_is_refused_where_dpop_is_required(tmp_path: Path) -> None:  # T22
+    async with scene(tmp_path) as it, it.proxy("required") as proxy, proxy.client("notes") as client:
+        it.issuer.token_type = "Bearer"
+        page = await consent(link_in((await client.call("echo")).message))
+        assert "token_type is not DPoP" in page.text
+        assert not [request for request in it.upstream.calls() if request.header("authorization")]
+
+
+async def test_a_renewal_without_the_binding_is_refused(tmp_path: Path) -> None:  # T22
+    async with scene(tmp_path) as it, it.proxy("auto") as proxy, proxy.client("notes") as client:
+        await log_in(client)
+        it.issuer.token_type = "Bearer"
+        it.issuer.end_access_tokens()
+        answer = await client.call("echo", text="x")
+        assert answer.status == 503
+        assert "token_type is not DPoP" in str(answer.message)
+        assert not any((r.header("authorization") or "").startswith("Bearer") for r in it.upstream.calls())
+
+
+async def test_off_sends_no_proof_and_takes_no_bound_token(tmp_path: Path) -> None:  # T22
+    async with (
+        scene(tmp_path, {"asks": "nothing"}, token_type="Bearer", token_changes={"token_type": "DPoP"}) as it,
+        it.proxy("off") as proxy,
+        proxy.client("notes") as client,
+    ):
+        page = await consent(link_in((await client.call("echo")).message))
+        assert "token_type is not Bearer" in page.text
+        assert it.jwts() == []
+
+
+async def test_off_says_which_key_would_help_where_the_server_takes_bound_tokens_only(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it, it.proxy("off") as proxy, proxy.client("notes") as client:
+        answer = await client.call("echo")
+        assert "servers.notes.oauth.dpop is off" in str(answer.message)
+        assert it.issuer.registrations == 0
+
+
+async def test_a_proof_of_the_client_never_reaches_the_upstream(tmp_path: Path) -> None:  # T31
+    async with scene(tmp_path) as it, it.proxy("required") as proxy:
+        forged = {"DPoP": "forged", "D-PoP": "unknown", "authorization": "DPoP forged"}
+        async with proxy.client("notes", headers=forged) as client:
+            await log_in(client)
+        assert "forged" not in repr([request.headers for request in it.upstream.calls()])
+
+
+async def test_a_grant_that_the_setting_forbids_is_not_used(tmp_path: Path) -> None:
+    async with scene(tmp_path, {"asks": "nothing"}) as it:
+        async with it.proxy("required") as proxy, proxy.client("notes") as client:
+            await log_in(client)
+        sent = len(it.jwts())
+        async with it.proxy("off") as proxy, proxy.client("notes") as client:
+            assert link_in((await client.call("echo")).message)
+        assert len(it.jwts()) == sent
+
+
+async def test_client_credentials_are_bound_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENT_SECRET", "s3cret")
+    agent = {"grant": "client_credentials", "client_id": "agent", "client_secret": "env:AGENT_SECRET"}
+    async with scene(tmp_path) as it, it.proxy("auto", **agent) as proxy, proxy.client("notes") as client:
+        it.issuer.add_client(client_id="agent", secret="s3cret")
+        it.issuer.proofs.rotate()
+        assert (await client.call("echo", text="alone")).text == "alone"
+        it.issuer.end_access_tokens()
+        assert (await client.call("echo", text="again")).text == "again"
+        assert len({*it.issuer.proofs.keys, *it.upstream.proofs.keys}) == 1
