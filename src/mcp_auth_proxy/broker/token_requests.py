@@ -73,7 +73,9 @@ class TokenRequests:
     ) -> Response:
         """Return what the server's authorization server answers to a form and the client's proof."""
         client, key = _as_configured(server, client)
-        return await self._post(client, key, url, form, document=document, policy=self._discoverer.policy(server.url))
+        policy = self._discoverer.policy(server.url)
+        audience = url if server.oauth.client_assertion_audience == "endpoint" else ""
+        return await self._post(client, key, url, form, document=document, policy=policy, audience=audience)
 
     @staticmethod
     def secrets(server: ServerSettings, client: Registration, form: Fields) -> list[str]:
@@ -159,8 +161,9 @@ class TokenRequests:
         *,
         document: str,
         policy: AddressPolicy,
+        audience: str = "",
     ) -> Response:
-        fields, headers = client_auth.authenticate(client, form, key=key, now=self._clock())
+        fields, headers = client_auth.authenticate(client, form, key=key, now=self._clock(), audience=audience)
         return await self._fetcher.post(
             url,
             body=client_auth.encode_form(fields),
