@@ -150,3 +150,12 @@ def test_parameters_of_the_protocol_are_not_for_the_configuration(tmp_path: Path
         found = faults(tmp_path, f"token_params: {{{name}: x}}")
         assert len(found) == 1
         assert found[0].startswith(f"token_params.{name}: is a parameter that the proxy sets itself")
+
+
+def test_an_audience_of_assertions_needs_a_key(tmp_path: Path) -> None:
+    client = "client_id: a, private_key: 'env:KEY', client_assertion_audience"
+    assert read(tmp_path, f"{client}: endpoint").client_assertion_audience == "endpoint"
+    assert faults(tmp_path, f"{client}: other")[0].startswith("client_assertion_audience: must be one of")
+    assert faults(tmp_path, "client_assertion_audience: endpoint") == [
+        "client_assertion_audience: needs a private_key beside it"
+    ]

@@ -540,6 +540,20 @@ async def test_a_client_that_goes_away_is_noticed_behind_pipelined_requests(list
     assert listener.app.begun == 1
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["later", "in one packet"])
+async def test_a_client_that_goes_away_is_noticed_behind_much_that_it_sent_ahead(
+    listener: Listener, apart: bool
+) -> None:  # T40
+    ahead = post(b"x" * 400_000)
+    client = await listener.connect(post(b"", path=b"/held") + (b"" if apart else ahead))
+    await until(lambda: listener.app.begun == 1)
+    if apart:
+        await client.send(ahead)
+    await client.close()
+    await until(lambda: listener.app.disconnects == 1)
+    assert listener.app.begun == 1
+
+
 async def test_expect_100_continue_is_answered_when_the_body_is_wanted(listener: Listener) -> None:
     client = await listener.connect(post(b"hello", b"Expect: 100-continue")[:-5])
     assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"

@@ -97,14 +97,22 @@ class TokenRequests:
         """
         client, key = _as_configured(server, client)
         policy = self._discoverer.policy(server.url)
+        audience = url if server.oauth.client_assertion_audience == "endpoint" else ""
         if dpop_key is None:
-            return await self._post(client, key, url, form, document=document, policy=policy)
+            return await self._post(client, key, url, form, document=document, policy=policy, audience=audience)
         bound = dpop.Key.load(dpop_key)
 
         async def send(nonce: str) -> Response:
             proof = bound.proof(method="POST", url=url, now=self._clock(), nonce=nonce)
             response = await self._post(
-                client, key, url, form, document=document, policy=policy, headers=[("DPoP", proof)]
+                client,
+                key,
+                url,
+                form,
+                document=document,
+                policy=policy,
+                audience=audience,
+                headers=[("DPoP", proof)],
             )
             self._nonces.heard(url, dpop.read_nonce(response.headers.get("dpop-nonce")))
             return response
@@ -203,9 +211,10 @@ class TokenRequests:
         *,
         document: str,
         policy: AddressPolicy,
+        audience: str = "",
         headers: Sequence[tuple[str, str]] = (),
     ) -> Response:
-        fields, proofs = client_auth.authenticate(client, form, key=key, now=self._clock())
+        fields, proofs = client_auth.authenticate(client, form, key=key, now=self._clock(), audience=audience)
         return await self._fetcher.post(
             url,
             body=client_auth.encode_form(fields),

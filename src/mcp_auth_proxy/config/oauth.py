@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from mcp_auth_proxy.config import signing_key, values
 from mcp_auth_proxy.config.reader import Section
@@ -14,6 +15,7 @@ _CLIENT_AUTHS: Mapping[str, ClientAuth] = {str(method): method for method in Cli
 _IDP_AUTHS = {name: method for name, method in _CLIENT_AUTHS.items() if method is not ClientAuth.PRIVATE_KEY_JWT}
 _ALGORITHMS: Mapping[str, str] = {name: name for name in signing_key.ALGORITHMS}
 _DPOP: Mapping[str, DpopUse] = {str(use): use for use in DpopUse}
+_AUDIENCES: Mapping[str, Literal["issuer", "endpoint"]] = {"issuer": "issuer", "endpoint": "endpoint"}
 _OWN_PARAMS = frozenset(
     {
         *("response_type", "response_mode", "client_id", "client_secret", "client_assertion", "client_assertion_type"),
@@ -49,6 +51,7 @@ def read_oauth(section: Section) -> OAuthSettings:
         client_secret=section.parsed("client_secret", section.context.secret, None),
         client_auth=client_auth,
         private_key=_read_key(section),
+        client_assertion_audience=section.choice("client_assertion_audience", _AUDIENCES, "issuer"),
         assertion=section.parsed("assertion", lambda text: _credential(section, text), None),
         idp=_read_idp(section.section("idp")) if section.has("idp") else None,
         scopes=_read_scopes(section),
@@ -92,8 +95,9 @@ def _check_key(section: Section, client_auth: ClientAuth | None) -> None:
         section.fault("private_key", "stands beside client_secret: say with client_auth which of them is meant")
     elif has_key and not section.has("client_id"):
         section.fault("private_key", "needs a client_id beside it")
-    if section.has("signing_alg") and not has_key:
-        section.fault("signing_alg", "needs a private_key beside it")
+    for key in ("signing_alg", "client_assertion_audience"):
+        if section.has(key) and not has_key:
+            section.fault(key, "needs a private_key beside it")
 
 
 def _check_grant(section: Section, grant: GrantType) -> None:

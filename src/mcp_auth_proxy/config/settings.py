@@ -88,6 +88,7 @@ class OAuthSettings:
     client_auth: ClientAuth | None = None
     """None: chosen from what the authorization server supports."""
     private_key: SigningKey | None = None
+    client_assertion_audience: Literal["issuer", "endpoint"] = "issuer"
     assertion: Credential | None = None
     """The workload's own token, with grant jwt_bearer."""
     idp: IdpSettings | None = None

@@ -15,11 +15,12 @@ Fields = list[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """What the methods prove a client with. ``now`` is in Unix seconds."""
+    """What the methods prove a client with. ``now`` is in Unix seconds; an empty ``audience`` means the issuer."""
 
     client: Registration
     key: SigningKey | None = None
     now: float = 0.0
+    audience: str = ""
 
     def secret(self) -> str:
         if self.client.client_secret is None:
@@ -65,7 +66,8 @@ def _private_key_jwt(proof: Proof) -> Addition:
     client = proof.client
     if proof.key is None:
         raise proof.missing("key", "private_key")
-    assertion = client_assertion.build(proof.key, client_id=client.client_id, audience=client.issuer, now=proof.now)
+    audience = proof.audience or client.issuer
+    assertion = client_assertion.build(proof.key, client_id=client.client_id, audience=audience, now=proof.now)
     # No client_id beside it: the assertion's sub says who it is (MCP client credentials extension).
     return Addition(client_assertion.form(assertion))
 
@@ -100,13 +102,14 @@ def authenticate(
     *,
     key: SigningKey | None = None,
     now: float = 0.0,
+    audience: str = "",
 ) -> tuple[Fields, Fields]:
     """Return form and headers of a request to the authorization server, with the client's authentication in one.
 
-    ``key`` and ``now`` (Unix seconds) are for private_key_jwt. Raises AuthorizationError where the method needs a
-    secret or a key, and there is none.
+    ``key``, ``now`` (Unix seconds) and ``audience`` (empty: the issuer) are for private_key_jwt. Raises
+    AuthorizationError where the method needs a secret or a key, and there is none.
     """
-    added = _METHODS[registration.client_auth](Proof(client=registration, key=key, now=now))
+    added = _METHODS[registration.client_auth](Proof(client=registration, key=key, now=now, audience=audience))
     return [*form, *added.fields], added.headers
 
 

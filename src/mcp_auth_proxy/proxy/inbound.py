@@ -79,7 +79,9 @@ class InboundProtocol(HttpToolsProtocol):
             # while earlier bytes still wait for their turn must not overtake them: a body would become a request.
             self._held_back += data
             if len(self._held_back) > MAX_HEAD:
-                self.flow.pause_reading()
+                # Reading goes on, for nothing: paused, it would not see that the client has gone away.
+                self._held_back = b""
+                self._deferred = 503
             return
         self._read_bytes = len(data)
         in_body = self._in_message and not self._in_head
@@ -205,6 +207,9 @@ class InboundProtocol(HttpToolsProtocol):
         self._progress = True
         self._body_bytes += len(body)
         reply = self.cycle
+        if len(self._unfinished) > 1 and reply is not None and len(reply.body) + len(body) > MAX_HEAD:
+            self._refusal = 503
+            raise ValueError("too much is sent ahead of the answer")
         if reply is not None and reply.response_complete:
             # Nobody wants this part any more; a short rest is taken, so that the connection can be used again.
             reply.unwanted += len(body)
