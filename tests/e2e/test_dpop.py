@@ -198,3 +198,13 @@ async def test_client_credentials_are_bound_too(tmp_path: Path, monkeypatch: pyt
         it.issuer.end_access_tokens()
         assert (await client.call("echo", text="again")).text == "again"
         assert len({*it.issuer.proofs.keys, *it.upstream.proofs.keys}) == 1
+
+
+async def test_a_step_up_stays_bound_with_a_key_of_its_own(tmp_path: Path) -> None:
+    knobs = {"asks": "challenge", "step_up": {"tools/call:write": ("write",)}}
+    async with scene(tmp_path, knobs) as it, it.proxy("auto") as proxy, proxy.client("notes") as client:
+        await log_in(client)
+        assert (await consent(link_in((await client.call("write")).message))).status_code == 200
+        assert (await client.call("write", text="more")).text == "more"
+        assert len(set(it.issuer.proofs.keys)) == 2
+        assert len(it.issuer.seen("token")) == len(it.issuer.proofs.keys)

@@ -156,10 +156,15 @@ class DpopMcpServer(FakeMcpServer):
             key = self.proofs.check(received.all("dpop"), method=received.method, url=self.url, token=token)
             if self.endless_nonce:
                 raise ProofRefused("use_dpop_nonce")
-            if self.find_token(token) is None or self.issuer.bound.get(token) != key:
+            found = self.find_token(token)
+            if found is None or self.issuer.bound.get(token) != key:
                 raise ProofRefused("invalid_token")
         except ProofRefused as refused:
             return self._refuse_proof(str(refused))
+        needed = self.step_up.get(f"tools/call:{received.tool}", ())
+        if not set(needed) <= set(found.scopes):
+            ours = f'Bearer error="insufficient_scope", scope="{" ".join(needed)}"'
+            return Answer(status=403, headers=(("www-authenticate", ours), *JSON), body=b"{}")
         # A nonce of which the request did not know yet goes out with the answer.
         self.response_headers = (("dpop-nonce", self.proofs.nonce),) if self.proofs.previous else ()
         return None

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mcp_auth_proxy.broker import dpop
@@ -249,6 +249,9 @@ class Broker:
         if trail.authorizations > MAX_AUTHORIZATIONS:
             raise never_enough(server, (bearer and bearer.scopes) or ())
         already = held.grant.scopes if held is not None and status == 403 else None
+        if status == 403 and bearer is not None and used is not None and used.prover is not None:
+            # It took the proof: what is asked for on top must not be had for a weaker token.
+            bearer = replace(bearer, dpop=True)
         return await self._authorizing.run(key, lambda: self._authorize(principal, settings, bearer, already))
 
     async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:

@@ -8,6 +8,7 @@ In the order of an authorization:
     scopes                what to ask for (MCP, scope selection strategy)
     authorization_code    the link to the authorization server, and what comes back (RFC 6749 §4.1, 7636, 9207)
     client_auth           how the client proves itself at the token endpoint (RFC 6749 §2.3)
+    dpop                  tokens bound to a key of ours, and the proofs that go with them (RFC 9449)
     token_endpoint        code, refresh token or client credentials → tokens (RFC 6749 §4–6)
     revocation            giving tokens back (RFC 7009)
 
