@@ -120,9 +120,10 @@ def test_fields_beyond_64_kb_are_ignored() -> None:  # T20
 )
 def test_64_kb_of_anything_is_parsed_at_once(unit: bytes) -> None:  # T20
     field = b"Bearer " + unit * ((MAX_BYTES - 10) // len(unit))
-    begun = time.perf_counter()
+    begun = time.process_time()
     parse([field])
-    assert time.perf_counter() - begun < 0.5
+    # Quadratic work on this much would take minutes; a busy machine must not fail it.
+    assert time.process_time() - begun < 5
 
 
 @given(st.lists(st.binary(max_size=200), max_size=4))
