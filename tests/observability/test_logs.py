@@ -203,7 +203,7 @@ def test_every_level_of_the_command_line_is_known() -> None:
 
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning"])
-@pytest.mark.parametrize("library", ["httpx2", "httpcore2", "uvicorn.access", "uvicorn.error", "aiosqlite", "asyncio"])
+@pytest.mark.parametrize("library", ["httpx2", "httpcore2", "uvicorn.error", "aiosqlite", "asyncio"])
 def test_libraries_say_no_more_than_warnings(  # T45
     library: str, level: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
