@@ -47,7 +47,7 @@ format: $(STAMP) ## put the code in its format
 bench: $(STAMP) $(BENCH_STAMP) ## one table: direct, nginx, FastMCP's proxy, ours (ARGS=--write keeps it)
 	@$(BIN)/python -m bench $(ARGS)
 
-conformance: $(STAMP) $(CONFORMANCE_STAMP) ## the official MCP conformance suite through the proxy (ARGS="--only 'auth/*'")
+conformance: $(STAMP) $(CONFORMANCE_STAMP) ## the official MCP conformance suite through the proxy, and doctor (ARGS="--only 'auth/*'")
 	@$(BIN)/python -m conformance.run --node $(NODE) $(ARGS)
 
 run: $(STAMP) ## the proxy with ./mcp-auth-proxy.yaml (ARGS=URL for one server without a file)

@@ -7,8 +7,6 @@ the proxy answer with the link at once, where it otherwise holds requests for th
 """
 
 import asyncio
-import json
-import os
 import re
 import sys
 import tempfile
@@ -19,7 +17,8 @@ from pathlib import Path
 import httpx2
 from mcp import Client
 
-from conformance.scenarios import SERVER, Scenario, act, fill_defaults, write_configuration
+from conformance.actions import act, fill_defaults
+from conformance.scenarios import SERVER, Scenario, write_configuration
 
 DEADLINE = 25.0
 """Seconds; under the suite's 30, whose time-out ends the shell only and then waits for the pipes."""
@@ -38,13 +37,7 @@ _LINK = re.compile(r"http://\S+/connect/\S+")
 
 
 def main() -> None:
-    scenario = Scenario(
-        name=os.environ["MCP_CONFORMANCE_SCENARIO"],
-        url=sys.argv[-1],
-        version=os.environ.get("MCP_CONFORMANCE_PROTOCOL_VERSION", "2025-11-25"),
-        context=json.loads(os.environ.get("MCP_CONFORMANCE_CONTEXT", "{}")),
-    )
-    asyncio.run(run(scenario, set(sys.argv[1:-1])))
+    asyncio.run(run(Scenario.current(sys.argv[-1]), set(sys.argv[1:-1])))
 
 
 async def run(scenario: Scenario, options: set[str]) -> None:

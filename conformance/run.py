@@ -1,6 +1,7 @@
 """``python -m conformance.run``: every client scenario of the official suite, in both versions, through the proxy.
 
-Prints a table, and for what was not expected why. Exit code 1 where a result is not the one that
+Then ``doctor`` before the server of each scenario about authorization: it must foretell whether a client succeeds.
+Prints a table of each, and for what was not expected why. Exit code 1 where a result is not the one that
 ``expected-failures.yaml`` names, 2 where the suite is not installed.
 """
 
@@ -18,11 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
 
-import yaml
 from rich.console import Console
 from rich.table import Table
+
+from conformance.judging import OUTPUT, Expectations, Judge, Result, Run, judge_doctor, judge_proxy, match
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -36,56 +37,8 @@ TIMEOUT = 30.0
 GRACE = 30.0
 """Seconds more until a run that does not end is killed."""
 
-Outcome = Literal["pass", "FAIL", "expected failure", "UNEXPECTED PASS"]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One scenario of one version. ``wire``: the protocol revision to ask for; None: the scenario's own."""
-
-    suite: str
-    scenario: str
-    wire: str | None = None
-
-    @property
-    def folder(self) -> Path:
-        return RESULTS / self.suite / (self.wire or "default") / self.scenario.replace("/", "-")
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    run: Run
-    passed: bool
-    why: str
-    """What failed, in lines; empty where nothing did."""
-
-
-@dataclass(frozen=True, slots=True)
-class Expectations:
-    """Reasons by scenario name, in which a * stands for anything."""
-
-    failing: Mapping[str, str]
-    left_out: Mapping[str, str]
-
-    @classmethod
-    def read(cls, path: Path) -> "Expectations":
-        document = yaml.safe_load(path.read_text())
-        return cls(failing=document["failing"] or {}, left_out=document["left_out"] or {})
-
-    def outcome(self, result: Result) -> Outcome:
-        if match(result.run.scenario, self.failing):
-            return "UNEXPECTED PASS" if result.passed else "expected failure"
-        return "pass" if result.passed else "FAIL"
-
-    def stale(self, scenarios: Iterable[str]) -> list[str]:
-        """Entries that fit none of the scenarios."""
-        known = list(scenarios)
-        return [name for name in (*self.failing, *self.left_out) if not any(fnmatchcase(it, name) for it in known)]
-
-
-def match(scenario: str, names: Iterable[str]) -> bool:
-    return any(fnmatchcase(scenario, name) for name in names)
-
+Found = Mapping[str, Mapping[str, tuple[str, ...]]]
+"""Protocol revisions by suite and scenario."""
 
 # What there is to run
 
@@ -113,34 +66,43 @@ def runs(suite: str, found: Mapping[str, tuple[str, ...]]) -> list[Run]:
     return planned
 
 
+def list_scenarios(node: str, suite: str) -> dict[str, tuple[str, ...]]:
+    command = [node, str(entry(suite)), "list"]
+    return scenarios(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 # Running
 
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    node: str
-    options: tuple[str, ...]
-    """Of the command under test."""
+    """``command`` is what the suite tests, a module and its options; ``judge`` looks at what it left in the folder."""
 
-    def list_scenarios(self, suite: str) -> dict[str, tuple[str, ...]]:
-        command = [self.node, str(entry(suite)), "list"]
-        return scenarios(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    node: str
+    command: tuple[str, ...]
+    results: Path
+    judge: Judge
 
     async def run(self, run: Run) -> Result:
         """Run one scenario. Its checks, and what the client and the proxy printed, stay in its folder."""
-        run.folder.mkdir(parents=True)
-        client = [sys.executable, "-m", "conformance.client", *self.options]
+        folder = self.results / run.folder
+        folder.mkdir(parents=True)
+        tested = shlex.join([sys.executable, "-m", *self.command])
         command = [
             *(self.node, str(entry(run.suite)), "client", "--scenario", run.scenario),
-            *("--command", f"exec {shlex.join(client)}", "--timeout", f"{TIMEOUT * 1000:.0f}"),
-            *("--output-dir", str(run.folder)),
+            *(
+                "--command",
+                f"exec {tested}",
+                "--timeout",
+                f"{TIMEOUT * 1000:.0f}",
+            ),
+            *("--output-dir", str(folder)),
             *(["--spec-version", run.wire] if run.wire else []),
         ]
-        output = run.folder / "output.txt"
-        with output.open("wb") as log:
+        with (folder / OUTPUT).open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *command,
-                cwd=run.folder,
+                cwd=folder,
                 env={**os.environ, "PYTHONPATH": str(HERE.parent), "NO_COLOR": "1"},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -150,10 +112,10 @@ class Runner:
             try:
                 code = await asyncio.wait_for(process.wait(), TIMEOUT + GRACE)
             except TimeoutError:
-                return Result(run, False, f"did not end within {TIMEOUT + GRACE:.0f} s")
+                return Result(run, False, f"did not end within {TIMEOUT + GRACE:.0f} s", excusable=False)
             finally:
                 end(process)
-        return judge(run, code)
+        return self.judge(run, folder, code)
 
 
 def end(process: asyncio.subprocess.Process) -> None:
@@ -162,20 +124,6 @@ def end(process: asyncio.subprocess.Process) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def judge(run: Run, code: int) -> Result:
-    """The suite's own verdict, but a scenario that has checked nothing has not passed."""
-    found = [
-        check for path in run.folder.rglob("checks.json") for check in json.loads(path.read_text(encoding="utf-8"))
-    ]
-    bad = [check for check in found if check["status"] in ("FAILURE", "WARNING")]
-    why = [f"{check['status']} {check['id']}: {check.get('errorMessage') or check['description']}" for check in bad]
-    if code == 0 and not bad and not any(check["status"] == "SUCCESS" for check in found):
-        why.append("nothing was checked")
-    if code != 0 and not bad:
-        why.append(f"the client failed; see {run.folder.relative_to(HERE.parent)}")
-    return Result(run, not why, "\n".join(why))
 
 
 async def run_all(runner: Runner, planned: Sequence[Run], workers: int) -> list[Result]:
@@ -200,11 +148,11 @@ def version(suite: str) -> str:
     return str(document["version"])
 
 
-def table(results: Sequence[Result], expectations: Expectations) -> Table:
+def table(title: str, results: Sequence[Result], expectations: Expectations) -> Table:
     """Scenario by version; the later of two columns of one version is the run at the newest revision."""
     columns = list(dict.fromkeys((result.run.suite, result.run.wire) for result in results))
     columns.sort(key=lambda column: (column[0], column[1] or ""))
-    shown = Table(title="MCP conformance, client scenarios, through the proxy")
+    shown = Table(title=title)
     shown.add_column("scenario")
     for suite, wire in columns:
         shown.add_column(version(suite) + (f"\nat {wire}" if wire else ""))
@@ -214,10 +162,11 @@ def table(results: Sequence[Result], expectations: Expectations) -> Table:
     return shown
 
 
-def report(results: Sequence[Result], expectations: Expectations, stale: Sequence[str], seconds: float) -> bool:
+def report(part: "Part", results: Sequence[Result], stale: Sequence[str], seconds: float) -> bool:
     """Print table, reasons and sum. Returns whether everything was as expected."""
     console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
-    console.print(table(results, expectations))
+    expectations = part.expectations
+    console.print(table(part.title, results, expectations))
     outcomes = [expectations.outcome(result) for result in results]
     for title, reasons in (("Failing as expected", expectations.failing), ("Left out", expectations.left_out)):
         if reasons:
@@ -237,12 +186,65 @@ def report(results: Sequence[Result], expectations: Expectations, stale: Sequenc
     return not unexpected and not stale
 
 
+# What is run
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    title: str
+    runner: Runner
+    expectations: Expectations
+    about: str
+    """Pattern of its scenarios."""
+
+    def known(self, found: Found) -> Iterable[tuple[str, dict[str, tuple[str, ...]]]]:
+        """Its scenarios, by suite."""
+        for suite, names in found.items():
+            yield suite, {name: revisions for name, revisions in names.items() if fnmatchcase(name, self.about)}
+
+    def planned(self, found: Found, only: str) -> list[Run]:
+        return [
+            run
+            for suite, names in self.known(found)
+            for run in runs(suite, names)
+            if fnmatchcase(run.scenario, only) and not match(run.scenario, self.expectations.left_out)
+        ]
+
+    def run(self, found: Found, only: str, workers: int) -> bool:
+        """Run what there is of it, and report. Returns whether everything was as expected."""
+        begun = time.monotonic()
+        results = asyncio.run(run_all(self.runner, self.planned(found, only), workers))
+        stale = self.expectations.stale(name for _, names in self.known(found) for name in names)
+        return report(self, results, stale, time.monotonic() - begun)
+
+
+def parts(node: str, arguments: argparse.Namespace) -> list[Part]:
+    expected = HERE / "expected-failures.yaml"
+    options = [f"--{way}" for way in ("direct", "unheld") if getattr(arguments, way)]
+    proxy = Part(
+        "MCP conformance, client scenarios, through the proxy",
+        Runner(node, ("conformance.client", *options), RESULTS / "proxy", judge_proxy),
+        Expectations.read(expected, "proxy"),
+        "*",
+    )
+    doctor = Part(
+        "What doctor foretells, against what the suite demands",
+        Runner(node, ("conformance.doctor",), RESULTS / "doctor", judge_doctor),
+        Expectations.read(expected, "doctor"),
+        "auth/*",
+    )
+    if arguments.doctor:
+        return [doctor]
+    return [proxy] if options else [proxy, doctor]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m conformance.run", description=__doc__)
     parser.add_argument("--only", default="*", metavar="NAME", help="scenarios to run; * stands for anything")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--direct", action="store_true", help="without the proxy: what the plain client does alone")
     way.add_argument("--unheld", action="store_true", help="requests are answered with the link at once (wait: 0s)")
+    way.add_argument("--doctor", action="store_true", help="only what doctor says of the scenarios about authorization")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--node", default="node", help="Node.js 22 or newer")
     arguments = parser.parse_args()
@@ -250,21 +252,13 @@ def main() -> int:
     if node is None or not all(entry(suite).exists() for suite in SUITES):
         sys.stderr.write("The suite is not installed: run make conformance.\n")
         return 2
-    expectations = Expectations.read(HERE / "expected-failures.yaml")
-    options = tuple(f"--{way}" for way in ("direct", "unheld") if getattr(arguments, way))
-    runner = Runner(str(Path(node).resolve()), options)
-    found = {suite: runner.list_scenarios(suite) for suite in SUITES}
-    planned = [
-        run
-        for suite in SUITES
-        for run in runs(suite, found[suite])
-        if fnmatchcase(run.scenario, arguments.only) and not match(run.scenario, expectations.left_out)
-    ]
+    node = str(Path(node).resolve())
+    found = {suite: list_scenarios(node, suite) for suite in SUITES}
     shutil.rmtree(RESULTS, ignore_errors=True)
-    begun = time.monotonic()
-    results = asyncio.run(run_all(runner, planned, arguments.workers))
-    stale = expectations.stale(name for names in found.values() for name in names)
-    return 0 if report(results, expectations, stale, time.monotonic() - begun) else 1
+    first, *others = parts(node, arguments)
+    chosen = [first, *(part for part in others if part.planned(found, arguments.only))]
+    good = [part.run(found, arguments.only, arguments.workers) for part in chosen]
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":
