@@ -1,12 +1,14 @@
 """What is known of authorization servers by their issuer, and what becomes of it in the proposed configuration."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from fakes import providers as fakes
 from fakes.proxy import write_config
 from mcp_auth_proxy.cli.doctor import providers
 from mcp_auth_proxy.cli.doctor.proposal import PLACEHOLDER, Proposal
@@ -25,6 +27,25 @@ ISSUERS = {
     "https://slack.com": "Slack",
     "https://id.example.com/realms/main": "Keycloak",
 }
+
+DOCS = (Path(__file__).parents[2] / "docs" / "providers.md").read_text()
+RECIPES: list[tuple[str, dict[str, Any]]] = [
+    (fake.address, yaml.safe_load(text)["servers"].popitem()[1])
+    for fake in fakes.PROVIDERS
+    for section in DOCS.split("\n## ")
+    if section.partition("\n")[0] == fake.name
+    for text in re.findall(r"^```yaml\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+]
+OWN = {"client_id", "client_secret", "issuer", "grant"}
+"""Keys of a recipe that say whom it is for and what it does."""
+CURED = {"metadata", "allow_missing_pkce"}
+"""Keys that errors name."""
+
+
+@pytest.fixture(autouse=True)
+def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in re.findall(r"env:([A-Z0-9_]+)", DOCS):
+        monkeypatch.setenv(name, "provider-secret")
 
 
 def known(issuer: str) -> providers.Provider | None:
@@ -83,3 +104,31 @@ def test_what_the_operator_has_set_stays(tmp_path: Path) -> None:
     settings = found.settings().oauth
     assert settings.authorization_params == {"access_type": "offline", "prompt": "select_account"}
     assert (settings.client_id, settings.resource) == ("mine", "auto")
+
+
+@pytest.mark.parametrize(("issuer", "recipe"), RECIPES)
+def test_doctor_has_nothing_to_add_to_a_recipe(tmp_path: Path, issuer: str, recipe: dict[str, Any]) -> None:
+    provider = known(issuer)
+    assert provider is not None
+    found, _ = proposal(tmp_path, recipe)
+    found.suit(provider, scopes_known=False)
+    assert found.changes == []
+
+
+@pytest.mark.parametrize(("issuer", "recipe"), RECIPES)
+def test_doctor_knows_every_key_of_a_recipe(tmp_path: Path, issuer: str, recipe: dict[str, Any]) -> None:
+    provider = known(issuer)
+    assert provider is not None
+    wanted = recipe.get("oauth", {})
+    found, _ = proposal(tmp_path, {"url": recipe["url"], "oauth": {k: v for k, v in wanted.items() if k in OWN}})
+    found.suit(provider, scopes_known=False)
+    said = {change.key.removeprefix("servers.notes.oauth."): change for change in found.changes}
+    assert said.keys() == wanted.keys() - OWN - CURED
+    for name, change in said.items():
+        assert change.value == wanted[name] or not change.applied
+
+
+def test_metadata_by_hand_is_that_of_the_recipe() -> None:
+    for provider in providers.PROVIDERS:
+        if provider.metadata is not None:
+            assert provider.metadata in [recipe.get("oauth", {}).get("metadata") for _, recipe in RECIPES]

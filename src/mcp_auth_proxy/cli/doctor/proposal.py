@@ -16,6 +16,7 @@ from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.servers import read_servers
 from mcp_auth_proxy.config.settings import ServerSettings, Settings
 from mcp_auth_proxy.errors import ConfigurationError, Remedy
+from mcp_auth_proxy.models import GrantType
 
 PLACEHOLDER = "YOUR_CLIENT_ID"
 
@@ -45,6 +46,7 @@ class Proposal:
     def __init__(self, settings: Settings, server: ServerSettings) -> None:
         self._name = server.name
         self._timeout = server.upstream_timeout
+        self._grant = server.oauth.grant
         self._folder = settings.source.parent if settings.source else Path.cwd()
         self._top: Tree = {}
         self._server: Tree = {"url": server.url}
@@ -73,11 +75,14 @@ class Proposal:
         return self._change(remedy.key, value, _WHY[remedy.key], applied=remedy.key not in _TO_BE_DECIDED)
 
     def suit(self, provider: Provider, *, scopes_known: bool) -> None:
-        """Take up what a provider is known to need, where nothing is configured for it."""
+        """Take up what a provider is known to need for the grant in use, where nothing is configured for it."""
+        elsewhere = "token_params" if self._grant is GrantType.AUTHORIZATION_CODE else "authorization_params"
+        moot = {elsewhere, "scopes"} if scopes_known else {elsewhere}
         for key, value in provider.oauth.items():
-            self._change(f"oauth.{key}", value, f"{provider.name} needs it", applied=True)
+            if key not in moot:
+                self._change(f"oauth.{key}", value, f"{provider.name} needs it", applied=True)
         for key, value in provider.asks.items():
-            if key != "scopes" or not scopes_known:
+            if key not in moot:
                 self._change(f"oauth.{key}", value, f"{provider.name} may need it, with your value", applied=False)
 
     def settings(self) -> ServerSettings:
