@@ -21,7 +21,9 @@ from mcp_auth_proxy.models import Flow, GrantType
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.proxy import routes
-from mcp_auth_proxy.proxy.exchange import Forwarder, Receive, Send
+from mcp_auth_proxy.proxy.exchange import Receive, Send
+from mcp_auth_proxy.proxy.forwarder import Forwarder
+from mcp_auth_proxy.proxy.reply import Reply
 from mcp_auth_proxy.proxy.upstream import Upstream
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.registrations import Registrations
@@ -141,6 +143,13 @@ class Application:
         self._guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         self._pages = self._build_pages()
         self._draining = False
+
+    def begin(self, reply: Reply) -> bool:
+        """Send a request to an MCP endpoint on at once, if it is as usual; otherwise it is for ``__call__``."""
+        if reply.method != b"POST" or not self._guard.knows(reply.host):
+            return False
+        route = self._routes.get(reply.path)
+        return route is not None and self.forwarder.begin(route, reply)
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -69,6 +69,10 @@ class Home:
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.back: list[Connection] = []
         self.lost: list[bool] = []
+        self.stale_after: list[float] = []
+
+    def stale(self, connection: Connection) -> None:
+        self.stale_after.append(connection.idle_for)
 
     def released(self, connection: Connection) -> None:
         self.back.append(connection)
@@ -339,6 +343,7 @@ async def test_the_end_before_an_answer_is_told_apart_on_a_used_connection() -> 
     answer = line.ask()
     line.end()
     assert isinstance(answer.exception(), ConnectionStale)
+    assert line.home.stale_after == [0.0]
 
 
 @pytest.mark.parametrize("size", [HEAD_LIMIT - 1, HEAD_LIMIT, HEAD_LIMIT + 1, 3 * HEAD_LIMIT])

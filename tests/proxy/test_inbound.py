@@ -13,6 +13,7 @@ import uvicorn
 
 from fakes.proxy import until
 from mcp_auth_proxy.proxy.inbound import MAX_FIELDS, MAX_HEAD, MIN_BODY_RATE, InboundProtocol
+from mcp_auth_proxy.proxy.reply import Reply
 
 SLOW_AFTER = 0.3
 """Seconds; the protocol's own is too long for a test."""
@@ -473,8 +474,8 @@ async def test_bytes_that_come_between_two_turns_do_not_overtake_those_that_wait
     class Overtaken(InboundProtocol):
         late = b""
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
+        def answered(self, reply: Reply) -> None:
+            super().answered(reply)
             if self._held_back and self.late:
                 late, Overtaken.late = self.late, b""
                 self.data_received(late)

@@ -189,6 +189,19 @@ class Broker:
             return None
         return await self._token_from_store(key, held)
 
+    def at_hand(self, principal: Principal, server: str) -> tuple[bool, AccessToken | None]:
+        """Return whether nothing has to be waited for or begun before a request is sent, and the token to send with it.
+
+        That is: a token in use that is not due to be renewed; or none, where no grant and no flow is known.
+        """
+        key = (principal.id, server)
+        held = self._held.get(key)
+        if held is None:
+            return key in self._absent and key not in self._pending, None
+        held.used = True
+        now = self._clock()
+        return now < held.renew_at and now < held.dead_at, held.token
+
     def pending(self, principal: Principal, server: str) -> Pending | None:
         """Return the flow that waits for the user, where there is one that can still be used."""
         key = (principal.id, server)

@@ -45,6 +45,19 @@ class ConnectionStale(UpstreamBroken):
     """A kept connection closed before one byte of the response came: most likely it was idle for too long."""
 
 
+class Answer(Protocol):
+    """Who waits for a response: an ``asyncio.Future``, or what is called in the place of one."""
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def set_result(self, result: Response, /) -> None:
+        """The head has come, and what came with it has been read."""
+
+    def set_exception(self, exception: UpstreamError, /) -> None:
+        """There will be none."""
+
+
 class Owner(Protocol):
     """Where a connection belongs."""
 
@@ -57,6 +70,9 @@ class Owner(Protocol):
     def released(self, connection: "Connection") -> None:
         """The exchange is complete and the connection may carry another."""
 
+    def stale(self, connection: "Connection") -> None:
+        """The upstream closed the connection when it was used again."""
+
     def gone(self, connection: "Connection", *, idle: bool) -> None:
         """The connection is closed. Called once; ``idle`` where the upstream closed it between exchanges."""
 
@@ -66,7 +82,10 @@ class Connection(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_answer",
+        "_arrived",
+        "_arrived_for",
         "_bodiless",
+        "_deadline",
         "_extra",
         "_fault",
         "_head_left",
@@ -82,6 +101,7 @@ class Connection(asyncio.BufferedProtocol):
         "_socket",
         "_state",
         "_timer",
+        "_timer_at",
         "_transport",
         "_unproductive",
         "_until_close",
@@ -106,9 +126,14 @@ class Connection(asyncio.BufferedProtocol):
         self._socket = sock
         self._loop = asyncio.get_running_loop()
         self._state = _IDLE
-        self._answer: asyncio.Future[Response] | None = None
+        self._answer: Answer | None = None
         self._response: Response | None = None
+        self._arrived: Response | None = None
+        self._arrived_for: Answer | None = None
+        """Who is given what has arrived, as soon as this read is used up."""
+        self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._headers: list[tuple[bytes, bytes]] = []
         self._fault = ""
         self._paused = False
@@ -136,10 +161,16 @@ class Connection(asyncio.BufferedProtocol):
         return False
 
     def exchange(self, request: bytes, body: bytes, *, bodiless: bool, timeout: float) -> asyncio.Future[Response]:
-        """Send a request; return what becomes the response once its head has come.
+        """Send a request; return what becomes the response once its head has come (see ``begin``)."""
+        answer: asyncio.Future[Response] = self._loop.create_future()
+        self.begin(answer, request, body, bodiless=bodiless, timeout=timeout)
+        return answer
+
+    def begin(self, answer: Answer, request: bytes, body: bytes, *, bodiless: bool, timeout: float) -> None:
+        """Send a request; ``answer`` is given the response once its head has come.
 
         ``bodiless``: the method is HEAD (RFC 9110 §9.3.2). ``timeout`` in seconds until the head must have come.
-        The future fails with UpstreamBroken, ConnectionStale or UpstreamTimeout.
+        The answer fails with UpstreamBroken, ConnectionStale or UpstreamTimeout.
         """
         self.uses += 1
         self._state = _HEAD
@@ -151,13 +182,14 @@ class Connection(asyncio.BufferedProtocol):
         self._extra = False
         self._seen = False
         self._unproductive = 0
-        self._answer = answer = self._loop.create_future()
-        self._timer = self._loop.call_later(timeout, self._expire, timeout)
+        self._answer = answer
+        self._deadline = deadline = self._loop.time() + timeout
+        if self._timer is None or deadline < self._timer_at:
+            self._set_timer(deadline, timeout)
         if len(body) > JOINED_BODY:
             self._transport.writelines((request, body))
         else:
             self._transport.write(request + body if body else request)
-        return answer
 
     def abort(self) -> None:
         """Close at once, whatever is on its way."""
@@ -202,9 +234,20 @@ class Connection(asyncio.BufferedProtocol):
             self._timer.cancel()
             self._timer = None
 
-    def _expire(self, seconds: float) -> None:
+    def _set_timer(self, deadline: float, timeout: float) -> None:
+        self._stop_timer()
+        self._timer_at = deadline
+        self._timer = self._loop.call_at(deadline, self._expire, timeout)
+
+    def _expire(self, timeout: float) -> None:
+        """Fail where no head has come in time. One timer serves many exchanges: one for each costs more."""
         self._timer = None
-        self.fail(UpstreamTimeout(f"no answer within {seconds:g} s."))
+        if self._state != _HEAD:
+            return
+        if self._loop.time() < self._deadline:
+            self._set_timer(self._deadline, timeout)
+        else:
+            self.fail(UpstreamTimeout(f"no answer within {timeout:g} s."))
 
     # The transport's side
 
@@ -235,9 +278,16 @@ class Connection(asyncio.BufferedProtocol):
                 self._extra = True
             else:
                 self.fail(UpstreamBroken(f"the response is not valid HTTP: {self._fault or error}."))
-                return
         if self._state == _DONE:
             self._release()
+        if self._arrived is not None:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        answer, arrived = self._arrived_for, self._arrived
+        self._arrived_for = self._arrived = None
+        if answer is not None and arrived is not None and not answer.done():
+            answer.set_result(arrived)
 
     def eof_received(self) -> None:
         if self._state == _BODY and self._until_close:
@@ -262,6 +312,7 @@ class Connection(asyncio.BufferedProtocol):
         elif self._seen:
             self.fail(UpstreamBroken("the connection closed in the middle of the response head."))
         elif self.uses > 1:
+            self.owner.stale(self)
             self.fail(ConnectionStale("the connection closed without an answer."))
         else:
             self.fail(UpstreamBroken("the connection closed without an answer."))
@@ -346,14 +397,11 @@ class Connection(asyncio.BufferedProtocol):
             # RFC 9112 §6.3: without a body, whatever the fields say; a server of ours would wait for one.
             headers = [pair for pair in headers if pair[0] != b"content-length"]
             self._until_close = False
-        self._stop_timer()
         self._headers = []
         self._state = _BODY
-        answer = self._answer
-        self._response = response = Response(self, status, headers)
+        self._response = self._arrived = Response(self, status, headers)
+        self._arrived_for = self._answer
         self._answer = None
-        if answer is not None and not answer.done():
-            answer.set_result(response)
         if self._bodiless:
             # The parser knows nothing of methods and waits for a body: it can't be used again.
             self._reusable = False

@@ -6,8 +6,8 @@ send → 401/403 → broker → once more; held while a user authorizes; relayed
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from mcp_auth_proxy.broker.broker import Broker, Pending, Trail
@@ -18,6 +18,7 @@ from mcp_auth_proxy.errors import (
     StoreError,
     UpstreamBroken,
     UpstreamBusy,
+    UpstreamError,
     UpstreamTimeout,
 )
 from mcp_auth_proxy.models import LOCAL, AccessToken
@@ -26,9 +27,11 @@ from mcp_auth_proxy.proxy.body import BodyTooLarge, ClientGone, read_body
 from mcp_auth_proxy.proxy.connection import Response
 from mcp_auth_proxy.proxy.decoding import decoded
 from mcp_auth_proxy.proxy.headers import request_head, response_headers
+from mcp_auth_proxy.proxy.passage import Passage
 from mcp_auth_proxy.proxy.redirects import MAX_REDIRECTS, is_redirect
 from mcp_auth_proxy.proxy.redirects import target as redirect_target
 from mcp_auth_proxy.proxy.routes import Route
+from mcp_auth_proxy.proxy.sessions import Sessions
 from mcp_auth_proxy.proxy.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -42,16 +45,11 @@ DISCOVER_WAIT = 8.0
 RETRY_WAIT = 45.0
 """Seconds that a retry after ``input_required`` is held at least: answered at once, clients would spin."""
 
-WATCH_AFTER = 0.25
-"""Seconds after which a client is watched for going away: most requests are over before."""
-
 FAREWELL = 1.0
 """Seconds that a client has, when its request is ended, to take what was sent to it before."""
 
 MAX_SENDS = 10
 """A bound over all bounds on how often one request is sent."""
-
-SESSIONS_REMEMBERED = 10_000
 
 SSE = b"text/event-stream"
 
@@ -59,94 +57,18 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
-class Sessions:
-    """Which MCP sessions declared URL elicitation when they were initialized; bounded, oldest forgotten first."""
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What every exchange works with."""
 
-    def __init__(self) -> None:
-        self._elicits: OrderedDict[tuple[str, bytes], None] = OrderedDict()
-
-    def remember(self, server: str, session_id: bytes) -> None:
-        self._elicits[server, session_id] = None
-        if len(self._elicits) > SESSIONS_REMEMBERED:
-            self._elicits.popitem(last=False)
-
-    def elicits(self, server: str, session_id: bytes | None) -> bool:
-        return session_id is not None and (server, session_id) in self._elicits
-
-
-class Forwarder:
-    """Carries requests to upstreams; knows those under way, so that they can be watched and drained."""
-
-    def __init__(self, *, broker: Broker, upstream: Upstream, body_limit: int, wait: float) -> None:
-        self.broker = broker
-        self.upstream = upstream
-        self.body_limit = body_limit
-        self.wait = wait
-        self.sessions = Sessions()
-        self.loop = asyncio.get_running_loop()
-        self.draining: asyncio.Future[None] = self.loop.create_future()
-        self._idle: asyncio.Future[None] | None = None
-        self._active: set[Exchange] = set()
-        self._unwatched: set[Exchange] = set()
-        self._watchdog = asyncio.create_task(self._watch_clients())
-
-    async def forward(self, route: Route, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one request. The client gets an answer whatever happens, unless it goes away."""
-        exchange = Exchange(self, route, scope, receive, send)
-        self._active.add(exchange)
-        self._unwatched.add(exchange)
-        try:
-            await exchange.run()
-        except asyncio.CancelledError:
-            if exchange.ending is None:
-                raise
-            exchange.task.uncancel()
-            if exchange.ending == "draining":
-                await exchange.finish_early()
-        finally:
-            self._active.discard(exchange)
-            self._unwatched.discard(exchange)
-            exchange.close()
-            if self._idle is not None and not self._active and not self._idle.done():
-                self._idle.set_result(None)
-
-    async def _watch_clients(self) -> None:
-        """Plain ASGI tells of a client that went away only to those who ask; ask for the slow ones."""
-        while True:
-            await asyncio.sleep(WATCH_AFTER)
-            due = self.loop.time() - WATCH_AFTER
-            for exchange in [exchange for exchange in self._unwatched if exchange.begun <= due]:
-                if exchange.body_read:
-                    self._unwatched.discard(exchange)
-                    exchange.watch()
-
-    @property
-    def under_way(self) -> int:
-        """How many requests are being answered now."""
-        return len(self._active)
-
-    async def until_idle(self, timeout: float) -> None:
-        """Wait until no request is under way, at most ``timeout`` seconds."""
-        if self._active:
-            self._idle = self.loop.create_future()
-            await asyncio.wait({self._idle}, timeout=timeout)
-
-    def drain(self) -> None:
-        """Let requests finish, but end what only waits: event streams without a request, and held requests."""
-        if not self.draining.done():
-            self.draining.set_result(None)
-        for exchange in list(self._active):
-            if exchange.listening:
-                exchange.end("draining")
-
-    def end_all(self) -> None:
-        """End every request under way, each stream with a final chunk where it can have one."""
-        for exchange in list(self._active):
-            exchange.end("draining")
-
-    async def aclose(self) -> None:
-        self._watchdog.cancel()
-        await asyncio.gather(self._watchdog, return_exceptions=True)
+    broker: Broker
+    upstream: Upstream
+    sessions: Sessions
+    draining: asyncio.Future[None]
+    """Done when the proxy begins to shut down."""
+    body_limit: int
+    wait: float
+    """Seconds that a request is held at most while a user authorizes."""
 
 
 class Exchange:
@@ -156,13 +78,14 @@ class Exchange:
         "__weakref__",
         "_action",
         "_body",
-        "_forwarder",
         "_initializes",
+        "_means",
         "_receive",
         "_response",
         "_route",
         "_scope",
         "_send",
+        "_sent",
         "_started",
         "_streaming",
         "_watcher",
@@ -173,8 +96,17 @@ class Exchange:
         "task",
     )
 
-    def __init__(self, forwarder: Forwarder, route: Route, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        self._forwarder = forwarder
+    def __init__(
+        self,
+        means: Means,
+        route: Route,
+        scope: dict[str, Any],
+        receive: Receive,
+        send: Send,
+        sent: Passage | None = None,
+    ) -> None:
+        """``sent``: the request has been sent once already, with this outcome. To be made in the task that runs it."""
+        self._means = means
         self._route = route
         self._scope = scope
         self._receive = receive
@@ -182,14 +114,15 @@ class Exchange:
         self._body = b""
         self._action = ""
         self._initializes = False
-        self._response: Response | None = None
+        self._sent = sent
+        self._response = sent.outcome if sent is not None and isinstance(sent.outcome, Response) else None
         self._started: Literal["", "relay", "events"] = ""
         self._streaming = False
         self._watcher: asyncio.Task[None] | None = None
-        task = asyncio.current_task(forwarder.loop)
+        task = asyncio.current_task()
         assert task is not None
         self.task = task
-        self.begun = forwarder.loop.time()
+        self.begun = asyncio.get_running_loop().time()
         self.body_read = False
         self.ending: Literal["gone", "draining"] | None = None
         self.listening = False
@@ -200,7 +133,7 @@ class Exchange:
         """Carry the request and answer it; errors become answers by their kind."""
         server = self._route.server.name
         try:
-            self._body = await read_body(self._receive, self._scope["headers"], self._forwarder.body_limit)
+            self._body = await read_body(self._receive, self._scope["headers"], self._means.body_limit)
             self.body_read = True
             await self._carry()
         except ClientGone:
@@ -229,12 +162,14 @@ class Exchange:
             await self._answer_failure(502, f"Server {server}: {error}", consent.UPSTREAM_FAILED)
 
     async def _carry(self) -> None:
-        broker = self._forwarder.broker
+        broker = self._means.broker
         name = self._route.server.name
         self._look_into_body()
-        token = await broker.token(LOCAL, name)
-        if token is None:
-            pending = broker.pending(LOCAL, name)
+        if self._sent is not None:
+            token = self._sent.token
+        else:
+            token = await broker.token(LOCAL, name)
+            pending = broker.pending(LOCAL, name) if token is None else None
             if pending is not None:
                 token = await self._hold(pending)
                 if token is None:
@@ -290,28 +225,38 @@ class Exchange:
         body = self._body
         target = route.target
         for _ in range(MAX_REDIRECTS + 1):
-            prover = token.prover if token else None
-            head = request_head(
-                method,
-                target,
-                route.host,
-                headers,
-                token.header if token else None,
-                len(body) if body or method not in (b"GET", b"HEAD", b"DELETE", b"OPTIONS") else None,
-                prover.prove(method, target) if prover else None,
-            )
-            self.listening = method == b"GET"
-            self._response = response = await self._forwarder.upstream.send(
-                route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
-            )
-            self.listening = False
-            if prover is not None:
-                prover.heard(response.headers)
+            if self._sent is not None:
+                response = self._sent_before(self._sent)
+            else:
+                prover = token.prover if token else None
+                head = request_head(
+                    method,
+                    target,
+                    route.host,
+                    headers,
+                    token.header if token else None,
+                    len(body) if body or method not in (b"GET", b"HEAD", b"DELETE", b"OPTIONS") else None,
+                    prover.prove(method, target) if prover else None,
+                )
+                self.listening = method == b"GET"
+                self._response = response = await self._means.upstream.send(
+                    route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
+                )
+                self.listening = False
+                if prover is not None:
+                    prover.heard(response.headers)
             if not is_redirect(response):
                 return response
             target = redirect_target(route, response)
             response.close()
         raise UpstreamBroken(f"it redirects more than {MAX_REDIRECTS} times.")
+
+    def _sent_before(self, passage: Passage) -> Response:
+        self._sent = None
+        if isinstance(passage.outcome, UpstreamError):
+            raise passage.outcome
+        assert passage.outcome is not None
+        return passage.outcome
 
     async def _relay(self, response: Response) -> None:
         """Pass the answer on as it comes, bytes unchanged."""
@@ -324,7 +269,7 @@ class Exchange:
             return
         headers = response_headers(response.headers)
         self._note(response, headers)
-        if self.listening and self._forwarder.draining.done():
+        if self.listening and self._means.draining.done():
             self.end("draining")
         # Head and body in one piece where both are here; a body that is yet to come does not hold up the head.
         chunk = await response.read() if response.ready else b""
@@ -344,7 +289,7 @@ class Exchange:
         if self._initializes:
             for name, value in headers:
                 if name == b"mcp-session-id":
-                    self._forwarder.sessions.remember(self._route.server.name, value)
+                    self._means.sessions.remember(self._route.server.name, value)
         # What has no length can be ended with a final chunk.
         self._streaming = b"content-length" not in dict(headers)
         self.listening = self._streaming and (self._scope["method"] == "GET" or self._subscribes())
@@ -368,7 +313,7 @@ class Exchange:
         whole = bytearray()
         async for data in decoded(response):
             whole += data
-            if len(whole) > self._forwarder.body_limit:
+            if len(whole) > self._means.body_limit:
                 raise UpstreamBroken("its answer is too long to be put in an event stream that has begun already.")
         messages, _ = consent.parse(bytes(whole))
         if messages and messages[0].id is not None and response.status < 500:
@@ -387,12 +332,12 @@ class Exchange:
 
         What waits in the meantime costs a timer and, where it may stream, a comment every five seconds.
         """
-        forwarder = self._forwarder
+        means = self._means
         messages, _ = consent.parse(self._body)
         action = self._action
         if action in ("decline", "cancel"):
             raise AuthorizationError("the user declined to open the link.")
-        limit = max(forwarder.wait, RETRY_WAIT) if action else forwarder.wait
+        limit = max(means.wait, RETRY_WAIT) if action else means.wait
         if any(message.method == "server/discover" for message in messages):
             limit = min(limit, DISCOVER_WAIT)
         may_stream = self._may_stream(messages)
@@ -400,10 +345,10 @@ class Exchange:
         deadline = loop.time() + limit
         while True:
             left = deadline - loop.time()
-            token = await pending.wait(min(COMMENT_INTERVAL, left), forwarder.draining)
+            token = await pending.wait(min(COMMENT_INTERVAL, left), means.draining)
             if token is not None:
                 return token
-            if deadline <= loop.time() or forwarder.draining.done():
+            if deadline <= loop.time() or means.draining.done():
                 await self._answer_with_link(pending)
                 return None
             if may_stream:
@@ -420,7 +365,7 @@ class Exchange:
     async def _answer_with_link(self, pending: Pending) -> None:
         server = self._route.server.name
         session = next((v for n, v in self._scope["headers"] if n == b"mcp-session-id"), None)
-        elicits = self._forwarder.sessions.elicits(server, session)
+        elicits = self._means.sessions.elicits(server, session)
         text = f"Server {server} needs your authorization. Open {pending.link} in a browser, then try again."
         if not self._has_request():
             await self._answer_failure(503, text, consent.AUTHORIZATION_REQUIRED, 5.0, link=pending.link)

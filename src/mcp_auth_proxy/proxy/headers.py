@@ -24,6 +24,9 @@ _NOT_OUT = _HOP_BY_HOP | {
 }
 """What a client says to us, and what it can't be believed about. ``x-forwarded-*`` comes on top."""
 
+_NOT_OUT_UNSEEN = _NOT_OUT - {b"connection"}
+"""Those that need no closer look."""
+
 _NOT_OUT_PREFIXES = (b"proxy-", b"x-forwarded-")
 
 _OUT_UNSEEN = frozenset(
@@ -66,6 +69,9 @@ _NOT_BACK = (_HOP_BY_HOP - {b"content-length"}) | {
 
 _NOT_BACK_PREFIX = b"proxy-"
 
+_BACK_UNSEEN = frozenset({b"content-length", b"content-encoding", b"date", b"mcp-session-id", b"server", b"vary"})
+"""The usual fields, which pass without a closer look."""
+
 _SIMPLE_CONNECTION = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
 
 _CANONICAL = bytes(ord(chr(byte).lower()) if byte < 128 and chr(byte).isalnum() else ord("-") for byte in range(256))
@@ -78,7 +84,7 @@ INERT = (b"content-security-policy", b"default-src 'none'; sandbox")
 """For answers that a browser could show as a page: its script would run in the proxy's origin, and so could call every
 other server. With a policy of the upstream's own, both hold."""
 
-_NO_PAGES = (b"application/json", b"text/event-stream")
+_NO_PAGES = frozenset({b"application/json", b"text/event-stream"})
 
 
 def request_head(
@@ -100,19 +106,18 @@ def request_head(
     Raises ValueError on a part that would break out of its line; such never come from our parser.
     """
     lines = [b"%s %s HTTP/1.1" % (method, target), b"host: " + host]
-    names = [b"", b""]
     listed: set[bytes] | None = None
     for name, value in headers:
-        if name not in _OUT_UNSEEN:
+        if name in _OUT_UNSEEN:
+            lines.append(name + b": " + value)
+        elif name not in _NOT_OUT_UNSEEN:
             key = name.translate(_CANONICAL).strip(b"-")
-            if key in _NOT_OUT or key.startswith(_NOT_OUT_PREFIXES):
-                if key == b"connection" and value not in _SIMPLE_CONNECTION:
-                    listed = _list_names(listed, value)
-                continue
-        names.append(name)
-        lines.append(name + b": " + value)
+            if key not in _NOT_OUT and not key.startswith(_NOT_OUT_PREFIXES):
+                lines.append(name + b": " + value)
+            elif key == b"connection" and value not in _SIMPLE_CONNECTION:
+                listed = _list_names(listed, value)
     if listed:
-        lines = [line for name, line in zip(names, lines, strict=True) if name.lower() not in listed]
+        lines[2:] = [line for line in lines[2:] if line.partition(b":")[0].lower() not in listed]
     if authorization is not None:
         lines.append(b"authorization: " + authorization)
     if proof is not None:
@@ -142,17 +147,20 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, by
     cacheable = False
     types = 0
     inert = False
-    for field, value in raw:
-        name = field.lower()
+    for field in raw:
+        if field[0] in _BACK_UNSEEN:
+            kept.append(field)
+            continue
+        name, value = field[0].lower(), field[1]
         if name in _NOT_BACK or name.startswith(_NOT_BACK_PREFIX):
             if name == b"connection" and value not in _SIMPLE_CONNECTION:
                 listed = _list_names(listed, value)
             continue
-        if name == b"cache-control":
-            cacheable = True
-        elif name == b"content-type":
+        if name == b"content-type":
             types += 1
-            inert = inert or value.partition(b";")[0].strip().lower() not in _NO_PAGES
+            inert = inert or (value not in _NO_PAGES and value.partition(b";")[0].strip().lower() not in _NO_PAGES)
+        elif name == b"cache-control":
+            cacheable = True
         kept.append((name, value))
     if listed:
         kept = [pair for pair in kept if pair[0] not in listed or pair[0] == b"content-length"]

@@ -1,19 +1,23 @@
-"""The HTTP/1.1 listener: uvicorn's protocol with the bounds and refusals that it leaves open.
+"""The HTTP/1.1 listener's protocol: one connection of a client, under uvicorn's server.
 
-Measured in uvicorn 0.54: heads of any size, clients that send a byte a second, absolute-form targets, and requests
-with two Hosts or none are all let through.
+Parsed by llhttp, as uvicorn's own is, with the bounds and refusals that one leaves open. Measured in uvicorn 0.54:
+heads of any size, clients that send a byte a second, absolute-form targets, and requests with two Hosts or none are all
+let through.
 """
 
 import asyncio
 import contextlib
 import http
-from typing import Any
-from urllib.parse import unquote
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.server import ServerState
 
-from mcp_auth_proxy.proxy.reply import Reply
+from mcp_auth_proxy.proxy.reply import App, Headers, Reply
 
 MAX_HEAD = 64 * 1024
 """Bytes of request line and header fields."""
@@ -23,53 +27,117 @@ MAX_FIELDS = 200
 MIN_BODY_RATE = 1024
 """Bytes a second that a body must come with."""
 
+READ_AHEAD = 64 * 1024
+"""Bytes of body not yet taken at which reading pauses."""
+
 LINGER = 1.0
 """Seconds for which a refused client may go on sending, unread, so that it can read why."""
 
-_LOOKED_AT = frozenset({b"content-length", b"expect", b"host", b"transfer-encoding", b"upgrade"})
+_LOOKED_AT = frozenset(
+    {b"content-length", b"expect", b"host", b"origin", b"sec-fetch-site", b"transfer-encoding", b"upgrade"}
+)
 
 
-class InboundProtocol(HttpToolsProtocol):
-    """One connection from a client."""
+class InboundProtocol(asyncio.Protocol):
+    """One connection from a client.
 
-    cycle: Reply | None  # type: ignore[assignment]  # uvicorn's own annotation leaves out that there may be none yet
+    The application may have a method ``begin`` beside its ASGI side: it is offered each request whose body is here
+    already, and returns whether it sees to the answer itself.
+    """
 
     slow_after = 8.0
     """Seconds in which a request head must be complete, and between looks at whether a body comes on."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    transport: asyncio.Transport
+    flow: FlowControl
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._loop = _loop or asyncio.get_running_loop()
+        self._app: App = config.loaded_app
+        self._begin: Callable[[Reply], bool] | None = getattr(config.loaded_app, "begin", None)
+        self._connections = server_state.connections
+        self._tasks = server_state.tasks
+        self._parser = httptools.HttpRequestParser(self)
+        # Answers to requests that were pipelined behind one with "Connection: close" are left to us.
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        # The request that is being read
         self._in_message = False
         self._in_head = True
+        self._url = b""
+        self._headers: Headers = []
+        self._host = b""
+        self._hosts = 0
+        self._from_page = False
+        self._expects_continue = False
         self._read_bytes = 0
         self._head_bytes = 0
         self._body_bytes = 0
         self._trailer_bytes = 0
-        self._hosts = 0
         self._framing = b""
         self._coding = b""
         self._upgrades = False
         self._progress = False
         self._framing_bytes = 0
         self._refusal = 400
-        self._slow_timer: asyncio.TimerHandle | None = None
         self._receiving: Reply | None = None
         """The answer to the request whose body is being received."""
-        self._unfinished: list[Reply] = []
+        self._starting: Reply | None = None
+        """One that nobody sees to yet."""
+        self._split_url = b""
+        self._path = self._query = b""
+        """Of ``_split_url``: a client uses few."""
+        # The answers that are due, in the order of their requests
+        self._unfinished: deque[Reply] = deque()
         self._held_back = b""
         self._deferred = 0
         self._leaving = False
+        # The time that a client is given
+        self._slow_timer: asyncio.TimerHandle | None = None
+        self._keep_alive = config.timeout_keep_alive
+        self._idle_since = 0.0
+        self._idle_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._slow_timer = self.loop.call_later(self.slow_after, self._check_progress)
+    # The transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.flow = FlowControl(self.transport)
+        self._connections.add(cast(Any, self))
+        self._slow_timer = self._loop.call_later(self.slow_after, self._check_progress)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.discard(cast(Any, self))
         self._stop_timer()
-        # uvicorn tells the last request of the connection alone; the upstream of the first would stay open.
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         for reply in self._unfinished:
             reply.abandon()
-        super().connection_lost(exc)
+        self._starting = None
+        self.flow.resume_writing()
+        # The parser holds callbacks of this connection: without this, only the garbage collector would part them.
+        del self._parser
+
+    def pause_writing(self) -> None:
+        self.flow.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.flow.resume_writing()
+
+    def eof_received(self) -> None:
+        """A client that closes its side has gone: half-closed connections are not kept (as uvicorn has it)."""
+
+    def shutdown(self) -> None:
+        """Close once what is under way is answered; called by uvicorn's server."""
+        if self._unfinished:
+            self._unfinished[-1].keep_alive = False
+        else:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self._leaving or self._deferred:
@@ -87,13 +155,16 @@ class InboundProtocol(HttpToolsProtocol):
         in_body = self._in_message and not self._in_head
         if self._in_head:
             self._head_bytes += len(data)
-        self._unset_keepalive_if_required()
         self._progress = False
         try:
             self._feed(data)
         except httptools.HttpParserError:
+            if self._starting is not None and self._starting is not self._receiving:
+                self._start_first(self._starting)
             self._refuse(self._refusal)
             return
+        if self._starting is not None:
+            self._start_first(self._starting)
         if self.transport.is_closing():
             return
         if self._in_message and self._in_head and self._head_bytes > MAX_HEAD:
@@ -106,27 +177,32 @@ class InboundProtocol(HttpToolsProtocol):
                 self._refuse(400)
                 return
         if self._slow_timer is None and (self._in_message or not self._unfinished):
-            self._slow_timer = self.loop.call_later(self.slow_after, self._check_progress)
+            self._slow_timer = self._loop.call_later(self.slow_after, self._check_progress)
 
     def _feed(self, data: bytes) -> None:
         try:
-            self.parser.feed_data(data)
+            self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             # The parser takes what follows for another protocol, but none is offered (RFC 9110 §7.8): it is the body.
-            self.parser = httptools.HttpRequestParser(_AfterUpgrade(self))
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-            self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % self._framing)
+            self._parser = httptools.HttpRequestParser(_AfterUpgrade(self))
+            self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self._parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % self._framing)
             self._feed(data[upgrade.args[0] :])
 
-    # Parser callbacks
+    # The parser's side
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
         self._in_message = self._in_head = True
+        self._url = b""
+        self._headers = []
+        self._hosts = 0
+        self._from_page = self._expects_continue = self._upgrades = False
         self._refusal = 400
-        self._body_bytes = self._trailer_bytes = self._framing_bytes = self._hosts = 0
+        self._body_bytes = self._trailer_bytes = self._framing_bytes = 0
         self._framing = self._coding = b""
-        self._upgrades = False
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
@@ -139,34 +215,39 @@ class InboundProtocol(HttpToolsProtocol):
         if name in _LOOKED_AT:
             if name == b"host":
                 self._hosts += 1
-            elif name == b"expect":
-                self.expect_100_continue = value.lower() == b"100-continue"
+                self._host = value
+            elif name == b"content-length":
+                self._framing = b"content-length: " + value + b"\r\n"
             elif name == b"upgrade":
                 # Upgrades are not offered: the request is answered as if it had not asked (RFC 9110 §7.8).
                 return
+            elif name == b"expect":
+                self._expects_continue = value.lower() == b"100-continue"
+            elif name == b"transfer-encoding":
+                self._framing = b"transfer-encoding: " + value + b"\r\n"
+                self._coding += value.lower()
             else:
-                self._framing = name + b": " + value + b"\r\n"
-                if name == b"transfer-encoding":
-                    self._coding += value.lower()
-        self.headers.append((name, value))
+                self._from_page = True
+        self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """As uvicorn does, with a Reply for its cycle."""
-        headers = self.headers
+        headers = self._headers
+        url = self._url
         if len(headers) > MAX_FIELDS or (
-            max(self._head_bytes, self._read_bytes) > MAX_HEAD and len(self.url) + _size_of(headers) > MAX_HEAD
+            max(self._head_bytes, self._read_bytes) > MAX_HEAD and len(url) + _size_of(headers) > MAX_HEAD
         ):
             self._refusal = 431
             raise ValueError("request header fields too large")
         self._in_head = False
         self._head_bytes = 0
-        url = self.url
-        # RFC 9112 §3.2: exactly one Host; §3.2.1: origin-form, the only one an origin server is asked with.
-        if self._hosts != 1 or not url.startswith(b"/") or b"#" in url:
+        # RFC 9112 §3.2: exactly one Host.
+        if self._hosts != 1:
             raise ValueError("bad request")
-        method = self.parser.get_method()
-        version = self.parser.get_http_version()
-        if version not in ("1.0", "1.1"):
+        if url != self._split_url:
+            self._split(url)
+        method: bytes = self._parser.get_method()
+        version: str = self._parser.get_http_version()
+        if version != "1.1" and version != "1.0":
             raise ValueError("RFC 9112 §2.3: another major version has another syntax")
         if self._coding and version == "1.0":
             raise ValueError("RFC 9112 §6.1: the framing of such a message is faulty")
@@ -174,48 +255,50 @@ class InboundProtocol(HttpToolsProtocol):
             # RFC 9110 §9.3.8: an upstream would echo the request, and with it our token.
             self._refusal = 501
             raise ValueError("not implemented")
-        self._upgrades = self.parser.should_upgrade()
-        parts = httptools.parse_url(url)
-        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope["method"] = method.decode("ascii")
-        scope["http_version"] = version
-        scope["raw_path"] = parts.path
-        scope["path"] = unquote(parts.path.decode("ascii"))
-        scope["query_string"] = parts.query or b""
+        self._upgrades = self._parser.should_upgrade()
         self._stop_timer()
-        self.cycle = self._receiving = reply = Reply(
-            scope=self.scope,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=False,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
-            on_response=self.on_response_complete,
+        self._receiving = reply = Reply(
+            self,
+            method=method,
+            http_version=version,
+            path=self._path,
+            query=self._query,
+            headers=headers,
+            host=b"" if self._from_page else self._host,
+            keep_alive=version == "1.1" and self._parser.should_keep_alive(),
+            expects_continue=self._expects_continue,
         )
+        if not self._unfinished:
+            self._starting = reply
+        # else: the answers to pipelined requests are made one after the other
         self._unfinished.append(reply)
-        if len(self._unfinished) == 1:
-            self._start_asgi_task(reply, self.app)
-        else:
-            # The answers to pipelined requests are made one after the other.
-            self.pipeline.appendleft((reply, self.app))
+
+    def _split(self, url: bytes) -> None:
+        # RFC 9112 §3.2.1: origin-form, the only one an origin server is asked with.
+        if not url.startswith(b"/") or b"#" in url:
+            raise ValueError("bad request")
+        parts = httptools.parse_url(url)
+        self._path, self._query = parts.path, parts.query or b""
+        self._split_url = url
 
     def on_body(self, body: bytes) -> None:
         self._progress = True
         self._body_bytes += len(body)
-        reply = self.cycle
-        if len(self._unfinished) > 1 and reply is not None and len(reply.body) + len(body) > MAX_HEAD:
-            self._refusal = 503
-            raise ValueError("too much is sent ahead of the answer")
-        if reply is not None and reply.response_complete:
+        reply = self._receiving
+        if reply is None:
+            return
+        if reply.complete:
             # Nobody wants this part any more; a short rest is taken, so that the connection can be used again.
             reply.unwanted += len(body)
             if reply.unwanted > MAX_HEAD:
                 raise ValueError("the request was answered long ago")
-        super().on_body(body)
+            return
+        reply.feed(body)
+        if reply.size > MAX_HEAD and reply is not self._unfinished[0]:
+            self._refusal = 503
+            raise ValueError("too much is sent ahead of the answer")
+        if reply.size > READ_AHEAD:
+            self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
         if self._upgrades:
@@ -224,9 +307,58 @@ class InboundProtocol(HttpToolsProtocol):
             return
         self._in_message = False
         self._in_head = True
-        self._receiving = None
         self._stop_timer()
-        super().on_message_complete()
+        if self._receiving is not None:
+            self._receiving.feed_end()
+            self._receiving = None
+
+    # The answers
+
+    def _start_first(self, reply: Reply) -> None:
+        self._starting = None
+        if self._begin is None or not reply.received or not self._begin(reply):
+            self.start(reply, self._app)
+
+    def start(self, reply: Reply, app: App) -> None:
+        """Run an application for an answer."""
+        task = self._loop.create_task(reply.run(app))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def answered(self, reply: Reply) -> None:
+        """Go on to the next request: one that is here already, or whatever is to come."""
+        self._unfinished.popleft()
+        if self.transport.is_closing():
+            return
+        if self.flow.read_paused:
+            self.flow.resume_reading()
+        if self._unfinished:
+            self._start_first(self._unfinished[0])
+        elif self._deferred:
+            self._refuse(self._deferred)
+        elif self._held_back:
+            self._loop.call_soon(self._take_turn)
+        else:
+            self._idle_since = self._loop.time()
+            if self._idle_timer is None:
+                self._idle_timer = self._loop.call_later(self._keep_alive, self._check_idle)
+
+    def _take_turn(self) -> None:
+        data, self._held_back = self._held_back, b""
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            self.data_received(data)
+
+    def _check_idle(self) -> None:
+        """Close a connection that has been idle for long. One timer serves many answers: one for each costs more."""
+        self._idle_timer = None
+        if self._unfinished or self.transport.is_closing():
+            return
+        left = self._keep_alive if self._in_message else self._idle_since + self._keep_alive - self._loop.time()
+        if left > 0:
+            self._idle_timer = self._loop.call_later(left, self._check_idle)
+        else:
+            self.transport.close()
 
     # Refusals
 
@@ -238,39 +370,22 @@ class InboundProtocol(HttpToolsProtocol):
         fast = not self._in_head and self._body_bytes >= MIN_BODY_RATE * self.slow_after
         if self._in_message and (fast or self.flow.read_paused):
             self._body_bytes = 0
-            self._slow_timer = self.loop.call_later(self.slow_after, self._check_progress)
+            self._slow_timer = self._loop.call_later(self.slow_after, self._check_progress)
             return
         if self._in_message:
             self._refuse(408)
         else:
             self.transport.close()
 
-    def on_response_complete(self) -> None:
-        self._unfinished.pop(0)
-        super().on_response_complete()
-        if self._unfinished or self.transport.is_closing():
-            return
-        if self._deferred:
-            self._refuse(self._deferred)
-        elif self._held_back:
-            self.loop.call_soon(self._take_turn)
-
-    def _take_turn(self) -> None:
-        data, self._held_back = self._held_back, b""
-        if not self.transport.is_closing():
-            self.flow.resume_reading()
-            self.data_received(data)
-
     def _refuse(self, status: int) -> None:
         """Answer in plain text and close; requests that came before on the connection get their answers first."""
         own = self._receiving
         if own is not None and own in self._unfinished and own is not self._unfinished[0]:
             self._unfinished.pop()
-            self.pipeline.popleft()
         if self._unfinished and self._unfinished[0] is not own:
             self._deferred = status
             return
-        started = own is not None and own.response_started
+        started = own is not None and own.started
         for reply in self._unfinished:
             reply.abandon()
         if started:
@@ -285,20 +400,14 @@ class InboundProtocol(HttpToolsProtocol):
         """Close so that the last answer arrives: with bytes unread, close() would reset it away (RFC 9112 §9.6)."""
         self._leaving = True
         self._stop_timer()
-        self._unset_keepalive_if_required()
         with contextlib.suppress(OSError, RuntimeError):
             self.transport.write_eof()
-        self._slow_timer = self.loop.call_later(LINGER, self.transport.close)
+        self._slow_timer = self._loop.call_later(LINGER, self.transport.close)
 
     def _stop_timer(self) -> None:
         if self._slow_timer is not None:
             self._slow_timer.cancel()
             self._slow_timer = None
-
-    def eof_received(self) -> None:
-        # A client that has sent half a request and closes its side gets no answer from a hanging parser.
-        with contextlib.suppress(AttributeError):
-            super().eof_received()
 
 
 class _AfterUpgrade:

@@ -1,71 +1,268 @@
-"""One answer to a client: uvicorn's cycle, but the head goes out together with the first bytes of the body.
+"""The answer to one request: what an ASGI application makes of it, or what the fast path puts there at once.
 
-Two writes cost the proxy and its client a system call and a wake-up more, which is a tenth of a small request.
+Head and first bytes of the body go out in one write: two cost the proxy and its client a system call and a wake-up
+more, which is a tenth of a small request.
 """
 
-from typing import Any
+import asyncio
+import http
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Protocol
+from urllib.parse import unquote
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import FlowControl
+
+logger = logging.getLogger(__name__)
+
+Headers = list[tuple[bytes, bytes]]
+App = Callable[..., Awaitable[None]]
 
 _BODILESS = frozenset({204, 304})
+_STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
 
 
-class Reply(RequestResponseCycle):
-    """Takes the messages of an ASGI application.
+class Carrier(Protocol):
+    """The connection that a request came on."""
+
+    transport: asyncio.Transport
+    flow: FlowControl
+
+    def start(self, reply: "Reply", app: App) -> None:
+        """Run the application for this answer."""
+
+    def answered(self, reply: "Reply") -> None:
+        """The answer is complete."""
+
+
+class Reply:
+    """Knows the request's head, collects its body, and sends what the answer is made of.
 
     As ASGI has it, nothing is sent before the first part of the body, which may be empty: an application whose body
     is slow to come sends an empty part first.
     """
 
-    _head: bytes = b""
+    __slots__ = (
+        "_carrier",
+        "_chunked",
+        "_head",
+        "_length",
+        "_news",
+        "complete",
+        "disconnected",
+        "expects_continue",
+        "headers",
+        "host",
+        "http_version",
+        "keep_alive",
+        "method",
+        "on_gone",
+        "parts",
+        "path",
+        "query",
+        "received",
+        "size",
+        "started",
+        "unwanted",
+    )
 
-    unwanted: int = 0
-    """Bytes of request body that came after the answer was complete."""
+    def __init__(
+        self,
+        carrier: Carrier,
+        *,
+        method: bytes,
+        http_version: str,
+        path: bytes,
+        query: bytes,
+        headers: Headers,
+        host: bytes,
+        keep_alive: bool,
+        expects_continue: bool,
+    ) -> None:
+        self._carrier = carrier
+        self.method = method
+        self.http_version = http_version
+        self.path = path
+        """As it was sent, without the query."""
+        self.query = query
+        self.headers = headers
+        """In the order they came, names in lower case."""
+        self.host = host
+        """Empty where a web page may have sent the request: then the whole head is to be looked at."""
+        self.keep_alive = keep_alive
+        self.expects_continue = expects_continue
+        self.parts: list[bytes] = []
+        """What has come of the body and was not received yet."""
+        self.size = 0
+        """Bytes in ``parts``."""
+        self.received = False
+        """Whether the whole body has come."""
+        self.unwanted = 0
+        """Bytes of request body that came after the answer was complete."""
+        self.disconnected = False
+        self.started = False
+        self.complete = False
+        self.on_gone: Callable[[], None] | None = None
+        """Told once when the client is lost."""
+        self._head = b""
+        self._chunked: bool | None = None
+        self._length = 0
+        self._news: asyncio.Event | None = None
+
+    # The connection's side
+
+    def feed(self, data: bytes) -> None:
+        """Take a part of the request's body."""
+        self.parts.append(data)
+        self.size += len(data)
+        self._tell()
+
+    def feed_end(self) -> None:
+        """The request's body is complete."""
+        self.received = True
+        self._tell()
 
     def abandon(self) -> None:
         """Tell the application that its client is lost."""
-        if not self.response_complete:
+        if not self.complete:
             self.disconnected = True
-        self.message_event.set()
+            if self.on_gone is not None:
+                self.on_gone()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._news is not None:
+            self._news.set()
+
+    # For the fast path
+
+    @property
+    def may_write(self) -> bool:
+        """Whether the client takes what is sent to it."""
+        return not self._carrier.flow.write_paused
+
+    def body(self) -> bytes:
+        """Return what is there of the request's body, and leave it there."""
+        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+
+    def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """Answer in one piece; not for HEAD. An answer that can't be sent costs the client its connection."""
+        if self.disconnected:
+            return
+        self.started = True
+        try:
+            self._head = self._head_of(status, headers, whole=len(body))
+            self._send_body(body, last=True)
+        except RuntimeError:
+            logger.exception("an answer can't be sent")
+            self._carrier.transport.close()
+
+    def go_on_with(self, app: App) -> None:
+        """Leave the answer to an application after all."""
+        self._carrier.start(self, app)
+
+    # For ASGI applications
+
+    def scope(self) -> dict[str, Any]:
+        """Return what an application is told of the request (ASGI, HTTP connection scope)."""
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": self.http_version,
+            "scheme": "http",
+            "method": self.method.decode("ascii"),
+            "path": unquote(self.path.decode("ascii")),
+            "raw_path": self.path,
+            "query_string": self.query,
+            "headers": self.headers,
+        }
+
+    async def run(self, app: App) -> None:
+        """Have an application answer. What it leaves unfinished costs the client its connection."""
+        self._news = asyncio.Event()
+        if self.parts or self.received:
+            self._news.set()
+        try:
+            await app(self.scope(), self.receive, self.send)
+        except asyncio.CancelledError:
+            self._carrier.transport.close()
+            raise
+        except Exception:
+            logger.exception("a request ended with an internal error")
+        if self.complete or self.disconnected:
+            return
+        if self.started:
+            self._carrier.transport.close()
+            return
+        self.keep_alive = False
+        self._chunked = None
+        self.answer(500, [(b"content-type", b"text/plain; charset=utf-8")], b"Internal Server Error")
+
+    async def receive(self) -> dict[str, Any]:
+        """Return what has come of the request's body, or that the client is gone; waits for one of them."""
+        assert self._news is not None
+        if self.expects_continue:
+            self.expects_continue = False
+            if not self._carrier.transport.is_closing():
+                self._carrier.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if not self.disconnected and not self.complete:
+            self._carrier.flow.resume_reading()
+            await self._news.wait()
+            self._news.clear()
+        if self.disconnected or self.complete:
+            return {"type": "http.disconnect"}
+        body = self.body()
+        self.parts = []
+        self.size = 0
+        return {"type": "http.request", "body": body, "more_body": not self.received}
 
     async def send(self, message: Any) -> None:
         """Send a head or a part of the body; waits while the client is slow to take what was sent before.
 
         Raises RuntimeError on messages out of order, and on a body that is not as long as was announced.
         """
-        if self.flow.write_paused and not self.disconnected:
-            await self.flow.drain()
+        if self._carrier.flow.write_paused and not self.disconnected:
+            await self._carrier.flow.drain()
         if self.disconnected:
             return
-        expected = "http.response.body" if self.response_started else "http.response.start"
-        if self.response_complete or message["type"] != expected:
+        expected = "http.response.body" if self.started else "http.response.start"
+        if self.complete or message["type"] != expected:
             raise RuntimeError(f"{message['type']} is out of order")
-        if self.response_started:
+        if self.started:
             self._send_body(message.get("body", b""), last=not message.get("more_body", False))
         else:
-            self.response_started = True
-            self.waiting_for_100_continue = False
-            self._head = self._head_of(message["status"], [*self.default_headers, *message.get("headers", ())])
+            self.started = True
+            self.expects_continue = False
+            self._head = self._head_of(message["status"], message.get("headers", ()))
 
-    def _head_of(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
-        """Return the head with the empty line that ends it, and settle the framing of the body (RFC 9112 §6)."""
-        lines = [STATUS_LINE[status]]
+    # What is sent
+
+    def _head_of(self, status: int, headers: Iterable[tuple[bytes, bytes]], whole: int | None = None) -> bytes:
+        """Return the head with the empty line that ends it, and settle the framing of the body (RFC 9112 §6).
+
+        ``whole``: the length of the body where all of it is known.
+        """
+        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
         for name, value in headers:
             if name == b"connection":
                 self.keep_alive = self.keep_alive and value.lower() != b"close"
                 continue
             if name == b"content-length":
-                self.chunked_encoding = False
-                self.expected_content_length = int(value)
+                self._chunked = False
+                self._length = int(value)
             lines.append(name + b": " + value + b"\r\n")
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
-        if self.scope["method"] == "HEAD":
-            self.chunked_encoding = False
-            self.expected_content_length = 0
-        elif self.chunked_encoding is None and status not in _BODILESS:
-            self.chunked_encoding = True
-            lines.append(b"transfer-encoding: chunked\r\n")
+        if self.method == b"HEAD":
+            self._chunked = False
+            self._length = 0
+        elif self._chunked is None and status not in _BODILESS:
+            if whole is not None:
+                self._length = whole
+                lines.append(b"content-length: %d\r\n" % whole)
+            else:
+                self._chunked = True
+                lines.append(b"transfer-encoding: chunked\r\n")
         lines.append(b"\r\n")
         head = b"".join(lines)
         # One look at the whole costs less than one at each part.
@@ -74,25 +271,26 @@ class Reply(RequestResponseCycle):
         return head
 
     def _send_body(self, data: bytes, *, last: bool) -> None:
-        if self.chunked_encoding:
+        if self._chunked:
             if data:
                 data = b"%x\r\n%b\r\n" % (len(data), data)
             if last:
                 data += b"0\r\n\r\n"
-        elif self.scope["method"] == "HEAD":
+        elif self.method == b"HEAD":
             data = b""
         else:
-            self.expected_content_length -= len(data)
-            if self.expected_content_length < 0 or (last and self.expected_content_length):
+            self._length -= len(data)
+            if self._length < 0 or (last and self._length):
                 raise RuntimeError("the body is not as long as Content-Length says")
         if self._head:
             data = self._head + data
             self._head = b""
         if data:
-            self.transport.write(data)
+            self._carrier.transport.write(data)
         if last:
-            self.response_complete = True
-            self.message_event.set()
+            self.complete = True
+            self.on_gone = None
+            self._tell()
             if not self.keep_alive:
-                self.transport.close()
-            self.on_response()
+                self._carrier.transport.close()
+            self._carrier.answered(self)

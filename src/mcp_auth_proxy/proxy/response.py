@@ -49,6 +49,18 @@ class Response:
         """Whether ``read()`` returns, or raises, at once."""
         return self._ended or bool(self._chunks)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the body is here, so that one ``read()`` or ``take()`` has it."""
+        return self._ended and self._error is None
+
+    def take(self) -> bytes:
+        """Return what is here of the body."""
+        chunks = self._chunks
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self._chunks = []
+        return data
+
     async def read(self) -> bytes:
         """Return what has come of the body, at once where something has; ``b""`` at its end.
 
@@ -69,8 +81,7 @@ class Response:
             if self._error is not None:
                 raise self._error
             return b""
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        chunks.clear()
+        data = self.take()
         if self._buffered > READ_AHEAD and self._connection is not None:
             self._connection.resume()
         self._buffered = 0

@@ -114,6 +114,9 @@ class Pool:
         self._made.add(connection)
         return connection
 
+    def stale(self, connection: Connection) -> None:
+        self.learn(connection.idle_for)
+
     def learn(self, age: float) -> None:
         """The upstream closed a connection that had been idle for this long (seconds): keep others shorter."""
         now = self._loop.time()
@@ -245,10 +248,14 @@ class Upstream:
         try:
             return await _answer(connection, request, body, method, head_timeout)
         except ConnectionStale:
-            pool.learn(connection.idle_for)
             if method not in _REPEATABLE:
                 raise
         return await _answer(await pool.grow(), request, body, method, head_timeout)
+
+    def idle_connection(self, origin: Origin) -> Connection | None:
+        """Return a kept connection on which a request can be begun at once, where there is one."""
+        pool = self._pools.get(origin)
+        return pool.take() if pool is not None else None
 
     def pool(self, origin: Origin) -> Pool | None:
         """Return the connections to an origin, if there have been any."""

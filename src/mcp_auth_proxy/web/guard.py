@@ -62,6 +62,10 @@ class Guard:
             return 403, "Only this proxy's own pages may ask for changes."
         return None
 
+    def knows(self, host: bytes) -> bool:
+        """Whether this Host was found good before, so that a request that no web page has sent may be served."""
+        return host in self._good_hosts
+
     def _is_own(self, headers: Headers, host: bytes) -> bool:
         """Whether a write comes from no web page at all, or from one of ours (Origin, Fetch Metadata)."""
         for name, value in headers:

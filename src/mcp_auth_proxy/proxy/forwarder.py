@@ -1,0 +1,138 @@
+"""Carries requests to upstreams; knows those under way, so that they can be watched and drained."""
+
+import asyncio
+from typing import Any
+
+from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.models import LOCAL
+from mcp_auth_proxy.proxy.exchange import Exchange, Means, Receive, Send
+from mcp_auth_proxy.proxy.passage import Passage, is_plain
+from mcp_auth_proxy.proxy.reply import Reply
+from mcp_auth_proxy.proxy.routes import Route
+from mcp_auth_proxy.proxy.sessions import Sessions
+from mcp_auth_proxy.proxy.upstream import Upstream
+
+WATCH_AFTER = 0.25
+"""Seconds after which a client is watched for going away: most requests are over before."""
+
+
+class Forwarder:
+    """See the module. Belongs to one event loop."""
+
+    def __init__(self, *, broker: Broker, upstream: Upstream, body_limit: int, wait: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._broker = broker
+        self.upstream = upstream
+        self._means = Means(
+            broker=broker,
+            upstream=upstream,
+            sessions=Sessions(),
+            draining=self.loop.create_future(),
+            body_limit=body_limit,
+            wait=wait,
+        )
+        self._idle: asyncio.Future[None] | None = None
+        self._passages: set[Passage] = set()
+        self._active: set[Exchange] = set()
+        self._unwatched: set[Exchange] = set()
+        self._watchdog = asyncio.create_task(self._watch_clients())
+
+    def begin(self, route: Route, reply: Reply) -> bool:
+        """Send a request on at once, where it has only to be passed on and nothing has to be waited for.
+
+        Returns whether it was sent: the answer is then seen to. The body must have come.
+        """
+        body = reply.body()
+        settled, token = self._broker.at_hand(LOCAL, route.server.name)
+        if not settled or (token is not None and token.prover is not None) or not is_plain(body):
+            return False
+        if not reply.may_write:
+            # The client does not take its answers: waiting is what has to be done.
+            return False
+        connection = self.upstream.idle_connection(route.origin)
+        if connection is None:
+            return False
+        passage = Passage(self, route, reply, token, connection)
+        self._passages.add(passage)
+        passage.begin(body)
+        return True
+
+    def passed(self, passage: Passage) -> None:
+        self._passages.discard(passage)
+        if self._idle is not None:
+            self._look_whether_idle()
+
+    def go_on(self, passage: Passage) -> None:
+        async def forward(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+            self._passages.discard(passage)
+            await self.forward(passage.route, scope, receive, send, passage)
+
+        passage.reply.go_on_with(forward)
+
+    async def forward(
+        self, route: Route, scope: dict[str, Any], receive: Receive, send: Send, sent: Passage | None = None
+    ) -> None:
+        """Answer one request. The client gets an answer whatever happens, unless it goes away.
+
+        ``sent``: the request has been sent once already, with this outcome.
+        """
+        exchange = Exchange(self._means, route, scope, receive, send, sent)
+        self._active.add(exchange)
+        self._unwatched.add(exchange)
+        try:
+            await exchange.run()
+        except asyncio.CancelledError:
+            if exchange.ending is None:
+                raise
+            exchange.task.uncancel()
+            if exchange.ending == "draining":
+                await exchange.finish_early()
+        finally:
+            self._active.discard(exchange)
+            self._unwatched.discard(exchange)
+            exchange.close()
+            self._look_whether_idle()
+
+    def _look_whether_idle(self) -> None:
+        if self._idle is not None and not self.under_way and not self._idle.done():
+            self._idle.set_result(None)
+
+    async def _watch_clients(self) -> None:
+        """Plain ASGI tells of a client that went away only to those who ask; ask for the slow ones."""
+        while True:
+            await asyncio.sleep(WATCH_AFTER)
+            due = self.loop.time() - WATCH_AFTER
+            for exchange in [exchange for exchange in self._unwatched if exchange.begun <= due]:
+                if exchange.body_read:
+                    self._unwatched.discard(exchange)
+                    exchange.watch()
+
+    @property
+    def under_way(self) -> int:
+        """How many requests are being answered now."""
+        return len(self._active) + len(self._passages)
+
+    async def until_idle(self, timeout: float) -> None:
+        """Wait until no request is under way, at most ``timeout`` seconds."""
+        if self.under_way:
+            self._idle = self.loop.create_future()
+            await asyncio.wait({self._idle}, timeout=timeout)
+
+    def drain(self) -> None:
+        """Let requests finish, but end what only waits: event streams without a request, and held requests."""
+        if not self._means.draining.done():
+            self._means.draining.set_result(None)
+        for exchange in list(self._active):
+            if exchange.listening:
+                exchange.end("draining")
+
+    def end_all(self) -> None:
+        """End every request under way, each stream with a final chunk where it can have one."""
+        for exchange in list(self._active):
+            exchange.end("draining")
+        for passage in list(self._passages):
+            passage.end()
+
+    async def aclose(self) -> None:
+        self._watchdog.cancel()
+        await asyncio.gather(self._watchdog, return_exceptions=True)

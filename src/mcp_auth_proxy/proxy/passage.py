@@ -1,0 +1,101 @@
+"""A request that has only to be passed on, without a task: in the callbacks of the two connections that it concerns.
+
+That is the usual case, and so it costs a third less: the token and an upstream connection are at hand, and the answer
+comes whole. Whatever else turns up is for ``Exchange``, which goes on from where the passage stands: nothing is sent
+twice for it.
+"""
+
+from typing import Protocol
+
+from mcp_auth_proxy.errors import UpstreamBusy, UpstreamError
+from mcp_auth_proxy.models import AccessToken
+from mcp_auth_proxy.proxy import consent
+from mcp_auth_proxy.proxy.connection import Connection
+from mcp_auth_proxy.proxy.headers import request_head, response_headers
+from mcp_auth_proxy.proxy.reply import Reply
+from mcp_auth_proxy.proxy.response import Response
+from mcp_auth_proxy.proxy.routes import Route
+
+MAX_BODY = 64 * 1024
+"""Bytes of request body. A larger one takes its time anyway."""
+
+
+class Keeper(Protocol):
+    """Who knows the passages under way."""
+
+    def passed(self, passage: "Passage") -> None:
+        """It is over."""
+
+    def go_on(self, passage: "Passage") -> None:
+        """It takes more than passing on: an exchange has to go on with it."""
+
+
+def is_plain(body: bytes) -> bool:
+    """Whether nothing in a request's body concerns the proxy itself."""
+    return (
+        len(body) <= MAX_BODY
+        and b'"initialize"' not in body
+        and b"subscriptions/listen" not in body
+        and not consent.is_retry(body)
+    )
+
+
+class Passage:
+    """One POST on its way; what its upstream connection gives the answer to."""
+
+    __slots__ = ("_connection", "_keeper", "outcome", "reply", "route", "token")
+
+    def __init__(
+        self, keeper: Keeper, route: Route, reply: Reply, token: AccessToken | None, connection: Connection
+    ) -> None:
+        self._keeper = keeper
+        self.route = route
+        self.reply = reply
+        self.token = token
+        self._connection = connection
+        self.outcome: Response | UpstreamError | None = None
+        """What the upstream answered, or why it did not; None until then."""
+
+    def begin(self, body: bytes) -> None:
+        """Send the request."""
+        reply, route = self.reply, self.route
+        authorization = self.token.header if self.token is not None else None
+        head = request_head(b"POST", route.target, route.host, reply.headers, authorization, len(body))
+        reply.on_gone = self._on_gone
+        self._connection.begin(self, head, body, bodiless=False, timeout=route.server.upstream_timeout)
+
+    def end(self) -> None:
+        """Give up waiting for the upstream, since the proxy shuts down."""
+        if self.outcome is None:
+            self._connection.fail(UpstreamBusy("the proxy is shutting down."))
+
+    # What the upstream connection tells
+
+    def done(self) -> bool:
+        return self.outcome is not None
+
+    def set_result(self, result: Response) -> None:
+        self.outcome = result
+        if result.whole and not _needs_more(result.status):
+            self._keeper.passed(self)
+            self.reply.answer(result.status, response_headers(result.headers), result.take())
+        else:
+            self._go_on()
+
+    def set_exception(self, exception: UpstreamError) -> None:
+        self.outcome = exception
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self.reply.on_gone = None
+        self._keeper.go_on(self)
+
+    def _on_gone(self) -> None:
+        if self.outcome is None:
+            self._connection.abort()
+            self._keeper.passed(self)
+
+
+def _needs_more(status: int) -> bool:
+    """Whether an answer is for the proxy to act upon: challenges and redirects."""
+    return status == 401 or status == 403 or 300 <= status < 400
