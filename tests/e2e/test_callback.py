@@ -275,6 +275,16 @@ async def test_a_callback_after_a_restart_finishes_the_flow(servers: Servers, tm
     assert issuer.token_requests() == 1
 
 
+async def test_a_link_of_long_ago_is_forgotten_while_the_proxy_runs(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it, Browser() as browser, asyncio.timeout(10):
+        link = await it.link()
+        it.clock.ahead += 3601
+        assert_page(await browser.open(link), 410)
+        it.clock.ahead += 3601
+        while (await browser.open(link)).status_code != 404:
+            pass
+
+
 async def test_every_page_forbids_framing_and_script(servers: Servers, tmp_path: Path) -> None:  # T17
     async with scene(servers, tmp_path) as it, Browser() as browser:
         for path in PAGES:

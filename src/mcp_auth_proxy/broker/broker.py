@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 WATCH_INTERVAL = 0.5
 """Seconds between looks at whether another process has written to the store."""
 
+PURGE_INTERVAL = 3600.0
+"""Seconds between two times that old flows are deleted."""
+
 MAX_UNAUTHORIZED = 3
 """401 answers with a token that one request is carried through."""
 
@@ -513,13 +516,20 @@ class Broker:
         task.add_done_callback(self._tasks.discard)
 
     async def _watch(self) -> None:
-        """Notice grants that ``login`` or ``logout`` in another process has stored or removed."""
+        """Notice grants that ``login`` or ``logout`` in another process has stored or removed; delete old flows."""
+        purged = self._clock()
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             # A store in trouble is reported by /readyz and by the requests that need it.
             with contextlib.suppress(StoreError):
                 if await self._database.changed():
                     await self._look_again()
+            now = self._clock()
+            # The distance, for the clock may have been set back.
+            if abs(now - purged) >= PURGE_INTERVAL:
+                purged = now
+                with contextlib.suppress(StoreError):
+                    await self._flows.purge(now)
 
     async def _look_again(self) -> None:
         self._absent.clear()
