@@ -382,7 +382,10 @@ class Broker:
         except ProxyError as error:
             logger.debug("background renewal for server %s: %s", key[1], error)
             delay = self._renewer.retry_in(held.grant)
-            if delay is not None and self._held.get(key) is held and held.timer is None:
+            if delay is not None and self._held.get(key) is held:
+                if held.timer is not None:
+                    # It was set for the moment that is past by now: timers stand still while a machine sleeps.
+                    held.timer.cancel()
                 held.timer = asyncio.get_running_loop().call_later(delay, self._on_timer, key, held)
                 held.renew_at = max(held.renew_at, self._clock() + delay)
 
