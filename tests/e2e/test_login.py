@@ -291,11 +291,25 @@ async def test_logout_ends_a_flow_that_waits(config: Path) -> None:
 # status
 
 
+NO_GRANT = "notes  no grant: not connected yet, or a server that asks for no authorization\n"
+
+
+async def test_status_does_not_call_a_server_unconnected_that_asks_for_no_authorization(
+    servers: Servers, tmp_path: Path
+) -> None:
+    upstream = await servers.mcp_server(protected=False)
+    config = write_config(tmp_path, {"notes": upstream.url})
+    async with proxy_process(config) as proxy, proxy.client("notes") as client:
+        assert (await client.call("echo", text="open")).text == "open"
+        assert await run_command("status", "--config", str(config)) == (0, NO_GRANT, "")
+        assert await states(config) == {"notes": "not connected"}
+
+
 async def test_status_tells_what_is_connected_since_when_until_when(
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
     async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
-        assert await run_command("status", "--config", str(config)) == (0, "notes  not connected\n", "")
+        assert await run_command("status", "--config", str(config)) == (0, NO_GRANT, "")
         call = asyncio.create_task(client.initialize())
         await consent(await proxy.next_link())
         await call
