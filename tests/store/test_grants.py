@@ -59,6 +59,15 @@ async def test_a_grant_with_the_same_key_takes_the_place_and_goes_on_counting(gr
     assert await grants.renewed(first.id, version=1, owner=OWNER, tokens=tokens("late")) is None
 
 
+async def test_the_origin_that_a_grant_is_for_goes_with_the_next_authorization(grants: Grants) -> None:
+    for origin in ("https://old.example", "https://new.example", None):
+        given = replace(grant(), key=replace(grant().key, upstream=origin))
+        stored = await grants.add(given)
+        assert await grants.get(stored.id) == stored
+        assert stored.key.upstream == origin
+    assert len(await grants.all()) == 1
+
+
 async def test_a_grant_of_another_issuer_supersedes_and_says_so(grants: Grants) -> None:
     old = await grants.add(grant())
     other_server = await grants.add(grant("warehouse"))

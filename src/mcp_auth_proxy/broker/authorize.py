@@ -86,7 +86,7 @@ class Authorizer:
         return (
             is_device == (grant is GrantType.DEVICE_CODE)
             and flow.redirect_uri == self._clients.redirect_uri(grant)
-            and _is_for(flow.key, server)
+            and is_for(flow.key, server)
             and bindings.fits(flow, server)
         )
 
@@ -96,7 +96,7 @@ class Authorizer:
 
         A name that was given to another server must not take the old one's token there.
         """
-        return grant.grant_type is server.oauth.grant and _is_for(grant.key, server) and bindings.fits(grant, server)
+        return grant.grant_type is server.oauth.grant and is_for(grant.key, server) and bindings.fits(grant, server)
 
     # From a challenge to a plan
 
@@ -170,6 +170,7 @@ class Authorizer:
             server=server.name,
             resource=_resource(server, resource),
             issuer=metadata.issuer,
+            upstream=bindings.origin_of(server.url),
         )
         return Plan(server=server, key=key, metadata=metadata, registration=client, scopes=chosen, dpop=bound)
 
@@ -347,8 +348,14 @@ def _resource(server: ServerSettings, metadata: ResourceMetadata | None) -> str:
             return exact
 
 
-def _is_for(key: GrantKey, server: ServerSettings) -> bool:
+def is_for(key: GrantKey, server: ServerSettings) -> bool:
+    """Whether a key names the upstream, the issuer and the resource that the server has by now.
+
+    A token goes to the origin that it was asked for only; the resource alone does not tell, where it is omitted.
+    """
     oauth = server.oauth
+    if key.upstream is not None and key.upstream != bindings.origin_of(server.url):
+        return False
     if oauth.issuer is not None and key.issuer != oauth.issuer:
         return False
     match oauth.resource:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mcp_auth_proxy.broker import dpop
-from mcp_auth_proxy.broker.authorize import Authorizer, Plan
+from mcp_auth_proxy.broker.authorize import Authorizer, Plan, is_for
 from mcp_auth_proxy.broker.device import DeviceFlows
 from mcp_auth_proxy.broker.renew import GrantEnded, Renewer, renew_at, renewable
 from mcp_auth_proxy.broker.single_flight import SingleFlight
@@ -509,6 +509,11 @@ class Broker:
         server = self._servers.get(flow.key.server)
         if server is None:
             raise AuthorizationError(f"Server {flow.key.server} is no longer in the configuration.")
+        if not is_for(flow.key, server):
+            raise AuthorizationError(
+                f"The configuration has given the name {flow.key.server} to another server or issuer since this "
+                f"authorization was begun."
+            )
         return server
 
     # What other processes do

@@ -26,12 +26,12 @@ _SAVE = """
         uid, id, principal, server, resource, issuer, client_id, client_auth, client_kind, client_secret,
         client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint, token_endpoint,
         revocation_endpoint, scopes, redirect_uri, iss_supported, extra_params, created_at, expires_at, status, reason,
-        device, dpop_key
+        device, dpop_key, upstream
     ) VALUES (
         :uid, :id, :principal, :server, :resource, :issuer, :client_id, :client_auth, :client_kind, :client_secret,
         :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint, :token_endpoint,
         :revocation_endpoint, :scopes, :redirect_uri, :iss_supported, :extra_params, :created_at, :expires_at, :status,
-        :reason, :device, :dpop_key
+        :reason, :device, :dpop_key, :upstream
     )
     ON CONFLICT (id) DO UPDATE SET
         uid = excluded.uid, principal = excluded.principal, server = excluded.server, resource = excluded.resource,
@@ -44,7 +44,7 @@ _SAVE = """
         redirect_uri = excluded.redirect_uri, iss_supported = excluded.iss_supported,
         extra_params = excluded.extra_params, created_at = excluded.created_at, expires_at = excluded.expires_at,
         status = excluded.status, reason = excluded.reason, device = excluded.device,
-        dpop_key = excluded.dpop_key
+        dpop_key = excluded.dpop_key, upstream = excluded.upstream
 """
 _FORGET_OLD_ATTEMPTS = """
     DELETE FROM attempts WHERE flow_id = :flow_id AND state_hash NOT IN (

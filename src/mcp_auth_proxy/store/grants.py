@@ -19,12 +19,12 @@ _ADD = """
         uid, principal, server, resource, issuer, grant_type, client_id, client_auth, client_kind, client_secret,
         client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint, token_endpoint,
         revocation_endpoint, access_token, refresh_token, token_type, token_scopes, obtained_at, expires_at, scopes,
-        granted_at, dpop_key, version
+        granted_at, dpop_key, upstream, version
     ) VALUES (
         :uid, :principal, :server, :resource, :issuer, :grant_type, :client_id, :client_auth, :client_kind,
         :client_secret, :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint,
         :token_endpoint, :revocation_endpoint, :access_token, :refresh_token, :token_type, :token_scopes, :obtained_at,
-        :expires_at, :scopes, :granted_at, :dpop_key, :version
+        :expires_at, :scopes, :granted_at, :dpop_key, :upstream, :version
     )
     ON CONFLICT (principal, server, resource, issuer) DO UPDATE SET
         uid = excluded.uid, grant_type = excluded.grant_type, client_id = excluded.client_id,
@@ -35,8 +35,8 @@ _ADD = """
         revocation_endpoint = excluded.revocation_endpoint, access_token = excluded.access_token,
         refresh_token = excluded.refresh_token, token_type = excluded.token_type, token_scopes = excluded.token_scopes,
         obtained_at = excluded.obtained_at, expires_at = excluded.expires_at, scopes = excluded.scopes,
-        granted_at = excluded.granted_at, dpop_key = excluded.dpop_key, version = grants.version + 1,
-        refresh_begun_at = NULL, refresh_owner = '', ended_at = NULL, ended_reason = ''
+        granted_at = excluded.granted_at, dpop_key = excluded.dpop_key, upstream = excluded.upstream,
+        version = grants.version + 1, refresh_begun_at = NULL, refresh_owner = '', ended_at = NULL, ended_reason = ''
     RETURNING id, version
 """
 _SUPERSEDE = """
