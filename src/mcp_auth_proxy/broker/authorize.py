@@ -1,6 +1,7 @@
 """From a challenge to a grant: discovery, registration, scopes, then a flow for the user or a token at once."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.token_exchange import SubjectToken
 from mcp_auth_proxy.store.registrations import Registrations
+
+logger = logging.getLogger(__name__)
 
 DISCOVERY_DEADLINE = 15.0
 """Seconds for all documents of one discovery together."""
@@ -323,6 +326,13 @@ class Authorizer:
         if response.status >= 400:
             raise AuthorizationError(f"{endpoint} answered {response.status} to the revocation.")
         return True
+
+    async def give_back(self, server: ServerSettings, grant: Grant) -> None:
+        """Revoke a grant that came when it was no longer wanted. A failure is logged: nobody else can do it either."""
+        try:
+            await self.revoke(server, grant)
+        except AuthorizationError as error:
+            logger.warning("the tokens that came for server %s could not be revoked: %s", server.name, error)
 
 
 def _new_key(plan: Plan) -> str | None:

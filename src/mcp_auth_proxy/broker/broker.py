@@ -33,7 +33,7 @@ from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.store.database import Database
-from mcp_auth_proxy.store.flows import Flows
+from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
@@ -273,8 +273,13 @@ class Broker:
                 await self._learn_from(error.error, flow)
             await self._give_up(key, flow, str(error))
             raise
-        await self._adopt(key, await self._grants.add(grant))
-        await self._flows.finish(flow.id, FlowStatus.DONE)
+        stored = await self._grants.add_from(grant, flow.id)
+        if stored is None:
+            # A logout, most likely, while the code was redeemed.
+            await self._authorizer.give_back(server, grant)
+            self._fail_pending(key, flow.id, CANCELLED)
+            raise AuthorizationDenied(CANCELLED)
+        await self._adopt(key, stored)
         logger.info("server %s is connected", flow.key.server)
         return flow
 
@@ -291,8 +296,9 @@ class Broker:
     async def logout(self, principal: Principal, server: ServerSettings, *, forget_client: bool) -> list[str]:
         """Forget the grants for a server and revoke them upstream; return what happened, a line for each."""
         lines = []
-        grants = await self._grants.delete(principal.id, server.name)
+        # In this order: a grant that arrives in between finds its flow cancelled, or is deleted.
         await self._flows.cancel(principal.id, server.name)
+        grants = await self._grants.delete(principal.id, server.name)
         for grant in grants:
             if grant.ended_at is not None:
                 continue
@@ -550,7 +556,7 @@ class Broker:
         for key, pending in list(self._pending.items()):
             flow = await self._flows.get(pending.flow.id)
             if flow is None or flow.status is FlowStatus.FAILED:
-                self._fail_pending(key, pending.flow.id, flow.reason if flow else "The authorization was cancelled.")
+                self._fail_pending(key, pending.flow.id, flow.reason if flow else CANCELLED)
 
     async def _adopt_if_new(self, key: Key, grant: Grant) -> None:
         pending = self._pending.get(key)

@@ -67,7 +67,7 @@ _TAKE_ATTEMPT = """
 _END_ONE = "UPDATE flows SET status = :status, reason = :reason WHERE id = :id AND status = 'pending' RETURNING id"
 _END_ALL = """
     UPDATE flows SET status = 'failed', reason = :reason
-    WHERE principal = :principal AND server = :server AND status = 'pending'
+    WHERE principal = :principal AND server = :server AND status <> 'failed'
     RETURNING id
 """
 
@@ -172,7 +172,10 @@ class Flows:
         return bool(ended)
 
     async def cancel(self, principal: str, server: str) -> None:
-        """Ends all pending flows of a principal for a server."""
+        """Ends all flows of a principal for a server: no grant can come from them any more (``Grants.add_from``).
+
+        Those that are done too: a second browser may be finishing one of them.
+        """
         values = {"principal": principal, "server": server, "reason": CANCELLED}
         async with self._database.transaction() as transaction:
             for row in await transaction.execute(_END_ALL, values):
