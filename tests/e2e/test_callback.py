@@ -15,7 +15,7 @@ from fakes.exchange import Answer
 from fakes.fixtures import Servers
 from fakes.headless import Browser, Page, consent
 from fakes.mcp_client import PlainClient
-from fakes.proxy import running_proxy
+from fakes.proxy import link_in, running_proxy
 from fakes.scene import scene
 from mcp_auth_proxy.config.settings import Address
 
@@ -315,6 +315,62 @@ async def test_no_parameter_leads_elsewhere(servers: Servers, tmp_path: Path, na
         finished = await browser.open(f"{callback}&{evil}")
         assert_page(finished, 200)
         assert "evil" not in finished.text
+
+
+@pytest.mark.parametrize(("left", "used"), [(40, 1), (40, 2), (0, 2), (-40, 2)])
+async def test_near_its_end_a_link_is_followed_by_another_and_either_lets_all_go_on(
+    servers: Servers, tmp_path: Path, left: int, used: int
+) -> None:
+    async with scene(servers, tmp_path, wait="20s") as it:
+        calls = [asyncio.create_task(it.ask("1"))]
+        await it.proxy.next_link()
+        it.clock.ahead += 600 - left
+        calls += [asyncio.create_task(it.ask("2")) for _ in range(5)]
+        await it.proxy.next_link(2)
+        assert_page(await consent(it.proxy.links[used - 1]), 200)
+        assert [(await call).text for call in calls] == ["1"] + ["2"] * 5
+        assert (len(it.proxy.links), it.issuer.authorizations) == (2, 1)
+
+
+async def test_a_request_that_waited_beyond_the_end_of_its_link_gets_another(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path, wait="2s") as it:
+        calls = [asyncio.create_task(it.ask()) for _ in range(5)]
+        first = await it.proxy.next_link()
+        it.clock.ahead += 590
+        (link,) = {link_in((await call).message) for call in calls}
+        assert link != first
+        assert it.proxy.links == [first, link]
+        it.clock.ahead += 500
+        assert_page(await consent(link), 200)
+        assert (await it.ask("in")).text == "in"
+
+
+async def test_a_link_is_given_out_again_while_it_has_a_minute_left(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it:
+        first = await it.link()
+        it.clock.ahead += 530
+        assert await it.link() == first
+        assert it.proxy.links == [first]
+        it.clock.ahead += 20
+        assert await it.link() != first
+
+
+async def test_two_processes_let_go_of_what_waits_whichever_of_their_links_is_used(
+    servers: Servers, tmp_path: Path
+) -> None:
+    async with scene(servers, tmp_path, wait="20s") as it:
+        first = asyncio.create_task(it.ask("1"))
+        await it.proxy.next_link()
+        it.clock.ahead += 560
+        async with (
+            running_proxy(tmp_path, {"notes": it.upstream.url}, clock=it.clock) as other,
+            other.client("notes") as client,
+        ):
+            second = asyncio.create_task(client.call("echo", text="2"))
+            await other.next_link()
+            assert_page(await consent(it.proxy.links[0]), 200)
+            assert [(await first).text, (await second).text] == ["1", "2"]
+            assert it.issuer.authorizations == 1
 
 
 async def test_a_second_visit_does_not_spoil_the_first(servers: Servers, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mcp_auth_proxy.broker import dpop as bindings
 from mcp_auth_proxy.broker.clients import Clients
@@ -213,6 +213,17 @@ class Authorizer:
             secrets=self._requests.secrets(plan.server, plan.registration, form),
         )
         return self._flow(plan, begun.lifetime, begun.device)
+
+    def again(self, flow: Flow) -> Flow:
+        """Return a new flow, not yet stored, that asks for the same as an older one for a browser."""
+        now = self._clock()
+        return replace(
+            flow,
+            id=secrets.token_urlsafe(24),
+            created_at=now,
+            expires_at=now + FLOW_LIFETIME,
+            dpop_key=dpop.Key.generate().text if flow.dpop_key else None,
+        )
 
     def _flow(self, plan: Plan, lifetime: float, device: DeviceAuthorization | None) -> Flow:
         now = self._clock()

@@ -44,6 +44,9 @@ WATCH_INTERVAL = 0.5
 PURGE_INTERVAL = 3600.0
 """Seconds between two times that old flows are deleted."""
 
+LINK_REST = 60.0
+"""Seconds that a link still has to live when it is given out; of one with a short life, a tenth of that."""
+
 MAX_UNAUTHORIZED = 3
 """401 answers with a token that one request is carried through."""
 
@@ -65,7 +68,10 @@ class _Held:
 
 @dataclass(eq=False, slots=True)
 class Pending:
-    """A flow that waits for a user; every request that needs it waits on the same one."""
+    """A flow that waits for a user; every request that needs it waits on the same one.
+
+    Near its end it is followed by another, which whoever waits for this one waits for too.
+    """
 
     flow: Flow
     link: str
@@ -85,6 +91,10 @@ class Pending:
     @property
     def settled(self) -> bool:
         return self._released.done()
+
+    def followed_by(self, flow: Flow, link: str) -> "Pending":
+        """Return what to wait for from now on: a consent by either link lets everyone go on."""
+        return Pending(flow, link, self._released)
 
     def release(self, token: AccessToken) -> None:
         if not self._released.done():
@@ -193,15 +203,22 @@ class Broker:
         return await self._token_from_store(key, held)
 
     def pending(self, principal: Principal, server: str) -> Pending | None:
-        """Return the flow that waits for the user, where there is one that can still be used."""
-        key = (principal.id, server)
-        pending = self._pending.get(key)
-        if pending is None:
-            return None
-        if pending.settled or pending.flow.expires_at <= self._clock():
-            self._drop_pending(key, pending)
-            return None
-        return pending
+        """Return the flow that waits for the user, where there is one whose link can be used for a while yet."""
+        pending = self._pending.get((principal.id, server))
+        return pending if pending is not None and not pending.settled and self._lasts(pending.flow) else None
+
+    async def lasting(self, pending: Pending) -> Pending:
+        """Return what to answer a request with that has waited for long: a flow whose link can be used for a while yet.
+
+        A flow on another device is not followed by another here: its code comes from the authorization server.
+        Raises StoreError.
+        """
+        key = (pending.flow.key.principal, pending.flow.key.server)
+        newest = self._pending.get(key, pending)
+        if newest.settled or newest.flow.device is not None or self._lasts(newest.flow):
+            return newest
+        outcome = await self._authorizing.run(key, lambda: self._offer(key, self._authorizer.again(newest.flow)))
+        return outcome if isinstance(outcome, Pending) else newest
 
     async def challenged(
         self,
@@ -431,7 +448,9 @@ class Broker:
             self._step_ups.count(key, server=server.name, asked=asked, already=already)
         if server.oauth.grant.unattended:
             return await self._obtain(key, plan)
-        flow = await self._begin(plan)
+        return await self._offer(key, await self._begin(plan))
+
+    async def _offer(self, key: Key, flow: Flow) -> Pending:
         await self._flows.save(flow)
         pending = self._expect(key, flow)
         self._announce(flow, pending.link)
@@ -461,7 +480,7 @@ class Broker:
     async def _resume(self, key: Key, server: ServerSettings, challenge: BearerChallenge | None) -> Pending | None:
         """Take up a flow that an earlier run of the proxy began, or another process, if it still fits."""
         flow = await self._flows.live(*key, self._clock())
-        if flow is None or not self._authorizer.fits(flow, server):
+        if flow is None or not self._lasts(flow) or not self._authorizer.fits(flow, server):
             return None
         if not set((challenge and challenge.scopes) or ()) <= set(flow.scopes):
             return None
@@ -469,7 +488,11 @@ class Broker:
 
     def _expect(self, key: Key, flow: Flow) -> Pending:
         link = f"{self._public_url}/connect/{flow.key.server}?flow={flow.id}"
-        pending = Pending(flow, link, asyncio.get_running_loop().create_future())
+        before = self._pending.get(key)
+        if before is not None and not before.settled:
+            pending = before.followed_by(flow, link)
+        else:
+            pending = Pending(flow, link, asyncio.get_running_loop().create_future())
         self._pending[key] = pending
         if flow.device is not None:
             self._spawn(self._follow_device(key, flow))
@@ -507,9 +530,9 @@ class Broker:
             del self._pending[key]
             pending.fail(AuthorizationDenied(reason))
 
-    def _drop_pending(self, key: Key, pending: Pending) -> None:
-        del self._pending[key]
-        pending.fail(AuthorizationDenied("The link was not used in time. Ask again: a new one is made."))
+    def _lasts(self, flow: Flow) -> bool:
+        rest = min(LINK_REST, 0.1 * (flow.expires_at - flow.created_at))
+        return flow.expires_at - self._clock() >= rest
 
     def _server_of(self, flow: Flow) -> ServerSettings:
         server = self._servers.get(flow.key.server)
@@ -564,5 +587,6 @@ class Broker:
             self._hold(key, grant)
             return
         flow = await self._flows.get(pending.flow.id)
-        if flow is not None and flow.status is FlowStatus.DONE:
+        # Or by the link before this one, or that another process gave out.
+        if grant.granted_at > pending.flow.created_at or (flow is not None and flow.status is FlowStatus.DONE):
             await self._adopt(key, grant)

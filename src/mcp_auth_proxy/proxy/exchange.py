@@ -404,7 +404,7 @@ class Exchange:
             if token is not None:
                 return token
             if deadline <= loop.time() or forwarder.draining.done():
-                await self._answer_with_link(pending)
+                await self._answer_with_link(await forwarder.broker.lasting(pending))
                 return None
             if may_stream:
                 await self._event_bytes(b": waiting for the user to authorize\n\n")
