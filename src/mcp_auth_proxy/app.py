@@ -192,7 +192,7 @@ class Application:
         document = client_metadata_document(self.public_url, device=device) if secure else None
 
         async def on_connect(request: Request) -> Response:
-            return await connect(request, self.broker, secure=secure)
+            return await connect(request, self.broker, public_url=self.public_url)
 
         async def on_callback(request: Request) -> Response:
             return await callback(request, self.broker)

@@ -131,13 +131,17 @@ class TokenRefused(AuthorizationError):
 
 
 class AuthorizationServerUnavailable(AuthorizationError):
-    """The authorization server can't be used now. ``retry_after`` is in seconds.
+    """The authorization server can't be used now. ``retry_after`` is what a client is told, in seconds.
 
+    ``asked_pause``: the seconds that the server itself wants to be left alone for (Retry-After), 0 where it said none.
     ``maybe_processed``: the request may have arrived and been acted upon, only the answer is missing.
     """
 
-    def __init__(self, message: str, retry_after: float = 5.0, *, maybe_processed: bool = False) -> None:
+    def __init__(
+        self, message: str, retry_after: float = 5.0, *, asked_pause: float = 0.0, maybe_processed: bool = False
+    ) -> None:
         self.retry_after = retry_after
+        self.asked_pause = asked_pause
         self.maybe_processed = maybe_processed
         super().__init__(message)
 

@@ -107,12 +107,17 @@ class Endpoints:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantKey:
-    """What a grant is for. ``resource`` is empty where the resource parameter is omitted."""
+    """What a grant is for. ``resource`` is empty where the resource parameter is omitted.
+
+    ``upstream`` is the origin that the tokens may be sent to; None in what was stored before that was kept. A new
+    authorization for another one takes the place of the old.
+    """
 
     principal: str
     server: str
     resource: str
     issuer: str
+    upstream: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

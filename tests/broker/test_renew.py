@@ -249,6 +249,27 @@ async def test_after_a_failure_the_server_is_left_alone_for_a_while(it: Scene) -
     assert it.renewer.retry_in(it.grant) is None
 
 
+@pytest.mark.parametrize(("asked", "pause"), [(17.0, 17.0), (0.5, 1.0), (0.0, 1.0), (1e9, BACKOFF_MAX)])
+async def test_a_server_is_left_alone_for_as_long_as_it_asks(it: Scene, asked: float, pause: float) -> None:
+    it.endpoint.outcome = AuthorizationServerUnavailable("busy", retry_after=5.0, asked_pause=asked)
+    with pytest.raises(AuthorizationServerUnavailable):
+        await it.renew()
+    wait = it.renewer.retry_in(it.grant)
+    assert wait is not None
+    assert pause <= wait <= 1.2 * pause
+
+
+async def test_a_server_that_asks_for_less_than_the_backoff_does_not_shorten_it(it: Scene) -> None:
+    it.endpoint.outcome = AuthorizationServerUnavailable("busy", asked_pause=2.0)
+    for _ in range(5):
+        with pytest.raises(AuthorizationServerUnavailable):
+            await it.renew()
+        it.clock.now += REQUEST_GATE + 0.1
+    wait = it.renewer.retry_in(it.grant)
+    assert wait is not None
+    assert wait >= 16
+
+
 async def test_a_clock_that_is_set_back_does_not_prolong_the_pause(it: Scene) -> None:  # F9
     it.endpoint.outcome = AuthorizationServerUnavailable("down")
     with pytest.raises(AuthorizationServerUnavailable):

@@ -1,6 +1,6 @@
 """A browser's way from our link to the callback, on a real store."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -9,7 +9,7 @@ import pytest
 
 from mcp_auth_proxy.broker.visits import DeviceVisit, Visit, Visits, cookie_name, digest
 from mcp_auth_proxy.errors import CallbackRefused
-from mcp_auth_proxy.models import DeviceAuthorization, FlowStatus
+from mcp_auth_proxy.models import Attempt, DeviceAuthorization, FlowStatus
 from mcp_auth_proxy.oauth.authorization_code import challenge_s256
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.flows import Flows
@@ -27,6 +27,7 @@ class Scene:
     """One pending flow, ``flow-1`` of the server linear, that ends 600 seconds after NOW."""
 
     def __init__(self, database: Database) -> None:
+        self.database = database
         self.flows = Flows(database)
         self.clock = Clock()
         self.visits = Visits(flows=self.flows, clock=self.clock)
@@ -148,6 +149,36 @@ async def test_a_link_that_has_ended_says_so(it: Scene, status: FlowStatus) -> N
     with pytest.raises(CallbackRefused, match="connected" if status is FlowStatus.DONE else "new one") as refused:
         await it.visits.open("linear", "flow-1")
     assert refused.value.status == 410
+
+
+class EndedMeanwhile(Flows):
+    """Has the flow end between the look at it and the visit that is written down."""
+
+    def __init__(self, database: Database, end: Callable[[Flows], Awaitable[object]]) -> None:
+        super().__init__(database)
+        self._end = end
+
+    async def add_attempt(self, attempt: Attempt) -> bool:
+        await self._end(self)
+        return await super().add_attempt(attempt)
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "told"),
+    [
+        (lambda flows: flows.finish("flow-1", FlowStatus.DONE), 410, "connected"),
+        (lambda flows: flows.cancel("local", "linear"), 410, "new one"),
+        (lambda flows: flows.purge(NOW + 86_400), 404, "new one"),
+    ],
+    ids=["done", "cancelled", "purged"],
+)
+async def test_a_link_that_ends_while_it_is_opened_says_so(
+    it: Scene, end: Callable[[Flows], Awaitable[object]], status: int, told: str
+) -> None:
+    visits = Visits(flows=EndedMeanwhile(it.database, end), clock=it.clock)
+    with pytest.raises(CallbackRefused, match=told) as refused:
+        await visits.open("linear", "flow-1")
+    assert refused.value.status == status
 
 
 async def test_a_link_that_is_too_old_says_so(it: Scene) -> None:

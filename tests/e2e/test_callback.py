@@ -1,7 +1,9 @@
 """The link and the callback: what a browser may bring back, from whom, how often, and what it is then shown."""
 
 import asyncio
-from collections.abc import Callable
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -12,7 +14,8 @@ from fakes.authorization_server import FakeAuthorizationServer
 from fakes.exchange import Answer
 from fakes.fixtures import Servers
 from fakes.headless import Browser, Page, consent
-from fakes.proxy import running_proxy
+from fakes.mcp_client import PlainClient
+from fakes.proxy import link_in, running_proxy
 from fakes.scene import scene
 from mcp_auth_proxy.config.settings import Address
 
@@ -200,6 +203,72 @@ async def test_a_link_says_what_became_of_it(servers: Servers, tmp_path: Path) -
         assert it.issuer.authorizations == 1
 
 
+async def test_a_link_opened_under_another_loopback_name_ends_well(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it, Browser() as browser:
+        link = await it.link()
+        assert "//127.0.0.1:" in link
+        assert_page(await browser.follow(link.replace("127.0.0.1", "localhost")), 200)
+        assert link.partition("?")[0] == browser.hops[1].partition("?")[0]
+        assert (await it.ask("in")).text == "in"
+        assert it.issuer.authorizations == 1
+
+
+@asynccontextmanager
+async def link_under(servers: Servers, folder: Path, public: str) -> AsyncIterator[tuple[str, str, str]]:
+    """A proxy on 127.0.0.1 that says it is reached under ``public``: its address, public_url, and a link's path."""
+    upstream = await servers.mcp_server(await servers.authorization_server())
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+    address, public_url = f"http://127.0.0.1:{port}", public.format(port)
+    options = {"listen": Address("127.0.0.1", port), "public_url": public_url, "authorization": {"wait": "0s"}}
+    async with (
+        running_proxy(folder, {"notes": upstream.url}, **options) as proxy,
+        PlainClient(f"{address}/notes/mcp") as client,
+    ):
+        await client.call("echo")
+        yield address, public_url, (await proxy.next_link()).removeprefix(public_url)
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST", "[::1]", "127.0.0.2"])
+@pytest.mark.parametrize("public", ["http://127.0.0.1:{}", "http://localhost:{}", "http://[::1]:{}"])
+async def test_the_browser_is_led_to_the_loopback_name_that_the_callback_has(
+    servers: Servers, tmp_path: Path, name: str, public: str
+) -> None:
+    async with link_under(servers, tmp_path, public) as (address, public_url, path), Browser() as browser:
+
+        async def location(path: str, method: str = "GET") -> str:
+            page = await browser.client.request(method, f"{address}{path}", headers={"host": name})
+            assert_page(page, 303)
+            return str(page.headers["location"])
+
+        led = await location(path)
+        if name.lower() == urlsplit(public_url).netloc.rpartition(":")[0]:
+            assert "/authorize?" in led
+        else:
+            assert led.startswith(f"{public_url}{path}")
+            # Something on the way may change the Host: even then it is no loop.
+            assert "/authorize?" in await location(led.removeprefix(public_url))
+            assert "/authorize?" in await location(path, "HEAD")
+
+
+@pytest.mark.parametrize(
+    "path", ["/connect/a%0d%0aset-cookie:%20x=1?flow=b%0d%0ac", "/connect/%e2%82%ac?flow=%e2%82%ac"]
+)
+async def test_nothing_in_a_link_gets_out_of_the_address_that_the_browser_is_led_to(
+    servers: Servers, tmp_path: Path, path: str
+) -> None:  # T18
+    async with link_under(servers, tmp_path, "http://localhost:{}") as (address, public_url, _), Browser() as browser:
+        page = await browser.open(f"{address}{path}")
+        assert "set-cookie" not in page.headers
+        assert page.headers["location"].lower().startswith(f"{public_url}{path.partition('=')[0].replace(':', '%3a')}")
+
+
+async def test_a_browser_is_led_to_no_other_machine(servers: Servers, tmp_path: Path) -> None:
+    async with link_under(servers, tmp_path, "https://proxy.example:{}") as (address, _, path), Browser() as browser:
+        page = await browser.open(f"{address}{path}")
+        assert "/authorize?" in page.headers["location"]
+
+
 async def test_a_link_of_one_server_is_not_good_for_another(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     config = {name: (await servers.mcp_server(issuer)).url for name in ("one", "two")}
@@ -248,6 +317,62 @@ async def test_no_parameter_leads_elsewhere(servers: Servers, tmp_path: Path, na
         assert "evil" not in finished.text
 
 
+@pytest.mark.parametrize(("left", "used"), [(40, 1), (40, 2), (0, 2), (-40, 2)])
+async def test_near_its_end_a_link_is_followed_by_another_and_either_lets_all_go_on(
+    servers: Servers, tmp_path: Path, left: int, used: int
+) -> None:
+    async with scene(servers, tmp_path, wait="20s") as it:
+        calls = [asyncio.create_task(it.ask("1"))]
+        await it.proxy.next_link()
+        it.clock.ahead += 600 - left
+        calls += [asyncio.create_task(it.ask("2")) for _ in range(5)]
+        await it.proxy.next_link(2)
+        assert_page(await consent(it.proxy.links[used - 1]), 200)
+        assert [(await call).text for call in calls] == ["1"] + ["2"] * 5
+        assert (len(it.proxy.links), it.issuer.authorizations) == (2, 1)
+
+
+async def test_a_request_that_waited_beyond_the_end_of_its_link_gets_another(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path, wait="2s") as it:
+        calls = [asyncio.create_task(it.ask()) for _ in range(5)]
+        first = await it.proxy.next_link()
+        it.clock.ahead += 590
+        (link,) = {link_in((await call).message) for call in calls}
+        assert link != first
+        assert it.proxy.links == [first, link]
+        it.clock.ahead += 500
+        assert_page(await consent(link), 200)
+        assert (await it.ask("in")).text == "in"
+
+
+async def test_a_link_is_given_out_again_while_it_has_a_minute_left(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it:
+        first = await it.link()
+        it.clock.ahead += 530
+        assert await it.link() == first
+        assert it.proxy.links == [first]
+        it.clock.ahead += 20
+        assert await it.link() != first
+
+
+async def test_two_processes_let_go_of_what_waits_whichever_of_their_links_is_used(
+    servers: Servers, tmp_path: Path
+) -> None:
+    async with scene(servers, tmp_path, wait="20s") as it:
+        first = asyncio.create_task(it.ask("1"))
+        await it.proxy.next_link()
+        it.clock.ahead += 560
+        async with (
+            running_proxy(tmp_path, {"notes": it.upstream.url}, clock=it.clock) as other,
+            other.client("notes") as client,
+        ):
+            second = asyncio.create_task(client.call("echo", text="2"))
+            await other.next_link()
+            assert_page(await consent(it.proxy.links[0]), 200)
+            assert [(await first).text, (await second).text] == ["1", "2"]
+            assert it.issuer.authorizations == 1
+
+
 async def test_a_second_visit_does_not_spoil_the_first(servers: Servers, tmp_path: Path) -> None:
     async with scene(servers, tmp_path) as it, Browser() as browser:
         link = await it.link()
@@ -273,6 +398,16 @@ async def test_a_callback_after_a_restart_finishes_the_flow(servers: Servers, tm
                 assert (await client.call("echo", text="in")).text == "in"
             assert proxy.links == []
     assert issuer.token_requests() == 1
+
+
+async def test_a_link_of_long_ago_is_forgotten_while_the_proxy_runs(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path) as it, Browser() as browser, asyncio.timeout(10):
+        link = await it.link()
+        it.clock.ahead += 3601
+        assert_page(await browser.open(link), 410)
+        it.clock.ahead += 3601
+        while (await browser.open(link)).status_code != 404:
+            pass
 
 
 async def test_every_page_forbids_framing_and_script(servers: Servers, tmp_path: Path) -> None:  # T17

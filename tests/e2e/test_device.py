@@ -13,6 +13,7 @@ from fakes.extension_server import DEVICE_CODE, ExtensionServer
 from fakes.fixtures import Servers
 from fakes.headless import Browser, Page
 from fakes.proxy import link_in, proxy_process, running_proxy, start_command, until, write_config
+from fakes.scene import Clock
 
 NOW = {"authorization": {"wait": "0s"}}
 
@@ -126,6 +127,26 @@ async def test_a_restart_gives_the_same_link_while_the_user_is_still_at_it(
             flows.append(link_in((await client.call("echo", text="x")).message).partition("/connect")[2])
     assert flows[0] == flows[1]
     assert issuer.device_requests == 1
+
+
+async def test_near_the_end_of_a_code_another_is_made_and_either_lets_all_go_on(
+    servers: Servers, issuer: ExtensionServer, tmp_path: Path
+) -> None:
+    issuer.device_changes = {"expires_in": 30}
+    upstream, clock = await servers.mcp_server(issuer), Clock()
+    async with (
+        running_proxy(tmp_path, at(upstream.url), clock=clock, authorization={"wait": "20s"}) as proxy,
+        proxy.client("notes") as client,
+    ):
+        calls = [asyncio.create_task(client.call("echo", text="x")) for _ in range(3)]
+        await proxy.next_link()
+        calls.append(asyncio.create_task(client.call("echo", text="x")))
+        clock.ahead += 28
+        calls.append(asyncio.create_task(client.call("echo", text="x")))
+        await proxy.next_link(2)
+        issuer.decide_device(next(iter(issuer.devices.values())).user_code)
+        assert [(await call).text for call in calls] == ["x"] * 5
+    assert (issuer.device_requests, len(proxy.links)) == (2, 2)
 
 
 async def test_a_slow_down_makes_the_polls_rarer_by_five_seconds(

@@ -13,10 +13,12 @@ import pytest
 
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.exchange import Answer
+from fakes.extension_server import ExtensionServer
 from fakes.fixtures import RealMcpServer, Servers
-from fakes.headless import consent, decline
+from fakes.headless import Browser, consent, decline
 from fakes.mcp_client import PlainClient
-from fakes.proxy import link_in, proxy_process, run_command, start_command, until, write_config
+from fakes.proxy import link_in, proxy_process, run_command, running_proxy, start_command, until, write_config
+from fakes.scene import scene
 
 TOOLS = ["add", "count", "echo", "large", "whoami", "write_note"]
 
@@ -288,14 +290,67 @@ async def test_logout_ends_a_flow_that_waits(config: Path) -> None:
         assert (await client.http.get(link)).status_code == 410
 
 
+async def test_a_logout_is_not_undone_by_a_code_that_is_just_being_redeemed(servers: Servers, tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    async with scene(servers, tmp_path, wait="20s", issuer={"gates": {"token": gate}}) as it, Browser() as browser:
+        call = asyncio.create_task(it.ask())
+        finishing = asyncio.create_task(browser.follow(await it.proxy.next_link()))
+        await until(lambda: it.issuer.token_requests() == 1)
+        assert (await run_command("logout", "notes", "--config", str(tmp_path / "mcp-auth-proxy.yaml")))[0] == 0
+        assert "cancelled" in (await asyncio.wait_for(call, 5)).error["message"]
+        gate.set()
+        page = await finishing
+        assert page.status_code == 400
+        assert "cancelled" in page.text
+        (revoked,) = it.issuer.seen("revoke")
+        assert revoked.form["token"] in it.issuer.ledger.refresh_tokens
+        assert await states(tmp_path / "mcp-auth-proxy.yaml") == {"notes": "not connected"}
+        again = asyncio.create_task(it.ask("again"))
+        await consent(await it.proxy.next_link(2))
+        assert (await again).text == "again"
+
+
+async def test_a_logout_is_not_undone_by_a_poll_that_is_under_way(servers: Servers, tmp_path: Path) -> None:
+    async with ExtensionServer.running() as issuer:
+        gate = issuer.gates["token"] = asyncio.Event()
+        upstream = await servers.mcp_server(issuer)
+        config = {"notes": {"url": upstream.url, "oauth": {"grant": "device_code"}}}
+        async with (
+            running_proxy(tmp_path, config, authorization={"wait": "0s"}) as proxy,
+            proxy.client("notes") as client,
+        ):
+            await client.call("echo")
+            issuer.decide_device(next(iter(issuer.devices.values())).user_code)
+            await until(lambda: issuer.polls == 1)
+            assert (await run_command("logout", "notes", "--config", str(tmp_path / "mcp-auth-proxy.yaml")))[0] == 0
+            gate.set()
+            await until(lambda: issuer.revocations == 1, "what the poll brought is given back")
+            assert await states(tmp_path / "mcp-auth-proxy.yaml") == {"notes": "not connected"}
+            assert "/connect/" in str((await client.call("echo")).message)
+
+
 # status
+
+
+NO_GRANT = "notes  no grant: not connected yet, or a server that asks for no authorization\n"
+
+
+async def test_status_does_not_call_a_server_unconnected_that_asks_for_no_authorization(
+    servers: Servers, tmp_path: Path
+) -> None:
+    upstream = await servers.mcp_server(protected=False)
+    config = write_config(tmp_path, {"notes": upstream.url})
+    async with proxy_process(config) as proxy, proxy.client("notes") as client:
+        assert (await client.call("echo", text="open")).text == "open"
+        assert await run_command("status", "--config", str(config)) == (0, NO_GRANT, "")
+        assert await states(config) == {"notes": "not connected"}
 
 
 async def test_status_tells_what_is_connected_since_when_until_when(
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
     async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
-        assert await run_command("status", "--config", str(config)) == (0, "notes  not connected\n", "")
+        assert await run_command("status", "--config", str(config)) == (0, NO_GRANT, "")
         call = asyncio.create_task(client.initialize())
         await consent(await proxy.next_link())
         await call

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from fakes.fixtures import Servers
-from fakes.headless import consent, decline
+from fakes.headless import Browser, consent, decline
 from fakes.mcp_client import MODERN, PlainClient
 from fakes.proxy import link_in, running_proxy
 from mcp_auth_proxy.config.settings import Address
 
+NO_WAIT = {"authorization": {"wait": "0s"}}
 VERSIONS = ["2025-03-26", "2025-06-18", "2025-11-25", MODERN]
 
 
@@ -188,15 +189,59 @@ async def test_a_declined_consent_is_told_and_a_new_request_may_try_again(server
 async def test_a_name_given_to_another_server_takes_no_token_there(servers: Servers, tmp_path: Path) -> None:  # T49
     issuer = await servers.authorization_server()
     first, second = await servers.mcp_server(issuer), await servers.mcp_server(issuer)
-    options = {"authorization": {"wait": "0s"}}
-    async with running_proxy(tmp_path, {"notes": first.url}, **options) as proxy, proxy.client("notes") as client:
+    async with running_proxy(tmp_path, {"notes": first.url}, **NO_WAIT) as proxy, proxy.client("notes") as client:
         await consent(link_in((await client.call("echo", text="x")).message))
         assert (await client.call("echo", text="in")).text == "in"
         address = address_of(proxy.origin)
     async with (
-        running_proxy(tmp_path, {"notes": second.url}, listen=address, **options) as proxy,
+        running_proxy(tmp_path, {"notes": second.url}, listen=address, **NO_WAIT) as proxy,
         proxy.client("notes") as client,
     ):
         await consent(link_in((await client.call("echo", text="x")).message))
         assert (await client.call("echo", text="moved")).text == "moved"
     assert not set(filter(None, first.bearers)) & set(filter(None, second.bearers))
+
+
+@pytest.mark.parametrize("resource", ["omit", "https://exact.example/api"])
+async def test_a_name_given_to_another_server_takes_no_token_there_where_the_resource_does_not_tell_them_apart(
+    servers: Servers, tmp_path: Path, resource: str
+) -> None:  # T49
+    issuer = await servers.authorization_server(auto_consent=True)
+    oauth = {"resource": resource}
+    first, second = [await servers.mcp_server(issuer, checks_audience=False) for _ in range(2)]
+    for number, upstream in enumerate([first, second, second]):
+        async with (
+            running_proxy(tmp_path, {"notes": {"url": upstream.url, "oauth": oauth}}, **NO_WAIT) as proxy,
+            proxy.client("notes") as client,
+        ):
+            if number < 2:
+                assert (await consent(link_in((await client.call("echo")).message))).status_code == 200
+            assert (await client.call("echo", text="in")).text == "in"
+    assert issuer.authorizations == 2
+    assert not set(filter(None, first.bearers)) & set(filter(None, second.bearers))
+
+
+@pytest.mark.parametrize("resource", ["omit", "auto"])
+async def test_a_consent_given_for_another_server_takes_no_token_to_the_one_of_that_name_now(
+    servers: Servers, tmp_path: Path, resource: str
+) -> None:  # T49
+    issuer = await servers.authorization_server(auto_consent=True)
+    oauth = {"resource": resource}
+    first, second = [await servers.mcp_server(issuer, checks_audience=False) for _ in range(2)]
+    async with Browser() as browser:
+        async with (
+            running_proxy(tmp_path, {"notes": {"url": first.url, "oauth": oauth}}, **NO_WAIT) as proxy,
+            proxy.client("notes") as client,
+        ):
+            callback = await browser.stop_before(link_in((await client.call("echo")).message))
+            address = address_of(proxy.origin)
+        async with (
+            running_proxy(tmp_path, {"notes": {"url": second.url, "oauth": oauth}}, listen=address, **NO_WAIT) as proxy,
+            proxy.client("notes") as client,
+        ):
+            page = await browser.open(callback)
+            assert page.status_code == 502
+            assert "another server" in page.text
+            assert issuer.token_requests() == 0
+            assert "/connect/" in str((await client.call("echo")).message)
+    assert set(second.bearers) == {None}

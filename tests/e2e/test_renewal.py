@@ -9,7 +9,7 @@ from fakes.exchange import Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.mcp_client import Reply
-from fakes.proxy import link_in, running_proxy, until
+from fakes.proxy import link_in, running_proxy, settled, until
 from fakes.scene import Scene, many, numbered, scene, texts
 
 MINUTE = 60.0
@@ -171,6 +171,21 @@ async def test_an_outage_is_felt_only_when_the_token_dies_and_the_grant_outlives
         it.clock.ahead += 10
         assert (await it.ask("back")).text == "back"
         assert (it.issuer.authorizations, len(it.proxy.links)) == (1, 1)
+
+
+async def test_in_the_background_a_server_is_left_alone_for_as_long_as_it_asks(  # F1
+    servers: Servers, tmp_path: Path
+) -> None:
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        it.issuer.outage = Answer.too_many("60")
+        it.clock.ahead += 0.85 * MINUTE
+        assert (await it.ask("due")).text == "due"
+        await until(lambda: it.issuer.refreshes == 1)
+        it.clock.ahead += 5
+        for number in numbered(20):
+            assert (await it.ask(number)).text == number
+        assert await settled(lambda: it.issuer.refreshes) == 1
 
 
 async def test_a_server_that_hangs_costs_a_bounded_wait(servers: Servers, tmp_path: Path) -> None:  # F1

@@ -248,7 +248,14 @@ def test_what_is_no_oauth_answer_is_unavailable(status: int, body: bytes, maybe_
         read(status, body, headers={"retry-after": "17"})
 
     assert (failed.value.retry_after, failed.value.maybe_processed) == (17.0, maybe_processed)
+    assert failed.value.asked_pause == 17.0
     assert URL in str(failed.value)
+
+
+def test_a_server_that_names_no_pause_asks_for_none() -> None:
+    with pytest.raises(AuthorizationServerUnavailable) as failed:
+        read(503, b"")
+    assert (failed.value.retry_after, failed.value.asked_pause) == (5.0, 0.0)
 
 
 @pytest.mark.parametrize(

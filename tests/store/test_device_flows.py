@@ -13,7 +13,8 @@ from mcp_auth_proxy.models import DeviceAuthorization, FlowStatus
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.flows import Flows
-from store.builders import NOW, flow, store_settings
+from mcp_auth_proxy.store.grants import Grants
+from store.builders import NOW, flow, grant, store_settings
 
 DEVICE = DeviceAuthorization(
     device_code="canary-device",
@@ -74,17 +75,20 @@ async def test_nobody_polls_for_what_is_over(flows: Flows, status: FlowStatus) -
     assert not await flows.claim_poll("unknown", owner="o", now=NOW, next_poll_at=NOW)
 
 
-async def test_a_flow_of_the_first_schema_is_kept_by_the_migration(tmp_path: Path) -> None:
+async def test_what_the_first_schema_held_is_kept_by_the_migration(tmp_path: Path) -> None:
     database = await Database.open(store_settings(tmp_path))
     await Flows(database).save(flow())
+    stored = await Grants(database).add(grant())
     await database.close()
     before = sqlite3.connect(tmp_path / "store.db")
-    before.execute("ALTER TABLE grants DROP COLUMN dpop_key")
-    for column in ("device", "poll_owner", "next_poll_at", "dpop_key"):
+    for column in ("dpop_key", "upstream"):
+        before.execute(f"ALTER TABLE grants DROP COLUMN {column}")
+    for column in ("device", "poll_owner", "next_poll_at", "dpop_key", "upstream"):
         before.execute(f"ALTER TABLE flows DROP COLUMN {column}")
     before.execute("PRAGMA user_version = 1")
     before.close()
     database = await Database.open(store_settings(tmp_path))
     assert await Flows(database).get("flow-1") == flow()
+    assert await Grants(database).all() == [stored]
     await Flows(database).save(WAITING)
     await database.close()

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from mcp_auth_proxy.models import Grant
+from mcp_auth_proxy.models import FlowStatus, Grant
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import SUPERSEDED, Grants
-from store.builders import NOW, grant, registration, store_settings, tokens
+from store.builders import NOW, attempt, flow, grant, registration, sha256, store_settings, tokens
 
 OWNER, OTHER = "elsewhere:1:a", "elsewhere:2:b"
 
@@ -57,6 +58,49 @@ async def test_a_grant_with_the_same_key_takes_the_place_and_goes_on_counting(gr
     assert (second.id, second.version) == (first.id, 2)
     assert await grants.all() == [second]
     assert await grants.renewed(first.id, version=1, owner=OWNER, tokens=tokens("late")) is None
+
+
+async def test_a_grant_ends_the_flow_that_brought_it(grants: Grants, database: Database) -> None:
+    flows = Flows(database)
+    await flows.save(flow())
+    await flows.add_attempt(attempt("s"))
+    stored = await grants.add_from(grant(), "flow-1")
+    assert stored is not None
+    assert await grants.all() == [stored]
+    ended = await flows.get("flow-1")
+    assert ended is not None
+    assert ended.status is FlowStatus.DONE
+    assert await flows.find_attempt(sha256("s")) is None
+
+
+async def test_a_second_consent_by_the_same_link_counts_too(grants: Grants, database: Database) -> None:
+    await Flows(database).save(flow())
+    for name in ("1", "2"):
+        assert await grants.add_from(grant(name=name), "flow-1")
+    (stored,) = await grants.all()
+    assert (stored.tokens.access_token, stored.version) == ("canary-access-2", 2)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "done, then cancelled", "gone"])
+async def test_a_grant_of_a_flow_that_was_cancelled_is_not_stored(grants: Grants, database: Database, how: str) -> None:
+    flows = Flows(database)
+    if how != "gone":
+        await flows.save(flow())
+        if how != "cancelled":
+            assert await grants.add_from(grant(), "flow-1")
+            await grants.delete("local", "linear")
+        await flows.cancel("local", "linear")
+    assert await grants.add_from(grant(), "flow-1") is None
+    assert await grants.all() == []
+
+
+async def test_the_origin_that_a_grant_is_for_goes_with_the_next_authorization(grants: Grants) -> None:
+    for origin in ("https://old.example", "https://new.example", None):
+        given = replace(grant(), key=replace(grant().key, upstream=origin))
+        stored = await grants.add(given)
+        assert await grants.get(stored.id) == stored
+        assert stored.key.upstream == origin
+    assert len(await grants.all()) == 1
 
 
 async def test_a_grant_of_another_issuer_supersedes_and_says_so(grants: Grants) -> None:

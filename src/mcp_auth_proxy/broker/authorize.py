@@ -1,9 +1,10 @@
 """From a challenge to a grant: discovery, registration, scopes, then a flow for the user or a token at once."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mcp_auth_proxy.broker import dpop as bindings
 from mcp_auth_proxy.broker.clients import Clients
@@ -31,6 +32,8 @@ from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.token_exchange import SubjectToken
 from mcp_auth_proxy.store.registrations import Registrations
+
+logger = logging.getLogger(__name__)
 
 DISCOVERY_DEADLINE = 15.0
 """Seconds for all documents of one discovery together."""
@@ -86,7 +89,7 @@ class Authorizer:
         return (
             is_device == (grant is GrantType.DEVICE_CODE)
             and flow.redirect_uri == self._clients.redirect_uri(grant)
-            and _is_for(flow.key, server)
+            and is_for(flow.key, server)
             and bindings.fits(flow, server)
         )
 
@@ -96,7 +99,7 @@ class Authorizer:
 
         A name that was given to another server must not take the old one's token there.
         """
-        return grant.grant_type is server.oauth.grant and _is_for(grant.key, server) and bindings.fits(grant, server)
+        return grant.grant_type is server.oauth.grant and is_for(grant.key, server) and bindings.fits(grant, server)
 
     # From a challenge to a plan
 
@@ -170,6 +173,7 @@ class Authorizer:
             server=server.name,
             resource=_resource(server, resource),
             issuer=metadata.issuer,
+            upstream=bindings.origin_of(server.url),
         )
         return Plan(server=server, key=key, metadata=metadata, registration=client, scopes=chosen, dpop=bound)
 
@@ -209,6 +213,17 @@ class Authorizer:
             secrets=self._requests.secrets(plan.server, plan.registration, form),
         )
         return self._flow(plan, begun.lifetime, begun.device)
+
+    def again(self, flow: Flow) -> Flow:
+        """Return a new flow, not yet stored, that asks for the same as an older one for a browser."""
+        now = self._clock()
+        return replace(
+            flow,
+            id=secrets.token_urlsafe(24),
+            created_at=now,
+            expires_at=now + FLOW_LIFETIME,
+            dpop_key=dpop.Key.generate().text if flow.dpop_key else None,
+        )
 
     def _flow(self, plan: Plan, lifetime: float, device: DeviceAuthorization | None) -> Flow:
         now = self._clock()
@@ -323,6 +338,13 @@ class Authorizer:
             raise AuthorizationError(f"{endpoint} answered {response.status} to the revocation.")
         return True
 
+    async def give_back(self, server: ServerSettings, grant: Grant) -> None:
+        """Revoke a grant that came when it was no longer wanted. A failure is logged: nobody else can do it either."""
+        try:
+            await self.revoke(server, grant)
+        except AuthorizationError as error:
+            logger.warning("the tokens that came for server %s could not be revoked: %s", server.name, error)
+
 
 def _new_key(plan: Plan) -> str | None:
     """A key for each grant: two of them can't be told to belong together by it."""
@@ -347,8 +369,14 @@ def _resource(server: ServerSettings, metadata: ResourceMetadata | None) -> str:
             return exact
 
 
-def _is_for(key: GrantKey, server: ServerSettings) -> bool:
+def is_for(key: GrantKey, server: ServerSettings) -> bool:
+    """Whether a key names the upstream, the issuer and the resource that the server has by now.
+
+    A token goes to the origin that it was asked for only; the resource alone does not tell, where it is omitted.
+    """
     oauth = server.oauth
+    if key.upstream is not None and key.upstream != bindings.origin_of(server.url):
+        return False
     if oauth.issuer is not None and key.issuer != oauth.issuer:
         return False
     match oauth.resource:

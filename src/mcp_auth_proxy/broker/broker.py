@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mcp_auth_proxy.broker import dpop
-from mcp_auth_proxy.broker.authorize import Authorizer, Plan
+from mcp_auth_proxy.broker.authorize import Authorizer, Plan, is_for
 from mcp_auth_proxy.broker.device import DeviceFlows
 from mcp_auth_proxy.broker.renew import GrantEnded, Renewer, renew_at, renewable
 from mcp_auth_proxy.broker.single_flight import SingleFlight
@@ -33,13 +33,19 @@ from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.store.database import Database
-from mcp_auth_proxy.store.flows import Flows
+from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL = 0.5
 """Seconds between looks at whether another process has written to the store."""
+
+PURGE_INTERVAL = 3600.0
+"""Seconds between two times that old flows are deleted."""
+
+LINK_REST = 60.0
+"""Seconds that a link still has to live when it is given out; of one with a short life, a tenth of that."""
 
 MAX_UNAUTHORIZED = 3
 """401 answers with a token that one request is carried through."""
@@ -62,7 +68,10 @@ class _Held:
 
 @dataclass(eq=False, slots=True)
 class Pending:
-    """A flow that waits for a user; every request that needs it waits on the same one."""
+    """A flow that waits for a user; every request that needs it waits on the same one.
+
+    Near its end it is followed by another, which whoever waits for this one waits for too.
+    """
 
     flow: Flow
     link: str
@@ -82,6 +91,10 @@ class Pending:
     @property
     def settled(self) -> bool:
         return self._released.done()
+
+    def followed_by(self, flow: Flow, link: str) -> "Pending":
+        """Return what to wait for from now on: a consent by either link lets everyone go on."""
+        return Pending(flow, link, self._released)
 
     def release(self, token: AccessToken) -> None:
         if not self._released.done():
@@ -203,15 +216,22 @@ class Broker:
         return now < held.renew_at and now < held.dead_at, held.token
 
     def pending(self, principal: Principal, server: str) -> Pending | None:
-        """Return the flow that waits for the user, where there is one that can still be used."""
-        key = (principal.id, server)
-        pending = self._pending.get(key)
-        if pending is None:
-            return None
-        if pending.settled or pending.flow.expires_at <= self._clock():
-            self._drop_pending(key, pending)
-            return None
-        return pending
+        """Return the flow that waits for the user, where there is one whose link can be used for a while yet."""
+        pending = self._pending.get((principal.id, server))
+        return pending if pending is not None and not pending.settled and self._lasts(pending.flow) else None
+
+    async def lasting(self, pending: Pending) -> Pending:
+        """Return what to answer a request with that has waited for long: a flow whose link can be used for a while yet.
+
+        A flow on another device is not followed by another here: its code comes from the authorization server.
+        Raises StoreError.
+        """
+        key = (pending.flow.key.principal, pending.flow.key.server)
+        newest = self._pending.get(key, pending)
+        if newest.settled or newest.flow.device is not None or self._lasts(newest.flow):
+            return newest
+        outcome = await self._authorizing.run(key, lambda: self._offer(key, self._authorizer.again(newest.flow)))
+        return outcome if isinstance(outcome, Pending) else newest
 
     async def challenged(
         self,
@@ -283,8 +303,13 @@ class Broker:
                 await self._learn_from(error.error, flow)
             await self._give_up(key, flow, str(error))
             raise
-        await self._adopt(key, await self._grants.add(grant))
-        await self._flows.finish(flow.id, FlowStatus.DONE)
+        stored = await self._grants.add_from(grant, flow.id)
+        if stored is None:
+            # A logout, most likely, while the code was redeemed.
+            await self._authorizer.give_back(server, grant)
+            self._fail_pending(key, flow.id, CANCELLED)
+            raise AuthorizationDenied(CANCELLED)
+        await self._adopt(key, stored)
         logger.info("server %s is connected", flow.key.server)
         return flow
 
@@ -301,8 +326,9 @@ class Broker:
     async def logout(self, principal: Principal, server: ServerSettings, *, forget_client: bool) -> list[str]:
         """Forget the grants for a server and revoke them upstream; return what happened, a line for each."""
         lines = []
-        grants = await self._grants.delete(principal.id, server.name)
+        # In this order: a grant that arrives in between finds its flow cancelled, or is deleted.
         await self._flows.cancel(principal.id, server.name)
+        grants = await self._grants.delete(principal.id, server.name)
         for grant in grants:
             if grant.ended_at is not None:
                 continue
@@ -392,7 +418,10 @@ class Broker:
         except ProxyError as error:
             logger.debug("background renewal for server %s: %s", key[1], error)
             delay = self._renewer.retry_in(held.grant)
-            if delay is not None and self._held.get(key) is held and held.timer is None:
+            if delay is not None and self._held.get(key) is held:
+                if held.timer is not None:
+                    # It was set for the moment that is past by now: timers stand still while a machine sleeps.
+                    held.timer.cancel()
                 held.timer = asyncio.get_running_loop().call_later(delay, self._on_timer, key, held)
                 held.renew_at = max(held.renew_at, self._clock() + delay)
 
@@ -432,7 +461,9 @@ class Broker:
             self._step_ups.count(key, server=server.name, asked=asked, already=already)
         if server.oauth.grant.unattended:
             return await self._obtain(key, plan)
-        flow = await self._begin(plan)
+        return await self._offer(key, await self._begin(plan))
+
+    async def _offer(self, key: Key, flow: Flow) -> Pending:
         await self._flows.save(flow)
         pending = self._expect(key, flow)
         self._announce(flow, pending.link)
@@ -462,7 +493,7 @@ class Broker:
     async def _resume(self, key: Key, server: ServerSettings, challenge: BearerChallenge | None) -> Pending | None:
         """Take up a flow that an earlier run of the proxy began, or another process, if it still fits."""
         flow = await self._flows.live(*key, self._clock())
-        if flow is None or not self._authorizer.fits(flow, server):
+        if flow is None or not self._lasts(flow) or not self._authorizer.fits(flow, server):
             return None
         if not set((challenge and challenge.scopes) or ()) <= set(flow.scopes):
             return None
@@ -470,7 +501,11 @@ class Broker:
 
     def _expect(self, key: Key, flow: Flow) -> Pending:
         link = f"{self._public_url}/connect/{flow.key.server}?flow={flow.id}"
-        pending = Pending(flow, link, asyncio.get_running_loop().create_future())
+        before = self._pending.get(key)
+        if before is not None and not before.settled:
+            pending = before.followed_by(flow, link)
+        else:
+            pending = Pending(flow, link, asyncio.get_running_loop().create_future())
         self._pending[key] = pending
         if flow.device is not None:
             self._spawn(self._follow_device(key, flow))
@@ -508,14 +543,19 @@ class Broker:
             del self._pending[key]
             pending.fail(AuthorizationDenied(reason))
 
-    def _drop_pending(self, key: Key, pending: Pending) -> None:
-        del self._pending[key]
-        pending.fail(AuthorizationDenied("The link was not used in time. Ask again: a new one is made."))
+    def _lasts(self, flow: Flow) -> bool:
+        rest = min(LINK_REST, 0.1 * (flow.expires_at - flow.created_at))
+        return flow.expires_at - self._clock() >= rest
 
     def _server_of(self, flow: Flow) -> ServerSettings:
         server = self._servers.get(flow.key.server)
         if server is None:
             raise AuthorizationError(f"Server {flow.key.server} is no longer in the configuration.")
+        if not is_for(flow.key, server):
+            raise AuthorizationError(
+                f"The configuration has given the name {flow.key.server} to another server or issuer since this "
+                f"authorization was begun."
+            )
         return server
 
     # What other processes do
@@ -526,13 +566,20 @@ class Broker:
         task.add_done_callback(self._tasks.discard)
 
     async def _watch(self) -> None:
-        """Notice grants that ``login`` or ``logout`` in another process has stored or removed."""
+        """Notice grants that ``login`` or ``logout`` in another process has stored or removed; delete old flows."""
+        purged = self._clock()
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             # A store in trouble is reported by /readyz and by the requests that need it.
             with contextlib.suppress(StoreError):
                 if await self._database.changed():
                     await self._look_again()
+            now = self._clock()
+            # The distance, for the clock may have been set back.
+            if abs(now - purged) >= PURGE_INTERVAL:
+                purged = now
+                with contextlib.suppress(StoreError):
+                    await self._flows.purge(now)
 
     async def _look_again(self) -> None:
         self._absent.clear()
@@ -545,7 +592,7 @@ class Broker:
         for key, pending in list(self._pending.items()):
             flow = await self._flows.get(pending.flow.id)
             if flow is None or flow.status is FlowStatus.FAILED:
-                self._fail_pending(key, pending.flow.id, flow.reason if flow else "The authorization was cancelled.")
+                self._fail_pending(key, pending.flow.id, flow.reason if flow else CANCELLED)
 
     async def _adopt_if_new(self, key: Key, grant: Grant) -> None:
         pending = self._pending.get(key)
@@ -553,5 +600,6 @@ class Broker:
             self._hold(key, grant)
             return
         flow = await self._flows.get(pending.flow.id)
-        if flow is not None and flow.status is FlowStatus.DONE:
+        # Or by the link before this one, or that another process gave out.
+        if grant.granted_at > pending.flow.created_at or (flow is not None and flow.status is FlowStatus.DONE):
             await self._adopt(key, grant)

@@ -73,7 +73,7 @@ class DeviceFlows:
         now = self._clock()
         stored = await self._grants.current(flow.key.principal, flow.key.server)
         if stored is not None and stored.granted_at > flow.created_at:
-            # A crash between storing the grant and ending the flow: the code is spent, and polling on would end it.
+            # Another authorization came first, or this one's code is spent already: polling on might end its grant.
             await self._flows.finish(flow.id, FlowStatus.DONE)
             return stored
         if not await self._flows.claim_poll(flow.id, owner=self._owner, now=now, next_poll_at=now + interval):
@@ -85,17 +85,18 @@ class DeviceFlows:
             if refused.error == "invalid_client":
                 await self._authorizer.forget_client(flow.registration)
             raise AuthorizationDenied(DENIALS.get(refused.error, str(refused)), refused.error) from None
-        return answer if isinstance(answer, Poll) else await self._keep(flow, answer)
+        if isinstance(answer, Poll):
+            return answer
+        stored = await self._keep(flow, answer)
+        if stored is None:
+            await self._authorizer.give_back(server, answer)
+        return stored
 
-    async def _keep(self, flow: Flow, grant: Grant) -> Grant:
+    async def _keep(self, flow: Flow, grant: Grant) -> Grant | None:
         for delay in SAVE_DELAYS:
             try:
-                stored = await self._grants.add(grant)
-                break
+                return await self._grants.add_from(grant, flow.id)
             except StoreUnavailable as failure:
                 logger.error("the tokens of server %s can't be stored yet: %s", flow.key.server, failure)
                 await asyncio.sleep(delay)
-        else:
-            stored = await self._grants.add(grant)
-        await self._flows.finish(flow.id, FlowStatus.DONE)
-        return stored
+        return await self._grants.add_from(grant, flow.id)

@@ -83,7 +83,7 @@ def access_token(
         return AccessToken(header, generation)
     prover = TokenProver(
         dpop.Key.load(grant.dpop_key),
-        origin=_origin(server.url),
+        origin=origin_of(server.url),
         ath=dpop.digest(tokens.access_token),
         nonces=nonces,
         clock=clock,
@@ -122,7 +122,7 @@ def fits(origin: Grant | Flow, server: ServerSettings) -> bool:
             return True
 
 
-def _origin(url: str) -> str:
+def origin_of(url: str) -> str:
     """The origin as the request's Host field has it: servers compare htu with what they see."""
     parts = urlsplit(url)
     host = (parts.hostname or "").encode("idna").decode("ascii")

@@ -28,7 +28,7 @@ MARGIN_MAX = 240.0
 
 BACKOFF_FIRST = 1.0
 BACKOFF_MAX = 300.0
-"""Seconds between attempts after a failure that passes, doubling."""
+"""Seconds between attempts after a failure that passes, doubling; a server's own Retry-After may prolong them."""
 
 REQUEST_GATE = 5.0
 """Seconds: a request with a dead token does not wait out a longer pause than this before it tries again."""
@@ -69,7 +69,7 @@ class _Pause:
 
     @property
     def seconds(self) -> float:
-        return float(min(BACKOFF_FIRST * 2 ** (self.failures - 1), BACKOFF_MAX))
+        return float(min(max(BACKOFF_FIRST * 2 ** (self.failures - 1), self.error.asked_pause), BACKOFF_MAX))
 
 
 class Renewer:
@@ -138,12 +138,16 @@ class Renewer:
 
     async def _failed(self, grant: Grant, failure: AuthorizationError) -> AuthorizationServerUnavailable:
         """Remember a failure that passes, and return it as what a request is told."""
-        retry_after = failure.retry_after if isinstance(failure, AuthorizationServerUnavailable) else 5.0
-        error = AuthorizationServerUnavailable(str(failure), retry_after=max(1.0, retry_after))
+        passing = failure if isinstance(failure, AuthorizationServerUnavailable) else None
+        error = AuthorizationServerUnavailable(
+            str(failure),
+            retry_after=max(1.0, passing.retry_after if passing else 5.0),
+            asked_pause=passing.asked_pause if passing else 0.0,
+        )
         before = self._pauses.get(grant.id)
         self._pauses[grant.id] = _Pause(before.failures + 1 if before else 1, self._clock(), error)
         # Where the answer is missing, the intent stays: the refresh token may be spent, and the next try should know.
-        if not (isinstance(failure, AuthorizationServerUnavailable) and failure.maybe_processed):
+        if passing is None or not passing.maybe_processed:
             await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
         logger.warning("the grant of server %s can't be renewed now: %s", grant.key.server, error)
         return error

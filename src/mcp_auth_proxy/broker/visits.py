@@ -42,22 +42,18 @@ class Visits:
 
     async def open(self, server: str, flow_id: str) -> Visit | DeviceVisit:
         """Begin a visit to a link. Raises CallbackRefused where the link is unknown, used or too old."""
-        flow = await self._flows.get(flow_id)
+        flow = await self._find(server, flow_id)
         now = self._clock()
-        if flow is None or flow.key.server != server:
-            raise CallbackRefused("This link is not known here. Ask your MCP client again: it gets a new one.", 404)
-        if flow.status is FlowStatus.DONE:
-            if flow.device is not None:
-                return DeviceVisit(server=server, device=None)
-            raise CallbackRefused("This link has been used, and the server is connected. Nothing is left to do.", 410)
-        if flow.status is FlowStatus.FAILED or flow.expires_at <= now:
-            raise CallbackRefused("This link is no longer good. Ask your MCP client again: it gets a new one.", 410)
+        if flow.device is not None and flow.status is FlowStatus.DONE:
+            return DeviceVisit(server=server, device=None)
+        if flow.status is not FlowStatus.PENDING or flow.expires_at <= now:
+            raise _ended(flow)
         if flow.device is not None:
             return DeviceVisit(server=server, device=flow.device)
         state = authorization_code.new_state()
         verifier = authorization_code.new_verifier()
         cookie = secrets.token_urlsafe(32)
-        await self._flows.add_attempt(
+        added = await self._flows.add_attempt(
             Attempt(
                 flow_id=flow.id,
                 state_hash=digest(state),
@@ -67,12 +63,21 @@ class Visits:
                 expires_at=flow.expires_at,
             )
         )
+        if not added:
+            # It has ended since it was read.
+            raise _ended(await self._find(server, flow_id))
         return Visit(
             authorization_url=authorization_code.authorization_url(flow, state=state, code_verifier=verifier),
             cookie_name=cookie_name(state),
             cookie_value=cookie,
             max_age=max(1, int(flow.expires_at - now)),
         )
+
+    async def _find(self, server: str, flow_id: str) -> Flow:
+        flow = await self._flows.get(flow_id)
+        if flow is None or flow.key.server != server:
+            raise CallbackRefused("This link is not known here. Ask your MCP client again: it gets a new one.", 404)
+        return flow
 
     async def accept(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> tuple[Flow, Attempt]:
         """Find the visit that a callback belongs to, and use it up (RFC 6749 §10.12, RFC 9700 §2.1).
@@ -100,6 +105,12 @@ class Visits:
         if taken is None:
             raise unknown
         return taken
+
+
+def _ended(flow: Flow) -> CallbackRefused:
+    if flow.status is FlowStatus.DONE:
+        return CallbackRefused("This link has been used, and the server is connected. Nothing is left to do.", 410)
+    return CallbackRefused("This link is no longer good. Ask your MCP client again: it gets a new one.", 410)
 
 
 def digest(value: str) -> str:

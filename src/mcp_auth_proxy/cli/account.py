@@ -157,7 +157,8 @@ def _row(server: ServerSettings, grants: list[Grant]) -> dict[str, Any]:
 
 def _in_words(row: dict[str, Any]) -> str:
     if row["state"] == "not connected":
-        return "not connected"
+        # Only the store is read: whether a server asks for authorization is found out when it is used.
+        return "no grant: not connected yet, or a server that asks for no authorization"
     if row["state"] == "ended":
         return f"ended, it needs a new authorization: {row['reason']}"
     until = f"token until {row['token_until']}" if row["token_until"] else "token without a stated end"

@@ -171,10 +171,13 @@ def read_retry_after(value: str | None, *, now: datetime | None = None) -> float
 
 
 def _unavailable(status: int, headers: Mapping[str, str], place: str, reason: str) -> AuthorizationServerUnavailable:
+    asked = headers.get("retry-after")
+    retry_after = read_retry_after(asked)
     # A gateway's 502 or 504, or a page with status 200, may hide a request that was acted upon.
     return AuthorizationServerUnavailable(
         f"The {place} can't be used now: {reason}.",
-        retry_after=read_retry_after(headers.get("retry-after")),
+        retry_after=retry_after,
+        asked_pause=retry_after if asked else 0.0,
         maybe_processed=status < 300 or (status >= 500 and status != 503),
     )
 

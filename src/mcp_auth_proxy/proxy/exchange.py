@@ -349,7 +349,7 @@ class Exchange:
             if token is not None:
                 return token
             if deadline <= loop.time() or means.draining.done():
-                await self._answer_with_link(pending)
+                await self._answer_with_link(await means.broker.lasting(pending))
                 return None
             if may_stream:
                 await self._event_bytes(b": waiting for the user to authorize\n\n")

@@ -26,12 +26,12 @@ _SAVE = """
         uid, id, principal, server, resource, issuer, client_id, client_auth, client_kind, client_secret,
         client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint, token_endpoint,
         revocation_endpoint, scopes, redirect_uri, iss_supported, extra_params, created_at, expires_at, status, reason,
-        device, dpop_key
+        device, dpop_key, upstream
     ) VALUES (
         :uid, :id, :principal, :server, :resource, :issuer, :client_id, :client_auth, :client_kind, :client_secret,
         :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint, :token_endpoint,
         :revocation_endpoint, :scopes, :redirect_uri, :iss_supported, :extra_params, :created_at, :expires_at, :status,
-        :reason, :device, :dpop_key
+        :reason, :device, :dpop_key, :upstream
     )
     ON CONFLICT (id) DO UPDATE SET
         uid = excluded.uid, principal = excluded.principal, server = excluded.server, resource = excluded.resource,
@@ -44,7 +44,7 @@ _SAVE = """
         redirect_uri = excluded.redirect_uri, iss_supported = excluded.iss_supported,
         extra_params = excluded.extra_params, created_at = excluded.created_at, expires_at = excluded.expires_at,
         status = excluded.status, reason = excluded.reason, device = excluded.device,
-        dpop_key = excluded.dpop_key
+        dpop_key = excluded.dpop_key, upstream = excluded.upstream
 """
 _FORGET_OLD_ATTEMPTS = """
     DELETE FROM attempts WHERE flow_id = :flow_id AND state_hash NOT IN (
@@ -67,7 +67,7 @@ _TAKE_ATTEMPT = """
 _END_ONE = "UPDATE flows SET status = :status, reason = :reason WHERE id = :id AND status = 'pending' RETURNING id"
 _END_ALL = """
     UPDATE flows SET status = 'failed', reason = :reason
-    WHERE principal = :principal AND server = :server AND status = 'pending'
+    WHERE principal = :principal AND server = :server AND status <> 'failed'
     RETURNING id
 """
 
@@ -172,7 +172,10 @@ class Flows:
         return bool(ended)
 
     async def cancel(self, principal: str, server: str) -> None:
-        """Ends all pending flows of a principal for a server."""
+        """Ends all flows of a principal for a server: no grant can come from them any more (``Grants.add_from``).
+
+        Those that are done too: a second browser may be finishing one of them.
+        """
         values = {"principal": principal, "server": server, "reason": CANCELLED}
         async with self._database.transaction() as transaction:
             for row in await transaction.execute(_END_ALL, values):

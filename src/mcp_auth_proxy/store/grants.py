@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from mcp_auth_proxy.models import Grant, TokenSet
 from mcp_auth_proxy.store import lease
-from mcp_auth_proxy.store.database import Database, Row
+from mcp_auth_proxy.store.database import Database, Row, Transaction
 from mcp_auth_proxy.store.rows import Seals, grant_columns, new_uid, read_grant, readable, token_columns
 
 SUPERSEDED = "A newer authorization took its place."
@@ -19,12 +19,12 @@ _ADD = """
         uid, principal, server, resource, issuer, grant_type, client_id, client_auth, client_kind, client_secret,
         client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint, token_endpoint,
         revocation_endpoint, access_token, refresh_token, token_type, token_scopes, obtained_at, expires_at, scopes,
-        granted_at, dpop_key, version
+        granted_at, dpop_key, upstream, version
     ) VALUES (
         :uid, :principal, :server, :resource, :issuer, :grant_type, :client_id, :client_auth, :client_kind,
         :client_secret, :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint,
         :token_endpoint, :revocation_endpoint, :access_token, :refresh_token, :token_type, :token_scopes, :obtained_at,
-        :expires_at, :scopes, :granted_at, :dpop_key, :version
+        :expires_at, :scopes, :granted_at, :dpop_key, :upstream, :version
     )
     ON CONFLICT (principal, server, resource, issuer) DO UPDATE SET
         uid = excluded.uid, grant_type = excluded.grant_type, client_id = excluded.client_id,
@@ -35,14 +35,16 @@ _ADD = """
         revocation_endpoint = excluded.revocation_endpoint, access_token = excluded.access_token,
         refresh_token = excluded.refresh_token, token_type = excluded.token_type, token_scopes = excluded.token_scopes,
         obtained_at = excluded.obtained_at, expires_at = excluded.expires_at, scopes = excluded.scopes,
-        granted_at = excluded.granted_at, dpop_key = excluded.dpop_key, version = grants.version + 1,
-        refresh_begun_at = NULL, refresh_owner = '', ended_at = NULL, ended_reason = ''
+        granted_at = excluded.granted_at, dpop_key = excluded.dpop_key, upstream = excluded.upstream,
+        version = grants.version + 1, refresh_begun_at = NULL, refresh_owner = '', ended_at = NULL, ended_reason = ''
     RETURNING id, version
 """
 _SUPERSEDE = """
     UPDATE grants SET ended_at = :now, ended_reason = :reason, refresh_begun_at = NULL, refresh_owner = ''
     WHERE principal = :principal AND server = :server AND id <> :id AND ended_at IS NULL
 """
+# Not only where it is pending: two browsers may finish the same link, and the later consent counts.
+_FINISH = "UPDATE flows SET status = 'done' WHERE id = :id AND status <> 'failed' RETURNING id"
 _BEGIN = """
     UPDATE grants SET refresh_begun_at = :now, refresh_owner = :owner
     WHERE id = :id AND version = :version AND refresh_owner = :seen AND ended_at IS NULL
@@ -100,20 +102,34 @@ class Grants:
         It takes the place of one with the same key, whose version it goes on from; other grants of the same
         principal and server end.
         """
+        async with self._database.transaction() as transaction:
+            return await self._add(transaction, grant)
+
+    async def add_from(self, grant: Grant, flow_id: str) -> Grant | None:
+        """As ``add``, and ends the flow that brought the grant; both or neither.
+
+        None, and nothing is stored, where the flow was cancelled meanwhile, or has failed or is gone.
+        """
+        async with self._database.transaction() as transaction:
+            if not await transaction.execute(_FINISH, {"id": flow_id}):
+                return None
+            await transaction.execute("DELETE FROM attempts WHERE flow_id = ?", (flow_id,))
+            return await self._add(transaction, grant)
+
+    async def _add(self, transaction: Transaction, grant: Grant) -> Grant:
         uid = new_uid()
         columns = grant_columns(grant, Seals(self._database.cipher, _TABLE, uid))
-        async with self._database.transaction() as transaction:
-            (row,) = await transaction.execute(_ADD, {"uid": uid, **columns})
-            await transaction.execute(
-                _SUPERSEDE,
-                {
-                    "id": row["id"],
-                    "principal": grant.key.principal,
-                    "server": grant.key.server,
-                    "now": grant.granted_at,
-                    "reason": SUPERSEDED,
-                },
-            )
+        (row,) = await transaction.execute(_ADD, {"uid": uid, **columns})
+        await transaction.execute(
+            _SUPERSEDE,
+            {
+                "id": row["id"],
+                "principal": grant.key.principal,
+                "server": grant.key.server,
+                "now": grant.granted_at,
+                "reason": SUPERSEDED,
+            },
+        )
         return replace(
             grant,
             id=row["id"],

@@ -224,11 +224,23 @@ def read_attempt(row: Row, seals: Seals) -> Attempt:
 
 
 def _key_columns(key: GrantKey) -> Columns:
-    return {"principal": key.principal, "server": key.server, "resource": key.resource, "issuer": key.issuer}
+    return {
+        "principal": key.principal,
+        "server": key.server,
+        "resource": key.resource,
+        "issuer": key.issuer,
+        "upstream": key.upstream,
+    }
 
 
 def _read_key(row: Row) -> GrantKey:
-    return GrantKey(principal=row["principal"], server=row["server"], resource=row["resource"], issuer=row["issuer"])
+    return GrantKey(
+        principal=row["principal"],
+        server=row["server"],
+        resource=row["resource"],
+        issuer=row["issuer"],
+        upstream=row["upstream"],
+    )
 
 
 def _endpoint_columns(endpoints: Endpoints) -> Columns:

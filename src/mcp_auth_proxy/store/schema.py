@@ -131,7 +131,13 @@ _DPOP_KEYS = (
     "ALTER TABLE flows ADD COLUMN dpop_key BLOB",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _DEVICE_FLOWS, _DPOP_KEYS)
+# Where no resource says whom a token is for, this does.
+_UPSTREAM_ORIGINS = (
+    "ALTER TABLE grants ADD COLUMN upstream TEXT",
+    "ALTER TABLE flows ADD COLUMN upstream TEXT",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _DEVICE_FLOWS, _DPOP_KEYS, _UPSTREAM_ORIGINS)
 """What was released is never changed: a new schema is a new entry."""
 
 
