@@ -165,6 +165,19 @@ async def test_a_client_that_leaves_takes_its_call_with_it(servers: Servers, tmp
         assert (await it.client.post("ping")).status == 200
 
 
+async def test_the_limit_for_bodies_holds_for_every_call(tmp_path: Path) -> None:
+    limits = {"body": len(CALL) + 10}
+    async with (
+        first_then(ok()) as upstream,
+        running_proxy(tmp_path, {"notes": upstream.url}, limits=limits) as proxy,
+        RawClient.to(proxy.origin) as raw,
+    ):
+        for spaces, status in ((10, 200), (11, 413)):
+            raw.post(CALL + b" " * spaces)
+            assert (await raw.answer()).status == status
+        assert len(upstream.requests) == 1
+
+
 async def test_pipelined_calls_are_answered_in_their_order(tmp_path: Path) -> None:
     async def script(peer: Peer) -> None:
         while True:

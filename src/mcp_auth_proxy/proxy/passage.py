@@ -30,10 +30,11 @@ class Keeper(Protocol):
         """It takes more than passing on: an exchange has to go on with it."""
 
 
-def is_plain(body: bytes) -> bool:
-    """Whether nothing in a request's body concerns the proxy itself."""
+def is_plain(body: bytes, limit: int) -> bool:
+    """Whether nothing about a request's body concerns the proxy itself, with ``limit`` bytes allowed."""
     return (
         len(body) <= MAX_BODY
+        and len(body) <= limit
         and b'"initialize"' not in body
         and b"subscriptions/listen" not in body
         and not consent.is_retry(body)
