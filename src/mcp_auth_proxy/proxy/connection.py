@@ -9,6 +9,7 @@ forbids is refused here: other transfer codings than ``chunked``, transfer codin
 import asyncio
 import contextlib
 import socket
+import time
 from typing import Final, Protocol, cast
 
 import httptools
@@ -31,6 +32,9 @@ JOINED_BODY = 64 * 1024
 
 _FRAMING = frozenset({b"content-length", b"transfer-encoding", b"keep-alive"})
 
+
+BRIEF = 0.00015
+"""Seconds: an answer that comes sooner is here before a process that went to sleep for it is awake again."""
 
 _IDLE: Final = 0
 _HEAD: Final = 1
@@ -84,6 +88,7 @@ class Connection(asyncio.BufferedProtocol):
         "_answer",
         "_arrived",
         "_arrived_for",
+        "_begun",
         "_bodiless",
         "_deadline",
         "_extra",
@@ -109,6 +114,7 @@ class Connection(asyncio.BufferedProtocol):
         "idle_life",
         "idle_since",
         "owner",
+        "pace",
         "uses",
     )
 
@@ -123,6 +129,9 @@ class Connection(asyncio.BufferedProtocol):
         """Seconds that it had been idle when it was last taken."""
         self.idle_life = float("inf")
         """Seconds that the upstream says it keeps the connection."""
+        self.pace = float("inf")
+        """Seconds from a request to the head of its response: the last, or the average of late where all were brief."""
+        self._begun = 0.0
         self._socket = sock
         self._loop = asyncio.get_running_loop()
         self._state = _IDLE
@@ -190,6 +199,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.writelines((request, body))
         else:
             self._transport.write(request + body if body else request)
+        self._begun = time.monotonic()
 
     def abort(self) -> None:
         """Close at once, whatever is on its way."""
@@ -402,6 +412,8 @@ class Connection(asyncio.BufferedProtocol):
         self._response = self._arrived = Response(self, status, headers)
         self._arrived_for = self._answer
         self._answer = None
+        took = time.monotonic() - self._begun
+        self.pace = took if took > BRIEF or self.pace > 1.0 else self.pace + (took - self.pace) / 8
         if self._bodiless:
             # The parser knows nothing of methods and waits for a body: it can't be used again.
             self._reusable = False

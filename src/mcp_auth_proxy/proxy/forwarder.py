@@ -1,10 +1,12 @@
 """Carries requests to upstreams; knows those under way, so that they can be watched and drained."""
 
 import asyncio
+import time
 from typing import Any
 
 from mcp_auth_proxy.broker.broker import Broker
 from mcp_auth_proxy.models import LOCAL
+from mcp_auth_proxy.proxy.connection import BRIEF
 from mcp_auth_proxy.proxy.exchange import Exchange, Means, Receive, Send
 from mcp_auth_proxy.proxy.passage import Passage, is_plain
 from mcp_auth_proxy.proxy.reply import Reply
@@ -55,7 +57,17 @@ class Forwarder:
         passage = Passage(self, route, reply, token, connection)
         self._passages.add(passage)
         passage.begin(body)
+        if connection.pace < BRIEF and self.under_way == 1:
+            self._stay_awake(passage, time.monotonic() + BRIEF)
         return True
+
+    def _stay_awake(self, passage: Passage, until: float) -> None:
+        """Look for an answer again and again for a moment: to sleep and be woken would take longer, and cost as much.
+
+        That is so with servers on the same machine, while there is nothing else to do.
+        """
+        if passage.outcome is None and time.monotonic() < until:
+            self.loop.call_soon(self._stay_awake, passage, until)
 
     def passed(self, passage: Passage) -> None:
         self._passages.discard(passage)
