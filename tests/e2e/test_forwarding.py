@@ -1,6 +1,7 @@
 """What passes between client and upstream, and what does not: status codes, header fields, targets, limits."""
 
 import asyncio
+import http.client
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -180,6 +181,20 @@ async def test_body_limit_counts_announced_and_chunked_bytes(servers: Servers, t
         assert it.upstream.calls() == []
         padded = PING + b" " * (2000 - len(PING))
         assert (await it.client.http.post(it.client.url, content=padded, headers=JSON_TYPE)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/notes/mcp", "/unknown/mcp"])
+async def test_a_client_that_sends_a_large_body_before_it_reads_can_read_the_refusal(
+    servers: Servers, tmp_path: Path, path: str
+) -> None:
+    def ask(host: str) -> int:
+        connection = http.client.HTTPConnection(host, timeout=10)
+        connection.request("POST", path, b" " * 20_000_000, JSON_TYPE)
+        return connection.getresponse().status
+
+    async with connected(servers, tmp_path) as it:  # T30
+        host = it.proxy.origin.removeprefix("http://")
+        assert await asyncio.to_thread(ask, host) == (413 if path == "/notes/mcp" else 404)
 
 
 async def test_an_announced_oversized_body_is_refused_before_it_is_sent(servers: Servers, tmp_path: Path) -> None:

@@ -30,12 +30,13 @@ MIN_BODY_RATE = 1024
 READ_AHEAD = 64 * 1024
 """Bytes of body not yet taken at which reading pauses."""
 
-LINGER = 1.0
-"""Seconds for which a refused client may go on sending, unread, so that it can read why."""
-
 _LOOKED_AT = frozenset(
     {b"content-length", b"expect", b"host", b"origin", b"sec-fetch-site", b"transfer-encoding", b"upgrade"}
 )
+
+
+PAUSE = 1.0
+"""Seconds without a byte after which a client that was told to go has had the time to read it."""
 
 
 class InboundProtocol(asyncio.Protocol):
@@ -47,6 +48,9 @@ class InboundProtocol(asyncio.Protocol):
 
     slow_after = 8.0
     """Seconds in which a request head must be complete, and between looks at whether a body comes on."""
+
+    lingers = 30.0
+    """Seconds that a client has, at most, to send the rest of what is not read any more (see ``_leave``)."""
 
     transport: asyncio.Transport
     flow: FlowControl
@@ -97,6 +101,7 @@ class InboundProtocol(asyncio.Protocol):
         self._held_back = b""
         self._deferred = 0
         self._leaving = False
+        self._still_sending = False
         # The time that a client is given
         self._slow_timer: asyncio.TimerHandle | None = None
         self._keep_alive = config.timeout_keep_alive
@@ -141,6 +146,7 @@ class InboundProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._leaving or self._deferred:
+            self._still_sending = True
             return
         if self._held_back or (self._unfinished and not self._in_message):
             # Its turn comes when the request before has its answer; more than this is not read meanwhile. What comes
@@ -287,12 +293,6 @@ class InboundProtocol(asyncio.Protocol):
         reply = self._receiving
         if reply is None:
             return
-        if reply.complete:
-            # Nobody wants this part any more; a short rest is taken, so that the connection can be used again.
-            reply.unwanted += len(body)
-            if reply.unwanted > MAX_HEAD:
-                raise ValueError("the request was answered long ago")
-            return
         reply.feed(body)
         if reply.size > MAX_HEAD and reply is not self._unfinished[0]:
             self._refusal = 503
@@ -328,6 +328,12 @@ class InboundProtocol(asyncio.Protocol):
     def answered(self, reply: Reply) -> None:
         """Go on to the next request: one that is here already, or whatever is to come."""
         self._unfinished.popleft()
+        if not reply.keep_alive:
+            if reply.received:
+                self.transport.close()
+            else:
+                self._leave()
+            return
         if self.transport.is_closing():
             return
         if self.flow.read_paused:
@@ -397,12 +403,24 @@ class InboundProtocol(asyncio.Protocol):
         self._leave()
 
     def _leave(self) -> None:
-        """Close so that the last answer arrives: with bytes unread, close() would reset it away (RFC 9112 §9.6)."""
+        """Close so that the last answer arrives: with bytes unread, close() would reset it away (RFC 9112 §9.6).
+
+        What the client still sends is read and forgotten, until it pauses: many look for an answer only after that.
+        """
         self._leaving = True
         self._stop_timer()
+        self.flow.resume_reading()
         with contextlib.suppress(OSError, RuntimeError):
             self.transport.write_eof()
-        self._slow_timer = self._loop.call_later(LINGER, self.transport.close)
+        self._still_sending = True
+        self._linger(self._loop.time() + self.lingers)
+
+    def _linger(self, until: float) -> None:
+        if self._still_sending and self._loop.time() < until:
+            self._still_sending = False
+            self._slow_timer = self._loop.call_later(PAUSE, self._linger, until)
+        else:
+            self.transport.close()
 
     def _stop_timer(self) -> None:
         if self._slow_timer is not None:

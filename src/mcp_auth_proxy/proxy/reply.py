@@ -32,7 +32,7 @@ class Carrier(Protocol):
         """Run the application for this answer."""
 
     def answered(self, reply: "Reply") -> None:
-        """The answer is complete."""
+        """The answer is complete; where it is not ``keep_alive`` it was the last one."""
 
 
 class Reply:
@@ -63,7 +63,6 @@ class Reply:
         "received",
         "size",
         "started",
-        "unwanted",
     )
 
     def __init__(
@@ -97,8 +96,6 @@ class Reply:
         """Bytes in ``parts``."""
         self.received = False
         """Whether the whole body has come."""
-        self.unwanted = 0
-        """Bytes of request body that came after the answer was complete."""
         self.disconnected = False
         self.started = False
         self.complete = False
@@ -251,6 +248,9 @@ class Reply:
                 self._chunked = False
                 self._length = int(value)
             lines.append(name + b": " + value + b"\r\n")
+        if not self.received:
+            # Many clients send all of their request before they read. Nobody waits for the rest of it here.
+            self.keep_alive = False
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
         if self.method == b"HEAD":
@@ -291,6 +291,4 @@ class Reply:
             self.complete = True
             self.on_gone = None
             self._tell()
-            if not self.keep_alive:
-                self._carrier.transport.close()
             self._carrier.answered(self)
