@@ -99,7 +99,6 @@ async def lifespan(
             body_limit=settings.limits.body,
             wait=settings.authorization.wait,
         )
-        stack.push_async_callback(forwarder.aclose)
         yield Application(settings, listening, public_url, database=database, broker=broker, forwarder=forwarder)
 
 

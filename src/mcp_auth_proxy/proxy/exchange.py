@@ -30,6 +30,7 @@ from mcp_auth_proxy.proxy.headers import request_head, response_headers
 from mcp_auth_proxy.proxy.passage import Passage
 from mcp_auth_proxy.proxy.redirects import MAX_REDIRECTS, is_redirect
 from mcp_auth_proxy.proxy.redirects import target as redirect_target
+from mcp_auth_proxy.proxy.reply import WHEN_GONE
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
 from mcp_auth_proxy.proxy.upstream import Upstream
@@ -88,9 +89,6 @@ class Exchange:
         "_sent",
         "_started",
         "_streaming",
-        "_watcher",
-        "begun",
-        "body_read",
         "ending",
         "listening",
         "task",
@@ -118,14 +116,13 @@ class Exchange:
         self._response = sent.outcome if sent is not None and isinstance(sent.outcome, Response) else None
         self._started: Literal["", "relay", "events"] = ""
         self._streaming = False
-        self._watcher: asyncio.Task[None] | None = None
         task = asyncio.current_task()
         assert task is not None
         self.task = task
-        self.begun = asyncio.get_running_loop().time()
-        self.body_read = False
         self.ending: Literal["gone", "draining"] | None = None
         self.listening = False
+        # Plain ASGI tells of a client that went away only to those who keep asking.
+        scope["extensions"][WHEN_GONE](lambda: self.end("gone"))
 
     # The course of a request
 
@@ -134,7 +131,6 @@ class Exchange:
         server = self._route.server.name
         try:
             self._body = await read_body(self._receive, self._scope["headers"], self._means.body_limit)
-            self.body_read = True
             await self._carry()
         except ClientGone:
             return
@@ -426,14 +422,6 @@ class Exchange:
 
     # Ends from outside
 
-    def watch(self) -> None:
-        self._watcher = asyncio.create_task(self._until_gone())
-
-    async def _until_gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.end("gone")
-
     def end(self, why: Literal["gone", "draining"]) -> None:
         """Stop the request; what it holds upstream is closed at once."""
         if self.ending is None:
@@ -451,8 +439,6 @@ class Exchange:
                     await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
         if self._response is not None:
             self._response.close()
 

@@ -14,9 +14,6 @@ from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
 from mcp_auth_proxy.proxy.upstream import Upstream
 
-WATCH_AFTER = 0.25
-"""Seconds after which a client is watched for going away: most requests are over before."""
-
 
 class Forwarder:
     """See the module. Belongs to one event loop."""
@@ -36,8 +33,6 @@ class Forwarder:
         self._idle: asyncio.Future[None] | None = None
         self._passages: set[Passage] = set()
         self._active: set[Exchange] = set()
-        self._unwatched: set[Exchange] = set()
-        self._watchdog = asyncio.create_task(self._watch_clients())
 
     def begin(self, route: Route, reply: Reply) -> bool:
         """Send a request on at once, where it has only to be passed on and nothing has to be waited for.
@@ -90,7 +85,6 @@ class Forwarder:
         """
         exchange = Exchange(self._means, route, scope, receive, send, sent)
         self._active.add(exchange)
-        self._unwatched.add(exchange)
         try:
             await exchange.run()
         except asyncio.CancelledError:
@@ -101,23 +95,12 @@ class Forwarder:
                 await exchange.finish_early()
         finally:
             self._active.discard(exchange)
-            self._unwatched.discard(exchange)
             exchange.close()
             self._look_whether_idle()
 
     def _look_whether_idle(self) -> None:
         if self._idle is not None and not self.under_way and not self._idle.done():
             self._idle.set_result(None)
-
-    async def _watch_clients(self) -> None:
-        """Plain ASGI tells of a client that went away only to those who ask; ask for the slow ones."""
-        while True:
-            await asyncio.sleep(WATCH_AFTER)
-            due = self.loop.time() - WATCH_AFTER
-            for exchange in [exchange for exchange in self._unwatched if exchange.begun <= due]:
-                if exchange.body_read:
-                    self._unwatched.discard(exchange)
-                    exchange.watch()
 
     @property
     def under_way(self) -> int:
@@ -144,7 +127,3 @@ class Forwarder:
             exchange.end("draining")
         for passage in list(self._passages):
             passage.end()
-
-    async def aclose(self) -> None:
-        self._watchdog.cancel()
-        await asyncio.gather(self._watchdog, return_exceptions=True)

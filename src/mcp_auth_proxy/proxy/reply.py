@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 Headers = list[tuple[bytes, bytes]]
 App = Callable[..., Awaitable[None]]
 
+WHEN_GONE = "mcp_auth_proxy.when_gone"
+"""An extension of ASGI: takes what is to be called once if the client is lost before it has its answer."""
+
 _BODILESS = frozenset({204, 304})
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
 
@@ -123,8 +126,9 @@ class Reply:
         """Tell the application that its client is lost."""
         if not self.complete:
             self.disconnected = True
-            if self.on_gone is not None:
-                self.on_gone()
+            on_gone, self.on_gone = self.on_gone, None
+            if on_gone is not None:
+                on_gone()
         self._tell()
 
     def _tell(self) -> None:
@@ -172,7 +176,13 @@ class Reply:
             "raw_path": self.path,
             "query_string": self.query,
             "headers": self.headers,
+            "extensions": {WHEN_GONE: self._when_gone},
         }
+
+    def _when_gone(self, call: Callable[[], None]) -> None:
+        self.on_gone = call
+        if self.disconnected:
+            call()
 
     async def run(self, app: App) -> None:
         """Have an application answer. What it leaves unfinished costs the client its connection."""
@@ -186,6 +196,8 @@ class Reply:
             raise
         except Exception:
             logger.exception("a request ended with an internal error")
+        finally:
+            self.on_gone = None
         if self.complete or self.disconnected:
             return
         if self.started:
