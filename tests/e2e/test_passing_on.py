@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -151,6 +152,26 @@ async def test_a_silent_upstream_is_a_timeout_counted_from_the_call(tmp_path: Pa
         raw.post(CALL)
         assert (await raw.answer()).status == 504
         assert 0.39 <= loop.time() - begun < 5
+
+
+async def test_a_server_that_falls_silent_after_many_quick_answers_is_not_watched_for_long(tmp_path: Path) -> None:
+    async def script(peer: Peer) -> None:
+        for _ in range(200):
+            await peer.request()
+            await peer.send(ok())
+        await peer.request()
+        await peer.until_gone()
+
+    async with RawServer(script) as upstream, warm(tmp_path, upstream) as (_, raw):
+        for _ in range(199):
+            raw.post(CALL)
+            await raw.answer()
+        raw.post(CALL)
+        await until(lambda: len(upstream.requests) == 201)
+        before = time.process_time()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(raw.head(), 0.6)
+        assert time.process_time() - before < 0.3
 
 
 async def test_a_client_that_leaves_takes_its_call_with_it(servers: Servers, tmp_path: Path) -> None:

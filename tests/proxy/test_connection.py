@@ -7,6 +7,7 @@ import asyncio
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import h11
 import pytest
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from fakes.raw_server import Peer, RawServer
 from mcp_auth_proxy.config.settings import OutboundSettings
 from mcp_auth_proxy.errors import UpstreamBroken, UpstreamError, UpstreamTimeout
-from mcp_auth_proxy.proxy.connection import FIELD_LIMIT, HEAD_LIMIT, READ_SIZE, Connection, ConnectionStale
+from mcp_auth_proxy.proxy import connection as connection_module
+from mcp_auth_proxy.proxy.connection import BRIEF, FIELD_LIMIT, HEAD_LIMIT, READ_SIZE, Connection, ConnectionStale
 from mcp_auth_proxy.proxy.headers import response_headers
 from mcp_auth_proxy.proxy.response import READ_AHEAD, Response
 from mcp_auth_proxy.proxy.upstream import Upstream, split
@@ -439,6 +441,34 @@ async def test_a_cancelled_read_closes_the_connection() -> None:
     with pytest.raises(asyncio.CancelledError):
         await reading
     assert line.wire.closed == "aborted"
+
+
+async def test_the_pace_is_an_average_of_brief_answers_and_a_slow_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(connection_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    line = Line()
+    paces = []
+    for took in (*[0.00004] * 100, 2.0, *[0.00004] * 100):
+        line.ask()
+        now[0] += took
+        line.receive(THEN_OK)
+        paces.append(line.connection.pace)
+    assert paces[0] > BRIEF
+    assert paces[99] < BRIEF
+    assert paces[100] == pytest.approx(2.0)
+    assert paces[110] > BRIEF > paces[-1]
+
+
+async def test_each_exchange_has_its_full_time_on_one_timer() -> None:
+    line = Line()
+    loop = asyncio.get_running_loop()
+    for timeout in (0.3, 60.0, 0.2):
+        line.ask(timeout=timeout)
+        line.receive(THEN_OK)
+    begun = loop.time()
+    with pytest.raises(UpstreamTimeout, match=r"no answer within 0\.25 s"):
+        await line.ask(timeout=0.25)
+    assert 0.24 <= loop.time() - begun < 5
 
 
 async def test_a_head_that_does_not_come_in_time_is_a_timeout() -> None:

@@ -105,6 +105,7 @@ class Connection(asyncio.BufferedProtocol):
         "_seen",
         "_socket",
         "_state",
+        "_timeout",
         "_timer",
         "_timer_at",
         "_transport",
@@ -129,8 +130,8 @@ class Connection(asyncio.BufferedProtocol):
         """Seconds that it had been idle when it was last taken."""
         self.idle_life = float("inf")
         """Seconds that the upstream says it keeps the connection."""
-        self.pace = float("inf")
-        """Seconds from a request to the head of its response: the last, or the average of late where all were brief."""
+        self.pace = 1.0
+        """Seconds from a request to the head of its response, on average of late; the last where that was not brief."""
         self._begun = 0.0
         self._socket = sock
         self._loop = asyncio.get_running_loop()
@@ -141,6 +142,7 @@ class Connection(asyncio.BufferedProtocol):
         self._arrived_for: Answer | None = None
         """Who is given what has arrived, as soon as this read is used up."""
         self._deadline = 0.0
+        self._timeout = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._headers: list[tuple[bytes, bytes]] = []
@@ -192,9 +194,10 @@ class Connection(asyncio.BufferedProtocol):
         self._seen = False
         self._unproductive = 0
         self._answer = answer
+        self._timeout = timeout
         self._deadline = deadline = self._loop.time() + timeout
         if self._timer is None or deadline < self._timer_at:
-            self._set_timer(deadline, timeout)
+            self._set_timer()
         if len(body) > JOINED_BODY:
             self._transport.writelines((request, body))
         else:
@@ -244,20 +247,20 @@ class Connection(asyncio.BufferedProtocol):
             self._timer.cancel()
             self._timer = None
 
-    def _set_timer(self, deadline: float, timeout: float) -> None:
+    def _set_timer(self) -> None:
         self._stop_timer()
-        self._timer_at = deadline
-        self._timer = self._loop.call_at(deadline, self._expire, timeout)
+        self._timer_at = self._deadline
+        self._timer = self._loop.call_at(self._deadline, self._expire)
 
-    def _expire(self, timeout: float) -> None:
+    def _expire(self) -> None:
         """Fail where no head has come in time. One timer serves many exchanges: one for each costs more."""
         self._timer = None
         if self._state != _HEAD:
             return
         if self._loop.time() < self._deadline:
-            self._set_timer(self._deadline, timeout)
+            self._set_timer()
         else:
-            self.fail(UpstreamTimeout(f"no answer within {timeout:g} s."))
+            self.fail(UpstreamTimeout(f"no answer within {self._timeout:g} s."))
 
     # The transport's side
 
@@ -413,7 +416,7 @@ class Connection(asyncio.BufferedProtocol):
         self._arrived_for = self._answer
         self._answer = None
         took = time.monotonic() - self._begun
-        self.pace = took if took > BRIEF or self.pace > 1.0 else self.pace + (took - self.pace) / 8
+        self.pace = took if took > BRIEF else self.pace + (took - self.pace) / 8
         if self._bodiless:
             # The parser knows nothing of methods and waits for a body: it can't be used again.
             self._reusable = False
