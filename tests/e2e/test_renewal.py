@@ -11,6 +11,7 @@ from fakes.headless import consent
 from fakes.mcp_client import Reply
 from fakes.proxy import link_in, running_proxy, settled, until
 from fakes.scene import Scene, many, numbered, scene, texts
+from mcp_auth_proxy.broker import tokens
 
 MINUTE = 60.0
 
@@ -27,6 +28,18 @@ async def test_a_token_is_renewed_in_time_by_itself(servers: Servers, tmp_path: 
         # One request without a token began it; since then every token has been good.
         assert it.upstream.bearers.count(None) == 1
         assert it.issuer.authorizations == 1
+
+
+async def test_a_long_lived_token_is_renewed_when_it_is_due_and_not_when_a_timer_ends(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "LONGEST_TIMER", 0.01)
+    async with scene(servers, tmp_path) as it:
+        await it.connect()
+        assert texts(await many(it, 100)) == numbered(100)
+        assert it.issuer.refreshes == 0
+        it.clock.ahead += 0.9 * MINUTE
+        await until(lambda: it.issuer.refreshes == 1, "a renewal while nobody asks")
 
 
 async def test_requests_go_on_with_the_old_token_while_it_is_renewed(servers: Servers, tmp_path: Path) -> None:

@@ -1,23 +1,24 @@
 """The broker: which token a request may use, and what happens when there is none.
 
-In memory, for each (principal, server): the token in use (``_Held``) and the flow that waits for a user
+In memory, for each (principal, server): the token in use (``Tokens``) and the flow that waits for a user
 (``Pending``). All of it can be had again from the store; what another process writes there is noticed.
 """
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mcp_auth_proxy.broker import dpop
 from mcp_auth_proxy.broker.authorize import Authorizer, Plan, is_for
 from mcp_auth_proxy.broker.device import DeviceFlows
-from mcp_auth_proxy.broker.renew import GrantEnded, Renewer, renew_at, renewable
+from mcp_auth_proxy.broker.pending import Pending, Trail
+from mcp_auth_proxy.broker.renew import renewable
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.broker.step_up import MAX_AUTHORIZATIONS, StepUps, never_enough
+from mcp_auth_proxy.broker.tokens import Held, Key, Tokens
 from mcp_auth_proxy.broker.visits import DeviceVisit, Visit, Visits
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -50,72 +51,6 @@ LINK_REST = 60.0
 MAX_UNAUTHORIZED = 3
 """401 answers with a token that one request is carried through."""
 
-Key = tuple[str, str]
-"""(principal, server)"""
-
-
-@dataclass(slots=True)
-class _Held:
-    """A grant in use: what the hot path looks at."""
-
-    grant: Grant
-    token: AccessToken
-    renew_at: float
-    dead_at: float
-    used: bool = False
-    timer: asyncio.TimerHandle | None = None
-
-
-@dataclass(eq=False, slots=True)
-class Pending:
-    """A flow that waits for a user; every request that needs it waits on the same one.
-
-    Near its end it is followed by another, which whoever waits for this one waits for too.
-    """
-
-    flow: Flow
-    link: str
-    _released: asyncio.Future[AccessToken]
-
-    async def wait(self, timeout: float, interrupt: asyncio.Future[None] | None = None) -> AccessToken | None:
-        """Return the token as soon as the user has consented; None after ``timeout`` seconds, or on ``interrupt``.
-
-        Raises AuthorizationError when the authorization has failed.
-        """
-        futures: set[asyncio.Future[Any]] = {self._released}
-        if interrupt is not None:
-            futures.add(interrupt)
-        await asyncio.wait(futures, timeout=max(0.0, timeout), return_when=asyncio.FIRST_COMPLETED)
-        return self._released.result() if self._released.done() else None
-
-    @property
-    def settled(self) -> bool:
-        return self._released.done()
-
-    def followed_by(self, flow: Flow, link: str) -> "Pending":
-        """Return what to wait for from now on: a consent by either link lets everyone go on."""
-        return Pending(flow, link, self._released)
-
-    def release(self, token: AccessToken) -> None:
-        if not self._released.done():
-            self._released.set_result(token)
-
-    def fail(self, error: AuthorizationError) -> None:
-        if not self._released.done():
-            self._released.set_exception(error)
-            # Marks it as seen: nobody may be waiting.
-            self._released.exception()
-
-
-@dataclass(slots=True)
-class Trail:
-    """What one request has been through; it bounds how often the request is carried on."""
-
-    unauthorized: int = 0
-    authorizations: int = 0
-    proved_anew: int = 0
-    """The generation of the token that was last sent again with a nonce its server asked for."""
-
 
 class Broker:
     """See the module. Built by the composition root; ``announce`` is told of each new flow and its link."""
@@ -135,20 +70,14 @@ class Broker:
         self._grants = Grants(database)
         self._flows = Flows(database)
         self._authorizer = authorizer
-        self._renewer = Renewer(authorizer=authorizer, grants=self._grants, clock=clock)
+        self._tokens = Tokens(servers=servers, grants=self._grants, authorizer=authorizer, clock=clock)
         self._visits = Visits(flows=self._flows, clock=clock)
         self._step_ups = StepUps(clock=clock)
         self._devices = DeviceFlows(authorizer=authorizer, flows=self._flows, grants=self._grants, clock=clock)
         self._public_url = public_url
         self._announce = announce
         self._clock = clock
-        self._generations = itertools.count(1)
-        self._nonces = dpop.Nonces()
-        self._held: dict[Key, _Held] = {}
-        self._absent: set[Key] = set()
         self._pending: dict[Key, Pending] = {}
-        self._loading: SingleFlight[Key, _Held | None] = SingleFlight()
-        self._renewing: SingleFlight[Key, _Held | None] = SingleFlight()
         self._authorizing: SingleFlight[Key, AccessToken | Pending] = SingleFlight()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -160,9 +89,9 @@ class Broker:
             key = (grant.key.principal, grant.key.server)
             if grant.ended_at is None and grant.refresh_begun_at is not None and grant.key.server in self._servers:
                 logger.warning("a renewal for server %s was cut short; it is taken up again", grant.key.server)
-                held = await self._load(key)
+                held = await self._tokens.load(key)
                 if held is not None and renewable(held.grant):
-                    self._spawn(self._renew_in_background(key, held))
+                    self._tokens.renew_soon(key, held)
         for flow in await self._flows.devices(self._clock()):
             server = self._servers.get(flow.key.server)
             if server is not None and self._authorizer.fits(flow, server):
@@ -171,16 +100,12 @@ class Broker:
 
     async def aclose(self) -> None:
         """Stop all that runs by itself. A renewal under way is waited for: its refresh token is spent already."""
-        for held in self._held.values():
-            if held.timer is not None:
-                held.timer.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._renewing.settle(timeout=10.0)
+        await self._tokens.aclose()
         await self._devices.settle()
-        for flight in (self._loading, self._renewing, self._authorizing):
-            await flight.aclose()
+        await self._authorizing.aclose()
 
     # The three verbs
 
@@ -189,18 +114,7 @@ class Broker:
 
         Raises AuthorizationServerUnavailable where the token is dead and can't be renewed now, and StoreError.
         """
-        key = (principal.id, server)
-        held = self._held.get(key)
-        if held is not None:
-            now = self._clock()
-            if now < held.dead_at:
-                if now >= held.renew_at and key not in self._renewing:
-                    self._spawn(self._renew_in_background(key, held))
-                held.used = True
-                return held.token
-        elif key in self._absent:
-            return None
-        return await self._token_from_store(key, held)
+        return await self._tokens.token((principal.id, server))
 
     def at_hand(self, principal: Principal, server: str) -> tuple[bool, AccessToken | None]:
         """Return whether nothing has to be waited for or begun before a request is sent, and the token to send with it.
@@ -208,12 +122,8 @@ class Broker:
         That is: a token in use that is not due to be renewed; or none, where no grant and no flow is known.
         """
         key = (principal.id, server)
-        held = self._held.get(key)
-        if held is None:
-            return key in self._absent and key not in self._pending, None
-        held.used = True
-        now = self._clock()
-        return now < held.renew_at and now < held.dead_at, held.token
+        known, token = self._tokens.at_hand(key)
+        return known and (token is not None or key not in self._pending), token
 
     def pending(self, principal: Principal, server: str) -> Pending | None:
         """Return the flow that waits for the user, where there is one whose link can be used for a while yet."""
@@ -255,7 +165,7 @@ class Broker:
         bearer = challenges.bearer(challenge)
         if not challenges.demands_authorization(status, bearer):
             return None
-        held = self._held.get(key) or await self._load(key)
+        held = self._tokens.get(key) or await self._tokens.load(key)
         if held is not None and (used is None or held.token.generation > used.generation):
             held.used = True
             return held.token
@@ -267,7 +177,7 @@ class Broker:
                 return same
             trail.unauthorized += 1
             if held is not None and renewable(held.grant) and trail.unauthorized < MAX_UNAUTHORIZED:
-                renewed = await self._renew_or_end(key, held)
+                renewed = await self._tokens.renew(key, held)
                 if renewed is not None:
                     renewed.used = True
                     return renewed.token
@@ -344,100 +254,6 @@ class Broker:
             await self._authorizer.forget_clients(server)
             lines.append(f"{server.name}: the next authorization registers anew")
         return lines
-
-    # Tokens
-
-    async def _token_from_store(self, key: Key, held: _Held | None) -> AccessToken | None:
-        if held is None:
-            held = await self._loading.run(key, lambda: self._load(key))
-            if held is None:
-                return None
-        held.used = True
-        if self._clock() < held.dead_at or not renewable(held.grant):
-            # A token that looks dead but can't be renewed is tried all the same: the clock may be what is wrong.
-            return held.token
-        renewed = await self._renew_or_end(key, held)
-        return renewed.token if renewed else None
-
-    async def _current(self, key: Key) -> Grant | None:
-        """The stored grant for a server, if it is for what the server is configured to be now."""
-        grant = await self._grants.current(*key)
-        server = self._servers.get(key[1])
-        if grant is None or server is None or self._authorizer.serves(grant, server):
-            return grant
-        logger.warning("the grant of server %s is for another server or issuer than configured; it is not used", key[1])
-        return None
-
-    async def _load(self, key: Key) -> _Held | None:
-        grant = await self._current(key)
-        if grant is None:
-            self._absent.add(key)
-            return None
-        return self._hold(key, grant)
-
-    def _hold(self, key: Key, grant: Grant) -> _Held:
-        """Put a stored grant in use, unless it is in use already."""
-        before = self._held.get(key)
-        if before is not None:
-            if (before.grant.id, before.grant.version) == (grant.id, grant.version):
-                return before
-            if before.timer is not None:
-                before.timer.cancel()
-        tokens = grant.tokens
-        due = renew_at(tokens) if renewable(grant) else None
-        held = _Held(
-            grant=grant,
-            token=dpop.access_token(
-                grant, self._servers[key[1]], next(self._generations), nonces=self._nonces, clock=self._clock
-            ),
-            renew_at=float("inf") if due is None else due,
-            dead_at=float("inf") if tokens.expires_at is None else tokens.expires_at,
-        )
-        self._held[key] = held
-        self._absent.discard(key)
-        if due is not None:
-            held.timer = asyncio.get_running_loop().call_later(
-                min(max(0.0, due - self._clock()), 86_400.0), self._on_timer, key, held
-            )
-        return held
-
-    def _drop(self, key: Key) -> None:
-        held = self._held.pop(key, None)
-        if held is not None and held.timer is not None:
-            held.timer.cancel()
-
-    def _on_timer(self, key: Key, held: _Held) -> None:
-        """Renew ahead of expiry what has been used since the last renewal; what lies idle waits until it is used."""
-        held.timer = None
-        if held.used and self._held.get(key) is held:
-            self._spawn(self._renew_in_background(key, held))
-
-    async def _renew_in_background(self, key: Key, held: _Held) -> None:
-        try:
-            await self._renew_or_end(key, held)
-        except ProxyError as error:
-            logger.debug("background renewal for server %s: %s", key[1], error)
-            delay = self._renewer.retry_in(held.grant)
-            if delay is not None and self._held.get(key) is held:
-                if held.timer is not None:
-                    # It was set for the moment that is past by now: timers stand still while a machine sleeps.
-                    held.timer.cancel()
-                held.timer = asyncio.get_running_loop().call_later(delay, self._on_timer, key, held)
-                held.renew_at = max(held.renew_at, self._clock() + delay)
-
-    async def _renew_or_end(self, key: Key, held: _Held) -> _Held | None:
-        """Return the renewed grant, None where it has ended; one renewal at a time for everyone who asks."""
-        return await self._renewing.run(key, lambda: self._renew(key, held))
-
-    async def _renew(self, key: Key, held: _Held) -> _Held | None:
-        current = self._held.get(key)
-        if current is not None and current.token.generation > held.token.generation:
-            return current
-        try:
-            return self._hold(key, await self._renewer.renew(self._servers[key[1]], held.grant))
-        except GrantEnded:
-            self._drop(key)
-            return await self._load(key)
 
     # Authorizations
 
@@ -529,8 +345,8 @@ class Broker:
         await self._flows.finish(flow.id, FlowStatus.FAILED, reason)
         self._fail_pending(key, flow.id, reason)
 
-    async def _adopt(self, key: Key, grant: Grant) -> _Held:
-        held = self._hold(key, grant)
+    async def _adopt(self, key: Key, grant: Grant) -> Held:
+        held = self._tokens.hold(key, grant)
         held.used = True
         pending = self._pending.pop(key, None)
         if pending is not None:
@@ -582,12 +398,12 @@ class Broker:
                     await self._flows.purge(now)
 
     async def _look_again(self) -> None:
-        self._absent.clear()
-        for key in {*self._held, *self._pending}:
-            grant = await self._current(key)
+        self._tokens.look_again()
+        for key in {*self._tokens.keys(), *self._pending}:
+            grant = await self._tokens.current(key)
             if grant is None:
-                self._drop(key)
-            elif key not in self._renewing:
+                self._tokens.drop(key)
+            elif not self._tokens.is_renewing(key):
                 await self._adopt_if_new(key, grant)
         for key, pending in list(self._pending.items()):
             flow = await self._flows.get(pending.flow.id)
@@ -597,7 +413,7 @@ class Broker:
     async def _adopt_if_new(self, key: Key, grant: Grant) -> None:
         pending = self._pending.get(key)
         if pending is None:
-            self._hold(key, grant)
+            self._tokens.hold(key, grant)
             return
         flow = await self._flows.get(pending.flow.id)
         # Or by the link before this one, or that another process gave out.

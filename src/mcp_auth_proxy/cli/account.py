@@ -12,7 +12,7 @@ import click
 import httpx2
 
 from mcp_auth_proxy.app import Application, lifespan, reachable
-from mcp_auth_proxy.broker.broker import Pending, Trail
+from mcp_auth_proxy.broker.pending import Pending, Trail
 from mcp_auth_proxy.broker.renew import renewable
 from mcp_auth_proxy.cli.listener import PortTaken, bind, listening
 from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings

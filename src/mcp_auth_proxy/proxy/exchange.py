@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mcp_auth_proxy.broker.broker import Broker, Pending, Trail
+from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.broker.pending import Pending, Trail
 from mcp_auth_proxy.errors import (
     AuthorizationError,
     AuthorizationServerUnavailable,
