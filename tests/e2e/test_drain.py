@@ -107,9 +107,9 @@ async def test_a_stream_of_progress_goes_on_to_its_result(servers: Servers, tmp_
         assert await exit_code(proxy, 3) == 0
 
 
-@pytest.mark.parametrize("sent", ["get", "subscriptions/listen"])
+@pytest.mark.parametrize("sent", ["get", "subscriptions/listen", "subscriptions\\/listen"])
 async def test_idle_streams_end_with_a_final_chunk_at_once(servers: Servers, tmp_path: Path, sent: str) -> None:
-    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": sent}).encode()
+    body = b'{"jsonrpc": "2.0", "id": 1, "method": "%s"}' % sent.encode()  # PHP escapes slashes
     async with serving(servers, tmp_path) as (proxy, upstream):
         upstream.answers["GET"] = upstream.answers["POST"] = Answer.events(Channel())
         async with contextlib.AsyncExitStack() as stack:

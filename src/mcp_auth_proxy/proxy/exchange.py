@@ -28,7 +28,7 @@ from mcp_auth_proxy.proxy.body import BodyTooLarge, ClientGone, read_body
 from mcp_auth_proxy.proxy.connection import Response
 from mcp_auth_proxy.proxy.decoding import decoded
 from mcp_auth_proxy.proxy.headers import request_head, response_headers
-from mcp_auth_proxy.proxy.passage import Passage
+from mcp_auth_proxy.proxy.passage import LISTENS, Passage
 from mcp_auth_proxy.proxy.redirects import MAX_REDIRECTS, is_redirect
 from mcp_auth_proxy.proxy.redirects import target as redirect_target
 from mcp_auth_proxy.proxy.reply import WHEN_GONE
@@ -294,7 +294,7 @@ class Exchange:
     def _subscribes(self) -> bool:
         """MCP 2026-07-28: ``subscriptions/listen`` takes the place of the GET stream."""
         body = self._body
-        if len(body) > 65_536 or b"subscriptions/listen" not in body:
+        if len(body) > 65_536 or LISTENS not in body:
             return False
         messages, _ = consent.parse(body)
         return any(message.method == "subscriptions/listen" for message in messages)

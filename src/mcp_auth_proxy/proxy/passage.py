@@ -16,6 +16,9 @@ from mcp_auth_proxy.proxy.reply import Reply
 from mcp_auth_proxy.proxy.response import Response
 from mcp_auth_proxy.proxy.routes import Route
 
+LISTENS = b"subscriptions"
+"""What is in the body of every ``subscriptions/listen``, however its encoder writes the slash."""
+
 MAX_BODY = 64 * 1024
 """Bytes of request body. A larger one takes its time anyway."""
 
@@ -36,7 +39,7 @@ def is_plain(body: bytes, limit: int) -> bool:
         len(body) <= MAX_BODY
         and len(body) <= limit
         and b'"initialize"' not in body
-        and b"subscriptions/listen" not in body
+        and LISTENS not in body
         and not consent.is_retry(body)
     )
 

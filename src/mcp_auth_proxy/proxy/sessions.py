@@ -4,6 +4,9 @@ from collections import OrderedDict
 
 SESSIONS_REMEMBERED = 10_000
 
+LONGEST_ID = 256
+"""Bytes; a session with a longer id (most are UUIDs) counts as one that declared nothing."""
+
 
 class Sessions:
     """Which MCP sessions declared URL elicitation when they were initialized; bounded, oldest forgotten first."""
@@ -12,6 +15,8 @@ class Sessions:
         self._elicits: OrderedDict[tuple[str, bytes], None] = OrderedDict()
 
     def remember(self, server: str, session_id: bytes) -> None:
+        if len(session_id) > LONGEST_ID:
+            return
         self._elicits[server, session_id] = None
         if len(self._elicits) > SESSIONS_REMEMBERED:
             self._elicits.popitem(last=False)
