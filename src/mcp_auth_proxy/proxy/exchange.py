@@ -221,11 +221,11 @@ class Exchange:
             headers = [*((n, v) for n, v in headers if n != b"accept-encoding"), (b"accept-encoding", b"identity")]
         body = self._body
         target = route.target
+        prover = token.prover if token else None
         for _ in range(MAX_REDIRECTS + 1):
             if self._sent is not None:
                 response = self._sent_before(self._sent)
             else:
-                prover = token.prover if token else None
                 head = request_head(
                     method,
                     target,
@@ -240,8 +240,8 @@ class Exchange:
                     route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
                 )
                 self.listening = False
-                if prover is not None:
-                    prover.heard(response.headers)
+            if prover is not None:
+                prover.heard(response.headers)
             if not is_redirect(response):
                 return response
             target = redirect_target(route, response)

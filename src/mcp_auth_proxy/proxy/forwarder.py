@@ -41,10 +41,8 @@ class Forwarder:
         """
         body = reply.body()
         settled, token = self._broker.at_hand(LOCAL, route.server.name)
-        if not settled or (token is not None and token.prover is not None):
-            return False
         # A client that does not take its answers has to be waited for.
-        if not is_plain(body, self._means.body_limit) or not reply.may_write:
+        if not settled or not is_plain(body, self._means.body_limit) or not reply.may_write:
             return False
         connection = self.upstream.idle_connection(route.origin)
         if connection is None:

@@ -63,8 +63,12 @@ class Passage:
     def begin(self, body: bytes) -> None:
         """Send the request."""
         reply, route = self.reply, self.route
-        authorization = self.token.header if self.token is not None else None
-        head = request_head(b"POST", route.target, route.host, reply.headers, authorization, len(body))
+        authorization = proof = None
+        if self.token is not None:
+            authorization = self.token.header
+            if self.token.prover is not None:
+                proof = self.token.prover.prove(b"POST", route.target)
+        head = request_head(b"POST", route.target, route.host, reply.headers, authorization, len(body), proof)
         reply.on_gone = self._on_gone
         self._connection.begin(self, head, body, bodiless=False, timeout=route.server.upstream_timeout)
 
@@ -81,6 +85,8 @@ class Passage:
     def set_result(self, result: Response) -> None:
         self.outcome = result
         if result.whole and not _needs_more(result.status):
+            if self.token is not None and self.token.prover is not None:
+                self.token.prover.heard(result.headers)
             self._keeper.passed(self)
             self.reply.answer(result.status, response_headers(result.headers), result.take())
         else:
