@@ -17,7 +17,7 @@ from mcp_auth_proxy.broker.broker import Pending, Trail
 from mcp_auth_proxy.broker.renew import renewable
 from mcp_auth_proxy.cli.listener import PortTaken, bind, listening
 from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings
-from mcp_auth_proxy.errors import ConfigurationError, Fault, ProxyError
+from mcp_auth_proxy.errors import ConfigurationError, Fault, ProxyError, without_query_values
 from mcp_auth_proxy.models import LOCAL, AccessToken, Flow, Grant
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.probe import probe
@@ -152,13 +152,14 @@ async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
 
 
 def _row(server: ServerSettings, grants: list[Grant]) -> dict[str, Any]:
+    url = without_query_values(server.url)
     of_server = [grant for grant in grants if grant.key.server == server.name]
     if not of_server:
-        return {"server": server.name, "url": server.url, "state": "not connected"}
+        return {"server": server.name, "url": url, "state": "not connected"}
     grant = max(of_server, key=lambda grant: (grant.ended_at is None, grant.granted_at))
     return {
         "server": server.name,
-        "url": server.url,
+        "url": url,
         "state": "connected" if grant.ended_at is None else "ended",
         "issuer": grant.key.issuer,
         "since": _iso(grant.granted_at),
