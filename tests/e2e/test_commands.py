@@ -56,6 +56,7 @@ async def stored(folder: Path, url: str = "http://127.0.0.1:9/mcp") -> Path:
     ("arguments", "words"),
     [
         (["bogus"], "No such command 'bogus'"),
+        (["keys", "rotate"], "No such command 'keys'"),
         (["serve", "--bogus"], "--bogus"),
         (["login"], "SERVER"),
         (["serve", "--log-level", "loud"], "'debug', 'info', 'warning'"),
