@@ -232,7 +232,12 @@ async def test_a_secret_of_another_server_need_not_be_known_to_the_terminal(conf
     oauth = {"grant": "client_credentials", "client_id": "agent", "client_secret": "env:NOT_SET_HERE"}
     document["servers"]["warehouse"] = {"url": "https://warehouse.example/mcp", "oauth": oauth}
     config.write_text(yaml.safe_dump(document))
-    await log_in(config)
+    async with login("notes", config) as it:
+        link = await it.link()
+        async with PlainClient(f"http://{listen_of(config)}/warehouse/mcp") as client:
+            assert (await client.initialize()).status == 404, "without its secret it is not to be used"
+        await consent(link)
+        assert (await it.end())[0] == 0
     assert await states(config) == {"notes": "connected", "warehouse": "not connected"}
     code, out, err = await run_command("doctor", "notes", "--config", str(config))
     assert (code, err) == (0, ""), out
