@@ -22,14 +22,30 @@
         └── UpstreamBusy               all connections to the origin are taken
 
 ``str()`` of each is one or two plain sentences for the user: what is wrong and, where there is one, the
-remedy. None of them ever holds a token, code, verifier, secret or state.
+remedy. None of them ever holds a token, code, verifier, secret or state, or a value of a URL's query.
 """
 
+import re
 from dataclasses import dataclass
+
+_QUERY = re.compile(r"(https?://[^\s?#\"]*\?)([^\s\"]*[^\s\".,;:!)\]}'])", re.IGNORECASE)
+
+
+def without_query_values(text: str) -> str:
+    """Return text with the values in the queries of its http(s) URLs masked: servers take API keys there."""
+    return _QUERY.sub(lambda found: found[1] + "&".join(map(_without_value, found[2].split("&"))), text)
+
+
+def _without_value(parameter: str) -> str:
+    name, equals, _ = parameter.partition("=")
+    return f"{name}=****" if equals else "****" if name else ""
 
 
 class ProxyError(Exception):
     """Base of every error raised on purpose by this package."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_query_values(message))
 
 
 @dataclass(frozen=True, slots=True)

@@ -261,6 +261,48 @@ def test_other_stores_are_refused(tmp_path: Path, url: str) -> None:
     assert found.startswith("store.url: ")
 
 
+TWO = """
+servers:
+  notes: {url: 'https://n.example/mcp', oauth: {client_id: n, client_secret: 'env:NOTES'}}
+  other:
+    url: https://o.example/mcp
+    oauth:
+      grant: id_jag
+      client_id: o
+      private_key: file:missing.pem
+      idp: {issuer: 'https://idp.example', client_id: o, client_secret: 'env:UNSET', id_token: 'env:UNSET'}
+"""
+
+
+def test_only_the_secrets_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(TWO)
+    environ = {"NOTES": "canary-4711"}
+    found = load(path, environ=environ, secrets_of=("notes",)).servers
+    assert found["notes"].oauth.client_secret is not None
+    assert found["notes"].oauth.client_secret.value == "canary-4711"
+    assert (found["other"].oauth.client_secret, found["other"].oauth.private_key) == (None, None)
+    assert load(path, environ={}, secrets_of=()).servers["notes"].oauth.client_secret is None
+    with pytest.raises(ConfigurationError) as caught:
+        load(path, environ={}, secrets_of=("notes",))
+    assert [fault.path for fault in caught.value.faults] == ["servers.notes.oauth.client_secret"]
+    with pytest.raises(ConfigurationError) as caught:
+        load(path, environ=environ)
+    assert [fault.path.rpartition(".")[2] for fault in caught.value.faults] == [
+        "private_key",
+        "client_secret",
+        "id_token",
+    ]
+
+
+def test_other_faults_are_told_where_no_secret_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(oauth("client_secret: 'env:UNSET', nonsense: 1"))
+    with pytest.raises(ConfigurationError) as caught:
+        load(path, environ={}, secrets_of=())
+    assert [fault.path.rpartition(".")[2] for fault in caught.value.faults] == ["client_secret", "nonsense"]
+
+
 @pytest.mark.parametrize("key", ["env:UNSET", "file:other.key", "c2VjcmV0", "env:"])
 def test_a_store_key_that_is_not_there_is_a_fault(tmp_path: Path, key: str) -> None:
     (found,) = faults(tmp_path, MINIMAL + f"store: {{keys: ['{key}']}}")

@@ -171,6 +171,42 @@ async def test_what_is_no_request_is_never_answered_401(servers: Servers, tmp_pa
         assert len(it.proxy.links) == 1
 
 
+@pytest.mark.parametrize(
+    "body", [b'{"jsonrpc":"2.0","method":"notifications/initialized"}', b'{"jsonrpc":"2.0","id":1,"result":{}}', None]
+)
+async def test_what_asks_for_no_answer_is_told_to_come_again(
+    servers: Servers, tmp_path: Path, body: bytes | None
+) -> None:
+    async with scene(servers, tmp_path) as it:
+        for _ in range(2):
+            method = "DELETE" if body is None else "POST"
+            reply = read(await it.client.http.request(method, it.client.url, content=body))
+            assert (reply.status, reply.headers["retry-after"], reply.message["id"]) == (503, "5", None)
+            await announced(it, reply.error["data"]["authorization_url"])
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [(b'{"jsonrpc":', -32700), (b"", -32700), (b"17", -32600), (b"[1]", -32600), (b"[]", -32600)]
+)
+async def test_what_is_no_json_rpc_is_refused_at_once(servers: Servers, tmp_path: Path, body: bytes, code: int) -> None:
+    async with scene(servers, tmp_path, wait="20s") as it:
+        for _ in range(2):
+            async with asyncio.timeout(5):
+                reply = read(await it.client.http.post(it.client.url, content=body))
+            assert (reply.status, reply.error["code"], reply.message["id"]) == (400, code, None)
+            assert "/connect/" not in str(reply.message)
+
+
+async def test_a_body_that_only_the_server_can_read_is_held(servers: Servers, tmp_path: Path) -> None:
+    async with scene(servers, tmp_path, wait="20s") as it:
+        headers = {"content-encoding": "gzip"}
+        post = it.client.http.post(it.client.url, content=gzip.compress(b"{}"), headers=headers)
+        call = asyncio.create_task(post)
+        await consent(await it.proxy.next_link())
+        await call
+        assert it.upstream.requests[-1].body == gzip.compress(b"{}")
+
+
 async def test_a_get_stream_before_the_grant_opens_after_it(servers: Servers, tmp_path: Path) -> None:
     async with scene(servers, tmp_path, wait="20s", upstream={"sessions_on": True}) as it:
         waiting = asyncio.create_task(it.client.initialize())

@@ -181,6 +181,16 @@ async def test_a_registration_in_the_store_counts_and_the_store_stays_as_it_is(
     }
 
 
+async def test_a_url_with_a_query_is_to_be_completed(servers: Servers, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server()
+    upstream = await servers.mcp_server(issuer)
+    report = await diagnose(tmp_path, f"{upstream.url}?api_key=canary-4711")
+    assert (report.outcome, report.config_complete) == (Outcome.READY, False)
+    assert proposed(report, tmp_path)["notes"]["url"] == f"{upstream.url}?api_key=****"
+    assert report.config is not None
+    assert "# the values of its query are not repeated here" in report.config
+
+
 async def test_a_client_that_belongs_to_another_issuer_is_refused_as_by_the_proxy(
     servers: Servers, tmp_path: Path
 ) -> None:

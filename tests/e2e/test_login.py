@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.exchange import Answer
@@ -164,7 +165,9 @@ async def test_login_with_client_credentials_needs_no_link(
     assert (code, out.splitlines()[0]) == (0, "notes is connected."), err
     assert "/connect/" not in out
     env = {"AGENT_SECRET": "wrong"}
-    assert (await run_command("logout", "notes", "--config", str(config), env=env))[0] == 0
+    code, out, err = await run_command("logout", "notes", "--config", str(config), env=env)
+    assert (code, out) == (1, "")
+    assert "forgotten here, but not revoked" in err
     code, out, err = await run_command("login", "notes", "--config", str(config), env=env)
     assert (code, out) == (1, "")
     assert "invalid_client" in err.splitlines()[-1]
@@ -221,6 +224,51 @@ async def test_login_does_not_send_a_user_to_a_stranger_on_its_port(servers: Ser
     assert f"{host}:{port} is taken by another program" in err
 
 
+# secrets that are known to the service alone
+
+
+async def test_a_secret_of_another_server_need_not_be_known_to_the_terminal(config: Path) -> None:
+    document = yaml.safe_load(config.read_text())
+    oauth = {"grant": "client_credentials", "client_id": "agent", "client_secret": "env:NOT_SET_HERE"}
+    document["servers"]["warehouse"] = {"url": "https://warehouse.example/mcp", "oauth": oauth}
+    config.write_text(yaml.safe_dump(document))
+    async with login("notes", config) as it:
+        link = await it.link()
+        async with PlainClient(f"http://{listen_of(config)}/warehouse/mcp") as client:
+            assert (await client.initialize()).status == 404, "without its secret it is not to be used"
+        await consent(link)
+        assert (await it.end())[0] == 0
+    assert await states(config) == {"notes": "connected", "warehouse": "not connected"}
+    code, out, err = await run_command("doctor", "notes", "--config", str(config))
+    assert (code, err) == (0, ""), out
+    assert (await run_command("logout", "notes", "--config", str(config)))[0] == 0
+    assert await states(config) == {"notes": "not connected", "warehouse": "not connected"}
+    for command in (["login", "warehouse"], ["logout", "warehouse"], ["doctor", "warehouse"], ["serve"], ["check"]):
+        code, out, err = await run_command(*command, "--config", str(config))
+        assert (code, out) == (2, ""), command
+        assert "servers.warehouse.oauth.client_secret" in err
+        assert "'NOT_SET_HERE' is not set" in err
+
+
+# status
+
+
+async def test_status_of_one_server_shows_that_one_alone(tmp_path: Path) -> None:
+    servers = {"alpha": "https://a.example/mcp", "beta": "https://b.example/mcp"}
+    config = str(write_config(tmp_path, servers))
+    code, out, err = await run_command("status", "beta", "--config", config)
+    assert (code, err, len(out.splitlines())) == (0, "", 1)
+    assert out.startswith("beta  no grant")
+    code, out, _ = await run_command("status", "beta", "--config", config, "--json")
+    assert (code, [row["server"] for row in json.loads(out)]) == (0, ["beta"])
+    code, out, err = await run_command("status", "gamma", "--config", config)
+    assert (code, out) == (2, "")
+    assert err == "error: There is no server 'gamma'. Configured: alpha, beta.\n"
+    code, _, err = await run_command("status", "https://a.example/mcp", "--config", config)
+    assert code == 2
+    assert "not both" in err
+
+
 # logout
 
 
@@ -255,10 +303,12 @@ async def test_logout_with_the_authorization_server_down_forgets_and_says_what_i
 ) -> None:
     await log_in(config)
     authorization_server.outage = Answer.html("down", 503)
-    _, out, err = await run_command("logout", "notes", "--config", str(config))
-    assert "Traceback" not in err
-    assert f"not revoked at {authorization_server.issuer}" in out + err
-    assert "503" in out + err
+    code, out, err = await run_command("logout", "notes", "--config", str(config))
+    assert (code, out, len(err.splitlines())) == (1, "", 1), err
+    assert err.startswith("error: notes: forgotten here")
+    assert f"not revoked at {authorization_server.issuer}" in err
+    assert "503" in err
+    assert "withdraw the access at the provider" in err
     assert await states(config) == {"notes": "not connected"}
 
 

@@ -114,6 +114,37 @@ async def test_no_secret_is_logged_shown_or_stored_in_clear(  # T45
     assert "renewed the grant" in proxy.log
 
 
+QUERY = "k=query-canary-1&flag-canary-2&v=canary-3"
+
+
+async def test_what_stands_in_the_query_of_a_server_url_is_shown_nowhere(servers: Servers, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server(auto_consent=True)
+    good = await servers.mcp_server(issuer)
+    down = await servers.mcp_server(issuer, metadata_answer=Answer.html("down", 503))
+    foreign = await servers.mcp_server(issuer, metadata_changes={"resource": "https://other.example/mcp"})
+    web = await servers.mcp_server(protected=False, intercept=lambda _: Answer.html("a web page", 404))
+    bare = await servers.mcp_server(issuer, metadata_at=set())
+    upstreams = {"good": good, "down": down, "foreign": foreign, "web": web, "bare": bare}
+    config = write_config(tmp_path, {name: f"{it.url}?{QUERY}" for name, it in upstreams.items()}, authorization=UNHELD)
+    said = []
+    async with proxy_process(config, "--log-level", "debug") as proxy:
+        async with proxy.client("good") as client:
+            await log_in(client)
+        for name in ("down", "foreign", "web"):
+            async with proxy.client(name) as client:
+                said.append((await client.call("echo")).body.decode())
+        assert await proxy.stop() == 0
+        said.append(proxy.log)
+    for command in (["status"], ["status", "--json"], ["login", "web"], ["login", "down"]):
+        said += (await run_command(*command, "--config", str(config)))[1:]
+    for name in upstreams:
+        for form in ([], ["--json"]):
+            said += (await run_command("doctor", name, "--config", str(config), *form))[1:]
+    assert all(request.query_string == QUERY for request in good.calls())
+    assert [text for text in said if "canary" in text] == []
+    assert f"{good.url}?k=****&****&v=****" in proxy.out
+
+
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
     before = os.umask(mask)

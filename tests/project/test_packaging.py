@@ -48,6 +48,13 @@ def test_every_dependency_is_locked_and_the_locks_agree() -> None:
         assert dev[name] == version, f"{name} differs between the locks: run `make lock`"
 
 
+def test_only_systems_that_it_runs_on_are_named() -> None:
+    """uvloop and the module resource are imported without a second thought: there is neither on Windows."""
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    systems = {line.removeprefix("Operating System :: ") for line in classifiers if line.startswith("Operating")}
+    assert systems == {"MacOS", "POSIX :: Linux"}
+
+
 def instructions() -> list[tuple[str, str]]:
     text = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE))
     return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]

@@ -253,6 +253,18 @@ NO_REQUESTS = [
 ]
 
 
+NO_JSON = [b"", b"{", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 200_000, b"9" * 5000, b"NaN", b"{} {}"]
+NO_MESSAGE = [b"[]", b"17", b"null", b'"tools/call"', b"[[], 1]"]
+
+
+def test_what_is_no_json_rpc_is_told_from_what_may_be() -> None:
+    assert {found[0] for body in NO_JSON if (found := consent.refusal(body))} == {consent.PARSE_ERROR}
+    assert {found[0] for body in NO_MESSAGE if (found := consent.refusal(body))} == {consent.INVALID_REQUEST}
+    assert all(consent.refusal(body) for body in [*NO_JSON, *NO_MESSAGE])
+    may_be = [b"{}", b"[17, {}]", b'{"jsonrpc":"2.0","id":1,"result":{}}', b"[" + b"{}," * 5000 + b"{}]"]
+    assert [consent.refusal(body) for body in may_be] == [None] * 4
+
+
 @pytest.mark.parametrize("body", NO_REQUESTS, ids=lambda body: body[:50].decode("latin-1"))
 def test_a_body_without_a_request_gets_the_fallback(body: bytes) -> None:
     answer = ask(body)

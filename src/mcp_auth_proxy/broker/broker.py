@@ -233,9 +233,12 @@ class Broker:
         """Return every grant that the store holds, ended ones too."""
         return await self._grants.all()
 
-    async def logout(self, principal: Principal, server: ServerSettings, *, forget_client: bool) -> list[str]:
-        """Forget the grants for a server and revoke them upstream; return what happened, a line for each."""
-        lines = []
+    async def logout(
+        self, principal: Principal, server: ServerSettings, *, forget_client: bool
+    ) -> tuple[list[str], list[str]]:
+        """Forget the grants for a server and revoke them upstream; return what was done, and what failed, in lines."""
+        done: list[str] = []
+        failed: list[str] = []
         # In this order: a grant that arrives in between finds its flow cancelled, or is deleted.
         await self._flows.cancel(principal.id, server.name)
         grants = await self._grants.delete(principal.id, server.name)
@@ -245,15 +248,19 @@ class Broker:
             try:
                 revoked = await self._authorizer.revoke(server, grant)
             except ProxyError as error:
-                lines.append(f"{server.name}: forgotten here, but not revoked at {grant.key.issuer}: {error}")
+                failed.append(
+                    f"{server.name}: forgotten here, but not revoked at {grant.key.issuer}: {error} "
+                    f"Its tokens are good until they end by themselves; to end them now, withdraw the access at the "
+                    f"provider, for example on its account page."
+                )
             else:
                 how = "forgotten here and revoked at" if revoked else "forgotten here; no revocation is offered by"
-                lines.append(f"{server.name}: {how} {grant.key.issuer}")
+                done.append(f"{server.name}: {how} {grant.key.issuer}")
         if forget_client:
             # Also where no grant is left: that is when a registration is what stands in the way.
             await self._authorizer.forget_clients(server)
-            lines.append(f"{server.name}: the next authorization registers anew")
-        return lines
+            done.append(f"{server.name}: the next authorization registers anew")
+        return done, failed
 
     # Authorizations
 

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +17,7 @@ from mcp_auth_proxy.broker.pending import Pending, Trail
 from mcp_auth_proxy.broker.renew import renewable
 from mcp_auth_proxy.cli.listener import PortTaken, bind, listening
 from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings
-from mcp_auth_proxy.errors import ConfigurationError, Fault, ProxyError
+from mcp_auth_proxy.errors import ConfigurationError, Fault, ProxyError, without_query_values
 from mcp_auth_proxy.models import LOCAL, AccessToken, Flow, Grant
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.probe import probe
@@ -31,6 +32,8 @@ async def login(settings: Settings, name: str) -> int:
     Where a proxy runs already, its callback finishes the flow; the store tells us. Else we listen ourselves.
     """
     server = server_of(settings, name)
+    # The others have no secrets here: their grants are left to the proxy that has them.
+    settings = replace(settings, servers={server.name: server})
     async with AsyncExitStack() as stack:
         try:
             sock, address = bind(settings.listen)
@@ -109,17 +112,28 @@ def _first(error: BaseException) -> str:
 
 
 async def logout(settings: Settings, name: str, *, forget_client: bool) -> int:
-    """Forget what is held for a server, and revoke it upstream. Returns the exit code; raises ProxyError."""
+    """Forget what is held for a server, and revoke it upstream. Returns the exit code; raises ProxyError.
+
+    It is forgotten also where the error says that it could not be revoked.
+    """
     server = server_of(settings, name)
     async with lifespan(settings, settings.listen, background=False, announce_key=_say) as application:
-        lines = await application.broker.logout(LOCAL, server, forget_client=forget_client)
-    for line in lines or [f"{server.name}: nothing was connected."]:
+        done, failed = await application.broker.logout(LOCAL, server, forget_client=forget_client)
+    for line in done:
         click.echo(line)
+    if failed:
+        raise ProxyError(" ".join(failed))
+    if not done:
+        click.echo(f"{server.name}: nothing was connected.")
     return 0
 
 
-async def status(settings: Settings, *, as_json: bool) -> int:
-    """Print what is connected, since when, until when. Returns the exit code; raises ProxyError."""
+async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
+    """Print what is connected, since when, until when, of one server or all. Returns the exit code; raises ProxyError.
+
+    Whether something is connected or not is no matter of the exit code.
+    """
+    servers = list(settings.servers.values()) if name is None else [server_of(settings, name)]
     grants: list[Grant] = []
     if settings.store.path.exists():
         database = await Database.open(settings.store)
@@ -127,7 +141,7 @@ async def status(settings: Settings, *, as_json: bool) -> int:
             grants = await Grants(database).all()
         finally:
             await database.close()
-    rows = [_row(server, grants) for server in settings.servers.values()]
+    rows = [_row(server, grants) for server in servers]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return 0
@@ -138,13 +152,14 @@ async def status(settings: Settings, *, as_json: bool) -> int:
 
 
 def _row(server: ServerSettings, grants: list[Grant]) -> dict[str, Any]:
+    url = without_query_values(server.url)
     of_server = [grant for grant in grants if grant.key.server == server.name]
     if not of_server:
-        return {"server": server.name, "url": server.url, "state": "not connected"}
+        return {"server": server.name, "url": url, "state": "not connected"}
     grant = max(of_server, key=lambda grant: (grant.ended_at is None, grant.granted_at))
     return {
         "server": server.name,
-        "url": server.url,
+        "url": url,
         "state": "connected" if grant.ended_at is None else "ended",
         "issuer": grant.key.issuer,
         "since": _iso(grant.granted_at),

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from functools import wraps
 from typing import Any
 
@@ -45,8 +45,17 @@ def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return configured
 
 
-def settings_from(config_file: str | None, url: str | None = None, listen: str | None = None) -> Settings:
-    """Return the settings of the file that is found, or those for one URL. Raises ConfigurationError."""
+def settings_from(
+    config_file: str | None,
+    url: str | None = None,
+    listen: str | None = None,
+    *,
+    secrets_of: Collection[str] | None = None,
+) -> Settings:
+    """Return the settings of the file that is found, or those for one URL. Raises ConfigurationError.
+
+    ``secrets_of`` names the servers whose secrets are needed, None is all.
+    """
     if url is not None:
         if config_file is not None:
             raise click.UsageError("Give a URL or --config, not both.")
@@ -61,7 +70,7 @@ def settings_from(config_file: str | None, url: str | None = None, listen: str |
             else f"name one server: mcp-auth-proxy {command} {EXAMPLE}"
         )
         raise ConfigurationError([Fault("", f"No configuration was found. {ways}, or {last}")])
-    return config.load(path, environ=os.environ, listen=listen)
+    return config.load(path, environ=os.environ, listen=listen, secrets_of=secrets_of)
 
 
 def run(work: Coroutine[Any, Any, int]) -> None:
@@ -130,15 +139,15 @@ def logout(server: str, config_file: str | None, forget_client: bool) -> None:
 
 
 @cli.command()
-@click.argument("url", required=False)
+@click.argument("server", required=False)
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @log_options
-def status(url: str | None, config_file: str | None, as_json: bool) -> None:
-    """Show what is connected, since when, until when; of the server at URL where it is served without a file."""
+def status(server: str | None, config_file: str | None, as_json: bool) -> None:
+    """Show what is connected, since when, until when: all servers, or SERVER (a configured name, or a URL)."""
     from mcp_auth_proxy.cli import account
 
-    run(account.status(settings_from(config_file, url), as_json=as_json))
+    run(account.status(_settings_for(server, config_file, secrets=False), server, as_json=as_json))
 
 
 @cli.command()
@@ -158,8 +167,10 @@ def doctor(server: str, config_file: str | None, as_json: bool) -> None:
     run(command.doctor(settings, account.server_of(settings, server), as_machine=as_json))
 
 
-def _settings_for(server: str, config_file: str | None) -> Settings:
-    return settings_from(config_file, server if "://" in server else None)
+def _settings_for(server: str | None, config_file: str | None, *, secrets: bool = True) -> Settings:
+    # What only the service's environment has is no reason to refuse a command about another server.
+    secrets_of = (server,) if secrets and server is not None else ()
+    return settings_from(config_file, server if server and "://" in server else None, secrets_of=secrets_of)
 
 
 def main() -> None:

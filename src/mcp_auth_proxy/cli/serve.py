@@ -10,6 +10,7 @@ from mcp_auth_proxy import __version__
 from mcp_auth_proxy.app import Application, lifespan
 from mcp_auth_proxy.cli.listener import Server, bind
 from mcp_auth_proxy.config.settings import Settings
+from mcp_auth_proxy.errors import without_query_values
 
 MAX_SHOWN = 20
 
@@ -42,7 +43,8 @@ def _say_what_is_served(application: Application) -> None:
     lines = [f"mcp-auth-proxy {__version__} is listening at {base}", ""]
     width = max(len(name) for name in names[:MAX_SHOWN])
     for name in names[:MAX_SHOWN]:
-        lines.append(f"  {name:<{width}}  {base}/{name}/mcp  ->  {application.settings.servers[name].url}")
+        url = without_query_values(application.settings.servers[name].url)
+        lines.append(f"  {name:<{width}}  {base}/{name}/mcp  ->  {url}")
     if len(names) > MAX_SHOWN:
         lines.append(f"  and {len(names) - MAX_SHOWN} more")
     first = names[0]

@@ -1,7 +1,7 @@
 """Finds the configuration and turns file, environment and flags into Settings; every fault is reported at once."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -50,8 +50,18 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
     return None
 
 
-def load(path: Path, *, environ: Mapping[str, str] = os.environ, listen: str | None = None) -> Settings:
-    """The settings of a file; ``listen`` is the flag, which wins. Raises ConfigurationError with all faults."""
+def load(
+    path: Path,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    listen: str | None = None,
+    secrets_of: Collection[str] | None = None,
+) -> Settings:
+    """The settings of a file; ``listen`` is the flag, which wins. Raises ConfigurationError with all faults.
+
+    ``secrets_of`` names the servers whose secrets are needed, None is all: those of the others are None in the
+    settings, and need not be there. A server is not to be authorized without its secrets.
+    """
     path = path.absolute()
     try:
         document = parse(path.read_bytes())
@@ -64,7 +74,7 @@ def load(path: Path, *, environ: Mapping[str, str] = os.environ, listen: str | N
     if not isinstance(document.content, Mapping):
         raise ConfigurationError([Fault("", "the file must be a mapping (key: value lines)")], str(path))
     context = Context(environ, path.parent)
-    settings = _read(Section(document.content, "", context), listen, path)
+    settings = _read(Section(document.content, "", context), listen, path, secrets_of)
     _refuse([*document.faults, *context.faults], document, str(path))
     return settings
 
@@ -90,7 +100,7 @@ def _refuse(faults: list[Fault], document: Document, source: str) -> None:
         raise ConfigurationError(sorted(faults, key=lambda fault: document.line(fault.path)), source)
 
 
-def _read(section: Section, listen: str | None, source: Path) -> Settings:
+def _read(section: Section, listen: str | None, source: Path, secrets_of: Collection[str] | None) -> Settings:
     upstream_timeout = section.parsed("upstream_timeout", values.positive_duration, _UPSTREAM_TIMEOUT)
     settings = Settings(
         listen=_listen(section, listen),
@@ -100,7 +110,7 @@ def _read(section: Section, listen: str | None, source: Path) -> Settings:
         limits=_read_limits(section.section("limits")),
         inbound=_read_inbound(section.section("inbound")),
         outbound=_read_outbound(section.section("outbound")),
-        servers=_read_servers(section, upstream_timeout),
+        servers=_read_servers(section, upstream_timeout, secrets_of),
         source=source,
     )
     section.close()
@@ -114,9 +124,11 @@ def _listen(section: Section, flag: str | None) -> Address:
     return Section({"--listen": flag}, "", section.context).parsed("--listen", values.address, configured)
 
 
-def _read_servers(section: Section, upstream_timeout: float) -> dict[str, ServerSettings]:
+def _read_servers(
+    section: Section, upstream_timeout: float, secrets_of: Collection[str] | None
+) -> dict[str, ServerSettings]:
     inner = section.section("servers")
-    servers = read_servers(inner, upstream_timeout)
+    servers = read_servers(inner, upstream_timeout, secrets_of=secrets_of)
     if not any(True for _ in inner.entries()):
         section.fault("servers", "at least one server must be configured")
     return servers

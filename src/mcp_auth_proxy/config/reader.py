@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,10 @@ _NO = frozenset({"false", "no", "off"})
 _LARGEST_SECRET = 64 * 1024
 
 
+class LeftOut(Exception):
+    """A secret was not looked for: it is not needed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What reading needs besides the text: the environment, the folder of the file, and the faults so far."""
@@ -26,6 +30,12 @@ class Context:
     environ: Mapping[str, str]
     folder: Path
     faults: list[Fault] = field(default_factory=list)
+    secrets: bool = True
+    """False: secrets are left out, so that they need not be there."""
+
+    def without_secrets(self) -> "Context":
+        """The same, and the same list of faults, for what is read but not used with its secrets."""
+        return replace(self, secrets=False)
 
     def path(self, text: str) -> Path:
         """A path made absolute; relative ones start at the file's folder. ValueError for an unknown ``~user``."""
@@ -61,7 +71,9 @@ class Context:
         return text
 
     def secret(self, text: str) -> Secret:
-        """The secret behind ``env:NAME`` or ``file:PATH``, or the text itself."""
+        """The secret behind ``env:NAME`` or ``file:PATH``, or the text itself. LeftOut where none is to be read."""
+        if not self.secrets:
+            raise LeftOut
         kind, _, name = text.partition(":")
         if kind == "env":
             return Secret(self.variable(name))
@@ -176,6 +188,8 @@ class Section:
     def _apply(self, key: str, text: str, parse: Callable[[str], T], default: D) -> T | D:
         try:
             return parse(text)
+        except LeftOut:
+            return default
         except ValueError as error:
             self.fault(key, str(error))
             return default

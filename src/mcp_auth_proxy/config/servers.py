@@ -1,6 +1,7 @@
 """Reads the ``servers`` section."""
 
 import re
+from collections.abc import Collection
 
 from mcp_auth_proxy.config import values
 from mcp_auth_proxy.config.oauth import read_oauth
@@ -13,15 +14,22 @@ RESERVED = frozenset({"mcp", "connect", "oauth", "static", "api", "healthz", "re
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
-def read_servers(section: Section, upstream_timeout: float) -> dict[str, ServerSettings]:
-    """The servers by name, in file order; those with faults may be left out."""
+def read_servers(
+    section: Section, upstream_timeout: float, *, secrets_of: Collection[str] | None = None
+) -> dict[str, ServerSettings]:
+    """The servers by name, in file order; those with faults may be left out.
+
+    ``secrets_of``: the servers that are to have their secrets, None for all.
+    """
     servers: dict[str, ServerSettings] = {}
     for name, value in section.entries():
         if _NAME.fullmatch(name) is None:
             section.fault(name, "a server name is 1 to 63 of a-z, 0-9 and -, and does not begin with -")
         elif name in RESERVED:
             section.fault(name, f"this name is the proxy's own path /{name}: choose another")
-        server = _read_server(Section(value, section.inner(name), section.context), name, upstream_timeout)
+        needed = secrets_of is None or name in secrets_of
+        context = section.context if needed else section.context.without_secrets()
+        server = _read_server(Section(value, section.inner(name), context), name, upstream_timeout)
         if server is not None:
             servers[name] = server
     return servers

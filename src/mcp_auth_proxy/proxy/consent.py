@@ -18,6 +18,10 @@ AUTHORIZATION_REQUIRED = -32001
 UPSTREAM_FAILED = -32002
 """Ours: the upstream server, or what authorizes for it, can't be used now."""
 
+PARSE_ERROR = -32700
+INVALID_REQUEST = -32600
+"""JSON-RPC 2.0 §5.1: no JSON; JSON, but no message."""
+
 LINK_KEY = "io.mcp-auth-proxy/authorization_url"
 INPUT_KEY = "io.mcp-auth-proxy/authorization"
 """The key of our own entry among ``inputRequests``, and so among the ``inputResponses`` of a retry."""
@@ -58,6 +62,17 @@ def parse(body: bytes) -> tuple[list[Message], bool]:
             return [], False
         return [_message(item) for item in document if isinstance(item, dict)], True
     return ([_message(document)] if isinstance(document, dict) else []), False
+
+
+def refusal(body: bytes) -> tuple[int, str] | None:
+    """Return code and text of the error for a body that is no JSON-RPC (JSON-RPC 2.0 §5.1); None where it may be."""
+    try:
+        document = _decode(body)
+    except (ValueError, RecursionError):
+        return PARSE_ERROR, "Parse error: the body is not JSON."
+    if any(isinstance(item, dict) for item in (document if isinstance(document, list) else [document])):
+        return None
+    return INVALID_REQUEST, "Invalid request: the body is JSON, but holds no JSON-RPC message."
 
 
 def _message(item: Json) -> Message:

@@ -331,6 +331,11 @@ class Exchange:
         """
         means = self._means
         messages, _ = consent.parse(self._body)
+        refusal = None if messages or not self._is_ours_to_read() else consent.refusal(self._body)
+        if refusal is not None:
+            # Nothing that a user could allow.
+            await self._answer_failure(400, refusal[1], refusal[0])
+            return None
         action = self._action
         if action in ("decline", "cancel"):
             raise AuthorizationError("the user declined to open the link.")
@@ -350,6 +355,12 @@ class Exchange:
                 return None
             if may_stream:
                 await self._event_bytes(b": waiting for the user to authorize\n\n")
+
+    def _is_ours_to_read(self) -> bool:
+        """Whether there is a body, in JSON if it is as it should be: the server may know a coding of its own."""
+        if self._scope["method"] != "POST":
+            return False
+        return not any(n == b"content-encoding" and v.lower() != b"identity" for n, v in self._scope["headers"])
 
     def _may_stream(self, messages: Sequence[consent.Message]) -> bool:
         """A session id travels in the response head, so ``initialize`` must wait for the upstream's."""

@@ -14,7 +14,7 @@ from mcp_auth_proxy.cli.doctor import findings, providers
 from mcp_auth_proxy.cli.doctor.probing import Probed, probe_all
 from mcp_auth_proxy.cli.doctor.proposal import Proposal
 from mcp_auth_proxy.cli.doctor.providers import Provider
-from mcp_auth_proxy.cli.doctor.report import Outcome, Prospect, Report, Step, Verdict
+from mcp_auth_proxy.cli.doctor.report import Outcome, Prospect, Report, Step, Verdict, shown
 from mcp_auth_proxy.config.settings import Address, KeySource, ServerSettings, Settings, StoreSettings
 from mcp_auth_proxy.errors import AuthorizationError, StoreError, StoreRefused
 from mcp_auth_proxy.models import LOCAL
@@ -155,13 +155,13 @@ def _without_authorization(server: ServerSettings, probed: Probed, proposal: Pro
         summary = f"The proxy can't use {server.name}: {refused[0].says}"
     return Report(
         server=server.name,
-        url=server.url,
+        url=shown(server.url),
         outcome=outcome,
         summary=summary,
         steps=tuple(steps),
         prospect=None,
         config=proposal.as_yaml("") if outcome is Outcome.OPEN else None,
-        config_complete=outcome is Outcome.OPEN,
+        config_complete=outcome is Outcome.OPEN and proposal.complete,
         changes=(),
     )
 
@@ -171,7 +171,7 @@ def _report(server: ServerSettings, probed: Probed, proposal: Proposal, steps: l
     helped = plan is not None or any(not change.applied for change in proposal.changes)
     return Report(
         server=server.name,
-        url=server.url,
+        url=shown(server.url),
         outcome=Outcome.REFUSED if refused else Outcome.READY,
         summary=_summary(server, probed, refused, plan),
         steps=tuple(steps),
@@ -200,7 +200,7 @@ def _prospect(plan: Plan) -> Prospect:
         client_id=plan.registration.client_id,
         client_auth=plan.registration.client_auth.value,
         redirect_uri=plan.registration.redirect_uri,
-        resource=plan.key.resource,
+        resource=shown(plan.key.resource),
         scopes=plan.scopes,
         authorization_endpoint=plan.metadata.authorization_endpoint,
         token_endpoint=plan.metadata.token_endpoint,

@@ -117,7 +117,7 @@ def _look_says(look: Look) -> str:
     match look.found:
         case ResourceMetadata(resource=resource, authorization_servers=issuers, scopes_supported=scopes):
             listed = f"; it lists the scopes {' '.join(scopes)}" if scopes else ""
-            return f"It is for {resource}, which trusts the authorization server {', '.join(issuers)}{listed}."
+            return f"It is for {shown(resource)}, which trusts the authorization server {', '.join(issuers)}{listed}."
         case ServerMetadata() as found:
             where = "Given in the configuration" if not look.url else "It is valid"
             ends = f"token endpoint {found.token_endpoint}"
@@ -225,7 +225,7 @@ def _resource(plan: Plan) -> Step:
     clause = "RFC 8707 §2"
     if not plan.key.resource:
         return _note("resource", "The parameter is left out (oauth.resource: omit).", clause)
-    return _ok("resource", f"Sent with every request for a token: {plan.key.resource}", clause)
+    return _ok("resource", f"Sent with every request for a token: {shown(plan.key.resource)}", clause)
 
 
 def _iss(metadata: ServerMetadata) -> Step:

@@ -50,10 +50,10 @@ async def probe_all(upstream: Upstream, route: Route) -> Probed:
             step=STEP,
             verdict=Verdict.REFUSED,
             says=f"Server {route.server.name}: {error}",
-            request=Request(method="POST", url=route.server.url),
+            request=Request(method="POST", url=shown(route.server.url)),
         )
         return Probed(steps=(*steps, refused))
-    says = f"{route.server.url} answers no MCP request, and asks for no authorization. Is it the MCP endpoint?"
+    says = f"{shown(route.server.url)} answers no MCP request, and asks for no authorization. Is it the MCP endpoint?"
     return Probed(steps=(*steps, Step(step=STEP, verdict=Verdict.REFUSED, says=says)))
 
 
@@ -80,7 +80,7 @@ def _step(answer: Answer, route: Route) -> Step:
         verdict=verdict,
         says=says,
         clause=clause,
-        request=Request(method="POST", url=route.server.url, rpc=answer.method),
+        request=Request(method="POST", url=shown(route.server.url), rpc=answer.method),
         reply=Reply(status=answer.status, text=fields or shown(answer.body)),
     )
 

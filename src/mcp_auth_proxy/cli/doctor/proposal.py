@@ -15,7 +15,7 @@ from mcp_auth_proxy.config import document
 from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.servers import read_servers
 from mcp_auth_proxy.config.settings import ServerSettings, Settings
-from mcp_auth_proxy.errors import ConfigurationError, Remedy
+from mcp_auth_proxy.errors import ConfigurationError, Remedy, without_query_values
 from mcp_auth_proxy.models import GrantType
 
 PLACEHOLDER = "YOUR_CLIENT_ID"
@@ -59,7 +59,7 @@ class Proposal:
     @property
     def complete(self) -> bool:
         """Whether nothing is left to fill in."""
-        return all(change.value != PLACEHOLDER for change in self.changes)
+        return self._shown_url() == self._server["url"] and all(change.value != PLACEHOLDER for change in self.changes)
 
     def cure(self, remedy: Remedy, provider: Provider | None) -> bool:
         """Take up what an error says would help; False where that can't be put in place here."""
@@ -96,7 +96,10 @@ class Proposal:
     def as_yaml(self, redirect_uri: str) -> str:
         """Return the configuration as a file, with a reason beside every change. Secrets stay where they are."""
         why = {change.key: change.why for change in self.changes if change.applied}
-        tree = {**self._top, "servers": {self._name: _without_secrets(self._server, self._name)}}
+        if self._shown_url() != self._server["url"]:
+            why[f"servers.{self._name}.url"] = "the values of its query are not repeated here: put them in"
+        shown = _without_secrets({**self._server, "url": self._shown_url()}, self._name)
+        tree = {**self._top, "servers": {self._name: shown}}
         lines = list(_lines(tree, "", "", why))
         if self._path("oauth.client_id") in why and redirect_uri:
             lines.append(f"# The redirect URI to register for the client: {redirect_uri}")
@@ -107,6 +110,9 @@ class Proposal:
             if not change.applied:
                 lines.append(f"# Not set here, {change.why}: {change.key}: {_flow(change.value)}")
         return "\n".join(lines) + "\n"
+
+    def _shown_url(self) -> str:
+        return without_query_values(str(self._server["url"]))
 
     def _change(self, key: str, value: object, why: str, *, applied: bool) -> bool:
         if applied:

@@ -8,6 +8,8 @@ from enum import StrEnum
 
 import click
 
+from mcp_auth_proxy.errors import without_query_values
+
 FORMAT = 1
 """Of the JSON: grows when a member changes its meaning or goes; new ones may come at any time."""
 
@@ -105,10 +107,10 @@ class Report:
 
 
 def shown(text: str | bytes, limit: int = 4000) -> str:
-    """Return text of a server on one line, safe for a terminal, and cut."""
+    """Return text of a server on one line, safe for a terminal, without the values in queries of URLs, and cut."""
     if isinstance(text, bytes):
         text = text[: 4 * limit].decode("utf-8", "replace")
-    line = " ".join(text.split())
+    line = without_query_values(" ".join(text.split()))
     safe = "".join(character if character.isprintable() else "\ufffd" for character in line)
     return safe if len(safe) <= limit else f"{safe[:limit]}…"
 

@@ -1,0 +1,32 @@
+"""What the documentation calls announced is not there yet; what it says of it is so."""
+
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from fakes.proxy import running_proxy
+
+REFERENCE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
+MISSING_ROUTES = ["/metrics", "/api/v1/", "/static/"]
+
+
+def announced() -> str:
+    return REFERENCE.read_text().partition("## Announced, not in this version")[2]
+
+
+@pytest.mark.parametrize("what", [*MISSING_ROUTES, "keys rotate", "PostgreSQL", "inbound", "cold_start"])
+def test_the_list_is_whole(what: str) -> None:
+    assert what in announced()
+
+
+async def test_the_routes_that_are_called_missing_are_404(tmp_path: Path) -> None:
+    async with (
+        running_proxy(tmp_path, {"a": "https://a.example/mcp"}) as proxy,
+        httpx2.AsyncClient(trust_env=False) as client,
+    ):
+        for route in MISSING_ROUTES:
+            for path in (route, f"{route.rstrip('/')}/servers"):
+                assert (await client.get(f"{proxy.origin}{path}")).status_code == 404, path
+        page = await client.get(proxy.origin)
+    assert (page.status_code, f"{proxy.origin}/a/mcp" in page.text) == (200, True)
