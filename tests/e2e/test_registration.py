@@ -11,7 +11,7 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import ABSENT
+from fakes.exchange import ABSENT, Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.mcp_server import FakeMcpServer
@@ -58,6 +58,25 @@ async def test_a_client_of_the_configuration_authenticates_by_its_method(
             assert request.header("authorization") == basic
             assert request.form.get("client_secret") == (SECRET if method == "client_secret_post" else None)
             assert ("client_id" in request.form) == (method != "client_secret_basic")
+
+
+async def test_the_reason_of_the_first_refusal_is_told_where_the_client_id_beside_basic_is_refused_too(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """Some servers take ``client_id`` in the form for a second way of authenticating (RFC 6749 §2.3)."""
+
+    def refuse(received: Received) -> Answer:
+        twice = "client_id" in received.form
+        error = ("invalid_request", "two ways") if twice else ("invalid_client", "no such client")
+        return Answer.json({"error": error[0], "error_description": error[1]}, 401)
+
+    oauth = {"client_id": "by-hand", "client_secret": secret_file(tmp_path), "client_auth": "client_secret_basic"}
+    async with scene(servers, tmp_path, oauth=oauth, issuer={"answers": {"token": refuse}}) as it:
+        it.issuer.add_client(client_id="by-hand", secret=SECRET, redirect_uris=(f"{it.proxy.origin}/oauth/callback",))
+        page = await consent(await it.link())
+        assert page.status_code == 502
+        assert "no such client" in page.text
+        assert ["client_id" in request.form for request in it.issuer.seen("token")] == [False, True]
 
 
 async def test_a_configured_client_goes_before_a_metadata_document(servers: Servers, tmp_path: Path) -> None:

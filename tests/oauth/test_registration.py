@@ -43,7 +43,8 @@ def test_a_request_has_what_a_client_needs_and_no_scope() -> None:
     ("redirect_uri", "methods", "expected"),
     [
         (NATIVE, ("client_secret_basic", "none"), "none"),
-        (NATIVE, ("client_secret_post", "client_secret_basic"), "client_secret_basic"),
+        (NATIVE, ("client_secret_basic", "client_secret_post"), "client_secret_post"),
+        (WEB, ("client_secret_basic", "client_secret_post"), "client_secret_post"),
         (NATIVE, ("private_key_jwt", "client_secret_post"), "client_secret_post"),
         (NATIVE, ("private_key_jwt",), None),
         (WEB, ("none", "client_secret_post"), "client_secret_post"),

@@ -15,9 +15,10 @@ from mcp_auth_proxy.oauth.documents import Document, parse_object
 CLIENT_NAME = "mcp-auth-proxy"
 
 # A native app can't keep a secret (RFC 8252 §8.4); a shared service can, and its refresh tokens are safer with one.
+# Post goes before basic: there are servers that list both and whose /revoke, or /token, knows post alone.
 _PREFERENCE: dict[str, tuple[ClientAuth, ...]] = {
-    "native": (ClientAuth.NONE, ClientAuth.BASIC, ClientAuth.POST),
-    "web": (ClientAuth.BASIC, ClientAuth.POST, ClientAuth.NONE),
+    "native": (ClientAuth.NONE, ClientAuth.POST, ClientAuth.BASIC),
+    "web": (ClientAuth.POST, ClientAuth.BASIC, ClientAuth.NONE),
 }
 
 # private_key_jwt needs a key of the operator's, which a client that registers itself has not.
