@@ -14,6 +14,7 @@ from fakes.authorization_server import FakeAuthorizationServer
 from fakes.exchange import ABSENT, Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import consent
+from fakes.hostile import assert_refused
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import link_in, running_proxy
 from fakes.scene import scene
@@ -113,6 +114,38 @@ async def test_each_server_has_a_client_of_its_own(servers: Servers, tmp_path: P
                 await consent(link_in((await client.call("echo")).message))
     assert issuer.registrations == 2
     assert len({request.form["client_id"] for request in issuer.seen("token")}) == 2
+
+
+async def test_another_method_in_the_configuration_is_registered_anew_and_used(
+    servers: Servers, tmp_path: Path
+) -> None:
+    methods = ["none", "client_secret_basic", "client_secret_post"]
+    issuer = await servers.authorization_server(
+        auto_consent=True, metadata_changes={"token_endpoint_auth_methods_supported": methods}
+    )
+    upstream = await servers.mcp_server(issuer)
+    for method in methods:
+        issuer.end_grants()
+        config = {"url": upstream.url, "oauth": {"client_auth": method}}
+        async with (
+            running_proxy(tmp_path, {"notes": config}, authorization={"wait": "0s"}) as proxy,
+            proxy.client("notes") as client,
+        ):
+            assert (await consent(link_in((await client.call("echo")).message))).status_code == 200
+        assert issuer.seen("register")[-1].message["token_endpoint_auth_method"] == method
+        request = issuer.seen("token", grant_type="authorization_code")[-1]
+        assert (request.header("authorization") is not None) == (method == "client_secret_basic")
+        assert ("client_secret" in request.form) == (method == "client_secret_post")
+    assert issuer.registrations == 3
+
+
+async def test_a_method_of_the_configuration_that_the_server_does_not_list_is_refused(
+    servers: Servers, tmp_path: Path
+) -> None:
+    listed = {"metadata_changes": {"token_endpoint_auth_methods_supported": ["client_secret_post"]}}
+    async with scene(servers, tmp_path, oauth={"client_auth": "client_secret_basic"}, issuer=listed) as it:
+        assert_refused(await it.ask(), "servers.notes.oauth.client_auth", "client_secret_post", it.issuer.issuer)
+        assert it.issuer.registrations == 0
 
 
 @pytest.mark.parametrize("knobs", [{"registration": False}, {"metadata_changes": {"registration_endpoint": ABSENT}}])

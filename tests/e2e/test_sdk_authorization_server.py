@@ -61,3 +61,15 @@ async def test_a_client_registered_by_hand_for_basic_connects_and_renews(tmp_pat
             ("refresh_token", "by-hand"),
         ]
         assert all("client_secret" not in request.form for request in server.seen("token"))
+
+
+async def test_a_method_of_the_configuration_is_registered_and_used(tmp_path: Path) -> None:
+    oauth = {"client_auth": "client_secret_basic"}
+    async with (
+        SdkServer.running() as server,
+        running_proxy(tmp_path, {"notes": {"url": server.url, "oauth": oauth}}, **UNHELD) as proxy,
+    ):
+        await connect_and_renew(proxy, server)
+        (registered,) = server.seen("register")
+        assert registered.message["token_endpoint_auth_method"] == "client_secret_basic"
+        assert all((request.header("authorization") or "").startswith("Basic ") for request in server.seen("token"))

@@ -56,7 +56,7 @@ class Clients:
         if known is not None:
             return known
         self._endpoint(server, metadata)
-        method = registration.method(metadata, redirect_uri=self.redirect_uri(server.oauth.grant))
+        method = self._method(server, metadata)
         return self._registration(server, metadata, RegistrationKind.DYNAMIC, "", method or ClientAuth.NONE)
 
     async def _known(self, server: ServerSettings, metadata: ServerMetadata, bind: Bind) -> Registration | None:
@@ -67,12 +67,16 @@ class Clients:
         document_url = oauth.client_metadata_url
         if document_url is None and self._public_url.startswith("https://"):
             document_url = f"{self._public_url}/oauth/client-metadata.json"
-        if document_url is not None and metadata.client_id_metadata_document_supported:
+        # The document promises to use no secret.
+        public = oauth.client_auth in (None, ClientAuth.NONE)
+        if document_url is not None and public and metadata.client_id_metadata_document_supported:
             return self._registration(
                 server, metadata, RegistrationKind.METADATA_DOCUMENT, document_url, ClientAuth.NONE
             )
         stored = await self._registrations.find(server.name, metadata.issuer, self.redirect_uri(oauth.grant))
-        return None if stored is None or self._lapsed(stored) else stored
+        if stored is None or self._lapsed(stored) or oauth.client_auth not in (None, stored.client_auth):
+            return None
+        return stored
 
     def _endpoint(self, server: ServerSettings, metadata: ServerMetadata) -> str:
         if metadata.registration_endpoint is not None:
@@ -82,6 +86,15 @@ class Clients:
             f"The authorization server {metadata.issuer} registers no clients by itself. Register one there by hand "
             f"{f'with the redirect URI {where}' if where else 'for device codes'}, and put it in "
             f"servers.{server.name}.oauth.client_id (and client_secret)."
+        )
+
+    def _method(self, server: ServerSettings, metadata: ServerMetadata) -> ClientAuth | None:
+        """What a registration asks for, as configured or as the server lists it."""
+        return registration.method(
+            metadata,
+            redirect_uri=self.redirect_uri(server.oauth.grant),
+            configured=server.oauth.client_auth,
+            server=server.name,
         )
 
     async def forget(self, client: Registration) -> None:
@@ -124,9 +137,10 @@ class Clients:
     async def _register_dynamically(
         self, server: ServerSettings, metadata: ServerMetadata, endpoint: str, policy: AddressPolicy
     ) -> Registration:
+        asked = self._method(server, metadata)
         response = await self._fetcher.post(
             endpoint,
-            body=registration.build_request(metadata, redirect_uri=self.redirect_uri(server.oauth.grant)),
+            body=registration.build_request(asked, redirect_uri=self.redirect_uri(server.oauth.grant)),
             content_type="application/json",
             headers=[],
             document="client registration",
@@ -138,6 +152,8 @@ class Clients:
             url=endpoint,
             server=server.name,
             supported=metadata.token_endpoint_auth_methods_supported,
+            asked=asked,
+            configured=server.oauth.client_auth,
         )
         client = replace(
             self._registration(
