@@ -105,4 +105,10 @@ def _challenged(bearer: BearerChallenge | None) -> tuple[Verdict, str, str]:
     if bearer.resource_metadata is None:
         says = f"It asks for a token{asks}, and names no resource metadata; well-known addresses are tried."
         return Verdict.NOTE, says, "RFC 9728 §5.1"
+    if not bearer.names_metadata:
+        says = (
+            f"It asks for a token{asks}, and names its resource metadata by {shown(bearer.resource_metadata, 200)}, "
+            f"which is no absolute URL; well-known addresses are tried."
+        )
+        return Verdict.NOTE, says, "RFC 9728 §5.1"
     return Verdict.OK, f"It asks for a token{asks}, and says where its metadata is.", "RFC 9728 §5.1"
