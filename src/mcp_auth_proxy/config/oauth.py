@@ -36,6 +36,8 @@ _ENDPOINTS: Mapping[GrantType, str] = {
     GrantType.AUTHORIZATION_CODE: "authorization_endpoint",
     GrantType.DEVICE_CODE: "device_authorization_endpoint",
 }
+# What a request of ours, or the user's browser, goes to.
+_ASKED = frozenset({"token_endpoint", "registration_endpoint", "revocation_endpoint", *_ENDPOINTS.values()})
 
 
 def read_oauth(section: Section) -> OAuthSettings:
@@ -182,8 +184,10 @@ def _metadata_value(section: Section, name: str, value: object) -> object:
     """A value of RFC 8414 §2 by what its name promises: a URL, a list or flag (``…_supported``), or anything."""
     if name == "issuer":
         return section.parsed(name, values.issuer, "")
-    if name.endswith(("_endpoint", "_uri")):
+    if name in _ASKED:
         return section.parsed(name, values.endpoint, "")
+    if name.endswith(("_endpoint", "_uri")):
+        return section.parsed(name, values.any_url, "")
     flag = {"true": True, "false": False}.get(value) if isinstance(value, str) else None
     if flag is not None:
         return flag
