@@ -163,6 +163,30 @@ async def test_without_registration_the_error_names_the_keys(
         assert it.issuer.registrations == 0
 
 
+@pytest.mark.parametrize("everywhere", [False, True], ids=["404 elsewhere", "401 everywhere"])
+@pytest.mark.parametrize(
+    ("challenges", "words"),
+    [
+        (['Basic realm="x"'], ["asks for Basic, "]),
+        (["Digest nonce=x", "Basic"], ["asks for Digest, Basic, "]),
+        ([], []),
+    ],
+)
+async def test_a_server_without_any_oauth_is_told_to_have_none(
+    servers: Servers, tmp_path: Path, challenges: list[str], words: list[str], everywhere: bool
+) -> None:
+    upstream = await servers.mcp_server(challenges={401: challenges})
+    answer = Answer.html(status=401 if everywhere else 404)
+    upstream.intercept = lambda received: answer if received.path != upstream.path else None
+    config = {"notes": upstream.url}
+    async with running_proxy(tmp_path, dict(config)) as proxy, proxy.client("notes") as client:
+        reply = await client.call("echo")
+        keys = [f"servers.notes.oauth.{key}" for key in ("issuer", "metadata", "client_id")]
+        assert_refused(reply, "No OAuth metadata was found", f"{upstream.origin}/register", *words, *keys)
+        assert ("asks for" in reply.error["message"]) == bool(words)
+        assert proxy.links == []
+
+
 # the first issuer
 
 

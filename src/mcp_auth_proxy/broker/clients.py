@@ -33,15 +33,23 @@ class Clients:
         """Return the redirect URI of a grant; empty where it has no redirect."""
         return f"{self._public_url}/oauth/callback" if grant is GrantType.AUTHORIZATION_CODE else ""
 
-    async def register(self, server: ServerSettings, metadata: ServerMetadata, policy: AddressPolicy) -> Registration:
+    async def register(
+        self,
+        server: ServerSettings,
+        metadata: ServerMetadata,
+        policy: AddressPolicy,
+        *,
+        schemes: tuple[str, ...] = (),
+    ) -> Registration:
         """Pre-registered client, then Client ID Metadata Document, then dynamic registration (RFC 7591).
 
-        A workload that presents its own token needs no client identity at all. Raises AuthorizationError.
+        A workload that presents its own token needs no client identity at all. ``schemes`` are what the server asks
+        for besides a token. Raises AuthorizationError.
         """
         known = await self._known(server, metadata, self._registrations.bind_client)
         if known is not None:
             return known
-        return await self._register_dynamically(server, metadata, self._endpoint(server, metadata), policy)
+        return await self._register_dynamically(server, metadata, self._endpoint(server, metadata), policy, schemes)
 
     async def foresee(self, server: ServerSettings, metadata: ServerMetadata) -> Registration:
         """Return what ``register`` would, but register nothing and write nothing. Raises AuthorizationError.
@@ -135,7 +143,12 @@ class Clients:
         return self._registration(server, metadata, RegistrationKind.CONFIGURED, client_id, method, secret)
 
     async def _register_dynamically(
-        self, server: ServerSettings, metadata: ServerMetadata, endpoint: str, policy: AddressPolicy
+        self,
+        server: ServerSettings,
+        metadata: ServerMetadata,
+        endpoint: str,
+        policy: AddressPolicy,
+        schemes: tuple[str, ...],
     ) -> Registration:
         asked = self._method(server, metadata)
         response = await self._fetcher.post(
@@ -146,6 +159,8 @@ class Clients:
             document="client registration",
             policy=policy,
         )
+        if metadata.synthesised and registration.is_no_oauth(response.status, response.body):
+            raise registration.no_oauth(endpoint, response.status, server=server.name, schemes=schemes)
         answer = registration.read_response(
             response.status,
             response.body,

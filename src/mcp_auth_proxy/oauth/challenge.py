@@ -16,6 +16,9 @@ from mcp_auth_proxy.oauth import scopes as scope_grammar
 MAX_BYTES = 64 * 1024
 """Bytes of all fields together that are read; a field that goes beyond is ignored."""
 
+_LONGEST_SCHEME = 20
+"""Characters of a scheme that is shown to a user."""
+
 # Possessive quantifiers (*+, ++): the scanner never backtracks.
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++")
 _BLANK = re.compile(r"[ \t]*+")
@@ -88,6 +91,12 @@ def bearer(values: Iterable[bytes]) -> BearerChallenge | None:
         resource_metadata=agreed("resource_metadata") or None,
         dpop=any(challenge.scheme == "dpop" for challenge in asked),
     )
+
+
+def other_schemes(values: Iterable[bytes]) -> tuple[str, ...]:
+    """Return the schemes that are asked for and that no token answers, such as Basic; at most three, to be shown."""
+    names = (found.scheme for found in parse(values) if found.scheme not in ("bearer", "dpop"))
+    return tuple(dict.fromkeys(name.capitalize() for name in names if len(name) <= _LONGEST_SCHEME))[:3]
 
 
 def wants_nonce(values: Iterable[bytes]) -> bool:

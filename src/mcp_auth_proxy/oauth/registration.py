@@ -119,6 +119,27 @@ def read_response(
     return RegisteredClient(client_id, secret, method, _expiry(document.get("client_secret_expires_at")))
 
 
+def is_no_oauth(status: int, body: bytes) -> bool:
+    """Whether an address that was only guessed answers a registration as something else than OAuth."""
+    if status in (401, 403):
+        try:
+            return not isinstance(parse_object(body).get("error"), str)
+        except ValueError:
+            return True
+    return status in (404, 405, 410)
+
+
+def no_oauth(url: str, status: int, *, server: str, schemes: tuple[str, ...]) -> RegistrationImpossible:
+    """Return the error for a server that demands something, but not by OAuth. ``schemes`` are those it asks for."""
+    asks = f" The server asks for {', '.join(schemes)}, which the proxy does not do." if schemes else ""
+    key = f"servers.{server}.oauth"
+    return RegistrationImpossible(
+        f"No OAuth metadata was found, and the default endpoint {url} (MCP 2025-03-26) answers HTTP {status}.{asks} "
+        f"If its authorization server is elsewhere, name it in {key}.issuer or {key}.metadata; if it only registers no "
+        f"clients, register one there by hand and put it in {key}.client_id."
+    )
+
+
 def client_metadata_document(public_url: str, *, device: bool = False) -> dict[str, object]:
     """Return the proxy's Client ID Metadata Document; its ``client_id`` is the URL that it is served at.
 
