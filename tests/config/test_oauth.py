@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 
 from mcp_auth_proxy.config import signing_key
 from mcp_auth_proxy.config.load import load
-from mcp_auth_proxy.config.settings import OAuthSettings, Secret
+from mcp_auth_proxy.config.settings import OAuthSettings, Secret, Settings
 from mcp_auth_proxy.config.signing_key import PrivateKey
 from mcp_auth_proxy.errors import ConfigurationError
 from mcp_auth_proxy.models import ClientAuth, GrantType
@@ -187,6 +187,24 @@ def test_http_elsewhere_than_on_loopback_is_a_fault_as_it_would_be_at_discovery(
 ) -> None:
     (fault,) = faults(tmp_path, text)
     assert fault.startswith(f"{path or 'metadata.token_endpoint'}: must be https")
+
+
+def with_http(folder: Path, url: str, allow_http: str, oauth: str) -> Settings:
+    path = folder / "config.yaml"
+    path.write_text(f"servers: {{a: {{url: '{url}', allow_http: {allow_http}, oauth: {{{oauth}}}}}}}\n")
+    return load(path, environ={})
+
+
+@pytest.mark.parametrize(
+    "oauth", ["issuer: 'http://mcp.svc:81/x'", f"metadata: {{issuer: 'http://mcp.svc:81', {STATIC}}}"]
+)
+def test_the_origin_of_a_server_with_allow_http_may_be_its_issuer_and_no_other_may(tmp_path: Path, oauth: str) -> None:
+    with_http(tmp_path, "http://mcp.svc:81/mcp", "true", oauth)
+    for url, allow_http in (("http://mcp.svc/mcp", "true"), ("https://mcp.svc:81/mcp", "true")):
+        with pytest.raises(ConfigurationError, match=r"issuer: must be https"):
+            with_http(tmp_path, url, allow_http, oauth)
+    with pytest.raises(ConfigurationError, match=r"issuer: must be https"):
+        with_http(tmp_path, "http://mcp.svc:81/mcp", "false", oauth)
 
 
 @pytest.mark.parametrize(

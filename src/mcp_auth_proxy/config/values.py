@@ -158,12 +158,21 @@ def public_url(text: str) -> str:
     return f"{parts.scheme}://{parts.netloc.lower()}"
 
 
-def issuer(text: str) -> str:
-    """An issuer identifier (RFC 8414 §2), exactly as written."""
-    endpoint(text)
+def issuer(text: str, *, own: str = "") -> str:
+    """An issuer identifier (RFC 8414 §2), exactly as written.
+
+    ``own`` is the URL of a server that may be http elsewhere than on loopback: of its origin the issuer may be too.
+    """
+    if not own or _origin(text) != _origin(own):
+        endpoint(text)
     if "?" in text:
         raise ValueError("must not have a query (RFC 8414 §2)")
     return text
+
+
+def _origin(text: str) -> tuple[str, str]:
+    parts = url(text)
+    return parts.scheme, parts.netloc.lower()
 
 
 def endpoint(text: str) -> str:
