@@ -216,3 +216,20 @@ def test_the_client_metadata_document_names_its_own_url() -> None:
     assert found["redirect_uris"] == [WEB]
     assert found["token_endpoint_auth_method"] == "none"
     assert OAuthClientMetadata.model_validate(found).application_type == "web"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (404, b'{"error": "not found"}', True),
+        (405, b"", True),
+        (401, b"<html>", True),
+        (403, b"{}", True),
+        (403, b'{"error": "access_denied"}', False),
+        (400, b'{"error": "invalid_redirect_uri"}', False),
+        (201, b'{"client_id": "c"}', False),
+        (503, b"", False),
+    ],
+)
+def test_an_answer_that_is_none_of_oauths_is_told_from_a_refusal(status: int, body: bytes, expected: bool) -> None:
+    assert registration.is_no_oauth(status, body) is expected
