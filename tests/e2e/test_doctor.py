@@ -232,19 +232,7 @@ async def test_a_relative_resource_metadata_is_noted_and_passed_over(servers: Se
     report = await diagnose(tmp_path, upstream.url)
     assert (report.outcome, refused(report)) == (Outcome.READY, [])
     (noted,) = [step for step in report.steps if step.verdict == "note"]
-    assert (noted.step, noted.clause) == ("challenge", "RFC 9728 §5.1")
+    assert (noted.step, noted.clause) == ("protected resource metadata", "RFC 9728 §5.1")
+    assert noted.request is None
     assert "no absolute URL" in noted.says
     assert "/elsewhere" in noted.says
-
-
-@pytest.mark.parametrize("status", [401, 404])
-async def test_a_server_that_asks_for_basic_alone_is_refused_by_its_name(
-    servers: Servers, tmp_path: Path, status: int
-) -> None:
-    upstream = await servers.mcp_server(challenges={401: ['Basic realm="x"']})
-    answer = Answer.html(status=status)
-    upstream.intercept = lambda received: answer if received.path != upstream.path else None
-    report = await diagnose(tmp_path, upstream.url)
-    assert report.outcome is Outcome.REFUSED
-    assert "no OAuth can be found there" in refused(report)[-1]
-    assert "asks for Basic, which the proxy does not do" in report.steps[0].says

@@ -85,7 +85,7 @@ class Discoverer:
     ) -> ResourceMetadata | None:
         """RFC 9728 §3 and §5: the URL of the challenge, then the well-known ones. None: the server has none."""
         policy = self.policy(server.url)
-        named = _named(server, challenge)
+        named = self._named(server, challenge)
         for url in discovery.resource_metadata_urls(server.url, named):
             with self._look(discovery.RESOURCE_METADATA, url) as look:
                 look.response = response = await self._fetcher.get(url, document=look.document, policy=policy)
@@ -94,6 +94,19 @@ class Discoverer:
                     return found
                 if response.status >= 500:
                     raise _answered_badly(look.document, url, response)
+        return None
+
+    def _named(self, server: ServerSettings, challenge: BearerChallenge | None) -> str | None:
+        """The URL of the challenge. What is no absolute URL counts as absent, as it does for other clients."""
+        if challenge is None or challenge.resource_metadata is None or challenge.names_metadata:
+            return challenge.resource_metadata if challenge else None
+        problem = (
+            f"the challenge of server {server.name} names it by {challenge.resource_metadata[:200]!r}, which is no "
+            f"absolute URL; well-known addresses are tried"
+        )
+        passed_over = DocumentRefused(discovery.RESOURCE_METADATA, "", problem, "RFC 9728 §5.1")
+        self._observe(Look(discovery.RESOURCE_METADATA, "", error=passed_over))
+        logger.warning("%s", passed_over)
         return None
 
     async def _server_metadata(self, issuer: str, policy: AddressPolicy) -> ServerMetadata:
@@ -155,21 +168,6 @@ def _issuer(server: ServerSettings, resource: ResourceMetadata) -> str:
         f"servers.{server.name}.oauth.issuer pins {pinned}. If the move is genuine, change that key.",
         remedy=Remedy("oauth.issuer", offered[0]),
     )
-
-
-def _named(server: ServerSettings, challenge: BearerChallenge | None) -> str | None:
-    """The URL of the challenge. What is no absolute URL counts as absent, as it does for other clients."""
-    if challenge is None or challenge.resource_metadata is None:
-        return None
-    if challenge.names_metadata:
-        return challenge.resource_metadata
-    logger.warning(
-        "the challenge of server %s names its resource metadata by %.200r, which is no absolute URL (RFC 9728 §5.1); "
-        "well-known addresses are tried",
-        server.name,
-        challenge.resource_metadata,
-    )
-    return None
 
 
 def _is_document(response: Response, *, required: bool) -> bool:

@@ -6,7 +6,7 @@ No ``scope`` is registered: some providers refuse it, others make it binding, an
 import json
 from typing import Literal, NamedTuple
 
-from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, RegistrationImpossible, Remedy
+from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, RegistrationImpossible
 from mcp_auth_proxy.models import ClientAuth
 from mcp_auth_proxy.oauth import client_auth, device_authorization, oauth_error, urls
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
@@ -73,8 +73,7 @@ def method(
     raise AuthorizationError(
         f"The authorization server {metadata.issuer} takes {', '.join(supported)} at its token endpoint "
         f"(token_endpoint_auth_methods_supported, RFC 8414 §2), and servers.{server}.oauth.client_auth asks for "
-        f"{configured.value}. Change that key, or leave it out.",
-        remedy=Remedy("oauth.client_auth", listed.value) if listed else None,
+        f"{configured.value}. Change that key, or leave it out."
     )
 
 

@@ -75,7 +75,7 @@ class _Means:
             run.error = error
         return run
 
-    async def default_endpoints(self, plan: Plan, challenge: BearerChallenge | None) -> Step | None:
+    async def default_endpoints(self, plan: Plan) -> Step | None:
         """Return why the default endpoints can't be used; None where they can, as far as that is seen without use.
 
         Anything that demands a credential without OAuth, such as an API key, looks like a server of MCP 2025-03-26.
@@ -87,9 +87,7 @@ class _Means:
             response = await self.fetcher.options(url, document="default endpoint", policy=policy)
         except AuthorizationError:
             return None
-        # Where a token was never asked for, a 401 is that of another scheme for the whole of the site.
-        absent = (404, 410) if challenge else (401, 404, 410)
-        return findings.default_endpoint(url, response) if response.status in absent else None
+        return findings.default_endpoint(url, response) if response.status in (404, 410) else None
 
     async def announces(self, server: ServerSettings) -> bool:
         """Whether a server that lets everything through has OAuth all the same, for other methods perhaps."""
@@ -141,11 +139,9 @@ async def _examine_authorization(
         proposal.suit(provider, scopes_known=run.plan is not None and bool(run.plan.scopes))
         if run.plan is not None:
             run = await means.run(proposal.settings(), probed.challenge)
-    if run.plan is not None and run.plan.metadata.synthesised:
-        step = await means.default_endpoints(run.plan, probed.challenge)
-        if step is not None:
-            steps.append(step)
-            run.plan = None
+    if run.plan is not None and run.plan.metadata.synthesised and (step := await means.default_endpoints(run.plan)):
+        steps.append(step)
+        run.plan = None
     if run.plan is not None:
         steps += findings.plan_steps(run.plan, run.resource, probed.challenge.scopes if probed.challenge else None)
     return _report(server, probed, proposal, steps, run)

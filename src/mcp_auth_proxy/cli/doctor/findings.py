@@ -15,7 +15,6 @@ from mcp_auth_proxy.oauth.fetch import Response
 
 _STEPS = {
     "oauth.allow_missing_pkce": ("pkce", "RFC 8414 §2"),
-    "oauth.client_auth": ("client authentication", "RFC 8414 §2"),
     "oauth.client_id": ("registration", "RFC 7591"),
     "oauth.dpop": ("dpop", "RFC 9728 §2"),
     "oauth.issuer": ("issuer", "RFC 9728 §2"),

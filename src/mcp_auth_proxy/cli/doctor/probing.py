@@ -88,7 +88,7 @@ def _step(answer: Answer, route: Route) -> Step:
 def _judged(answer: Answer) -> tuple[Verdict, str, str]:
     bearer = challenges.bearer(answer.challenge)
     if _demands(answer):
-        return _challenged(bearer, challenges.other_schemes(answer.challenge))
+        return _challenged(bearer)
     if answer.status == 403:
         says = 'A 403 without error="insufficient_scope" asks for no authorization: the proxy passes it on.'
         return Verdict.NOTE, says, "RFC 6750 §3.1"
@@ -97,19 +97,12 @@ def _judged(answer: Answer) -> tuple[Verdict, str, str]:
     return Verdict.NOTE, f"{answer.method} is neither served nor met with a demand for authorization.", ""
 
 
-def _challenged(bearer: BearerChallenge | None, others: tuple[str, ...]) -> tuple[Verdict, str, str]:
+def _challenged(bearer: BearerChallenge | None) -> tuple[Verdict, str, str]:
     if bearer is None:
-        how = f"asks for {', '.join(others)}, which the proxy does not do" if others else "has no Bearer challenge"
-        says = f"It demands authorization, but {how}; well-known addresses are tried."
+        says = "It asks for authorization, but without a Bearer challenge; well-known addresses are tried."
         return Verdict.NOTE, says, "RFC 6750 §3"
     asks = f" and for the scopes {' '.join(bearer.scopes)}" if bearer.scopes else ""
     if bearer.resource_metadata is None:
         says = f"It asks for a token{asks}, and names no resource metadata; well-known addresses are tried."
-        return Verdict.NOTE, says, "RFC 9728 §5.1"
-    if not bearer.names_metadata:
-        says = (
-            f"It asks for a token{asks}, and names its resource metadata by {shown(bearer.resource_metadata, 200)}, "
-            f"which is no absolute URL; well-known addresses are tried."
-        )
         return Verdict.NOTE, says, "RFC 9728 §5.1"
     return Verdict.OK, f"It asks for a token{asks}, and says where its metadata is.", "RFC 9728 §5.1"

@@ -22,7 +22,6 @@ PLACEHOLDER = "YOUR_CLIENT_ID"
 
 _WHY = {
     "oauth.client_id": "register a client with the authorization server by hand, and put its id here",
-    "oauth.client_auth": "the server takes no other method that the proxy can register for",
     "oauth.allow_missing_pkce": "only if the authorization server is known to support PKCE (S256) without saying so",
     "oauth.dpop": "the server takes only tokens that are bound to a key",
     "oauth.issuer": "only if this move to another authorization server is genuine",
