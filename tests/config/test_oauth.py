@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 
 from mcp_auth_proxy.config import signing_key
 from mcp_auth_proxy.config.load import load
-from mcp_auth_proxy.config.settings import OAuthSettings, Secret
+from mcp_auth_proxy.config.settings import OAuthSettings, Secret, Settings
 from mcp_auth_proxy.config.signing_key import PrivateKey
 from mcp_auth_proxy.errors import ConfigurationError
 from mcp_auth_proxy.models import ClientAuth, GrantType
@@ -159,3 +159,63 @@ def test_an_audience_of_assertions_needs_a_key(tmp_path: Path) -> None:
     assert faults(tmp_path, "client_assertion_audience: endpoint") == [
         "client_assertion_audience: needs a private_key beside it"
     ]
+
+
+STATIC = "authorization_endpoint: https://as.example/a, token_endpoint: https://as.example/t"
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("issuer: 'http://as.example'", "issuer"),
+        (f"metadata: {{issuer: 'http://as.example', {STATIC}}}", "metadata.issuer"),
+        ("metadata: {authorization_endpoint: https://a.example/a, token_endpoint: 'http://a.example/t'}", None),
+        (f"metadata: {{registration_endpoint: 'http://10.0.0.1/r', {STATIC}}}", "metadata.registration_endpoint"),
+        (f"metadata: {{revocation_endpoint: 'http://10.0.0.1/r', {STATIC}}}", "metadata.revocation_endpoint"),
+        (
+            "grant: id_jag, client_id: a, idp: {issuer: 'http://idp.example', client_id: b, id_token: env:S}",
+            "idp.issuer",
+        ),
+        (
+            "grant: id_jag, client_id: a, idp: {token_endpoint: 'http://idp.example/t', client_id: b, id_token: env:S}",
+            "idp.token_endpoint",
+        ),
+    ],
+)
+def test_http_elsewhere_than_on_loopback_is_a_fault_as_it_would_be_at_discovery(
+    tmp_path: Path, text: str, path: str | None
+) -> None:
+    (fault,) = faults(tmp_path, text)
+    assert fault.startswith(f"{path or 'metadata.token_endpoint'}: must be https")
+
+
+def with_http(folder: Path, url: str, allow_http: str, oauth: str) -> Settings:
+    path = folder / "config.yaml"
+    path.write_text(f"servers: {{a: {{url: '{url}', allow_http: {allow_http}, oauth: {{{oauth}}}}}}}\n")
+    return load(path, environ={})
+
+
+@pytest.mark.parametrize(
+    "oauth", ["issuer: 'http://mcp.svc:81/x'", f"metadata: {{issuer: 'http://mcp.svc:81', {STATIC}}}"]
+)
+def test_the_origin_of_a_server_with_allow_http_may_be_its_issuer_and_no_other_may(tmp_path: Path, oauth: str) -> None:
+    with_http(tmp_path, "http://mcp.svc:81/mcp", "true", oauth)
+    for url, allow_http in (("http://mcp.svc/mcp", "true"), ("https://mcp.svc:81/mcp", "true")):
+        with pytest.raises(ConfigurationError, match=r"issuer: must be https"):
+            with_http(tmp_path, url, allow_http, oauth)
+    with pytest.raises(ConfigurationError, match=r"issuer: must be https"):
+        with_http(tmp_path, "http://mcp.svc:81/mcp", "false", oauth)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "issuer: 'http://127.0.0.1:9000'",
+        "issuer: 'http://localhost:9000/tenant'",
+        "metadata: {authorization_endpoint: 'http://[::1]:1/a', token_endpoint: 'http://localhost:1/t'}",
+        f"metadata: {{op_policy_uri: 'http://as.example/policy', {STATIC}}}",
+        f"metadata: {{introspection_endpoint: 'http://10.0.0.1/i', {STATIC}}}",
+    ],
+)
+def test_http_on_loopback_and_where_nobody_goes_is_no_fault(tmp_path: Path, text: str) -> None:
+    read(tmp_path, text)

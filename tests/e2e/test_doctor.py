@@ -91,7 +91,7 @@ async def test_a_good_server_is_ready_and_its_configuration_works(servers: Serve
         pytest.param(
             {}, {"metadata_changes": {"authorization_servers": ["https://10.0.0.1"]}}, "allow_private", id="private"
         ),
-        pytest.param({}, {"metadata_answer": Answer(headers=JSON, body=b"[]")}, "RFC 9728 §2", id="not an object"),
+        pytest.param({}, {"metadata_answer": Answer(headers=JSON, body=b"[]")}, "RFC 9728 §3.2", id="not an object"),
     ],
 )
 async def test_what_the_proxy_refuses_is_refused_in_the_same_words(
@@ -224,3 +224,15 @@ async def test_what_a_server_says_can_do_nothing_to_the_terminal(servers: Server
     report = await diagnose(tmp_path, upstream.url)
     assert not [c for c in as_json(report) + as_text(report).replace("\x1b[", "") if c in "\x1b\x07\x9b"]
     assert "owned" in as_json(report)
+
+
+async def test_a_relative_resource_metadata_is_noted_and_passed_over(servers: Servers, tmp_path: Path) -> None:
+    upstream = await servers.mcp_server(await servers.authorization_server())
+    upstream.challenges = {401: ['Bearer resource_metadata="/elsewhere"']}
+    report = await diagnose(tmp_path, upstream.url)
+    assert (report.outcome, refused(report)) == (Outcome.READY, [])
+    (noted,) = [step for step in report.steps if step.verdict == "note"]
+    assert (noted.step, noted.clause) == ("protected resource metadata", "RFC 9728 §5.1")
+    assert noted.request is None
+    assert "no absolute URL" in noted.says
+    assert "/elsewhere" in noted.says

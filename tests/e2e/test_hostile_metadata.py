@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fakes.exchange import ABSENT, Answer
+from fakes.exchange import ABSENT, Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import Browser, consent
 from fakes.hostile import assert_refused, trap
@@ -109,6 +109,26 @@ async def test_no_document_redirects(servers: Servers, tmp_path: Path, status: i
         it.issuer.answers["metadata"] = Answer.redirect(f"http://127.0.0.1:{target.port}/", status)
         await refused_quickly(it, SERVER, str(status))
         assert (it.issuer.discoveries, target.visits) == (1, [])
+
+
+@pytest.mark.parametrize("value", [WELL_KNOWN, f"//elsewhere.example{WELL_KNOWN}", "metadata.json", "?x=1", "%"])
+async def test_a_resource_metadata_that_is_no_absolute_url_is_passed_over_and_told(
+    servers: Servers, tmp_path: Path, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with scene(servers, tmp_path, upstream={"challenges": challenge_naming(value)}) as it:
+        await it.connect()
+        assert it.issuer.registrations == 1
+    told = [record.getMessage() for record in caplog.records if "RFC 9728 §5.1" in record.getMessage()]
+    assert len(told) == 1
+    assert "notes" in told[0]
+    assert value in told[0]
+
+
+@pytest.mark.parametrize("url", ["javascript:alert(1)", "file:///etc/passwd", "https://", "ftp://as.example/x"])
+async def test_an_absolute_url_that_must_not_be_asked_stays_refused(servers: Servers, tmp_path: Path, url: str) -> None:
+    async with scene(servers, tmp_path, upstream={"challenges": challenge_naming(url)}) as it:
+        await refused_quickly(it, RESOURCE, url)
+        assert it.issuer.requests == []
 
 
 # what documents may say
@@ -239,6 +259,40 @@ async def test_a_malformed_document_is_named_with_its_address_and_clause(
         it.issuer.answers["metadata"] = Answer(body=body)
         await refused_quickly(it, SERVER, it.issuer.issuer, "RFC 8414")
         del it.issuer.answers["metadata"]
+        await it.connect()
+
+
+NOT_OBJECTS = {
+    "a page": b"<html>",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "UTF-16": '{"issuer": "x"}'.encode("utf-16"),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "Application/OAuth+JSON"])
+@pytest.mark.parametrize("body", NOT_OBJECTS.values(), ids=NOT_OBJECTS)
+async def test_what_says_that_it_is_json_and_is_no_object_is_named_where_it_lies(
+    servers: Servers, tmp_path: Path, body: bytes, kind: str
+) -> None:
+    answer = Answer(headers=(("content-type", kind),), body=body)
+    async with scene(servers, tmp_path, upstream={"challenges": {401: ["Bearer"]}}) as it:
+        it.upstream.metadata_answer = answer
+        await refused_quickly(it, f"{RESOURCE} at {it.upstream.origin}{WELL_KNOWN}", "it is ", "RFC 9728 §3.2")
+        it.upstream.metadata_answer = None
+        it.issuer.answers["metadata"] = answer
+        url = f"{it.issuer.issuer}/.well-known/oauth-authorization-server"
+        await refused_quickly(it, f"{SERVER} at {url} is refused", "it is ", "RFC 8414 §3.2")
+        del it.issuer.answers["metadata"]
+        await it.connect()
+
+
+async def test_a_page_at_an_address_that_was_guessed_is_no_document(servers: Servers, tmp_path: Path) -> None:
+    def page(received: Received) -> Answer | None:
+        return Answer.html() if "openid" not in received.path else None
+
+    async with scene(servers, tmp_path, issuer={"answers": {"metadata": page}}) as it:
         await it.connect()
 
 

@@ -11,9 +11,10 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import ABSENT
+from fakes.exchange import ABSENT, Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import consent
+from fakes.hostile import assert_refused
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import link_in, running_proxy
 from fakes.scene import scene
@@ -60,6 +61,25 @@ async def test_a_client_of_the_configuration_authenticates_by_its_method(
             assert ("client_id" in request.form) == (method != "client_secret_basic")
 
 
+async def test_the_reason_of_the_first_refusal_is_told_where_the_client_id_beside_basic_is_refused_too(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """Some servers take ``client_id`` in the form for a second way of authenticating (RFC 6749 §2.3)."""
+
+    def refuse(received: Received) -> Answer:
+        twice = "client_id" in received.form
+        error = ("invalid_request", "two ways") if twice else ("invalid_client", "no such client")
+        return Answer.json({"error": error[0], "error_description": error[1]}, 401)
+
+    oauth = {"client_id": "by-hand", "client_secret": secret_file(tmp_path), "client_auth": "client_secret_basic"}
+    async with scene(servers, tmp_path, oauth=oauth, issuer={"answers": {"token": refuse}}) as it:
+        it.issuer.add_client(client_id="by-hand", secret=SECRET, redirect_uris=(f"{it.proxy.origin}/oauth/callback",))
+        page = await consent(await it.link())
+        assert page.status_code == 502
+        assert "no such client" in page.text
+        assert ["client_id" in request.form for request in it.issuer.seen("token")] == [False, True]
+
+
 async def test_a_configured_client_goes_before_a_metadata_document(servers: Servers, tmp_path: Path) -> None:
     options = {"client_id": "by-hand", "client_metadata_url": "https://elsewhere.example/client.json"}
     async with scene(servers, tmp_path, oauth=options, issuer={"client_documents": True}) as it:
@@ -96,6 +116,38 @@ async def test_each_server_has_a_client_of_its_own(servers: Servers, tmp_path: P
     assert len({request.form["client_id"] for request in issuer.seen("token")}) == 2
 
 
+async def test_another_method_in_the_configuration_is_registered_anew_and_used(
+    servers: Servers, tmp_path: Path
+) -> None:
+    methods = ["none", "client_secret_basic", "client_secret_post"]
+    issuer = await servers.authorization_server(
+        auto_consent=True, metadata_changes={"token_endpoint_auth_methods_supported": methods}
+    )
+    upstream = await servers.mcp_server(issuer)
+    for method in methods:
+        issuer.end_grants()
+        config = {"url": upstream.url, "oauth": {"client_auth": method}}
+        async with (
+            running_proxy(tmp_path, {"notes": config}, authorization={"wait": "0s"}) as proxy,
+            proxy.client("notes") as client,
+        ):
+            assert (await consent(link_in((await client.call("echo")).message))).status_code == 200
+        assert issuer.seen("register")[-1].message["token_endpoint_auth_method"] == method
+        request = issuer.seen("token", grant_type="authorization_code")[-1]
+        assert (request.header("authorization") is not None) == (method == "client_secret_basic")
+        assert ("client_secret" in request.form) == (method == "client_secret_post")
+    assert issuer.registrations == 3
+
+
+async def test_a_method_of_the_configuration_that_the_server_does_not_list_is_refused(
+    servers: Servers, tmp_path: Path
+) -> None:
+    listed = {"metadata_changes": {"token_endpoint_auth_methods_supported": ["client_secret_post"]}}
+    async with scene(servers, tmp_path, oauth={"client_auth": "client_secret_basic"}, issuer=listed) as it:
+        assert_refused(await it.ask(), "servers.notes.oauth.client_auth", "client_secret_post", it.issuer.issuer)
+        assert it.issuer.registrations == 0
+
+
 @pytest.mark.parametrize("knobs", [{"registration": False}, {"metadata_changes": {"registration_endpoint": ABSENT}}])
 async def test_without_registration_the_error_names_the_keys(
     servers: Servers, tmp_path: Path, knobs: dict[str, Any]
@@ -109,6 +161,30 @@ async def test_without_registration_the_error_names_the_keys(
         assert f"{it.proxy.origin}/oauth/callback" in text
         assert "/connect/" not in str(reply.message)
         assert it.issuer.registrations == 0
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["404 elsewhere", "401 everywhere"])
+@pytest.mark.parametrize(
+    ("challenges", "words"),
+    [
+        (['Basic realm="x"'], ["asks for Basic, "]),
+        (["Digest nonce=x", "Basic"], ["asks for Digest, Basic, "]),
+        ([], []),
+    ],
+)
+async def test_a_server_without_any_oauth_is_told_to_have_none(
+    servers: Servers, tmp_path: Path, challenges: list[str], words: list[str], everywhere: bool
+) -> None:
+    upstream = await servers.mcp_server(challenges={401: challenges})
+    answer = Answer.html(status=401 if everywhere else 404)
+    upstream.intercept = lambda received: answer if received.path != upstream.path else None
+    config = {"notes": upstream.url}
+    async with running_proxy(tmp_path, dict(config)) as proxy, proxy.client("notes") as client:
+        reply = await client.call("echo")
+        keys = [f"servers.notes.oauth.{key}" for key in ("issuer", "metadata", "client_id")]
+        assert_refused(reply, "No OAuth metadata was found", f"{upstream.origin}/register", *words, *keys)
+        assert ("asks for" in reply.error["message"]) == bool(words)
+        assert proxy.links == []
 
 
 # the first issuer

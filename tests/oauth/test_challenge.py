@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_auth_proxy.oauth.challenge import MAX_BYTES, BearerChallenge, Challenge, bearer, parse, wants_nonce
+from mcp_auth_proxy.oauth.challenge import (
+    MAX_BYTES,
+    BearerChallenge,
+    Challenge,
+    bearer,
+    other_schemes,
+    parse,
+    wants_nonce,
+)
 
 
 def one(value: str) -> Challenge:
@@ -183,3 +191,25 @@ def test_a_dpop_challenge_is_read_as_a_bearer_one_and_remembered() -> None:
 )
 def test_only_a_dpop_challenge_asks_for_a_nonce(field: bytes, expected: bool) -> None:  # T20
     assert wants_nonce([field]) is expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ([], ()),
+        ([b"Bearer", b"DPoP algs=x"], ()),
+        ([b'bearer scope=a, BASIC realm="x"', b"basic", b"Digest nonce=x"], ("Basic", "Digest")),
+        ([b"a, b, c, d"], ("A", "B", "C")),
+        ([b"a" * 21], ()),
+    ],
+)
+def test_schemes_that_no_token_answers_are_named_once_and_few(fields: list[bytes], expected: tuple[str, ...]) -> None:
+    assert other_schemes(fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("https://a/x", True), ("javascript:x", True), ("/x", False), ("//a/x", False), ("x", False), ("1a:b", False)],
+)
+def test_only_an_absolute_url_names_metadata(value: str, expected: bool) -> None:
+    assert BearerChallenge(resource_metadata=value).names_metadata is expected

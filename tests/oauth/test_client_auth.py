@@ -63,6 +63,28 @@ def test_basic_form_encodes_id_and_secret_first() -> None:
     assert decoded == "https%3A%2F%2Fc%3A1%2F%C3%A9:p%3Aw+d%2F%C3%BC"
 
 
+def test_basic_names_the_client_in_the_form_where_that_is_wanted_and_never_its_secret() -> None:
+    fields, headers = client_auth.authenticate(client(ClientAuth.BASIC), FORM, named=True)
+
+    assert fields == [*FORM, ("client_id", "https://c:1/é")]
+    assert [name for name, _ in headers] == ["Authorization"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (401, b'{"error": "invalid_client"}', True),
+        (400, b'{"error": "invalid_client"}', True),
+        (400, b'{"error": "invalid_grant"}', False),
+        (500, b'{"error": "invalid_client"}', False),
+        (401, b'{"error": ["invalid_client"]}', False),
+        (401, b"<html>", False),
+    ],
+)
+def test_only_a_structured_refusal_of_the_client_is_one(status: int, body: bytes, expected: bool) -> None:
+    assert client_auth.refuses_client(status, body, "invalid_client") is expected
+
+
 def test_a_missing_secret_is_an_error_that_names_the_key() -> None:
     with pytest.raises(AuthorizationError, match=r"servers\.linear\.oauth\.client_secret"):
         client_auth.authenticate(client(ClientAuth.BASIC, None), FORM)

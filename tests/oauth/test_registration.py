@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 from mcp.shared.auth import OAuthClientInformationFull, OAuthClientMetadata
 
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused, RegistrationImpossible
+from mcp_auth_proxy.errors import (
+    AuthorizationError,
+    AuthorizationServerUnavailable,
+    DocumentRefused,
+    RegistrationImpossible,
+)
 from mcp_auth_proxy.models import ClientAuth
 from mcp_auth_proxy.oauth import registration
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
@@ -20,8 +25,16 @@ def request(redirect_uri: str, methods: tuple[str, ...] | None) -> dict[str, Any
     metadata = ServerMetadata(
         issuer="https://as", token_endpoint="https://as/token", token_endpoint_auth_methods_supported=methods
     )
-    found: dict[str, Any] = json.loads(registration.build_request(metadata, redirect_uri=redirect_uri))
+    asked = registration.method(metadata, redirect_uri=redirect_uri)
+    found: dict[str, Any] = json.loads(registration.build_request(asked, redirect_uri=redirect_uri))
     return found
+
+
+def chosen(methods: tuple[str, ...] | None, configured: ClientAuth) -> ClientAuth | None:
+    metadata = ServerMetadata(
+        issuer="https://as", token_endpoint="https://as/token", token_endpoint_auth_methods_supported=methods
+    )
+    return registration.method(metadata, redirect_uri=NATIVE, configured=configured, server="linear")
 
 
 def response(status: int = 201, body: bytes | None = None, **members: Any) -> RegisteredClient:
@@ -43,7 +56,8 @@ def test_a_request_has_what_a_client_needs_and_no_scope() -> None:
     ("redirect_uri", "methods", "expected"),
     [
         (NATIVE, ("client_secret_basic", "none"), "none"),
-        (NATIVE, ("client_secret_post", "client_secret_basic"), "client_secret_basic"),
+        (NATIVE, ("client_secret_basic", "client_secret_post"), "client_secret_post"),
+        (WEB, ("client_secret_basic", "client_secret_post"), "client_secret_post"),
         (NATIVE, ("private_key_jwt", "client_secret_post"), "client_secret_post"),
         (NATIVE, ("private_key_jwt",), None),
         (WEB, ("none", "client_secret_post"), "client_secret_post"),
@@ -54,6 +68,19 @@ def test_an_authentication_method_is_asked_for_that_the_server_lists(
     redirect_uri: str, methods: tuple[str, ...], expected: str | None
 ) -> None:
     assert request(redirect_uri, methods).get("token_endpoint_auth_method") == expected
+
+
+@pytest.mark.parametrize("methods", [None, (), ("none", "client_secret_basic", "client_secret_post")])
+def test_a_request_asks_for_what_is_configured(methods: tuple[str, ...] | None) -> None:
+    assert chosen(methods, ClientAuth.BASIC) is ClientAuth.BASIC
+
+
+def test_a_configured_method_that_the_server_does_not_list_is_an_error_that_names_the_key() -> None:
+    with pytest.raises(AuthorizationError) as refused:
+        chosen(("client_secret_post", "private_key_jwt"), ClientAuth.BASIC)
+
+    for word in ("servers.linear.oauth.client_auth", "client_secret_basic", "client_secret_post", "RFC 8414 §2"):
+        assert word in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +133,32 @@ def test_a_response_without_method_follows_what_the_server_lists() -> None:
     )
 
     assert found.client_auth is ClientAuth.POST
+
+
+@pytest.mark.parametrize("asked", [ClientAuth.BASIC, ClientAuth.POST])
+def test_a_response_without_method_means_the_one_that_was_asked_for(asked: ClientAuth) -> None:
+    found = registration.read_response(
+        201,
+        b'{"client_id": "c", "client_secret": "s"}',
+        url="https://as/register",
+        server="linear",
+        supported=("client_secret_post", "client_secret_basic"),
+        asked=asked,
+    )
+
+    assert found.client_auth is asked
+
+
+def test_a_client_that_was_registered_for_another_method_than_configured_is_refused() -> None:
+    with pytest.raises(RegistrationImpossible, match=r"client_secret_basic, and servers\.linear\.oauth\.client_auth"):
+        registration.read_response(
+            201,
+            b'{"client_id": "c", "client_secret": "s", "token_endpoint_auth_method": "client_secret_basic"}',
+            url="https://as/register",
+            server="linear",
+            asked=ClientAuth.POST,
+            configured=ClientAuth.POST,
+        )
 
 
 @pytest.mark.parametrize(
@@ -161,3 +214,20 @@ def test_the_client_metadata_document_names_its_own_url() -> None:
     assert found["redirect_uris"] == [WEB]
     assert found["token_endpoint_auth_method"] == "none"
     assert OAuthClientMetadata.model_validate(found).application_type == "web"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (404, b'{"error": "not found"}', True),
+        (405, b"", True),
+        (401, b"<html>", True),
+        (403, b"{}", True),
+        (403, b'{"error": "access_denied"}', False),
+        (400, b'{"error": "invalid_redirect_uri"}', False),
+        (201, b'{"client_id": "c"}', False),
+        (503, b"", False),
+    ],
+)
+def test_an_answer_that_is_none_of_oauths_is_told_from_a_refusal(status: int, body: bytes, expected: bool) -> None:
+    assert registration.is_no_oauth(status, body) is expected

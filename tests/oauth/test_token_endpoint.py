@@ -306,3 +306,33 @@ def test_arbitrary_bodies_end_in_a_typed_error(body: bytes) -> None:
 
 def test_tokens_are_not_in_a_repr() -> None:
     assert "canary" not in repr(read(access_token="canary-a", refresh_token="canary-r"))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (200, b"<html>", "can't be used: HTTP 200, and it is not JSON (RFC 6749 §5.1)."),
+        (200, b"", "can't be used: HTTP 200, and it is not JSON (RFC 6749 §5.1)."),
+        (200, b"[]", "can't be used: HTTP 200, and it is not a JSON object (RFC 6749 §5.1)."),
+        (400, b"no", "can't be used: HTTP 400, and it is not JSON (RFC 6749 §5.2)."),
+        (403, b"{}", "can't be used: HTTP 403, and no OAuth error (RFC 6749 §5.2)."),
+        (503, b"", "can't be used now: HTTP 503."),
+        (429, b"", "can't be used now: HTTP 429."),
+        (400, b'{"error": "temporarily_unavailable"}', "can't be used now: temporarily_unavailable."),
+    ],
+)
+def test_what_is_no_oauth_answer_names_its_clause_and_promises_nothing_of_waiting(
+    status: int, body: bytes, words: str
+) -> None:
+    with pytest.raises(AuthorizationServerUnavailable) as caught:
+        read(status, body)
+    assert str(caught.value) == f"The token endpoint {URL} {words}"
+
+
+@pytest.mark.parametrize(
+    ("token_type", "words"),
+    [(None, "it has no token_type"), ("", "it has no token_type"), ("mac", "its token_type is not Bearer")],
+)
+def test_a_missing_token_type_is_told_from_another_one(token_type: str | None, words: str) -> None:
+    with pytest.raises(DocumentRefused, match=rf"{words} \(RFC 6749 §5\.1\)"):
+        read(token_type=token_type)

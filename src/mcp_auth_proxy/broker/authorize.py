@@ -104,15 +104,22 @@ class Authorizer:
     # From a challenge to a plan
 
     async def plan(
-        self, principal: Principal, server: ServerSettings, challenge: BearerChallenge | None, already: tuple[str, ...]
+        self,
+        principal: Principal,
+        server: ServerSettings,
+        challenge: BearerChallenge | None,
+        already: tuple[str, ...],
+        *,
+        schemes: tuple[str, ...] = (),
     ) -> Plan:
         """Return what to ask for, and where; ``already`` are scopes that must not be lost in a step-up.
 
+        ``schemes`` are what the server asks for besides a token, to be named where there is no OAuth to be found.
         Raises AuthorizationError, naming the document, its URL and the rule it breaks.
         """
 
         async def register(metadata: ServerMetadata) -> Registration:
-            return await self._clients.register(server, metadata, self._discoverer.policy(server.url))
+            return await self._clients.register(server, metadata, self._discoverer.policy(server.url), schemes=schemes)
 
         return await self._plan(principal, server, challenge, already, register)
 

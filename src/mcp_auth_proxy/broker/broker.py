@@ -195,7 +195,8 @@ class Broker:
         if status == 403 and bearer is not None and used is not None and used.prover is not None:
             # It took the proof: what is asked for on top must not be had for a weaker token.
             bearer = replace(bearer, dpop=True)
-        return await self._authorizing.run(key, lambda: self._authorize(principal, settings, bearer, already))
+        others = challenges.other_schemes(challenge)
+        return await self._authorizing.run(key, lambda: self._authorize(principal, settings, bearer, already, others))
 
     async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
         """Finish the flow that a callback belongs to, and let everyone who waits for it go on.
@@ -270,15 +271,16 @@ class Broker:
         server: ServerSettings,
         challenge: BearerChallenge | None,
         already: tuple[str, ...] | None,
+        schemes: tuple[str, ...],
     ) -> AccessToken | Pending:
-        """``already``: the scopes that a step-up starts from; None: this is none."""
+        """``already``: the scopes that a step-up starts from; None: this is none. ``schemes``: see ``plan``."""
         key = (principal.id, server.name)
         pending = self.pending(principal, server.name)
         if pending is None:
             pending = await self._resume(key, server, challenge)
         if pending is not None:
             return pending
-        plan = await self._authorizer.plan(principal, server, challenge, already or ())
+        plan = await self._authorizer.plan(principal, server, challenge, already or (), schemes=schemes)
         if already is not None:
             asked = (challenge and challenge.scopes) or ()
             self._step_ups.count(key, server=server.name, asked=asked, already=already)

@@ -33,15 +33,23 @@ class Clients:
         """Return the redirect URI of a grant; empty where it has no redirect."""
         return f"{self._public_url}/oauth/callback" if grant is GrantType.AUTHORIZATION_CODE else ""
 
-    async def register(self, server: ServerSettings, metadata: ServerMetadata, policy: AddressPolicy) -> Registration:
+    async def register(
+        self,
+        server: ServerSettings,
+        metadata: ServerMetadata,
+        policy: AddressPolicy,
+        *,
+        schemes: tuple[str, ...] = (),
+    ) -> Registration:
         """Pre-registered client, then Client ID Metadata Document, then dynamic registration (RFC 7591).
 
-        A workload that presents its own token needs no client identity at all. Raises AuthorizationError.
+        A workload that presents its own token needs no client identity at all. ``schemes`` are what the server asks
+        for besides a token. Raises AuthorizationError.
         """
         known = await self._known(server, metadata, self._registrations.bind_client)
         if known is not None:
             return known
-        return await self._register_dynamically(server, metadata, self._endpoint(server, metadata), policy)
+        return await self._register_dynamically(server, metadata, self._endpoint(server, metadata), policy, schemes)
 
     async def foresee(self, server: ServerSettings, metadata: ServerMetadata) -> Registration:
         """Return what ``register`` would, but register nothing and write nothing. Raises AuthorizationError.
@@ -56,7 +64,7 @@ class Clients:
         if known is not None:
             return known
         self._endpoint(server, metadata)
-        method = registration.method(metadata, redirect_uri=self.redirect_uri(server.oauth.grant))
+        method = self._method(server, metadata)
         return self._registration(server, metadata, RegistrationKind.DYNAMIC, "", method or ClientAuth.NONE)
 
     async def _known(self, server: ServerSettings, metadata: ServerMetadata, bind: Bind) -> Registration | None:
@@ -67,12 +75,16 @@ class Clients:
         document_url = oauth.client_metadata_url
         if document_url is None and self._public_url.startswith("https://"):
             document_url = f"{self._public_url}/oauth/client-metadata.json"
-        if document_url is not None and metadata.client_id_metadata_document_supported:
+        # The document promises to use no secret.
+        public = oauth.client_auth in (None, ClientAuth.NONE)
+        if document_url is not None and public and metadata.client_id_metadata_document_supported:
             return self._registration(
                 server, metadata, RegistrationKind.METADATA_DOCUMENT, document_url, ClientAuth.NONE
             )
         stored = await self._registrations.find(server.name, metadata.issuer, self.redirect_uri(oauth.grant))
-        return None if stored is None or self._lapsed(stored) else stored
+        if stored is None or self._lapsed(stored) or oauth.client_auth not in (None, stored.client_auth):
+            return None
+        return stored
 
     def _endpoint(self, server: ServerSettings, metadata: ServerMetadata) -> str:
         if metadata.registration_endpoint is not None:
@@ -82,6 +94,15 @@ class Clients:
             f"The authorization server {metadata.issuer} registers no clients by itself. Register one there by hand "
             f"{f'with the redirect URI {where}' if where else 'for device codes'}, and put it in "
             f"servers.{server.name}.oauth.client_id (and client_secret)."
+        )
+
+    def _method(self, server: ServerSettings, metadata: ServerMetadata) -> ClientAuth | None:
+        """What a registration asks for, as configured or as the server lists it."""
+        return registration.method(
+            metadata,
+            redirect_uri=self.redirect_uri(server.oauth.grant),
+            configured=server.oauth.client_auth,
+            server=server.name,
         )
 
     async def forget(self, client: Registration) -> None:
@@ -122,22 +143,32 @@ class Clients:
         return self._registration(server, metadata, RegistrationKind.CONFIGURED, client_id, method, secret)
 
     async def _register_dynamically(
-        self, server: ServerSettings, metadata: ServerMetadata, endpoint: str, policy: AddressPolicy
+        self,
+        server: ServerSettings,
+        metadata: ServerMetadata,
+        endpoint: str,
+        policy: AddressPolicy,
+        schemes: tuple[str, ...],
     ) -> Registration:
+        asked = self._method(server, metadata)
         response = await self._fetcher.post(
             endpoint,
-            body=registration.build_request(metadata, redirect_uri=self.redirect_uri(server.oauth.grant)),
+            body=registration.build_request(asked, redirect_uri=self.redirect_uri(server.oauth.grant)),
             content_type="application/json",
             headers=[],
             document="client registration",
             policy=policy,
         )
+        if metadata.synthesised and registration.is_no_oauth(response.status, response.body):
+            raise registration.no_oauth(endpoint, response.status, server=server.name, schemes=schemes)
         answer = registration.read_response(
             response.status,
             response.body,
             url=endpoint,
             server=server.name,
             supported=metadata.token_endpoint_auth_methods_supported,
+            asked=asked,
+            configured=server.oauth.client_auth,
         )
         client = replace(
             self._registration(

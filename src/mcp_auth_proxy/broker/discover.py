@@ -1,5 +1,6 @@
 """Discovery: from a server to its authorization server, one document after another."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from mcp_auth_proxy.oauth import discovery
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher, Response
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -82,7 +85,7 @@ class Discoverer:
     ) -> ResourceMetadata | None:
         """RFC 9728 §3 and §5: the URL of the challenge, then the well-known ones. None: the server has none."""
         policy = self.policy(server.url)
-        named = challenge.resource_metadata if challenge else None
+        named = self._named(server, challenge)
         for url in discovery.resource_metadata_urls(server.url, named):
             with self._look(discovery.RESOURCE_METADATA, url) as look:
                 look.response = response = await self._fetcher.get(url, document=look.document, policy=policy)
@@ -91,6 +94,19 @@ class Discoverer:
                     return found
                 if response.status >= 500:
                     raise _answered_badly(look.document, url, response)
+        return None
+
+    def _named(self, server: ServerSettings, challenge: BearerChallenge | None) -> str | None:
+        """The URL of the challenge. What is no absolute URL counts as absent, as it does for other clients."""
+        if challenge is None or challenge.resource_metadata is None or challenge.names_metadata:
+            return challenge.resource_metadata if challenge else None
+        problem = (
+            f"the challenge of server {server.name} names it by {challenge.resource_metadata[:200]!r}, which is no "
+            f"absolute URL; well-known addresses are tried"
+        )
+        passed_over = DocumentRefused(discovery.RESOURCE_METADATA, "", problem, "RFC 9728 §5.1")
+        self._observe(Look(discovery.RESOURCE_METADATA, "", error=passed_over))
+        logger.warning("%s", passed_over)
         return None
 
     async def _server_metadata(self, issuer: str, policy: AddressPolicy) -> ServerMetadata:
@@ -158,11 +174,14 @@ def _is_document(response: Response, *, required: bool) -> bool:
     """Whether an answer is meant as the document.
 
     Sites answer 200 with a page of their own at addresses they do not know; where the address was only guessed,
-    that is no document. Where the server named it, it is one, and the validator says what is wrong with it.
+    that is no document. Where the server named it, or says that it is JSON (RFC 8414 §3.2, RFC 9728 §3.2), it is one,
+    and the validator says what is wrong with it.
     """
     if response.status != 200:
         return False
-    return required or response.body.lstrip()[:1] == b"{"
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    says_json = kind == "application/json" or kind.endswith("+json")
+    return required or says_json or response.body.lstrip()[:1] == b"{"
 
 
 def _answered_badly(document: str, url: str, response: Response) -> AuthorizationServerUnavailable:

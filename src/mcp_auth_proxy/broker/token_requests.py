@@ -39,6 +39,7 @@ class TokenRequests:
         self._discoverer = discoverer
         self._clock = clock
         self._nonces = Nonces()
+        self._wanting_client_id: set[str] = set()
 
     async def tokens(
         self,
@@ -92,14 +93,44 @@ class TokenRequests:
     ) -> Response:
         """Return what the server's authorization server answers to a form and the client's proof.
 
-        With a key, a proof of that goes along too; a server that wants it with a nonce is asked again, once: it has
-        not consumed what was sent (RFC 9449 §8).
+        With client_secret_basic the form is sent without ``client_id``, since some servers take that for a second way
+        of authenticating (RFC 6749 §2.3); others find no client without it. Where the client is refused it is sent
+        again with it, once: a client that was not recognised has consumed nothing (§5.2).
         """
         client, key = _as_configured(server, client)
+        named = url in self._wanting_client_id
+        first = await self._proved(server, client, key, url, form, document=document, dpop_key=dpop_key, named=named)
+        unnamed = client.client_auth is ClientAuth.BASIC and not named
+        if not unnamed or not client_auth.refuses_client(first.status, first.body, "invalid_client"):
+            return first
+        second = await self._proved(server, client, key, url, form, document=document, dpop_key=dpop_key, named=True)
+        if client_auth.refuses_client(second.status, second.body, "invalid_client", "invalid_request"):
+            return first
+        self._wanting_client_id.add(url)
+        return second
+
+    async def _proved(
+        self,
+        server: ServerSettings,
+        client: Registration,
+        key: SigningKey | None,
+        url: str,
+        form: Fields,
+        *,
+        document: str,
+        dpop_key: str | None,
+        named: bool,
+    ) -> Response:
+        """With a DPoP key, a proof of that goes along too.
+
+        A server that wants it with a nonce is asked again, once: it has not consumed what was sent (RFC 9449 §8).
+        """
         policy = self._discoverer.policy(server.url)
         audience = url if server.oauth.client_assertion_audience == "endpoint" else ""
         if dpop_key is None:
-            return await self._post(client, key, url, form, document=document, policy=policy, audience=audience)
+            return await self._post(
+                client, key, url, form, document=document, policy=policy, audience=audience, named=named
+            )
         bound = dpop.Key.load(dpop_key)
 
         async def send(nonce: str) -> Response:
@@ -112,6 +143,7 @@ class TokenRequests:
                 document=document,
                 policy=policy,
                 audience=audience,
+                named=named,
                 headers=[("DPoP", proof)],
             )
             self._nonces.heard(url, dpop.read_nonce(response.headers.get("dpop-nonce")))
@@ -212,9 +244,12 @@ class TokenRequests:
         document: str,
         policy: AddressPolicy,
         audience: str = "",
+        named: bool = False,
         headers: Sequence[tuple[str, str]] = (),
     ) -> Response:
-        fields, proofs = client_auth.authenticate(client, form, key=key, now=self._clock(), audience=audience)
+        fields, proofs = client_auth.authenticate(
+            client, form, key=key, now=self._clock(), audience=audience, named=named
+        )
         return await self._fetcher.post(
             url,
             body=client_auth.encode_form(fields),

@@ -36,10 +36,12 @@ _ENDPOINTS: Mapping[GrantType, str] = {
     GrantType.AUTHORIZATION_CODE: "authorization_endpoint",
     GrantType.DEVICE_CODE: "device_authorization_endpoint",
 }
+# What a request of ours, or the user's browser, goes to.
+_ASKED = frozenset({"token_endpoint", "registration_endpoint", "revocation_endpoint", *_ENDPOINTS.values()})
 
 
-def read_oauth(section: Section) -> OAuthSettings:
-    """The section; its faults go to the context."""
+def read_oauth(section: Section, *, http_server: str = "") -> OAuthSettings:
+    """The section; its faults go to the context. ``http_server`` is the server's URL where that may be http."""
     grant = section.choice("grant", _GRANTS, GrantType.AUTHORIZATION_CODE)
     client_auth = section.choice("client_auth", _CLIENT_AUTHS, None)
     _check_client(section, grant, client_auth)
@@ -55,11 +57,11 @@ def read_oauth(section: Section) -> OAuthSettings:
         assertion=section.parsed("assertion", lambda text: _credential(section, text), None),
         idp=_read_idp(section.section("idp")) if section.has("idp") else None,
         scopes=_read_scopes(section),
-        issuer=section.parsed("issuer", values.issuer, None),
+        issuer=section.parsed("issuer", lambda text: values.issuer(text, own=http_server), None),
         resource=section.parsed("resource", values.resource, "auto"),
         authorization_params=_read_params(section.section("authorization_params"), _OWN_PARAMS),
         token_params=_read_params(section.section("token_params"), _OWN_TOKEN_PARAMS),
-        metadata=_read_metadata(section, grant),
+        metadata=_read_metadata(section, grant, http_server),
         client_metadata_url=section.parsed("client_metadata_url", values.client_metadata_url, None),
         dpop=section.choice("dpop", _DPOP, DpopUse.OFF),
         allow_missing_pkce=section.boolean("allow_missing_pkce", default=False),
@@ -167,23 +169,25 @@ def _read_params(section: Section, own: frozenset[str]) -> dict[str, str]:
     return params
 
 
-def _read_metadata(section: Section, grant: GrantType) -> dict[str, object] | None:
+def _read_metadata(section: Section, grant: GrantType, http_server: str) -> dict[str, object] | None:
     inner = section.section("metadata")
     if not section.has("metadata"):
         return None
-    metadata = {name: _metadata_value(inner, name, value) for name, value in inner.entries()}
+    metadata = {name: _metadata_value(inner, name, value, http_server) for name, value in inner.entries()}
     for name in filter(None, ("token_endpoint", _ENDPOINTS.get(grant))):
         if not inner.has(name):
             inner.fault(name, "is needed in static metadata")
     return metadata
 
 
-def _metadata_value(section: Section, name: str, value: object) -> object:
+def _metadata_value(section: Section, name: str, value: object, http_server: str) -> object:
     """A value of RFC 8414 §2 by what its name promises: a URL, a list or flag (``…_supported``), or anything."""
     if name == "issuer":
-        return section.parsed(name, values.issuer, "")
-    if name.endswith(("_endpoint", "_uri")):
+        return section.parsed(name, lambda text: values.issuer(text, own=http_server), "")
+    if name in _ASKED:
         return section.parsed(name, values.endpoint, "")
+    if name.endswith(("_endpoint", "_uri")):
+        return section.parsed(name, values.any_url, "")
     flag = {"true": True, "false": False}.get(value) if isinstance(value, str) else None
     if flag is not None:
         return flag

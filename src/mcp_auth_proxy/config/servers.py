@@ -53,7 +53,9 @@ def _read_server(section: Section, name: str, upstream_timeout: float) -> Server
         section.fault("url", "is needed: the address of the MCP server")
     timeout = section.parsed("upstream_timeout", values.positive_duration, upstream_timeout)
     inner = section.section("oauth")
-    oauth = read_oauth(inner) if section.has("oauth") else OAuthSettings()
+    oauth = (
+        read_oauth(inner, http_server=(url or "") if allow_http else "") if section.has("oauth") else OAuthSettings()
+    )
     section.close()
     if url is None:
         return None

@@ -158,16 +158,33 @@ def public_url(text: str) -> str:
     return f"{parts.scheme}://{parts.netloc.lower()}"
 
 
-def issuer(text: str) -> str:
-    """An issuer identifier (RFC 8414 §2), exactly as written."""
-    url(text)
+def issuer(text: str, *, own: str = "") -> str:
+    """An issuer identifier (RFC 8414 §2), exactly as written.
+
+    ``own`` is the URL of a server that may be http elsewhere than on loopback: of its origin the issuer may be too.
+    """
+    if not own or _origin(text) != _origin(own):
+        endpoint(text)
     if "?" in text:
         raise ValueError("must not have a query (RFC 8414 §2)")
     return text
 
 
+def _origin(text: str) -> tuple[str, str]:
+    parts = url(text)
+    return parts.scheme, parts.netloc.lower()
+
+
 def endpoint(text: str) -> str:
-    """The URL of an OAuth endpoint (RFC 6749 §3.1, §3.2), exactly as written."""
+    """The URL of an OAuth endpoint (RFC 6749 §3.1, §3.2), exactly as written: https, or http on loopback."""
+    parts = url(text)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        raise ValueError("must be https unless its host is loopback: secrets, codes and tokens go there")
+    return text
+
+
+def any_url(text: str) -> str:
+    """A URL that the proxy only passes on or leaves alone, exactly as written."""
     url(text)
     return text
 

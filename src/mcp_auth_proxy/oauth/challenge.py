@@ -16,6 +16,9 @@ from mcp_auth_proxy.oauth import scopes as scope_grammar
 MAX_BYTES = 64 * 1024
 """Bytes of all fields together that are read; a field that goes beyond is ignored."""
 
+_LONGEST_SCHEME = 20
+"""Characters of a scheme that is shown to a user."""
+
 # Possessive quantifiers (*+, ++): the scanner never backtracks.
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++")
 _BLANK = re.compile(r"[ \t]*+")
@@ -24,6 +27,7 @@ _TOKEN68 = re.compile(r"[A-Za-z0-9\-._~+/]++=*+(?=[ \t]*+(?:,|\Z))")
 _EQUALS = re.compile(r"[ \t]*+=[ \t]*+")
 _QUOTED = re.compile(r'"((?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*+)"')
 _UNQUOTED = re.compile(r"[\x21\x23-\x2b\x2d-\x7e]++")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*+:")
 _ESCAPE = re.compile(r"\\(.)")
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -44,9 +48,14 @@ class BearerChallenge:
     error: str = ""
     scopes: tuple[str, ...] | None = None
     resource_metadata: str | None = None
-    """As it came: the fetcher decides whether it may be asked (RFC 9728 §5.1)."""
+    """As it came: it may be no URL (``names_metadata``), and the fetcher decides whether it may be asked."""
     dpop: bool = False
     """A DPoP challenge is among them: the resource takes tokens that are bound to a key (RFC 9449 §7.1)."""
+
+    @property
+    def names_metadata(self) -> bool:
+        """Whether ``resource_metadata`` is an absolute URL, as RFC 9728 §5.1 wants it; a path, say, leads nowhere."""
+        return self.resource_metadata is not None and _SCHEME.match(self.resource_metadata) is not None
 
 
 def parse(values: Iterable[bytes]) -> tuple[Challenge, ...]:
@@ -82,6 +91,12 @@ def bearer(values: Iterable[bytes]) -> BearerChallenge | None:
         resource_metadata=agreed("resource_metadata") or None,
         dpop=any(challenge.scheme == "dpop" for challenge in asked),
     )
+
+
+def other_schemes(values: Iterable[bytes]) -> tuple[str, ...]:
+    """Return the schemes that are asked for and that no token answers, such as Basic; at most three, to be shown."""
+    names = (found.scheme for found in parse(values) if found.scheme not in ("bearer", "dpop"))
+    return tuple(dict.fromkeys(name.capitalize() for name in names if len(name) <= _LONGEST_SCHEME))[:3]
 
 
 def wants_nonce(values: Iterable[bytes]) -> bool:

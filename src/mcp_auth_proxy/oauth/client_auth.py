@@ -9,6 +9,7 @@ from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import ClientAuth, Registration
 from mcp_auth_proxy.oauth import client_assertion
+from mcp_auth_proxy.oauth.documents import parse_object
 
 Fields = list[tuple[str, str]]
 
@@ -103,14 +104,27 @@ def authenticate(
     key: SigningKey | None = None,
     now: float = 0.0,
     audience: str = "",
+    named: bool = False,
 ) -> tuple[Fields, Fields]:
     """Return form and headers of a request to the authorization server, with the client's authentication in one.
 
-    ``key``, ``now`` (Unix seconds) and ``audience`` (empty: the issuer) are for private_key_jwt. Raises
+    ``key``, ``now`` (Unix seconds) and ``audience`` (empty: the issuer) are for private_key_jwt. ``named``: with
+    client_secret_basic ``client_id`` stands in the form as well (RFC 6749 §3.2.1), never the secret. Raises
     AuthorizationError where the method needs a secret or a key, and there is none.
     """
     added = _METHODS[registration.client_auth](Proof(client=registration, key=key, now=now, audience=audience))
-    return [*form, *added.fields], added.headers
+    name = [("client_id", registration.client_id)] if named and registration.client_auth is ClientAuth.BASIC else []
+    return [*form, *name, *added.fields], added.headers
+
+
+def refuses_client(status: int, body: bytes, *errors: str) -> bool:
+    """Whether an answer is one of these errors, all of which leave what was sent unused (RFC 6749 §5.2)."""
+    if status not in (400, 401):
+        return False
+    try:
+        return parse_object(body).get("error") in errors
+    except ValueError:
+        return False
 
 
 def encode_form(fields: Sequence[tuple[str, str]]) -> bytes:

@@ -65,7 +65,13 @@ def read_response(
     ``http_loopback`` allows that. ``verification_url`` is what Google calls it.
     """
     answer = token_endpoint.read_answer(
-        status, headers, body, url=url, endpoint="device authorization endpoint", secrets=secrets
+        status,
+        headers,
+        body,
+        url=url,
+        endpoint="device authorization endpoint",
+        clause="RFC 8628 §3.2",
+        secrets=secrets,
     )
     document = Document(answer, name="device authorization response", url=url, clause="RFC 8628 §3.2")
     device_code, user_code = document.required_text("device_code"), document.required_text("user_code")

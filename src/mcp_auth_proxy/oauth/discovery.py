@@ -93,7 +93,7 @@ def read_resource_metadata(
     (RFC 9728 §3.3; MCP lets one resource span several endpoints). Issuers that break RFC 8414 §2 are left out; one
     must remain. ``http_loopback``: http issuers on loopback are fine; by default where the server is on loopback.
     """
-    document = Document.parse(body, name=RESOURCE_METADATA, url=url, clause="RFC 9728 §2")
+    document = Document.parse(body, name=RESOURCE_METADATA, url=url, clause="RFC 9728 §2", form="RFC 9728 §3.2")
     resource = document.required_text("resource")
     if not _covers(resource, server_url):
         raise document.refuse(f"it is for the resource {resource}, not for {server_url}", "RFC 9728 §3.3")
@@ -147,7 +147,7 @@ def read_server_metadata(
     document's spelling is kept, since ``iss`` will have it. A name of another origin is refused there too: expecting
     that server's ``iss`` we would carry its codes to endpoints which it did not name.
     """
-    document = Document.parse(body, name=SERVER_METADATA, url=url, clause="RFC 8414 §2")
+    document = Document.parse(body, name=SERVER_METADATA, url=url, clause="RFC 8414 §2", form="RFC 8414 §3.2")
     stated = document.required_text("issuer")
     if stated != issuer and not (legacy and _is_below(stated, issuer)):
         remedy = "; if that is this server's authorization server, name it in the key oauth.issuer" if legacy else ""

@@ -58,12 +58,12 @@ class Document:
         self._clause = clause
 
     @classmethod
-    def parse(cls, body: bytes, *, name: str, url: str, clause: str) -> "Document":
-        """Return the document in ``body``. Raises DocumentRefused."""
+    def parse(cls, body: bytes, *, name: str, url: str, clause: str, form: str = "") -> "Document":
+        """Return the document in ``body``. Raises DocumentRefused; ``form`` is the clause that wants a JSON object."""
         try:
             values = parse_object(body)
         except ValueError as problem:
-            raise DocumentRefused(name, url, str(problem), clause) from None
+            raise DocumentRefused(name, url, str(problem), form or clause) from None
         return cls(values, name=name, url=url, clause=clause)
 
     def refuse(self, problem: str, clause: str = "") -> DocumentRefused:

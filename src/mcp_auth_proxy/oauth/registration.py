@@ -6,7 +6,7 @@ No ``scope`` is registered: some providers refuse it, others make it binding, an
 import json
 from typing import Literal, NamedTuple
 
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable, RegistrationImpossible
+from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, RegistrationImpossible
 from mcp_auth_proxy.models import ClientAuth
 from mcp_auth_proxy.oauth import client_auth, device_authorization, oauth_error, urls
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
@@ -15,9 +15,10 @@ from mcp_auth_proxy.oauth.documents import Document, parse_object
 CLIENT_NAME = "mcp-auth-proxy"
 
 # A native app can't keep a secret (RFC 8252 §8.4); a shared service can, and its refresh tokens are safer with one.
+# Post goes before basic: there are servers that list both and whose /revoke, or /token, knows post alone.
 _PREFERENCE: dict[str, tuple[ClientAuth, ...]] = {
-    "native": (ClientAuth.NONE, ClientAuth.BASIC, ClientAuth.POST),
-    "web": (ClientAuth.BASIC, ClientAuth.POST, ClientAuth.NONE),
+    "native": (ClientAuth.NONE, ClientAuth.POST, ClientAuth.BASIC),
+    "web": (ClientAuth.POST, ClientAuth.BASIC, ClientAuth.NONE),
 }
 
 # private_key_jwt needs a key of the operator's, which a client that registers itself has not.
@@ -44,33 +45,52 @@ def application_type(redirect_uri: str) -> Literal["native", "web"]:
     return "native" if parts.scheme == "http" and urls.is_loopback(parts.host) else "web"
 
 
-def build_request(metadata: ServerMetadata, *, redirect_uri: str, client_name: str = CLIENT_NAME) -> bytes:
+def build_request(asked: ClientAuth | None, *, redirect_uri: str, client_name: str = CLIENT_NAME) -> bytes:
     """Return the JSON body of a registration request (RFC 7591 §3.1); without a redirect URI, one for device codes.
 
-    Where the server lists its token endpoint authentication methods, one of them is asked for. Where it lists none,
-    the member is left out and the server decides: both RFCs then mean client_secret_basic, and servers for public
-    clients only answer without a secret.
+    ``asked`` is the authentication method that ``method`` chose. With None the member is left out and the server
+    decides: both RFCs then mean client_secret_basic, and servers for public clients only answer without a secret.
     """
     kind = application_type(redirect_uri)
     request: dict[str, object] = {**_client(redirect_uri, client_name), "application_type": kind}
-    wanted = method(metadata, redirect_uri=redirect_uri)
-    if wanted is not None:
-        request["token_endpoint_auth_method"] = wanted.value
+    if asked is not None:
+        request["token_endpoint_auth_method"] = asked.value
     return json.dumps(request).encode()
 
 
-def method(metadata: ServerMetadata, *, redirect_uri: str) -> ClientAuth | None:
-    """Return the authentication method that a registration asks for; None where that is left to the server."""
+def method(
+    metadata: ServerMetadata, *, redirect_uri: str, configured: ClientAuth | None = None, server: str = ""
+) -> ClientAuth | None:
+    """Return the authentication method that a registration asks for; None where that is left to the server.
+
+    It is the one that is configured, else one that the server lists. Raises AuthorizationError where the server lists
+    its methods, and the one that is configured is not among them.
+    """
     supported = metadata.token_endpoint_auth_methods_supported or ()
-    return next((m for m in _PREFERENCE[application_type(redirect_uri)] if m.value in supported), None)
+    listed = next((m for m in _PREFERENCE[application_type(redirect_uri)] if m.value in supported), None)
+    if configured is None or not supported or configured.value in supported:
+        return configured or listed
+    raise AuthorizationError(
+        f"The authorization server {metadata.issuer} takes {', '.join(supported)} at its token endpoint "
+        f"(token_endpoint_auth_methods_supported, RFC 8414 §2), and servers.{server}.oauth.client_auth asks for "
+        f"{configured.value}. Change that key, or leave it out."
+    )
 
 
 def read_response(
-    status: int, body: bytes, *, url: str, server: str, supported: tuple[str, ...] | None = None
+    status: int,
+    body: bytes,
+    *,
+    url: str,
+    server: str,
+    supported: tuple[str, ...] | None = None,
+    asked: ClientAuth | None = None,
+    configured: ClientAuth | None = None,
 ) -> RegisteredClient:
     """Return the client that was registered.
 
-    ``supported`` are the server's token endpoint authentication methods, for a response that names none.
+    A response that names no authentication method means the one that was ``asked`` for, or, with a secret that
+    nobody asked for, one of ``supported``, the server's. One that names another than is ``configured`` is an error.
 
     Raises RegistrationImpossible with the server's reason and the keys that make registration needless,
     DocumentRefused for a response that breaks RFC 7591 §3.2.1, AuthorizationServerUnavailable for 429 and 5xx.
@@ -83,15 +103,40 @@ def read_response(
     client_id = document.required_text("client_id")
     secret = document.text("client_secret") or None
     stated = document.text("token_endpoint_auth_method") or None
+    if configured is not None and stated not in (None, configured.value):
+        reason = f"the client was registered for {stated}, and servers.{server}.oauth.client_auth asks for {configured}"
+        raise _refused(reason, url, server)
     if stated is None:
-        method = client_auth.choose(supported, configured=None, has_secret=secret is not None)
+        kept = asked if secret is not None and asked is not ClientAuth.NONE else None
+        method = client_auth.choose(supported, configured=configured or kept, has_secret=secret is not None)
     elif stated in _REGISTRABLE:
         method = ClientAuth(stated)
     else:
         raise _refused(f"it wants token endpoint authentication by {stated}, which is not supported", url, server)
     if method is not ClientAuth.NONE and secret is None:
-        raise document.refuse(f"it says {method.value} but has no client_secret")
+        raise document.refuse(f"it has no client_secret, which {method.value} needs")
     return RegisteredClient(client_id, secret, method, _expiry(document.get("client_secret_expires_at")))
+
+
+def is_no_oauth(status: int, body: bytes) -> bool:
+    """Whether an address that was only guessed answers a registration as something else than OAuth."""
+    if status in (401, 403):
+        try:
+            return not isinstance(parse_object(body).get("error"), str)
+        except ValueError:
+            return True
+    return status in (404, 405, 410)
+
+
+def no_oauth(url: str, status: int, *, server: str, schemes: tuple[str, ...]) -> RegistrationImpossible:
+    """Return the error for a server that demands something, but not by OAuth. ``schemes`` are those it asks for."""
+    asks = f" The server asks for {', '.join(schemes)}, which the proxy does not do." if schemes else ""
+    key = f"servers.{server}.oauth"
+    return RegistrationImpossible(
+        f"No OAuth metadata was found, and the default endpoint {url} (MCP 2025-03-26) answers HTTP {status}.{asks} "
+        f"If its authorization server is elsewhere, name it in {key}.issuer or {key}.metadata; if it only registers no "
+        f"clients, register one there by hand and put it in {key}.client_id."
+    )
 
 
 def client_metadata_document(public_url: str, *, device: bool = False) -> dict[str, object]:

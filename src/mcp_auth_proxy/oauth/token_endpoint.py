@@ -25,9 +25,10 @@ RETRY_AFTER_MAX = 300.0
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _SECONDS = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
 
-# Errors that pass, sent by some servers as a 400 (RFC 6749 §4.1.2.1 names them for the front channel).
 BEARER_ONLY: tuple[str, ...] = ("Bearer",)
 
+_ERROR_CLAUSE = "RFC 6749 §5.2"
+# Errors that pass, sent by some servers as a 400 (RFC 6749 §4.1.2.1 names them for the front channel).
 _PASSING = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
 
 
@@ -92,6 +93,8 @@ def read_tokens(
     document = Document(answer, name="token response", url=url, clause="RFC 6749 §5.1")
     token_type = document.get("token_type")
     known = {name.lower(): name for name in token_types}
+    if token_type in (None, ""):
+        raise document.refuse("it has no token_type")
     if not isinstance(token_type, str) or token_type.lower() not in known:
         raise document.refuse(f"its token_type is not {' or '.join(token_types)}")
     access_token = _token(document, "access_token")
@@ -115,31 +118,36 @@ def read_answer(
     *,
     url: str,
     endpoint: str = "token endpoint",
+    clause: str = "RFC 6749 §5.1",
     secrets: Iterable[str] = (),
     asked: Asked | None = None,
 ) -> dict[str, object]:
     """Return the JSON object of a successful answer of any endpoint that answers as the token endpoint does.
 
+    ``clause`` says what such an answer is. An error that waiting may help is told from one that it hardly will.
     Raises TokenRefused for a structured OAuth error, also with HTTP 200 (RFC 6749 §5.2); AuthorizationServerUnavailable
     for 408, 429, 5xx and what is no OAuth answer at all.
     """
     if status in (408, 429) or status >= 500:
-        raise _unavailable(status, headers, f"{endpoint} {url}", f"HTTP {status}")
+        raise _unavailable(status, headers, f"The {endpoint} {url} can't be used now: HTTP {status}.")
+    broken = f"The {endpoint} {url} can't be used: HTTP {status}, and"
+    succeeded = 200 <= status < 300
     try:
         answer = parse_object(body)
     except ValueError as problem:
-        raise _unavailable(status, headers, f"{endpoint} {url}", f"HTTP {status}, and {problem}") from None
+        broke = clause if succeeded else _ERROR_CLAUSE
+        raise _unavailable(status, headers, f"{broken} {problem} ({broke}).") from None
     error = answer.get("error")
     if isinstance(error, str) and error:
         own, description = oauth_error.code(error), answer.get("error_description")
         words = oauth_error.sentence(own, description, secrets=secrets)
         code = dialects.standard_error(own)
         if code in _PASSING:
-            raise _unavailable(status, headers, f"{endpoint} {url}", words)
+            raise _unavailable(status, headers, f"The {endpoint} {url} can't be used now: {words}.")
         hint, remedy = oauth_error.advice(code, description, asked) if asked else ("", None)
         raise TokenRefused(code, f"The {endpoint} {url} refused: {words}.{hint}", remedy=remedy)
-    if not 200 <= status < 300 or answer.get("ok") is False:
-        raise _unavailable(status, headers, f"{endpoint} {url}", f"HTTP {status}, and no OAuth error")
+    if not succeeded or answer.get("ok") is False:
+        raise _unavailable(status, headers, f"{broken} no OAuth error ({_ERROR_CLAUSE}).")
     return answer
 
 
@@ -170,12 +178,12 @@ def read_retry_after(value: str | None, *, now: datetime | None = None) -> float
     return min(max(seconds, 1.0), RETRY_AFTER_MAX)
 
 
-def _unavailable(status: int, headers: Mapping[str, str], place: str, reason: str) -> AuthorizationServerUnavailable:
+def _unavailable(status: int, headers: Mapping[str, str], message: str) -> AuthorizationServerUnavailable:
     asked = headers.get("retry-after")
     retry_after = read_retry_after(asked)
     # A gateway's 502 or 504, or a page with status 200, may hide a request that was acted upon.
     return AuthorizationServerUnavailable(
-        f"The {place} can't be used now: {reason}.",
+        message,
         retry_after=retry_after,
         asked_pause=retry_after if asked else 0.0,
         maybe_processed=status < 300 or (status >= 500 and status != 503),

@@ -70,7 +70,7 @@ def read_id_jag(
 
     DocumentRefused also for another kind of token: an access token of the identity provider must not be sent on.
     """
-    answer = token_endpoint.read_answer(status, headers, body, url=url, secrets=secrets)
+    answer = token_endpoint.read_answer(status, headers, body, url=url, clause="RFC 8693 §2.2.1", secrets=secrets)
     document = Document(answer, name="ID-JAG response", url=url, clause="RFC 8693 §2.2.1")
     if document.required_text("issued_token_type") != TokenType.ID_JAG:
         raise document.refuse(f"its issued_token_type is not {TokenType.ID_JAG.value}")
