@@ -145,6 +145,9 @@ class Application:
 
     def begin(self, reply: Reply) -> bool:
         """Send a request to an MCP endpoint on at once, if it is as usual; otherwise it is for ``__call__``."""
+        if self._draining:
+            # Clients that always have another request would keep the proxy from its end.
+            reply.keep_alive = False
         if reply.method != b"POST" or not self._guard.knows(reply.host):
             return False
         route = self._routes.get(reply.path)

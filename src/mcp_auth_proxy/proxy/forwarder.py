@@ -31,6 +31,7 @@ class Forwarder:
             wait=wait,
         )
         self._idle: asyncio.Future[None] | None = None
+        self._ended = False
         self._passages: set[Passage] = set()
         self._active: set[Exchange] = set()
 
@@ -44,12 +45,13 @@ class Forwarder:
         # A client that does not take its answers has to be waited for.
         if not settled or not is_plain(body, self._means.body_limit) or not reply.may_write:
             return False
+        passage = Passage(self, route, reply, token)
+        head = passage.head(len(body))
         connection = self.upstream.idle_connection(route.origin)
         if connection is None:
             return False
-        passage = Passage(self, route, reply, token, connection)
         self._passages.add(passage)
-        passage.begin(body)
+        passage.begin(connection, head, body)
         if connection.pace < BRIEF and self.under_way == 1:
             self._stay_awake(passage, time.monotonic() + BRIEF)
         return True
@@ -83,6 +85,8 @@ class Forwarder:
         """
         exchange = Exchange(self._means, route, scope, receive, send, sent)
         self._active.add(exchange)
+        if self._ended:
+            exchange.end("draining")
         try:
             await exchange.run()
         except asyncio.CancelledError:
@@ -120,7 +124,10 @@ class Forwarder:
                 exchange.end("draining")
 
     def end_all(self) -> None:
-        """End every request under way, each stream with a final chunk where it can have one."""
+        """End every request under way, each stream with a final chunk where it can have one, and every new one."""
+        self._ended = True
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
         for exchange in list(self._active):
             exchange.end("draining")
         for passage in list(self._passages):

@@ -30,6 +30,9 @@ MIN_BODY_RATE = 1024
 READ_AHEAD = 64 * 1024
 """Bytes of body not yet taken at which reading pauses."""
 
+_NOT_FORWARDED = frozenset({b"CONNECT", b"TRACE"})
+"""RFC 9110 §9.3.6: to a server, a tunnel would begin; §9.3.8: it would echo the request, and with it our token."""
+
 _LOOKED_AT = frozenset(
     {b"content-length", b"expect", b"host", b"origin", b"sec-fetch-site", b"transfer-encoding", b"upgrade"}
 )
@@ -51,6 +54,9 @@ class InboundProtocol(asyncio.Protocol):
 
     lingers = 30.0
     """Seconds that a client has, at most, to send the rest of what is not read any more (see ``_leave``)."""
+
+    stalls = 60.0
+    """Seconds in which a client takes something of what waits for it."""
 
     transport: asyncio.Transport
     flow: FlowControl
@@ -81,6 +87,8 @@ class InboundProtocol(asyncio.Protocol):
         self._expects_continue = False
         self._read_bytes = 0
         self._head_bytes = 0
+        self._begun_unseen = False
+        """Part of the head came with the message before, and was not counted."""
         self._body_bytes = 0
         self._trailer_bytes = 0
         self._framing = b""
@@ -99,6 +107,8 @@ class InboundProtocol(asyncio.Protocol):
         # The answers that are due, in the order of their requests
         self._unfinished: deque[Reply] = deque()
         self._held_back = b""
+        self._read_ahead = 0
+        """Bytes read while the answer to an earlier request was due."""
         self._deferred = 0
         self._leaving = False
         self._still_sending = False
@@ -107,6 +117,8 @@ class InboundProtocol(asyncio.Protocol):
         self._keep_alive = config.timeout_keep_alive
         self._idle_since = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._unsent = 0
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     # The transport's side
 
@@ -119,20 +131,26 @@ class InboundProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.discard(cast(Any, self))
         self._stop_timer()
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
+        for timer in (self._idle_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
         for reply in self._unfinished:
             reply.abandon()
-        self._starting = None
+        self._unfinished.clear()
+        self._starting = self._receiving = None
         self.flow.resume_writing()
         # The parser holds callbacks of this connection: without this, only the garbage collector would part them.
         del self._parser
 
     def pause_writing(self) -> None:
         self.flow.pause_writing()
+        self._watch_for_a_stall()
 
     def resume_writing(self) -> None:
         self.flow.resume_writing()
+        if self._stall_timer is not None and not self.transport.is_closing():
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
     def eof_received(self) -> None:
         """A client that closes its side has gone: half-closed connections are not kept (as uvicorn has it)."""
@@ -142,7 +160,7 @@ class InboundProtocol(asyncio.Protocol):
         if self._unfinished:
             self._unfinished[-1].keep_alive = False
         else:
-            self.transport.close()
+            self._close()
 
     def data_received(self, data: bytes) -> None:
         if self._leaving or self._deferred:
@@ -157,6 +175,11 @@ class InboundProtocol(asyncio.Protocol):
                 self._held_back = b""
                 self._deferred = 503
             return
+        if self._unfinished and self._unfinished[0] is not self._receiving:
+            self._read_ahead += len(data)
+            if self._read_ahead > MAX_HEAD:
+                self._refuse(503)
+                return
         self._read_bytes = len(data)
         in_body = self._in_message and not self._in_head
         if self._in_head:
@@ -176,7 +199,10 @@ class InboundProtocol(asyncio.Protocol):
         if self._in_message and self._in_head and self._head_bytes > MAX_HEAD:
             self._refuse(431)
             return
-        if in_body and self._in_message and not self._in_head:
+        if in_body and self._in_head:
+            # Where one message ends, the head of the next may have begun.
+            self._begun_unseen = True
+        elif in_body and self._in_message:
             # Chunk extensions and trailers, of which there is no end to be seen.
             self._framing_bytes = 0 if self._progress else self._framing_bytes + len(data)
             if self._framing_bytes > MAX_HEAD:
@@ -186,14 +212,18 @@ class InboundProtocol(asyncio.Protocol):
             self._slow_timer = self._loop.call_later(self.slow_after, self._check_progress)
 
     def _feed(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            # The parser takes what follows for another protocol, but none is offered (RFC 9110 §7.8): it is the body.
-            self._parser = httptools.HttpRequestParser(_AfterUpgrade(self))
-            self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
-            self._parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % self._framing)
-            self._feed(data[upgrade.args[0] :])
+        while data:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # The parser takes what follows for another protocol, but none is offered (RFC 9110 §7.8): it is the
+                # body.
+                self._parser = httptools.HttpRequestParser(_AfterUpgrade(self))
+                self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self._parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % self._framing)
+                data = data[upgrade.args[0] :]
+            else:
+                return
 
     # The parser's side
 
@@ -240,11 +270,12 @@ class InboundProtocol(asyncio.Protocol):
         headers = self._headers
         url = self._url
         if len(headers) > MAX_FIELDS or (
-            max(self._head_bytes, self._read_bytes) > MAX_HEAD and len(url) + _size_of(headers) > MAX_HEAD
+            (self._begun_unseen or max(self._head_bytes, self._read_bytes) > MAX_HEAD)
+            and len(url) + _size_of(headers) > MAX_HEAD
         ):
             self._refusal = 431
             raise ValueError("request header fields too large")
-        self._in_head = False
+        self._in_head = self._begun_unseen = False
         self._head_bytes = 0
         # RFC 9112 §3.2: exactly one Host.
         if self._hosts != 1:
@@ -257,8 +288,7 @@ class InboundProtocol(asyncio.Protocol):
             raise ValueError("RFC 9112 §2.3: another major version has another syntax")
         if self._coding and version == "1.0":
             raise ValueError("RFC 9112 §6.1: the framing of such a message is faulty")
-        if method == b"TRACE" or self._coding not in (b"", b"chunked"):
-            # RFC 9110 §9.3.8: an upstream would echo the request, and with it our token.
+        if method in _NOT_FORWARDED or self._coding not in (b"", b"chunked"):
             self._refusal = 501
             raise ValueError("not implemented")
         self._upgrades = self._parser.should_upgrade()
@@ -272,7 +302,7 @@ class InboundProtocol(asyncio.Protocol):
             headers=headers,
             host=b"" if self._from_page else self._host,
             keep_alive=version == "1.1" and self._parser.should_keep_alive(),
-            expects_continue=self._expects_continue,
+            expects_continue=self._expects_continue and version == "1.1",
         )
         if not self._unfinished:
             self._starting = reply
@@ -294,9 +324,6 @@ class InboundProtocol(asyncio.Protocol):
         if reply is None:
             return
         reply.feed(body)
-        if reply.size > MAX_HEAD and reply is not self._unfinished[0]:
-            self._refusal = 503
-            raise ValueError("too much is sent ahead of the answer")
         if reply.size > READ_AHEAD:
             self.flow.pause_reading()
 
@@ -328,9 +355,11 @@ class InboundProtocol(asyncio.Protocol):
     def answered(self, reply: Reply) -> None:
         """Go on to the next request: one that is here already, or whatever is to come."""
         self._unfinished.popleft()
+        if len(self._unfinished) < 2:
+            self._read_ahead = 0
         if not reply.keep_alive:
             if reply.received:
-                self.transport.close()
+                self._close()
             else:
                 self._leave()
             return
@@ -364,7 +393,7 @@ class InboundProtocol(asyncio.Protocol):
         if left > 0:
             self._idle_timer = self._loop.call_later(left, self._check_idle)
         else:
-            self.transport.close()
+            self._close()
 
     # Refusals
 
@@ -389,7 +418,7 @@ class InboundProtocol(asyncio.Protocol):
         if own is not None and own in self._unfinished and own is not self._unfinished[0]:
             self._unfinished.pop()
         if self._unfinished and self._unfinished[0] is not own:
-            self._deferred = status
+            self._deferred = self._deferred or status
             return
         started = own is not None and own.started
         for reply in self._unfinished:
@@ -420,7 +449,26 @@ class InboundProtocol(asyncio.Protocol):
             self._still_sending = False
             self._slow_timer = self._loop.call_later(PAUSE, self._linger, until)
         else:
-            self.transport.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Close once what was written is sent, but do not wait for ever for a client that takes nothing."""
+        self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self._watch_for_a_stall()
+
+    def _watch_for_a_stall(self) -> None:
+        if self._stall_timer is None:
+            self._unsent = self.transport.get_write_buffer_size()
+            self._stall_timer = self._loop.call_later(self.stalls, self._check_stall)
+
+    def _check_stall(self) -> None:
+        """Be gone from a client that has taken nothing for long: what waits for it holds an upstream connection too."""
+        self._stall_timer = None
+        if self.transport.get_write_buffer_size() < self._unsent:
+            self._watch_for_a_stall()
+        else:
+            self.transport.abort()
 
     def _stop_timer(self) -> None:
         if self._slow_timer is not None:

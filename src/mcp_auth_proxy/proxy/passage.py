@@ -49,28 +49,31 @@ class Passage:
 
     __slots__ = ("_connection", "_keeper", "outcome", "reply", "route", "token")
 
-    def __init__(
-        self, keeper: Keeper, route: Route, reply: Reply, token: AccessToken | None, connection: Connection
-    ) -> None:
+    _connection: Connection
+
+    def __init__(self, keeper: Keeper, route: Route, reply: Reply, token: AccessToken | None) -> None:
         self._keeper = keeper
         self.route = route
         self.reply = reply
         self.token = token
-        self._connection = connection
         self.outcome: Response | UpstreamError | None = None
         """What the upstream answered, or why it did not; None until then."""
 
-    def begin(self, body: bytes) -> None:
-        """Send the request."""
+    def head(self, length: int) -> bytes:
+        """Return the head of the request, for a body of so many bytes."""
         reply, route = self.reply, self.route
         authorization = proof = None
         if self.token is not None:
             authorization = self.token.header
             if self.token.prover is not None:
                 proof = self.token.prover.prove(b"POST", route.target)
-        head = request_head(b"POST", route.target, route.host, reply.headers, authorization, len(body), proof)
-        reply.on_gone = self._on_gone
-        self._connection.begin(self, head, body, bodiless=False, timeout=route.server.upstream_timeout)
+        return request_head(b"POST", route.target, route.host, reply.headers, authorization, length, proof)
+
+    def begin(self, connection: Connection, head: bytes, body: bytes) -> None:
+        """Send the request."""
+        self._connection = connection
+        self.reply.on_gone = self._on_gone
+        connection.begin(self, head, body, bodiless=False, timeout=self.route.server.upstream_timeout)
 
     def end(self) -> None:
         """Give up waiting for the upstream, since the proxy shuts down."""

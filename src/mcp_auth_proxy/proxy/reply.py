@@ -106,7 +106,8 @@ class Reply:
         """Told once when the client is lost."""
         self._head = b""
         self._chunked: bool | None = None
-        self._length = 0
+        self._length: int | None = 0
+        """What is still to come of the body; None: it ends with the connection."""
         self._news: asyncio.Event | None = None
 
     # The connection's side
@@ -153,10 +154,11 @@ class Reply:
         self.started = True
         try:
             self._head = self._head_of(status, headers, whole=len(body))
-            self._send_body(body, last=True)
         except RuntimeError:
             logger.exception("an answer can't be sent")
             self._carrier.transport.close()
+            return
+        self._send_body(body, last=True)
 
     def go_on_with(self, app: App) -> None:
         """Leave the answer to an application after all."""
@@ -272,6 +274,10 @@ class Reply:
             if whole is not None:
                 self._length = whole
                 lines.append(b"content-length: %d\r\n" % whole)
+            elif self.http_version == "1.0":
+                # It knows no chunks (RFC 9112 §6.1).
+                self._chunked = False
+                self._length = None
             else:
                 self._chunked = True
                 lines.append(b"transfer-encoding: chunked\r\n")
@@ -290,7 +296,7 @@ class Reply:
                 data += b"0\r\n\r\n"
         elif self.method == b"HEAD":
             data = b""
-        else:
+        elif self._length is not None:
             self._length -= len(data)
             if self._length < 0 or (last and self._length):
                 raise RuntimeError("the body is not as long as Content-Length says")

@@ -108,8 +108,10 @@ class Guard:
 
     @staticmethod
     def _remember(values: set[bytes], value: bytes) -> None:
-        if len(values) < 100:
-            values.add(value)
+        if len(values) >= 100:
+            # More than there are good ones: somebody makes them up.
+            values.clear()
+        values.add(value)
 
 
 def is_loopback(host: str) -> bool:
