@@ -203,6 +203,42 @@ async def test_a_401_without_any_oauth_behind_it_is_not_taken_for_an_old_server(
     assert "API key" in refused(report)[0]
 
 
+@pytest.mark.parametrize("status", [401, 404])
+@pytest.mark.parametrize("challenges", [['Basic realm="x"'], ["Digest nonce=x", "Basic"], []])
+async def test_a_server_without_any_oauth_is_refused_in_the_words_of_the_proxy(
+    servers: Servers, tmp_path: Path, status: int, challenges: list[str]
+) -> None:
+    upstream = await servers.mcp_server(metadata_at=set(), challenges={401: challenges})
+    elsewhere = Answer(status=status, headers=tuple(("www-authenticate", value) for value in challenges))
+    upstream.intercept = lambda received: elsewhere if received.path != upstream.path else None
+    report = await diagnose(tmp_path, upstream.url)
+    assert (report.outcome, report.prospect, report.config) == (Outcome.REFUSED, None, None)
+    assert "POST" not in {request.method for request in upstream.requests if request.path != upstream.path}
+    asked = ", ".join(value.partition(" ")[0] for value in challenges)
+    assert (f"asks for {asked}, which the proxy does not do" in report.steps[0].says) == bool(challenges)
+    said = await refusal(tmp_path, upstream.url)
+    assert refused(report)[0].startswith(said.removeprefix("Server notes can't be authorized: "))
+    assert (f"The server asks for {asked}, which" in said) == bool(challenges)
+
+
+@pytest.mark.parametrize(
+    ("oauth", "challenges", "answer"),
+    [
+        ({}, ["Bearer"], Answer(status=401)),
+        ({"client_id": "by-hand"}, ["Basic"], Answer(status=401)),
+        ({}, ["Basic"], Answer.json({"error": "invalid_client"}, 401)),
+    ],
+    ids=["asks for a token", "registered by hand", "an error of OAuth"],
+)
+async def test_a_401_that_may_still_be_oauth_s_is_no_refusal(
+    servers: Servers, tmp_path: Path, oauth: Json, challenges: list[str], answer: Answer
+) -> None:
+    upstream = await servers.mcp_server(metadata_at=set(), challenges={401: challenges})
+    upstream.intercept = lambda received: answer if received.path in ("/register", "/token") else None
+    report = await diagnose(tmp_path, {"url": upstream.url, "oauth": oauth})
+    assert (report.outcome, refused(report)) == (Outcome.READY, [])
+
+
 async def test_the_json_has_the_members_that_programs_rely_on(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)

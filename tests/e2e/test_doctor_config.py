@@ -88,6 +88,53 @@ async def test_a_missing_pkce_alone_leaves_nothing_to_fill_in(servers: Servers, 
     assert await connects(tmp_path, proposed(report, tmp_path))
 
 
+@pytest.mark.parametrize("listed", [["none"], ["private_key_jwt", "client_secret_post"]])
+async def test_a_client_auth_that_is_not_listed_gives_way_to_one_that_is(
+    servers: Servers, tmp_path: Path, listed: list[str]
+) -> None:
+    issuer = await servers.authorization_server(metadata_changes={"token_endpoint_auth_methods_supported": listed})
+    upstream = await servers.mcp_server(issuer)
+    report = await diagnose(tmp_path, {"url": upstream.url, "oauth": {"client_auth": "client_secret_basic"}})
+    assert (report.outcome, report.config_complete) == (Outcome.REFUSED, True)
+    (stopped,) = [step for step in report.steps if step.verdict == "refused"]
+    assert (stopped.step, stopped.clause) == ("client authentication", "RFC 8414 §2")
+    (change,) = report.changes
+    assert (change.key, change.value) == ("servers.notes.oauth.client_auth", listed[-1])
+    assert "left out" in change.why
+    config = proposed(report, tmp_path)
+    assert await connects(tmp_path, config)
+    assert (await diagnose(tmp_path, config["notes"])).outcome is Outcome.READY
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_endpoint_auth_methods_supported": ["private_key_jwt"]},
+        {"token_endpoint_auth_methods_supported": ["none"], "authorization_endpoint": ABSENT},
+    ],
+    ids=["none to register for", "another reason"],
+)
+async def test_another_client_auth_is_not_proposed_where_it_would_not_help(
+    servers: Servers, tmp_path: Path, changes: Json
+) -> None:
+    issuer = await servers.authorization_server(metadata_changes=changes)
+    upstream = await servers.mcp_server(issuer)
+    report = await diagnose(tmp_path, {"url": upstream.url, "oauth": {"client_auth": "client_secret_basic"}})
+    assert (report.outcome, report.config, report.changes) == (Outcome.REFUSED, None, ())
+    assert len([step for step in report.steps if step.verdict == "refused"]) == 1
+
+
+async def test_a_client_auth_waits_for_the_secret_of_a_client_that_is_yet_to_be_registered(
+    servers: Servers, tmp_path: Path
+) -> None:
+    upstream = await servers.mcp_server(await servers.authorization_server(registration=False))
+    report = await diagnose(tmp_path, {"url": upstream.url, "oauth": {"client_auth": "client_secret_post"}})
+    assert (report.outcome, report.config_complete) == (Outcome.REFUSED, False)
+    assert proposed(report, tmp_path)["notes"]["oauth"] == {"client_id": "YOUR_CLIENT_ID"}
+    assert report.config is not None
+    assert "the secret of that client: servers.notes.oauth.client_auth: client_secret_post" in report.config
+
+
 async def test_a_private_address_is_named_but_neither_allowed_nor_asked(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer, metadata_changes={"authorization_servers": ["https://169.254.169.254"]})

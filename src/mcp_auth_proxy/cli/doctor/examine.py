@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,8 +16,9 @@ from mcp_auth_proxy.cli.doctor.proposal import Proposal
 from mcp_auth_proxy.cli.doctor.providers import Provider
 from mcp_auth_proxy.cli.doctor.report import Outcome, Prospect, Report, Step, Verdict, shown
 from mcp_auth_proxy.config.settings import Address, KeySource, ServerSettings, Settings, StoreSettings
-from mcp_auth_proxy.errors import AuthorizationError, StoreError, StoreRefused
+from mcp_auth_proxy.errors import AuthorizationError, Remedy, StoreError, StoreRefused
 from mcp_auth_proxy.models import LOCAL
+from mcp_auth_proxy.oauth import registration
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -75,7 +76,17 @@ class _Means:
             run.error = error
         return run
 
-    async def default_endpoints(self, plan: Plan) -> Step | None:
+    async def listed_method(self, server: ServerSettings, probed: Probed, run: _Run) -> Remedy | None:
+        """Return what is to stand in ``client_auth``, where nothing but its value is in the way."""
+        configured = server.oauth.client_auth
+        listed = run.metadata.token_endpoint_auth_methods_supported if run.metadata else None
+        if configured is None or not listed or configured.value in listed:
+            return None
+        without = await self.run(replace(server, oauth=replace(server.oauth, client_auth=None)), probed.challenge)
+        chosen = without.plan.registration.client_auth.value if without.plan else ""
+        return Remedy("oauth.client_auth", chosen) if chosen in listed else None
+
+    async def default_endpoints(self, plan: Plan, probed: Probed) -> Step | None:
         """Return why the default endpoints can't be used; None where they can, as far as that is seen without use.
 
         Anything that demands a credential without OAuth, such as an API key, looks like a server of MCP 2025-03-26.
@@ -87,7 +98,11 @@ class _Means:
             response = await self.fetcher.options(url, document="default endpoint", policy=policy)
         except AuthorizationError:
             return None
-        return findings.default_endpoint(url, response) if response.status in (404, 410) else None
+        # A 401 tells of no OAuth only where a token was never asked for, and a token endpoint may want its client's.
+        absent = (404, 410) if known or probed.challenge else (401, 404, 410)
+        if response.status not in absent or not registration.is_no_oauth(response.status, response.body):
+            return None
+        return findings.default_endpoint(plan, url, response, probed.schemes)
 
     async def announces(self, server: ServerSettings) -> bool:
         """Whether a server that lets everything through has OAuth all the same, for other methods perhaps."""
@@ -126,22 +141,27 @@ async def _examine_authorization(
     run = first = await means.run(server, probed.challenge)
     steps += findings.look_steps(first.looks, first.error, server.oauth)
     provider = _provider(first, server)
+    tried = server
     for _ in range(MAX_CURES):
         if run.error is None:
             break
-        if step := findings.error_step(run.error, run.looks):
+        remedy = run.error.remedy or await means.listed_method(tried, probed, run)
+        if step := findings.error_step(run.error, run.looks, remedy):
             steps.append(step)
-        if run.error.remedy is None or not proposal.cure(run.error.remedy, provider):
+        if remedy is None or not proposal.cure(remedy, provider):
             break
-        run = await means.run(proposal.settings(), probed.challenge)
+        tried = proposal.settings()
+        run = await means.run(tried, probed.challenge)
     if provider is not None:
         steps.append(Step(step="provider", verdict=Verdict.NOTE, says=f"{provider.name}. {provider.advice}"))
         proposal.suit(provider, scopes_known=run.plan is not None and bool(run.plan.scopes))
         if run.plan is not None:
             run = await means.run(proposal.settings(), probed.challenge)
-    if run.plan is not None and run.plan.metadata.synthesised and (step := await means.default_endpoints(run.plan)):
-        steps.append(step)
-        run.plan = None
+    if run.plan is not None and run.plan.metadata.synthesised:
+        step = await means.default_endpoints(run.plan, probed)
+        if step is not None:
+            steps.append(step)
+            run.plan = None
     if run.plan is not None:
         steps += findings.plan_steps(run.plan, run.resource, probed.challenge.scopes if probed.challenge else None)
     return _report(server, probed, proposal, steps, run)

@@ -7,14 +7,15 @@ from mcp_auth_proxy.broker.discover import Look
 from mcp_auth_proxy.cli.doctor.proposal import PLACEHOLDER
 from mcp_auth_proxy.cli.doctor.report import Reply, Request, Step, Verdict, shown
 from mcp_auth_proxy.config.settings import OAuthSettings
-from mcp_auth_proxy.errors import AuthorizationError, DocumentRefused
+from mcp_auth_proxy.errors import AuthorizationError, DocumentRefused, Remedy
 from mcp_auth_proxy.models import ClientAuth, GrantType, RegistrationKind
-from mcp_auth_proxy.oauth import device_authorization, discovery, jwt_bearer, token_exchange
+from mcp_auth_proxy.oauth import device_authorization, discovery, jwt_bearer, registration, token_exchange
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import Response
 
 _STEPS = {
     "oauth.allow_missing_pkce": ("pkce", "RFC 8414 §2"),
+    "oauth.client_auth": ("client authentication", "RFC 8414 §2"),
     "oauth.client_id": ("registration", "RFC 7591"),
     "oauth.dpop": ("dpop", "RFC 9728 §2"),
     "oauth.issuer": ("issuer", "RFC 9728 §2"),
@@ -54,25 +55,34 @@ def look_steps(looks: list[Look], error: AuthorizationError | None, oauth: OAuth
         )
 
 
-def error_step(error: AuthorizationError, looks: list[Look]) -> Step | None:
-    """Return the step for what stopped the proxy; None where a look tells of it already."""
+def error_step(error: AuthorizationError, looks: list[Look], remedy: Remedy | None) -> Step | None:
+    """Return the step for what stopped the proxy, and would be allowed by ``remedy``.
+
+    None where a look tells of it already.
+    """
     if any(look.error is error for look in looks):
         return None
-    key = error.remedy.key if error.remedy else ""
+    key = remedy.key if remedy else ""
     name, clause = _STEPS.get(key, ("authorization", ""))
     if isinstance(error, DocumentRefused):
         clause = error.clause
     return Step(step=name, verdict=Verdict.REFUSED, says=str(error), clause=clause)
 
 
-def default_endpoint(url: str, response: Response) -> Step:
+def default_endpoint(plan: Plan, url: str, response: Response, schemes: tuple[str, ...]) -> Step:
     """Return the step for a server without metadata that does not have the default endpoints either."""
+    if plan.registration.client_id:
+        says = (
+            f"The server has no metadata, and of the default endpoints {url} answers HTTP {response.status}: no OAuth "
+            f"can be found there. If its authorization server is elsewhere, give that in oauth.issuer or "
+            f"oauth.metadata."
+        )
+    else:
+        says = str(registration.no_oauth(url, response.status, server=plan.server.name, schemes=schemes))
     return Step(
         step="authorization",
         verdict=Verdict.REFUSED,
-        says=f"The server has no metadata, and of the default endpoints {url} answers HTTP {response.status}: no OAuth "
-        f"can be found there. If it wants an API key or the like, that is not what this proxy is for; if its "
-        f"authorization server is elsewhere, give that in oauth.issuer or oauth.metadata.",
+        says=f"{says} If it wants an API key or the like, that is not what this proxy is for.",
         clause="MCP 2025-03-26",
         request=Request(method="OPTIONS", url=url),
         reply=Reply(status=response.status, text=shown(response.body)),

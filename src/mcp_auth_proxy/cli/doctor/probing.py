@@ -17,11 +17,15 @@ STEP = "challenge"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probed:
-    """``demanded``: a token is asked for, by ``challenge`` where there is a Bearer one. ``served``: MCP was spoken."""
+    """``demanded``: a token is asked for, by ``challenge`` where there is a Bearer one. ``served``: MCP was spoken.
+
+    ``schemes`` are what is asked for besides a token.
+    """
 
     steps: tuple[Step, ...]
     demanded: bool = False
     challenge: BearerChallenge | None = None
+    schemes: tuple[str, ...] = ()
     served: bool = False
 
 
@@ -39,8 +43,13 @@ async def probe_all(upstream: Upstream, route: Route) -> Probed:
                 await probe.end_session(upstream, route, first)
             steps += [_step(answer, route) for answer in answers]
             if _demands(answers[-1]):
+                fields = answers[-1].challenge
                 return Probed(
-                    steps=tuple(steps), demanded=True, challenge=challenges.bearer(answers[-1].challenge), served=served
+                    steps=tuple(steps),
+                    demanded=True,
+                    challenge=challenges.bearer(fields),
+                    schemes=challenges.other_schemes(fields),
+                    served=served,
                 )
             served = served or any(_is_result(answer) for answer in answers)
             if served:
@@ -88,7 +97,7 @@ def _step(answer: Answer, route: Route) -> Step:
 def _judged(answer: Answer) -> tuple[Verdict, str, str]:
     bearer = challenges.bearer(answer.challenge)
     if _demands(answer):
-        return _challenged(bearer)
+        return _challenged(bearer, challenges.other_schemes(answer.challenge))
     if answer.status == 403:
         says = 'A 403 without error="insufficient_scope" asks for no authorization: the proxy passes it on.'
         return Verdict.NOTE, says, "RFC 6750 §3.1"
@@ -97,9 +106,10 @@ def _judged(answer: Answer) -> tuple[Verdict, str, str]:
     return Verdict.NOTE, f"{answer.method} is neither served nor met with a demand for authorization.", ""
 
 
-def _challenged(bearer: BearerChallenge | None) -> tuple[Verdict, str, str]:
+def _challenged(bearer: BearerChallenge | None, schemes: tuple[str, ...]) -> tuple[Verdict, str, str]:
     if bearer is None:
-        says = "It asks for authorization, but without a Bearer challenge; well-known addresses are tried."
+        how = f"asks for {', '.join(schemes)}, which the proxy does not do" if schemes else "has no Bearer challenge"
+        says = f"It demands authorization, but {how}; well-known addresses are tried."
         return Verdict.NOTE, says, "RFC 6750 §3"
     asks = f" and for the scopes {' '.join(bearer.scopes)}" if bearer.scopes else ""
     if bearer.resource_metadata is None:

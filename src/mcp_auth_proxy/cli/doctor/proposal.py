@@ -16,12 +16,13 @@ from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.servers import read_servers
 from mcp_auth_proxy.config.settings import ServerSettings, Settings
 from mcp_auth_proxy.errors import ConfigurationError, Remedy, without_query_values
-from mcp_auth_proxy.models import GrantType
+from mcp_auth_proxy.models import ClientAuth, GrantType
 
 PLACEHOLDER = "YOUR_CLIENT_ID"
 
 _WHY = {
     "oauth.client_id": "register a client with the authorization server by hand, and put its id here",
+    "oauth.client_auth": "one that the server lists; left out, the proxy chooses among them",
     "oauth.allow_missing_pkce": "only if the authorization server is known to support PKCE (S256) without saying so",
     "oauth.dpop": "the server takes only tokens that are bound to a key",
     "oauth.issuer": "only if this move to another authorization server is genuine",
@@ -31,6 +32,7 @@ _WHY = {
 # What would have the proxy trust another party is named, but never put in place: the server may be hostile.
 _TO_BE_DECIDED = frozenset({"oauth.issuer", "authorization.allow_private"})
 
+_BY_SECRET = frozenset({ClientAuth.BASIC.value, ClientAuth.POST.value})
 _SECRETS = frozenset({"client_secret", "private_key", "assertion", "id_token", "refresh_token"})
 _TOP_LEVEL = ("public_url", "upstream_timeout", "authorization", "outbound")
 _PLAIN = frozenset({"true", "false"})
@@ -72,6 +74,8 @@ class Proposal:
             value = [remedy.value]
         if value is None or any(change.key == self._path(remedy.key) for change in self.changes):
             return False
+        if value == PLACEHOLDER:
+            self._put_off_client_auth()
         return self._change(remedy.key, value, _WHY[remedy.key], applied=remedy.key not in _TO_BE_DECIDED)
 
     def suit(self, provider: Provider, *, scopes_known: bool) -> None:
@@ -132,6 +136,13 @@ class Proposal:
             return False
         self.changes.append(Change(key=self._path(key), value=value, why=why, applied=applied))
         return applied
+
+    def _put_off_client_auth(self) -> None:
+        """Beside a client without a secret, a method that needs one would make the file invalid."""
+        oauth = self._server.get("oauth")
+        if isinstance(oauth, dict) and oauth.get("client_auth") in _BY_SECRET and "client_secret" not in oauth:
+            why, method = "only with the secret of that client", oauth.pop("client_auth")
+            self.changes.append(Change(key=self._path("oauth.client_auth"), value=method, why=why, applied=False))
 
     def _is_set(self, key: str) -> bool:
         """Whether the operator has decided already on a key that is only proposed by a provider."""

@@ -142,7 +142,7 @@ def as_text(report: Report) -> str:
         how = "The configuration that works" if report.config_complete else "The configuration, to be completed"
         lines += [f"{how}:", "", report.config.rstrip("\n")]
     else:
-        lines += ["No configuration helps with what is refused above."]
+        lines += ["There is no configuration to propose: see what is refused above."]
     return "\n".join(lines)
 
 
