@@ -137,6 +137,25 @@ async def test_a_stream_that_the_upstream_has_not_opened_yet_ends_at_once(server
         assert await exit_code(proxy, 2) == 0
 
 
+async def test_clients_that_always_have_another_request_do_not_keep_it_running(
+    servers: Servers, tmp_path: Path
+) -> None:
+    async def ask_for_ever() -> None:
+        with contextlib.suppress(httpx2.TransportError):
+            async with proxy.client("notes") as client:
+                while True:
+                    await client.call("echo", text="again")
+
+    async with serving(servers, tmp_path) as (proxy, _):
+        busy = [asyncio.create_task(ask_for_ever()) for _ in range(8)]
+        await asyncio.sleep(0)
+        proxy.process.send_signal(signal.SIGTERM)
+        await draining(proxy)
+        proxy.process.send_signal(signal.SIGTERM)
+        assert await exit_code(proxy, 8) == 0
+        await asyncio.gather(*busy)
+
+
 async def test_streams_that_clients_open_again_do_not_keep_it_running(servers: Servers, tmp_path: Path) -> None:
     gate = asyncio.Event()
     slow = Answer.json({"jsonrpc": "2.0", "id": 1, "result": {"content": []}})

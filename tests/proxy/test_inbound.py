@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class App:
 
     seen: list[dict[str, Any]] = field(default_factory=list)
     begun: int = 0
+    ended: int = 0
     disconnects: int = 0
     release: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -56,6 +58,14 @@ class App:
                 self.disconnects += 1
                 return
             gone.cancel()
+        if path == "/endless":
+            gone = asyncio.ensure_future(receive())
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while not gone.done():
+                await send({"type": "http.response.body", "body": b"x" * 65_536, "more_body": True})
+                await asyncio.sleep(0)
+            self.ended += 1
+            return
         told = {
             "method": scope["method"],
             "path": path,
@@ -162,6 +172,7 @@ async def listening(protocol: type[InboundProtocol]) -> AsyncIterator[Listener]:
 class QuickProtocol(InboundProtocol):
     slow_after = SLOW_AFTER
     lingers = 1.5
+    stalls = 0.3
 
 
 @pytest.fixture
@@ -227,6 +238,7 @@ REFUSED = {
     ),
     "bad chunk size": (400, b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n"),
     "signed chunk size": (400, b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n+1\r\na\r\n"),
+    "a tunnel": (501, b"CONNECT /good HTTP/1.1\r\nHost: a\r\n\r\n"),
     "coding that we do not know": (
         501,
         b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
@@ -459,6 +471,88 @@ async def test_a_client_that_sends_all_of_its_body_before_it_reads_gets_the_answ
     assert (status, fields[b"connection"]) == (200, b"close")
     assert await client.is_closed()
     assert quick.app.begun == 1
+
+
+async def test_what_is_sent_ahead_is_bounded_also_where_reads_end_within_messages(
+    listener: Listener,
+) -> None:  # T30
+    client = await listener.connect(post(b"", path=b"/held") + GOOD[:10])
+    await until(lambda: listener.app.begun == 1)
+    for _ in range(100):
+        await client.send(GOOD[10:] + GOOD * 50 + GOOD[:10])
+    listener.app.release.set()
+    assert (await client.told())["path"] == "/held"
+    answered = 0
+    while (status := await client.status()) == 200:
+        answered += 1
+    assert status == 503
+    assert await client.is_closed()
+    assert answered < 100 * 50 / 2
+
+
+async def test_bodies_that_are_sent_ahead_are_bounded_together(listener: Listener) -> None:  # T30
+    ahead = post(b"x" * 20_000)
+    client = await listener.connect(post(b"", path=b"/held") + ahead[:100])
+    await until(lambda: listener.app.begun == 1)
+    for _ in range(10):
+        await client.send(ahead[100:] + ahead[:100])
+    listener.app.release.set()
+    assert (await client.told())["path"] == "/held"
+    statuses = [await client.status()]
+    while statuses[-1] == 200:
+        statuses.append(await client.status())
+    assert statuses[-1] == 503
+    assert len(statuses) < 8
+
+
+async def test_the_limit_for_heads_holds_where_one_begins_behind_a_body(listener: Listener) -> None:  # T28
+    fields = b"".join(b"X-%d: %s\r\n" % (n, b"a" * 1000) for n in range(60))
+    client = await listener.connect(post(b"hi")[:-1])
+    await until(lambda: listener.app.begun == 1)
+    await client.send(b"iGET /good HTTP/1.1\r\nHost: a\r\n" + fields)
+    assert (await client.told())["length"] == 2
+    await client.send(fields[:20_000].rpartition(b"X-")[0] + b"\r\n")
+    assert await client.status() == 431
+
+
+async def test_a_head_behind_a_large_body_may_come_in_parts(listener: Listener) -> None:
+    client = await listener.connect(post(b"x" * MAX_HEAD)[:-1])
+    await until(lambda: listener.app.begun == 1)
+    await client.send(b"x" + GOOD[:-10])
+    assert (await client.told())["length"] == MAX_HEAD
+    await client.send(GOOD[-10:])
+    assert (await client.told())["path"] == "/good"
+
+
+async def test_a_refusal_that_has_to_wait_stays_what_it_is(quick: Listener) -> None:
+    client = await quick.connect(post(b"", path=b"/held") + chunked(b"x")[:-5])
+    await until(lambda: quick.app.begun == 1)
+    await client.send(b"nonsense\r\n")
+    await asyncio.sleep(SLOW_AFTER * 2)
+    quick.app.release.set()
+    assert (await client.told())["path"] == "/held"
+    assert await client.status() == 400
+
+
+async def test_very_many_upgrades_in_one_read_are_answered(listener: Listener) -> None:
+    one = b"GET /good HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+    count = 1500
+    client = await listener.connect(one * count)
+    statuses = {await client.status() for _ in range(count // 2)}
+    assert statuses == {200}
+
+
+async def test_a_client_that_takes_nothing_is_let_go(quick: Listener) -> None:
+    sock = socket.create_connection(("127.0.0.1", quick.port))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await asyncio.get_running_loop().run_in_executor(
+            None, sock.sendall, b"GET /endless HTTP/1.1\r\nHost: a\r\n\r\n"
+        )
+        await until(lambda: quick.app.begun == 1)
+        await until(lambda: quick.app.ended == 1, timeout=5)
+    finally:
+        sock.close()
 
 
 # What must go on working

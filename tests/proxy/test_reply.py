@@ -124,6 +124,15 @@ async def test_a_client_of_http_1_0_sees_the_end_of_the_connection() -> None:
         assert await client.piece() == b""
 
 
+async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
+    async with client_of(start(), body(b"a", more=True), body(b"bc")) as client:
+        await client.ask(version=b"1.0")
+        answer = b""
+        while piece := await client.piece():
+            answer += piece
+        assert answer == b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nabc"
+
+
 @pytest.mark.parametrize(
     "messages",
     [

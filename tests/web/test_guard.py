@@ -345,3 +345,13 @@ def test_no_origin_is_too_odd_to_be_judged(value: bytes) -> None:
 )
 def test_loopback_is_what_no_other_machine_reaches(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
+
+
+def test_made_up_hosts_do_not_keep_the_real_one_from_being_known() -> None:
+    subject = guard()
+    for port in range(1, 500):
+        assert status(subject, b"localhost:%d" % port) == 200
+    assert status(subject, b"127.0.0.1:8787") == 200
+    assert subject.knows(b"127.0.0.1:8787")
+    assert not subject.knows(b"evil.example")
+    assert not subject.knows(b"")
