@@ -1,6 +1,6 @@
 """A request that has only to be passed on, without a task: in the callbacks of the two connections that it concerns.
 
-That is the usual case, and so it costs a third less: the token and an upstream connection are at hand, and the answer
+That is the usual case, and so it costs half: the token and an upstream connection are at hand, and the answer
 comes whole. Whatever else turns up is for ``Exchange``, which goes on from where the passage stands: nothing is sent
 twice for it.
 """
