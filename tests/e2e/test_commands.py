@@ -114,6 +114,14 @@ async def test_a_file_that_is_no_configuration_is_told_in_one_line(tmp_path: Pat
     assert words in one_line(err)
 
 
+async def test_check_looks_at_the_store_key_too(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"notes": "http://127.0.0.1:9/mcp"}, store={"keys": ["env:KEY_OF_THE_STORE"]})
+    code, out, err = await run_command("check", "--config", str(config), env={"KEY_OF_THE_STORE": "no key"})
+    assert (code, out) == (2, "")
+    assert "store.keys" in err
+    assert "env:KEY_OF_THE_STORE is not a key" in err
+
+
 async def test_check_says_that_a_good_file_is_good(tmp_path: Path) -> None:
     config = write_config(tmp_path, {"a": "https://a.example/mcp", "b": "https://b.example/mcp"})
     assert await run_command("check", "--config", str(config)) == (0, f"{config}: good, 2 servers\n", "")

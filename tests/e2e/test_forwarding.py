@@ -168,6 +168,15 @@ async def test_an_upstream_that_does_not_answer_is_a_504(servers: Servers, tmp_p
     assert len([request for request in slow if request.bearer]) == 1
 
 
+async def test_an_outage_is_told_in_the_log_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = "http://127.0.0.1:9/mcp"
+    async with running_proxy(tmp_path, {"notes": url}) as proxy, proxy.client("notes") as client:
+        assert [(await client.call("x")).status for _ in range(3)] == [502, 502, 502]
+    told = [message for message in caplog.messages if "server notes: " in message]
+    assert len(told) == 1
+    assert "connection refused" in told[0]
+
+
 async def test_body_limit_counts_announced_and_chunked_bytes(servers: Servers, tmp_path: Path) -> None:
     async def chunks(total: int) -> AsyncIterator[bytes]:
         for _ in range(total // 500):

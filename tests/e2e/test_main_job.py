@@ -74,7 +74,9 @@ async def test_unheld_consent_answers_with_the_link_and_the_next_request_goes_th
         assert (await client.call("echo", text="now")).text == "now"
 
 
-async def test_a_restart_keeps_the_login_and_an_open_flow(servers: Servers, tmp_path: Path) -> None:
+async def test_a_restart_keeps_the_login_and_an_open_flow(
+    servers: Servers, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
     options = {"authorization": {"wait": "0s"}}
@@ -86,6 +88,7 @@ async def test_a_restart_keeps_the_login_and_an_open_flow(servers: Servers, tmp_
         proxy.client("notes") as client,
     ):
         assert link_in((await client.call("echo", text="x")).message) == link
+        assert [record for record in caplog.records if link in record.getMessage()], "the link is in the log again"
         assert (await consent(link)).status_code == 200
         assert (await client.call("echo", text="in")).text == "in"
     async with (

@@ -322,7 +322,10 @@ class Broker:
             return None
         if not set((challenge and challenge.scopes) or ()) <= set(flow.scopes):
             return None
-        return self._expect(key, flow)
+        pending = self._expect(key, flow)
+        # The browser was opened by who began it; here somebody may be looking for the link.
+        logger.warning("server %s still needs your authorization, open this link: %s", server.name, pending.link)
+        return pending
 
     def _expect(self, key: Key, flow: Flow) -> Pending:
         link = f"{self._public_url}/connect/{flow.key.server}?flow={flow.id}"

@@ -102,7 +102,12 @@ def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
 @config_option
 def check(config_file: str | None) -> None:
     """Validate the configuration and print every fault at once."""
+    from mcp_auth_proxy.store.cipher import key_faults
+
     settings = settings_from(config_file)
+    faults = key_faults(settings.store)
+    if faults:
+        raise ConfigurationError(faults)
     click.echo(f"{settings.source}: good, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
 
 

@@ -34,6 +34,7 @@ from mcp_auth_proxy.proxy.redirects import target as redirect_target
 from mcp_auth_proxy.proxy.reply import WHEN_GONE
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
+from mcp_auth_proxy.proxy.troubles import Troubles
 from mcp_auth_proxy.proxy.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Means:
     broker: Broker
     upstream: Upstream
     sessions: Sessions
+    troubles: Troubles
     draining: asyncio.Future[None]
     """Done when the proxy begins to shut down."""
     body_limit: int
@@ -138,6 +140,7 @@ class Exchange:
         except BodyTooLarge as error:
             await self._answer_failure(413, str(error), consent.UPSTREAM_FAILED)
         except AuthorizationServerUnavailable as error:
+            self._means.troubles.tell(server, str(error))
             await self._answer_failure(503, f"Server {server}: {error}", consent.UPSTREAM_FAILED, error.retry_after)
         except AuthorizationError as error:
             logger.warning("server %s: %s", server, error)
@@ -150,12 +153,16 @@ class Exchange:
                 # The head is out: all that is left is to end without a final chunk, so that the client notices.
                 logger.warning("server %s: the response broke off: %s", server, error)
                 return
+            self._means.troubles.tell(server, str(error))
             await self._answer_failure(502, f"Server {server}: {error}", consent.UPSTREAM_FAILED)
         except UpstreamBusy as error:
+            self._means.troubles.tell(server, str(error))
             await self._answer_failure(503, f"Server {server}: {error}", consent.UPSTREAM_FAILED, 1.0)
         except UpstreamTimeout as error:
+            self._means.troubles.tell(server, str(error))
             await self._answer_failure(504, f"Server {server}: {error}", consent.UPSTREAM_FAILED)
         except ProxyError as error:
+            self._means.troubles.tell(server, str(error))
             await self._answer_failure(502, f"Server {server}: {error}", consent.UPSTREAM_FAILED)
 
     async def _carry(self) -> None:

@@ -12,6 +12,7 @@ from mcp_auth_proxy.proxy.passage import Passage, is_plain
 from mcp_auth_proxy.proxy.reply import Reply
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
+from mcp_auth_proxy.proxy.troubles import Troubles
 from mcp_auth_proxy.proxy.upstream import Upstream
 
 
@@ -26,6 +27,7 @@ class Forwarder:
             broker=broker,
             upstream=upstream,
             sessions=Sessions(),
+            troubles=Troubles(),
             draining=self.loop.create_future(),
             body_limit=body_limit,
             wait=wait,

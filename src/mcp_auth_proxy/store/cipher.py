@@ -17,8 +17,8 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from mcp_auth_proxy.config.settings import KeySource
-from mcp_auth_proxy.errors import SealBroken, StoreRefused
+from mcp_auth_proxy.config.settings import KeySource, StoreSettings
+from mcp_auth_proxy.errors import Fault, SealBroken, StoreRefused
 from mcp_auth_proxy.store import files
 
 _VERSION = b"\x01"
@@ -66,6 +66,19 @@ def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
             f"exists needs the key it was made with; for a new store, {_MAKE}"
         )
     return Key.of(secret)
+
+
+def key_faults(settings: StoreSettings) -> list[Fault]:
+    """Return what is wrong with the keys of a store; one that is yet to be made is not."""
+    faults = []
+    for source in settings.keys:
+        if settings.default_key and not Path(source.name).exists():
+            continue
+        try:
+            load_key(source)
+        except StoreRefused as error:
+            faults.append(Fault("store.keys", str(error)))
+    return faults
 
 
 def generate_key_file(path: Path) -> bool:
