@@ -20,7 +20,7 @@ class Forwarder:
     """See the module. Belongs to one event loop."""
 
     def __init__(self, *, broker: Broker, upstream: Upstream, body_limit: int, wait: float) -> None:
-        self.loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         self._broker = broker
         self.upstream = upstream
         self._means = Means(
@@ -28,7 +28,7 @@ class Forwarder:
             upstream=upstream,
             sessions=Sessions(),
             troubles=Troubles(),
-            draining=self.loop.create_future(),
+            draining=self._loop.create_future(),
             body_limit=body_limit,
             wait=wait,
         )
@@ -64,7 +64,7 @@ class Forwarder:
         That is so with servers on the same machine, while there is nothing else to do.
         """
         if passage.outcome is None and time.monotonic() < until:
-            self.loop.call_soon(self._stay_awake, passage, until)
+            self._loop.call_soon(self._stay_awake, passage, until)
 
     def passed(self, passage: Passage) -> None:
         self._passages.discard(passage)
@@ -114,7 +114,7 @@ class Forwarder:
     async def until_idle(self, timeout: float) -> None:
         """Wait until no request is under way, at most ``timeout`` seconds."""
         if self.under_way:
-            self._idle = self.loop.create_future()
+            self._idle = self._loop.create_future()
             await asyncio.wait({self._idle}, timeout=timeout)
 
     def drain(self) -> None:

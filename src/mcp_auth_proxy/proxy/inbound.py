@@ -30,16 +30,15 @@ MIN_BODY_RATE = 1024
 READ_AHEAD = 64 * 1024
 """Bytes of body not yet taken at which reading pauses."""
 
+PAUSE = 1.0
+"""Seconds without a byte after which a client that was told to go has had the time to read it."""
+
 _NOT_FORWARDED = frozenset({b"CONNECT", b"TRACE"})
 """RFC 9110 §9.3.6: to a server, a tunnel would begin; §9.3.8: it would echo the request, and with it our token."""
 
 _LOOKED_AT = frozenset(
     {b"content-length", b"expect", b"host", b"origin", b"sec-fetch-site", b"transfer-encoding", b"upgrade"}
 )
-
-
-PAUSE = 1.0
-"""Seconds without a byte after which a client that was told to go has had the time to read it."""
 
 
 class InboundProtocol(asyncio.Protocol):
@@ -55,8 +54,9 @@ class InboundProtocol(asyncio.Protocol):
     lingers = 30.0
     """Seconds that a client has, at most, to send the rest of what is not read any more (see ``_leave``)."""
 
-    stalls = 60.0
-    """Seconds in which a client takes something of what waits for it."""
+    stalls = 300.0
+    """Seconds in which a client takes something of what waits for it. The kernel takes megabytes first: of a client
+    that reads, but slowly, nothing may be seen for minutes."""
 
     transport: asyncio.Transport
     flow: FlowControl

@@ -196,7 +196,7 @@ class Reply:
         except asyncio.CancelledError:
             self._carrier.transport.close()
             raise
-        except Exception:
+        except Exception:  # of an application, so of any kind; the client is not left waiting for it
             logger.exception("a request ended with an internal error")
         finally:
             self.on_gone = None

@@ -271,7 +271,7 @@ async def _readable(store: StoreSettings) -> Database:
         # A store of an older schema opens, and fails here.
         await Registrations(database).find("", "", "")
         await Registrations(database).bound_issuer("", "")
-    except BaseException:
+    except BaseException:  # Ctrl-C too: the thread behind the database would outlive it
         await database.close()
         raise
     return database
