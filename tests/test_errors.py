@@ -2,7 +2,7 @@
 
 import pytest
 
-from mcp_auth_proxy.errors import DocumentRefused, ProxyError, without_query_values
+from mcp_auth_proxy.errors import DocumentRefused, McpAuthProxyError, without_query_values
 
 
 @pytest.mark.parametrize(
@@ -28,5 +28,5 @@ def test_values_in_the_query_of_a_url_are_masked(text: str, shown: str) -> None:
 
 def test_no_error_tells_a_value_in_a_query() -> None:
     url = "https://a.example/mcp?k=s3cret"
-    errors = [ProxyError(f"It is {url}."), DocumentRefused("metadata", url, f"it is for another than {url}")]
+    errors = [McpAuthProxyError(f"It is {url}."), DocumentRefused("metadata", url, f"it is for another than {url}")]
     assert [str(error) for error in errors if "s3cret" in f"{error} {error!r}"] == []

@@ -13,18 +13,18 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route as PageRoute
 
 from mcp_auth_proxy import __version__
-from mcp_auth_proxy.broker.authorize import Authorizer
 from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.broker.planning import Authorizer
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.errors import StoreError
 from mcp_auth_proxy.models import Flow, GrantType
+from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.proxy import routes
-from mcp_auth_proxy.proxy.exchange import Receive, Send
 from mcp_auth_proxy.proxy.forwarder import Forwarder
-from mcp_auth_proxy.proxy.reply import Reply
-from mcp_auth_proxy.proxy.upstream import Upstream
+from mcp_auth_proxy.proxy.handler import Receive, Send
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.web import browser
@@ -91,7 +91,9 @@ async def lifespan(
         stack.push_async_callback(broker.aclose)
         if background:
             await broker.start()
-        upstream = Upstream(outbound=settings.outbound, connections_per_origin=settings.limits.upstream_connections)
+        upstream = UpstreamClient(
+            outbound=settings.outbound, connections_per_origin=settings.limits.upstream_connections
+        )
         stack.push_async_callback(upstream.aclose)
         forwarder = Forwarder(
             broker=broker,
@@ -111,11 +113,11 @@ class _Announcer:
         )
 
     def __call__(self, flow: Flow, link: str) -> None:
-        logger.warning("server %s needs your authorization, open this link: %s", flow.key.server, link)
+        logger.warning("server %s needs your authorization, open this link: %s", flow.key.account.server, link)
         if flow.device is not None:
             # The link may lead to a machine that no browser reaches; this address is for any device.
             where, code = flow.device.verification_uri, flow.device.user_code
-            logger.warning("server %s: or open %s on any device, and enter %s", flow.key.server, where, code)
+            logger.warning("server %s: or open %s on any device, and enter %s", flow.key.account.server, where, code)
         if self._opens:
             browser.open_link(link)
 
@@ -143,7 +145,7 @@ class Application:
         self._pages = self._build_pages()
         self._draining = False
 
-    def begin(self, reply: Reply) -> bool:
+    def try_fast_path(self, reply: ClientRequest) -> bool:
         """Send a request to an MCP endpoint on at once, if it is as usual; otherwise it is for ``__call__``."""
         if self._draining:
             # Clients that always have another request would keep the proxy from its end.
@@ -151,7 +153,7 @@ class Application:
         if reply.method != b"POST" or not self._guard.knows(reply.host):
             return False
         route = self._routes.get(reply.path)
-        return route is not None and self.forwarder.begin(route, reply)
+        return route is not None and self.forwarder.try_fast_path(route, reply)
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -168,7 +170,7 @@ class Application:
             await PlainTextResponse(refused[1], status_code=refused[0])(scope, receive, send)  # type: ignore[arg-type]
         elif route is not None:
             await self.forwarder.forward(route, scope, receive, send)
-        elif not routes.is_plain(path):
+        elif not routes.is_canonical_path(path):
             await PlainTextResponse("The path is not plain.", status_code=400)(scope, receive, send)  # type: ignore[arg-type]
         else:
             await self._pages(scope, receive, send)  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ def _without_value(parameter: str) -> str:
     return f"{name}=****" if equals else "****" if name else ""
 
 
-class ProxyError(Exception):
+class McpAuthProxyError(Exception):
     """Base of every error raised on purpose by this package."""
 
     def __init__(self, message: str = "") -> None:
@@ -49,7 +49,7 @@ class ProxyError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class ConfigError:
     """One thing wrong with the configuration: the dotted path of the key, and what is wrong with it."""
 
     path: str
@@ -59,20 +59,20 @@ class Fault:
         return f"{self.path}: {self.problem}" if self.path else self.problem
 
 
-class ConfigurationError(ProxyError):
+class ConfigurationError(McpAuthProxyError):
     """The configuration can't be used. ``faults`` holds everything that is wrong, in file order."""
 
-    def __init__(self, faults: list[Fault], source: str = "") -> None:
+    def __init__(self, faults: list[ConfigError], source: str = "") -> None:
         self.faults = faults
         self.source = source
         super().__init__("\n".join(str(fault) for fault in faults))
 
 
-class StoreError(ProxyError):
+class StoreError(McpAuthProxyError):
     """The store could not do what was asked."""
 
 
-class StoreRefused(StoreError):
+class StoreRejected(StoreError):
     """The store must not be used as it is: wrong key, not our database, or a newer schema."""
 
 
@@ -80,12 +80,12 @@ class StoreUnavailable(StoreError):
     """The store can't be read or written now: locked, read-only, disk full."""
 
 
-class SealBroken(StoreError):
+class DecryptionError(StoreError):
     """A sealed value does not open: damaged, moved to another row, or sealed under a key we don't have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Remedy:
+class ConfigHint:
     """What in the configuration would allow what was refused.
 
     ``key`` is a dotted path: below the server where it begins with ``oauth.``, else from the top. ``value`` is what
@@ -96,10 +96,10 @@ class Remedy:
     value: str = ""
 
 
-class AuthorizationError(ProxyError):
+class AuthorizationError(McpAuthProxyError):
     """An authorization can't go on. A new request may try again. ``remedy`` is None where no key would allow it."""
 
-    def __init__(self, message: str, *, remedy: Remedy | None = None) -> None:
+    def __init__(self, message: str, *, remedy: ConfigHint | None = None) -> None:
         self.remedy = remedy
         super().__init__(message)
 
@@ -112,7 +112,7 @@ class DocumentRefused(AuthorizationError):
     """
 
     def __init__(
-        self, document: str, url: str, problem: str, clause: str = "", *, remedy: Remedy | None = None
+        self, document: str, url: str, problem: str, clause: str = "", *, remedy: ConfigHint | None = None
     ) -> None:
         self.document = document
         self.url = url
@@ -127,13 +127,13 @@ class RegistrationImpossible(AuthorizationError):
     """There is no way to become a client of this authorization server; the text names the config keys to set."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, remedy=Remedy("oauth.client_id"))
+        super().__init__(message, remedy=ConfigHint("oauth.client_id"))
 
 
 class AuthorizationDenied(AuthorizationError):
     """The authorization server, or the user at it, said no. ``error`` is the OAuth error code."""
 
-    def __init__(self, message: str, error: str = "", *, remedy: Remedy | None = None) -> None:
+    def __init__(self, message: str, error: str = "", *, remedy: ConfigHint | None = None) -> None:
         self.error = error
         super().__init__(message, remedy=remedy)
 
@@ -141,7 +141,7 @@ class AuthorizationDenied(AuthorizationError):
 class TokenRefused(AuthorizationError):
     """The token endpoint answered with a structured OAuth error (RFC 6749 §5.2), in ``error``."""
 
-    def __init__(self, error: str, message: str, *, remedy: Remedy | None = None) -> None:
+    def __init__(self, error: str, message: str, *, remedy: ConfigHint | None = None) -> None:
         self.error = error
         super().__init__(message, remedy=remedy)
 
@@ -162,7 +162,7 @@ class AuthorizationServerUnavailable(AuthorizationError):
         super().__init__(message)
 
 
-class CallbackRefused(ProxyError):
+class CallbackRefused(McpAuthProxyError):
     """A browser came to the callback with something that no pending flow accounts for; ``status`` suits it."""
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -170,7 +170,7 @@ class CallbackRefused(ProxyError):
         super().__init__(message)
 
 
-class UpstreamError(ProxyError):
+class UpstreamError(McpAuthProxyError):
     """The upstream MCP server could not be used for this request."""
 
 
@@ -182,9 +182,9 @@ class UpstreamTimeout(UpstreamError):
     """Connected, but the response head did not come in time."""
 
 
-class UpstreamBroken(UpstreamError):
+class UpstreamProtocolError(UpstreamError):
     """The response broke off, or broke the rules of HTTP. The request may have been acted upon."""
 
 
-class UpstreamBusy(UpstreamError):
+class UpstreamPoolTimeout(UpstreamError):
     """Every connection allowed to this origin is taken, and none came free in time."""

@@ -6,18 +6,22 @@ Times are Unix seconds (float, UTC); scopes are tuples in the order they were gi
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+LOCAL = "local"
+"""The id of the one principal if callers are not identified."""
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """Who a request is made for."""
+class Account(NamedTuple):
+    """Whose grant of which server: the key of token cache, flows, single flight and store.
 
-    id: str
+    A named tuple, because it is hashed for every request.
+    """
 
-
-LOCAL = Principal("local")
-"""The one principal where nobody is authenticated."""
+    principal: str
+    server: str
+    name: str = "default"
+    """One principal may use a server with several accounts."""
 
 
 class ClientAuth(StrEnum):
@@ -113,8 +117,7 @@ class GrantKey:
     authorization for another one takes the place of the old.
     """
 
-    principal: str
-    server: str
+    account: Account
     resource: str
     issuer: str
     upstream: str | None = None
@@ -206,13 +209,13 @@ class Attempt:
     expires_at: float
 
 
-class Prover(Protocol):
+class DPoPSigner(Protocol):
     """Goes with a token that is good for nothing without a proof for each request."""
 
     def prove(self, method: bytes, target: bytes) -> bytes:
         """Return the proof for one request to the token's server, to be used once."""
 
-    def heard(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def update_nonce(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Take in what an answer says about the next proof."""
 
 
@@ -223,5 +226,5 @@ class AccessToken:
     header: bytes = field(repr=False)
     generation: int
     """Grows with every token that is put in the place of another for this principal and server."""
-    prover: Prover | None = field(default=None, repr=False)
+    prover: DPoPSigner | None = field(default=None, repr=False)
     """None for a bearer token."""

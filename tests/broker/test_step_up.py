@@ -2,7 +2,7 @@
 
 import pytest
 
-from mcp_auth_proxy.broker.step_up import MAX_AUTHORIZATIONS, REMEMBERED, StepUps
+from mcp_auth_proxy.broker.step_up import MAX_AUTHORIZATIONS, REMEMBERED, StepUpLimiter
 from mcp_auth_proxy.errors import AuthorizationError
 
 KEY = ("local", "files")
@@ -15,13 +15,13 @@ class Clock:
         return self.now
 
 
-def count(step_ups: StepUps, asked: str, already: str = "read write", key: tuple[str, str] = KEY) -> None:
+def count(step_ups: StepUpLimiter, asked: str, already: str = "read write", key: tuple[str, str] = KEY) -> None:
     step_ups.count(key, server="files", asked=asked.split(), already=already.split())
 
 
-def exhausted(clock: Clock) -> StepUps:
+def exhausted(clock: Clock) -> StepUpLimiter:
     """As many as there may be after the first authorization, which is no step-up."""
-    step_ups = StepUps(clock=clock)
+    step_ups = StepUpLimiter(clock=clock)
     for _ in range(MAX_AUTHORIZATIONS - 1):
         count(step_ups, "write")
     return step_ups

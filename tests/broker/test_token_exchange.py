@@ -10,11 +10,11 @@ import pytest
 from fakes.extension_server import TOKEN_EXCHANGE, ExtensionServer
 from fakes.fixtures import Servers
 from mcp_auth_proxy.broker import credentials
-from mcp_auth_proxy.broker.authorize import Authorizer
-from mcp_auth_proxy.broker.renew import renewable
+from mcp_auth_proxy.broker.planning import Authorizer
+from mcp_auth_proxy.broker.renewal import renewable
 from mcp_auth_proxy.config.settings import OAuthSettings, Secret, ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, TokenRefused
-from mcp_auth_proxy.models import GrantType, Principal
+from mcp_auth_proxy.models import Account, GrantType
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.token_exchange import SubjectToken
 from mcp_auth_proxy.store.database import Database
@@ -54,9 +54,9 @@ async def test_the_token_of_a_caller_is_exchanged_for_the_callers_own_grant(
     servers: Servers, issuer: ExtensionServer, authorizer: Authorizer
 ) -> None:
     upstream = await servers.mcp_server(issuer)
-    plan = await authorizer.plan(Principal("ada"), exchanging(upstream.url), None, ())
+    plan = await authorizer.plan(Account("ada", "mcp"), exchanging(upstream.url), None, ())
     grant = await authorizer.obtain(plan, subject=SubjectToken("token-of-ada"))
-    assert (grant.key.principal, grant.grant_type) == ("ada", GrantType.TOKEN_EXCHANGE)
+    assert (grant.key.account.principal, grant.grant_type) == ("ada", GrantType.TOKEN_EXCHANGE)
     assert not renewable(grant)
     token = upstream.find_token(grant.tokens.access_token)
     assert token is not None
@@ -69,7 +69,7 @@ async def test_a_caller_that_the_server_does_not_know_is_refused_without_its_tok
     servers: Servers, issuer: ExtensionServer, authorizer: Authorizer
 ) -> None:
     upstream = await servers.mcp_server(issuer)
-    plan = await authorizer.plan(Principal("eve"), exchanging(upstream.url), None, ())
+    plan = await authorizer.plan(Account("eve", "mcp"), exchanging(upstream.url), None, ())
     with pytest.raises(TokenRefused, match="invalid_grant") as caught:
         await authorizer.obtain(plan, subject=SubjectToken("token-of-eve"))
     assert "token-of-eve" not in str(caught.value)
@@ -79,7 +79,7 @@ async def test_without_a_caller_nothing_is_sent(
     servers: Servers, issuer: ExtensionServer, authorizer: Authorizer
 ) -> None:
     upstream = await servers.mcp_server(issuer)
-    plan = await authorizer.plan(Principal("local"), exchanging(upstream.url), None, ())
+    plan = await authorizer.plan(Account("local", "mcp"), exchanging(upstream.url), None, ())
     with pytest.raises(AuthorizationError, match="does not identify its callers"):
         await authorizer.obtain(plan)
     assert issuer.token_requests() == 0

@@ -14,7 +14,7 @@ from mcp_auth_proxy.cli.doctor import providers
 from mcp_auth_proxy.cli.doctor.proposal import PLACEHOLDER, Proposal
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.config.settings import Settings
-from mcp_auth_proxy.errors import Remedy
+from mcp_auth_proxy.errors import ConfigHint
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
 
 ISSUERS = {
@@ -83,9 +83,9 @@ def test_a_stranger_is_not_taken_for_a_provider(issuer: str) -> None:
 @pytest.mark.parametrize("provider", providers.PROVIDERS, ids=lambda provider: provider.name)
 def test_what_a_provider_needs_makes_a_configuration_that_loads(tmp_path: Path, provider: providers.Provider) -> None:
     found, settings = proposal(tmp_path, {"url": "https://mcp.example.com/mcp"})
-    found.cure(Remedy("oauth.client_id"), provider)
-    found.cure(Remedy("oauth.metadata"), provider)
-    found.suit(provider, scopes_known=False)
+    found.apply_hint(ConfigHint("oauth.client_id"), provider)
+    found.apply_hint(ConfigHint("oauth.metadata"), provider)
+    found.apply_provider(provider, scopes_known=False)
     printed = tmp_path / "printed.yaml"
     printed.write_text(found.as_yaml("http://127.0.0.1:8787/oauth/callback"))
     oauth = load(printed, environ=os.environ).servers["notes"].oauth
@@ -100,7 +100,7 @@ def test_what_the_operator_has_set_stays(tmp_path: Path) -> None:
     oauth = {"client_id": "mine", "authorization_params": {"prompt": "select_account"}, "resource": "auto"}
     found, _ = proposal(tmp_path, {"url": "https://mcp.example.com/mcp", "oauth": oauth})
     for provider in providers.PROVIDERS:
-        found.suit(provider, scopes_known=False)
+        found.apply_provider(provider, scopes_known=False)
     settings = found.settings().oauth
     assert settings.authorization_params == {"access_type": "offline", "prompt": "select_account"}
     assert (settings.client_id, settings.resource) == ("mine", "auto")
@@ -111,7 +111,7 @@ def test_doctor_has_nothing_to_add_to_a_recipe(tmp_path: Path, issuer: str, reci
     provider = known(issuer)
     assert provider is not None
     found, _ = proposal(tmp_path, recipe)
-    found.suit(provider, scopes_known=False)
+    found.apply_provider(provider, scopes_known=False)
     assert found.changes == []
 
 
@@ -121,7 +121,7 @@ def test_doctor_knows_every_key_of_a_recipe(tmp_path: Path, issuer: str, recipe:
     assert provider is not None
     wanted = recipe.get("oauth", {})
     found, _ = proposal(tmp_path, {"url": recipe["url"], "oauth": {k: v for k, v in wanted.items() if k in OWN}})
-    found.suit(provider, scopes_known=False)
+    found.apply_provider(provider, scopes_known=False)
     said = {change.key.removeprefix("servers.notes.oauth."): change for change in found.changes}
     assert said.keys() == wanted.keys() - OWN - CURED
     for name, change in said.items():

@@ -18,7 +18,7 @@ from fakes.mcp_client import MODERN, PlainClient, Reply, read
 from fakes.proxy import link_in, running_proxy, until
 from fakes.scene import Scene, scene
 from fakes.unattended import unattended
-from mcp_auth_proxy.proxy import exchange
+from mcp_auth_proxy.proxy import handler
 
 LINK = re.compile(r"http://127\.0\.0\.1:\d+/connect/notes\?flow=[\w-]+")
 LINK_KEY = "io.mcp-auth-proxy/authorization_url"
@@ -288,7 +288,7 @@ async def test_without_a_human_a_token_is_had_and_stepped_up_within_the_request(
 
 
 @dataclass
-class Held:
+class HeldCall:
     """A response that is read while it comes."""
 
     client: PlainClient
@@ -350,9 +350,9 @@ def gzipped_events(received: Received) -> Answer:
 async def test_after_comments_the_answer_of_our_own_comes_as_an_event(
     servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declined: bool
 ) -> None:
-    monkeypatch.setattr(exchange, "COMMENT_INTERVAL", 0.1)  # the length of it is tested once, below
+    monkeypatch.setattr(handler, "COMMENT_INTERVAL", 0.1)  # the length of it is tested once, below
     async with scene(servers, tmp_path, wait="20s" if declined else "0.5s", issuer={"auto_consent": False}) as it:
-        held = Held(it.client, "echo")
+        held = HeldCall(it.client, "echo")
         running = asyncio.create_task(held.run())
         await until(lambda: len(held.comments) >= 2)
         if declined:
@@ -368,7 +368,7 @@ async def test_after_comments_the_answer_of_our_own_comes_as_an_event(
 
 async def test_held_requests_are_kept_alive_and_all_answered(servers: Servers, tmp_path: Path) -> None:
     async with scene(servers, tmp_path, wait="14s", upstream={"sessions_on": True, "answers": answers()}) as it:
-        held = {name.partition(":")[2]: Held(it.client, name.partition(":")[2]) for name in answers()}
+        held = {name.partition(":")[2]: HeldCall(it.client, name.partition(":")[2]) for name in answers()}
         tasks = {name: asyncio.create_task(one.run()) for name, one in held.items()}
         loop = asyncio.get_running_loop()
         link, begun = await it.proxy.next_link(), loop.time()

@@ -244,7 +244,7 @@ async def test_clients_that_stall_are_closed_within_ten_seconds(servers: Servers
             await asyncio.sleep(1)
 
     head = "POST /notes/mcp HTTP/1.1\nHost: HOST\nContent-Length: 1000\n\n"
-    stalls = {
+    send_timeout = {
         "silence": ("", ""),
         "half a head": ("POST /notes/mcp HTTP/1.1\nHost: HOST\nX-A: ", ""),
         "a head that drips": ("POST /notes/mcp HTTP/1.1\nHost: HOST\nX-A: ", "a"),
@@ -269,11 +269,11 @@ async def test_clients_that_stall_are_closed_within_ten_seconds(servers: Servers
     async with connected(servers, tmp_path) as it:  # T29
         await it.client.post("ping")
         lives = await asyncio.gather(
-            *(closed_after(it.proxy.origin, *stall) for stall in stalls.values()), return_exceptions=True
+            *(closed_after(it.proxy.origin, *stall) for stall in send_timeout.values()), return_exceptions=True
         )
-        assert {name: life for name, life in zip(stalls, lives, strict=True) if not 0 < _number(life) < 10} == {}
+        assert {name: life for name, life in zip(send_timeout, lives, strict=True) if not 0 < _number(life) < 10} == {}
         assert (await it.client.call("echo", text="others go on")).text == "others go on"
-        await until(lambda: it.proxy.application.forwarder.under_way == 0)
+        await until(lambda: it.proxy.application.forwarder.active_requests == 0)
 
 
 def _number(value: float | BaseException) -> float:

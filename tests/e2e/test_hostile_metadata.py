@@ -17,7 +17,7 @@ from fakes.mcp_client import Reply
 from fakes.mcp_server import CHUNK, WELL_KNOWN
 from fakes.proxy import RunningProxy, link_in, proxy_process, running_proxy, until, write_config
 from fakes.scene import Scene, scene
-from mcp_auth_proxy.broker import authorize
+from mcp_auth_proxy.broker import planning
 
 RESOURCE, SERVER = "protected resource metadata", "authorization server metadata"
 PRIVATE = ["169.254.169.254", "[64:ff9b::a9fe:a9fe]", "192.0.0.192", "100.64.0.1", "10.0.0.1", "[fd00::1]"]
@@ -341,8 +341,8 @@ async def test_a_dripping_document_costs_fifteen_seconds_at_most(servers: Server
 async def test_documents_that_are_slow_one_by_one_are_bounded_together(
     servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # T24
-    assert authorize.DISCOVERY_DEADLINE == 15
-    monkeypatch.setattr(authorize, "DISCOVERY_DEADLINE", 1.0)  # less than what one document is given
+    assert planning.DISCOVERY_DEADLINE == 15
+    monkeypatch.setattr(planning, "DISCOVERY_DEADLINE", 1.0)  # less than what one document is given
     issuer = await servers.authorization_server(answers={"metadata": Answer.hang()})
     upstream = await servers.mcp_server(issuer)
     async with running_proxy(tmp_path, {"notes": upstream.url}) as proxy, asyncio.timeout(8):

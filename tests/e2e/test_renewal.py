@@ -11,7 +11,7 @@ from fakes.headless import consent
 from fakes.mcp_client import Reply
 from fakes.proxy import link_in, running_proxy, settled, until
 from fakes.scene import Scene, many, numbered, scene, texts
-from mcp_auth_proxy.broker import tokens
+from mcp_auth_proxy.broker import token_cache
 
 MINUTE = 60.0
 
@@ -33,7 +33,7 @@ async def test_a_token_is_renewed_in_time_by_itself(servers: Servers, tmp_path: 
 async def test_a_long_lived_token_is_renewed_when_it_is_due_and_not_when_a_timer_ends(
     servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "LONGEST_TIMER", 0.01)
+    monkeypatch.setattr(token_cache, "LONGEST_TIMER", 0.01)
     async with scene(servers, tmp_path) as it:
         await it.connect()
         assert texts(await many(it, 100)) == numbered(100)

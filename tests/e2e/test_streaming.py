@@ -192,7 +192,7 @@ async def test_a_client_that_leaves_closes_the_upstream_exchange(
                     await raw.head()
                 leaves(raw)
                 await asyncio.wait_for(received.gone.wait(), 1)
-        assert it.proxy.application.forwarder.under_way == 0
+        assert it.proxy.application.forwarder.active_requests == 0
 
 
 async def test_many_clients_that_leave_at_once_are_all_noticed(servers: Servers, tmp_path: Path) -> None:

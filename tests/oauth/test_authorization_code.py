@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused
-from mcp_auth_proxy.models import ClientAuth, Endpoints, Flow, GrantKey, Registration, RegistrationKind
+from mcp_auth_proxy.models import Account, ClientAuth, Endpoints, Flow, GrantKey, Registration, RegistrationKind
 from mcp_auth_proxy.oauth import authorization_code as code_grant
 
 ISSUER = "https://as.example.com"
@@ -22,7 +22,7 @@ def flow(*, endpoint: str = f"{ISSUER}/authorize", resource: str = "https://h/mc
     )
     values: dict[str, Any] = {
         "id": "flow",
-        "key": GrantKey(principal="local", server="s", resource=resource, issuer=ISSUER),
+        "key": GrantKey(account=Account("local", "s"), resource=resource, issuer=ISSUER),
         "registration": registration,
         "endpoints": Endpoints(authorization=endpoint, token=f"{ISSUER}/token"),
         "scopes": ("a", "b"),

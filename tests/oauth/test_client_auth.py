@@ -64,7 +64,7 @@ def test_basic_form_encodes_id_and_secret_first() -> None:
 
 
 def test_basic_names_the_client_in_the_form_where_that_is_wanted_and_never_its_secret() -> None:
-    fields, headers = client_auth.authenticate(client(ClientAuth.BASIC), FORM, named=True)
+    fields, headers = client_auth.authenticate(client(ClientAuth.BASIC), FORM, include_client_id=True)
 
     assert fields == [*FORM, ("client_id", "https://c:1/é")]
     assert [name for name, _ in headers] == ["Authorization"]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused, TokenRefused
 from mcp_auth_proxy.models import (
+    Account,
     ClientAuth,
     DeviceAuthorization,
     Endpoints,
@@ -18,7 +19,7 @@ from mcp_auth_proxy.models import (
     TokenSet,
 )
 from mcp_auth_proxy.oauth import device_authorization
-from mcp_auth_proxy.oauth.device_authorization import Begun, Poll
+from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart, Poll
 
 URL = "https://as.example/device"
 GOOD: dict[str, object] = {
@@ -29,7 +30,7 @@ GOOD: dict[str, object] = {
 }
 FLOW = Flow(
     id="f",
-    key=GrantKey(principal="local", server="linear", resource="https://mcp.example/mcp", issuer="https://as.example"),
+    key=GrantKey(account=Account("local", "linear"), resource="https://mcp.example/mcp", issuer="https://as.example"),
     registration=Registration(
         server="linear",
         issuer="https://as.example",
@@ -47,7 +48,7 @@ FLOW = Flow(
 )
 
 
-def read(status: int = 200, **changes: object) -> Begun:
+def read(status: int = 200, **changes: object) -> DeviceGrantStart:
     body = json.dumps({**GOOD, **changes}).encode()
     return device_authorization.read_response(status, {}, body, url=URL, http_loopback=False)
 

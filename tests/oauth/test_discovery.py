@@ -367,7 +367,7 @@ def test_default_endpoints_are_at_the_servers_origin() -> None:
         authorization_endpoint="https://mcp.example.com:8443/authorize",
         token_endpoint="https://mcp.example.com:8443/token",
         registration_endpoint="https://mcp.example.com:8443/register",
-        synthesised=True,
+        is_fallback=True,
     )
     assert discovery.legacy_server_metadata("http://127.0.0.1:1/mcp").token_endpoint == "http://127.0.0.1:1/token"
     with pytest.raises(DocumentRefused, match="http"):

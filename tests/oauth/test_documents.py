@@ -42,9 +42,9 @@ def test_what_is_no_json_object_is_refused_with_document_url_and_clause(body: by
 def test_a_key_given_twice_is_refused_where_it_is_read() -> None:
     document = read(b'{"a": "x", "b": "y", "b": "z"}')
 
-    assert document.text("a") == "x"
+    assert document.string("a") == "x"
     with pytest.raises(DocumentRefused, match="b more than once"):
-        document.text("b")
+        document.string("b")
 
 
 def test_many_repeated_keys_are_read_at_once() -> None:
@@ -56,9 +56,9 @@ def test_many_repeated_keys_are_read_at_once() -> None:
 def test_null_counts_as_absent() -> None:
     document = read(b'\xef\xbb\xbf{"a": null}')
 
-    assert (document.text("a"), document.texts("a"), document.flag("a")) == (None, None, False)
+    assert (document.string("a"), document.strings("a"), document.boolean("a")) == (None, None, False)
     with pytest.raises(DocumentRefused, match="it has no a"):
-        document.required_text("a")
+        document.required_string("a")
 
 
 @pytest.mark.parametrize("value", [b"1", b"{}", b'"a\\nb"', b'"\\ud800"', b'"a\\u0000"', b'"' + b"x" * 5000 + b'"'])
@@ -66,11 +66,11 @@ def test_a_string_that_can_not_be_used_is_refused(value: bytes) -> None:
     document = read(b'{"a": %b, "l": ["x", %b]}' % (value, value))
 
     with pytest.raises(DocumentRefused):
-        document.text("a")
+        document.string("a")
     with pytest.raises(DocumentRefused):
-        document.texts("l")
+        document.strings("l")
     with pytest.raises(DocumentRefused):
-        document.flag("a")
+        document.boolean("a")
 
 
 def test_very_long_integers_do_not_crash() -> None:
@@ -85,13 +85,13 @@ def test_arbitrary_bytes_raise_nothing_but_value_errors(body: bytes) -> None:
 
 def test_an_error_is_shown_without_controls_secrets_and_at_bounded_length() -> None:  # T15, T45
     secret = "Zm9vYmFy1234567890Zm9vYmFy1234567890"
-    text = oauth_error.sentence(
+    text = oauth_error.format_error(
         "invalid_grant", f"a\r\nb\x00\u202ec {secret} s3cret 0f8fad5b-d9cb-469f-a165-70867728950e", secrets=("s3cret",)
     )
 
     assert text == "invalid_grant (a b c **** **** 0f8fad5b-d9cb-469f-a165-70867728950e)"
-    assert len(oauth_error.sentence("e", "word " * 10_000)) < 400
-    assert oauth_error.sentence("e", ["x"]) == "e"
+    assert len(oauth_error.format_error("e", "word " * 10_000)) < 400
+    assert oauth_error.format_error("e", ["x"]) == "e"
 
 
 def test_an_error_code_that_breaks_its_grammar_is_replaced() -> None:

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp.shared.auth import OAuthToken
 
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused, ProxyError, TokenRefused
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused, McpAuthProxyError, TokenRefused
 from mcp_auth_proxy.models import (
+    Account,
     Attempt,
     ClientAuth,
     Endpoints,
@@ -54,7 +55,7 @@ def read(
 
 def grant(resource: str, tokens: TokenSet = PREVIOUS) -> Grant:
     return Grant(
-        key=GrantKey(principal="local", server="s", resource=resource, issuer="https://as.example.com"),
+        key=GrantKey(account=Account("local", "s"), resource=resource, issuer="https://as.example.com"),
         grant_type=GrantType.AUTHORIZATION_CODE,
         registration=Registration(
             server="s",
@@ -293,14 +294,14 @@ MEMBERS = st.sampled_from(["access_token", "token_type", "expires_in", "refresh_
 def test_arbitrary_responses_end_in_tokens_or_a_typed_error(status: int, members: dict[str, Any]) -> None:
     try:
         found = read(status, json.dumps({"access_token": "at", "token_type": "bearer", **members}).encode())
-    except ProxyError:
+    except McpAuthProxyError:
         return
     assert found.access_token.isascii() and found.access_token.isprintable() and " " not in found.access_token
 
 
 @given(st.binary(max_size=100))
 def test_arbitrary_bodies_end_in_a_typed_error(body: bytes) -> None:
-    with pytest.raises(ProxyError):
+    with pytest.raises(McpAuthProxyError):
         read(200, body)
 
 

@@ -1,4 +1,4 @@
-"""The floors of the house import downwards only; the contract is in pyproject.toml."""
+"""The layers import downwards only; the contract is in pyproject.toml."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def lint(sources: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=False)
 
 
-def test_every_floor_imports_only_from_the_floors_below_it() -> None:
+def test_every_layer_imports_only_from_the_layers_below_it() -> None:
     done = lint(ROOT / "src")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -34,9 +34,9 @@ def test_every_floor_imports_only_from_the_floors_below_it() -> None:
 )
 def test_a_breach_of_the_contract_is_noticed(tmp_path: Path, module: str, line: str) -> None:
     package = tmp_path / "mcp_auth_proxy"
-    for floor in ("cli", "proxy", "web", "observability", "broker", "oauth", "store", "config"):
-        (package / floor).mkdir(parents=True)
-        (package / floor / "__init__.py").touch()
+    for layer in ("cli", "proxy", "web", "observability", "broker", "oauth", "store", "config", "net", "rpc"):
+        (package / layer).mkdir(parents=True)
+        (package / layer / "__init__.py").touch()
     for name in ("__init__.py", "app.py", "models.py", "errors.py"):
         (package / name).touch()
     assert lint(tmp_path).returncode == 0

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mcp_auth_proxy.errors import ProxyError
-from mcp_auth_proxy.proxy.body import BodyTooLarge, ClientGone, read_body
+from mcp_auth_proxy.errors import McpAuthProxyError
+from mcp_auth_proxy.proxy.body import BodyTooLarge, ClientDisconnected, read_body
 
 
 def receiving(*messages: dict[str, Any]) -> Callable[[], Awaitable[dict[str, Any]]]:
@@ -48,10 +48,10 @@ async def test_a_body_without_length_is_counted_while_it_is_read(parts: list[dic
     with pytest.raises(BodyTooLarge) as caught:
         await read_body(receiving(*parts), [], 3)
     assert caught.value.limit == 3
-    assert isinstance(caught.value, ProxyError)
+    assert isinstance(caught.value, McpAuthProxyError)
 
 
 @pytest.mark.parametrize("messages", [[GONE], [part(b"a", True), GONE]])
 async def test_a_client_that_goes_away_is_told_apart(messages: list[dict[str, Any]]) -> None:
-    with pytest.raises(ClientGone):
+    with pytest.raises(ClientDisconnected):
         await read_body(receiving(*messages), [], 3)

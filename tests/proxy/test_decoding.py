@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from mcp_auth_proxy.errors import UpstreamBroken, UpstreamError
+from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError
+from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.decoding import PIECE, decoded
-from mcp_auth_proxy.proxy.response import Response
 
 
-class Source:
+class BodySource:
     """The connection of a response that has come in whole."""
 
     def resume(self) -> None: ...
@@ -22,7 +22,7 @@ class Source:
 
 
 def response(body: bytes, *encodings: bytes) -> Response:
-    found = Response(Source(), 200, [(b"content-encoding", encoding) for encoding in encodings])
+    found = Response(BodySource(), 200, [(b"content-encoding", encoding) for encoding in encodings])
     found.feed(body)
     found.finish(None)
     return found
@@ -55,10 +55,10 @@ async def test_a_bomb_comes_out_in_bounded_pieces() -> None:  # T24
 
 @pytest.mark.parametrize("encodings", [[b"br"], [b"gzip, br"], [b"gzip", b"gzip"]])
 async def test_an_encoding_that_we_can_not_take_off_is_named(encodings: list[bytes]) -> None:
-    with pytest.raises(UpstreamBroken, match=encodings[0].decode()):
+    with pytest.raises(UpstreamProtocolError, match=encodings[0].decode()):
         await pieces(response(b"x", *encodings))
 
 
 async def test_what_is_not_what_it_says_is_broken() -> None:
-    with pytest.raises(UpstreamBroken, match="Content-Encoding"):
+    with pytest.raises(UpstreamProtocolError, match="Content-Encoding"):
         await pieces(response(b"plain text", b"gzip"))

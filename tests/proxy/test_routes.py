@@ -80,7 +80,7 @@ def test_other_spellings_of_a_path_lead_to_no_server(path: bytes) -> None:  # T2
     ],
 )
 def test_a_path_that_could_mean_another_is_not_plain(path: bytes) -> None:  # T27
-    assert not routes.is_plain(path)
+    assert not routes.is_canonical_path(path)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_path_that_could_mean_another_is_not_plain(path: bytes) -> None:  # T2
     ],
 )
 def test_a_plain_path_is_plain(path: bytes) -> None:
-    assert routes.is_plain(path)
+    assert routes.is_canonical_path(path)
 
 
 @given(
@@ -106,7 +106,7 @@ def test_a_plain_path_is_plain(path: bytes) -> None:
 )
 def test_a_plain_path_has_the_same_segments_decoded_as_raw(tail: str) -> None:
     path = f"/{tail}"
-    if routes.is_plain(path.encode()):
+    if routes.is_canonical_path(path.encode()):
         segments = unquote(path).split("/")
         assert len(segments) == len(path.split("/"))
         assert not {".", ".."} & set(segments)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.models import (
+    Account,
     Attempt,
     ClientAuth,
     Endpoints,
@@ -55,7 +56,7 @@ def tokens(name: str = "1", at: float = NOW) -> TokenSet:
 
 def grant(server: str = "linear", issuer: str = "https://as.example", at: float = NOW, name: str = "1") -> Grant:
     return Grant(
-        key=GrantKey(principal="local", server=server, resource=f"https://{server}.example/mcp", issuer=issuer),
+        key=GrantKey(account=Account("local", server), resource=f"https://{server}.example/mcp", issuer=issuer),
         grant_type=GrantType.AUTHORIZATION_CODE,
         registration=registration(server, issuer),
         endpoints=ENDPOINTS,
@@ -68,7 +69,7 @@ def grant(server: str = "linear", issuer: str = "https://as.example", at: float 
 def flow(flow_id: str = "flow-1", server: str = "linear", at: float = NOW) -> Flow:
     return Flow(
         id=flow_id,
-        key=GrantKey(principal="local", server=server, resource="", issuer="https://as.example"),
+        key=GrantKey(account=Account("local", server), resource="", issuer="https://as.example"),
         registration=registration(server),
         endpoints=ENDPOINTS,
         scopes=("read",),

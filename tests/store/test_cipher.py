@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_auth_proxy.config.settings import KeySource
-from mcp_auth_proxy.errors import SealBroken, StoreRefused
+from mcp_auth_proxy.errors import DecryptionError, StoreRejected
 from mcp_auth_proxy.store.cipher import Cipher, Key, generate_key_file, load_key
 
 OLD, NEW = Key.of(b"o" * 32), Key.of(b"n" * 32)
@@ -29,13 +29,13 @@ def test_what_was_sealed_opens_in_its_place(text: str, table: str, row: str, col
 def test_it_opens_in_no_other_place(here: list[str], there: list[str]) -> None:
     sealed = CIPHER.seal("token", table=here[0], row=here[1], column=here[2])
     if here != there:
-        with pytest.raises(SealBroken):
+        with pytest.raises(DecryptionError):
             CIPHER.open(sealed, table=there[0], row=there[1], column=there[2])
 
 
 def test_places_that_run_together_are_kept_apart() -> None:
     sealed = CIPHER.seal("token", table="a", row="bc", column="d")
-    with pytest.raises(SealBroken):
+    with pytest.raises(DecryptionError):
         CIPHER.open(sealed, table="ab", row="c", column="d")
 
 
@@ -43,14 +43,14 @@ def test_places_that_run_together_are_kept_apart() -> None:
 def test_a_changed_byte_anywhere_breaks_the_seal_without_telling_the_value(position: int, change: int) -> None:
     sealed = bytearray(CIPHER.seal("canary-token", **PLACE))
     sealed[position % len(sealed)] ^= change
-    with pytest.raises(SealBroken) as caught:
+    with pytest.raises(DecryptionError) as caught:
         CIPHER.open(bytes(sealed), **PLACE)
     assert "canary" not in str(caught.value)
 
 
 @given(st.binary(max_size=80))
 def test_garbage_does_not_open(data: bytes) -> None:
-    with pytest.raises(SealBroken):
+    with pytest.raises(DecryptionError):
         CIPHER.open(data, **PLACE)
 
 
@@ -61,7 +61,7 @@ def test_the_same_text_never_looks_the_same() -> None:
 def test_the_first_key_seals_and_all_open() -> None:
     sealed_before = Cipher([OLD]).seal("x", **PLACE)
     assert CIPHER.open(sealed_before, **PLACE) == "x"
-    with pytest.raises(SealBroken, match=NEW.id):
+    with pytest.raises(DecryptionError, match=NEW.id):
         Cipher([OLD]).open(CIPHER.seal("x", **PLACE), **PLACE)
 
 
@@ -91,18 +91,18 @@ def test_a_key_is_read_from_base64_of_either_kind(text: str, tmp_path: Path) -> 
     "text", ["", "x", "A" * 42, "A" * 45, "A" * 64, "é" * 43, base64.b64encode(b"x" * 31).decode()]
 )
 def test_what_is_no_key_is_refused_with_how_to_make_one(text: str) -> None:
-    with pytest.raises(StoreRefused, match="openssl rand -base64 32") as caught:
+    with pytest.raises(StoreRejected, match="openssl rand -base64 32") as caught:
         load_key(KeySource(kind="env", name="K"), {"K": text})
     assert not text or text not in str(caught.value) or text == "x"
 
 
 def test_a_key_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreRefused, match="env:K"):
+    with pytest.raises(StoreRejected, match="env:K"):
         load_key(KeySource(kind="env", name="K"), {})
-    with pytest.raises(StoreRefused, match="nowhere"):
+    with pytest.raises(StoreRejected, match="nowhere"):
         load_key(KeySource(kind="file", name=str(tmp_path / "nowhere")), {})
     (tmp_path / "binary").write_bytes(b"\xff" * 32)
-    with pytest.raises(StoreRefused, match="not a key"):
+    with pytest.raises(StoreRejected, match="not a key"):
         load_key(KeySource(kind="file", name=str(tmp_path / "binary")), {})
 
 

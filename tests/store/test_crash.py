@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+from mcp_auth_proxy.models import Account
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.grants import Grants
 from store.builders import grant, store_settings
@@ -23,7 +24,7 @@ from store.builders import NOW, tokens
 async def main():
     grants, owner = Grants(await Database.open(store_settings(pathlib.Path(sys.argv[1])))), new_owner()
     while True:
-        found = await grants.current("local", "linear")
+        found = await grants.current(Account("local", "linear"))
         assert await grants.begin_refresh(found.id, version=found.version, owner=owner, now=NOW)
         new = await grants.renewed(found.id, version=found.version, owner=owner, tokens=tokens(str(found.version + 1)))
         print(new.version, flush=True)
@@ -40,7 +41,7 @@ async def test_no_acknowledged_renewal_is_lost_to_a_kill(tmp_path: Path) -> None
     for _ in range(KILLS):
         acknowledged = await asyncio.to_thread(renew_until_killed, tmp_path)
         database = await Database.open(store_settings(tmp_path))
-        found = await Grants(database).current("local", "linear")
+        found = await Grants(database).current(Account("local", "linear"))
         await database.close()
         assert found is not None
         assert found.version >= acknowledged

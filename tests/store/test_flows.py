@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mcp_auth_proxy.models import FlowStatus
+from mcp_auth_proxy.models import Account, FlowStatus
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.flows import CANCELLED, KEPT_ATTEMPTS, KEPT_SECONDS, Flows
 from store.builders import NOW, attempt, flow, sha256, store_settings
@@ -41,11 +41,11 @@ async def test_live_is_the_newest_that_still_waits(flows: Flows) -> None:
     await flows.save(flow("old"))
     await flows.save(flow("new", at=NOW + 10))
     await flows.save(flow("other-server", "warehouse", at=NOW + 20))
-    assert await flows.live("local", "linear", NOW + 11) == flow("new", at=NOW + 10)
+    assert await flows.live(Account("local", "linear"), NOW + 11) == flow("new", at=NOW + 10)
     assert await flows.finish("new", FlowStatus.DONE)
-    assert await flows.live("local", "linear", NOW + 11) == flow("old")
-    assert await flows.live("local", "linear", NOW + 600) is None
-    assert await flows.live("someone", "linear", NOW) is None
+    assert await flows.live(Account("local", "linear"), NOW + 11) == flow("old")
+    assert await flows.live(Account("local", "linear"), NOW + 600) is None
+    assert await flows.live(Account("someone", "linear"), NOW) is None
 
 
 async def test_an_attempt_is_taken_once(flows: Flows) -> None:  # T12
@@ -93,12 +93,12 @@ async def test_cancel_ends_what_is_pending(flows: Flows) -> None:
     await flows.save(flow())
     await flows.save(flow("other-server", "warehouse"))
     await flows.add_attempt(attempt("s"))
-    await flows.cancel("local", "linear")
+    await flows.cancel(Account("local", "linear"))
     ended = await flows.get("flow-1")
     assert ended is not None
     assert (ended.status, ended.reason) == (FlowStatus.FAILED, CANCELLED)
     assert await flows.find_attempt(sha256("s")) is None
-    assert await flows.live("local", "warehouse", NOW)
+    assert await flows.live(Account("local", "warehouse"), NOW)
 
 
 async def test_purge_deletes_attempts_in_time_and_flows_later(flows: Flows) -> None:
@@ -122,7 +122,7 @@ async def test_a_broken_attempt_or_flow_is_as_good_as_none(flows: Flows, databas
         await transaction.execute("UPDATE flows SET extra_params = '[1' WHERE id = 'b'")
     assert await flows.take_attempt(sha256("a"), NOW) is None
     assert await flows.take_attempt(sha256("b"), NOW) is None
-    assert await flows.live("local", "linear", NOW) == flow("a")
+    assert await flows.live(Account("local", "linear"), NOW) == flow("a")
 
 
 async def test_no_state_and_no_verifier_stands_in_the_files(flows: Flows, tmp_path: Path) -> None:  # T45

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mcp_auth_proxy.models import FlowStatus, Grant
+from mcp_auth_proxy.models import Account, FlowStatus, Grant
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.flows import Flows
@@ -29,7 +29,7 @@ async def test_a_grant_comes_back_as_it_was_given(grants: Grants) -> None:
     stored = await grants.add(grant())
     assert stored == replace(grant(), id=stored.id)
     assert await grants.get(stored.id) == stored
-    assert await grants.current("local", "linear") == stored
+    assert await grants.current(Account("local", "linear")) == stored
     assert await grants.all() == [stored]
 
 
@@ -46,8 +46,8 @@ async def test_what_may_be_absent_stays_absent(grants: Grants) -> None:
 
 async def test_other_principals_and_servers_see_nothing(grants: Grants) -> None:
     await grants.add(grant())
-    assert await grants.current("someone", "linear") is None
-    assert await grants.current("local", "warehouse") is None
+    assert await grants.current(Account("someone", "linear")) is None
+    assert await grants.current(Account("local", "warehouse")) is None
     assert await grants.get(999) is None
 
 
@@ -88,8 +88,8 @@ async def test_a_grant_of_a_flow_that_was_cancelled_is_not_stored(grants: Grants
         await flows.save(flow())
         if how != "cancelled":
             assert await grants.add_from(grant(), "flow-1")
-            await grants.delete("local", "linear")
-        await flows.cancel("local", "linear")
+            await grants.delete(Account("local", "linear"))
+        await flows.cancel(Account("local", "linear"))
     assert await grants.add_from(grant(), "flow-1") is None
     assert await grants.all() == []
 
@@ -107,11 +107,11 @@ async def test_a_grant_of_another_issuer_supersedes_and_says_so(grants: Grants) 
     old = await grants.add(grant())
     other_server = await grants.add(grant("warehouse"))
     new = await grants.add(grant(issuer="https://new.example", at=NOW + 5))
-    assert await grants.current("local", "linear") == new
+    assert await grants.current(Account("local", "linear")) == new
     ended = await grants.get(old.id)
     assert ended is not None
     assert (ended.ended_at, ended.ended_reason) == (NOW + 5, SUPERSEDED)
-    assert await grants.current("local", "warehouse") == other_server
+    assert await grants.current(Account("local", "warehouse")) == other_server
 
 
 async def test_a_renewal_counts_on_and_lets_go(grants: Grants) -> None:
@@ -122,7 +122,7 @@ async def test_a_renewal_counts_on_and_lets_go(grants: Grants) -> None:
     assert (begun.refresh_begun_at, begun.refresh_owner) == (NOW, OWNER)
     new = await grants.renewed(stored.id, version=1, owner=OWNER, tokens=tokens("2", NOW + 9))
     assert new == replace(stored, tokens=tokens("2", NOW + 9), version=2)
-    assert await grants.current("local", "linear") == new
+    assert await grants.current(Account("local", "linear")) == new
     assert not await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
 
 
@@ -204,7 +204,7 @@ async def test_end_keeps_the_row_and_its_reason(grants: Grants) -> None:  # F2
     assert not await grants.end(stored.id, version=7, reason="x", now=NOW)
     assert await grants.end(stored.id, version=1, reason="The refresh token was revoked.", now=NOW + 1)
     assert not await grants.end(stored.id, version=1, reason="x", now=NOW)
-    assert await grants.current("local", "linear") is None
+    assert await grants.current(Account("local", "linear")) is None
     assert not await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
     (ended,) = await grants.all()
     assert (ended.ended_at, ended.ended_reason) == (NOW + 1, "The refresh token was revoked.")
@@ -220,10 +220,10 @@ async def test_a_grant_that_ended_during_its_refresh_stays_ended(grants: Grants)
 async def test_delete_returns_what_is_to_be_revoked_and_its_id_never_comes_back(grants: Grants) -> None:
     stored = await grants.add(grant())
     kept = await grants.add(grant("warehouse"))
-    assert await grants.delete("local", "linear") == [stored]
+    assert await grants.delete(Account("local", "linear")) == [stored]
     assert await grants.all() == [kept]
-    assert await grants.delete("local", "linear") == []
-    assert await grants.delete("local", "warehouse") == [kept]
+    assert await grants.delete(Account("local", "linear")) == []
+    assert await grants.delete(Account("local", "warehouse")) == [kept]
     assert (await grants.add(grant())).id > kept.id
 
 
@@ -234,9 +234,9 @@ async def test_swapped_rows_fail_and_others_work(
     await swap(database, a, b)
     with caplog.at_level(logging.DEBUG):
         assert await grants.all() == [good]
-        assert await grants.current("local", "a") is None
+        assert await grants.current(Account("local", "a")) is None
         assert await grants.get(b.id) is None
-        assert await grants.current("local", "c") == good
+        assert await grants.current(Account("local", "c")) == good
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
     assert all("grants" in line and "canary" not in line for line in warnings)
@@ -253,8 +253,8 @@ async def test_a_store_with_broken_rows_starts_and_takes_new_grants(tmp_path: Pa
     grants = Grants(database)
     assert await grants.all() == []
     new = await grants.add(grant("a", name="new"))
-    assert await grants.current("local", "a") == new
-    assert await grants.delete("local", "b") == []
+    assert await grants.current(Account("local", "a")) == new
+    assert await grants.delete(Account("local", "b")) == []
     assert await grants.all() == [new]
     await database.close()
 

@@ -1,7 +1,7 @@
 """The broker: which token a request may use, and what happens when there is none.
 
-In memory, for each (principal, server): the token in use (``Tokens``) and the flow that waits for a user
-(``Pending``). All of it can be had again from the store; what another process writes there is noticed.
+In memory, for each (principal, server): the token in use (``TokenCache``) and the flow that waits for a user
+(``PendingAuthorization``). All of it can be had again from the store; what another process writes there is noticed.
 """
 
 import asyncio
@@ -12,24 +12,24 @@ from dataclasses import replace
 from typing import Any
 
 from mcp_auth_proxy.broker import dpop
-from mcp_auth_proxy.broker.authorize import Authorizer, Plan, is_for
+from mcp_auth_proxy.broker.attempts import AuthorizationAttempts, AuthorizationRedirect, DevicePrompt
 from mcp_auth_proxy.broker.device import DeviceFlows
-from mcp_auth_proxy.broker.pending import Pending, Trail
-from mcp_auth_proxy.broker.renew import renewable
+from mcp_auth_proxy.broker.pending import ChallengeHistory, PendingAuthorization
+from mcp_auth_proxy.broker.planning import Authorizer, Plan, is_for
+from mcp_auth_proxy.broker.renewal import renewable
 from mcp_auth_proxy.broker.single_flight import SingleFlight
-from mcp_auth_proxy.broker.step_up import MAX_AUTHORIZATIONS, StepUps, never_enough
-from mcp_auth_proxy.broker.tokens import Held, Key, Tokens
-from mcp_auth_proxy.broker.visits import DeviceVisit, Visit, Visits
+from mcp_auth_proxy.broker.step_up import MAX_AUTHORIZATIONS, StepUpLimiter, step_up_limit
+from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
     AuthorizationDenied,
     AuthorizationError,
     CallbackRefused,
-    ProxyError,
+    McpAuthProxyError,
     StoreError,
     TokenRefused,
 )
-from mcp_auth_proxy.models import AccessToken, Flow, FlowStatus, Grant, Principal
+from mcp_auth_proxy.models import AccessToken, Account, Flow, FlowStatus, Grant
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
@@ -45,7 +45,7 @@ WATCH_INTERVAL = 0.5
 PURGE_INTERVAL = 3600.0
 """Seconds between two times that old flows are deleted."""
 
-LINK_REST = 60.0
+MIN_LINK_LIFETIME = 60.0
 """Seconds that a link still has to live when it is given out; of one with a short life, a tenth of that."""
 
 MAX_UNAUTHORIZED = 3
@@ -70,15 +70,15 @@ class Broker:
         self._grants = Grants(database)
         self._flows = Flows(database)
         self._authorizer = authorizer
-        self._tokens = Tokens(servers=servers, grants=self._grants, authorizer=authorizer, clock=clock)
-        self._visits = Visits(flows=self._flows, clock=clock)
-        self._step_ups = StepUps(clock=clock)
+        self._tokens = TokenCache(servers=servers, grants=self._grants, authorizer=authorizer, clock=clock)
+        self._visits = AuthorizationAttempts(flows=self._flows, clock=clock)
+        self._step_ups = StepUpLimiter(clock=clock)
         self._devices = DeviceFlows(authorizer=authorizer, flows=self._flows, grants=self._grants, clock=clock)
         self._public_url = public_url
         self._announce = announce
         self._clock = clock
-        self._pending: dict[Key, Pending] = {}
-        self._authorizing: SingleFlight[Key, AccessToken | Pending] = SingleFlight()
+        self._pending: dict[Account, PendingAuthorization] = {}
+        self._authorizing: SingleFlight[Account, AccessToken | PendingAuthorization] = SingleFlight()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -86,16 +86,20 @@ class Broker:
         await self._flows.purge(self._clock())
         await self._database.changed()
         for grant in await self._grants.all():
-            key = (grant.key.principal, grant.key.server)
-            if grant.ended_at is None and grant.refresh_begun_at is not None and grant.key.server in self._servers:
-                logger.warning("a renewal for server %s was cut short; it is taken up again", grant.key.server)
-                held = await self._tokens.load(key)
+            account = grant.key.account
+            if (
+                grant.ended_at is None
+                and grant.refresh_begun_at is not None
+                and grant.key.account.server in self._servers
+            ):
+                logger.warning("a renewal for server %s was cut short; it is taken up again", grant.key.account.server)
+                held = await self._tokens.load(account)
                 if held is not None and renewable(held.grant):
-                    self._tokens.renew_soon(key, held)
+                    self._tokens.renew_soon(account, held)
         for flow in await self._flows.devices(self._clock()):
-            server = self._servers.get(flow.key.server)
+            server = self._servers.get(flow.key.account.server)
             if server is not None and self._authorizer.fits(flow, server):
-                self._expect((flow.key.principal, flow.key.server), flow)
+                self._track(flow.key.account, flow)
         self._spawn(self._watch())
 
     async def aclose(self) -> None:
@@ -109,94 +113,94 @@ class Broker:
 
     # The three verbs
 
-    async def token(self, principal: Principal, server: str) -> AccessToken | None:
+    async def token(self, account: Account) -> AccessToken | None:
         """Return the token to send, None where there is no grant.
 
         Raises AuthorizationServerUnavailable where the token is dead and can't be renewed now, and StoreError.
         """
-        return await self._tokens.token((principal.id, server))
+        return await self._tokens.token(account)
 
-    def at_hand(self, principal: Principal, server: str) -> tuple[bool, AccessToken | None]:
+    def token_nowait(self, account: Account) -> tuple[bool, AccessToken | None]:
         """Return whether nothing has to be waited for or begun before a request is sent, and the token to send with it.
 
         That is: a token in use that is not due to be renewed; or none, where no grant and no flow is known.
         """
-        key = (principal.id, server)
-        known, token = self._tokens.at_hand(key)
-        return known and (token is not None or key not in self._pending), token
+        known, token = self._tokens.token_nowait(account)
+        return known and (token is not None or account not in self._pending), token
 
-    def pending(self, principal: Principal, server: str) -> Pending | None:
+    def pending(self, account: Account) -> PendingAuthorization | None:
         """Return the flow that waits for the user, where there is one whose link can be used for a while yet."""
-        pending = self._pending.get((principal.id, server))
-        return pending if pending is not None and not pending.settled and self._lasts(pending.flow) else None
+        pending = self._pending.get(account)
+        return pending if pending is not None and not pending.done and self._is_usable(pending.flow) else None
 
-    async def lasting(self, pending: Pending) -> Pending:
+    async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
         """Return what to answer a request with that has waited for long: a flow whose link can be used for a while yet.
 
         A flow on another device is not followed by another here: its code comes from the authorization server.
         Raises StoreError.
         """
-        key = (pending.flow.key.principal, pending.flow.key.server)
-        newest = self._pending.get(key, pending)
-        if newest.settled or newest.flow.device is not None or self._lasts(newest.flow):
+        account = pending.flow.key.account
+        newest = self._pending.get(account, pending)
+        if newest.done or newest.flow.device is not None or self._is_usable(newest.flow):
             return newest
-        outcome = await self._authorizing.run(key, lambda: self._offer(key, self._authorizer.again(newest.flow)))
-        return outcome if isinstance(outcome, Pending) else newest
+        outcome = await self._authorizing.run(
+            account, lambda: self._start_flow(account, self._authorizer.clone_flow(newest.flow))
+        )
+        return outcome if isinstance(outcome, PendingAuthorization) else newest
 
     async def challenged(
         self,
-        principal: Principal,
-        server: str,
+        account: Account,
         *,
         status: int,
         challenge: Sequence[bytes],
         used: AccessToken | None,
-        trail: Trail,
+        trail: ChallengeHistory,
         nonce: Sequence[bytes] = (),
-    ) -> AccessToken | Pending | None:
+    ) -> AccessToken | PendingAuthorization | None:
         """Answer an upstream's 401 or 403: a token to try again with, or a flow to wait for.
 
         ``nonce`` are the answer's DPoP-Nonce fields. None: the answer is no challenge (a 403 for another reason) and
         belongs to the client.
         Raises AuthorizationError, AuthorizationServerUnavailable, StoreError.
         """
-        key = (principal.id, server)
-        settings = self._servers[server]
+        settings = self._servers[account.server]
         bearer = challenges.bearer(challenge)
         if not challenges.demands_authorization(status, bearer):
             return None
-        held = self._tokens.get(key) or await self._tokens.load(key)
+        held = self._tokens.get(account) or await self._tokens.load(account)
         if held is not None and (used is None or held.token.generation > used.generation):
             held.used = True
             return held.token
         if status == 401 and used is not None:
-            again = trail.proved_anew == used.generation
-            same = dpop.proved_anew(used, server=server, challenge=challenge, nonce=nonce, again=again)
+            again = trail.with_new_nonce == used.generation
+            same = dpop.with_new_nonce(used, server=account.server, challenge=challenge, nonce=nonce, again=again)
             if same is not None:
-                trail.proved_anew = used.generation
+                trail.with_new_nonce = used.generation
                 return same
             trail.unauthorized += 1
             if held is not None and renewable(held.grant) and trail.unauthorized < MAX_UNAUTHORIZED:
-                renewed = await self._tokens.renew(key, held)
+                renewed = await self._tokens.renew(account, held)
                 if renewed is not None:
                     renewed.used = True
                     return renewed.token
             elif trail.authorizations:
                 raise AuthorizationError(
-                    f"Server {server} refuses a token that its authorization server has just issued"
-                    f"{f' ({held.grant.key.issuer})' if held else ''}. Look at servers.{server}.oauth.resource and "
-                    f"scopes, at authorization_params or token_params where the provider wants an audience there "
+                    f"Server {account.server} refuses a token that its authorization server has just issued"
+                    f"{f' ({held.grant.key.issuer})' if held else ''}. Look at "
+                    f"servers.{account.server}.oauth.resource and scopes, at "
+                    f"authorization_params or token_params if the provider wants an audience there "
                     f"(docs/providers.md), and at what the account may use."
                 )
         trail.authorizations += 1
         if trail.authorizations > MAX_AUTHORIZATIONS:
-            raise never_enough(server, (bearer and bearer.scopes) or ())
+            raise step_up_limit(account.server, (bearer and bearer.scopes) or ())
         already = held.grant.scopes if held is not None and status == 403 else None
         if status == 403 and bearer is not None and used is not None and used.prover is not None:
             # It took the proof: what is asked for on top must not be had for a weaker token.
             bearer = replace(bearer, dpop=True)
         others = challenges.other_schemes(challenge)
-        return await self._authorizing.run(key, lambda: self._authorize(principal, settings, bearer, already, others))
+        return await self._authorizing.run(account, lambda: self._authorize(account, settings, bearer, already, others))
 
     async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
         """Finish the flow that a callback belongs to, and let everyone who waits for it go on.
@@ -204,27 +208,27 @@ class Broker:
         Raises CallbackRefused where it belongs to none, AuthorizationError where the authorization failed.
         """
         flow, attempt = await self._visits.accept(params, cookies)
-        key = (flow.key.principal, flow.key.server)
+        account = flow.key.account
         try:
             server = self._server_of(flow)
             code = authorization_code.check_response(params, flow=flow)
             grant = await self._authorizer.redeem(server, flow, attempt, code)
         except (AuthorizationError, CallbackRefused) as error:
             if isinstance(error, TokenRefused | AuthorizationDenied):
-                await self._learn_from(error.error, flow)
-            await self._give_up(key, flow, str(error))
+                await self._note_rejection(error.error, flow)
+            await self._fail_flow(account, flow, str(error))
             raise
         stored = await self._grants.add_from(grant, flow.id)
         if stored is None:
             # A logout, most likely, while the code was redeemed.
-            await self._authorizer.give_back(server, grant)
-            self._fail_pending(key, flow.id, CANCELLED)
+            await self._authorizer.discard(server, grant)
+            self._fail_pending(account, flow.id, CANCELLED)
             raise AuthorizationDenied(CANCELLED)
-        await self._adopt(key, stored)
-        logger.info("server %s is connected", flow.key.server)
+        await self._activate(account, stored)
+        logger.info("server %s is connected", flow.key.account.server)
         return flow
 
-    async def visit(self, server: str, flow_id: str) -> Visit | DeviceVisit:
+    async def visit(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
         """Begin a browser's visit to a link. Raises CallbackRefused."""
         return await self._visits.open(server, flow_id)
 
@@ -235,20 +239,20 @@ class Broker:
         return await self._grants.all()
 
     async def logout(
-        self, principal: Principal, server: ServerSettings, *, forget_client: bool
+        self, account: Account, server: ServerSettings, *, forget_client: bool
     ) -> tuple[list[str], list[str]]:
         """Forget the grants for a server and revoke them upstream; return what was done, and what failed, in lines."""
         done: list[str] = []
         failed: list[str] = []
         # In this order: a grant that arrives in between finds its flow cancelled, or is deleted.
-        await self._flows.cancel(principal.id, server.name)
-        grants = await self._grants.delete(principal.id, server.name)
+        await self._flows.cancel(account)
+        grants = await self._grants.delete(account)
         for grant in grants:
             if grant.ended_at is not None:
                 continue
             try:
                 revoked = await self._authorizer.revoke(server, grant)
-            except ProxyError as error:
+            except McpAuthProxyError as error:
                 failed.append(
                     f"{server.name}: forgotten here, but not revoked at {grant.key.issuer}: {error} "
                     f"Its tokens are good until they end by themselves; to end them now, withdraw the access at the "
@@ -267,122 +271,123 @@ class Broker:
 
     async def _authorize(
         self,
-        principal: Principal,
+        account: Account,
         server: ServerSettings,
         challenge: BearerChallenge | None,
         already: tuple[str, ...] | None,
         schemes: tuple[str, ...],
-    ) -> AccessToken | Pending:
+    ) -> AccessToken | PendingAuthorization:
         """``already``: the scopes that a step-up starts from; None: this is none. ``schemes``: see ``plan``."""
-        key = (principal.id, server.name)
-        pending = self.pending(principal, server.name)
+        pending = self.pending(account)
         if pending is None:
-            pending = await self._resume(key, server, challenge)
+            pending = await self._resume(account, server, challenge)
         if pending is not None:
             return pending
-        plan = await self._authorizer.plan(principal, server, challenge, already or (), schemes=schemes)
+        plan = await self._authorizer.plan(account, server, challenge, already or (), schemes=schemes)
         if already is not None:
             asked = (challenge and challenge.scopes) or ()
-            self._step_ups.count(key, server=server.name, asked=asked, already=already)
+            self._step_ups.count(account, server=server.name, asked=asked, already=already)
         if server.oauth.grant.unattended:
-            return await self._obtain(key, plan)
-        return await self._offer(key, await self._begin(plan))
+            return await self._obtain(account, plan)
+        return await self._start_flow(account, await self._begin(plan))
 
-    async def _offer(self, key: Key, flow: Flow) -> Pending:
+    async def _start_flow(self, account: Account, flow: Flow) -> PendingAuthorization:
         await self._flows.save(flow)
-        pending = self._expect(key, flow)
+        pending = self._track(account, flow)
         self._announce(flow, pending.link)
         return pending
 
-    async def _obtain(self, key: Key, plan: Plan) -> AccessToken:
+    async def _obtain(self, account: Account, plan: Plan) -> AccessToken:
         try:
             grant = await self._authorizer.obtain(plan)
         except TokenRefused as refused:
             raise AuthorizationDenied(str(refused), refused.error, remedy=refused.remedy) from None
-        return (await self._adopt(key, await self._grants.add(grant))).token
+        return (await self._activate(account, await self._grants.add(grant))).token
 
     async def _begin(self, plan: Plan) -> Flow:
         try:
             return await self._authorizer.begin(plan)
         except TokenRefused as refused:
-            await self._learn_from(refused.error, plan)
+            await self._note_rejection(refused.error, plan)
             raise AuthorizationDenied(str(refused), refused.error, remedy=refused.remedy) from None
 
-    async def _learn_from(self, error: str, tried: Flow | Plan) -> None:
+    async def _note_rejection(self, error: str, tried: Flow | Plan) -> None:
         """Let the next authorization do without what this one was refused for, where that is ours to change."""
         if error == "invalid_client":
             await self._authorizer.forget_client(tried.registration)
         elif error == "invalid_scope":
             self._authorizer.leave_out_offline_access(tried)
 
-    async def _resume(self, key: Key, server: ServerSettings, challenge: BearerChallenge | None) -> Pending | None:
+    async def _resume(
+        self, account: Account, server: ServerSettings, challenge: BearerChallenge | None
+    ) -> PendingAuthorization | None:
         """Take up a flow that an earlier run of the proxy began, or another process, if it still fits."""
-        flow = await self._flows.live(*key, self._clock())
-        if flow is None or not self._lasts(flow) or not self._authorizer.fits(flow, server):
+        flow = await self._flows.live(account, self._clock())
+        if flow is None or not self._is_usable(flow) or not self._authorizer.fits(flow, server):
             return None
         if not set((challenge and challenge.scopes) or ()) <= set(flow.scopes):
             return None
-        pending = self._expect(key, flow)
+        pending = self._track(account, flow)
         # The browser was opened by who began it; here somebody may be looking for the link.
         logger.warning("server %s still needs your authorization, open this link: %s", server.name, pending.link)
         return pending
 
-    def _expect(self, key: Key, flow: Flow) -> Pending:
-        link = f"{self._public_url}/connect/{flow.key.server}?flow={flow.id}"
-        before = self._pending.get(key)
-        if before is not None and not before.settled:
-            pending = before.followed_by(flow, link)
+    def _track(self, account: Account, flow: Flow) -> PendingAuthorization:
+        link = f"{self._public_url}/connect/{flow.key.account.server}?flow={flow.id}"
+        before = self._pending.get(account)
+        if before is not None and not before.done:
+            pending = before.replaced_by(flow, link)
         else:
-            pending = Pending(flow, link, asyncio.get_running_loop().create_future())
-        self._pending[key] = pending
+            pending = PendingAuthorization(flow, link, asyncio.get_running_loop().create_future())
+        self._pending[account] = pending
         if flow.device is not None:
-            self._spawn(self._follow_device(key, flow))
+            self._spawn(self._follow_device(account, flow))
         return pending
 
-    async def _follow_device(self, key: Key, flow: Flow) -> None:
+    async def _follow_device(self, account: Account, flow: Flow) -> None:
         """Wait for the user on another device, then let everyone who waits go on."""
         try:
-            grant = await self._devices.decided(self._server_of(flow), flow)
+            grant = await self._devices.wait_for_decision(self._server_of(flow), flow)
             if grant is not None:
-                await self._adopt(key, grant)
-                logger.info("server %s is connected", flow.key.server)
+                await self._activate(account, grant)
+                logger.info("server %s is connected", flow.key.account.server)
         except AuthorizationError as error:
-            logger.warning("server %s was not authorized: %s", flow.key.server, error)
-            await self._give_up(key, flow, str(error))
+            logger.warning("server %s was not authorized: %s", flow.key.account.server, error)
+            await self._fail_flow(account, flow, str(error))
         except StoreError as error:
-            logger.error("the authorization of server %s could not be stored: %s", flow.key.server, error)
-            self._fail_pending(key, flow.id, str(error))
+            logger.error("the authorization of server %s could not be stored: %s", flow.key.account.server, error)
+            self._fail_pending(account, flow.id, str(error))
 
-    async def _give_up(self, key: Key, flow: Flow, reason: str) -> None:
+    async def _fail_flow(self, account: Account, flow: Flow, reason: str) -> None:
         await self._flows.finish(flow.id, FlowStatus.FAILED, reason)
-        self._fail_pending(key, flow.id, reason)
+        self._fail_pending(account, flow.id, reason)
 
-    async def _adopt(self, key: Key, grant: Grant) -> Held:
-        held = self._tokens.hold(key, grant)
+    async def _activate(self, account: Account, grant: Grant) -> CachedToken:
+        held = self._tokens.put(account, grant)
         held.used = True
-        pending = self._pending.pop(key, None)
+        pending = self._pending.pop(account, None)
         if pending is not None:
             pending.release(held.token)
         return held
 
-    def _fail_pending(self, key: Key, flow_id: str, reason: str) -> None:
-        pending = self._pending.get(key)
+    def _fail_pending(self, account: Account, flow_id: str, reason: str) -> None:
+        pending = self._pending.get(account)
         if pending is not None and pending.flow.id == flow_id:
-            del self._pending[key]
+            del self._pending[account]
             pending.fail(AuthorizationDenied(reason))
 
-    def _lasts(self, flow: Flow) -> bool:
-        rest = min(LINK_REST, 0.1 * (flow.expires_at - flow.created_at))
+    def _is_usable(self, flow: Flow) -> bool:
+        rest = min(MIN_LINK_LIFETIME, 0.1 * (flow.expires_at - flow.created_at))
         return flow.expires_at - self._clock() >= rest
 
     def _server_of(self, flow: Flow) -> ServerSettings:
-        server = self._servers.get(flow.key.server)
+        server = self._servers.get(flow.key.account.server)
         if server is None:
-            raise AuthorizationError(f"Server {flow.key.server} is no longer in the configuration.")
+            raise AuthorizationError(f"Server {flow.key.account.server} is no longer in the configuration.")
         if not is_for(flow.key, server):
             raise AuthorizationError(
-                f"The configuration has given the name {flow.key.server} to another server or issuer since this "
-                f"authorization was begun."
+                f"The configuration has given the name {flow.key.account.server} to another server or issuer "
+                f"since this authorization was begun."
             )
         return server
 
@@ -401,7 +406,7 @@ class Broker:
             # A store in trouble is reported by /readyz and by the requests that need it.
             with contextlib.suppress(StoreError):
                 if await self._database.changed():
-                    await self._look_again()
+                    await self._reload()
             now = self._clock()
             # The distance, for the clock may have been set back.
             if abs(now - purged) >= PURGE_INTERVAL:
@@ -409,25 +414,25 @@ class Broker:
                 with contextlib.suppress(StoreError):
                     await self._flows.purge(now)
 
-    async def _look_again(self) -> None:
-        self._tokens.look_again()
-        for key in {*self._tokens.keys(), *self._pending}:
-            grant = await self._tokens.current(key)
+    async def _reload(self) -> None:
+        self._tokens.clear_negative()
+        for account in {*self._tokens.keys(), *self._pending}:
+            grant = await self._tokens.current(account)
             if grant is None:
-                self._tokens.drop(key)
-            elif not self._tokens.is_renewing(key):
-                await self._adopt_if_new(key, grant)
-        for key, pending in list(self._pending.items()):
+                self._tokens.evict(account)
+            elif not self._tokens.is_renewing(account):
+                await self._activate_if_new(account, grant)
+        for account, pending in list(self._pending.items()):
             flow = await self._flows.get(pending.flow.id)
             if flow is None or flow.status is FlowStatus.FAILED:
-                self._fail_pending(key, pending.flow.id, flow.reason if flow else CANCELLED)
+                self._fail_pending(account, pending.flow.id, flow.reason if flow else CANCELLED)
 
-    async def _adopt_if_new(self, key: Key, grant: Grant) -> None:
-        pending = self._pending.get(key)
+    async def _activate_if_new(self, account: Account, grant: Grant) -> None:
+        pending = self._pending.get(account)
         if pending is None:
-            self._tokens.hold(key, grant)
+            self._tokens.put(account, grant)
             return
         flow = await self._flows.get(pending.flow.id)
         # Or by the link before this one, or that another process gave out.
         if grant.granted_at > pending.flow.created_at or (flow is not None and flow.status is FlowStatus.DONE):
-            await self._adopt(key, grant)
+            await self._activate(account, grant)

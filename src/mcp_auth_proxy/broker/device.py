@@ -5,8 +5,8 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from mcp_auth_proxy.broker.authorize import Authorizer
-from mcp_auth_proxy.broker.renew import SAVE_DELAYS
+from mcp_auth_proxy.broker.planning import Authorizer
+from mcp_auth_proxy.broker.renewal import SAVE_DELAYS
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationServerUnavailable, StoreUnavailable, TokenRefused
@@ -36,7 +36,7 @@ class DeviceFlows:
         self._owner = lease.new_owner()
         self._polls: SingleFlight[str, Poll | Grant | None] = SingleFlight()
 
-    async def decided(self, server: ServerSettings, flow: Flow) -> Grant | None:
+    async def wait_for_decision(self, server: ServerSettings, flow: Flow) -> Grant | None:
         """Return the stored grant once the user has authorized; None where the flow was ended by someone else.
 
         Raises AuthorizationDenied where the user, or the authorization server, said no or nothing in time.
@@ -71,7 +71,7 @@ class DeviceFlows:
     async def _poll(self, server: ServerSettings, flow: Flow, interval: float) -> Poll | Grant | None:
         """One poll. None: the flow is not pending any more."""
         now = self._clock()
-        stored = await self._grants.current(flow.key.principal, flow.key.server)
+        stored = await self._grants.current(flow.key.account)
         if stored is not None and stored.granted_at > flow.created_at:
             # Another authorization came first, or this one's code is spent already: polling on might end its grant.
             await self._flows.finish(flow.id, FlowStatus.DONE)
@@ -87,16 +87,16 @@ class DeviceFlows:
             raise AuthorizationDenied(DENIALS.get(refused.error, str(refused)), refused.error) from None
         if isinstance(answer, Poll):
             return answer
-        stored = await self._keep(flow, answer)
+        stored = await self._save_with_retry(flow, answer)
         if stored is None:
-            await self._authorizer.give_back(server, answer)
+            await self._authorizer.discard(server, answer)
         return stored
 
-    async def _keep(self, flow: Flow, grant: Grant) -> Grant | None:
+    async def _save_with_retry(self, flow: Flow, grant: Grant) -> Grant | None:
         for delay in SAVE_DELAYS:
             try:
                 return await self._grants.add_from(grant, flow.id)
             except StoreUnavailable as failure:
-                logger.error("the tokens of server %s can't be stored yet: %s", flow.key.server, failure)
+                logger.error("the tokens of server %s can't be stored yet: %s", flow.key.account.server, failure)
                 await asyncio.sleep(delay)
         return await self._grants.add_from(grant, flow.id)

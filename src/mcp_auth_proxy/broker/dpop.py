@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import AccessToken, DpopUse, Flow, Grant
+from mcp_auth_proxy.net.urls import DEFAULT_PORTS
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth import dpop
-from mcp_auth_proxy.oauth.urls import DEFAULT_PORTS
 
 MAX_NONCES = 10_000
 """Places whose nonce is remembered; the one that was heard of longest ago goes first."""
@@ -26,7 +26,7 @@ class Nonces:
         """Return the nonce to use, empty where none has been asked for."""
         return self._nonces.get(place, "")
 
-    def heard(self, place: str, nonce: str) -> None:
+    def update_nonce(self, place: str, nonce: str) -> None:
         """Remember a nonce; an empty one changes nothing."""
         if not nonce:
             return
@@ -36,7 +36,7 @@ class Nonces:
             self._nonces.popitem(last=False)
 
 
-class TokenProver:
+class TokenSigner:
     """Proofs for the requests that carry one token. ``once`` is a nonce meant for the next of them alone."""
 
     def __init__(
@@ -59,16 +59,16 @@ class TokenProver:
             ath=self._ath,
         ).encode("ascii")
 
-    def heard(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def update_nonce(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Take in the nonce of an answer, a good one's too (RFC 9449 §8.2)."""
         self._once = ""
         for name, value in headers:
             if name.lower() == b"dpop-nonce":
-                self._nonces.heard(self._origin, dpop.read_nonce(value.decode("latin-1")))
+                self._nonces.update_nonce(self._origin, dpop.read_nonce(value.decode("latin-1")))
 
-    def with_nonce(self, nonce: str) -> "TokenProver":
+    def with_nonce(self, nonce: str) -> "TokenSigner":
         """Return one that uses this nonce next, whatever other requests hear meanwhile: some are good only once."""
-        return TokenProver(
+        return TokenSigner(
             self._key, origin=self._origin, ath=self._ath, nonces=self._nonces, clock=self._clock, once=nonce
         )
 
@@ -81,7 +81,7 @@ def access_token(
     header = f"{tokens.token_type} {tokens.access_token}".encode("ascii")
     if tokens.token_type != dpop.TOKEN_TYPE or grant.dpop_key is None:
         return AccessToken(header, generation)
-    prover = TokenProver(
+    prover = TokenSigner(
         dpop.Key.load(grant.dpop_key),
         origin=origin_of(server.url),
         ath=dpop.digest(tokens.access_token),
@@ -91,14 +91,14 @@ def access_token(
     return AccessToken(header, generation, prover)
 
 
-def proved_anew(
+def with_new_nonce(
     used: AccessToken, *, server: str, challenge: Sequence[bytes], nonce: Sequence[bytes], again: bool
 ) -> AccessToken | None:
     """Return the same token with the nonce that a resource asks for (RFC 9449 §9); None where that is not the matter.
 
     Raises AuthorizationError where it is asked for ``again`` with the nonce just given.
     """
-    if not isinstance(used.prover, TokenProver) or not challenges.wants_nonce(challenge):
+    if not isinstance(used.prover, TokenSigner) or not challenges.wants_nonce(challenge):
         return None
     values = [given for value in nonce if (given := dpop.read_nonce(value.decode("latin-1")))]
     if not values:

@@ -9,7 +9,7 @@ from mcp_auth_proxy.models import AccessToken, Flow
 
 
 @dataclass(eq=False, slots=True)
-class Pending:
+class PendingAuthorization:
     """A flow that waits for a user; every request that needs it waits on the same one.
 
     Near its end it is followed by another, which whoever waits for this one waits for too.
@@ -31,12 +31,12 @@ class Pending:
         return self._released.result() if self._released.done() else None
 
     @property
-    def settled(self) -> bool:
+    def done(self) -> bool:
         return self._released.done()
 
-    def followed_by(self, flow: Flow, link: str) -> "Pending":
+    def replaced_by(self, flow: Flow, link: str) -> "PendingAuthorization":
         """Return what to wait for from now on: a consent by either link lets everyone go on."""
-        return Pending(flow, link, self._released)
+        return PendingAuthorization(flow, link, self._released)
 
     def release(self, token: AccessToken) -> None:
         if not self._released.done():
@@ -50,10 +50,10 @@ class Pending:
 
 
 @dataclass(slots=True)
-class Trail:
+class ChallengeHistory:
     """What one request has been through; it bounds how often the request is carried on."""
 
     unauthorized: int = 0
     authorizations: int = 0
-    proved_anew: int = 0
+    with_new_nonce: int = 0
     """The generation of the token that was last sent again with a nonce its server asked for."""

@@ -22,7 +22,7 @@ class _Repeated:
     last: float
 
 
-class StepUps:
+class StepUpLimiter:
     """Counts, over all requests, the authorizations in a row that ask for nothing new."""
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
@@ -38,11 +38,11 @@ class StepUps:
         before = self._repeated.get(key)
         times = before.times if before is not None and now - before.last < REMEMBERED else 0
         if times + 1 >= MAX_AUTHORIZATIONS:
-            raise never_enough(server, asked)
+            raise step_up_limit(server, asked)
         self._repeated[key] = _Repeated(times + 1, now)
 
 
-def never_enough(server: str, asked: Iterable[str]) -> AuthorizationError:
+def step_up_limit(server: str, asked: Iterable[str]) -> AuthorizationError:
     """Return the error for a server that goes on asking."""
     return AuthorizationError(
         f"Server {server} goes on asking for more permission after {MAX_AUTHORIZATIONS} authorizations "

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mcp_auth_proxy.broker import credentials
-from mcp_auth_proxy.broker.discover import Discoverer
+from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.dpop import Nonces
 from mcp_auth_proxy.config.settings import IdpSettings, ServerSettings
 from mcp_auth_proxy.config.signing_key import SigningKey
@@ -22,7 +22,7 @@ from mcp_auth_proxy.models import (
 from mcp_auth_proxy.oauth import client_auth, dpop, jwt_bearer, token_endpoint, token_exchange
 from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher, Response
-from mcp_auth_proxy.oauth.oauth_error import Asked
+from mcp_auth_proxy.oauth.oauth_error import TokenRequestContext
 from mcp_auth_proxy.oauth.token_exchange import IdJag, SubjectToken, TokenType
 
 IDP_DEADLINE = 10.0
@@ -64,7 +64,7 @@ class TokenRequests:
             previous=previous,
             token_types=self.token_types(server, dpop_key, previous),
             secrets=self.secrets(server, client, form),
-            asked=Asked(server=server.name, resource=dict(form).get("resource", ""), scopes=requested),
+            asked=TokenRequestContext(server=server.name, resource=dict(form).get("resource", ""), scopes=requested),
         )
 
     async def ask(
@@ -98,12 +98,16 @@ class TokenRequests:
         again with it, once: a client that was not recognised has consumed nothing (§5.2).
         """
         client, key = _as_configured(server, client)
-        named = url in self._wanting_client_id
-        first = await self._proved(server, client, key, url, form, document=document, dpop_key=dpop_key, named=named)
-        unnamed = client.client_auth is ClientAuth.BASIC and not named
+        include_client_id = url in self._wanting_client_id
+        first = await self._proved(
+            server, client, key, url, form, document=document, dpop_key=dpop_key, include_client_id=include_client_id
+        )
+        unnamed = client.client_auth is ClientAuth.BASIC and not include_client_id
         if not unnamed or not client_auth.refuses_client(first.status, first.body, "invalid_client"):
             return first
-        second = await self._proved(server, client, key, url, form, document=document, dpop_key=dpop_key, named=True)
+        second = await self._proved(
+            server, client, key, url, form, document=document, dpop_key=dpop_key, include_client_id=True
+        )
         if client_auth.refuses_client(second.status, second.body, "invalid_client", "invalid_request"):
             return first
         self._wanting_client_id.add(url)
@@ -119,7 +123,7 @@ class TokenRequests:
         *,
         document: str,
         dpop_key: str | None,
-        named: bool,
+        include_client_id: bool,
     ) -> Response:
         """With a DPoP key, a proof of that goes along too.
 
@@ -129,7 +133,14 @@ class TokenRequests:
         audience = url if server.oauth.client_assertion_audience == "endpoint" else ""
         if dpop_key is None:
             return await self._post(
-                client, key, url, form, document=document, policy=policy, audience=audience, named=named
+                client,
+                key,
+                url,
+                form,
+                document=document,
+                policy=policy,
+                audience=audience,
+                include_client_id=include_client_id,
             )
         bound = dpop.Key.load(dpop_key)
 
@@ -143,10 +154,10 @@ class TokenRequests:
                 document=document,
                 policy=policy,
                 audience=audience,
-                named=named,
+                include_client_id=include_client_id,
                 headers=[("DPoP", proof)],
             )
-            self._nonces.heard(url, dpop.read_nonce(response.headers.get("dpop-nonce")))
+            self._nonces.update_nonce(url, dpop.read_nonce(response.headers.get("dpop-nonce")))
             return response
 
         response = await send(self._nonces.get(url))
@@ -244,11 +255,11 @@ class TokenRequests:
         document: str,
         policy: AddressPolicy,
         audience: str = "",
-        named: bool = False,
+        include_client_id: bool = False,
         headers: Sequence[tuple[str, str]] = (),
     ) -> Response:
         fields, proofs = client_auth.authenticate(
-            client, form, key=key, now=self._clock(), audience=audience, named=named
+            client, form, key=key, now=self._clock(), audience=audience, include_client_id=include_client_id
         )
         return await self._fetcher.post(
             url,

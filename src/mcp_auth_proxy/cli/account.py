@@ -13,12 +13,12 @@ import click
 import httpx2
 
 from mcp_auth_proxy.app import Application, lifespan, reachable
-from mcp_auth_proxy.broker.pending import Pending, Trail
-from mcp_auth_proxy.broker.renew import renewable
-from mcp_auth_proxy.cli.listener import PortTaken, bind, listening
+from mcp_auth_proxy.broker.pending import ChallengeHistory, PendingAuthorization
+from mcp_auth_proxy.broker.renewal import renewable
+from mcp_auth_proxy.cli.listener import AddressInUse, bind, listening
 from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings
-from mcp_auth_proxy.errors import ConfigurationError, Fault, ProxyError, without_query_values
-from mcp_auth_proxy.models import LOCAL, AccessToken, Flow, Grant
+from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError, without_query_values
+from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, Grant
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.probe import probe
 from mcp_auth_proxy.store.database import Database
@@ -37,7 +37,7 @@ async def login(settings: Settings, name: str) -> int:
     async with AsyncExitStack() as stack:
         try:
             sock, address = bind(settings.listen)
-        except PortTaken:
+        except AddressInUse:
             sock, address = None, settings.listen
             await _require_our_proxy(address)
         application = await stack.enter_async_context(
@@ -54,7 +54,7 @@ async def login(settings: Settings, name: str) -> int:
 
 async def _authorize(application: Application, server: ServerSettings) -> AccessToken | None:
     broker = application.broker
-    used = await broker.token(LOCAL, server.name)
+    used = await broker.token(Account(LOCAL, server.name))
     if used is not None:
         click.echo(f"A login for {server.name} is stored already; `mcp-auth-proxy logout {server.name}` forgets it.")
         return used
@@ -62,8 +62,10 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     status, challenge = await probe(application.forwarder.upstream, route)
     if status not in (401, 403):
         return None
-    outcome = await broker.challenged(LOCAL, server.name, status=status, challenge=challenge, used=None, trail=Trail())
-    if not isinstance(outcome, Pending):
+    outcome = await broker.challenged(
+        Account(LOCAL, server.name), status=status, challenge=challenge, used=None, trail=ChallengeHistory()
+    )
+    if not isinstance(outcome, PendingAuthorization):
         return outcome
     click.echo(_invitation(server.name, outcome))
     opens = browser.should_open(application.settings.authorization.open_browser, loopback=True, environ=os.environ)
@@ -71,11 +73,11 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
         browser.open_link(outcome.link)
     token = await outcome.wait(max(0.0, outcome.flow.expires_at - time.time()))
     if token is None:
-        raise ProxyError("The link was not used in time. Run login again for a new one.")
+        raise McpAuthProxyError("The link was not used in time. Run login again for a new one.")
     return token
 
 
-def _invitation(server: str, pending: Pending) -> str:
+def _invitation(server: str, pending: PendingAuthorization) -> str:
     """What the user is to do; a code is for any device, so that the terminal's machine needs no browser (RFC 8628)."""
     device = pending.flow.device
     if device is None:
@@ -97,7 +99,7 @@ async def _list_tools(server: ServerSettings, url: str) -> None:
         async with Client(url) as client:
             tools = (await client.list_tools()).tools
     except Exception as error:  # the SDK raises groups of whatever went wrong in its tasks
-        raise ProxyError(
+        raise McpAuthProxyError(
             f"The tools of {server.name} could not be listed: {_first(error)}. Is {server.url} its MCP endpoint?"
         ) from None
     names = ", ".join(sorted(tool.name for tool in tools))
@@ -118,11 +120,11 @@ async def logout(settings: Settings, name: str, *, forget_client: bool) -> int:
     """
     server = server_of(settings, name)
     async with lifespan(settings, settings.listen, background=False, announce_key=_say) as application:
-        done, failed = await application.broker.logout(LOCAL, server, forget_client=forget_client)
+        done, failed = await application.broker.logout(Account(LOCAL, server.name), server, forget_client=forget_client)
     for line in done:
         click.echo(line)
     if failed:
-        raise ProxyError(" ".join(failed))
+        raise McpAuthProxyError(" ".join(failed))
     if not done:
         click.echo(f"{server.name}: nothing was connected.")
     return 0
@@ -153,7 +155,7 @@ async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
 
 def _row(server: ServerSettings, grants: list[Grant]) -> dict[str, Any]:
     url = without_query_values(server.url)
-    of_server = [grant for grant in grants if grant.key.server == server.name]
+    of_server = [grant for grant in grants if grant.key.account.server == server.name]
     if not of_server:
         return {"server": server.name, "url": url, "state": "not connected"}
     grant = max(of_server, key=lambda grant: (grant.ended_at is None, grant.granted_at))
@@ -194,7 +196,7 @@ def server_of(settings: Settings, name: str) -> ServerSettings:
         return settings.servers[name]
     except KeyError:
         known = ", ".join(sorted(settings.servers))
-        raise ConfigurationError([Fault("", f"There is no server {name!r}. Configured: {known}.")]) from None
+        raise ConfigurationError([ConfigError("", f"There is no server {name!r}. Configured: {known}.")]) from None
 
 
 async def _require_our_proxy(address: Address) -> None:
@@ -205,7 +207,7 @@ async def _require_our_proxy(address: Address) -> None:
     except (httpx2.HTTPError, ValueError):
         answer = None
     if not isinstance(answer, dict) or answer.get("service") != "mcp-auth-proxy":
-        raise PortTaken(f"{address} is taken by another program, so the callback could not be received there.")
+        raise AddressInUse(f"{address} is taken by another program, so the callback could not be received there.")
 
 
 def _say(line: str) -> None:

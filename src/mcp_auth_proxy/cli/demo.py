@@ -27,7 +27,7 @@ from mcp_auth_proxy.config.settings import (
     Settings,
     StoreSettings,
 )
-from mcp_auth_proxy.errors import ProxyError
+from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.models import Flow
 
 TOKEN_SECONDS = 60.0
@@ -57,7 +57,7 @@ class Story:
         missing = [step for step in steps if step not in self.steps]
         self.steps.clear()
         if missing:
-            raise ProxyError(f"The demo did not go as it should: no step {', '.join(missing)}.")
+            raise McpAuthProxyError(f"The demo did not go as it should: no step {', '.join(missing)}.")
 
 
 async def demo() -> int:
@@ -92,7 +92,7 @@ async def _after_restart(story: Story, settings: Settings, authorization_server:
         story.tell("restart", "the grant is read from the encrypted store")
         story.tell("result", await _call(url, "whoami"))
         if "consent" in story.steps:
-            raise ProxyError("The demo did not go as it should: the restart lost the login.")
+            raise McpAuthProxyError("The demo did not go as it should: the restart lost the login.")
         story.require("restart", "result")
         story.chapter("The access token dies; the client notices nothing:")
         ended = authorization_server.ledger.end_access_tokens()
@@ -152,7 +152,7 @@ async def _consent(link: str) -> None:
         ticket = re.search(r'name="ticket" value="([^"]+)"', page.text)
         form = re.search(r'action="([^"]+)"', page.text)
         if ticket is None or form is None:
-            raise ProxyError(f"The demo did not go as it should: no consent page, but HTTP {page.status_code}.")
+            raise McpAuthProxyError(f"The demo did not go as it should: no consent page, but HTTP {page.status_code}.")
         target = page.url.join(form[1])
         await browser.post(target, data={"ticket": ticket[1], "decision": "allow"})
 
@@ -166,7 +166,7 @@ async def _call(url: str, tool: str, **arguments: Any) -> str:
         result = await client.call_tool(tool, arguments)
     text = " ".join(getattr(block, "text", "") for block in result.content)
     if result.is_error:
-        raise ProxyError(f"The demo did not go as it should: {tool} answered {text}")
+        raise McpAuthProxyError(f"The demo did not go as it should: {tool} answered {text}")
     return f"{tool}: {text}"
 
 

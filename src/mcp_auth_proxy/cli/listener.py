@@ -11,8 +11,8 @@ import uvicorn
 
 from mcp_auth_proxy.app import Application
 from mcp_auth_proxy.config.settings import Address
-from mcp_auth_proxy.errors import ProxyError
-from mcp_auth_proxy.proxy.inbound import InboundProtocol
+from mcp_auth_proxy.errors import McpAuthProxyError
+from mcp_auth_proxy.net.http_server import InboundProtocol
 
 BACKLOG = 2048
 FLUSH_SECONDS = 1.0
@@ -21,7 +21,7 @@ KEEP_ALIVE = 75
 """Seconds that a client's idle connection is kept: longer than most clients keep theirs."""
 
 
-class PortTaken(ProxyError):
+class AddressInUse(McpAuthProxyError):
     """Something else listens on the address already."""
 
 
@@ -36,11 +36,11 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise PortTaken(
+            raise AddressInUse(
                 f"{address} is taken by another program, maybe another mcp-auth-proxy. End that one, or choose "
                 f"another address with --listen or the key 'listen'."
             ) from None
-        raise ProxyError(f"Can't listen on {address}: {error.strerror or error}.") from None
+        raise McpAuthProxyError(f"Can't listen on {address}: {error.strerror or error}.") from None
     sock.setblocking(False)
     return sock, Address(address.host, sock.getsockname()[1])
 

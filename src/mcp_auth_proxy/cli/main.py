@@ -13,7 +13,7 @@ import uvloop
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.config import load as config
 from mcp_auth_proxy.config.settings import Settings
-from mcp_auth_proxy.errors import ConfigurationError, Fault, ProxyError
+from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError
 from mcp_auth_proxy.observability import logs
 
 EXAMPLE = "https://mcp.example.com/mcp"
@@ -69,7 +69,7 @@ def settings_from(
             if command == "check"
             else f"name one server: mcp-auth-proxy {command} {EXAMPLE}"
         )
-        raise ConfigurationError([Fault("", f"No configuration was found. {ways}, or {last}")])
+        raise ConfigurationError([ConfigError("", f"No configuration was found. {ways}, or {last}")])
     return config.load(path, environ=os.environ, listen=listen, secrets_of=secrets_of)
 
 
@@ -187,7 +187,7 @@ def main() -> None:
         for fault in error.faults:
             click.echo(f"error: {source}{fault}", err=True)
         sys.exit(2)
-    except ProxyError as error:
+    except McpAuthProxyError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except click.UsageError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import yaml
 from yaml.composer import Composer
 
-from mcp_auth_proxy.errors import ConfigurationError, Fault
+from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 
 _NULL = ("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z"))
 _MERGE = ("tag:yaml.org,2002:merge", re.compile(r"<<\Z"))
@@ -45,7 +45,7 @@ class Document:
 
     content: object
     lines: Mapping[str, int]
-    faults: tuple[Fault, ...]
+    faults: tuple[ConfigError, ...]
 
     def line(self, path: str) -> int:
         """The line of a path, or of the nearest thing around it; 0 for the document."""
@@ -60,7 +60,7 @@ def parse(data: bytes) -> Document:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigurationError([Fault("", f"line {line}: the file is not UTF-8 text")]) from None
+        raise ConfigurationError([ConfigError("", f"line {line}: the file is not UTF-8 text")]) from None
     try:
         return _parse(text)
     except yaml.MarkedYAMLError as error:
@@ -71,14 +71,14 @@ def parse(data: bytes) -> Document:
             problem += f" (it begins on line {error.context_mark.line + 1})"
         if mark and text[mark.index : mark.index + 1] == "\t":
             problem += ": a tab; YAML is indented with spaces"
-        raise ConfigurationError([Fault("", f"{where}not valid YAML: {problem}")]) from None
+        raise ConfigurationError([ConfigError("", f"{where}not valid YAML: {problem}")]) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigurationError([Fault("", f"line {line}: not valid YAML: {error.reason}")]) from None
+        raise ConfigurationError([ConfigError("", f"line {line}: not valid YAML: {error.reason}")]) from None
     except RecursionError:
-        raise ConfigurationError([Fault("", "not usable: it is nested too deeply")]) from None
+        raise ConfigurationError([ConfigError("", "not usable: it is nested too deeply")]) from None
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigurationError([Fault("", f"not valid YAML: {error}")]) from None
+        raise ConfigurationError([ConfigError("", f"not valid YAML: {error}")]) from None
 
 
 def _parse(text: str) -> Document:
@@ -95,7 +95,7 @@ def _parse(text: str) -> Document:
         loader.dispose()
 
 
-def _survey(root: yaml.Node, lines: dict[str, int]) -> Iterator[Fault]:
+def _survey(root: yaml.Node, lines: dict[str, int]) -> Iterator[ConfigError]:
     seen: set[int] = set()
     open_nodes: list[tuple[yaml.Node, str]] = [(root, "")]
     while open_nodes:
@@ -115,7 +115,7 @@ def _survey(root: yaml.Node, lines: dict[str, int]) -> Iterator[Fault]:
 
 def _survey_mapping(
     node: yaml.MappingNode, path: str, lines: dict[str, int], open_nodes: list[tuple[yaml.Node, str]]
-) -> Iterator[Fault]:
+) -> Iterator[ConfigError]:
     own: set[str] = set()
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE[0]:
@@ -123,7 +123,7 @@ def _survey_mapping(
         line = key.start_mark.line + 1
         inner = f"{path}.{key.value}" if path else key.value
         if key.value in own:
-            yield Fault(inner, f"given twice: again on line {line}, first on line {lines[inner]}")
+            yield ConfigError(inner, f"given twice: again on line {line}, first on line {lines[inner]}")
         own.add(key.value)
         lines.setdefault(inner, line)
         if not isinstance(value, yaml.ScalarNode):

@@ -22,7 +22,7 @@ from mcp_auth_proxy.config.settings import (
     Settings,
     StoreSettings,
 )
-from mcp_auth_proxy.errors import ConfigurationError, Fault
+from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 
 FILE_NAME = "mcp-auth-proxy.yaml"
 VARIABLE = "MCP_AUTH_PROXY_CONFIG"
@@ -42,7 +42,7 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
         if text:
             path = Path(text).expanduser().absolute()
             if not path.is_file():
-                raise ConfigurationError([Fault("", f"{path} (given by {origin}) is not there or not a file")])
+                raise ConfigurationError([ConfigError("", f"{path} (given by {origin}) is not there or not a file")])
             return path
     for folder in (Path.cwd(), platformdirs.user_config_path(_APP, appauthor=False)):
         if (folder / FILE_NAME).is_file():
@@ -66,13 +66,13 @@ def load(
     try:
         document = parse(path.read_bytes())
     except OSError as error:
-        raise ConfigurationError([Fault("", f"{path} can't be read ({error.strerror})")]) from None
+        raise ConfigurationError([ConfigError("", f"{path} can't be read ({error.strerror})")]) from None
     except ConfigurationError as error:
         raise ConfigurationError(error.faults, str(path)) from None
     if document.content is None:
-        raise ConfigurationError([Fault("", "the file is empty: it needs at least a servers section")], str(path))
+        raise ConfigurationError([ConfigError("", "the file is empty: it needs at least a servers section")], str(path))
     if not isinstance(document.content, Mapping):
-        raise ConfigurationError([Fault("", "the file must be a mapping (key: value lines)")], str(path))
+        raise ConfigurationError([ConfigError("", "the file must be a mapping (key: value lines)")], str(path))
     context = Context(environ, path.parent)
     settings = _read(Section(document.content, "", context), listen, path, secrets_of)
     _refuse([*document.faults, *context.faults], document, str(path))
@@ -95,7 +95,7 @@ def single(url: str, *, environ: Mapping[str, str] = os.environ, listen: str | N
     return settings
 
 
-def _refuse(faults: list[Fault], document: Document, source: str) -> None:
+def _refuse(faults: list[ConfigError], document: Document, source: str) -> None:
     if faults:
         raise ConfigurationError(sorted(faults, key=lambda fault: document.line(fault.path)), source)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mcp_auth_proxy.config.settings import Secret
-from mcp_auth_proxy.errors import Fault
+from mcp_auth_proxy.errors import ConfigError
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -29,7 +29,7 @@ class Context:
 
     environ: Mapping[str, str]
     folder: Path
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[ConfigError] = field(default_factory=list)
     secrets: bool = True
     """False: secrets are left out, so that they need not be there."""
 
@@ -97,7 +97,7 @@ class Section:
 
     def fault(self, key: str, problem: str) -> None:
         """Notes that a key, or with ``""`` the section itself, is wrong."""
-        self.context.faults.append(Fault(self.inner(key) if key else self.path, problem))
+        self.context.faults.append(ConfigError(self.inner(key) if key else self.path, problem))
 
     def inner(self, key: str) -> str:
         """The dotted path of a key."""

@@ -89,9 +89,11 @@ def check_response(params: Mapping[str, Sequence[str]], *, flow: Flow) -> str:
     if "error" in values:
         error = oauth_error.code(values["error"])
         description = values.get("error_description")
-        words = oauth_error.sentence(error, description, secrets=(values.get("state"),))
-        asked = oauth_error.Asked(server=flow.key.server, resource=flow.key.resource, scopes=flow.scopes)
-        hint, remedy = oauth_error.advice(error, description, asked)
+        words = oauth_error.format_error(error, description, secrets=(values.get("state"),))
+        asked = oauth_error.TokenRequestContext(
+            server=flow.key.account.server, resource=flow.key.resource, scopes=flow.scopes
+        )
+        hint, remedy = oauth_error.hint(error, description, asked)
         raise AuthorizationDenied(
             f"The authorization server {flow.key.issuer} said no: {words}.{hint}", error, remedy=remedy
         )

@@ -15,7 +15,7 @@ Fields = list[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
+class ClientCredentials:
     """What the methods prove a client with. ``now`` is in Unix seconds; an empty ``audience`` means the issuer."""
 
     client: Registration
@@ -37,40 +37,40 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
-class Addition:
+class AuthFields:
     """What a method adds to a request: fields of the form, and headers."""
 
     fields: Fields = field(default_factory=list, repr=False)
     headers: Fields = field(default_factory=list, repr=False)
 
 
-Method = Callable[[Proof], Addition]
+Method = Callable[[ClientCredentials], AuthFields]
 
 
-def _none(proof: Proof) -> Addition:
+def _none(proof: ClientCredentials) -> AuthFields:
     # A workload that presents an assertion may have no client identity at all (RFC 7521 §4.1).
     client_id = proof.client.client_id
-    return Addition([("client_id", client_id)] if client_id else [])
+    return AuthFields([("client_id", client_id)] if client_id else [])
 
 
-def _post(proof: Proof) -> Addition:
-    return Addition([("client_id", proof.client.client_id), ("client_secret", proof.secret())])
+def _post(proof: ClientCredentials) -> AuthFields:
+    return AuthFields([("client_id", proof.client.client_id), ("client_secret", proof.secret())])
 
 
-def _basic(proof: Proof) -> Addition:
+def _basic(proof: ClientCredentials) -> AuthFields:
     # RFC 6749 §2.3.1: both are form-encoded before they are joined, so that a colon in the id stays unambiguous.
     pair = f"{quote_plus(proof.client.client_id)}:{quote_plus(proof.secret())}"
-    return Addition(headers=[("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")])
+    return AuthFields(headers=[("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")])
 
 
-def _private_key_jwt(proof: Proof) -> Addition:
+def _private_key_jwt(proof: ClientCredentials) -> AuthFields:
     client = proof.client
     if proof.key is None:
         raise proof.missing("key", "private_key")
     audience = proof.audience or client.issuer
     assertion = client_assertion.build(proof.key, client_id=client.client_id, audience=audience, now=proof.now)
     # No client_id beside it: the assertion's sub says who it is (MCP client credentials extension).
-    return Addition(client_assertion.form(assertion))
+    return AuthFields(client_assertion.form(assertion))
 
 
 _METHODS: Mapping[ClientAuth, Method] = {
@@ -104,16 +104,23 @@ def authenticate(
     key: SigningKey | None = None,
     now: float = 0.0,
     audience: str = "",
-    named: bool = False,
+    include_client_id: bool = False,
 ) -> tuple[Fields, Fields]:
     """Return form and headers of a request to the authorization server, with the client's authentication in one.
 
-    ``key``, ``now`` (Unix seconds) and ``audience`` (empty: the issuer) are for private_key_jwt. ``named``: with
+    ``key``, ``now`` (Unix seconds) and ``audience`` (empty: the issuer) are for private_key_jwt. If
+    ``include_client_id`` is true, with
     client_secret_basic ``client_id`` stands in the form as well (RFC 6749 §3.2.1), never the secret. Raises
     AuthorizationError where the method needs a secret or a key, and there is none.
     """
-    added = _METHODS[registration.client_auth](Proof(client=registration, key=key, now=now, audience=audience))
-    name = [("client_id", registration.client_id)] if named and registration.client_auth is ClientAuth.BASIC else []
+    added = _METHODS[registration.client_auth](
+        ClientCredentials(client=registration, key=key, now=now, audience=audience)
+    )
+    name = (
+        [("client_id", registration.client_id)]
+        if include_client_id and registration.client_auth is ClientAuth.BASIC
+        else []
+    )
     return [*form, *name, *added.fields], added.headers
 
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import DeviceAuthorization, Flow, TokenSet
-from mcp_auth_proxy.oauth import oauth_error, token_endpoint, urls
+from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.oauth import oauth_error, token_endpoint
 from mcp_auth_proxy.oauth.documents import Document, parse_object
 
 GRANT_TYPE = "urn:ietf:params:oauth:grant-type:device_code"
@@ -37,7 +38,7 @@ class Poll(Enum):
     SLOW_DOWN = "slow_down"
 
 
-class Begun(NamedTuple):
+class DeviceGrantStart(NamedTuple):
     """A device authorization, and the seconds that it is good for."""
 
     device: DeviceAuthorization
@@ -58,7 +59,7 @@ def read_response(
     url: str,
     http_loopback: bool,
     secrets: Iterable[str] = (),
-) -> Begun:
+) -> DeviceGrantStart:
     """Return the validated device authorization response (RFC 8628 §3.2). Raises as ``token_endpoint.read_answer``.
 
     The verification URIs are shown to a user as links: only https is accepted, or http on loopback where
@@ -74,11 +75,11 @@ def read_response(
         secrets=secrets,
     )
     document = Document(answer, name="device authorization response", url=url, clause="RFC 8628 §3.2")
-    device_code, user_code = document.required_text("device_code"), document.required_text("user_code")
+    device_code, user_code = document.required_string("device_code"), document.required_string("user_code")
     if len(device_code) > MAX_CODE or len(user_code) > MAX_USER_CODE:
         raise document.refuse("its device_code or user_code is too long")
     name = "verification_uri" if document.get("verification_uri") is not None else "verification_url"
-    plain, complete = document.text(name), document.text("verification_uri_complete") or ""
+    plain, complete = document.string(name), document.string("verification_uri_complete") or ""
     if not plain:
         raise document.refuse("it has no verification_uri")
     for member, uri in ((name, plain), ("verification_uri_complete", complete)):
@@ -94,7 +95,7 @@ def read_response(
         verification_uri_complete=complete,
         interval=_clamped(document.get("interval"), INTERVAL_DEFAULT, INTERVAL_MIN, INTERVAL_MAX),
     )
-    return Begun(device, _clamped(document.get("expires_in"), LIFETIME_DEFAULT, LIFETIME_MIN, LIFETIME_MAX))
+    return DeviceGrantStart(device, _clamped(document.get("expires_in"), LIFETIME_DEFAULT, LIFETIME_MIN, LIFETIME_MAX))
 
 
 def poll_request(flow: Flow) -> list[tuple[str, str]]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
-from mcp_auth_proxy.errors import AuthorizationError, DocumentRefused, Remedy
-from mcp_auth_proxy.oauth import urls
+from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, DocumentRefused
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth.documents import Document
 
 RESOURCE_METADATA = "protected resource metadata"
@@ -55,7 +55,7 @@ class ServerMetadata:
     client_id_metadata_document_supported: bool = False
     iss_parameter_supported: bool = False
     """RFC 9207 §3: every authorization response carries ``iss``."""
-    synthesised: bool = False
+    is_fallback: bool = False
     """No document: the default endpoints of MCP 2025-03-26."""
 
 
@@ -94,12 +94,12 @@ def read_resource_metadata(
     must remain. ``http_loopback``: http issuers on loopback are fine; by default where the server is on loopback.
     """
     document = Document.parse(body, name=RESOURCE_METADATA, url=url, clause="RFC 9728 §2", form="RFC 9728 §3.2")
-    resource = document.required_text("resource")
+    resource = document.required_string("resource")
     if not _covers(resource, server_url):
         raise document.refuse(f"it is for the resource {resource}, not for {server_url}", "RFC 9728 §3.3")
     if http_loopback is None:
         http_loopback = urls.is_loopback(urls.split(server_url).host)
-    issuers = document.texts("authorization_servers")
+    issuers = document.strings("authorization_servers")
     if not issuers:
         raise document.refuse("it names no authorization server")
     problems: list[str] = []
@@ -115,8 +115,8 @@ def read_resource_metadata(
     return ResourceMetadata(
         resource=resource,
         authorization_servers=tuple(good),
-        scopes_supported=document.texts("scopes_supported"),
-        dpop_required=document.flag("dpop_bound_access_tokens_required"),
+        scopes_supported=document.strings("scopes_supported"),
+        dpop_required=document.boolean("dpop_bound_access_tokens_required"),
     )
 
 
@@ -148,7 +148,7 @@ def read_server_metadata(
     that server's ``iss`` we would carry its codes to endpoints which it did not name.
     """
     document = Document.parse(body, name=SERVER_METADATA, url=url, clause="RFC 8414 §2", form="RFC 8414 §3.2")
-    stated = document.required_text("issuer")
+    stated = document.required_string("issuer")
     if stated != issuer and not (legacy and _is_below(stated, issuer)):
         remedy = "; if that is this server's authorization server, name it in the key oauth.issuer" if legacy else ""
         raise document.refuse(f"its issuer is {stated}, not {issuer} as expected{remedy}", "RFC 8414 §3.3")
@@ -162,10 +162,10 @@ def configured_server_metadata(mapping: Mapping[str, object], *, issuer: str | N
     credentials are kept by issuer. Raises DocumentRefused.
     """
     document = Document(mapping, name="configured metadata", url="", clause="RFC 8414 §2")
-    stated = document.text("issuer")
+    stated = document.string("issuer")
     if issuer is not None and stated is not None and issuer != stated:
         raise document.refuse(f"its issuer is {stated}, but the key oauth.issuer says {issuer}")
-    known = issuer or stated or urls.origin(document.required_text("token_endpoint"))
+    known = issuer or stated or urls.origin(document.required_string("token_endpoint"))
     return _server_metadata(document, known, http_loopback=True)
 
 
@@ -186,7 +186,7 @@ def legacy_server_metadata(server_url: str) -> ServerMetadata:
         authorization_endpoint=f"{origin}/authorize",
         token_endpoint=f"{origin}/token",
         registration_endpoint=f"{origin}/register",
-        synthesised=True,
+        is_fallback=True,
     )
 
 
@@ -195,13 +195,13 @@ def require_pkce(metadata: ServerMetadata, *, allow_missing: bool, server: str) 
 
     Default endpoints have no metadata to advertise it in; MCP 2025-03-26 demands PKCE of every server.
     """
-    if allow_missing or metadata.synthesised or "S256" in (metadata.code_challenge_methods_supported or ()):
+    if allow_missing or metadata.is_fallback or "S256" in (metadata.code_challenge_methods_supported or ()):
         return
     raise AuthorizationError(
         f"The authorization server {metadata.issuer} does not advertise PKCE with S256 "
         f"(code_challenge_methods_supported, RFC 8414 §2; RFC 7636 §4.2). If it is known to support PKCE, set "
         f"servers.{server}.oauth.allow_missing_pkce: true.",
-        remedy=Remedy("oauth.allow_missing_pkce", "true"),
+        remedy=ConfigHint("oauth.allow_missing_pkce", "true"),
     )
 
 
@@ -216,7 +216,7 @@ def require_authorization_endpoint(metadata: ServerMetadata) -> None:
 
 def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) -> ServerMetadata:
     def endpoint(member: str) -> str | None:
-        url = document.text(member)
+        url = document.string(member)
         if not url:
             return None
         try:
@@ -235,17 +235,17 @@ def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) ->
         registration_endpoint=endpoint("registration_endpoint"),
         revocation_endpoint=endpoint("revocation_endpoint"),
         device_authorization_endpoint=endpoint("device_authorization_endpoint"),
-        scopes_supported=document.texts("scopes_supported"),
-        response_types_supported=document.texts("response_types_supported"),
-        grant_types_supported=document.texts("grant_types_supported"),
-        code_challenge_methods_supported=document.texts("code_challenge_methods_supported"),
-        token_endpoint_auth_methods_supported=document.texts("token_endpoint_auth_methods_supported"),
-        token_endpoint_auth_signing_alg_values_supported=document.texts(
+        scopes_supported=document.strings("scopes_supported"),
+        response_types_supported=document.strings("response_types_supported"),
+        grant_types_supported=document.strings("grant_types_supported"),
+        code_challenge_methods_supported=document.strings("code_challenge_methods_supported"),
+        token_endpoint_auth_methods_supported=document.strings("token_endpoint_auth_methods_supported"),
+        token_endpoint_auth_signing_alg_values_supported=document.strings(
             "token_endpoint_auth_signing_alg_values_supported"
         ),
-        dpop_signing_alg_values_supported=document.texts("dpop_signing_alg_values_supported"),
-        client_id_metadata_document_supported=document.flag("client_id_metadata_document_supported"),
-        iss_parameter_supported=document.flag("authorization_response_iss_parameter_supported"),
+        dpop_signing_alg_values_supported=document.strings("dpop_signing_alg_values_supported"),
+        client_id_metadata_document_supported=document.boolean("client_id_metadata_document_supported"),
+        iss_parameter_supported=document.boolean("authorization_response_iss_parameter_supported"),
     )
 
 

@@ -76,7 +76,7 @@ class Document:
             raise self.refuse(f"it has {member} more than once", "RFC 8259 §4")
         return self._values.get(member)
 
-    def text(self, member: str) -> str | None:
+    def string(self, member: str) -> str | None:
         """Return a member that is a string of printable characters; None where it is absent."""
         value = self.get(member)
         if value is None:
@@ -85,14 +85,14 @@ class Document:
             raise self.refuse(f"{member} is not a string of at most {MAX_TEXT} printable characters")
         return value
 
-    def required_text(self, member: str) -> str:
+    def required_string(self, member: str) -> str:
         """Return a member that is a string and not empty."""
-        value = self.text(member)
+        value = self.string(member)
         if not value:
             raise self.refuse(f"it has no {member}")
         return value
 
-    def texts(self, member: str) -> tuple[str, ...] | None:
+    def strings(self, member: str) -> tuple[str, ...] | None:
         """Return a member that is a list of strings; None where it is absent."""
         value = self.get(member)
         if value is None:
@@ -104,7 +104,7 @@ class Document:
             raise self.refuse(f"{member} is not a list of printable strings")
         return items
 
-    def flag(self, member: str) -> bool:
+    def boolean(self, member: str) -> bool:
         """Return a member that is true or false; False where it is absent."""
         value = self.get(member)
         if value is None:

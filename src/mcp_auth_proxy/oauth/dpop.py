@@ -15,7 +15,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
-from mcp_auth_proxy.errors import AuthorizationError, Remedy
+from mcp_auth_proxy.errors import AuthorizationError, ConfigHint
 from mcp_auth_proxy.models import DpopUse
 from mcp_auth_proxy.oauth import documents, oauth_error
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
@@ -127,7 +127,7 @@ def decide(use: DpopUse, metadata: ServerMetadata, *, challenged: bool, demanded
             raise AuthorizationError(
                 f"Server {server} takes only tokens that are bound to a key (dpop_bound_access_tokens_required, "
                 f"RFC 9728 §2; RFC 9449), and servers.{server}.oauth.dpop is off: set it to auto.",
-                remedy=Remedy("oauth.dpop", "auto"),
+                remedy=ConfigHint("oauth.dpop", "auto"),
             )
         return False
     if supported is not None and ALGORITHM not in supported and (demanded or use is DpopUse.REQUIRED):

@@ -21,9 +21,9 @@ from urllib.parse import unquote, urlsplit
 
 import httpcore2
 
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused, Remedy
-from mcp_auth_proxy.oauth import urls
-from mcp_auth_proxy.oauth.addresses import AddressPolicy
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, ConfigHint, DocumentRefused
+from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.addresses import AddressPolicy
 
 __all__ = ["AddressPolicy", "Fetcher", "Resolve", "Response", "resolve"]
 
@@ -201,7 +201,7 @@ class Fetcher:
                 document,
                 url,
                 f"{refused}; if that is meant, list the host in the key authorization.allow_private",
-                remedy=Remedy("authorization.allow_private", parts.host),
+                remedy=ConfigHint("authorization.allow_private", parts.host),
             ) from None
         except httpcore2.ConnectTimeout:
             raise unavailable("no connection in time") from None
@@ -230,12 +230,12 @@ class Fetcher:
 
 
 def _check(url: str, method: str, document: str, policy: AddressPolicy) -> urls.Parts:
-    remedy: Remedy | None = None
+    remedy: ConfigHint | None = None
     try:
         parts = urls.split(url)
         may_be_http = policy.allows_http(parts.host, parts.port)
         if urls.is_loopback(parts.host) and not may_be_http:
-            remedy = Remedy("authorization.allow_private", parts.host)
+            remedy = ConfigHint("authorization.allow_private", parts.host)
         return urls.check(url, http_loopback=may_be_http, http=may_be_http and method == "GET")
     except ValueError as problem:
         key = "; if that is meant, list the host in the key authorization.allow_private" if remedy else ""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mcp_auth_proxy.errors import Remedy
+from mcp_auth_proxy.errors import ConfigHint
 
 MAX_DESCRIPTION = 300
 """Characters of an error_description that are shown."""
@@ -22,7 +22,7 @@ _RESOURCE_ERRORS = frozenset({"invalid_target", "invalid_resource"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class TokenRequestContext:
     """What a request asked for that an error may be about, and for which of our servers."""
 
     server: str
@@ -30,7 +30,7 @@ class Asked:
     scopes: tuple[str, ...] = ()
 
 
-def advice(error: str, description: object, asked: Asked) -> tuple[str, Remedy | None]:
+def hint(error: str, description: object, asked: TokenRequestContext) -> tuple[str, ConfigHint | None]:
     """Return a sentence that names the configuration key to look at, and the remedy; "" and None where none is known.
 
     ``error`` is what ``code`` returned. The text of the server is looked into for this hint alone.
@@ -42,11 +42,11 @@ def advice(error: str, description: object, asked: Asked) -> tuple[str, Remedy |
         return (
             f" The resource parameter was {asked.resource} (RFC 8707 §2): set {setting}.resource to what this "
             f"authorization server knows the MCP server by, or to omit where it takes none.",
-            Remedy("oauth.resource", "omit"),
+            ConfigHint("oauth.resource", "omit"),
         )
     if error == "invalid_scope":
         asked_for = " ".join(asked.scopes) or "none"
-        return f" The scopes asked for: {asked_for}. Others can be set in {setting}.scopes.", Remedy("oauth.scopes")
+        return f" The scopes asked for: {asked_for}. Others can be set in {setting}.scopes.", ConfigHint("oauth.scopes")
     return "", None
 
 
@@ -55,7 +55,7 @@ def code(value: object) -> str:
     return value if isinstance(value, str) and _CODE.fullmatch(value) else "unknown_error"
 
 
-def sentence(error: str, description: object = None, *, secrets: Iterable[str | None] = ()) -> str:
+def format_error(error: str, description: object = None, *, secrets: Iterable[str | None] = ()) -> str:
     """Return code and description in one line, at most 400 characters, without control characters.
 
     ``secrets`` are values that must not be shown should the server repeat them. Besides these, long runs that look

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, RegistrationImpossible
 from mcp_auth_proxy.models import ClientAuth
-from mcp_auth_proxy.oauth import client_auth, device_authorization, oauth_error, urls
+from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.oauth import client_auth, device_authorization, oauth_error
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
 from mcp_auth_proxy.oauth.documents import Document, parse_object
 
@@ -100,9 +101,9 @@ def read_response(
     if status not in (200, 201):
         raise _refused(_error_text(status, body), url, server)
     document = Document.parse(body, name="client registration", url=url, clause="RFC 7591 §3.2.1")
-    client_id = document.required_text("client_id")
-    secret = document.text("client_secret") or None
-    stated = document.text("token_endpoint_auth_method") or None
+    client_id = document.required_string("client_id")
+    secret = document.string("client_secret") or None
+    stated = document.string("token_endpoint_auth_method") or None
     if configured is not None and stated not in (None, configured.value):
         reason = f"the client was registered for {stated}, and servers.{server}.oauth.client_auth asks for {configured}"
         raise _refused(reason, url, server)
@@ -128,7 +129,7 @@ def is_no_oauth(status: int, body: bytes) -> bool:
     return status in (404, 405, 410)
 
 
-def no_oauth(url: str, status: int, *, server: str, schemes: tuple[str, ...]) -> RegistrationImpossible:
+def oauth_not_found(url: str, status: int, *, server: str, schemes: tuple[str, ...]) -> RegistrationImpossible:
     """Return the error for a server that demands something, but not by OAuth. ``schemes`` are those it asks for."""
     asks = f" The server asks for {', '.join(schemes)}, which the proxy does not do." if schemes else ""
     key = f"servers.{server}.oauth"
@@ -182,7 +183,7 @@ def _error_text(status: int, body: bytes) -> str:
         return f"HTTP {status}"
     if not isinstance(answer.get("error"), str):
         return f"HTTP {status}"
-    return oauth_error.sentence(oauth_error.code(answer["error"]), answer.get("error_description"))
+    return oauth_error.format_error(oauth_error.code(answer["error"]), answer.get("error_description"))
 
 
 def _expiry(value: object) -> float | None:

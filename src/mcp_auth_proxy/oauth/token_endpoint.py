@@ -8,9 +8,9 @@ from email.utils import parsedate_to_datetime
 
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, TokenRefused
 from mcp_auth_proxy.models import Attempt, Flow, Grant, TokenSet
-from mcp_auth_proxy.oauth import dialects, oauth_error, scopes
+from mcp_auth_proxy.oauth import oauth_error, quirks, scopes
 from mcp_auth_proxy.oauth.documents import Document, parse_object
-from mcp_auth_proxy.oauth.oauth_error import Asked
+from mcp_auth_proxy.oauth.oauth_error import TokenRequestContext
 
 MAX_TOKEN = 16 * 1024
 """Characters of a token."""
@@ -75,7 +75,7 @@ def read_tokens(
     requested_scopes: tuple[str, ...],
     previous: TokenSet | None = None,
     secrets: Iterable[str] = (),
-    asked: Asked | None = None,
+    asked: TokenRequestContext | None = None,
     token_types: tuple[str, ...] = BEARER_ONLY,
 ) -> TokenSet:
     """Return the tokens of a token response (RFC 6749 §5.1), which must be of one of ``token_types`` (RFC 9449 §5).
@@ -89,7 +89,7 @@ def read_tokens(
     """
     held = (previous.access_token, previous.refresh_token) if previous else ()
     hidden = (*(token for token in held if token), *secrets)
-    answer = dialects.standard_answer(read_answer(status, headers, body, url=url, secrets=hidden, asked=asked))
+    answer = quirks.standard_answer(read_answer(status, headers, body, url=url, secrets=hidden, asked=asked))
     document = Document(answer, name="token response", url=url, clause="RFC 6749 §5.1")
     token_type = document.get("token_type")
     known = {name.lower(): name for name in token_types}
@@ -120,7 +120,7 @@ def read_answer(
     endpoint: str = "token endpoint",
     clause: str = "RFC 6749 §5.1",
     secrets: Iterable[str] = (),
-    asked: Asked | None = None,
+    asked: TokenRequestContext | None = None,
 ) -> dict[str, object]:
     """Return the JSON object of a successful answer of any endpoint that answers as the token endpoint does.
 
@@ -140,11 +140,11 @@ def read_answer(
     error = answer.get("error")
     if isinstance(error, str) and error:
         own, description = oauth_error.code(error), answer.get("error_description")
-        words = oauth_error.sentence(own, description, secrets=secrets)
-        code = dialects.standard_error(own)
+        words = oauth_error.format_error(own, description, secrets=secrets)
+        code = quirks.standard_error(own)
         if code in _PASSING:
             raise _unavailable(status, headers, f"The {endpoint} {url} can't be used now: {words}.")
-        hint, remedy = oauth_error.advice(code, description, asked) if asked else ("", None)
+        hint, remedy = oauth_error.hint(code, description, asked) if asked else ("", None)
         raise TokenRefused(code, f"The {endpoint} {url} refused: {words}.{hint}", remedy=remedy)
     if not succeeded or answer.get("ok") is False:
         raise _unavailable(status, headers, f"{broken} no OAuth error ({_ERROR_CLAUSE}).")

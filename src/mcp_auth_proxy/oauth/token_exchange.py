@@ -72,12 +72,12 @@ def read_id_jag(
     """
     answer = token_endpoint.read_answer(status, headers, body, url=url, clause="RFC 8693 §2.2.1", secrets=secrets)
     document = Document(answer, name="ID-JAG response", url=url, clause="RFC 8693 §2.2.1")
-    if document.required_text("issued_token_type") != TokenType.ID_JAG:
+    if document.required_string("issued_token_type") != TokenType.ID_JAG:
         raise document.refuse(f"its issued_token_type is not {TokenType.ID_JAG.value}")
     assertion = document.get("access_token")
     if not isinstance(assertion, str) or len(assertion) > token_endpoint.MAX_TOKEN or not jwt_bearer.is_jwt(assertion):
         raise document.refuse("its access_token is not a JWT")
-    given = document.text("scope")
+    given = document.string("scope")
     return IdJag(assertion, None if given is None else scopes.parse(given))
 
 

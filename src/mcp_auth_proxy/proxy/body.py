@@ -3,12 +3,12 @@
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from mcp_auth_proxy.errors import ProxyError
+from mcp_auth_proxy.errors import McpAuthProxyError
 
 Message = MutableMapping[str, Any]
 
 
-class BodyTooLarge(ProxyError):
+class BodyTooLarge(McpAuthProxyError):
     """The request body is larger than allowed. ``limit`` is in bytes."""
 
     def __init__(self, limit: int) -> None:
@@ -16,7 +16,7 @@ class BodyTooLarge(ProxyError):
         super().__init__(f"The request body is over {limit} bytes; limits.body allows more.")
 
 
-class ClientGone(ProxyError):
+class ClientDisconnected(McpAuthProxyError):
     """The client went away before its request was complete: there is nobody left to answer."""
 
 
@@ -51,4 +51,4 @@ async def _read_parts(receive: Callable[[], Awaitable[Any]], message: Message, l
         if not message.get("more_body", False):
             return b"".join(parts)
         message = await receive()
-    raise ClientGone("The client closed the connection before its request was complete.")
+    raise ClientDisconnected("The client closed the connection before its request was complete.")

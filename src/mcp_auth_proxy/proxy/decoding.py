@@ -3,8 +3,8 @@
 import zlib
 from collections.abc import AsyncIterator, Sequence
 
-from mcp_auth_proxy.errors import UpstreamBroken
-from mcp_auth_proxy.proxy.response import Response
+from mcp_auth_proxy.errors import UpstreamProtocolError
+from mcp_auth_proxy.net.http_response import Response
 
 PIECE = 64 * 1024
 """Bytes that come out at a time, however small what goes in: a bomb is met by whoever counts them."""
@@ -20,7 +20,7 @@ async def decoded(response: Response) -> AsyncIterator[bytes]:
     encoding = _encoding(response.headers)
     if encoding not in (b"", b"gzip", b"x-gzip", b"deflate"):
         name = encoding.decode("latin-1")[:40]
-        raise UpstreamBroken(f"its answer is encoded as {name!r}, though only identity was asked for.")
+        raise UpstreamProtocolError(f"its answer is encoded as {name!r}, though only identity was asked for.")
     unpack = zlib.decompressobj(_GZIP_OR_ZLIB) if encoding else None
     while not response.complete:
         data = await response.read()
@@ -31,7 +31,7 @@ async def decoded(response: Response) -> AsyncIterator[bytes]:
             try:
                 piece = unpack.decompress(data, PIECE)
             except zlib.error:
-                raise UpstreamBroken("its answer is not what its Content-Encoding says.") from None
+                raise UpstreamProtocolError("its answer is not what its Content-Encoding says.") from None
             data = unpack.unconsumed_tail
             if piece:
                 yield piece

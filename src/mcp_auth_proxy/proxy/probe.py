@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from mcp_auth_proxy.errors import UpstreamBroken, UpstreamError
-from mcp_auth_proxy.proxy.consent import encode
+from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError
+from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.headers import request_head
 from mcp_auth_proxy.proxy.redirects import MAX_REDIRECTS, is_redirect, target
-from mcp_auth_proxy.proxy.response import Response
 from mcp_auth_proxy.proxy.routes import Route
-from mcp_auth_proxy.proxy.upstream import Upstream
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
+from mcp_auth_proxy.rpc.answers import encode
 
 PROTOCOL_VERSION = "2025-11-25"
 MODERN = "2026-07-28"
@@ -28,7 +28,7 @@ _JSON = [(b"content-type", b"application/json"), (b"accept", b"application/json,
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class ProbeResponse:
     """What a server answered to one MCP method. Header names are in lower case."""
 
     method: str
@@ -46,7 +46,7 @@ class Answer:
         return self.all(b"www-authenticate")
 
 
-async def probe(upstream: Upstream, route: Route) -> tuple[int, list[bytes]]:
+async def probe(upstream: UpstreamClient, route: Route) -> tuple[int, list[bytes]]:
     """Send an ``initialize`` without a token; return the status and the WWW-Authenticate fields of the answer.
 
     Raises UpstreamError.
@@ -56,7 +56,9 @@ async def probe(upstream: Upstream, route: Route) -> tuple[int, list[bytes]]:
     return answer.status, answer.challenge
 
 
-async def ask(upstream: Upstream, route: Route, method: str, *, session: bytes = b"", modern: bool = False) -> Answer:
+async def ask(
+    upstream: UpstreamClient, route: Route, method: str, *, session: bytes = b"", modern: bool = False
+) -> ProbeResponse:
     """Send one MCP request without a token and return what comes back. Raises UpstreamError."""
     version = MODERN if modern else PROTOCOL_VERSION
     message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": _params(method, modern=modern)}
@@ -72,7 +74,7 @@ async def ask(upstream: Upstream, route: Route, method: str, *, session: bytes =
         body = await _beginning(response)
     finally:
         response.close()
-    return Answer(
+    return ProbeResponse(
         method=method,
         status=response.status,
         headers=[(name.lower(), value) for name, value in response.headers],
@@ -80,7 +82,7 @@ async def ask(upstream: Upstream, route: Route, method: str, *, session: bytes =
     )
 
 
-async def end_session(upstream: Upstream, route: Route, answer: Answer) -> None:
+async def end_session(upstream: UpstreamClient, route: Route, answer: ProbeResponse) -> None:
     """End the session that an ``initialize`` has begun; a server that does not do that will forget it by itself."""
     for session in answer.all(b"mcp-session-id")[:1]:
         headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
@@ -89,7 +91,7 @@ async def end_session(upstream: Upstream, route: Route, answer: Answer) -> None:
 
 
 async def _send(
-    upstream: Upstream, route: Route, method: bytes, headers: list[tuple[bytes, bytes]], body: bytes
+    upstream: UpstreamClient, route: Route, method: bytes, headers: list[tuple[bytes, bytes]], body: bytes
 ) -> Response:
     length = len(body) if body else None
     path = route.target
@@ -102,7 +104,7 @@ async def _send(
             return response
         response.close()
         path = target(route, response)
-    raise UpstreamBroken(f"it redirects more than {MAX_REDIRECTS} times.")
+    raise UpstreamProtocolError(f"it redirects more than {MAX_REDIRECTS} times.")
 
 
 async def _beginning(response: Response) -> bytes:
@@ -112,7 +114,7 @@ async def _beginning(response: Response) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             while not response.complete and len(body) < MAX_BODY:
                 body += await response.read()
-    except (TimeoutError, UpstreamBroken):
+    except (TimeoutError, UpstreamProtocolError):
         pass
     return body[:MAX_BODY]
 

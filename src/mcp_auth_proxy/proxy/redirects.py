@@ -2,9 +2,9 @@
 
 from urllib.parse import urljoin
 
-from mcp_auth_proxy.errors import ProxyError, UpstreamBroken
-from mcp_auth_proxy.proxy.origin import split
-from mcp_auth_proxy.proxy.response import Response
+from mcp_auth_proxy.errors import McpAuthProxyError, UpstreamProtocolError
+from mcp_auth_proxy.net.http_response import Response
+from mcp_auth_proxy.net.origin import split
 from mcp_auth_proxy.proxy.routes import Route
 
 MAX_REDIRECTS = 3
@@ -20,10 +20,10 @@ def target(route: Route, response: Response) -> bytes:
     location = next((value for name, value in response.headers if name.lower() == b"location"), b"")
     try:
         origin, found, _ = split(urljoin(route.server.url, location.decode("ascii")))
-    except (ValueError, ProxyError):
-        raise UpstreamBroken(f"it answers {response.status} without a usable Location.") from None
+    except (ValueError, McpAuthProxyError):
+        raise UpstreamProtocolError(f"it answers {response.status} without a usable Location.") from None
     if response.status not in (307, 308) or origin != route.origin:
-        raise UpstreamBroken(
+        raise UpstreamProtocolError(
             f"it answers {response.status}, a redirect to {origin}; a token is not carried along there. If the "
             f"server has moved, put its new address in servers.{route.server.name}.url."
         )

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.proxy.upstream import Origin, split
+from mcp_auth_proxy.models import LOCAL, Account
+from mcp_auth_proxy.proxy.upstream_client import Origin, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +16,15 @@ class Route:
     origin: Origin
     target: bytes
     host: bytes
+    account: Account
 
 
 def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
     """Return the routes by raw path: ``/{server}/mcp``, and ``/mcp`` too where there is just one server."""
-    routes = {f"/{name}/mcp".encode(): Route(server, *split(server.url)) for name, server in servers.items()}
+    routes = {
+        f"/{name}/mcp".encode(): Route(server, *split(server.url), Account(LOCAL, name))
+        for name, server in servers.items()
+    }
     if len(routes) == 1:
         routes[b"/mcp"] = next(iter(routes.values()))
     return routes
@@ -30,7 +35,7 @@ def is_endpoint(path: bytes) -> bool:
     return path == b"/mcp" or (path.endswith(b"/mcp") and path.count(b"/") == 2)
 
 
-def is_plain(path: bytes) -> bool:
+def is_canonical_path(path: bytes) -> bool:
     """Whether a raw path means what it says: no dot segments, empty segments or encoded separators (RFC 3986 §6.2)."""
     if b"//" in path or b"\\" in path:
         return False

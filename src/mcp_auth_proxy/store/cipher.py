@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
-from mcp_auth_proxy.errors import Fault, SealBroken, StoreRefused
+from mcp_auth_proxy.errors import ConfigError, DecryptionError, StoreRejected
 from mcp_auth_proxy.store import files
 
 _VERSION = b"\x01"
@@ -50,9 +50,9 @@ def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
     try:
         text = environ[source.name] if source.kind == "env" else Path(source.name).read_text("ascii")
     except KeyError:
-        raise StoreRefused(f"The store key {source} is not set; {_MAKE}") from None
+        raise StoreRejected(f"The store key {source} is not set; {_MAKE}") from None
     except OSError as error:
-        raise StoreRefused(f"The store key {source} can't be read ({error.strerror}).") from None
+        raise StoreRejected(f"The store key {source} can't be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         text = ""
     text = text.strip()
@@ -61,14 +61,14 @@ def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
     except binascii.Error:
         secret = b""
     if len(secret) != _KEY_BYTES:
-        raise StoreRefused(
+        raise StoreRejected(
             f"The store key {source} is not a key: it must be 32 bytes as base64 text. A store that "
             f"exists needs the key it was made with; for a new store, {_MAKE}"
         )
     return Key.of(secret)
 
 
-def key_faults(settings: StoreSettings) -> list[Fault]:
+def key_faults(settings: StoreSettings) -> list[ConfigError]:
     """Return what is wrong with the keys of a store; one that is yet to be made is not."""
     faults = []
     for source in settings.keys:
@@ -76,16 +76,16 @@ def key_faults(settings: StoreSettings) -> list[Fault]:
             continue
         try:
             load_key(source)
-        except StoreRefused as error:
-            faults.append(Fault("store.keys", str(error)))
+        except StoreRejected as error:
+            faults.append(ConfigError("store.keys", str(error)))
     return faults
 
 
 def generate_key_file(path: Path) -> bool:
     """Makes a key file, 0600; False when there is one by now. Raises OSError."""
-    draft = files.beside(path)
+    draft = files.temporary_path(path)
     files.create(draft, base64.b64encode(secrets.token_bytes(_KEY_BYTES)) + b"\n")
-    return files.publish(draft, path)
+    return files.link_into_place(draft, path)
 
 
 class Cipher:
@@ -111,16 +111,16 @@ class Cipher:
         """The text that was sealed for this place. Raises SealBroken, which never tells the value."""
         place = f"{table}.{column} of row {row}"
         if len(sealed) < _HEAD + _TAG_BYTES or sealed[:1] != _VERSION:
-            raise SealBroken(f"{place} is damaged: not a sealed value.")
+            raise DecryptionError(f"{place} is damaged: not a sealed value.")
         key_id = sealed[1 : 1 + _ID_BYTES].hex()
         key = self._keys.get(key_id)
         if key is None:
-            raise SealBroken(f"{place} is sealed under key {key_id}, which is not in store.keys.")
+            raise DecryptionError(f"{place} is sealed under key {key_id}, which is not in store.keys.")
         nonce, content = sealed[1 + _ID_BYTES : _HEAD], sealed[_HEAD:]
         try:
             return key.decrypt(nonce, content, _place(table, row, column, key_id)).decode()
         except (InvalidTag, UnicodeDecodeError):
-            raise SealBroken(f"{place} does not open: it was damaged, or moved there from elsewhere.") from None
+            raise DecryptionError(f"{place} does not open: it was damaged, or moved there from elsewhere.") from None
 
 
 def _place(*parts: str) -> bytes:

@@ -14,8 +14,8 @@ import aiosqlite
 
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreUnavailable
+from mcp_auth_proxy.store.bootstrap import BUSY_SECONDS, inspect, obtain_keys, prepare, wal_files
 from mcp_auth_proxy.store.cipher import Cipher, load_key
-from mcp_auth_proxy.store.opening import BUSY_SECONDS, companions, inspect, obtain_keys, prepare
 from mcp_auth_proxy.store.sqlite_errors import translated
 
 Row = sqlite3.Row
@@ -61,7 +61,7 @@ class Database:
         self._identity = _identity(path)
         self._data_version = 0
         self._closed = False
-        self._doubtful = False
+        self._last_write_failed = False
         self._reported: set[tuple[str, str]] = set()
 
     @classmethod
@@ -106,7 +106,7 @@ class Database:
         cipher = Cipher([await asyncio.to_thread(load_key, source, environ) for source in settings.keys])
         await asyncio.to_thread(inspect, settings.path, cipher)
         # As in inspect: without a log file, "immutable" keeps SQLite from making one.
-        quiet = not companions(settings.path)[0].exists()
+        quiet = not wal_files(settings.path)[0].exists()
         uri = f"{settings.path.as_uri()}?mode=ro{'&immutable=1' if quiet else ''}"
         with translated(settings.path):
             connection = await aiosqlite.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
@@ -129,7 +129,7 @@ class Database:
                 await self._run("BEGIN IMMEDIATE")
                 yield Transaction(self._run)
             except BaseException as error:
-                self._doubtful = self._doubtful or isinstance(error, StoreUnavailable)
+                self._last_write_failed = self._last_write_failed or isinstance(error, StoreUnavailable)
                 await _uninterrupted(self._roll_back())
                 raise
             await _uninterrupted(self._commit())
@@ -153,7 +153,7 @@ class Database:
 
     async def writable(self) -> None:
         """Returns when the store can be written now. After a failed write nothing less than a write tells."""
-        if self._doubtful:
+        if self._last_write_failed:
             async with self.transaction() as transaction:
                 await transaction.execute(
                     "INSERT INTO meta (name, value) VALUES ('probe', ?) "
@@ -203,10 +203,10 @@ class Database:
         try:
             await self._run("COMMIT")
         except BaseException:
-            self._doubtful = True
+            self._last_write_failed = True
             await self._roll_back()
             raise
-        self._doubtful = False
+        self._last_write_failed = False
 
     async def _roll_back(self) -> None:
         # Statements queue for the connection's thread, so this comes after a BEGIN that was cancelled on its way.

@@ -30,12 +30,12 @@ def create(path: Path, content: bytes = b"") -> None:
         os.fsync(file.fileno())
 
 
-def beside(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """A name in the same folder that nobody else has."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
 
 
-def publish(draft: Path, path: Path) -> bool:
+def link_into_place(draft: Path, path: Path) -> bool:
     """Gives a finished draft its name; False, and nothing is replaced, when something has that name. Raises OSError."""
     try:
         os.link(draft, path)
@@ -51,7 +51,7 @@ def publish(draft: Path, path: Path) -> bool:
     return True
 
 
-def tighten(path: Path) -> None:
+def restrict_mode(path: Path) -> None:
     """Takes the access of group and others away, where there is any. Raises OSError when we may not."""
     with contextlib.suppress(FileNotFoundError):
         mode = path.stat().st_mode

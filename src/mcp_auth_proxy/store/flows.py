@@ -1,17 +1,17 @@
 """The authorizations that wait for a user, and the visits of browsers to them."""
 
-from mcp_auth_proxy.models import Attempt, Flow, FlowStatus
+from mcp_auth_proxy.models import Account, Attempt, Flow, FlowStatus
 from mcp_auth_proxy.store import lease
-from mcp_auth_proxy.store.database import Database, Row
-from mcp_auth_proxy.store.rows import (
-    Seals,
+from mcp_auth_proxy.store.codec import (
+    RowCipher,
     attempt_columns,
+    decode_rows,
     flow_columns,
     new_uid,
     read_attempt,
     read_flow,
-    readable,
 )
+from mcp_auth_proxy.store.database import Database, Row
 
 KEPT_ATTEMPTS = 20
 """How many visits of browsers one flow remembers: the newest."""
@@ -86,7 +86,7 @@ class Flows:
     async def save(self, flow: Flow) -> None:
         """Stores a flow, in the place of one with the same id."""
         uid = new_uid()
-        columns = flow_columns(flow, Seals(self._database.cipher, "flows", uid))
+        columns = flow_columns(flow, RowCipher(self._database.cipher, "flows", uid))
         async with self._database.transaction() as transaction:
             await transaction.execute(_SAVE, {"uid": uid, **columns})
 
@@ -94,13 +94,13 @@ class Flows:
         """One flow, however far it has come; None when it is gone or does not open."""
         return self._flow(await self._database.fetch_all("SELECT * FROM flows WHERE id = ?", (flow_id,)))
 
-    async def live(self, principal: str, server: str, now: float) -> Flow | None:
+    async def live(self, account: Account, now: float) -> Flow | None:
         """The newest flow that still waits for its user, or None."""
         return self._flow(
             await self._database.fetch_all(
                 "SELECT * FROM flows WHERE principal = ? AND server = ? AND status = 'pending' AND expires_at > ? "
                 "ORDER BY created_at DESC",
-                (principal, server, now),
+                (account.principal, account.server, now),
             )
         )
 
@@ -111,7 +111,7 @@ class Flows:
             "ORDER BY created_at",
             (now,),
         )
-        return readable(self._database, "flows", rows, read_flow)
+        return decode_rows(self._database, "flows", rows, read_flow)
 
     async def claim_poll(self, flow_id: str, *, owner: str, now: float, next_poll_at: float) -> bool:
         """Makes ``owner`` (of ``lease.new_owner``) the one process that polls for a flow, until ``next_poll_at``.
@@ -138,7 +138,7 @@ class Flows:
         False when the flow is gone or no longer pending.
         """
         uid = new_uid()
-        columns = attempt_columns(attempt, Seals(self._database.cipher, "attempts", uid))
+        columns = attempt_columns(attempt, RowCipher(self._database.cipher, "attempts", uid))
         async with self._database.transaction() as transaction:
             await transaction.execute(_FORGET_OLD_ATTEMPTS, {"flow_id": attempt.flow_id, "kept": KEPT_ATTEMPTS - 1})
             return bool(await transaction.execute(_ADD_ATTEMPT, {"uid": uid, **columns}))
@@ -171,12 +171,12 @@ class Flows:
                 await transaction.execute("DELETE FROM attempts WHERE flow_id = ?", (flow_id,))
         return bool(ended)
 
-    async def cancel(self, principal: str, server: str) -> None:
+    async def cancel(self, account: Account) -> None:
         """Ends all flows of a principal for a server: no grant can come from them any more (``Grants.add_from``).
 
         Those that are done too: a second browser may be finishing one of them.
         """
-        values = {"principal": principal, "server": server, "reason": CANCELLED}
+        values = {"principal": account.principal, "server": account.server, "reason": CANCELLED}
         async with self._database.transaction() as transaction:
             for row in await transaction.execute(_END_ALL, values):
                 await transaction.execute("DELETE FROM attempts WHERE flow_id = ?", (row["id"],))
@@ -188,9 +188,9 @@ class Flows:
             await transaction.execute("DELETE FROM flows WHERE expires_at <= ?", (now - KEPT_SECONDS,))
 
     def _flow(self, rows: list[Row]) -> Flow | None:
-        return next(iter(readable(self._database, "flows", rows, read_flow)), None)
+        return next(iter(decode_rows(self._database, "flows", rows, read_flow)), None)
 
     def _pair(self, flows: list[Row], attempts: list[Row]) -> tuple[Flow, Attempt] | None:
         flow = self._flow(flows)
-        attempt = next(iter(readable(self._database, "attempts", attempts, read_attempt)), None)
+        attempt = next(iter(decode_rows(self._database, "attempts", attempts, read_attempt)), None)
         return (flow, attempt) if flow and attempt else None

@@ -6,10 +6,10 @@ name the version they start from, so whoever comes late changes nothing.
 
 from dataclasses import replace
 
-from mcp_auth_proxy.models import Grant, TokenSet
+from mcp_auth_proxy.models import Account, Grant, TokenSet
 from mcp_auth_proxy.store import lease
+from mcp_auth_proxy.store.codec import RowCipher, decode_rows, grant_columns, new_uid, read_grant, token_columns
 from mcp_auth_proxy.store.database import Database, Row, Transaction
-from mcp_auth_proxy.store.rows import Seals, grant_columns, new_uid, read_grant, readable, token_columns
 
 SUPERSEDED = "A newer authorization took its place."
 
@@ -78,12 +78,12 @@ class Grants:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def current(self, principal: str, server: str) -> Grant | None:
+    async def current(self, account: Account) -> Grant | None:
         """The newest grant that has not ended, or None."""
         rows = await self._database.fetch_all(
             "SELECT * FROM grants WHERE principal = ? AND server = ? AND ended_at IS NULL "
             "ORDER BY granted_at DESC, id DESC",
-            (principal, server),
+            (account.principal, account.server),
         )
         return next(iter(self._read(rows)), None)
 
@@ -118,14 +118,14 @@ class Grants:
 
     async def _add(self, transaction: Transaction, grant: Grant) -> Grant:
         uid = new_uid()
-        columns = grant_columns(grant, Seals(self._database.cipher, _TABLE, uid))
+        columns = grant_columns(grant, RowCipher(self._database.cipher, _TABLE, uid))
         (row,) = await transaction.execute(_ADD, {"uid": uid, **columns})
         await transaction.execute(
             _SUPERSEDE,
             {
                 "id": row["id"],
-                "principal": grant.key.principal,
-                "server": grant.key.server,
+                "principal": grant.key.account.principal,
+                "server": grant.key.account.server,
                 "now": grant.granted_at,
                 "reason": SUPERSEDED,
             },
@@ -166,7 +166,7 @@ class Grants:
             row = await transaction.fetch_one(_HELD, values)
             if row is None:
                 return None
-            columns = token_columns(tokens, Seals(self._database.cipher, _TABLE, row["uid"]))
+            columns = token_columns(tokens, RowCipher(self._database.cipher, _TABLE, row["uid"]))
             rows = await transaction.execute(_RENEW, {**values, **columns})
         return next(iter(self._read(rows)), None)
 
@@ -181,13 +181,13 @@ class Grants:
         async with self._database.transaction() as transaction:
             return bool(await transaction.execute(_END, values))
 
-    async def delete(self, principal: str, server: str) -> list[Grant]:
+    async def delete(self, account: Account) -> list[Grant]:
         """Deletes all grants of a principal for a server, also those that do not open; returns those that do."""
         async with self._database.transaction() as transaction:
             rows = await transaction.execute(
-                "DELETE FROM grants WHERE principal = ? AND server = ? RETURNING *", (principal, server)
+                "DELETE FROM grants WHERE principal = ? AND server = ? RETURNING *", (account.principal, account.server)
             )
         return self._read(rows)
 
     def _read(self, rows: list[Row]) -> list[Grant]:
-        return readable(self._database, _TABLE, rows, read_grant)
+        return decode_rows(self._database, _TABLE, rows, read_grant)

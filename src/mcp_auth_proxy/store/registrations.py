@@ -1,8 +1,8 @@
 """The client identities we were given, and the issuer to which the configured ones belong."""
 
 from mcp_auth_proxy.models import Registration
+from mcp_auth_proxy.store.codec import RowCipher, decode_rows, new_uid, read_registration, registration_columns
 from mcp_auth_proxy.store.database import Database
-from mcp_auth_proxy.store.rows import Seals, new_uid, read_registration, readable, registration_columns
 
 _TABLE = "registrations"
 _SAVE = """
@@ -36,12 +36,12 @@ class Registrations:
             "SELECT * FROM registrations WHERE server = ? AND issuer = ? AND client_redirect_uri = ?",
             (server, issuer, redirect_uri),
         )
-        return next(iter(readable(self._database, _TABLE, rows, read_registration)), None)
+        return next(iter(decode_rows(self._database, _TABLE, rows, read_registration)), None)
 
     async def save(self, registration: Registration) -> None:
         """Stores a registration in the place of the one for the same server, issuer and redirect URI."""
         uid = new_uid()
-        columns = registration_columns(registration, Seals(self._database.cipher, _TABLE, uid))
+        columns = registration_columns(registration, RowCipher(self._database.cipher, _TABLE, uid))
         values = {"uid": uid, "server": registration.server, "issuer": registration.issuer, **columns}
         async with self._database.transaction() as transaction:
             await transaction.execute(_SAVE, values)

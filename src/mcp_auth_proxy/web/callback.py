@@ -5,8 +5,8 @@ import logging
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mcp_auth_proxy.broker.attempts import cookie_name
 from mcp_auth_proxy.broker.broker import Broker
-from mcp_auth_proxy.broker.visits import cookie_name
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
 from mcp_auth_proxy.web.pages import message
 
@@ -33,7 +33,7 @@ async def callback(request: Request, broker: Broker) -> Response:
         logger.error("a grant could not be stored: %s", error)
         return message("The authorization could not be stored", str(error), status=503, hint=AGAIN)
     response = message(
-        f"{flow.key.server} is connected",
+        f"{flow.key.account.server} is connected",
         "Your MCP client goes on by itself. You can close this tab.",
         status=200,
         hint=f"Authorized by {flow.key.issuer}.",

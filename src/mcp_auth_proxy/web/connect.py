@@ -6,8 +6,8 @@ from urllib.parse import quote, urlencode, urlsplit
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from mcp_auth_proxy.broker.attempts import DevicePrompt
 from mcp_auth_proxy.broker.broker import Broker
-from mcp_auth_proxy.broker.visits import DeviceVisit
 from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused
 from mcp_auth_proxy.web.guard import is_loopback
 from mcp_auth_proxy.web.pages import SECURITY_HEADERS, message, page
@@ -35,7 +35,7 @@ async def connect(request: Request, broker: Broker, *, public_url: str) -> Respo
         return message("This link can't be used", str(refused), status=refused.status)
     except AuthorizationError as error:
         return message("The authorization can't begin", str(error), status=502)
-    if isinstance(visit, DeviceVisit):
+    if isinstance(visit, DevicePrompt):
         return _device_page(visit)
     response = _onward(visit.authorization_url, "Go on to the authorization server")
     response.set_cookie(
@@ -74,7 +74,7 @@ def _onward(url: str, text: str) -> Response:
     )
 
 
-def _device_page(visit: DeviceVisit) -> Response:
+def _device_page(visit: DevicePrompt) -> Response:
     """The code and where to enter it (RFC 8628 §3.3); the page turns by itself once that is done."""
     if visit.device is None:
         text = "Your MCP client goes on by itself. You can close this tab."

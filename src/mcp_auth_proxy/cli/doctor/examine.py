@@ -8,22 +8,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mcp_auth_proxy.app import effective_public_url
-from mcp_auth_proxy.broker.authorize import Authorizer, Plan
-from mcp_auth_proxy.broker.discover import Discoverer, Look
+from mcp_auth_proxy.broker.discovery import Discoverer, MetadataLookup
+from mcp_auth_proxy.broker.planning import Authorizer, Plan
 from mcp_auth_proxy.cli.doctor import findings, providers
-from mcp_auth_proxy.cli.doctor.probing import Probed, probe_all
+from mcp_auth_proxy.cli.doctor.probing import ProbeResult, probe_all
 from mcp_auth_proxy.cli.doctor.proposal import Proposal
 from mcp_auth_proxy.cli.doctor.providers import Provider
-from mcp_auth_proxy.cli.doctor.report import Outcome, Prospect, Report, Step, Verdict, shown
+from mcp_auth_proxy.cli.doctor.report import Outcome, Preview, Report, Step, Verdict, shown
 from mcp_auth_proxy.config.settings import Address, KeySource, ServerSettings, Settings, StoreSettings
-from mcp_auth_proxy.errors import AuthorizationError, Remedy, StoreError, StoreRefused
-from mcp_auth_proxy.models import LOCAL
+from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, StoreError, StoreRejected
+from mcp_auth_proxy.models import LOCAL, Account
 from mcp_auth_proxy.oauth import registration
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.proxy import routes
-from mcp_auth_proxy.proxy.upstream import Upstream
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.registrations import Registrations
 
@@ -38,7 +38,7 @@ MAX_CURES = 4
 class _Run:
     """One discovery: what was asked, and the plan or what stopped it."""
 
-    looks: list[Look] = field(default_factory=list)
+    looks: list[MetadataLookup] = field(default_factory=list)
     plan: Plan | None = None
     error: AuthorizationError | None = None
 
@@ -71,12 +71,12 @@ class _Means:
             observe=run.looks.append,
         )
         try:
-            run.plan = await authorizer.foresee(LOCAL, server, challenge)
+            run.plan = await authorizer.preview(Account(LOCAL, server.name), server, challenge)
         except AuthorizationError as error:
             run.error = error
         return run
 
-    async def listed_method(self, server: ServerSettings, probed: Probed, run: _Run) -> Remedy | None:
+    async def listed_method(self, server: ServerSettings, probed: ProbeResult, run: _Run) -> ConfigHint | None:
         """Return what is to stand in ``client_auth``, where nothing but its value is in the way."""
         configured = server.oauth.client_auth
         listed = run.metadata.token_endpoint_auth_methods_supported if run.metadata else None
@@ -84,9 +84,9 @@ class _Means:
             return None
         without = await self.run(replace(server, oauth=replace(server.oauth, client_auth=None)), probed.challenge)
         chosen = without.plan.registration.client_auth.value if without.plan else ""
-        return Remedy("oauth.client_auth", chosen) if chosen in listed else None
+        return ConfigHint("oauth.client_auth", chosen) if chosen in listed else None
 
-    async def default_endpoints(self, plan: Plan, probed: Probed) -> Step | None:
+    async def default_endpoints(self, plan: Plan, probed: ProbeResult) -> Step | None:
         """Return why the default endpoints can't be used; None where they can, as far as that is seen without use.
 
         Anything that demands a credential without OAuth, such as an API key, looks like a server of MCP 2025-03-26.
@@ -119,7 +119,7 @@ async def examine(settings: Settings, server: ServerSettings) -> Report:
         registrations, steps = await stack.enter_async_context(_registrations(settings))
         fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
         stack.push_async_callback(fetcher.aclose)
-        upstream = Upstream(outbound=settings.outbound, connections_per_origin=2)
+        upstream = UpstreamClient(outbound=settings.outbound, connections_per_origin=2)
         stack.push_async_callback(upstream.aclose)
         probed = await probe_all(upstream, routes.build({server.name: server})[f"/{server.name}/mcp".encode()])
         steps += probed.steps
@@ -136,7 +136,7 @@ async def examine(settings: Settings, server: ServerSettings) -> Report:
 
 
 async def _examine_authorization(
-    means: _Means, server: ServerSettings, probed: Probed, proposal: Proposal, steps: list[Step]
+    means: _Means, server: ServerSettings, probed: ProbeResult, proposal: Proposal, steps: list[Step]
 ) -> Report:
     run = first = await means.run(server, probed.challenge)
     steps += findings.look_steps(first.looks, first.error, server.oauth)
@@ -148,16 +148,16 @@ async def _examine_authorization(
         remedy = run.error.remedy or await means.listed_method(tried, probed, run)
         if step := findings.error_step(run.error, run.looks, remedy):
             steps.append(step)
-        if remedy is None or not proposal.cure(remedy, provider):
+        if remedy is None or not proposal.apply_hint(remedy, provider):
             break
         tried = proposal.settings()
         run = await means.run(tried, probed.challenge)
     if provider is not None:
         steps.append(Step(step="provider", verdict=Verdict.NOTE, says=f"{provider.name}. {provider.advice}"))
-        proposal.suit(provider, scopes_known=run.plan is not None and bool(run.plan.scopes))
+        proposal.apply_provider(provider, scopes_known=run.plan is not None and bool(run.plan.scopes))
         if run.plan is not None:
             run = await means.run(proposal.settings(), probed.challenge)
-    if run.plan is not None and run.plan.metadata.synthesised:
+    if run.plan is not None and run.plan.metadata.is_fallback:
         step = await means.default_endpoints(run.plan, probed)
         if step is not None:
             steps.append(step)
@@ -167,7 +167,9 @@ async def _examine_authorization(
     return _report(server, probed, proposal, steps, run)
 
 
-def _without_authorization(server: ServerSettings, probed: Probed, proposal: Proposal, steps: list[Step]) -> Report:
+def _without_authorization(
+    server: ServerSettings, probed: ProbeResult, proposal: Proposal, steps: list[Step]
+) -> Report:
     refused = _refusals(steps)
     outcome = Outcome.OPEN if probed.served and not refused else Outcome.REFUSED
     summary = f"{server.name} asks for no authorization: the proxy passes everything through."
@@ -186,7 +188,7 @@ def _without_authorization(server: ServerSettings, probed: Probed, proposal: Pro
     )
 
 
-def _report(server: ServerSettings, probed: Probed, proposal: Proposal, steps: list[Step], run: _Run) -> Report:
+def _report(server: ServerSettings, probed: ProbeResult, proposal: Proposal, steps: list[Step], run: _Run) -> Report:
     plan, refused = run.plan, _refusals(steps)
     helped = plan is not None or any(not change.applied for change in proposal.changes)
     return Report(
@@ -202,7 +204,7 @@ def _report(server: ServerSettings, probed: Probed, proposal: Proposal, steps: l
     )
 
 
-def _summary(server: ServerSettings, probed: Probed, refused: list[Step], plan: Plan | None) -> str:
+def _summary(server: ServerSettings, probed: ProbeResult, refused: list[Step], plan: Plan | None) -> str:
     if refused or plan is None:
         return f"The proxy can't authorize {server.name}: {' '.join(step.says for step in refused)}"
     who = "by itself" if server.oauth.grant.unattended else "once a user consents"
@@ -212,8 +214,8 @@ def _summary(server: ServerSettings, probed: Probed, refused: list[Step], plan: 
     return how
 
 
-def _prospect(plan: Plan) -> Prospect:
-    return Prospect(
+def _prospect(plan: Plan) -> Preview:
+    return Preview(
         grant=plan.server.oauth.grant.value,
         issuer=plan.key.issuer,
         registration=plan.registration.kind.value,
@@ -255,7 +257,7 @@ async def _registrations(settings: Settings) -> AsyncIterator[tuple[Registration
         try:
             database = await _readable(settings.store)
         except StoreError as error:
-            verdict = Verdict.REFUSED if isinstance(error, StoreRefused) else Verdict.NOTE
+            verdict = Verdict.REFUSED if isinstance(error, StoreRejected) else Verdict.NOTE
             steps.append(Step(step="store", verdict=verdict, says=str(error)))
     with TemporaryDirectory(prefix="mcp-auth-proxy-doctor-") as folder:
         database = database or await Database.open(_empty(Path(folder)))

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from mcp_auth_proxy.broker.authorize import Plan
-from mcp_auth_proxy.broker.discover import Look
+from mcp_auth_proxy.broker.discovery import MetadataLookup
+from mcp_auth_proxy.broker.planning import Plan
 from mcp_auth_proxy.cli.doctor.proposal import PLACEHOLDER
 from mcp_auth_proxy.cli.doctor.report import Reply, Request, Step, Verdict, shown
 from mcp_auth_proxy.config.settings import OAuthSettings
-from mcp_auth_proxy.errors import AuthorizationError, DocumentRefused, Remedy
+from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, DocumentRefused
 from mcp_auth_proxy.models import ClientAuth, GrantType, RegistrationKind
 from mcp_auth_proxy.oauth import device_authorization, discovery, jwt_bearer, registration, token_exchange
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
@@ -35,7 +35,7 @@ _GRANT_DEFAULT = ("authorization_code", "implicit")
 """RFC 8414 §2, where the server does not say."""
 
 
-def look_steps(looks: list[Look], error: AuthorizationError | None, oauth: OAuthSettings) -> Iterator[Step]:
+def look_steps(looks: list[MetadataLookup], error: AuthorizationError | None, oauth: OAuthSettings) -> Iterator[Step]:
     """Yield a step for each address that was asked; what stopped discovery is refused, anything else passed over."""
     without_resource = False
     for look in looks:
@@ -55,7 +55,7 @@ def look_steps(looks: list[Look], error: AuthorizationError | None, oauth: OAuth
         )
 
 
-def error_step(error: AuthorizationError, looks: list[Look], remedy: Remedy | None) -> Step | None:
+def error_step(error: AuthorizationError, looks: list[MetadataLookup], remedy: ConfigHint | None) -> Step | None:
     """Return the step for what stopped the proxy, and would be allowed by ``remedy``.
 
     None where a look tells of it already.
@@ -78,7 +78,7 @@ def default_endpoint(plan: Plan, url: str, response: Response, schemes: tuple[st
             f"oauth.metadata."
         )
     else:
-        says = str(registration.no_oauth(url, response.status, server=plan.server.name, schemes=schemes))
+        says = str(registration.oauth_not_found(url, response.status, server=plan.server.name, schemes=schemes))
     return Step(
         step="authorization",
         verdict=Verdict.REFUSED,
@@ -121,7 +121,7 @@ def registered_by(plan: Plan) -> str:
             return "dynamic registration"
 
 
-def _look_says(look: Look) -> str:
+def _look_says(look: MetadataLookup) -> str:
     if look.error is not None:
         return str(look.error)
     match look.found:
@@ -139,7 +139,7 @@ def _look_says(look: Look) -> str:
     return "It is not there; the next address is tried."
 
 
-def _look_clause(look: Look) -> str:
+def _look_clause(look: MetadataLookup) -> str:
     if isinstance(look.error, DocumentRefused) and look.error.clause:
         return look.error.clause
     if look.document == discovery.RESOURCE_METADATA:
@@ -158,7 +158,7 @@ def _issuer(plan: Plan) -> Step:
     issuer, oauth = plan.key.issuer, plan.server.oauth
     if oauth.metadata is not None:
         return _ok("issuer", f"{issuer}, as the configuration has it.", "RFC 8414 §2")
-    if plan.metadata.synthesised:
+    if plan.metadata.is_fallback:
         says = f"{issuer} is taken for the issuer, with default endpoints: it has no metadata that would say."
         return _note("issuer", says, "MCP 2025-03-26")
     pinned = ", and it is the one that oauth.issuer pins" if oauth.issuer else ""
@@ -168,7 +168,7 @@ def _issuer(plan: Plan) -> Step:
 def _pkce(metadata: ServerMetadata) -> Step:
     if "S256" in (metadata.code_challenge_methods_supported or ()):
         return _ok("pkce", "S256 is supported.", "RFC 7636 §4.2")
-    if metadata.synthesised:
+    if metadata.is_fallback:
         return _note("pkce", "There is no metadata to say so; MCP 2025-03-26 demands it of every server.", "RFC 7636")
     return _note("pkce", "S256 is not advertised, and used all the same: oauth.allow_missing_pkce.", "RFC 8414 §2")
 

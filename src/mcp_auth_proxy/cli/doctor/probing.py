@@ -8,15 +8,15 @@ from mcp_auth_proxy.errors import UpstreamError
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.proxy import probe
-from mcp_auth_proxy.proxy.probe import Answer
+from mcp_auth_proxy.proxy.probe import ProbeResponse
 from mcp_auth_proxy.proxy.routes import Route
-from mcp_auth_proxy.proxy.upstream import Upstream
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 
 STEP = "challenge"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probed:
+class ProbeResult:
     """``demanded``: a token is asked for, by ``challenge`` where there is a Bearer one. ``served``: MCP was spoken.
 
     ``schemes`` are what is asked for besides a token.
@@ -29,7 +29,7 @@ class Probed:
     served: bool = False
 
 
-async def probe_all(upstream: Upstream, route: Route) -> Probed:
+async def probe_all(upstream: UpstreamClient, route: Route) -> ProbeResult:
     """Ask for what a client asks first, and for the tools: some servers protect these alone. Never raises."""
     steps: list[Step] = []
     served = False
@@ -44,7 +44,7 @@ async def probe_all(upstream: Upstream, route: Route) -> Probed:
             steps += [_step(answer, route) for answer in answers]
             if _demands(answers[-1]):
                 fields = answers[-1].challenge
-                return Probed(
+                return ProbeResult(
                     steps=tuple(steps),
                     demanded=True,
                     challenge=challenges.bearer(fields),
@@ -53,7 +53,7 @@ async def probe_all(upstream: Upstream, route: Route) -> Probed:
                 )
             served = served or any(_is_result(answer) for answer in answers)
             if served:
-                return Probed(steps=tuple(steps), served=True)
+                return ProbeResult(steps=tuple(steps), served=True)
     except UpstreamError as error:
         refused = Step(
             step=STEP,
@@ -61,16 +61,16 @@ async def probe_all(upstream: Upstream, route: Route) -> Probed:
             says=f"Server {route.server.name}: {error}",
             request=Request(method="POST", url=shown(route.server.url)),
         )
-        return Probed(steps=(*steps, refused))
+        return ProbeResult(steps=(*steps, refused))
     says = f"{shown(route.server.url)} answers no MCP request, and asks for no authorization. Is it the MCP endpoint?"
-    return Probed(steps=(*steps, Step(step=STEP, verdict=Verdict.REFUSED, says=says)))
+    return ProbeResult(steps=(*steps, Step(step=STEP, verdict=Verdict.REFUSED, says=says)))
 
 
-def _demands(answer: Answer) -> bool:
+def _demands(answer: ProbeResponse) -> bool:
     return challenges.demands_authorization(answer.status, challenges.bearer(answer.challenge))
 
 
-def _is_result(answer: Answer) -> bool:
+def _is_result(answer: ProbeResponse) -> bool:
     """Whether the request was served: an error inside a 200 is none, events are taken for a result."""
     if not 200 <= answer.status < 300:
         return False
@@ -81,7 +81,7 @@ def _is_result(answer: Answer) -> bool:
     return not isinstance(message, dict) or "error" not in message
 
 
-def _step(answer: Answer, route: Route) -> Step:
+def _step(answer: ProbeResponse, route: Route) -> Step:
     verdict, says, clause = _judged(answer)
     fields = "; ".join(f"WWW-Authenticate: {shown(value)}" for value in answer.challenge)
     return Step(
@@ -94,7 +94,7 @@ def _step(answer: Answer, route: Route) -> Step:
     )
 
 
-def _judged(answer: Answer) -> tuple[Verdict, str, str]:
+def _judged(answer: ProbeResponse) -> tuple[Verdict, str, str]:
     bearer = challenges.bearer(answer.challenge)
     if _demands(answer):
         return _challenged(bearer, challenges.other_schemes(answer.challenge))

@@ -15,7 +15,7 @@ from mcp_auth_proxy.config import document
 from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.servers import read_servers
 from mcp_auth_proxy.config.settings import ServerSettings, Settings
-from mcp_auth_proxy.errors import ConfigurationError, Remedy, without_query_values
+from mcp_auth_proxy.errors import ConfigHint, ConfigurationError, without_query_values
 from mcp_auth_proxy.models import ClientAuth, GrantType
 
 PLACEHOLDER = "YOUR_CLIENT_ID"
@@ -43,7 +43,7 @@ Tree = dict[str, object]
 
 
 class Proposal:
-    """Grows by ``cure`` and ``suit``. Values are text, lists and mappings, as the file has them."""
+    """Grows by ``apply_hint`` and ``apply_provider``. Values are text, lists and mappings, as the file has them."""
 
     def __init__(self, settings: Settings, server: ServerSettings) -> None:
         self._name = server.name
@@ -63,7 +63,7 @@ class Proposal:
         """Whether nothing is left to fill in."""
         return self._shown_url() == self._server["url"] and all(change.value != PLACEHOLDER for change in self.changes)
 
-    def cure(self, remedy: Remedy, provider: Provider | None) -> bool:
+    def apply_hint(self, remedy: ConfigHint, provider: Provider | None) -> bool:
         """Take up what an error says would help; False where that can't be put in place here."""
         value: object = remedy.value
         if remedy.key == "oauth.client_id":
@@ -78,7 +78,7 @@ class Proposal:
             self._put_off_client_auth()
         return self._change(remedy.key, value, _WHY[remedy.key], applied=remedy.key not in _TO_BE_DECIDED)
 
-    def suit(self, provider: Provider, *, scopes_known: bool) -> None:
+    def apply_provider(self, provider: Provider, *, scopes_known: bool) -> None:
         """Take up what a provider is known to need for the grant in use, where nothing is configured for it."""
         elsewhere = "token_params" if self._grant is GrantType.AUTHORIZATION_CODE else "authorization_params"
         moot = {elsewhere, "scopes"} if scopes_known else {elsewhere}

@@ -75,7 +75,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prospect:
+class Preview:
     """What the proxy would ask for, with the proposed configuration where the present one does not do."""
 
     grant: str
@@ -99,7 +99,7 @@ class Report:
     outcome: Outcome
     summary: str
     steps: tuple[Step, ...]
-    prospect: Prospect | None
+    prospect: Preview | None
     config: str | None
     config_complete: bool
     """Nothing in it is left to fill in or to decide."""
@@ -182,5 +182,5 @@ def _step(step: Step) -> dict[str, object]:
     }
 
 
-def _members(value: Request | Reply | Prospect | Change | None) -> dict[str, object] | None:
+def _members(value: Request | Reply | Preview | Change | None) -> dict[str, object] | None:
     return None if value is None else {name: getattr(value, name) for name in value.__slots__}

@@ -1,0 +1,1 @@
+"""Sockets, addresses and URLs: knows neither MCP nor OAuth."""

@@ -1,0 +1,156 @@
+"""Which addresses the documents of a server may lead to (OAuth Security BCP for SSRF; RFC 9728 §7.7).
+
+The classes are written out: ``ipaddress.is_private`` and ``is_global`` miss some (NAT64, 6to4) and differ between
+versions of Python.
+"""
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+from mcp_auth_proxy.net import urls
+
+_V4_CLASSES = tuple(
+    (IPv4Network(network), name)
+    for network, name in (
+        ("0.0.0.0/8", "this-network"),
+        ("10.0.0.0/8", "private"),
+        ("100.64.0.0/10", "carrier-grade NAT"),
+        ("127.0.0.0/8", "loopback"),
+        ("169.254.0.0/16", "link-local"),
+        ("172.16.0.0/12", "private"),
+        ("192.0.0.0/24", "protocol assignment"),
+        ("192.0.2.0/24", "documentation"),
+        ("192.88.99.0/24", "6to4 relay"),
+        ("192.168.0.0/16", "private"),
+        ("198.18.0.0/15", "benchmarking"),
+        ("198.51.100.0/24", "documentation"),
+        ("203.0.113.0/24", "documentation"),
+        ("224.0.0.0/4", "multicast"),
+        ("255.255.255.255/32", "broadcast"),
+        ("240.0.0.0/4", "reserved"),
+    )
+)
+
+_V6_CLASSES = tuple(
+    (IPv6Network(network), name)
+    for network, name in (
+        ("::/128", "unspecified"),
+        ("::1/128", "loopback"),
+        ("64:ff9b:1::/48", "local NAT64"),
+        ("fc00::/7", "private"),
+        ("fe80::/10", "link-local"),
+        ("fec0::/10", "site-local"),
+        ("ff00::/8", "multicast"),
+        ("2001::/32", "Teredo"),
+        ("2001::/23", "protocol assignment"),
+        ("2001:db8::/32", "documentation"),
+        ("2002::/16", "6to4"),
+        ("3fff::/20", "documentation"),
+    )
+)
+_V6_GLOBAL = IPv6Network("2000::/3")
+_NAT64 = IPv6Network("64:ff9b::/96")
+
+_PRIVATE_USE = frozenset({"private", "carrier-grade NAT"})
+
+# Suffixes that nobody can own in the public DNS: a host below them is in the operator's own network.
+_PRIVATE_SUFFIXES = (".local", ".internal", ".lan", ".home.arpa", ".svc", ".corp", ".intranet")
+
+
+def address_class(address: str) -> str:
+    """Return the class of an address in words, such as ``link-local``; empty for a public one.
+
+    Raises ValueError for what is not an address.
+    """
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, IPv4Address):
+        return next((name for network, name in _V4_CLASSES if parsed in network), "")
+    if parsed.scope_id is not None:
+        return "link-local"
+    if parsed.ipv4_mapped is not None:
+        return address_class(str(parsed.ipv4_mapped))
+    if parsed in _NAT64:
+        embedded = address_class(str(IPv4Address(int(parsed) & 0xFFFFFFFF)))
+        return f"NAT64 of {embedded}" if embedded else ""
+    for network, name in _V6_CLASSES:
+        if parsed in network:
+            return name
+    return "" if parsed in _V6_GLOBAL else "reserved"
+
+
+@dataclass(frozen=True, slots=True)
+class AddressPolicy:
+    """Where the OAuth documents of one server may lead to. Public addresses over https always.
+
+    ``hosts`` and ``networks`` are allowed whatever their class. ``own`` is host and port of an upstream that is
+    configured by name: there, and nowhere else, private addresses too, since its own traffic goes there anyway.
+    ``http`` is the same for an upstream that is configured as http away from loopback.
+    """
+
+    loopback: bool = False
+    hosts: tuple[str, ...] = ()
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    own: tuple[str, int] | None = None
+    http: bool = False
+
+    @classmethod
+    def for_upstream(cls, server_url: str, allow_private: Iterable[str] = ()) -> "AddressPolicy":
+        """Return the policy for a configured server URL and the entries of ``authorization.allow_private``."""
+        parts = urls.split(server_url)
+        hosts: list[str] = []
+        networks: list[IPv4Network | IPv6Network] = []
+        for entry in allow_private:
+            try:
+                networks.append(ipaddress.ip_network(entry.strip("[]"), strict=False))
+            except ValueError:
+                hosts.append(entry.lower())
+        loopback = urls.is_loopback(parts.host)
+        if not loopback and _is_private_host(parts.host):
+            hosts.append(parts.host)
+        return cls(
+            loopback=loopback,
+            hosts=tuple(hosts),
+            networks=tuple(networks),
+            own=(parts.host, parts.port),
+            http=parts.scheme == "http" and not loopback,
+        )
+
+    def allows_http(self, host: str, port: int) -> bool:
+        """Whether a document may be read by http: on loopback where that is open, or at the upstream's own origin."""
+        if self.http and (host, port) == self.own:
+            return True
+        if not urls.is_loopback(host):
+            return False
+        return self.loopback or host in self.hosts or (_is_address(host) and self._listed(host))
+
+    def refusal(self, host: str, port: int, address: str) -> str:
+        """Return the class for which a resolved address must not be dialled; empty where it may be."""
+        kind = address_class(address)
+        if not kind or host in self.hosts or self._listed(address):
+            return ""
+        if kind == "loopback" and self.loopback:
+            return ""
+        if kind in _PRIVATE_USE and (host, port) == self.own and not self.loopback:
+            return ""
+        return kind
+
+    def _listed(self, address: str) -> bool:
+        parsed = ipaddress.ip_address(address)
+        mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
+        return any((mapped or parsed) in network for network in self.networks)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_private_host(host: str) -> bool:
+    if _is_address(host):
+        return bool(address_class(host))
+    return "." not in host or host.removesuffix(".").endswith(_PRIVATE_SUFFIXES)

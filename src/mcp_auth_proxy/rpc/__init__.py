@@ -1,0 +1,1 @@
+"""JSON-RPC bodies: what a request says, and answers of our own."""

@@ -1,0 +1,257 @@
+"""Turns the frozen values into rows and back; what is secret in them is sealed on the way."""
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TypeVar
+
+from mcp_auth_proxy.errors import DecryptionError
+from mcp_auth_proxy.models import (
+    Account,
+    Attempt,
+    ClientAuth,
+    DeviceAuthorization,
+    Endpoints,
+    Flow,
+    FlowStatus,
+    Grant,
+    GrantKey,
+    GrantType,
+    Registration,
+    RegistrationKind,
+    TokenSet,
+)
+from mcp_auth_proxy.store.cipher import Cipher
+from mcp_auth_proxy.store.database import Database, Row
+
+Columns = dict[str, object]
+T = TypeVar("T")
+
+
+def new_uid() -> str:
+    """An id for a row that is about to be written."""
+    return secrets.token_hex(16)
+
+
+class RowCipher:
+    """Seals and opens the columns of one row."""
+
+    def __init__(self, cipher: Cipher, table: str, uid: str) -> None:
+        self._cipher = cipher
+        self._table = table
+        self._uid = uid
+
+    def seal(self, column: str, value: str) -> bytes:
+        """The sealed form of a value for its column."""
+        return self._cipher.seal(value, table=self._table, row=self._uid, column=column)
+
+    def seal_if(self, column: str, value: str | None) -> bytes | None:
+        """As ``seal``; None stays None."""
+        return None if value is None else self.seal(column, value)
+
+    def open(self, column: str, sealed: bytes) -> str:
+        """The value of a column. Raises SealBroken."""
+        if not isinstance(sealed, bytes):
+            raise DecryptionError(f"{self._table}.{column} of row {self._uid} is damaged: not a sealed value.")
+        return self._cipher.open(sealed, table=self._table, row=self._uid, column=column)
+
+    def open_if(self, column: str, sealed: bytes | None) -> str | None:
+        """As ``open``; None stays None."""
+        return None if sealed is None else self.open(column, sealed)
+
+
+def decode_rows(database: Database, table: str, rows: list[Row], read: Callable[[Row, RowCipher], T]) -> list[T]:
+    """What the rows say; those that do not open are logged and left out."""
+    found: list[T] = []
+    for row in rows:
+        uid = row["uid"]
+        try:
+            found.append(read(row, RowCipher(database.cipher, table, uid)))
+        except DecryptionError as error:
+            database.report_broken(table, uid, error)
+        except (ValueError, TypeError) as error:
+            # Its text may hold what stands in the row.
+            database.report_broken(table, uid, DecryptionError(f"a value is damaged ({type(error).__name__})"))
+    return found
+
+
+def registration_columns(registration: Registration, seals: RowCipher) -> Columns:
+    """The client columns that grants, registrations and flows share."""
+    return {
+        "client_id": registration.client_id,
+        "client_auth": str(registration.client_auth),
+        "client_kind": str(registration.kind),
+        "client_secret": seals.seal_if("client_secret", registration.client_secret),
+        "client_redirect_uri": registration.redirect_uri,
+        "client_secret_expires_at": registration.secret_expires_at,
+        "client_created_at": registration.created_at,
+    }
+
+
+def read_registration(row: Row, seals: RowCipher) -> Registration:
+    """The registration in a row of any of the three tables."""
+    return Registration(
+        server=row["server"],
+        issuer=row["issuer"],
+        client_id=row["client_id"],
+        client_auth=ClientAuth(row["client_auth"]),
+        kind=RegistrationKind(row["client_kind"]),
+        client_secret=seals.open_if("client_secret", row["client_secret"]),
+        redirect_uri=row["client_redirect_uri"],
+        secret_expires_at=row["client_secret_expires_at"],
+        created_at=row["client_created_at"],
+    )
+
+
+def token_columns(tokens: TokenSet, seals: RowCipher) -> Columns:
+    """The columns that a renewal replaces."""
+    return {
+        "access_token": seals.seal("access_token", tokens.access_token),
+        "refresh_token": seals.seal_if("refresh_token", tokens.refresh_token),
+        "token_type": tokens.token_type,
+        "token_scopes": " ".join(tokens.scopes),
+        "obtained_at": tokens.obtained_at,
+        "expires_at": tokens.expires_at,
+    }
+
+
+def grant_columns(grant: Grant, seals: RowCipher) -> Columns:
+    """A grant as it is when given: no refresh on its way, not ended."""
+    return {
+        **_key_columns(grant.key),
+        "grant_type": str(grant.grant_type),
+        **registration_columns(grant.registration, seals),
+        **_endpoint_columns(grant.endpoints),
+        **token_columns(grant.tokens, seals),
+        "scopes": " ".join(grant.scopes),
+        "granted_at": grant.granted_at,
+        "dpop_key": seals.seal_if("dpop_key", grant.dpop_key),
+        "version": grant.version,
+    }
+
+
+def read_grant(row: Row, seals: RowCipher) -> Grant:
+    """The grant in a row."""
+    tokens = TokenSet(
+        access_token=seals.open("access_token", row["access_token"]),
+        token_type=row["token_type"],
+        refresh_token=seals.open_if("refresh_token", row["refresh_token"]),
+        obtained_at=row["obtained_at"],
+        expires_at=row["expires_at"],
+        scopes=tuple(row["token_scopes"].split()),
+    )
+    return Grant(
+        id=row["id"],
+        key=_read_key(row),
+        grant_type=GrantType(row["grant_type"]),
+        registration=read_registration(row, seals),
+        endpoints=_read_endpoints(row),
+        tokens=tokens,
+        scopes=tuple(row["scopes"].split()),
+        granted_at=row["granted_at"],
+        dpop_key=seals.open_if("dpop_key", row["dpop_key"]),
+        version=row["version"],
+        refresh_begun_at=row["refresh_begun_at"],
+        refresh_owner=row["refresh_owner"],
+        ended_at=row["ended_at"],
+        ended_reason=row["ended_reason"],
+    )
+
+
+def flow_columns(flow: Flow, seals: RowCipher) -> Columns:
+    """A flow."""
+    return {
+        "id": flow.id,
+        **_key_columns(flow.key),
+        **registration_columns(flow.registration, seals),
+        **_endpoint_columns(flow.endpoints),
+        "scopes": " ".join(flow.scopes),
+        "redirect_uri": flow.redirect_uri,
+        "iss_supported": flow.iss_supported,
+        "extra_params": json.dumps(flow.extra_params),
+        "created_at": flow.created_at,
+        "expires_at": flow.expires_at,
+        "status": str(flow.status),
+        "reason": flow.reason,
+        "device": None if flow.device is None else seals.seal("device", json.dumps(asdict(flow.device))),
+        "dpop_key": seals.seal_if("dpop_key", flow.dpop_key),
+    }
+
+
+def read_flow(row: Row, seals: RowCipher) -> Flow:
+    """The flow in a row."""
+    device = seals.open_if("device", row["device"])
+    return Flow(
+        id=row["id"],
+        key=_read_key(row),
+        registration=read_registration(row, seals),
+        endpoints=_read_endpoints(row),
+        scopes=tuple(row["scopes"].split()),
+        redirect_uri=row["redirect_uri"],
+        iss_supported=bool(row["iss_supported"]),
+        extra_params=tuple((name, value) for name, value in json.loads(row["extra_params"])),
+        created_at=row["created_at"],
+        expires_at=row["expires_at"],
+        status=FlowStatus(row["status"]),
+        reason=row["reason"],
+        device=None if device is None else DeviceAuthorization(**json.loads(device)),
+        dpop_key=seals.open_if("dpop_key", row["dpop_key"]),
+    )
+
+
+def attempt_columns(attempt: Attempt, seals: RowCipher) -> Columns:
+    """An attempt."""
+    return {
+        "state_hash": attempt.state_hash,
+        "flow_id": attempt.flow_id,
+        "browser_hash": attempt.browser_hash,
+        "code_verifier": seals.seal("code_verifier", attempt.code_verifier),
+        "created_at": attempt.created_at,
+        "expires_at": attempt.expires_at,
+    }
+
+
+def read_attempt(row: Row, seals: RowCipher) -> Attempt:
+    """The attempt in a row."""
+    return Attempt(
+        flow_id=row["flow_id"],
+        state_hash=row["state_hash"],
+        browser_hash=row["browser_hash"],
+        code_verifier=seals.open("code_verifier", row["code_verifier"]),
+        created_at=row["created_at"],
+        expires_at=row["expires_at"],
+    )
+
+
+def _key_columns(key: GrantKey) -> Columns:
+    return {
+        "principal": key.account.principal,
+        "server": key.account.server,
+        "resource": key.resource,
+        "issuer": key.issuer,
+        "upstream": key.upstream,
+    }
+
+
+def _read_key(row: Row) -> GrantKey:
+    return GrantKey(
+        account=Account(row["principal"], row["server"]),
+        resource=row["resource"],
+        issuer=row["issuer"],
+        upstream=row["upstream"],
+    )
+
+
+def _endpoint_columns(endpoints: Endpoints) -> Columns:
+    return {
+        "authorization_endpoint": endpoints.authorization,
+        "token_endpoint": endpoints.token,
+        "revocation_endpoint": endpoints.revocation,
+    }
+
+
+def _read_endpoints(row: Row) -> Endpoints:
+    return Endpoints(
+        authorization=row["authorization_endpoint"], token=row["token_endpoint"], revocation=row["revocation_endpoint"]
+    )

@@ -1,0 +1,348 @@
+"""When and how a grant is renewed, on a real store, with a clock of our own and a scripted token endpoint."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcp_auth_proxy.broker.planning import Authorizer
+from mcp_auth_proxy.broker.renewal import (
+    BACKOFF_MAX,
+    MARGIN_MAX,
+    REQUEST_GATE,
+    GrantEnded,
+    Renewer,
+    renew_at,
+    renewable,
+)
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import (
+    AuthorizationServerUnavailable,
+    DocumentRefused,
+    StoreUnavailable,
+    TokenRefused,
+)
+from mcp_auth_proxy.models import Account, Grant, GrantType, Registration, TokenSet
+from mcp_auth_proxy.store import lease
+from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store.grants import Grants
+from store.builders import NOW, grant, store_settings, tokens
+
+SERVER = ServerSettings(name="linear", url="https://linear.example/mcp")
+
+
+class Clock:
+    now: float = NOW + 10
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Endpoint(Authorizer):
+    """Stands for the network: answers with what a test puts into ``outcome``, and counts."""
+
+    def __init__(self) -> None:
+        self.outcome: TokenSet | Exception = tokens("2", NOW + 10)
+        self.asked: list[Grant] = []
+        self.forgotten: list[Registration] = []
+        self.meanwhile: Callable[[], object] | None = None
+
+    async def refresh(self, server: ServerSettings, grant: Grant) -> TokenSet:
+        self.asked.append(grant)
+        if self.meanwhile is not None:
+            await self.meanwhile()  # type: ignore[misc]
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    async def forget_client(self, registration: Registration) -> None:
+        self.forgotten.append(registration)
+
+
+class Scene:
+    def __init__(self, database: Database, stored: Grant, grants: Grants) -> None:
+        self.database = database
+        self.grants = grants
+        self.grant = stored
+        self.clock = Clock()
+        self.endpoint = Endpoint()
+        self.renewer = self.another_renewer()
+
+    def another_renewer(self) -> Renewer:
+        """As another process would have it: with an owner name of its own."""
+        return Renewer(authorizer=self.endpoint, grants=self.grants, clock=self.clock)
+
+    async def renew(self) -> Grant:
+        return await self.renewer.renew(SERVER, self.grant)
+
+    async def stored(self) -> Grant:
+        found = await self.grants.get(self.grant.id)
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+async def it(tmp_path: Path) -> AsyncIterator[Scene]:
+    database = await Database.open(store_settings(tmp_path))
+    grants = Grants(database)
+    yield Scene(database, await grants.add(grant()), grants)
+    await database.close()
+
+
+# When
+
+
+@given(st.floats(min_value=0, max_value=1e9))
+def test_a_token_is_renewed_a_fifth_ahead_and_at_most_four_minutes(lifetime: float) -> None:
+    due = renew_at(TokenSet(access_token="x", obtained_at=NOW, expires_at=NOW + lifetime))
+    assert due is not None
+    ahead = NOW + lifetime - due
+    margin = min(lifetime * 0.2, MARGIN_MAX)
+    assert margin * 0.999 - 1e-3 <= ahead <= margin * 1.2 + 1e-3
+    assert due >= NOW - 1e-3
+
+
+def test_the_moment_is_jittered() -> None:
+    assert len({renew_at(tokens()) for _ in range(20)}) > 1
+
+
+def test_a_token_of_unknown_life_is_not_renewed_by_the_clock() -> None:
+    assert renew_at(TokenSet(access_token="x", obtained_at=NOW)) is None
+
+
+def test_what_expired_before_it_came_is_due_at_once() -> None:
+    assert renew_at(TokenSet(access_token="x", obtained_at=NOW, expires_at=NOW - 100)) == NOW - 100
+
+
+def test_renewable_is_what_needs_no_user() -> None:
+    without = replace(grant(), tokens=replace(tokens(), refresh_token=None))
+    assert renewable(grant())
+    assert not renewable(without)
+    assert renewable(replace(without, grant_type=GrantType.CLIENT_CREDENTIALS))
+
+
+# How
+
+
+async def test_new_tokens_are_durable_when_they_are_returned(it: Scene) -> None:
+    renewed = await it.renew()
+    assert renewed.tokens.access_token == "canary-access-2"
+    assert renewed.version == it.grant.version + 1
+    assert await it.stored() == renewed
+    assert renewed.refresh_begun_at is None
+
+
+async def test_the_intent_is_stored_before_anything_is_sent(it: Scene) -> None:
+    seen: list[Grant] = []
+
+    async def look() -> None:
+        seen.append(await it.stored())
+
+    it.endpoint.meanwhile = look
+    await it.renew()
+    (during,) = seen
+    assert during.refresh_begun_at == it.clock.now
+    assert lease.is_held(during.refresh_owner, it.clock.now, it.clock.now)
+    assert during.tokens.access_token == "canary-access-1"
+
+
+async def test_a_grant_that_was_renewed_meanwhile_is_returned_without_asking(it: Scene) -> None:
+    newer = await it.renew()
+    assert await it.renew() == newer
+    assert len(it.endpoint.asked) == 1
+
+
+@pytest.mark.parametrize("how", ["ended", "deleted"])
+async def test_a_grant_that_is_over_is_not_renewed(it: Scene, how: str) -> None:
+    if how == "ended":
+        await it.grants.end(it.grant.id, version=it.grant.version, reason="x", now=NOW)
+    else:
+        await it.grants.delete(Account("local", "linear"))
+    with pytest.raises(GrantEnded):
+        await it.renew()
+    assert it.endpoint.asked == []
+
+
+async def test_invalid_grant_ends_it_with_the_reason(it: Scene) -> None:  # F2
+    it.endpoint.outcome = TokenRefused("invalid_grant", "The authorization server refused: invalid_grant.")
+    with pytest.raises(GrantEnded):
+        await it.renew()
+    stored = await it.stored()
+    assert stored.ended_at == it.clock.now
+    assert "invalid_grant" in stored.ended_reason
+    assert it.endpoint.forgotten == []
+
+
+async def test_invalid_client_ends_it_and_forgets_the_registration(it: Scene) -> None:
+    it.endpoint.outcome = TokenRefused("invalid_client", "no such client")
+    with pytest.raises(GrantEnded):
+        await it.renew()
+    assert it.endpoint.forgotten == [it.grant.registration]
+
+
+async def test_a_refusal_after_a_crash_says_that_there_was_one(it: Scene) -> None:  # F6
+    dead = "elsewhere:1:x"
+    assert await it.grants.begin_refresh(it.grant.id, version=1, owner=dead, now=NOW)
+    it.clock.now = NOW + lease.LONGEST + 1
+    it.endpoint.outcome = TokenRefused("invalid_grant", "no")
+    with pytest.raises(GrantEnded):
+        await it.renew()
+    assert "cut short" in (await it.stored()).ended_reason
+    assert len(it.endpoint.asked) == 1
+
+
+PASSING = [
+    AuthorizationServerUnavailable("down", 7.0),
+    DocumentRefused("token response", "https://as.example/token", "it is HTML"),
+    TokenRefused("temporarily_unavailable", "later"),
+    TokenRefused("unsupported_grant_type", "odd"),
+]
+
+
+@pytest.mark.parametrize("failure", PASSING, ids=lambda failure: type(failure).__name__)
+async def test_what_passes_ends_nothing(it: Scene, failure: Exception) -> None:  # F1
+    it.endpoint.outcome = failure
+    with pytest.raises(AuthorizationServerUnavailable) as raised:
+        await it.renew()
+    assert raised.value.retry_after >= 1
+    stored = await it.stored()
+    assert stored.ended_at is None
+    assert stored.tokens == it.grant.tokens
+    assert stored.refresh_begun_at is None
+
+
+async def test_a_refresh_whose_answer_is_lost_counts_as_begun(it: Scene) -> None:
+    it.endpoint.outcome = AuthorizationServerUnavailable("timed out", maybe_processed=True)
+    with pytest.raises(AuthorizationServerUnavailable):
+        await it.renew()
+    assert (await it.stored()).refresh_begun_at is not None
+    it.clock.now += REQUEST_GATE + 1
+    it.endpoint.outcome = tokens("2")
+    assert (await it.renew()).version == 2
+
+
+async def test_after_a_failure_the_server_is_left_alone_for_a_while(it: Scene) -> None:  # F1
+    it.endpoint.outcome = AuthorizationServerUnavailable("down")
+    assert it.renewer.retry_in(it.grant) is None
+    waits = []
+    for _ in range(12):
+        with pytest.raises(AuthorizationServerUnavailable, match="down"):
+            await it.renew()
+        before = len(it.endpoint.asked)
+        with pytest.raises(AuthorizationServerUnavailable, match="down") as raised:
+            await it.renew()
+        assert len(it.endpoint.asked) == before
+        assert 1 <= raised.value.retry_after <= REQUEST_GATE
+        wait = it.renewer.retry_in(it.grant)
+        assert wait is not None
+        waits.append(wait)
+        it.clock.now += REQUEST_GATE + 0.1
+    assert 1 <= waits[0] <= 1.2
+    assert 2 <= waits[1] <= 2.4
+    assert BACKOFF_MAX <= waits[-1] <= BACKOFF_MAX * 1.2
+    it.endpoint.outcome = tokens("2")
+    await it.renew()
+    assert it.renewer.retry_in(it.grant) is None
+
+
+@pytest.mark.parametrize(("asked", "pause"), [(17.0, 17.0), (0.5, 1.0), (0.0, 1.0), (1e9, BACKOFF_MAX)])
+async def test_a_server_is_left_alone_for_as_long_as_it_asks(it: Scene, asked: float, pause: float) -> None:
+    it.endpoint.outcome = AuthorizationServerUnavailable("busy", retry_after=5.0, asked_pause=asked)
+    with pytest.raises(AuthorizationServerUnavailable):
+        await it.renew()
+    wait = it.renewer.retry_in(it.grant)
+    assert wait is not None
+    assert pause <= wait <= 1.2 * pause
+
+
+async def test_a_server_that_asks_for_less_than_the_backoff_does_not_shorten_it(it: Scene) -> None:
+    it.endpoint.outcome = AuthorizationServerUnavailable("busy", asked_pause=2.0)
+    for _ in range(5):
+        with pytest.raises(AuthorizationServerUnavailable):
+            await it.renew()
+        it.clock.now += REQUEST_GATE + 0.1
+    wait = it.renewer.retry_in(it.grant)
+    assert wait is not None
+    assert wait >= 16
+
+
+async def test_a_clock_that_is_set_back_does_not_prolong_the_pause(it: Scene) -> None:  # F9
+    it.endpoint.outcome = AuthorizationServerUnavailable("down")
+    with pytest.raises(AuthorizationServerUnavailable):
+        await it.renew()
+    it.clock.now -= 3600
+    it.endpoint.outcome = tokens("2")
+    assert (await it.renew()).version == 2
+
+
+# Several processes
+
+
+class Watched(Grants):
+    """Tells when somebody was turned away."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.turned_away = asyncio.Event()
+
+    async def begin_refresh(self, grant_id: int, *, version: int, owner: str, now: float) -> bool:
+        begun = await super().begin_refresh(grant_id, version=version, owner=owner, now=now)
+        if not begun:
+            self.turned_away.set()
+        return begun
+
+
+async def test_whoever_comes_second_waits_for_the_first_and_sends_nothing(it: Scene) -> None:
+    grants = Watched(it.database)
+    second = Renewer(authorizer=it.endpoint, grants=grants, clock=it.clock)
+    waiting: list[asyncio.Task[Grant]] = []
+
+    async def meanwhile() -> None:
+        waiting.append(asyncio.create_task(second.renew(SERVER, it.grant)))
+        await asyncio.wait_for(grants.turned_away.wait(), 5)
+
+    it.endpoint.meanwhile = meanwhile
+    renewed = await it.renew()
+    assert await waiting[0] == renewed
+    assert len(it.endpoint.asked) == 1
+
+
+async def test_a_late_result_is_fenced_off(it: Scene) -> None:  # F13
+    """The first is stopped for so long that another takes over; what the other stored counts."""
+    second = it.another_renewer()
+
+    async def taken_over() -> None:
+        it.endpoint.meanwhile = None
+        it.clock.now += lease.LONGEST + 1
+        await second.renew(SERVER, it.grant)
+        it.endpoint.outcome = tokens("late")
+
+    it.endpoint.meanwhile = taken_over
+    renewed = await it.renew()
+    assert renewed.tokens.access_token == "canary-access-2"
+    assert (await it.stored()).tokens.access_token == "canary-access-2"
+
+
+async def test_a_late_refusal_does_not_end_what_another_has_renewed(it: Scene) -> None:  # F13
+    second = it.another_renewer()
+
+    async def taken_over() -> None:
+        it.endpoint.meanwhile = None
+        it.clock.now += lease.LONGEST + 1
+        await second.renew(SERVER, it.grant)
+        it.endpoint.outcome = TokenRefused("invalid_grant", "used already")
+
+    it.endpoint.meanwhile = taken_over
+    assert (await it.renew()).tokens.access_token == "canary-access-2"
+    assert (await it.stored()).ended_at is None
+
+
+async def test_a_store_that_can_not_be_written_sends_nothing(it: Scene) -> None:  # F8
+    await it.database.close()
+    with pytest.raises(StoreUnavailable):
+        await it.renew()
+    assert it.endpoint.asked == []

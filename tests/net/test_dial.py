@@ -1,0 +1,366 @@
+"""How connections come about: addresses, TLS, forward proxies, and what an error says where none does."""
+
+import asyncio
+import contextlib
+import datetime
+import ipaddress
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fakes.raw_server import Peer, RawServer, answers, ok
+from mcp_auth_proxy.config.settings import OutboundSettings
+from mcp_auth_proxy.errors import ConfigurationError, UpstreamUnreachable
+from mcp_auth_proxy.net import dial, forward_proxy
+from mcp_auth_proxy.net.origin import Origin
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
+
+REQUEST = b"GET /mcp HTTP/1.1\r\nhost: h\r\n\r\n"
+
+
+class Authority:
+    """A certificate authority for one test run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Throw-away CA")])
+        usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
+        builder = self._builder(self._name, self._key).add_extension(x509.BasicConstraints(True, 0), True)
+        certificate = builder.add_extension(usage, True).sign(self._key, hashes.SHA256())
+        self.bundle = folder / "ca.pem"
+        self.bundle.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+    def server(self, *names: str) -> ssl.SSLContext:
+        """A server's context with a certificate for these names and addresses."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        alternatives: list[x509.GeneralName] = []
+        for name in names:
+            with contextlib.suppress(ValueError):
+                alternatives.append(x509.IPAddress(ipaddress.ip_address(name)))
+                continue
+            alternatives.append(x509.DNSName(name))
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
+        certificate = (
+            self._builder(subject, key)
+            .add_extension(x509.SubjectAlternativeName(alternatives), False)
+            .sign(self._key, hashes.SHA256())
+        )
+        path = self._folder / f"{len(list(self._folder.iterdir()))}.pem"
+        path.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+            + certificate.public_bytes(serialization.Encoding.PEM)
+        )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        context.set_alpn_protocols(["h2", "http/1.1"])
+        return context
+
+    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        now = datetime.datetime.now(datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+        )
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+Get = Callable[..., Awaitable[bytes]]
+
+
+@pytest.fixture
+async def get() -> AsyncIterator[Get]:
+    """Sends a GET to an origin through an Upstream of its own, and returns the body."""
+    opened: list[UpstreamClient] = []
+
+    async def get(
+        origin: Origin, *, ca: Path | None = None, environ: dict[str, str] | None = None, timeout: float = 5.0
+    ) -> bytes:
+        upstream = UpstreamClient(
+            outbound=OutboundSettings(ca_bundle=ca),
+            connections_per_origin=5,
+            connect_timeout=timeout,
+            environ=environ or {},
+        )
+        opened.append(upstream)
+        response = await upstream.send(origin, REQUEST, method=b"GET", head_timeout=5)
+        return await response.read()
+
+    yield get
+    for upstream in opened:
+        await upstream.aclose()
+
+
+async def test_an_upstream_with_a_trusted_certificate_is_spoken_to_over_http_1_1(
+    authority: Authority, get: Get
+) -> None:
+    spoken: list[str | None] = []
+
+    async def script(peer: Peer) -> None:
+        spoken.append(peer.alpn)
+        await answers(ok())(peer)
+
+    async with RawServer(script, authority.server("127.0.0.1")) as server:
+        assert await get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle) == b"hi"
+        assert spoken == ["http/1.1"]
+
+
+async def test_ssl_cert_file_is_trusted(authority: Authority, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.bundle))
+    async with RawServer(answers(ok()), authority.server("127.0.0.1")) as server:
+        assert await get(Origin("https", "127.0.0.1", server.port)) == b"hi"
+
+
+async def test_a_certificate_of_an_unknown_authority_is_refused(authority: Authority, get: Get) -> None:
+    async with RawServer(answers(ok()), authority.server("127.0.0.1")) as server:
+        reason = r"its certificate is not trusted .*outbound\.ca_bundle"
+        with pytest.raises(UpstreamUnreachable, match=rf"127\.0\.0\.1:{server.port} can't be reached: {reason}"):
+            await get(Origin("https", "127.0.0.1", server.port))
+        assert server.requests == []
+
+
+@pytest.mark.parametrize("names", [["other.example"], ["127.0.0.2"]])
+async def test_a_certificate_for_another_name_is_refused(authority: Authority, get: Get, names: list[str]) -> None:
+    async with RawServer(answers(ok()), authority.server(*names)) as server:
+        with pytest.raises(UpstreamUnreachable, match="its certificate is for another name"):
+            await get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle)
+        assert server.requests == []
+
+
+async def test_an_upstream_that_does_not_speak_tls_is_named(get: Get, authority: Authority) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await peer.until_gone()
+
+    async with RawServer(script) as server:
+        with pytest.raises(UpstreamUnreachable, match=r"TLS failed \("):
+            await get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_refused_connection_says_so(get: Get, scheme: str) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(UpstreamUnreachable) as caught:
+            await get(Origin(scheme, "127.0.0.1", port))
+    assert str(caught.value) == f"127.0.0.1:{port} can't be reached: connection refused."
+
+
+async def test_a_name_that_does_not_exist_says_so(get: Get) -> None:
+    with pytest.raises(UpstreamUnreachable, match=r"no-such-host\.invalid:80 can't be reached: the name no-such-host"):
+        await get(Origin("http", "no-such-host.invalid", 80))
+
+
+async def test_connecting_has_one_deadline_that_includes_tls(get: Get, authority: Authority) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.until_gone()
+
+    async with RawServer(script) as server:
+        with pytest.raises(UpstreamUnreachable, match=r"no connection within 0\.1 s"):
+            await get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle, timeout=0.1)
+        async with asyncio.timeout(2):
+            await server.peers[0].gone.wait()
+
+
+async def test_a_cancelled_tls_handshake_closes_the_socket(get: Get, authority: Authority) -> None:
+    async def script(peer: Peer) -> None:
+        begun.set()
+        await peer.until_gone()
+
+    begun = asyncio.Event()
+    async with RawServer(script) as server:
+        asking = asyncio.ensure_future(get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle))
+        await begun.wait()
+        asking.cancel()
+        async with asyncio.timeout(1):
+            await server.peers[0].gone.wait()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+
+def test_a_ca_bundle_that_can_not_be_used_is_a_fault_of_the_configuration(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.pem"
+    empty.write_text("")
+    for path, reason in ((tmp_path / "absent.pem", "No such file"), (empty, "no PEM certificate")):
+        with pytest.raises(ConfigurationError, match=rf"outbound\.ca_bundle: .*{reason}"):
+            UpstreamClient(outbound=OutboundSettings(ca_bundle=path), connections_per_origin=1, environ={})
+
+
+@pytest.mark.parametrize("dead", ["::1", "127.0.0.3"])
+async def test_the_next_address_is_tried_where_one_refuses(
+    get: Get, monkeypatch: pytest.MonkeyPatch, dead: str
+) -> None:
+    async with RawServer(answers(ok())) as server:
+        found = await dial._resolve("127.0.0.1", server.port)
+        other = await dial._resolve(dead, server.port)
+
+        async def resolve(host: str, port: int) -> list[dial.Address]:
+            return [*other, *found]
+
+        monkeypatch.setattr(dial, "_resolve", resolve)
+        assert await get(Origin("http", "two.example", server.port)) == b"hi"
+
+
+async def test_an_address_that_does_not_answer_is_overtaken_by_the_next(
+    get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with RawServer(answers(ok())) as server:
+        with socket.socket() as full:
+            # A listener with a full backlog drops what comes: connecting hangs.
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            stuck = [socket.socket() for _ in range(3)]
+            for sock in stuck:
+                sock.setblocking(False)
+                sock.connect_ex(full.getsockname())
+            slow = await dial._resolve(*full.getsockname())
+            found = await dial._resolve("127.0.0.1", server.port)
+
+            async def resolve(host: str, port: int) -> list[dial.Address]:
+                return [*slow, *found]
+
+            monkeypatch.setattr(dial, "_resolve", resolve)
+            async with asyncio.timeout(3):
+                assert await get(Origin("http", "two.example", server.port)) == b"hi"
+            for sock in stuck:
+                sock.close()
+
+
+# Forward proxies
+
+
+def tunnel(port: int, asked: list[bytes]) -> Callable[[Peer], Awaitable[None]]:
+    """A proxy that leads to a port of this machine, whatever it is asked for."""
+
+    async def script(peer: Peer) -> None:
+        asked.append(await peer.head())
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await peer.send(b"HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n")
+        await peer.pipe(reader, writer)
+
+    return script
+
+
+async def test_https_goes_through_the_proxy_of_the_environment(authority: Authority, get: Get) -> None:
+    asked: list[bytes] = []
+    async with (
+        RawServer(answers(ok()), authority.server("mcp.example.com")) as server,
+        RawServer(tunnel(server.port, asked)) as proxy,
+    ):
+        environ = {"HTTPS_PROXY": f"http://me:p%40ss@127.0.0.1:{proxy.port}", "NO_PROXY": "other.example"}
+        assert await get(Origin("https", "mcp.example.com", 443), ca=authority.bundle, environ=environ) == b"hi"
+    assert asked == [
+        b"CONNECT mcp.example.com:443 HTTP/1.1\r\nHost: mcp.example.com:443\r\n"
+        b"Proxy-Authorization: Basic bWU6cEBzcw==\r\n\r\n"
+    ]
+
+
+async def test_the_certificate_is_checked_behind_a_proxy_too(authority: Authority, get: Get) -> None:
+    async with (
+        RawServer(answers(ok()), authority.server("other.example")) as server,
+        RawServer(tunnel(server.port, [])) as proxy,
+    ):
+        with pytest.raises(UpstreamUnreachable, match="for another name"):
+            await get(
+                Origin("https", "mcp.example.com", 443),
+                ca=authority.bundle,
+                environ={"https_proxy": f"127.0.0.1:{proxy.port}"},
+            )
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", r"answered 407"),
+        (b"HTTP/1.1 200 OK\r\n\r\nsurplus", "no proper answer to CONNECT"),
+        (b"HTTP/1.1 200 OK\r\n", "no proper answer to CONNECT"),
+        (b"", "no proper answer to CONNECT"),
+        (b"220 smtp\r\n\r\n", "something that is not HTTP"),
+        (b"HTTP/1.1 200 " + b"x" * 20_000, "no proper answer to CONNECT"),
+    ],
+)
+async def test_a_proxy_that_does_not_connect_is_named_without_its_password(
+    get: Get, answer: bytes, reason: str
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        await peer.send(answer)
+
+    async with RawServer(script) as proxy:
+        environ = {"HTTPS_PROXY": f"http://me:hidden@127.0.0.1:{proxy.port}"}
+        place = rf"mcp\.example\.com:443 .*the proxy 127\.0\.0\.1:{proxy.port}"
+        with pytest.raises(UpstreamUnreachable, match=rf"{place}.*{reason}") as caught:
+            await get(Origin("https", "mcp.example.com", 443), environ=environ)
+    assert "hidden" not in str(caught.value)
+
+
+async def test_plain_http_and_loopback_go_direct(authority: Authority, get: Get) -> None:
+    environ = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    async with RawServer(answers(ok()), authority.server("127.0.0.1")) as server:
+        assert await get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle, environ=environ) == b"hi"
+    async with RawServer(answers(ok())) as server:
+        assert await get(Origin("http", "127.0.0.1", server.port), environ=environ) == b"hi"
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "host", "direct"),
+    [
+        ("", "a.example", False),
+        ("*", "a.example", True),
+        ("a.example", "a.example", True),
+        ("A.example , b.example", "a.example", True),
+        ("example", "a.example", True),
+        (".example", "a.example", True),
+        ("*.example", "a.example", True),
+        ("ample", "a.example", False),
+        ("b.a.example", "a.example", False),
+        ("a.example:443", "a.example", True),
+        ("a.example:8443", "a.example", False),
+        ("10.0.0.0/8", "10.1.2.3", True),
+        ("10.1.2.3", "10.1.2.3", True),
+        ("10.1.2.4", "10.1.2.3", False),
+        ("example", "10.1.2.3", False),
+        ("2001:db8::/32", "2001:db8::1", True),
+        ("[2001:db8::1]:443", "2001:db8::1", True),
+        ("2001:db8::2", "2001:db8::1", False),
+        ("", "localhost", True),
+        ("", "127.0.0.1", True),
+        ("", "::1", True),
+    ],
+)
+def test_no_proxy_names_what_goes_direct(no_proxy: str, host: str, direct: bool) -> None:
+    ways = forward_proxy.from_environment({"https_proxy": "http://p:3128", "no_proxy": no_proxy})
+    assert (ways.towards(Origin("https", host, 443)) is None) == direct
+
+
+@pytest.mark.parametrize("url", ["socks5://p:1", "http://", "http://p:x", "http://[", "https://user:hidden@p:1"])
+def test_a_proxy_url_that_is_none_is_a_fault_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="HTTPS_PROXY") as caught:
+        forward_proxy.from_environment({"HTTPS_PROXY": url})
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_proxy_shows_no_password() -> None:
+    ways = forward_proxy.from_environment({"HTTPS_PROXY": "http://me:hidden@p:1"})
+    assert "hidden" not in repr(ways)
+    assert ways.https is not None
+    assert ways.https.authorization not in repr(ways)

@@ -1,0 +1,613 @@
+"""One HTTP/1.1 exchange: what counts as a response, and what is refused as none (design §4.8).
+
+The connection is driven through a transport in memory, which decides how the bytes are split on their way.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import h11
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fakes.raw_server import Peer, RawServer
+from mcp_auth_proxy.config.settings import OutboundSettings
+from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError, UpstreamTimeout
+from mcp_auth_proxy.net import http_connection as connection_module
+from mcp_auth_proxy.net.http_connection import (
+    BUSY_POLL_THRESHOLD,
+    FIELD_LIMIT,
+    HEAD_LIMIT,
+    READ_SIZE,
+    Connection,
+    ConnectionStale,
+)
+from mcp_auth_proxy.net.http_response import READ_AHEAD, Response
+from mcp_auth_proxy.proxy.headers import response_headers
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient, split
+
+
+class Wire(asyncio.Transport):
+    """A transport whose other end is the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = ""
+        self._reading = True
+        self.unsent = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+
+    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
+        self.written += b"".join(list_of_data)
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def is_closing(self) -> bool:
+        return bool(self.closed)
+
+    def close(self) -> None:
+        self.closed = self.closed or "closed"
+
+    def abort(self) -> None:
+        self.closed = "aborted"
+
+    def is_reading(self) -> bool:
+        return self._reading
+
+    def pause_reading(self) -> None:
+        self._reading = False
+
+    def resume_reading(self) -> None:
+        self._reading = True
+
+
+class Home:
+    """A place for connections that only counts."""
+
+    name = "up.example:80"
+
+    def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(READ_SIZE))
+        self.back: list[Connection] = []
+        self.lost: list[bool] = []
+        self.stale_after: list[float] = []
+
+    def stale(self, connection: Connection) -> None:
+        self.stale_after.append(connection.idle_for)
+
+    def released(self, connection: Connection) -> None:
+        self.back.append(connection)
+
+    def connection_closed(self, connection: Connection, *, idle: bool) -> None:
+        self.lost.append(idle)
+
+
+class Line:
+    """A connection, its transport and its home."""
+
+    def __init__(self) -> None:
+        self.home = Home()
+        self.wire = Wire()
+        self.connection = Connection(self.home, None)  # type: ignore[arg-type]
+        self.connection.connection_made(self.wire)
+
+    def ask(self, method: bytes = b"POST", timeout: float = 60.0) -> asyncio.Future[Response]:
+        return self.connection.exchange(b"head", b"body", bodiless=method == b"HEAD", timeout=timeout)
+
+    def receive(self, data: bytes) -> None:
+        while data and not self.wire.closed:
+            piece, data = data[:READ_SIZE], data[READ_SIZE:]
+            self.connection.get_buffer(-1)[: len(piece)] = piece
+            self.connection.buffer_updated(len(piece))
+
+    def end(self) -> None:
+        if not self.wire.closed:
+            self.connection.eof_received()
+        self.connection.connection_lost(None)
+
+
+@dataclass
+class Outcome:
+    """What became of an exchange. ``error`` is about the head where ``status`` is 0, else about the body."""
+
+    status: int = 0
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    body: bytes = b""
+    error: type[BaseException] | None = None
+    reused: bool = field(default=False, compare=False)
+
+
+async def play(pieces: Iterable[bytes], method: bytes = b"POST", *, end: bool = True) -> Outcome:
+    line = Line()
+    answer = line.ask(method)
+    for piece in pieces:
+        line.receive(piece)
+    reused = line.home.back == [line.connection] and not line.wire.closed
+    if end:
+        line.end()
+    assert answer.done()
+    error = answer.exception()
+    if error is not None:
+        return Outcome(error=type(error))
+    response = answer.result()
+    outcome = Outcome(response.status, response.headers, reused=reused)
+    try:
+        while not response.complete:
+            outcome.body += await asyncio.wait_for(response.read(), 5)
+    except UpstreamError as failure:
+        outcome.error = type(failure)
+    return outcome
+
+
+def h11_outcome(raw: bytes, method: bytes = b"POST") -> tuple[int, bytes] | None:
+    """What h11 makes of the same bytes: status and body, or None where it refuses them."""
+    client = h11.Connection(h11.CLIENT)
+    client.send(h11.Request(method=method, target="/", headers=[("host", "h"), ("content-length", "0")]))
+    client.send(h11.EndOfMessage())
+    client.receive_data(raw)
+    status, body, ended = 0, b"", False
+    try:
+        while True:
+            event = client.next_event()
+            if event is h11.NEED_DATA:
+                if ended:
+                    return None
+                client.receive_data(b"")
+                ended = True
+            elif isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                body += event.data
+            elif isinstance(event, h11.EndOfMessage):
+                return status, body
+            elif event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
+                return None
+    except h11.RemoteProtocolError:
+        return None
+
+
+SAME = "h11 does the same"
+BROKEN = None
+OK = b"HTTP/1.1 200 OK\r\n"
+CL2 = b"Content-Length: 2\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+HI = b"2\r\nhi\r\n0\r\n\r\n"
+THEN_OK = OK + CL2 + b"\r\nhi"
+
+# Name, bytes, what we make of them (status and body, or BROKEN), and h11's verdict where it is another: each such
+# line says where we are stricter or laxer than another client.
+ODD: list[tuple[str, bytes, tuple[int, bytes] | None, tuple[int, bytes] | str | None]] = [
+    ("length", OK + CL2 + b"\r\nhi", (200, b"hi"), SAME),
+    ("chunked", OK + CHUNKED + b"\r\n" + HI, (200, b"hi"), SAME),
+    ("until close", OK + b"\r\nhi", (200, b"hi"), SAME),
+    ("no reason", b"HTTP/1.1 200 \r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
+    ("no reason, no space", b"HTTP/1.1 200\r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
+    ("length with spaces behind", OK + b"Content-Length: 2  \r\n\r\nhi", (200, b"hi"), SAME),
+    ("empty value", OK + b"X:\r\nY: \r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
+    ("obs-text in a value", OK + b"X: \xe9\r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
+    ("1.0", b"HTTP/1.0 200 OK\r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
+    ("interim", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 x\r\nLink: a\r\n\r\n" + THEN_OK, (200, b"hi"), SAME),
+    ("interim with a length", b"HTTP/1.1 103 x\r\n" + CL2 + b"\r\n" + THEN_OK, (200, b"hi"), SAME),
+    ("interim chunked", b"HTTP/1.1 103 x\r\n" + CHUNKED + b"\r\n" + THEN_OK, (200, b"hi"), SAME),
+    ("chunk extension", OK + CHUNKED + b"\r\n2;a=b\r\nhi\r\n0;c\r\n\r\n", (200, b"hi"), SAME),
+    ("trailer", OK + CHUNKED + b"\r\n2\r\nhi\r\n0\r\nX: a\r\n\r\n", (200, b"hi"), SAME),
+    ("upgrade offered", OK + b"Upgrade: h2c\r\nConnection: upgrade\r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
+    ("204 with a length", b"HTTP/1.1 204 x\r\n" + CL2 + b"\r\n", (204, b""), SAME),
+    ("204 chunked", b"HTTP/1.1 204 x\r\n" + CHUNKED + b"\r\n", (204, b""), SAME),
+    ("304 with a length", b"HTTP/1.1 304 x\r\n" + CL2 + b"\r\n", (304, b""), SAME),
+    ("second response behind", THEN_OK + THEN_OK, (200, b"hi"), SAME),
+    ("rubbish behind", THEN_OK + b"xx", (200, b"hi"), SAME),
+    # Where nobody differs: refused.
+    ("switching protocols", b"HTTP/1.1 101 x\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", BROKEN, SAME),
+    ("lengths differ", OK + CL2 + b"Content-Length: 3\r\n\r\nhi!", BROKEN, SAME),
+    ("length with sign", OK + b"Content-Length: +2\r\n\r\nhi", BROKEN, SAME),
+    ("length below zero", OK + b"Content-Length: -2\r\n\r\nhi", BROKEN, SAME),
+    ("length empty", OK + b"Content-Length: \r\n\r\nhi", BROKEN, SAME),
+    ("length of two words", OK + b"Content-Length: 1 2\r\n\r\nhi", BROKEN, SAME),
+    ("length without end", OK + b"Content-Length: " + b"9" * 30 + b"\r\n\r\nhi", BROKEN, SAME),
+    ("white space before the colon", OK + b"X : a\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("no colon", OK + b"X\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("no name", OK + b": a\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("NUL in a value", OK + b"X: a\0b\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("bare CR in a value", OK + b"X: a\rb\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("bare CR in the reason", b"HTTP/1.1 200 O\rK\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("space before the first field", OK + b" X: a\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("coding gzip", OK + b"Transfer-Encoding: gzip\r\n\r\nhi", BROKEN, SAME),
+    ("coding gzip, chunked", OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + HI, BROKEN, SAME),
+    ("coding chunked, gzip", OK + b"Transfer-Encoding: chunked, gzip\r\n\r\n" + HI, BROKEN, SAME),
+    ("coding chunked twice", OK + CHUNKED + CHUNKED + b"\r\n" + HI, BROKEN, SAME),
+    ("coding xchunked", OK + b"Transfer-Encoding: xchunked\r\n\r\n" + HI, BROKEN, SAME),
+    ("coding empty", OK + b"Transfer-Encoding:\r\n\r\n" + HI, BROKEN, SAME),
+    ("chunk size with 0x", OK + CHUNKED + b"\r\n0x2\r\nhi\r\n0\r\n\r\n", BROKEN, SAME),
+    ("chunk size below zero", OK + CHUNKED + b"\r\n-2\r\nhi\r\n0\r\n\r\n", BROKEN, SAME),
+    ("chunk size without end", OK + CHUNKED + b"\r\n" + b"f" * 30 + b"\r\nhi", BROKEN, SAME),
+    ("bare LF behind a chunk", OK + CHUNKED + b"\r\n2\r\nhi\n0\r\n\r\n", BROKEN, SAME),
+    ("ends in the head", OK + b"X: a", BROKEN, SAME),
+    ("ends before the head", b"", BROKEN, SAME),
+    ("ends in the body", OK + b"Content-Length: 3\r\n\r\nhi", BROKEN, SAME),
+    ("ends in a chunk", OK + CHUNKED + b"\r\n3\r\nhi", BROKEN, SAME),
+    ("ends before the last chunk", OK + CHUNKED + b"\r\n2\r\nhi\r\n", BROKEN, SAME),
+    ("not HTTP", b"SSH-2.0-x\r\n\r\n", BROKEN, SAME),
+    ("lower case", b"http/1.1 200 OK\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("no spaces", b"HTTP/1.1 200OK\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("two spaces", b"HTTP/1.1  200 OK\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("status 99", b"HTTP/1.1 99 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("status 1000", b"HTTP/1.1 1000 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("status 000", b"HTTP/1.1 000 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    # Where we are stricter. Framing that two readers may read in two ways is nobody's to guess (T37).
+    ("length and coding", OK + CL2 + CHUNKED + b"\r\n" + HI, BROKEN, (200, b"hi")),
+    ("coding and length", OK + CHUNKED + CL2 + b"\r\n" + HI, BROKEN, (200, b"hi")),
+    ("length twice, the same", OK + CL2 + CL2 + b"\r\nhi", BROKEN, (200, b"hi")),
+    ("length as a list", OK + b"Content-Length: 2, 2\r\n\r\nhi", BROKEN, (200, b"hi")),
+    ("coding in 1.0", b"HTTP/1.0 200 OK\r\n" + CHUNKED + b"\r\n" + HI, BROKEN, (200, b"hi")),
+    ("obs-fold", OK + b"X: a\r\n b\r\n" + CL2 + b"\r\nhi", BROKEN, (200, b"hi")),
+    ("obs-fold with a tab", OK + b"X: a\r\n\tb\r\n" + CL2 + b"\r\nhi", BROKEN, (200, b"hi")),
+    ("obs-fold behind nothing", OK + b"X:\r\n b\r\n" + CL2 + b"\r\nhi", BROKEN, (200, b"hi")),
+    ("bare LF everywhere", b"HTTP/1.1 200 OK\n" + b"Content-Length: 2\n\nhi", BROKEN, (200, b"hi")),
+    ("bare LF in the head", OK + b"X: a\n" + CL2 + b"\r\nhi", BROKEN, (200, b"hi")),
+    ("bare LF ends the head", OK + CL2 + b"\nhi", BROKEN, (200, b"hi")),
+    ("status 600", b"HTTP/1.1 600 x\r\n" + CL2 + b"\r\nhi", BROKEN, (600, b"hi")),
+    ("control character in a value", OK + b"X: a\x01b\r\n" + CL2 + b"\r\nhi", BROKEN, (200, b"hi")),
+    ("HTTP/2.0", b"HTTP/2.0 200 OK\r\n" + CL2 + b"\r\nhi", BROKEN, (200, b"hi")),
+    ("HTTP/0.9", b"HTTP/0.9 200 OK\r\n" + CL2 + b"\r\nhi", BROKEN, (200, b"hi")),
+    ("space behind a chunk size", OK + CHUNKED + b"\r\n2 \r\nhi\r\n0\r\n\r\n", BROKEN, (200, b"hi")),
+    ("length in a trailer", OK + CHUNKED + b"\r\n2\r\nhi\r\n0\r\n" + CL2 + b"\r\n", BROKEN, (200, b"hi")),
+    ("obs-fold in a trailer", OK + CHUNKED + b"\r\n2\r\nhi\r\n0\r\nX: a\r\n b\r\n\r\n", BROKEN, (200, b"hi")),
+    ("empty line first", b"\r\n" + THEN_OK, BROKEN, SAME),
+    ("LF first", b"\n" + THEN_OK, BROKEN, SAME),
+    ("RTSP", b"RTSP/1.0 200 OK\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "ours", "theirs"), [row[1:] for row in ODD], ids=[row[0] for row in ODD])
+async def test_an_odd_response_is_read_or_refused_however_it_is_split(
+    raw: bytes, ours: tuple[int, bytes] | None, theirs: tuple[int, bytes] | str | None
+) -> None:
+    # T37
+    whole = await play([raw])
+    assert (None if whole.error else (whole.status, whole.body)) == ours
+    assert whole.error in (None, UpstreamProtocolError)
+    assert await play(raw[i : i + 1] for i in range(len(raw))) == whole
+    assert h11_outcome(raw) == (ours if theirs is SAME else theirs)
+
+
+def test_the_table_says_where_the_verdicts_differ() -> None:
+    assert [name for name, _, ours, theirs in ODD if theirs != SAME and ours == theirs] == []
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [OK + b"Content-Length: 100\r\n\r\n", OK + CHUNKED + b"\r\n", OK + b"\r\n", b"HTTP/1.1 204 x\r\n\r\n"],
+)
+async def test_the_response_to_head_has_no_body_and_is_not_waited_for(raw: bytes) -> None:
+    outcome = await play([raw], b"HEAD", end=False)
+    assert (outcome.status in (200, 204), outcome.body, outcome.error) == (True, b"", None)
+
+
+async def test_a_response_without_body_loses_the_length_that_a_server_of_ours_would_wait_for() -> None:
+    outcome = await play([b"HTTP/1.1 304 x\r\nContent-Length: 100\r\nETag: a\r\n\r\n"])
+    assert response_headers(outcome.headers)[0] == (b"etag", b"a")
+    assert b"content-length" not in dict(outcome.headers)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reused"),
+    [
+        (OK + CL2 + b"\r\nhi", True),
+        (OK + CHUNKED + b"\r\n" + HI, True),
+        (b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n", True),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", True),
+        (OK + b"Connection: close\r\n" + CL2 + b"\r\nhi", False),
+        (OK + b"Connection: keep-alive, Close\r\n" + CL2 + b"\r\nhi", False),
+        (b"HTTP/1.0 200 OK\r\n" + CL2 + b"\r\nhi", False),
+        (b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n" + CL2 + b"\r\nhi", False),
+        (THEN_OK + THEN_OK, False),
+        (THEN_OK + b"HTT", False),
+        (THEN_OK + b"rubbish", False),
+        (b"HTTP/1.1 204 x\r\nContent-Length: 2\r\n\r\nhi", False),
+    ],
+)
+async def test_a_connection_goes_back_only_after_a_complete_exchange(raw: bytes, reused: bool) -> None:
+    outcome = await play([raw], end=False)
+    assert (outcome.error, outcome.reused) == (None, reused)
+
+
+async def test_a_connection_with_part_of_the_request_unsent_is_not_used_again() -> None:
+    line = Line()
+    line.wire.unsent = 1
+    line.ask()
+    line.receive(THEN_OK)
+    assert (line.wire.closed, line.home.back) == ("closed", [])
+
+
+async def test_bytes_that_nobody_asked_for_end_an_idle_connection() -> None:
+    line = Line()
+    line.ask()
+    line.receive(THEN_OK)
+    line.receive(THEN_OK)
+    assert (line.wire.closed, line.home.lost) == ("closed", [True])
+
+
+async def test_a_connection_carries_one_exchange_after_another() -> None:
+    line = Line()
+    for body in (b"a", b"bc", b""):
+        answer = line.ask()
+        line.receive(OK + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        assert await (await answer).read() == body
+    assert line.wire.written == b"headbody" * 3
+
+
+async def test_the_end_before_an_answer_is_told_apart_on_a_used_connection() -> None:
+    line = Line()
+    line.ask()
+    line.receive(THEN_OK)
+    answer = line.ask()
+    line.end()
+    assert isinstance(answer.exception(), ConnectionStale)
+    assert line.home.stale_after == [0.0]
+
+
+@pytest.mark.parametrize("size", [HEAD_LIMIT - 1, HEAD_LIMIT, HEAD_LIMIT + 1, 3 * HEAD_LIMIT])
+@pytest.mark.parametrize("step", [1000, READ_SIZE])
+@pytest.mark.parametrize("where", ["value", "name", "reason", "interim"])
+async def test_a_head_is_read_up_to_its_limit(size: int, step: int, where: str) -> None:
+    before, after = {
+        "value": (OK + b"X: ", b"\r\n" + CL2 + b"\r\n"),
+        "name": (OK, b": x\r\n" + CL2 + b"\r\n"),
+        "reason": (b"HTTP/1.1 200 ", b"\r\n" + CL2 + b"\r\n"),
+        "interim": (b"HTTP/1.1 103 x\r\nX: ", b"\r\n\r\n" + OK + CL2 + b"\r\n"),
+    }[where]
+    raw = before + b"a" * (size - len(before) - len(after)) + after + b"hi"
+    outcome = await play([raw[i : i + step] for i in range(0, len(raw), step)])
+    assert (outcome.error is None) == (size <= HEAD_LIMIT)
+
+
+@pytest.mark.parametrize("count", [FIELD_LIMIT - 1, FIELD_LIMIT])
+async def test_a_head_has_a_bounded_number_of_fields(count: int) -> None:
+    outcome = await play([OK + CL2 + b"".join(b"X-%d: a\r\n" % i for i in range(count)) + b"\r\nhi"])
+    assert (outcome.error is None) == (count < FIELD_LIMIT)
+
+
+@pytest.mark.parametrize("filler", [b"1;" + b"a" * 4 * HEAD_LIMIT, b"0\r\nX: " + b"a" * 4 * HEAD_LIMIT])
+async def test_chunk_extensions_and_trailers_without_end_are_cut_off(filler: bytes) -> None:
+    line = Line()
+    response = await _head(line, OK + CHUNKED + b"\r\n")
+    line.receive(filler)
+    assert line.wire.closed == "aborted"
+    with pytest.raises(UpstreamProtocolError, match="framing without content"):
+        await response.read()
+
+
+async def _head(line: Line, raw: bytes) -> Response:
+    answer = line.ask()
+    line.receive(raw)
+    return await answer
+
+
+async def test_what_came_before_a_break_is_delivered_first() -> None:
+    # F4
+    line = Line()
+    response = await _head(line, OK + b"Content-Length: 9\r\n\r\nhello")
+    line.end()
+    assert await response.read() == b"hello"
+    assert not response.complete
+    with pytest.raises(
+        UpstreamProtocolError, match=r"up\.example:80: the connection closed in the middle of the response"
+    ):
+        await response.read()
+
+
+async def test_reading_pauses_at_the_limit_and_goes_on_when_the_body_is_taken() -> None:
+    # T39
+    line = Line()
+    response = await _head(line, OK + b"Content-Length: 1000000\r\n\r\n")
+    line.receive(b"x" * READ_AHEAD)
+    assert line.wire.is_reading()
+    line.receive(b"x")
+    assert not line.wire.is_reading()
+    assert len(await response.read()) == READ_AHEAD + 1
+    assert line.wire.is_reading()
+
+
+async def test_a_response_that_ends_while_reading_is_paused_frees_the_connection() -> None:
+    line = Line()
+    response = await _head(line, OK + b"Content-Length: %d\r\n\r\n" % (2 * READ_AHEAD))
+    line.receive(b"x" * READ_AHEAD)
+    line.receive(b"x" * READ_AHEAD)
+    assert line.wire.is_reading()
+    assert line.home.back == [line.connection]
+    assert len(await response.read()) == 2 * READ_AHEAD
+    assert response.complete
+
+
+async def test_closing_a_response_under_way_aborts_its_connection_and_no_other() -> None:
+    line = Line()
+    response = await _head(line, OK + b"Content-Length: 9\r\n\r\nhello")
+    response.close()
+    response.close()
+    assert (line.wire.closed, line.home.lost) == ("aborted", [False])
+    line = Line()
+    response = await _head(line, THEN_OK)
+    response.close()
+    assert not line.wire.closed
+
+
+async def test_a_cancelled_read_closes_the_connection() -> None:
+    # T40
+    line = Line()
+    response = await _head(line, OK + b"\r\n")
+    reading = asyncio.create_task(response.read())
+    await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert line.wire.closed == "aborted"
+
+
+async def test_the_pace_is_an_average_of_brief_answers_and_a_slow_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(connection_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    line = Line()
+    paces = []
+    for took in (*[0.00004] * 100, 2.0, *[0.00004] * 100):
+        line.ask()
+        now[0] += took
+        line.receive(THEN_OK)
+        paces.append(line.connection.head_latency)
+    assert paces[0] > BUSY_POLL_THRESHOLD
+    assert paces[99] < BUSY_POLL_THRESHOLD
+    assert paces[100] == pytest.approx(2.0)
+    assert paces[110] > BUSY_POLL_THRESHOLD > paces[-1]
+
+
+async def test_each_exchange_has_its_full_time_on_one_timer() -> None:
+    line = Line()
+    loop = asyncio.get_running_loop()
+    for timeout in (0.3, 60.0, 0.2):
+        line.ask(timeout=timeout)
+        line.receive(THEN_OK)
+    begun = loop.time()
+    with pytest.raises(UpstreamTimeout, match=r"no answer within 0\.25 s"):
+        await line.ask(timeout=0.25)
+    assert 0.24 <= loop.time() - begun < 5
+
+
+async def test_a_head_that_does_not_come_in_time_is_a_timeout() -> None:
+    line = Line()
+    with pytest.raises(UpstreamTimeout, match=r"up\.example:80: no answer within 0\.01 s"):
+        await line.ask(timeout=0.01)
+    assert line.wire.closed == "aborted"
+
+
+async def test_a_body_may_be_given_a_deadline() -> None:
+    line = Line()
+    response = await _head(line, OK + CL2 + b"\r\nh")
+    response.expire_after(0.01)
+    assert await response.read() == b"h"
+    with pytest.raises(UpstreamProtocolError, match=r"not complete after 0\.01 s"):
+        await response.read()
+    line = Line()
+    response = await _head(line, THEN_OK)
+    response.expire_after(0.0)
+    assert await response.read() == b"hi"
+
+
+@pytest.mark.parametrize(
+    ("value", "life"),
+    [(b"timeout=5, max=100", 4.0), (b"Timeout = 1", 0.0), (b"timeout=0", 0.0), (b"max=3", None), (b"timeout=-1", None),
+     (b"timeout=99999999999999", None), (b"", None)],
+)  # fmt: skip
+async def test_the_announced_life_of_a_connection_is_kept_a_second_short(value: bytes, life: float | None) -> None:
+    line = Line()
+    await _head(line, OK + CL2 + b"Keep-Alive: " + value + b"\r\n\r\nhi")
+    assert line.connection.idle_timeout == (float("inf") if life is None else life)
+
+
+async def test_a_large_body_leaves_beside_its_head() -> None:
+    got: list[bytes] = []
+
+    async def script(peer: Peer) -> None:
+        got.append(await peer.request())
+        await peer.send(THEN_OK)
+        await peer.until_gone()
+
+    body = bytes(range(256)) * 16_384
+    async with RawServer(script) as server:
+        upstream = UpstreamClient(outbound=OutboundSettings(), connections_per_origin=1)
+        origin, _, _ = split(server.url)
+        head = b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n" % len(body)
+        response = await upstream.send(origin, head, body, method=b"POST", head_timeout=5)
+        assert await response.read() == b"hi"
+        await upstream.aclose()
+    assert got == [head + body]
+
+
+# Bytes at random
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@st.composite
+def valid_responses(draw: st.DrawFn) -> tuple[bytes, int, bytes]:
+    """A response, its status and its body."""
+    interim = b"".join(
+        draw(st.lists(st.sampled_from([b"HTTP/1.1 100 x\r\n\r\n", b"HTTP/1.1 103\r\nA: b\r\n\r\n"]), max_size=2))
+    )
+    status = draw(st.sampled_from([200, 202, 400, 404, 503]))
+    names = st.from_regex(rb"\AX-[A-Za-z0-9!#$%&'*+.^_`|~-]{0,8}\Z")
+    values = st.from_regex(rb"\A([!-~\x80-\xff]([ -~\t]{0,10}[!-~])?)?\Z")
+    head = b"".join(b"%s:%s%s\r\n" % (n, draw(st.sampled_from([b"", b" ", b"\t "])), v)
+                    for n, v in draw(st.lists(st.tuples(names, values), max_size=4)))  # fmt: skip
+    parts = draw(st.lists(st.binary(min_size=1, max_size=30), max_size=4))
+    body = b"".join(parts)
+    framing = draw(st.sampled_from(["length", "chunked", "close"]))
+    if framing == "length":
+        rest = b"content-length: %d\r\n\r\n%s" % (len(body), body)
+    elif framing == "chunked":
+        chunks = b"".join(b"%x%s\r\n%s\r\n" % (len(p), draw(st.sampled_from([b"", b";a", b";a=b"])), p) for p in parts)
+        rest = (
+            b"Transfer-Encoding: Chunked\r\n\r\n"
+            + chunks
+            + b"0\r\n"
+            + draw(st.sampled_from([b"", b"T: x\r\n"]))
+            + b"\r\n"
+        )
+    else:
+        rest = b"\r\n" + body
+    return interim + b"HTTP/1.1 %d x\r\n" % status + head + rest, status, body
+
+
+def cut(raw: bytes, at: list[int]) -> list[bytes]:
+    edges = sorted({0, len(raw), *(place % (len(raw) + 1) for place in at)})
+    return [raw[a:b] for a, b in itertools.pairwise(edges)]
+
+
+places = st.lists(st.integers(0, 2000), max_size=12)
+
+
+@settings(deadline=None, max_examples=150)
+@given(valid_responses(), places)
+def test_a_valid_response_is_read_the_same_whatever_the_split(
+    runner: asyncio.Runner, response: tuple[bytes, int, bytes], at: list[int]
+) -> None:
+    raw, status, body = response
+    outcome = runner.run(play(cut(raw, at)))
+    assert (outcome.status, outcome.body, outcome.error) == (status, body, None)
+    assert outcome == runner.run(play([raw]))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.one_of(st.binary(max_size=300), st.binary(max_size=300).map(lambda b: OK + b)), places)
+@example(b"H", [])
+def test_any_bytes_end_in_a_response_or_an_upstream_error(runner: asyncio.Runner, raw: bytes, at: list[int]) -> None:
+    assert runner.run(play(cut(raw, at))) == runner.run(play([raw]))
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    valid_responses(),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 3), st.sampled_from(b"\r\n\0 :;,\t0f\xffHT") ), max_size=3),
+    places,
+)  # fmt: skip
+def test_a_damaged_response_is_judged_the_same_whatever_the_split(
+    runner: asyncio.Runner, response: tuple[bytes, int, bytes], damage: list[tuple[int, int, int]], at: list[int]
+) -> None:
+    raw = bytearray(response[0])
+    for place, removed, added in damage:
+        start = place % (len(raw) or 1)
+        raw[start : start + removed] = bytes([added])
+    whole = runner.run(play([bytes(raw)]))
+    assert runner.run(play(cut(bytes(raw), at))) == whole
+    assert whole.error in (None, UpstreamProtocolError)
