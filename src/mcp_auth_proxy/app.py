@@ -19,12 +19,12 @@ from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.errors import StoreError
 from mcp_auth_proxy.models import Flow, GrantType
 from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.proxy.handler import Receive, Send
-from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.web import browser
@@ -91,8 +91,8 @@ async def lifespan(
         stack.push_async_callback(broker.aclose)
         if background:
             await broker.start()
-        upstream = UpstreamClient(
-            outbound=settings.outbound, connections_per_origin=settings.limits.upstream_connections
+        upstream = HttpClient(
+            ca_bundle=settings.outbound.ca_bundle, connections_per_origin=settings.limits.upstream_connections
         )
         stack.push_async_callback(upstream.aclose)
         forwarder = Forwarder(

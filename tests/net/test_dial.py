@@ -16,11 +16,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fakes.raw_server import Peer, RawServer, answers, ok
-from mcp_auth_proxy.config.settings import OutboundSettings
 from mcp_auth_proxy.errors import ConfigurationError, UpstreamUnreachable
 from mcp_auth_proxy.net import dial, forward_proxy
+from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.origin import Origin
-from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 
 REQUEST = b"GET /mcp HTTP/1.1\r\nhost: h\r\n\r\n"
 
@@ -89,13 +88,13 @@ Get = Callable[..., Awaitable[bytes]]
 @pytest.fixture
 async def get() -> AsyncIterator[Get]:
     """Sends a GET to an origin through an Upstream of its own, and returns the body."""
-    opened: list[UpstreamClient] = []
+    opened: list[HttpClient] = []
 
     async def get(
         origin: Origin, *, ca: Path | None = None, environ: dict[str, str] | None = None, timeout: float = 5.0
     ) -> bytes:
-        upstream = UpstreamClient(
-            outbound=OutboundSettings(ca_bundle=ca),
+        upstream = HttpClient(
+            ca_bundle=ca,
             connections_per_origin=5,
             connect_timeout=timeout,
             environ=environ or {},
@@ -202,7 +201,7 @@ def test_a_ca_bundle_that_can_not_be_used_is_a_fault_of_the_configuration(tmp_pa
     empty.write_text("")
     for path, reason in ((tmp_path / "absent.pem", "No such file"), (empty, "no PEM certificate")):
         with pytest.raises(ConfigurationError, match=rf"outbound\.ca_bundle: .*{reason}"):
-            UpstreamClient(outbound=OutboundSettings(ca_bundle=path), connections_per_origin=1, environ={})
+            HttpClient(ca_bundle=path, connections_per_origin=1, environ={})
 
 
 @pytest.mark.parametrize("dead", ["::1", "127.0.0.3"])

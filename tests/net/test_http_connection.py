@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fakes.raw_server import Peer, RawServer
-from mcp_auth_proxy.config.settings import OutboundSettings
 from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError, UpstreamTimeout
 from mcp_auth_proxy.net import http_connection as connection_module
+from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import (
     BUSY_POLL_THRESHOLD,
     FIELD_LIMIT,
@@ -27,8 +27,8 @@ from mcp_auth_proxy.net.http_connection import (
     ConnectionStale,
 )
 from mcp_auth_proxy.net.http_response import READ_AHEAD, Response
+from mcp_auth_proxy.net.origin import split
 from mcp_auth_proxy.proxy.headers import response_headers
-from mcp_auth_proxy.proxy.upstream_client import UpstreamClient, split
 
 
 class Wire(asyncio.Transport):
@@ -521,7 +521,7 @@ async def test_a_large_body_leaves_beside_its_head() -> None:
 
     body = bytes(range(256)) * 16_384
     async with RawServer(script) as server:
-        upstream = UpstreamClient(outbound=OutboundSettings(), connections_per_origin=1)
+        upstream = HttpClient(connections_per_origin=1)
         origin, _, _ = split(server.url)
         head = b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n" % len(body)
         response = await upstream.send(origin, head, body, method=b"POST", head_timeout=5)

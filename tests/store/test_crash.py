@@ -16,6 +16,7 @@ from store.builders import grant, store_settings
 KILLS = 8
 RENEWING = """
 import asyncio, pathlib, sys
+from mcp_auth_proxy.models import Account
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.lease import new_owner

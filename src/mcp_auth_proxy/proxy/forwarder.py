@@ -6,19 +6,19 @@ from typing import Any
 
 from mcp_auth_proxy.broker.broker import Broker
 from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_fast_path_eligible
 from mcp_auth_proxy.proxy.handler import ProxyContext, Receive, RequestHandler, Send
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
-from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 
 
 class Forwarder:
     """See the module. Belongs to one event loop."""
 
-    def __init__(self, *, broker: Broker, upstream: UpstreamClient, body_limit: int, wait: float) -> None:
+    def __init__(self, *, broker: Broker, upstream: HttpClient, body_limit: int, wait: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._broker = broker
         self.upstream = upstream

@@ -24,6 +24,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import WHEN_GONE
+from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import Response
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.body import BodyTooLarge, ClientDisconnected, read_body
@@ -34,7 +35,6 @@ from mcp_auth_proxy.proxy.redirects import MAX_REDIRECTS, is_redirect
 from mcp_auth_proxy.proxy.redirects import target as redirect_target
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
-from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.rpc import answers
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class ProxyContext:
     """What every exchange works with."""
 
     broker: Broker
-    upstream: UpstreamClient
+    upstream: HttpClient
     sessions: Sessions
     troubles: OutageLog
     draining: asyncio.Future[None]

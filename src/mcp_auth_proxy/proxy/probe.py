@@ -6,11 +6,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError
+from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.headers import request_head
 from mcp_auth_proxy.proxy.redirects import MAX_REDIRECTS, is_redirect, target
 from mcp_auth_proxy.proxy.routes import Route
-from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.rpc.answers import encode
 
 PROTOCOL_VERSION = "2025-11-25"
@@ -46,7 +46,7 @@ class ProbeResponse:
         return self.all(b"www-authenticate")
 
 
-async def probe(upstream: UpstreamClient, route: Route) -> tuple[int, list[bytes]]:
+async def probe(upstream: HttpClient, route: Route) -> tuple[int, list[bytes]]:
     """Send an ``initialize`` without a token; return the status and the WWW-Authenticate fields of the answer.
 
     Raises UpstreamError.
@@ -57,7 +57,7 @@ async def probe(upstream: UpstreamClient, route: Route) -> tuple[int, list[bytes
 
 
 async def ask(
-    upstream: UpstreamClient, route: Route, method: str, *, session: bytes = b"", modern: bool = False
+    upstream: HttpClient, route: Route, method: str, *, session: bytes = b"", modern: bool = False
 ) -> ProbeResponse:
     """Send one MCP request without a token and return what comes back. Raises UpstreamError."""
     version = MODERN if modern else PROTOCOL_VERSION
@@ -82,7 +82,7 @@ async def ask(
     )
 
 
-async def end_session(upstream: UpstreamClient, route: Route, answer: ProbeResponse) -> None:
+async def end_session(upstream: HttpClient, route: Route, answer: ProbeResponse) -> None:
     """End the session that an ``initialize`` has begun; a server that does not do that will forget it by itself."""
     for session in answer.all(b"mcp-session-id")[:1]:
         headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
@@ -91,7 +91,7 @@ async def end_session(upstream: UpstreamClient, route: Route, answer: ProbeRespo
 
 
 async def _send(
-    upstream: UpstreamClient, route: Route, method: bytes, headers: list[tuple[bytes, bytes]], body: bytes
+    upstream: HttpClient, route: Route, method: bytes, headers: list[tuple[bytes, bytes]], body: bytes
 ) -> Response:
     length = len(body) if body else None
     path = route.target

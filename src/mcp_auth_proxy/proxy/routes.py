@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.models import LOCAL, Account
-from mcp_auth_proxy.proxy.upstream_client import Origin, split
+from mcp_auth_proxy.net.origin import Origin, split
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from mcp_auth_proxy.cli.doctor.report import Outcome, Preview, Report, Step, Ver
 from mcp_auth_proxy.config.settings import Address, KeySource, ServerSettings, Settings, StoreSettings
 from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, StoreError, StoreRejected
 from mcp_auth_proxy.models import LOCAL, Account
+from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.oauth import registration
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.proxy import routes
-from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.registrations import Registrations
 
@@ -119,7 +119,7 @@ async def examine(settings: Settings, server: ServerSettings) -> Report:
         registrations, steps = await stack.enter_async_context(_registrations(settings))
         fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
         stack.push_async_callback(fetcher.aclose)
-        upstream = UpstreamClient(outbound=settings.outbound, connections_per_origin=2)
+        upstream = HttpClient(ca_bundle=settings.outbound.ca_bundle, connections_per_origin=2)
         stack.push_async_callback(upstream.aclose)
         probed = await probe_all(upstream, routes.build({server.name: server})[f"/{server.name}/mcp".encode()])
         steps += probed.steps

@@ -6,18 +6,19 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 
 from fakes.raw_server import Peer, RawServer, answers, ok
-from mcp_auth_proxy.config.settings import OutboundSettings
 from mcp_auth_proxy.errors import UpstreamPoolTimeout, UpstreamProtocolError, UpstreamTimeout, UpstreamUnreachable
+from mcp_auth_proxy.net import pool as upstream_module
+from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_response import Response
-from mcp_auth_proxy.proxy import upstream_client as upstream_module
-from mcp_auth_proxy.proxy.upstream_client import ConnectionPool, Origin, UpstreamClient, split
+from mcp_auth_proxy.net.origin import Origin, split
+from mcp_auth_proxy.net.pool import ConnectionPool
 
 
 class Client:
     """An Upstream with one origin, and short ways to ask it."""
 
     def __init__(self, limit: int = 10) -> None:
-        self.upstream = UpstreamClient(outbound=OutboundSettings(), connections_per_origin=limit, environ={})
+        self.upstream = HttpClient(connections_per_origin=limit, environ={})
 
     async def send(
         self, server: RawServer | Origin, body: bytes = b"", *, method: bytes = b"POST", timeout: float = 5.0
@@ -274,7 +275,7 @@ async def test_cancelling_closes_the_upstream_at_once(client: Client, waiting_fo
         await asyncio.sleep(0.01)
         asking.cancel()
         async with asyncio.timeout(1):
-            await server.peers[0].connection_closed.wait()
+            await server.peers[0].gone.wait()
         with pytest.raises(asyncio.CancelledError):
             await asking
         assert client.pool(server).open == 0
@@ -286,7 +287,7 @@ async def test_closing_a_response_closes_the_upstream_at_once(client: Client) ->
         response = await client.send(server)
         response.close()
         async with asyncio.timeout(1):
-            await server.peers[0].connection_closed.wait()
+            await server.peers[0].gone.wait()
 
 
 async def test_a_head_that_does_not_come_is_a_timeout_and_closes(client: Client) -> None:
@@ -294,7 +295,7 @@ async def test_a_head_that_does_not_come_is_a_timeout_and_closes(client: Client)
         with pytest.raises(UpstreamTimeout, match=r"no answer within 0\.05 s"):
             await client.send(server, timeout=0.05)
         async with asyncio.timeout(1):
-            await server.peers[0].connection_closed.wait()
+            await server.peers[0].gone.wait()
 
 
 @pytest.fixture
@@ -387,7 +388,7 @@ async def test_idle_connections_are_closed_when_their_life_is_over(
         await client.ask(server)
         client.pool(server).learn(0.0)
         async with asyncio.timeout(5):
-            await server.peers[0].connection_closed.wait()
+            await server.peers[0].gone.wait()
         assert client.pool(server).open == 0
 
 
@@ -399,7 +400,7 @@ async def test_closing_ends_everything_at_once(client: Client) -> None:
         with pytest.raises(UpstreamProtocolError, match="shutting down"):
             await response.read()
         async with asyncio.timeout(1):
-            await server.peers[0].connection_closed.wait()
+            await server.peers[0].gone.wait()
         with pytest.raises((UpstreamPoolTimeout, UpstreamUnreachable)):
             await client.send(server)
 
