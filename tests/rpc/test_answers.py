@@ -24,6 +24,8 @@ from mcp_types._v2026_07_28 import InputRequiredResult as InputRequiredOf2026
 from mcp_types._v2026_07_28 import JSONRPCErrorResponse as ErrorOf2026
 
 from mcp_auth_proxy.rpc import answers
+from mcp_auth_proxy.rpc.events import message_event
+from mcp_auth_proxy.rpc.messages import INPUT_KEY, INVALID_REQUEST, PARSE_ERROR, RequestBody, needs_inspection
 
 LINK = "http://127.0.0.1:8787/connect/linear?flow=F10w"
 MODERN = "2026-07-28"
@@ -69,7 +71,7 @@ def ask(document: object, *, session_elicits: bool = False) -> Any:
     """The answer to a body while a user has to authorize, as a client reads it."""
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
     answer = answers.answer_all(
-        body,
+        RequestBody(body),
         lambda message: answers.authorization_needed(
             message, server="linear", link=LINK, elicitation_id="E1", session_elicits=session_elicits
         ),
@@ -258,11 +260,11 @@ NO_MESSAGE = [b"[]", b"17", b"null", b'"tools/call"', b"[[], 1]"]
 
 
 def test_what_is_no_json_rpc_is_told_from_what_may_be() -> None:
-    assert {found[0] for body in NO_JSON if (found := answers.refusal(body))} == {answers.PARSE_ERROR}
-    assert {found[0] for body in NO_MESSAGE if (found := answers.refusal(body))} == {answers.INVALID_REQUEST}
-    assert all(answers.refusal(body) for body in [*NO_JSON, *NO_MESSAGE])
+    assert {found[0] for body in NO_JSON if (found := RequestBody(body).error)} == {PARSE_ERROR}
+    assert {found[0] for body in NO_MESSAGE if (found := RequestBody(body).error)} == {INVALID_REQUEST}
+    assert all(RequestBody(body).error for body in [*NO_JSON, *NO_MESSAGE])
     may_be = [b"{}", b"[17, {}]", b'{"jsonrpc":"2.0","id":1,"result":{}}', b"[" + b"{}," * 5000 + b"{}]"]
-    assert [answers.refusal(body) for body in may_be] == [None] * 4
+    assert [RequestBody(body).error for body in may_be] == [None] * 4
 
 
 @pytest.mark.parametrize("body", NO_REQUESTS, ids=lambda body: body[:50].decode("latin-1"))
@@ -308,7 +310,7 @@ messages = st.fixed_dictionaries(
                 optional={
                     "capabilities": perhaps(st.just(URLS)),
                     "inputResponses": perhaps(
-                        st.dictionaries(st.sampled_from([answers.INPUT_KEY, "a"]), perhaps(st.just({"action": "x"})))
+                        st.dictionaries(st.sampled_from([INPUT_KEY, "a"]), perhaps(st.just({"action": "x"})))
                     ),
                     "_meta": perhaps(
                         st.fixed_dictionaries(
@@ -364,7 +366,7 @@ def test_a_batch_gets_an_answer_for_each_of_its_requests_in_order(batch: list[Js
 def test_failures_are_json_rpc_too(body: bytes) -> None:
     answer = strictly(
         answers.answer_all(
-            body,
+            RequestBody(body),
             lambda message: answers.failure(message, "naïve \ud800", code=-32002, server="s"),
             lambda: answers.failure(None, "x", code=-32002, server="s"),
         )
@@ -382,6 +384,13 @@ def test_a_failure_carries_the_link_only_where_it_is_given() -> None:
 # A retry of what was answered with input_required
 
 
+def without_our_input(content: bytes) -> tuple[bytes, str]:
+    """What goes to the upstream, and the user's action."""
+    body = RequestBody(content)
+    action = body.consent_action
+    return body.content, action
+
+
 def retry(**responses: object) -> Json:
     return request(version=MODERN, name="t", arguments={"x": 1}, inputResponses=responses)
 
@@ -395,23 +404,23 @@ def spell(document: object, *, escape_slashes: bool = False) -> bytes:
 @pytest.mark.parametrize("escape_slashes", [False, True])
 @pytest.mark.parametrize("action", ["accept", "decline", "cancel"])
 def test_our_entry_is_taken_out_and_the_users_action_told(action: str, escape_slashes: bool) -> None:
-    body = spell(retry(**{answers.INPUT_KEY: {"action": action}}), escape_slashes=escape_slashes)
-    assert answers.is_retry(body)
-    left, told = answers.without_our_input(body)
+    body = spell(retry(**{INPUT_KEY: {"action": action}}), escape_slashes=escape_slashes)
+    assert needs_inspection(body)
+    left, told = without_our_input(body)
     assert told == action
     assert strictly(left) == request(version=MODERN, name="t", arguments={"x": 1})
 
 
 def test_entries_that_the_upstream_asked_for_stay() -> None:
     theirs = {"action": "accept", "content": {"é": 1.5, "\u2028": None}}
-    left, told = answers.without_our_input(spell(retry(**{answers.INPUT_KEY: {"action": "accept"}, "q": theirs})))
+    left, told = without_our_input(spell(retry(**{INPUT_KEY: {"action": "accept"}, "q": theirs})))
     assert told == "accept"
     assert strictly(left) == retry(q=theirs)
 
 
 @pytest.mark.parametrize("entry", [None, 1, "accept", {}, {"action": 1}, []])
 def test_an_entry_without_an_action_counts_as_accepted(entry: object) -> None:
-    left, told = answers.without_our_input(spell(retry(**{answers.INPUT_KEY: entry})))
+    left, told = without_our_input(spell(retry(**{INPUT_KEY: entry})))
     assert told == "accept"
     assert b"inputResponses" not in left
 
@@ -420,29 +429,29 @@ def test_an_entry_without_an_action_counts_as_accepted(entry: object) -> None:
     "document",
     [
         retry(q={"action": "accept"}),
-        request(arguments={answers.INPUT_KEY: {"action": "decline"}}),
-        request(inputResponses=[answers.INPUT_KEY]),
-        {"inputResponses": {answers.INPUT_KEY: {"action": "decline"}}},
-        [retry(**{answers.INPUT_KEY: {"action": "decline"}})],
-        answers.INPUT_KEY,
+        request(arguments={INPUT_KEY: {"action": "decline"}}),
+        request(inputResponses=[INPUT_KEY]),
+        {"inputResponses": {INPUT_KEY: {"action": "decline"}}},
+        [retry(**{INPUT_KEY: {"action": "decline"}})],
+        INPUT_KEY,
     ],
 )
 def test_a_body_without_our_entry_is_left_as_it_is(document: object) -> None:
     body = json.dumps(document, indent=1).encode()
-    assert answers.without_our_input(body) == (body, "")
+    assert without_our_input(body) == (body, "")
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_are_too_odd_to_be_looked_at_for_a_retry(body: bytes) -> None:
-    assert answers.without_our_input(body) == (body, "")
+    assert without_our_input(body) == (body, "")
 
 
 @given(messages)
 def test_a_body_without_our_entry_is_json_as_before(message: Json) -> None:
     body = json.dumps(message).encode()
-    left, told = answers.without_our_input(body)
+    left, told = without_our_input(body)
     if told:
-        assert answers.INPUT_KEY not in strictly(left).get("params", {}).get("inputResponses", {})
+        assert INPUT_KEY not in strictly(left).get("params", {}).get("inputResponses", {})
     else:
         assert left == body
 
@@ -451,11 +460,11 @@ def test_nesting_to_the_limit_of_the_parser_is_survived() -> None:
     """A body that can just be read may be too deep to be written again."""
     for depth in range(800, 1100):
         nested = b'{"params":{"inputResponses":{"%s":{}},"a":%s%s}}' % (
-            answers.INPUT_KEY.encode(),
+            INPUT_KEY.encode(),
             b"[" * depth,
             b"]" * depth,
         )
-        left, told = answers.without_our_input(nested)
+        left, told = without_our_input(nested)
         assert told == "" or strictly_shallow(left)
 
 
@@ -464,8 +473,8 @@ def strictly_shallow(data: bytes) -> bool:
 
 
 def test_numbers_that_can_not_be_written_again_leave_the_body_alone() -> None:
-    body = b'{"params":{"inputResponses":{"%s":{"action":"accept"}},"x":1e999}}' % answers.INPUT_KEY.encode()
-    assert answers.without_our_input(body) == (body, "")
+    body = b'{"params":{"inputResponses":{"%s":{"action":"accept"}},"x":1e999}}' % INPUT_KEY.encode()
+    assert without_our_input(body) == (body, "")
 
 
 # Events
@@ -473,7 +482,7 @@ def test_numbers_that_can_not_be_written_again_leave_the_body_alone() -> None:
 
 @given(st.lists(json_values, min_size=1, max_size=4), st.sampled_from([None, 2]))
 def test_every_document_is_one_event(documents: list[object], indent: int | None) -> None:
-    events = answers.as_events([json.dumps(one, indent=indent).encode() for one in documents])
+    events = b"".join(message_event(json.dumps(one, indent=indent).encode()) for one in documents)
     assert b"\r" not in events
     read = [event.split(b"data: ", 1)[1] for event in events.removesuffix(b"\n\n").split(b"\n\n")]
     assert [event.count(b"\n") for event in read] == [0] * len(documents)
@@ -483,5 +492,5 @@ def test_every_document_is_one_event(documents: list[object], indent: int | None
 def test_a_batch_without_end_is_not_looked_through() -> None:
     # T30: 16 MiB of "{}" held the event loop, and with it every client, for half a minute.
     bodies = [b"[" + b",".join([b'{"id":1,"method":"a"}'] * count) + b"]" for count in (1000, 1001)]
-    assert [len(answers.parse(body)[0]) for body in bodies] == [1000, 0]
-    assert answers.answer_all(bodies[1], lambda message: {}, lambda: {"one": "answer"}) == b'{"one":"answer"}'
+    assert [len(RequestBody(body).messages) for body in bodies] == [1000, 0]
+    assert answers.answer_all(RequestBody(bodies[1]), lambda message: {}, lambda: {"one": "answer"}) == b'{"one":"answer"}'

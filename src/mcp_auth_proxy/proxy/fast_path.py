@@ -1,10 +1,12 @@
-"""A request that has only to be passed on, without a task: in the callbacks of the two connections that it concerns.
+"""The fast path: forward a request inside the transports' callbacks, without creating a task.
 
-That is the usual case, and so it costs half: the token and an upstream connection are at hand, and the answer
-comes whole. Whatever else turns up is for ``RequestHandler``, which goes on from here: nothing is sent
-twice for it.
+A request takes it if its token and a kept upstream connection are ready and its body does not concern the proxy. That
+is the usual case, and it costs half. If the response is a challenge or a redirect, or fails, a ``RequestHandler`` goes
+on from there: nothing is sent twice.
 """
 
+import logging
+import time
 from typing import Protocol
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamPoolTimeout
@@ -12,103 +14,147 @@ from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_connection import Connection
 from mcp_auth_proxy.net.http_response import Response
-from mcp_auth_proxy.proxy.headers import request_head, response_headers
+from mcp_auth_proxy.proxy.headers import response_headers
 from mcp_auth_proxy.proxy.routes import Route
-from mcp_auth_proxy.rpc import answers
+from mcp_auth_proxy.proxy.upstream_client import build_head, is_redirect, note_nonce
+from mcp_auth_proxy.rpc import events
+from mcp_auth_proxy.rpc.messages import needs_inspection
 
-SUBSCRIPTION_MARKER = b"subscriptions"
-"""What is in the body of every ``subscriptions/listen``, however its encoder writes the slash."""
+logger = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024
 """Bytes of request body. A larger one takes its time anyway."""
 
 
 class FastPathOwner(Protocol):
-    """Who knows the passages under way."""
+    """Who keeps track of the requests on the fast path."""
 
-    def finished(self, passage: "FastPathRequest") -> None:
-        """It is over."""
+    def finished(self, request: "FastPathRequest") -> None:
+        """The request has its response, or its client is gone."""
 
-    def fall_back(self, passage: "FastPathRequest") -> None:
-        """It takes more than passing on: an exchange has to go on with it."""
+    def fall_back(self, request: "FastPathRequest") -> None:
+        """The response needs more than forwarding: a handler has to go on."""
 
 
-def is_fast_path_eligible(body: bytes, limit: int) -> bool:
-    """Whether nothing about a request's body concerns the proxy itself, with ``limit`` bytes allowed."""
-    return (
-        len(body) <= MAX_BODY
-        and len(body) <= limit
-        and b'"initialize"' not in body
-        and SUBSCRIPTION_MARKER not in body
-        and not answers.is_retry(body)
-    )
+def is_eligible(content: bytes, limit: int) -> bool:
+    """Return whether a request with this body may take the fast path; ``limit`` bytes are allowed."""
+    return len(content) <= MAX_BODY and len(content) <= limit and not needs_inspection(content)
 
 
 class FastPathRequest:
-    """One POST on its way; what its upstream connection gives the answer to."""
+    """One POST on the fast path: what its upstream connection hands the response to (a ``ResponseWaiter``)."""
 
-    __slots__ = ("_connection", "_keeper", "outcome", "reply", "route", "token")
+    __slots__ = ("_connection", "_owner", "_streaming", "error", "request", "response", "route", "started_at", "token")
 
     _connection: Connection
 
-    def __init__(self, keeper: FastPathOwner, route: Route, reply: ClientRequest, token: AccessToken | None) -> None:
-        self._keeper = keeper
+    def __init__(self, owner: FastPathOwner, route: Route, request: ClientRequest, token: AccessToken | None) -> None:
+        self._owner = owner
+        self._streaming = False
         self.route = route
-        self.reply = reply
+        self.request = request
         self.token = token
-        self.outcome: Response | UpstreamError | None = None
-        """What the upstream answered, or why it did not; None until then."""
+        self.response: Response | None = None
+        self.error: UpstreamError | None = None
+        """Why there is no response."""
+        self.started_at = time.monotonic()
 
     def head(self, length: int) -> bytes:
-        """Return the head of the request, for a body of so many bytes."""
-        reply, route = self.reply, self.route
-        authorization = proof = None
-        if self.token is not None:
-            authorization = self.token.header
-            if self.token.prover is not None:
-                proof = self.token.prover.prove(b"POST", route.target)
-        return request_head(b"POST", route.target, route.host, reply.headers, authorization, length, proof)
+        """Return the head of the upstream request, for a body of ``length`` bytes."""
+        route = self.route
+        return build_head(route, b"POST", route.target, self.request.headers, self.token, length)
 
-    def begin(self, connection: Connection, head: bytes, body: bytes) -> None:
-        """Send the request."""
+    def send(self, connection: Connection, head: bytes, body: bytes) -> None:
+        """Send the request on a connection that is ready."""
         self._connection = connection
-        self.reply.on_gone = self._on_gone
+        self.request.on_disconnect = self._on_disconnect
         connection.begin(self, head, body, bodiless=False, timeout=self.route.server.upstream_timeout)
 
-    def end(self) -> None:
-        """Give up waiting for the upstream, since the proxy shuts down."""
-        if self.outcome is None:
-            self._connection.fail(UpstreamPoolTimeout("the proxy is shutting down."))
+    @property
+    def waiting(self) -> bool:
+        """Whether the upstream has not answered yet."""
+        return self.response is None and self.error is None
 
-    # What the upstream connection tells
+    def end(self, reason: str) -> None:
+        """End the request early: an event stream with a final chunk, one without a response with an error."""
+        if self.response is None:
+            if self.error is None:
+                self._connection.fail(UpstreamPoolTimeout(f"{reason}."))
+        elif self._streaming:
+            self._streaming = False
+            self.response.close()
+            self._finish()
+
+    # The upstream connection's side
 
     def done(self) -> bool:
-        return self.outcome is not None
+        return self.response is not None or self.error is not None
 
-    def set_result(self, result: Response) -> None:
-        self.outcome = result
-        if result.whole and not _needs_more(result.status):
-            if self.token is not None and self.token.prover is not None:
-                self.token.prover.update_nonce(result.headers)
-            self._keeper.finished(self)
-            self.reply.answer(result.status, response_headers(result.headers), result.take())
-        else:
+    def set_result(self, response: Response) -> None:
+        self.response = response
+        status = response.status
+        if status == 401 or status == 403 or is_redirect(status):
             self._fall_back()
+            return
+        if self.token is not None and self.token.signer is not None:
+            note_nonce(self.token, response)
+        if response.whole:
+            self._owner.finished(self)
+            self.request.respond(status, response_headers(response.headers), response.take())
+        else:
+            self._stream(response)
 
     def set_exception(self, exception: UpstreamError) -> None:
-        self.outcome = exception
+        self.error = exception
         self._fall_back()
 
     def _fall_back(self) -> None:
-        self.reply.on_gone = None
-        self._keeper.fall_back(self)
+        self.request.on_disconnect = None
+        self._owner.fall_back(self)
 
-    def _on_gone(self) -> None:
-        if self.outcome is None:
+    # A response that comes in parts
+
+    def _stream(self, response: Response) -> None:
+        headers = response_headers(response.headers)
+        names = dict(headers)
+        self._streaming = b"content-length" not in names
+        if not names.get(b"content-type", b"").lower().startswith(events.CONTENT_TYPE):
+            # Events may be far apart; anything else has to come to its end.
+            response.expire_after(self.route.server.upstream_timeout)
+        request = self.request
+        request.start_nowait(response.status, headers)
+        if not response.ready:
+            request.write_nowait(b"")
+        response.consume(self._on_data, self._on_end)
+
+    def _on_data(self, data: bytes) -> None:
+        request = self.request
+        request.write_nowait(data)
+        if not request.may_write and self.response is not None:
+            self.response.pause()
+            request.on_writable = self.response.resume
+
+    def _on_end(self, error: UpstreamError | None) -> None:
+        if error is None:
+            self._finish()
+            return
+        if self.request.disconnected or self.request.complete:
+            return
+        # The head is out. All that is left is to end without a final chunk, so that the client notices.
+        logger.warning("server %s: the response broke off: %s", self.route.server.name, error)
+        self._owner.finished(self)
+        self.request.abort()
+
+    def _finish(self) -> None:
+        self.request.on_disconnect = None
+        self._owner.finished(self)
+        self.request.write_nowait(b"", last=True)
+
+    def _on_disconnect(self) -> None:
+        if self.response is None:
+            if self.error is not None:
+                return
             self._connection.abort()
-            self._keeper.finished(self)
-
-
-def _needs_more(status: int) -> bool:
-    """Whether an answer is for the proxy to act upon: challenges and redirects."""
-    return status == 401 or status == 403 or 300 <= status < 400
+        else:
+            self.response.close()
+        self._owner.finished(self)

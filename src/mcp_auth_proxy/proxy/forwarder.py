@@ -1,135 +1,154 @@
-"""Carries requests to upstreams; knows those under way, so that they can be watched and drained."""
+"""Forwards MCP requests, on the fast path or by a handler, and keeps track of them so that they can be drained."""
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Collection
 
 from mcp_auth_proxy.broker.broker import Broker
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
 from mcp_auth_proxy.observability.outages import OutageLog
-from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_fast_path_eligible
-from mcp_auth_proxy.proxy.handler import ProxyContext, Receive, RequestHandler, Send
+from mcp_auth_proxy.proxy.consent_wait import ConsentWait
+from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_eligible
+from mcp_auth_proxy.proxy.handler import ProxyContext, RequestHandler
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 
 
 class Forwarder:
     """See the module. Belongs to one event loop."""
 
-    def __init__(self, *, broker: Broker, upstream: HttpClient, body_limit: int, wait: float) -> None:
+    def __init__(self, *, broker: Broker, http: HttpClient, body_limit: int, wait: float) -> None:
+        """``body_limit`` is in bytes; ``wait`` is how long a request is held while a user authorizes, in seconds."""
         self._loop = asyncio.get_running_loop()
         self._broker = broker
-        self.upstream = upstream
-        self._means = ProxyContext(
+        self._body_limit = body_limit
+        self.upstream = UpstreamClient(http)
+        sessions = Sessions()
+        draining: asyncio.Future[None] = self._loop.create_future()
+        self._context = ProxyContext(
             broker=broker,
-            upstream=upstream,
-            sessions=Sessions(),
-            troubles=OutageLog(),
-            draining=self._loop.create_future(),
+            upstream=self.upstream,
+            sessions=sessions,
+            consent=ConsentWait(broker=broker, sessions=sessions, draining=draining, wait=wait),
+            outages=OutageLog(),
+            draining=draining,
             body_limit=body_limit,
-            wait=wait,
         )
         self._idle: asyncio.Future[None] | None = None
         self._ended = False
-        self._passages: set[FastPathRequest] = set()
-        self._active: set[RequestHandler] = set()
+        self._fast: set[FastPathRequest] = set()
+        self._handlers: set[RequestHandler] = set()
 
-    def try_fast_path(self, route: Route, reply: ClientRequest) -> bool:
-        """Send a request on at once, where it has only to be passed on and nothing has to be waited for.
+    # Requests
 
-        Returns whether it was sent: the answer is then seen to. The body must have come.
+    def try_fast_path(self, route: Route, request: ClientRequest) -> bool:
+        """Send a request on at once if nothing has to be waited for, and return whether it was sent.
+
+        The request's body must be here. Its response is then taken care of.
         """
-        body = reply.body()
-        settled, token = self._broker.token_nowait(route.account)
-        # A client that does not take its answers has to be waited for.
-        if not settled or not is_fast_path_eligible(body, self._means.body_limit) or not reply.may_write:
+        content = request.peek_body()
+        ready, token = self._broker.token_nowait(route.account)
+        # A client that does not read its responses has to be waited for.
+        if not ready or not is_eligible(content, self._body_limit) or not request.may_write:
             return False
-        passage = FastPathRequest(self, route, reply, token)
-        head = passage.head(len(body))
-        connection = self.upstream.idle_connection(route.origin)
+        fast = FastPathRequest(self, route, request, token)
+        head = fast.head(len(content))
+        connection = self.upstream.idle_connection(route)
         if connection is None:
             return False
-        self._passages.add(passage)
-        passage.begin(connection, head, body)
+        self._fast.add(fast)
+        fast.send(connection, head, content)
         if connection.head_latency < BUSY_POLL_THRESHOLD and self.active_requests == 1:
-            self._busy_poll(passage, time.monotonic() + BUSY_POLL_THRESHOLD)
+            self._busy_poll(fast, time.monotonic() + BUSY_POLL_THRESHOLD)
         return True
 
-    def _busy_poll(self, passage: FastPathRequest, until: float) -> None:
-        """Look for an answer again and again for a moment: to sleep and be woken would take longer, and cost as much.
+    def _busy_poll(self, fast: FastPathRequest, until: float) -> None:
+        """Keep the loop from sleeping for a moment: to sleep and be woken takes longer, and costs as much.
 
-        That is so with servers on the same machine, while there is nothing else to do.
+        That is so for a server on the same machine, while there is nothing else to do.
         """
-        if passage.outcome is None and time.monotonic() < until:
-            self._loop.call_soon(self._busy_poll, passage, until)
+        if fast.waiting and time.monotonic() < until:
+            self._loop.call_soon(self._busy_poll, fast, until)
 
-    def finished(self, passage: FastPathRequest) -> None:
-        self._passages.discard(passage)
+    def finished(self, fast: FastPathRequest) -> None:
+        """Forget a request of the fast path."""
+        self._fast.discard(fast)
         if self._idle is not None:
-            self._look_whether_idle()
+            self._check_idle()
 
-    def fall_back(self, passage: FastPathRequest) -> None:
-        async def forward(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-            self._passages.discard(passage)
-            await self.forward(passage.route, scope, receive, send, passage)
+    def fall_back(self, fast: FastPathRequest) -> None:
+        """Have a handler go on with a request of the fast path."""
 
-        passage.reply.run_app(forward)
+        async def serve(request: ClientRequest) -> None:
+            self._fast.discard(fast)
+            await self.serve(fast.route, request, fast)
 
-    async def forward(
-        self, route: Route, scope: dict[str, Any], receive: Receive, send: Send, sent: FastPathRequest | None = None
-    ) -> None:
-        """Answer one request. The client gets an answer whatever happens, unless it goes away.
+        fast.request.run(serve)
 
-        ``sent``: the request has been sent once already, with this outcome.
+    async def serve(self, route: Route, request: ClientRequest, sent: FastPathRequest | None = None) -> None:
+        """Answer one request. The client gets a response whatever happens, unless it goes away.
+
+        ``sent``: the fast path has sent the request already.
         """
-        exchange = RequestHandler(self._means, route, scope, receive, send, sent)
-        self._active.add(exchange)
+        handler = RequestHandler(self._context, route, request, sent)
+        self._handlers.add(handler)
         if self._ended:
-            exchange.end("draining")
+            handler.end("draining")
         try:
-            await exchange.run()
+            await handler.run()
         except asyncio.CancelledError:
-            if exchange.ending is None:
+            if handler.ending is None:
                 raise
-            exchange.task.uncancel()
-            if exchange.ending == "draining":
-                await exchange.finish_early()
+            handler.task.uncancel()
+            await handler.finish_early()
         finally:
-            self._active.discard(exchange)
-            exchange.close()
-            self._look_whether_idle()
-
-    def _look_whether_idle(self) -> None:
-        if self._idle is not None and not self.active_requests and not self._idle.done():
-            self._idle.set_result(None)
+            self._handlers.discard(handler)
+            handler.close()
+            self._check_idle()
 
     @property
     def active_requests(self) -> int:
         """How many requests are being answered now."""
-        return len(self._active) + len(self._passages)
+        return len(self._handlers) + len(self._fast)
+
+    # Ending
 
     async def until_idle(self, timeout: float) -> None:
-        """Wait until no request is under way, at most ``timeout`` seconds."""
+        """Wait until no request is active, at most ``timeout`` seconds."""
         if self.active_requests:
             self._idle = self._loop.create_future()
             await asyncio.wait({self._idle}, timeout=timeout)
 
     def drain(self) -> None:
-        """Let requests finish, but end what only waits: event streams without a request, and held requests."""
-        if not self._means.draining.done():
-            self._means.draining.set_result(None)
-        for exchange in list(self._active):
-            if exchange.listening:
-                exchange.end("draining")
+        """Let requests finish, but end those that only wait: streams for messages of the server, held requests."""
+        if not self._context.draining.done():
+            self._context.draining.set_result(None)
+        for handler in list(self._handlers):
+            if handler.listening:
+                handler.end("draining")
 
     def end_all(self) -> None:
-        """End every request under way, each stream with a final chunk where it can have one, and every new one."""
+        """End every active request, each stream with a final chunk if it can have one, and every new one."""
         self._ended = True
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
-        for exchange in list(self._active):
-            exchange.end("draining")
-        for passage in list(self._passages):
-            passage.end()
+        for handler in list(self._handlers):
+            handler.end("draining")
+        for fast in list(self._fast):
+            fast.end("the proxy is shutting down")
+
+    def end_servers(self, names: Collection[str]) -> None:
+        """End every active request to servers that were removed."""
+        for handler in list(self._handlers):
+            if handler.route.server.name in names:
+                handler.end("removed")
+        for fast in list(self._fast):
+            if fast.route.server.name in names:
+                fast.end("it is no longer configured")
+
+    def _check_idle(self) -> None:
+        if self._idle is not None and not self.active_requests and not self._idle.done():
+            self._idle.set_result(None)

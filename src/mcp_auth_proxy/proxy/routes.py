@@ -1,16 +1,20 @@
-"""From a raw request path to the upstream it stands for: one dictionary look-up, however many servers there are."""
+"""From a raw request path to the upstream of a server: one dictionary look-up, however many servers there are."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mcp_auth_proxy.config.servers import RESERVED
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.models import LOCAL, Account
 from mcp_auth_proxy.net.origin import Origin, split
 
 
+_RESERVED = frozenset(name.encode() for name in RESERVED)
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A server, and where its requests go: taken from the configuration, never from a request."""
+    """A server, whose grant its requests use, and where they go: from the configuration, never from a request."""
 
     server: ServerSettings
     origin: Origin
@@ -20,7 +24,7 @@ class Route:
 
 
 def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
-    """Return the routes by raw path: ``/{server}/mcp``, and ``/mcp`` too where there is just one server."""
+    """Return the routes by raw path: ``/{server}/mcp``, and ``/mcp`` too if there is just one server."""
     routes = {
         f"/{name}/mcp".encode(): Route(server, *split(server.url), Account(LOCAL, name))
         for name, server in servers.items()
@@ -31,12 +35,15 @@ def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
 
 
 def is_endpoint(path: bytes) -> bool:
-    """Whether a path has the form of an MCP endpoint, for a server that may not exist."""
-    return path == b"/mcp" or (path.endswith(b"/mcp") and path.count(b"/") == 2)
+    """Return whether a path has the form of an MCP endpoint, of a server that may not exist."""
+    if path == b"/mcp":
+        return True
+    name, _, rest = path[1:].partition(b"/")
+    return rest == b"mcp" and name not in _RESERVED
 
 
 def is_canonical_path(path: bytes) -> bool:
-    """Whether a raw path means what it says: no dot segments, empty segments or encoded separators (RFC 3986 §6.2)."""
+    """Return whether a raw path has no dot segments, empty segments or encoded separators (RFC 3986 §6.2)."""
     if b"//" in path or b"\\" in path:
         return False
     if b"%" in path:

@@ -1,1 +1,1 @@
-"""JSON-RPC bodies: what a request says, and answers of our own."""
+"""JSON-RPC: what a request body says (``messages``), and the proxy's own answers (``answers``, ``events``)."""

@@ -1,0 +1,110 @@
+"""Holding a request while a user authorizes: for how long, what the client sees meanwhile, and the answer after it."""
+
+import asyncio
+
+from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.errors import AuthorizationError
+from mcp_auth_proxy.models import AccessToken
+from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.proxy.responder import Responder
+from mcp_auth_proxy.proxy.sessions import Sessions
+from mcp_auth_proxy.rpc import answers, events
+from mcp_auth_proxy.rpc.messages import RequestBody
+
+COMMENT_INTERVAL = 5.0
+"""Seconds between comments on a held response: Python clients give up after 300 s of silence, others earlier."""
+
+DISCOVER_WAIT = 8.0
+"""Seconds that ``server/discover`` is held at most: clients probe with a time-out of 10 s."""
+
+RETRY_WAIT = 45.0
+"""Seconds that a retry after ``input_required`` is held at least: if it were answered at once, clients would spin."""
+
+
+class ConsentWait:
+    """Holds one request until its user has authorized. A held request costs a timer and, if it may, a comment."""
+
+    def __init__(
+        self,
+        *,
+        broker: Broker,
+        sessions: Sessions,
+        draining: asyncio.Future[None],
+        wait: float,
+    ) -> None:
+        """``draining`` is done when the proxy begins to shut down; ``wait`` is in seconds."""
+        self._broker = broker
+        self._sessions = sessions
+        self._draining = draining
+        self._wait = wait
+
+    async def token(
+        self, pending: PendingAuthorization, request: ClientRequest, body: RequestBody, responder: Responder
+    ) -> AccessToken | None:
+        """Return the token once the user has authorized; None if the request was answered instead.
+
+        Raises AuthorizationError if the authorization failed or the user declined, and StoreError.
+        """
+        if not body.messages and body.error is not None and _should_be_json(request):
+            # No consent would make this request a good one.
+            code, text = body.error
+            await responder.fail(body, 400, text, code)
+            return None
+        if body.consent_action in ("decline", "cancel"):
+            raise AuthorizationError("the user declined to open the link.")
+        may_stream = _may_stream(request, body)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._limit(body)
+        while True:
+            left = deadline - loop.time()
+            token = await pending.wait(min(COMMENT_INTERVAL, left), self._draining)
+            if token is not None:
+                return token
+            if deadline <= loop.time() or self._draining.done():
+                await self._answer_with_link(await self._broker.fresh_link(pending), request, body, responder)
+                return None
+            if may_stream:
+                await responder.keep_alive(b"waiting for the user to authorize")
+
+    def _limit(self, body: RequestBody) -> float:
+        limit = max(self._wait, RETRY_WAIT) if body.consent_action else self._wait
+        return min(limit, DISCOVER_WAIT) if body.has_method("server/discover") else limit
+
+    async def _answer_with_link(
+        self, pending: PendingAuthorization, request: ClientRequest, body: RequestBody, responder: Responder
+    ) -> None:
+        link, server = pending.link, responder.server
+        if not body.requests:
+            text = answers.authorization_text(server, link)
+            await responder.fail(body, 503, text, answers.AUTHORIZATION_REQUIRED, retry_after=5.0, link=link)
+            return
+        session = next((value for name, value in request.headers if name == b"mcp-session-id"), None)
+        elicits = self._sessions.elicits(server, session)
+        document = answers.answer_all(
+            body,
+            lambda message: answers.authorization_needed(
+                message, server=server, link=link, elicitation_id=pending.flow.id, session_elicits=elicits
+            ),
+            dict,
+        )
+        await responder.answer(200, document)
+
+
+def _should_be_json(request: ClientRequest) -> bool:
+    """Return whether the body should be JSON: it is, unless it has a content coding that only the server knows."""
+    if request.method != b"POST":
+        return False
+    return not any(n == b"content-encoding" and v.lower() != b"identity" for n, v in request.headers)
+
+
+def _may_stream(request: ClientRequest, body: RequestBody) -> bool:
+    """Return whether the response may begin as an event stream before the upstream has answered.
+
+    That of ``initialize`` may not: its session id travels in the head, and comes from the upstream.
+    """
+    accepts = any(events.CONTENT_TYPE in value for name, value in request.headers if name == b"accept")
+    if request.method == b"GET":
+        return accepts
+    requests = body.requests
+    return accepts and bool(requests) and all(message.method != "initialize" for message in requests)

@@ -1,0 +1,131 @@
+"""The response to one client request: what the upstream answered, or an answer of the proxy's own."""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from mcp_auth_proxy.errors import UpstreamProtocolError
+from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.net.http_response import Response
+from mcp_auth_proxy.proxy.decoding import decoded
+from mcp_auth_proxy.rpc import answers, events
+from mcp_auth_proxy.rpc.messages import Message, RequestBody
+
+FLUSH_TIMEOUT = 1.0
+"""Seconds that a client has, when its request is ended, to read what was sent to it before."""
+
+_EVENTS_HEAD = [
+    (b"content-type", events.CONTENT_TYPE),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Responder:
+    """Sends the response. Its head may go out early, as an event stream, to show that a held request is alive."""
+
+    __slots__ = ("_body_limit", "_request", "_trace_id", "begun", "server", "streaming")
+
+    def __init__(self, request: ClientRequest, *, server: str, body_limit: int, trace_id: str = "") -> None:
+        self._request = request
+        self._body_limit = body_limit
+        self._trace_id = trace_id
+        self.server = server
+        self.begun: Literal["", "relay", "events"] = ""
+        """What has begun: nothing, a response of known form, or an event stream of the proxy's own."""
+        self.streaming = False
+        """The response has begun and has no length, so it can end early with a final chunk."""
+
+    # What the upstream answered
+
+    async def relay(
+        self, response: Response, headers: Sequence[tuple[bytes, bytes]], body: RequestBody
+    ) -> None:
+        """Pass a response on as it comes, its bytes unchanged, and release the request's body.
+
+        Raises UpstreamProtocolError if the response breaks off.
+        """
+        # Head and body go out in one piece if both are here; a body that is yet to come does not hold up the head.
+        part = await response.read() if response.ready else b""
+        self.begun = "relay"
+        body.release()
+        request = self._request
+        await request.start(response.status, headers)
+        while not response.complete:
+            await request.write(part)
+            part = await response.read()
+        await request.write(part, last=True)
+
+    async def relay_as_events(self, response: Response, *, is_events: bool, body: RequestBody) -> None:
+        """Pass a response on in the event stream that has begun. Raises UpstreamProtocolError."""
+        if response.status == 200 and is_events:
+            async for data in decoded(response):
+                await self._write_events(data)
+            await self._write_events(b"", last=True)
+            return
+        whole = bytearray()
+        async for data in decoded(response):
+            whole += data
+            if len(whole) > self._body_limit:
+                raise UpstreamProtocolError("its answer is too long to be put in an event stream that has begun.")
+        document = bytes(whole)
+        messages = RequestBody(document).messages
+        if messages and messages[0].id is not None and response.status < 500:
+            await self._write_events(events.message_event(document), last=True)
+        elif response.status in (202, 204) or self._request.method == b"GET":
+            await self._write_events(b"", last=True)
+        else:
+            text = f"Server {self.server} answered HTTP {response.status}."
+            await self.fail(body, 502, text, answers.UPSTREAM_FAILED)
+
+    # Answers of the proxy's own
+
+    async def answer(self, status: int, document: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Answer with JSON, or with one event if an event stream has begun."""
+        if self.begun == "events":
+            listens = self._request.method == b"GET"
+            await self._write_events(b"" if listens else events.message_event(document), last=True)
+            return
+        self.begun = "relay"
+        head = [*answers.JSON_HEADERS, *headers]
+        self._request.respond(status, head, document)
+
+    async def fail(
+        self,
+        body: RequestBody,
+        status: int,
+        text: str,
+        code: int,
+        *,
+        retry_after: float | None = None,
+        link: str | None = None,
+    ) -> None:
+        """Answer every request of the body with a JSON-RPC error. ``retry_after`` is in seconds."""
+
+        def failure(message: Message | None) -> dict[str, object]:
+            return answers.failure(message, text, code=code, server=self.server, link=link, trace_id=self._trace_id)
+
+        headers = [] if retry_after is None else [(b"retry-after", b"%d" % max(1, math.ceil(retry_after)))]
+        await self.answer(status, answers.answer_all(body, failure, lambda: failure(None)), headers)
+
+    async def keep_alive(self, text: bytes) -> None:
+        """Send a comment in an event stream of the proxy's own, which begins with the first of them."""
+        await self._write_events(events.comment(text))
+
+    async def finish_early(self, body: RequestBody, text: str) -> None:
+        """End the response: a stream gets its final chunk, so that the client sees an end and not a fault."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_TIMEOUT):
+                if not self.begun:
+                    await self.fail(body, 503, text, answers.UPSTREAM_FAILED, retry_after=5.0)
+                elif self.streaming and not self._request.complete:
+                    await self._request.write(b"", last=True)
+
+    async def _write_events(self, data: bytes, *, last: bool = False) -> None:
+        if not self.begun:
+            self.begun = "events"
+            self.streaming = True
+            await self._request.start(200, _EVENTS_HEAD)
+        await self._request.write(data, last=last)

@@ -1,0 +1,74 @@
+"""Where each request goes: past the guard, then to the forwarder if it is for an MCP endpoint, else to the site."""
+
+from mcp_auth_proxy.net.asgi import App, run_asgi
+from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.proxy import routes
+from mcp_auth_proxy.proxy.forwarder import Forwarder
+from mcp_auth_proxy.rpc import answers
+from mcp_auth_proxy.rpc.encoding import encode
+from mcp_auth_proxy.servers import ServerChange, ServerRegistry
+from mcp_auth_proxy.web.guard import Guard
+
+UNKNOWN_SERVER = -32004
+"""JSON-RPC error code of the proxy's own: the path names a server that is not configured."""
+
+_SAFE_METHODS = frozenset({b"GET", b"HEAD", b"OPTIONS"})
+
+
+class Router:
+    """What the listener hands requests to (``net.client_request.RequestServer``)."""
+
+    def __init__(self, *, guard: Guard, servers: ServerRegistry, forwarder: Forwarder, site: App) -> None:
+        self._guard = guard
+        self._servers = servers
+        self._forwarder = forwarder
+        self._site = site
+        self._routes = routes.build(servers)
+        self.draining = False
+        servers.on_change(self._servers_changed)
+
+    def try_fast_path(self, request: ClientRequest) -> bool:
+        """Forward a usual request at once and return True; return False if it is for ``serve``."""
+        if self.draining:
+            # A client that always has another request would keep the proxy from its end.
+            request.keep_alive = False
+        if request.method != b"POST" or not self._guard.knows(request.host):
+            return False
+        route = self._routes.get(request.path)
+        return route is not None and self._forwarder.try_fast_path(route, request)
+
+    async def serve(self, request: ClientRequest) -> None:
+        """Answer any request."""
+        path = request.path
+        route = self._routes.get(path)
+        refused = self._guard.refusal(
+            path,
+            request.headers,
+            endpoint=route is not None,
+            page_write=route is None and request.method not in _SAFE_METHODS,
+        )
+        if refused is not None:
+            _respond_text(request, *refused)
+        elif route is not None:
+            await self._forwarder.serve(route, request)
+        elif not routes.is_canonical_path(path):
+            _respond_text(request, 400, "The path is not in canonical form.")
+        elif routes.is_endpoint(path):
+            self._respond_unknown_server(request)
+        else:
+            await run_asgi(self._site, request)
+
+    def _respond_unknown_server(self, request: ClientRequest) -> None:
+        names = sorted(self._servers)
+        text = f"There is no server at {request.path.decode('latin-1')}. Configured servers: {', '.join(names)}."
+        error = {"code": UNKNOWN_SERVER, "message": text, "data": {"servers": names}}
+        document = encode({"jsonrpc": "2.0", "id": None, "error": error})
+        request.respond(404, answers.JSON_HEADERS, document)
+
+    def _servers_changed(self, change: ServerChange) -> None:
+        self._routes = routes.build(self._servers)
+        self._forwarder.end_servers(change.removed)
+
+
+def _respond_text(request: ClientRequest, status: int, text: str) -> None:
+    request.respond(status, [(b"content-type", b"text/plain; charset=utf-8")], text.encode())

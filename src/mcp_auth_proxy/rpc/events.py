@@ -1,0 +1,14 @@
+"""Server-sent events (WHATWG HTML §9.2)."""
+
+CONTENT_TYPE = b"text/event-stream"
+
+
+def message_event(document: bytes) -> bytes:
+    """Return a JSON document as one ``message`` event."""
+    # JSON allows line breaks between tokens only, and white space may take their place there.
+    return b"event: message\ndata: " + document.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\n"
+
+
+def comment(text: bytes) -> bytes:
+    """Return a comment: clients ignore it, and see that the stream is alive."""
+    return b": " + text + b"\n\n"

@@ -1,0 +1,171 @@
+"""What a request body says, as far as the proxy acts on it (JSON-RPC 2.0, MCP).
+
+Decisions rest on the body, never on headers that mirror it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mcp_auth_proxy.rpc.encoding import decode, encode
+
+PARSE_ERROR = -32700
+INVALID_REQUEST = -32600
+"""JSON-RPC 2.0 §5.1: the body is not JSON; it is JSON, but not a message."""
+
+INPUT_KEY = "io.mcp-auth-proxy/authorization"
+"""The key of the proxy's own entry in ``inputRequests``, and so in the ``inputResponses`` of a retry."""
+
+MODERN_VERSION = "2026-07-28"
+"""The first MCP revision without sessions: each request describes itself in ``_meta``."""
+
+MAX_BATCH = 1000
+"""Messages in one body: all of them are read and answered in one turn of the event loop, which all clients share."""
+
+MAX_INSPECTED = 64 * 1024
+"""Bytes of the longest body that is searched for ``initialize`` and ``subscriptions/listen``."""
+
+# Prefixes, because some encoders write a slash as "\/".
+_INPUT_MARKER = INPUT_KEY.partition("/")[0].encode()
+_INITIALIZE_MARKER = b'"initialize"'
+_SUBSCRIPTION_MARKER = b"subscriptions"
+
+_VERSION_META = "io.modelcontextprotocol/protocolVersion"
+_CAPABILITIES_META = "io.modelcontextprotocol/clientCapabilities"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One JSON-RPC message of a body, reduced to what answers depend on."""
+
+    method: str
+    id: str | int | float | None
+    is_request: bool
+    modern: bool
+    """The message itself declares MCP 2026-07-28 or later."""
+    url_elicitation: bool
+    """The message itself declares that the client can show URLs to the user."""
+
+
+def needs_inspection(content: bytes) -> bool:
+    """Return whether the proxy may have to act on a body itself: a search for markers, without parsing."""
+    return _INPUT_MARKER in content or (
+        len(content) <= MAX_INSPECTED and (_INITIALIZE_MARKER in content or _SUBSCRIPTION_MARKER in content)
+    )
+
+
+class RequestBody:
+    """A request body. It is parsed at most once, when one of the parsed properties is first used."""
+
+    __slots__ = ("_action", "_error", "_is_batch", "_messages", "_parsed", "content")
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        """The bytes to send to the upstream: see ``consent_action``."""
+        self._parsed = False
+        self._messages: tuple[Message, ...] = ()
+        self._is_batch = False
+        self._error: tuple[int, str] | None = None
+        self._action = ""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The messages; none if the body is not JSON-RPC or has more than MAX_BATCH."""
+        self._parse()
+        return self._messages
+
+    @property
+    def requests(self) -> list[Message]:
+        """The messages that want an answer."""
+        return [message for message in self.messages if message.is_request]
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the body is an array, so that its answers must be one too."""
+        self._parse()
+        return self._is_batch
+
+    @property
+    def error(self) -> tuple[int, str] | None:
+        """Code and text of the JSON-RPC error if the body is not JSON-RPC (JSON-RPC 2.0 §5.1), else None."""
+        self._parse()
+        return self._error
+
+    @property
+    def consent_action(self) -> str:
+        """The user's action in a retry of what was answered with ``input_required``; empty if this is not one.
+
+        The proxy's own entry is then gone from ``content``, because the upstream did not ask for it.
+        """
+        self._parse()
+        return self._action
+
+    def release(self) -> None:
+        """Drop the bytes once they will not be sent again; what was parsed stays."""
+        self.content = b""
+
+    def has_method(self, method: str) -> bool:
+        """Return whether a message has this method."""
+        return any(message.method == method for message in self.messages)
+
+    def _parse(self) -> None:
+        if self._parsed:
+            return
+        self._parsed = True
+        try:
+            document = decode(self.content)
+        except (ValueError, RecursionError):
+            self._error = PARSE_ERROR, "Parse error: the body is not JSON."
+            return
+        self._is_batch = isinstance(document, list)
+        items = document if isinstance(document, list) else [document]
+        if not any(isinstance(item, dict) for item in items):
+            self._error = INVALID_REQUEST, "Invalid request: the body is JSON, but not a JSON-RPC message."
+        elif len(items) <= MAX_BATCH:
+            self._messages = tuple(_message(item) for item in items if isinstance(item, dict))
+        if isinstance(document, dict):
+            self._take_consent_entry(document)
+
+    def _take_consent_entry(self, document: Json) -> None:
+        params = document.get("params")
+        responses = params.get("inputResponses") if isinstance(params, dict) else None
+        if not isinstance(params, dict) or not isinstance(responses, dict) or INPUT_KEY not in responses:
+            return
+        action = _mapping(responses.pop(INPUT_KEY)).get("action")
+        if not responses:
+            del params["inputResponses"]
+        try:
+            self.content = encode(document)
+        except (ValueError, RecursionError):
+            return
+        self._action = action if isinstance(action, str) else "accept"
+
+
+def _message(item: Json) -> Message:
+    method = item.get("method")
+    params = _mapping(item.get("params"))
+    meta = _mapping(params.get("_meta"))
+    version = meta.get(_VERSION_META)
+    modern = isinstance(version, str) and version >= MODERN_VERSION
+    declared = (
+        meta.get(_CAPABILITIES_META) if modern else params.get("capabilities") if method == "initialize" else None
+    )
+    identifier = item.get("id")
+    usable = isinstance(identifier, (str, int, float)) and not isinstance(identifier, bool)
+    if isinstance(identifier, float):
+        # A number too large for a float is read as infinity, which JSON cannot express.
+        usable = math.isfinite(identifier)
+    return Message(
+        method=method if isinstance(method, str) else "",
+        id=identifier if usable else None,
+        is_request=isinstance(method, str) and usable,
+        modern=modern,
+        url_elicitation=isinstance(_mapping(_mapping(declared).get("elicitation")).get("url"), Mapping),
+    )
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,93 @@
+"""Everything that is not an MCP endpoint: the pages that a browser sees, and the health endpoints."""
+
+import logging
+from collections.abc import Callable, Mapping
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from mcp_auth_proxy import __version__
+from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import StoreError
+from mcp_auth_proxy.models import GrantType
+from mcp_auth_proxy.oauth.registration import client_metadata_document
+from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.web.callback import callback
+from mcp_auth_proxy.web.connect import connect
+from mcp_auth_proxy.web.pages import message, page
+
+logger = logging.getLogger(__name__)
+
+
+class Site:
+    """The handlers of the pages; ``build`` gives them their routes."""
+
+    def __init__(
+        self,
+        *,
+        broker: Broker,
+        servers: Mapping[str, ServerSettings],
+        database: Database,
+        public_url: str,
+        draining: Callable[[], bool],
+    ) -> None:
+        self._broker = broker
+        self._servers = servers
+        self._database = database
+        self._public_url = public_url
+        self._draining = draining
+
+    def build(self) -> Starlette:
+        """Return the ASGI application."""
+        return Starlette(
+            routes=[
+                Route("/", self._index),
+                Route("/healthz", self._healthz),
+                Route("/readyz", self._readyz),
+                Route("/connect/{server}", self._connect),
+                Route("/oauth/callback", self._callback),
+                Route("/oauth/client-metadata.json", self._client_metadata),
+            ],
+            exception_handlers={404: _not_found, StoreError: _store_error},
+        )
+
+    async def _index(self, request: Request) -> Response:
+        servers = [{"name": name, "address": f"{self._public_url}/{name}/mcp"} for name in self._servers]
+        return page("index.html", servers=servers, version=__version__)
+
+    async def _healthz(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "service": "mcp-auth-proxy", "version": __version__})
+
+    async def _readyz(self, request: Request) -> Response:
+        if self._draining():
+            return JSONResponse({"status": "draining"}, status_code=503)
+        try:
+            await self._database.writable()
+        except StoreError as error:
+            return JSONResponse({"status": "store", "reason": str(error)}, status_code=503)
+        return JSONResponse({"status": "ready"})
+
+    async def _connect(self, request: Request) -> Response:
+        return await connect(request, self._broker, public_url=self._public_url)
+
+    async def _callback(self, request: Request) -> Response:
+        return await callback(request, self._broker)
+
+    async def _client_metadata(self, request: Request) -> Response:
+        if not self._public_url.startswith("https://"):
+            return message("Not found", "A client metadata document needs a public_url with https.", status=404)
+        device = any(server.oauth.grant is GrantType.DEVICE_CODE for server in self._servers.values())
+        document = client_metadata_document(self._public_url, device=device)
+        return JSONResponse(document, headers={"cache-control": "public, max-age=3600"})
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    return message("Not found", "There is no page at this address.", status=404)
+
+
+async def _store_error(request: Request, error: Exception) -> Response:
+    logger.error("%s", error)
+    return message("The store can't be used now", str(error), status=503)
