@@ -6,12 +6,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError
-from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_response import Response
-from mcp_auth_proxy.proxy.headers import request_head
-from mcp_auth_proxy.proxy.redirects import MAX_REDIRECTS, is_redirect, target
 from mcp_auth_proxy.proxy.routes import Route
-from mcp_auth_proxy.rpc.answers import encode
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
+from mcp_auth_proxy.rpc.encoding import encode
 
 PROTOCOL_VERSION = "2025-11-25"
 MODERN = "2026-07-28"
@@ -46,7 +44,7 @@ class ProbeResponse:
         return self.all(b"www-authenticate")
 
 
-async def probe(upstream: HttpClient, route: Route) -> tuple[int, list[bytes]]:
+async def probe(upstream: UpstreamClient, route: Route) -> tuple[int, list[bytes]]:
     """Send an ``initialize`` without a token; return the status and the WWW-Authenticate fields of the answer.
 
     Raises UpstreamError.
@@ -57,7 +55,7 @@ async def probe(upstream: HttpClient, route: Route) -> tuple[int, list[bytes]]:
 
 
 async def ask(
-    upstream: HttpClient, route: Route, method: str, *, session: bytes = b"", modern: bool = False
+    upstream: UpstreamClient, route: Route, method: str, *, session: bytes = b"", modern: bool = False
 ) -> ProbeResponse:
     """Send one MCP request without a token and return what comes back. Raises UpstreamError."""
     version = MODERN if modern else PROTOCOL_VERSION
@@ -69,42 +67,20 @@ async def ask(
         headers.append((b"mcp-method", method.encode()))
     if session:
         headers.append((b"mcp-session-id", session))
-    response = await _send(upstream, route, b"POST", headers, encode(message))
+    response = await upstream.send(route, method=b"POST", headers=headers, body=encode(message))
     try:
         body = await _beginning(response)
     finally:
         response.close()
-    return ProbeResponse(
-        method=method,
-        status=response.status,
-        headers=[(name.lower(), value) for name, value in response.headers],
-        body=body,
-    )
+    return ProbeResponse(method=method, status=response.status, headers=response.headers, body=body)
 
 
-async def end_session(upstream: HttpClient, route: Route, answer: ProbeResponse) -> None:
+async def end_session(upstream: UpstreamClient, route: Route, answer: ProbeResponse) -> None:
     """End the session that an ``initialize`` has begun; a server that does not do that will forget it by itself."""
     for session in answer.all(b"mcp-session-id")[:1]:
         headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
         with suppress(UpstreamError):
-            (await _send(upstream, route, b"DELETE", headers, b"")).close()
-
-
-async def _send(
-    upstream: HttpClient, route: Route, method: bytes, headers: list[tuple[bytes, bytes]], body: bytes
-) -> Response:
-    length = len(body) if body else None
-    path = route.target
-    for _ in range(MAX_REDIRECTS + 1):
-        head = request_head(method, path, route.host, headers, None, length)
-        response = await upstream.send(
-            route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
-        )
-        if not is_redirect(response):
-            return response
-        response.close()
-        path = target(route, response)
-    raise UpstreamProtocolError(f"it redirects more than {MAX_REDIRECTS} times.")
+            (await upstream.send(route, method=b"DELETE", headers=headers, body=b"")).close()
 
 
 async def _beginning(response: Response) -> bytes:
