@@ -20,6 +20,7 @@ from mcp_auth_proxy.errors import StoreError
 from mcp_auth_proxy.models import Flow, GrantType
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
+from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.proxy import routes
@@ -30,7 +31,7 @@ from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect
-from mcp_auth_proxy.web.guard import Guard, is_loopback
+from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.pages import message, page
 
 logger = logging.getLogger(__name__)

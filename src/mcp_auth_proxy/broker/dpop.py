@@ -3,12 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from urllib.parse import urlsplit
 
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import AccessToken, DpopUse, Flow, Grant
-from mcp_auth_proxy.net.urls import DEFAULT_PORTS
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth import dpop
 
@@ -83,7 +82,7 @@ def access_token(
         return AccessToken(header, generation)
     prover = TokenSigner(
         dpop.Key.load(grant.dpop_key),
-        origin=origin_of(server.url),
+        origin=urls.parse(server.url).origin.serialized,
         ath=dpop.digest(tokens.access_token),
         nonces=nonces,
         clock=clock,
@@ -120,15 +119,6 @@ def fits(origin: Grant | Flow, server: ServerSettings) -> bool:
             return _bound(origin)
         case _:
             return True
-
-
-def origin_of(url: str) -> str:
-    """The origin as the request's Host field has it: servers compare htu with what they see."""
-    parts = urlsplit(url)
-    host = (parts.hostname or "").encode("idna").decode("ascii")
-    host = f"[{host}]" if ":" in host else host
-    port = "" if parts.port in (None, DEFAULT_PORTS[parts.scheme]) else f":{parts.port}"
-    return f"{parts.scheme}://{host}{port}"
 
 
 def _bound(origin: Grant | Flow) -> bool:

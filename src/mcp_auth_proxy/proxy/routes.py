@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.models import LOCAL, Account
-from mcp_auth_proxy.net.origin import Origin, split
+from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.urls import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +22,15 @@ class Route:
 
 def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
     """Return the routes by raw path: ``/{server}/mcp``, and ``/mcp`` too where there is just one server."""
-    routes = {
-        f"/{name}/mcp".encode(): Route(server, *split(server.url), Account(LOCAL, name))
-        for name, server in servers.items()
-    }
+    routes = {f"/{name}/mcp".encode(): _route(name, server) for name, server in servers.items()}
     if len(routes) == 1:
         routes[b"/mcp"] = next(iter(routes.values()))
     return routes
+
+
+def _route(name: str, server: ServerSettings) -> Route:
+    url = urls.parse(server.url)
+    return Route(server, url.origin, url.target, url.origin.authority.encode("ascii"), Account(LOCAL, name))
 
 
 def is_endpoint(path: bytes) -> bool:
