@@ -12,6 +12,7 @@ from mcp_auth_proxy.broker.planning import Authorizer
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.net.http_client import HttpClient
+from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.router import Router
@@ -19,7 +20,7 @@ from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.web import browser
-from mcp_auth_proxy.web.guard import Guard, is_loopback
+from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.site import Site
 
 logger = logging.getLogger(__name__)

@@ -226,5 +226,5 @@ class AccessToken:
     header: bytes = field(repr=False)
     generation: int
     """Grows with every token that is put in the place of another for this principal and server."""
-    prover: DPoPSigner | None = field(default=None, repr=False)
+    signer: DPoPSigner | None = field(default=None, repr=False)
     """None for a bearer token."""

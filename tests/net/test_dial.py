@@ -19,7 +19,7 @@ from fakes.raw_server import Peer, RawServer, answers, ok
 from mcp_auth_proxy.errors import ConfigurationError, UpstreamUnreachable
 from mcp_auth_proxy.net import dial, forward_proxy
 from mcp_auth_proxy.net.http_client import HttpClient
-from mcp_auth_proxy.net.origin import Origin
+from mcp_auth_proxy.net.urls import Origin
 
 REQUEST = b"GET /mcp HTTP/1.1\r\nhost: h\r\n\r\n"
 

@@ -27,7 +27,7 @@ from mcp_auth_proxy.net.http_connection import (
     ConnectionStale,
 )
 from mcp_auth_proxy.net.http_response import READ_AHEAD, Response
-from mcp_auth_proxy.net.origin import split
+from mcp_auth_proxy.net.urls import parse
 from mcp_auth_proxy.proxy.headers import response_headers
 
 
@@ -522,7 +522,7 @@ async def test_a_large_body_leaves_beside_its_head() -> None:
     body = bytes(range(256)) * 16_384
     async with RawServer(script) as server:
         upstream = HttpClient(connections_per_origin=1)
-        origin, _, _ = split(server.url)
+        origin = parse(server.url).origin
         head = b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n" % len(body)
         response = await upstream.send(origin, head, body, method=b"POST", head_timeout=5)
         assert await response.read() == b"hi"

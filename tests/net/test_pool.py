@@ -10,8 +10,8 @@ from mcp_auth_proxy.errors import UpstreamPoolTimeout, UpstreamProtocolError, Up
 from mcp_auth_proxy.net import pool as upstream_module
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_response import Response
-from mcp_auth_proxy.net.origin import Origin, split
 from mcp_auth_proxy.net.pool import ConnectionPool
+from mcp_auth_proxy.net.urls import Origin, parse
 
 
 class Client:
@@ -23,7 +23,7 @@ class Client:
     async def send(
         self, server: RawServer | Origin, body: bytes = b"", *, method: bytes = b"POST", timeout: float = 5.0
     ) -> Response:
-        origin = server if isinstance(server, Origin) else split(server.url)[0]
+        origin = server if isinstance(server, Origin) else parse(server.url).origin
         head = b"%s /mcp HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n" % (method, len(body))
         return await self.upstream.send(origin, head, body, method=method, head_timeout=timeout)
 
@@ -36,7 +36,7 @@ class Client:
         return whole
 
     def pool(self, server: RawServer) -> ConnectionPool:
-        pool = self.upstream.pool(split(server.url)[0])
+        pool = self.upstream.pool(parse(server.url).origin)
         assert pool is not None
         return pool
 
@@ -410,31 +410,3 @@ async def test_pools_of_two_origins_share_nothing(client: Client) -> None:
     async with RawServer(answers(ok(b"a"))) as one, RawServer(answers(ok(b"b"))) as two:
         assert [await client.ask(one), await client.ask(two)] == [b"a", b"b"]
         assert (client.pool(one).open, client.pool(two).open) == (1, 1)
-
-
-@pytest.mark.parametrize(
-    ("url", "origin", "target", "host"),
-    [
-        ("https://mcp.example.com/mcp", Origin("https", "mcp.example.com", 443), b"/mcp", b"mcp.example.com"),
-        ("https://MCP.example.com:443", Origin("https", "mcp.example.com", 443), b"/", b"mcp.example.com"),
-        ("http://127.0.0.1:9000/a/b?c=d%20e", Origin("http", "127.0.0.1", 9000), b"/a/b?c=d%20e", b"127.0.0.1:9000"),
-        ("http://[::1]:9000/m", Origin("http", "::1", 9000), b"/m", b"[::1]:9000"),
-        ("http://[::1]/m", Origin("http", "::1", 80), b"/m", b"[::1]"),
-        (
-            "https://bücher.example/ü",
-            Origin("https", "xn--bcher-kva.example", 443),
-            b"/%C3%BC",
-            b"xn--bcher-kva.example",
-        ),
-    ],
-)
-def test_a_url_is_taken_apart(url: str, origin: Origin, target: bytes, host: bytes) -> None:
-    assert split(url) == (origin, target, host)
-
-
-@pytest.mark.parametrize(
-    "url", ["ftp://h/", "//h/", "https:///x", "https://u:p@h/", "https://h/#f", "https://h:99999/", "https://h:x/", ""]
-)
-def test_a_url_that_is_no_upstream_is_refused(url: str) -> None:
-    with pytest.raises(ValueError):
-        split(url)

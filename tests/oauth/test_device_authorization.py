@@ -92,8 +92,8 @@ def test_an_interval_is_kept_within_bounds(value: object, seconds: float) -> Non
         ({"user_code": 12}, "user_code"),
         ({"user_code": "a\nb"}, "user_code"),
         ({"verification_uri": None}, "no verification_uri"),
-        ({"verification_uri": "javascript:alert(1)"}, "not an https URL"),  # T5
-        ({"verification_uri": "http://as.example/d"}, "it is http"),
+        ({"verification_uri": "javascript:alert(1)"}, "must be an http:// or https:// URL"),  # T5
+        ({"verification_uri": "http://as.example/d"}, "must be https"),
         ({"verification_uri": "https://user:pw@as.example/d"}, "user name"),
         ({"verification_uri_complete": "data:text/html,x"}, "verification_uri_complete"),
     ],

@@ -300,7 +300,7 @@ async def test_an_upstream_configured_as_http_is_asked_but_never_posted_to() -> 
         fetcher = Fetcher(resolve=answering("127.0.0.1"))
 
         assert (await fetch(url, policy, fetcher)).status == 200
-        with pytest.raises(DocumentRefused, match="only https"):
+        with pytest.raises(DocumentRefused, match="must be https"):
             await fetcher.post(url, body=b"", content_type="x/y", document="token response", policy=policy)
 
 

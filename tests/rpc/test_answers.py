@@ -493,4 +493,6 @@ def test_a_batch_without_end_is_not_looked_through() -> None:
     # T30: 16 MiB of "{}" held the event loop, and with it every client, for half a minute.
     bodies = [b"[" + b",".join([b'{"id":1,"method":"a"}'] * count) + b"]" for count in (1000, 1001)]
     assert [len(RequestBody(body).messages) for body in bodies] == [1000, 0]
-    assert answers.answer_all(RequestBody(bodies[1]), lambda message: {}, lambda: {"one": "answer"}) == b'{"one":"answer"}'
+    assert (
+        answers.answer_all(RequestBody(bodies[1]), lambda message: {}, lambda: {"one": "answer"}) == b'{"one":"answer"}'
+    )

@@ -196,7 +196,7 @@ class Broker:
         if trail.authorizations > MAX_AUTHORIZATIONS:
             raise step_up_limit(account.server, (bearer and bearer.scopes) or ())
         already = held.grant.scopes if held is not None and status == 403 else None
-        if status == 403 and bearer is not None and used is not None and used.prover is not None:
+        if status == 403 and bearer is not None and used is not None and used.signer is not None:
             # It took the proof: what is asked for on top must not be had for a weaker token.
             bearer = replace(bearer, dpop=True)
         others = challenges.other_schemes(challenge)

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from mcp_auth_proxy.config.settings import IdpSettings, ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, ConfigHint, DocumentRefused
 from mcp_auth_proxy.models import GrantType
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import discovery
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
@@ -124,8 +124,7 @@ class Discoverer:
 
     async def _legacy_metadata(self, server: ServerSettings, policy: AddressPolicy) -> ServerMetadata:
         """MCP 2025-03-26: without resource metadata the server's origin is its own authorization server."""
-        parts = urlsplit(server.url)
-        found = await self._find_server_metadata(f"{parts.scheme}://{parts.netloc}", policy, legacy=True)
+        found = await self._find_server_metadata(urls.raw_origin(server.url), policy, legacy=True)
         return found or discovery.legacy_server_metadata(server.url)
 
     async def _find_server_metadata(self, issuer: str, policy: AddressPolicy, *, legacy: bool) -> ServerMetadata | None:

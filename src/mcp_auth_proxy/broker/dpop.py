@@ -3,12 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from urllib.parse import urlsplit
 
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import AccessToken, DpopUse, Flow, Grant
-from mcp_auth_proxy.net.urls import DEFAULT_PORTS
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth import dpop
 
@@ -81,14 +80,14 @@ def access_token(
     header = f"{tokens.token_type} {tokens.access_token}".encode("ascii")
     if tokens.token_type != dpop.TOKEN_TYPE or grant.dpop_key is None:
         return AccessToken(header, generation)
-    prover = TokenSigner(
+    signer = TokenSigner(
         dpop.Key.load(grant.dpop_key),
-        origin=origin_of(server.url),
+        origin=urls.parse(server.url).origin.serialized,
         ath=dpop.digest(tokens.access_token),
         nonces=nonces,
         clock=clock,
     )
-    return AccessToken(header, generation, prover)
+    return AccessToken(header, generation, signer)
 
 
 def with_new_nonce(
@@ -98,7 +97,7 @@ def with_new_nonce(
 
     Raises AuthorizationError where it is asked for ``again`` with the nonce just given.
     """
-    if not isinstance(used.prover, TokenSigner) or not challenges.wants_nonce(challenge):
+    if not isinstance(used.signer, TokenSigner) or not challenges.wants_nonce(challenge):
         return None
     values = [given for value in nonce if (given := dpop.read_nonce(value.decode("latin-1")))]
     if not values:
@@ -108,7 +107,7 @@ def with_new_nonce(
             f"Server {server} refuses the proof that its token is sent with, although it has the nonce that the server "
             f"asked for (RFC 9449 §9). Look at this machine's clock, and at the address in servers.{server}.url."
         )
-    return replace(used, prover=used.prover.with_nonce(values[-1]))
+    return replace(used, signer=used.signer.with_nonce(values[-1]))
 
 
 def fits(origin: Grant | Flow, server: ServerSettings) -> bool:
@@ -120,15 +119,6 @@ def fits(origin: Grant | Flow, server: ServerSettings) -> bool:
             return _bound(origin)
         case _:
             return True
-
-
-def origin_of(url: str) -> str:
-    """The origin as the request's Host field has it: servers compare htu with what they see."""
-    parts = urlsplit(url)
-    host = (parts.hostname or "").encode("idna").decode("ascii")
-    host = f"[{host}]" if ":" in host else host
-    port = "" if parts.port in (None, DEFAULT_PORTS[parts.scheme]) else f":{parts.port}"
-    return f"{parts.scheme}://{host}{port}"
 
 
 def _bound(origin: Grant | Flow) -> bool:

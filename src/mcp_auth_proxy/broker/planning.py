@@ -180,7 +180,7 @@ class Authorizer:
             account=account,
             resource=_resource(server, resource),
             issuer=metadata.issuer,
-            upstream=bindings.origin_of(server.url),
+            upstream=urls.parse(server.url).origin.serialized,
         )
         return Plan(server=server, key=key, metadata=metadata, registration=client, scopes=chosen, dpop=bound)
 
@@ -382,7 +382,7 @@ def is_for(key: GrantKey, server: ServerSettings) -> bool:
     A token goes to the origin that it was asked for only; the resource alone does not tell, where it is omitted.
     """
     oauth = server.oauth
-    if key.upstream is not None and key.upstream != bindings.origin_of(server.url):
+    if key.upstream is not None and key.upstream != urls.parse(server.url).origin.serialized:
         return False
     if oauth.issuer is not None and key.issuer != oauth.issuer:
         return False
@@ -390,6 +390,6 @@ def is_for(key: GrantKey, server: ServerSettings) -> bool:
         case "omit":
             return not key.resource
         case "auto":
-            return bool(key.resource) and urls.split(key.resource).origin == urls.split(server.url).origin
+            return bool(key.resource) and urls.parse(key.resource).origin == urls.parse(server.url).origin
         case exact:
             return key.resource == exact

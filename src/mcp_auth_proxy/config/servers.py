@@ -7,6 +7,7 @@ from mcp_auth_proxy.config import values
 from mcp_auth_proxy.config.oauth import read_oauth
 from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.settings import OAuthSettings, ServerSettings
+from mcp_auth_proxy.net import urls
 
 RESERVED = frozenset({"mcp", "connect", "oauth", "static", "api", "healthz", "readyz", "metrics"})
 """First path segments that are the proxy's own."""
@@ -37,8 +38,8 @@ def read_servers(
 
 def server_url(text: str, *, allow_http: bool) -> str:
     """The URL of an MCP server, as written. ValueError says which rule it breaks."""
-    parts = values.url(text)
-    if parts.scheme == "http" and not allow_http and not values.is_loopback(parts.hostname or ""):
+    origin = values.url(text).origin
+    if origin.scheme == "http" and not allow_http and not urls.is_loopback(origin.host):
         raise ValueError(
             "http:// would send tokens unencrypted to another machine: use https://, "
             "or set allow_http: true on this server in the configuration where the network is trusted"
@@ -64,13 +65,13 @@ def _read_server(section: Section, name: str, upstream_timeout: float) -> Server
 
 def single_name(url: str) -> str:
     """A server name made from the host of a URL: ``https://mcp.linear.app/mcp`` gives ``linear``."""
-    host = (values.url(url).hostname or "").rstrip(".")
+    host = values.url(url).origin.host.rstrip(".")
     labels = host.split(".")
     numeric = ":" in host or all(label.isdigit() for label in labels)
     while len(labels) > 1 and labels[0] in ("mcp", "www", "api"):
         labels = labels[1:]
     name = re.sub(r"[^a-z0-9-]", "-", labels[0]).strip("-")[:63].strip("-")
-    if numeric or values.is_loopback(host) or not name or name in RESERVED:
+    if numeric or urls.is_loopback(host) or not name or name in RESERVED:
         return "server"
     return name
 

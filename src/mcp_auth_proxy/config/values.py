@@ -3,9 +3,9 @@
 import ipaddress
 import math
 import re
-from urllib.parse import SplitResult, urlsplit
 
 from mcp_auth_proxy.config.settings import Address
+from mcp_auth_proxy.net import urls
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|m|h)?", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
@@ -15,7 +15,6 @@ _BYTES = {
     None: 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
 }  # fmt: skip
 _LARGEST = 2**40
-_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?")
 _PRINTABLE = re.compile(r"[!-\[\]-~]+")
 _SCOPE = re.compile(r"[!#-\[\]-~]+")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:.+")
@@ -59,27 +58,11 @@ def count(text: str) -> int:
     return int(text)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host of a URL, without brackets, is this machine by its own spelling (RFC 6761 §6.3)."""
-    name = host.lower().rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def host(text: str) -> str:
     """A host name or an IP address, in lower case; IPv6 without brackets."""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if _HOST_NAME.fullmatch(bare) is None:
-        try:
-            if "%" in bare:
-                raise ValueError
-            ipaddress.IPv6Address(bare)
-        except ValueError:
-            raise ValueError("must be a host name or an IP address") from None
+    if not urls.is_host(bare):
+        raise ValueError("must be a host name or an IP address")
     return bare.lower()
 
 
@@ -125,37 +108,19 @@ def private_target(text: str) -> str:
         raise ValueError(f"must be a host name, an address or a network such as 10.0.0.0/8 ({error})") from None
 
 
-def url(text: str) -> SplitResult:
+def url(text: str) -> urls.Url:
     """An absolute http or https URL without userinfo and fragment; the problem never repeats the URL."""
-    if not text.isascii():
-        raise ValueError("must be ASCII: write an international host name in its xn-- form")
-    if _PRINTABLE.fullmatch(text) is None:
-        raise ValueError("must not hold spaces, control characters or backslashes")
-    try:
-        parts = urlsplit(text)
-        number = parts.port
-    except ValueError:
-        raise ValueError("is not a URL: its host or port can't be read") from None
-    if parts.scheme not in ("http", "https"):
-        raise ValueError("must be an http:// or https:// URL")
-    if "@" in parts.netloc:
-        raise ValueError("must not hold a user name or password")
-    if "#" in text:
-        raise ValueError("must not have a fragment (#…)")
-    if not parts.hostname or parts.netloc.endswith(":") or number == 0:
-        raise ValueError("is not a URL: its host or port can't be read")
-    host(parts.hostname)
-    return parts
+    return urls.parse(text)
 
 
 def public_url(text: str) -> str:
     """The origin under which browsers reach the proxy, without a trailing slash."""
-    parts = url(text)
-    if parts.path not in ("", "/") or "?" in text:
+    parsed = url(text)
+    if parsed.path not in ("", "/") or "?" in text:
         raise ValueError("must be scheme://host[:port] without a path or query")
-    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+    if parsed.origin.scheme == "http" and not urls.is_loopback(parsed.origin.host):
         raise ValueError("must be https unless its host is loopback: authorization codes come back to it")
-    return f"{parts.scheme}://{parts.netloc.lower()}"
+    return urls.raw_origin(text).lower()
 
 
 def issuer(text: str, *, own: str = "") -> str:
@@ -163,22 +128,17 @@ def issuer(text: str, *, own: str = "") -> str:
 
     ``own`` is the URL of a server that may be http elsewhere than on loopback: of its origin the issuer may be too.
     """
-    if not own or _origin(text) != _origin(own):
+    if not own or url(text).origin != url(own).origin:
         endpoint(text)
     if "?" in text:
         raise ValueError("must not have a query (RFC 8414 §2)")
     return text
 
 
-def _origin(text: str) -> tuple[str, str]:
-    parts = url(text)
-    return parts.scheme, parts.netloc.lower()
-
-
 def endpoint(text: str) -> str:
     """The URL of an OAuth endpoint (RFC 6749 §3.1, §3.2), exactly as written: https, or http on loopback."""
-    parts = url(text)
-    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+    origin = url(text).origin
+    if origin.scheme == "http" and not urls.is_loopback(origin.host):
         raise ValueError("must be https unless its host is loopback: secrets, codes and tokens go there")
     return text
 
@@ -191,8 +151,8 @@ def any_url(text: str) -> str:
 
 def client_metadata_url(text: str) -> str:
     """A URL that may serve as client_id: https, with a path."""
-    parts = url(text)
-    if parts.scheme != "https" or parts.path in ("", "/"):
+    parsed = url(text)
+    if parsed.origin.scheme != "https" or parsed.path in ("", "/"):
         raise ValueError("must be an https URL with a path: it is used as client_id")
     return text
 

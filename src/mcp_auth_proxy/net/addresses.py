@@ -98,7 +98,7 @@ class AddressPolicy:
     @classmethod
     def for_upstream(cls, server_url: str, allow_private: Iterable[str] = ()) -> "AddressPolicy":
         """Return the policy for a configured server URL and the entries of ``authorization.allow_private``."""
-        parts = urls.split(server_url)
+        origin = urls.parse(server_url).origin
         hosts: list[str] = []
         networks: list[IPv4Network | IPv6Network] = []
         for entry in allow_private:
@@ -106,15 +106,15 @@ class AddressPolicy:
                 networks.append(ipaddress.ip_network(entry.strip("[]"), strict=False))
             except ValueError:
                 hosts.append(entry.lower())
-        loopback = urls.is_loopback(parts.host)
-        if not loopback and _is_private_host(parts.host):
-            hosts.append(parts.host)
+        loopback = urls.is_loopback(origin.host)
+        if not loopback and _is_private_host(origin.host):
+            hosts.append(origin.host)
         return cls(
             loopback=loopback,
             hosts=tuple(hosts),
             networks=tuple(networks),
-            own=(parts.host, parts.port),
-            http=parts.scheme == "http" and not loopback,
+            own=(origin.host, origin.port),
+            http=origin.scheme == "http" and not loopback,
         )
 
     def allows_http(self, host: str, port: int) -> bool:

@@ -12,7 +12,7 @@ from mcp_auth_proxy.errors import ConfigError, ConfigurationError, UpstreamUnrea
 from mcp_auth_proxy.net import forward_proxy
 from mcp_auth_proxy.net.forward_proxy import ForwardProxy
 from mcp_auth_proxy.net.http_connection import Connection
-from mcp_auth_proxy.net.origin import Origin
+from mcp_auth_proxy.net.urls import Origin
 
 STAGGER = 0.25
 """Seconds that one address is tried alone before the next is tried beside it (RFC 8305 §8)."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, UpstreamUnreachable
-from mcp_auth_proxy.net.origin import Origin
+from mcp_auth_proxy.net.urls import Origin
 
 HEAD_LIMIT = 16 * 1024
 

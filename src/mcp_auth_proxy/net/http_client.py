@@ -16,8 +16,8 @@ from pathlib import Path
 from mcp_auth_proxy.errors import UpstreamPoolTimeout
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_connection import READ_SIZE, Connection, ConnectionStale, Response
-from mcp_auth_proxy.net.origin import Origin
 from mcp_auth_proxy.net.pool import ConnectionPool
+from mcp_auth_proxy.net.urls import Origin
 
 _REPEATABLE = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 

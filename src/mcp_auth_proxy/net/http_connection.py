@@ -90,6 +90,7 @@ class Connection(asyncio.BufferedProtocol):
         "_arrived_for",
         "_begun",
         "_bodiless",
+        "_consumer",
         "_deadline",
         "_extra",
         "_fault",
@@ -137,6 +138,7 @@ class Connection(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._state = _IDLE
         self._answer: ResponseWaiter | None = None
+        self._consumer: Response | None = None
         self._response: Response | None = None
         self._arrived: Response | None = None
         self._arrived_for: ResponseWaiter | None = None
@@ -192,6 +194,7 @@ class Connection(asyncio.BufferedProtocol):
         self._until_close = True
         self._extra = False
         self._seen = False
+        self._consumer = None
         self._unproductive = 0
         self._answer = answer
         self._timeout = timeout
@@ -224,6 +227,15 @@ class Connection(asyncio.BufferedProtocol):
             response.finish(error)
         elif answer is not None and not answer.done():
             answer.set_exception(error)
+
+    def pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            if not self._transport.is_closing():
+                self._transport.pause_reading()
+
+    def push_body_to(self, response: Response) -> None:
+        self._consumer = response
 
     def resume(self) -> None:
         """Read on after a pause."""
@@ -293,7 +305,9 @@ class Connection(asyncio.BufferedProtocol):
                 self.fail(UpstreamProtocolError(f"the response is not valid HTTP: {self._fault or error}."))
         if self._state == _DONE:
             self._release()
-        if self._arrived is not None:
+        if self._consumer is not None:
+            self._consumer.deliver()
+        elif self._arrived is not None:
             self._hand_over()
 
     def _hand_over(self) -> None:

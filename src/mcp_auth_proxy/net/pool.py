@@ -7,7 +7,7 @@ from collections import deque
 from mcp_auth_proxy.errors import UpstreamPoolTimeout, UpstreamProtocolError, UpstreamUnreachable
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_connection import Connection
-from mcp_auth_proxy.net.origin import Origin
+from mcp_auth_proxy.net.urls import Origin
 
 IDLE_TIMEOUT = 30.0
 """Seconds that an idle connection is kept where the upstream shows no shorter habit."""

@@ -87,7 +87,7 @@ def read_response(
             if uri:
                 urls.check(uri, http_loopback=http_loopback)
         except ValueError as problem:
-            raise document.refuse(f"{member} can't be used: {problem}") from None
+            raise document.refuse(f"{member} can't be used: it {problem}") from None
     device = DeviceAuthorization(
         device_code=device_code,
         user_code=user_code,

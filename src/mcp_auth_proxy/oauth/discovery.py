@@ -72,7 +72,7 @@ def canonical_resource(server_url: str) -> str:
 def resource_metadata_urls(server_url: str, challenge_url: str | None) -> list[str]:
     """Return where to ask for resource metadata, in order: the challenge's URL, path-inserted, root (RFC 9728 §3.1)."""
     parts = urlsplit(server_url)
-    origin = urls.origin(server_url)
+    origin = urls.raw_origin(server_url)
     path = "" if parts.path == "/" else parts.path
     query = f"?{parts.query}" if parts.query else ""
     candidates = [
@@ -98,7 +98,7 @@ def read_resource_metadata(
     if not _covers(resource, server_url):
         raise document.refuse(f"it is for the resource {resource}, not for {server_url}", "RFC 9728 §3.3")
     if http_loopback is None:
-        http_loopback = urls.is_loopback(urls.split(server_url).host)
+        http_loopback = urls.is_loopback(urls.parse(server_url).origin.host)
     issuers = document.strings("authorization_servers")
     if not issuers:
         raise document.refuse("it names no authorization server")
@@ -109,7 +109,7 @@ def read_resource_metadata(
             _check_issuer(issuer, http_loopback=http_loopback)
             good.append(issuer)
         except ValueError as problem:
-            problems.append(f"the authorization server {issuer} can't be used: {problem}")
+            problems.append(f"the authorization server {issuer} can't be used: it {problem}")
     if not good:
         raise document.refuse(problems[0], "RFC 8414 §2")
     return ResourceMetadata(
@@ -125,7 +125,7 @@ def authorization_server_metadata_urls(issuer: str) -> list[str]:
 
     For an issuer with a path the root is not among them: what is there belongs to another issuer.
     """
-    origin = urls.origin(issuer)
+    origin = urls.raw_origin(issuer)
     path = urlsplit(issuer).path.rstrip("/")
     if not path:
         return [f"{origin}{_SERVER_WELL_KNOWN}", f"{origin}{_OPENID_WELL_KNOWN}"]
@@ -165,7 +165,7 @@ def configured_server_metadata(mapping: Mapping[str, object], *, issuer: str | N
     stated = document.string("issuer")
     if issuer is not None and stated is not None and issuer != stated:
         raise document.refuse(f"its issuer is {stated}, but the key oauth.issuer says {issuer}")
-    known = issuer or stated or urls.origin(document.required_string("token_endpoint"))
+    known = issuer or stated or urls.raw_origin(document.required_string("token_endpoint"))
     return _server_metadata(document, known, http_loopback=True)
 
 
@@ -174,12 +174,12 @@ def legacy_server_metadata(server_url: str) -> ServerMetadata:
 
     Raises DocumentRefused where they would be http away from loopback.
     """
-    origin = urls.origin(server_url)
+    origin = urls.raw_origin(server_url)
     try:
         urls.check(origin, http_loopback=True)
     except ValueError as problem:
         raise DocumentRefused(
-            "default authorization server of a server without metadata", origin, f"its URL is refused: {problem}"
+            "default authorization server of a server without metadata", origin, f"its URL {problem}"
         ) from None
     return ServerMetadata(
         issuer=origin,
@@ -222,7 +222,7 @@ def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) ->
         try:
             urls.check(url, http_loopback=http_loopback)
         except ValueError as problem:
-            raise document.refuse(f"{member} {url} can't be used: {problem}") from None
+            raise document.refuse(f"{member} {url} can't be used: it {problem}") from None
         return url
 
     token_endpoint = endpoint("token_endpoint")
@@ -252,7 +252,7 @@ def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) ->
 def _check_issuer(issuer: str, *, http_loopback: bool) -> None:
     urls.check(issuer, http_loopback=http_loopback)
     if "?" in issuer:
-        raise ValueError("it has a query")
+        raise ValueError("must not have a query")
 
 
 def _is_below(issuer: str, origin: str) -> bool:
@@ -265,9 +265,9 @@ def _covers(resource: str, server_url: str) -> bool:
     if resource == server_url:
         return True
     try:
-        theirs, ours = urls.split(resource), urls.split(server_url)
+        theirs, ours = urls.parse(resource), urls.parse(server_url)
     except ValueError:
         return False
-    if theirs.origin != ours.origin or theirs.fragment or theirs.userinfo or "?" in resource:
+    if theirs.origin != ours.origin or "?" in resource:
         return False
     return f"{ours.path.rstrip('/')}/".startswith(f"{theirs.path.rstrip('/')}/")

@@ -167,6 +167,7 @@ class Fetcher:
         policy: AddressPolicy,
     ) -> Response:
         parts = _check(url, method, document, policy)
+        origin = parts.origin
         sent = False
 
         async def trace(event: str, info: Mapping[str, object]) -> None:
@@ -185,10 +186,10 @@ class Fetcher:
                 connections.stream(
                     method,
                     httpcore2.URL(
-                        scheme=parts.scheme.encode(),
-                        host=parts.host.encode(),
-                        port=parts.port,
-                        target=parts.target.encode(),
+                        scheme=origin.scheme.encode(),
+                        host=origin.host.encode(),
+                        port=origin.port,
+                        target=parts.target,
                     ),
                     headers=_headers(parts, headers),
                     content=body,
@@ -201,7 +202,7 @@ class Fetcher:
                 document,
                 url,
                 f"{refused}; if that is meant, list the host in the key authorization.allow_private",
-                remedy=ConfigHint("authorization.allow_private", parts.host),
+                remedy=ConfigHint("authorization.allow_private", origin.host),
             ) from None
         except httpcore2.ConnectTimeout:
             raise unavailable("no connection in time") from None
@@ -212,9 +213,9 @@ class Fetcher:
         except httpcore2.ProtocolError:
             raise unavailable("the connection broke off, or the answer is not HTTP") from None
 
-    def _connections(self, parts: urls.Parts, policy: AddressPolicy) -> httpcore2.AsyncConnectionPool:
+    def _connections(self, parts: urls.Url, policy: AddressPolicy) -> httpcore2.AsyncConnectionPool:
         """Return what carries one exchange: a direct connection, or one through the proxy of the environment."""
-        if not self._proxy or parts.scheme == "http" or _bypasses(self._no_proxy, parts.host):
+        if not self._proxy or parts.origin.scheme == "http" or _bypasses(self._no_proxy, parts.origin.host):
             dialler = _Dialler(policy, self._resolve)
             return httpcore2.AsyncConnectionPool(ssl_context=self._ssl, max_connections=1, network_backend=dialler)
         # The proxy resolves names; what is an address in any spelling is still checked here.
@@ -229,38 +230,39 @@ class Fetcher:
         )
 
 
-def _check(url: str, method: str, document: str, policy: AddressPolicy) -> urls.Parts:
+def _check(url: str, method: str, document: str, policy: AddressPolicy) -> urls.Url:
     remedy: ConfigHint | None = None
     try:
-        parts = urls.split(url)
-        may_be_http = policy.allows_http(parts.host, parts.port)
-        if urls.is_loopback(parts.host) and not may_be_http:
-            remedy = ConfigHint("authorization.allow_private", parts.host)
+        origin = urls.parse(url).origin
+        may_be_http = policy.allows_http(origin.host, origin.port)
+        if urls.is_loopback(origin.host) and not may_be_http:
+            remedy = ConfigHint("authorization.allow_private", origin.host)
         return urls.check(url, http_loopback=may_be_http, http=may_be_http and method == "GET")
     except ValueError as problem:
         key = "; if that is meant, list the host in the key authorization.allow_private" if remedy else ""
         shown = url if url.isprintable() else ""
-        raise DocumentRefused(document, shown, f"its URL is refused: {problem}{key}", remedy=remedy) from None
+        raise DocumentRefused(document, shown, f"its URL {problem}{key}", remedy=remedy) from None
 
 
-def _check_literal(parts: urls.Parts, policy: AddressPolicy) -> None:
-    address = parts.host
+def _check_literal(parts: urls.Url, policy: AddressPolicy) -> None:
+    host, port = parts.origin.host, parts.origin.port
+    address = host
     if ":" not in address:
         try:
             # inet_aton reads 0x7f.1 and 2130706433 as the system's resolver does.
             address = socket.inet_ntoa(socket.inet_aton(address))
         except OSError:
-            if urls.is_loopback(parts.host):
+            if urls.is_loopback(host):
                 address = "127.0.0.1"
             else:
                 return
-    if kind := policy.refusal(parts.host, parts.port, address):
-        raise _AddressRefused(f"{parts.host} is {address}, a {kind} address")
+    if kind := policy.refusal(host, port, address):
+        raise _AddressRefused(f"{host} is {address}, a {kind} address")
 
 
-def _headers(parts: urls.Parts, headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def _headers(parts: urls.Url, headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [
-        ("Host", parts.authority),
+        ("Host", parts.origin.authority),
         ("Accept", "application/json"),
         ("Accept-Encoding", "identity"),
         ("User-Agent", "mcp-auth-proxy"),

@@ -42,8 +42,8 @@ def application_type(redirect_uri: str) -> Literal["native", "web"]:
     """Return ``native`` for an http redirect URI on loopback or none at all, else ``web`` (OIDC Registration §2)."""
     if not redirect_uri:
         return "native"
-    parts = urls.split(redirect_uri)
-    return "native" if parts.scheme == "http" and urls.is_loopback(parts.host) else "web"
+    origin = urls.parse(redirect_uri).origin
+    return "native" if origin.scheme == "http" and urls.is_loopback(origin.host) else "web"
 
 
 def build_request(asked: ClientAuth | None, *, redirect_uri: str, client_name: str = CLIENT_NAME) -> bytes:

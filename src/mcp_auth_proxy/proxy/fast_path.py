@@ -76,14 +76,16 @@ class FastPathRequest:
         return self.response is None and self.error is None
 
     def end(self, reason: str) -> None:
-        """End the request early: an event stream with a final chunk, one without a response with an error."""
+        """End the request early: with an error if there is no response yet, else with a final chunk if it can have one."""
         if self.response is None:
             if self.error is None:
                 self._connection.fail(UpstreamPoolTimeout(f"{reason}."))
-        elif self._streaming:
-            self._streaming = False
-            self.response.close()
+            return
+        self.response.close()
+        if self._streaming:
             self._finish()
+        else:
+            self._abort()
 
     # The upstream connection's side
 
@@ -128,27 +130,32 @@ class FastPathRequest:
         response.consume(self._on_data, self._on_end)
 
     def _on_data(self, data: bytes) -> None:
-        request = self.request
+        request, response = self.request, self.response
+        assert response is not None
+        if response.whole:
+            self._finish(data)
+            return
         request.write_nowait(data)
-        if not request.may_write and self.response is not None:
-            self.response.pause()
-            request.on_writable = self.response.resume
+        if not request.may_write:
+            response.pause()
+            request.on_writable = response.resume
 
     def _on_end(self, error: UpstreamError | None) -> None:
         if error is None:
             self._finish()
             return
-        if self.request.disconnected or self.request.complete:
-            return
         # The head is out. All that is left is to end without a final chunk, so that the client notices.
         logger.warning("server %s: the response broke off: %s", self.route.server.name, error)
+        self._abort()
+
+    def _abort(self) -> None:
         self._owner.finished(self)
         self.request.abort()
 
-    def _finish(self) -> None:
-        self.request.on_disconnect = None
-        self._owner.finished(self)
-        self.request.write_nowait(b"", last=True)
+    def _finish(self, data: bytes = b"") -> None:
+        if not self.request.complete:
+            self._owner.finished(self)
+            self.request.write_nowait(data, last=True)
 
     def _on_disconnect(self) -> None:
         if self.response is None:

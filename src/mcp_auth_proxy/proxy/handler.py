@@ -140,7 +140,7 @@ class RequestHandler:
                 challenge=_fields(response, b"www-authenticate"),
                 nonce=_fields(response, b"dpop-nonce"),
                 used=token,
-                history=history,
+                trail=history,
             )
             if verdict is None:
                 await self._relay(response)
@@ -272,5 +272,3 @@ def _fields(response: Response, name: bytes) -> list[bytes]:
 
 def _is_event_stream(response: Response) -> bool:
     return dict(response.headers).get(b"content-type", b"").lower().startswith(events.CONTENT_TYPE)
-
-

@@ -40,9 +40,7 @@ class Responder:
 
     # What the upstream answered
 
-    async def relay(
-        self, response: Response, headers: Sequence[tuple[bytes, bytes]], body: RequestBody
-    ) -> None:
+    async def relay(self, response: Response, headers: Sequence[tuple[bytes, bytes]], body: RequestBody) -> None:
         """Pass a response on as it comes, its bytes unchanged, and release the request's body.
 
         Raises UpstreamProtocolError if the response breaks off.

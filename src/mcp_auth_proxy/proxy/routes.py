@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from mcp_auth_proxy.config.servers import RESERVED
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.models import LOCAL, Account
-from mcp_auth_proxy.net.origin import Origin, split
-
+from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.urls import Origin
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
 
@@ -25,13 +25,15 @@ class Route:
 
 def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
     """Return the routes by raw path: ``/{server}/mcp``, and ``/mcp`` too if there is just one server."""
-    routes = {
-        f"/{name}/mcp".encode(): Route(server, *split(server.url), Account(LOCAL, name))
-        for name, server in servers.items()
-    }
+    routes = {f"/{name}/mcp".encode(): _route(name, server) for name, server in servers.items()}
     if len(routes) == 1:
         routes[b"/mcp"] = next(iter(routes.values()))
     return routes
+
+
+def _route(name: str, server: ServerSettings) -> Route:
+    url = urls.parse(server.url)
+    return Route(server, url.origin, url.target, url.origin.authority.encode("ascii"), Account(LOCAL, name))
 
 
 def is_endpoint(path: bytes) -> bool:

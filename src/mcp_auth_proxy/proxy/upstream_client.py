@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from urllib.parse import urljoin
 
-from mcp_auth_proxy.errors import McpAuthProxyError, UpstreamProtocolError
+from mcp_auth_proxy.errors import UpstreamProtocolError
 from mcp_auth_proxy.models import AccessToken
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import Connection
 from mcp_auth_proxy.net.http_response import Response
-from mcp_auth_proxy.net.origin import split
 from mcp_auth_proxy.proxy.headers import request_head
 from mcp_auth_proxy.proxy.routes import Route
 
@@ -92,12 +92,12 @@ def _redirect_target(route: Route, response: Response) -> bytes:
     """Return the request target that a redirect leads to (RFC 9110 §15.4.8, §15.4.9). Raises UpstreamProtocolError."""
     location = next((value for name, value in response.headers if name == b"location"), b"")
     try:
-        origin, target, _ = split(urljoin(route.server.url, location.decode("ascii")))
-    except (ValueError, McpAuthProxyError):
+        url = urls.parse(urljoin(route.server.url, location.decode("ascii")))
+    except ValueError:
         raise UpstreamProtocolError(f"it answers {response.status} without a usable Location.") from None
-    if response.status not in (307, 308) or origin != route.origin:
+    if response.status not in (307, 308) or url.origin != route.origin:
         raise UpstreamProtocolError(
-            f"it answers {response.status}, a redirect to {origin}; a token is not sent there. If the server has "
+            f"it answers {response.status}, a redirect to {url.origin}; a token is not sent there. If the server has "
             f"moved, put its new address in servers.{route.server.name}.url."
         )
-    return target
+    return url.target

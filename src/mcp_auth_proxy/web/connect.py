@@ -1,7 +1,7 @@
 """``/connect/{server}?flow=…``: the link that a user opens; it leads on to the authorization server."""
 
 from html import escape
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -9,7 +9,7 @@ from starlette.responses import HTMLResponse, Response
 from mcp_auth_proxy.broker.attempts import DevicePrompt
 from mcp_auth_proxy.broker.broker import Broker
 from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused
-from mcp_auth_proxy.web.guard import is_loopback
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.pages import SECURITY_HEADERS, message, page
 
 REFRESH = 5
@@ -55,12 +55,12 @@ def _under_another_name(request: Request, public_url: str) -> bool:
 
     Asked of loopback names alone, which lead to this machine whatever they are.
     """
-    here, public = request.url.hostname or "", urlsplit(public_url).hostname or ""
+    here, public = request.url.hostname or "", urls.parse(public_url).origin.host
     return (
         request.method == "GET"
         and here != public
-        and is_loopback(here)
-        and is_loopback(public)
+        and urls.is_loopback(here)
+        and urls.is_loopback(public)
         and LED_HERE not in request.query_params
     )
 

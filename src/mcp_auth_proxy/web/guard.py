@@ -1,19 +1,10 @@
 """The guard before every route: Host and Origin, so that no web page can reach the proxy through a browser."""
 
-import ipaddress
-import re
-from urllib.parse import urlsplit
-
 from mcp_auth_proxy.config.settings import Address, InboundSettings
+from mcp_auth_proxy.net import urls
 
 PROBES = frozenset({b"/healthz", b"/readyz", b"/metrics"})
 _FROM_ELSEWHERE = frozenset({b"cross-site", b"same-site"})
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-_AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9a-z._-]+))(?::([0-9]{0,5}))?")
-"""``host``, with a port or without (RFC 9110 §7.2), in lower case; no user, no list, nothing before or behind."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -22,13 +13,12 @@ class Guard:
     """Judges requests by the names that the proxy is reached under; remembers good values, they are few."""
 
     def __init__(self, *, listen: Address, public_url: str, inbound: InboundSettings) -> None:
-        self._loopback = is_loopback(listen.host)
+        self._loopback = urls.is_loopback(listen.host)
         self._port = listen.port
-        public = urlsplit(public_url)
-        self._public_origin = (public.scheme, public.hostname or "", public.port or _DEFAULT_PORTS[public.scheme])
+        self._public_origin = urls.parse(public_url).origin
         # A name with the port None is good with any port.
-        self._names: set[tuple[str, int | None]] = {(self._public_origin[1], None)}
-        self._names.update(filter(None, map(_authority, inbound.allowed_hosts)))
+        self._names: set[tuple[str, int | None]] = {(self._public_origin.host, None)}
+        self._names.update(filter(None, map(urls.split_authority, inbound.allowed_hosts)))
         self._good_hosts: set[bytes] = set()
         self._good_origins: set[bytes] = set()
 
@@ -71,35 +61,35 @@ class Guard:
         for name, value in headers:
             if name == b"origin" and value not in (b"http://" + host, b"https://" + host):
                 # Behind another proxy, Host may be the name that is used between the two.
-                if _origin(value) != self._public_origin:
+                if urls.parse_origin(value.decode("latin-1")) != self._public_origin:
                     return False
             elif name == b"sec-fetch-site" and value not in (b"same-origin", b"none"):
                 return False
         return True
 
     def _host_is_good(self, path: bytes, value: bytes) -> bool:
-        authority = _authority(value.decode("latin-1"))
+        authority = urls.split_authority(value.decode("latin-1"))
         if authority is None:
             return False
         # A loopback name can't be forged by DNS rebinding: the browser sends the name that it was led to.
-        if is_loopback(authority[0]) or self._is_named(*authority):
+        if urls.is_loopback(authority[0]) or self._is_named(*authority):
             self._remember(self._good_hosts, value)
             return True
         # Probes come with the address of the pod as Host. On loopback no probe comes from outside.
         return not self._loopback and path in PROBES
 
     def _is_named(self, name: str, port: int | None) -> bool:
-        ports = (None, port) if port is not None else (None, *_DEFAULT_PORTS.values())
+        ports = (None, port) if port is not None else (None, *urls.DEFAULT_PORTS.values())
         return any((name, port) in self._names for port in ports)
 
     def _origin_is_good(self, value: bytes) -> bool:
-        origin = _origin(value)
+        origin = urls.parse_origin(value.decode("latin-1"))
         if origin is None:
             return False
         _, name, port = origin
         if self._loopback:
             # Another port of this machine is another site: a page there may hold anybody's script.
-            good = origin == self._public_origin or (is_loopback(name) and port == self._port)
+            good = origin == self._public_origin or (urls.is_loopback(name) and port == self._port)
         else:
             good = self._is_named(name, port)
         if good:
@@ -112,33 +102,3 @@ class Guard:
             # More than there are good ones: somebody makes them up.
             values.clear()
         values.add(value)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address (no brackets, no port) means this machine."""
-    if host.lower() in LOOPBACK_NAMES:
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _authority(value: str) -> tuple[str, int | None] | None:
-    """Return the name in lower case and without brackets, and the port where there is one; None for anything else."""
-    found = _AUTHORITY.fullmatch(value.lower())
-    if found is None:
-        return None
-    address, name, digits = found.groups()
-    port = int(digits) if digits else None
-    return None if port is not None and port > 65535 else (address or name, port)
-
-
-def _origin(value: bytes) -> tuple[str, str, int] | None:
-    """Return scheme, name and port of a web origin (RFC 6454 §6.1); None where it is not one of http or https."""
-    scheme, _, rest = value.decode("latin-1").partition("://")
-    authority = _authority(rest)
-    scheme = scheme.lower()
-    if scheme not in _DEFAULT_PORTS or authority is None:
-        return None
-    return scheme, authority[0], authority[1] or _DEFAULT_PORTS[scheme]

@@ -24,6 +24,7 @@ from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.proxy import routes
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.registrations import Registrations
 
@@ -119,9 +120,11 @@ async def examine(settings: Settings, server: ServerSettings) -> Report:
         registrations, steps = await stack.enter_async_context(_registrations(settings))
         fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
         stack.push_async_callback(fetcher.aclose)
-        upstream = HttpClient(ca_bundle=settings.outbound.ca_bundle, connections_per_origin=2)
-        stack.push_async_callback(upstream.aclose)
-        probed = await probe_all(upstream, routes.build({server.name: server})[f"/{server.name}/mcp".encode()])
+        http = HttpClient(ca_bundle=settings.outbound.ca_bundle, connections_per_origin=2)
+        stack.push_async_callback(http.aclose)
+        probed = await probe_all(
+            UpstreamClient(http), routes.build({server.name: server})[f"/{server.name}/mcp".encode()]
+        )
         steps += probed.steps
         proposal = Proposal(settings, server)
         means = _Means(

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from mcp_auth_proxy.cli.doctor.report import Reply, Request, Step, Verdict, shown
 from mcp_auth_proxy.errors import UpstreamError
-from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.proxy import probe
 from mcp_auth_proxy.proxy.probe import ProbeResponse
 from mcp_auth_proxy.proxy.routes import Route
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 
 STEP = "challenge"
 
@@ -29,7 +29,7 @@ class ProbeResult:
     served: bool = False
 
 
-async def probe_all(upstream: HttpClient, route: Route) -> ProbeResult:
+async def probe_all(upstream: UpstreamClient, route: Route) -> ProbeResult:
     """Ask for what a client asks first, and for the tools: some servers protect these alone. Never raises."""
     steps: list[Step] = []
     served = False
