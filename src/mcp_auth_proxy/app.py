@@ -18,13 +18,14 @@ from mcp_auth_proxy.broker.planning import Authorizer
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.errors import StoreError
 from mcp_auth_proxy.models import Flow, GrantType
+from mcp_auth_proxy.net.asgi import run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.forwarder import Forwarder
-from mcp_auth_proxy.proxy.handler import Receive, Send
+from mcp_auth_proxy.proxy.handler import REQUEST, Receive, Send
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.web import browser
@@ -155,9 +156,14 @@ class Application:
         route = self._routes.get(reply.path)
         return route is not None and self.forwarder.try_fast_path(route, reply)
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
+    async def serve(self, request: ClientRequest) -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            scope[REQUEST] = request
+            await self._answer(scope, receive, send)
+
+        await run_asgi(app, request)
+
+    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         path: bytes = scope["raw_path"]
         route = self._routes.get(path)
         refused = self._guard.refusal(

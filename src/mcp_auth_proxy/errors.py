@@ -3,6 +3,10 @@
 ::
 
     ProxyError
+    ├── AddressInUse                   something else listens on the address already
+    ├── RequestRejected                a client's request breaks HTTP or a bound, or asks for what is never served
+    ├── BodyTooLarge                   a client's request has a larger body than is allowed
+    ├── ClientDisconnected             the client went away before its request was complete
     ├── ConfigurationError             the configuration can't be used; carries every fault at once
     ├── StoreError
     │   ├── StoreRefused               wrong key, foreign or newer database: nothing is started or written
@@ -46,6 +50,30 @@ class McpAuthProxyError(Exception):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(without_query_values(message))
+
+
+class AddressInUse(McpAuthProxyError):
+    """Something else listens on the address already."""
+
+
+class RequestRejected(McpAuthProxyError):
+    """A client's request breaks HTTP or a bound, or asks for what is never served; ``status`` is the answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+class BodyTooLarge(McpAuthProxyError):
+    """The request body is larger than allowed. ``limit`` is in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(f"The request body is over {limit} bytes; limits.body allows more.")
+
+
+class ClientDisconnected(McpAuthProxyError):
+    """The client went away before its request was complete: nobody is left to answer."""
 
 
 @dataclass(frozen=True, slots=True)

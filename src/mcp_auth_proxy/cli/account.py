@@ -15,9 +15,9 @@ import httpx2
 from mcp_auth_proxy.app import Application, lifespan, reachable
 from mcp_auth_proxy.broker.pending import ChallengeHistory, PendingAuthorization
 from mcp_auth_proxy.broker.renewal import renewable
-from mcp_auth_proxy.cli.listener import AddressInUse, bind, listening
+from mcp_auth_proxy.cli.listener import bind, listening
 from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings
-from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError, without_query_values
+from mcp_auth_proxy.errors import AddressInUse, ConfigError, ConfigurationError, McpAuthProxyError, without_query_values
 from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, Grant
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.probe import probe

@@ -6,23 +6,20 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 
 from mcp_auth_proxy.app import Application
 from mcp_auth_proxy.config.settings import Address
-from mcp_auth_proxy.errors import McpAuthProxyError
-from mcp_auth_proxy.net.http_server import InboundProtocol
+from mcp_auth_proxy.errors import AddressInUse, McpAuthProxyError
+from mcp_auth_proxy.net.http_server import HttpServerConnection
 
 BACKLOG = 2048
 FLUSH_SECONDS = 1.0
 """Seconds that clients have, at the end, to take what was sent to them."""
 KEEP_ALIVE = 75
 """Seconds that a client's idle connection is kept: longer than most clients keep theirs."""
-
-
-class AddressInUse(McpAuthProxyError):
-    """Something else listens on the address already."""
 
 
 def bind(address: Address) -> tuple[socket.socket, Address]:
@@ -54,8 +51,9 @@ class Server(uvicorn.Server):
         self._signals = 0
         super().__init__(
             uvicorn.Config(
-                application,
-                http=InboundProtocol,
+                cast(Any, application),  # our connections take a RequestServer, not an ASGI application
+                interface="asgi3",
+                http=HttpServerConnection,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -1,56 +1,72 @@
-"""The answer to one request: what an ASGI application makes of it, or what the fast path puts there at once.
+"""A client's request: its head, its body as it arrives, and the response to it.
 
-Head and first bytes of the body go out in one write: two cost the proxy and its client a system call and a wake-up
-more, which is a tenth of a small request.
+The head of a response and the first bytes of its body go out in one write: a second write costs the proxy and its
+client a system call and a wake-up each, which is a tenth of a small request.
 """
 
 import asyncio
 import http
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Protocol
-from urllib.parse import unquote
+from typing import Protocol
 
-from uvicorn.protocols.http.flow_control import FlowControl
+from mcp_auth_proxy.errors import BodyTooLarge, ClientDisconnected
+from mcp_auth_proxy.net.request_parser import Headers, RequestHead
 
 logger = logging.getLogger(__name__)
 
-Headers = list[tuple[bytes, bytes]]
-App = Callable[..., Awaitable[None]]
-
-WHEN_GONE = "mcp_auth_proxy.when_gone"
-"""An extension of ASGI: takes what is to be called once if the client is lost before it has its answer."""
-
-_BODILESS = frozenset({204, 304})
+_NO_BODY = frozenset({204, 304})
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
+
+Serve = Callable[["ClientRequest"], Awaitable[None]]
+
+
+class RequestServer(Protocol):
+    """What the listener hands requests to."""
+
+    def try_fast_path(self, request: "ClientRequest") -> bool:
+        """Answer a request without a task; return False to leave it to ``serve``. Its whole body is here."""
+
+    async def serve(self, request: "ClientRequest") -> None:
+        """Answer a request, in a task of its own."""
 
 
 class ClientConnection(Protocol):
     """The connection that a request came on."""
 
     transport: asyncio.Transport
-    flow: FlowControl
+    write_paused: bool
 
-    def start(self, reply: "ClientRequest", app: App) -> None:
-        """Run the application for this answer."""
+    def resume_reading(self) -> None:
+        """Read on, since there is room for more of the request's body."""
 
-    def answered(self, reply: "ClientRequest") -> None:
-        """The answer is complete; where it is not ``keep_alive`` it was the last one."""
+    def run(self, request: "ClientRequest", serve: Serve) -> None:
+        """Run ``serve`` for this request in a task."""
+
+    def response_complete(self, request: "ClientRequest") -> None:
+        """Go on to the next request, or close if the request is not ``keep_alive``."""
 
 
 class ClientRequest:
-    """Knows the request's head, collects its body, and sends what the answer is made of.
+    """One request and the response to it.
 
-    As ASGI has it, nothing is sent before the first part of the body, which may be empty: an application whose body
-    is slow to come sends an empty part first.
+    The response is sent either by ``respond``, or by ``start`` and then ``write`` until ``last``. ``start`` sends
+    nothing by itself: a body that is slow to come begins with ``write(b"")``, which sends the head. Each of the two
+    comes in a form that waits while the client is slow to read, and in one that does not (``…_nowait``).
+
+    Calls out of order, a body that is not as long as Content-Length says, and header fields with a line break or NUL
+    in them raise RuntimeError. Header names are in lower case, of the request as of the response. Once the client is
+    gone, everything that is sent is dropped without an error.
     """
 
     __slots__ = (
-        "_carrier",
+        "_changed",
         "_chunked",
+        "_connection",
         "_head",
         "_length",
-        "_news",
+        "_parts",
+        "_size",
         "complete",
         "disconnected",
         "expects_continue",
@@ -59,254 +75,293 @@ class ClientRequest:
         "http_version",
         "keep_alive",
         "method",
-        "on_gone",
-        "parts",
+        "on_disconnect",
+        "on_writable",
         "path",
         "query",
         "received",
-        "size",
         "started",
     )
 
-    def __init__(
-        self,
-        carrier: ClientConnection,
-        *,
-        method: bytes,
-        http_version: str,
-        path: bytes,
-        query: bytes,
-        headers: Headers,
-        host: bytes,
-        keep_alive: bool,
-        expects_continue: bool,
-    ) -> None:
-        self._carrier = carrier
-        self.method = method
-        self.http_version = http_version
-        self.path = path
-        """As it was sent, without the query."""
-        self.query = query
-        self.headers = headers
-        """In the order they came, names in lower case."""
-        self.host = host
-        """Empty where a web page may have sent the request: then the whole head is to be looked at."""
-        self.keep_alive = keep_alive
-        self.expects_continue = expects_continue
-        self.parts: list[bytes] = []
-        """What has come of the body and was not received yet."""
-        self.size = 0
-        """Bytes in ``parts``."""
+    method: bytes
+    path: bytes
+    """As it was sent, without the query."""
+    query: bytes
+    headers: Headers
+    """In the order they came, names in lower case."""
+    host: bytes
+    """Empty if a web page may have sent the request: the whole head has to be checked then (see RequestHead)."""
+    http_version: str
+    keep_alive: bool
+    """May be set to False: the connection closes after this response."""
+    expects_continue: bool
+
+    def __init__(self, connection: ClientConnection, head: RequestHead) -> None:
+        self._connection = connection
+        (
+            self.method,
+            self.path,
+            self.query,
+            self.headers,
+            self.host,
+            self.http_version,
+            self.keep_alive,
+            self.expects_continue,
+        ) = head
         self.received = False
-        """Whether the whole body has come."""
-        self.disconnected = False
+        """Whether the whole body is here."""
         self.started = False
         self.complete = False
-        self.on_gone: Callable[[], None] | None = None
-        """Told once when the client is lost."""
+        self.disconnected = False
+        self.on_disconnect: Callable[[], None] | None = None
+        """Called once if the client is lost before it has its response."""
+        self.on_writable: Callable[[], None] | None = None
+        """Called once when ``may_write`` becomes true again."""
+        self._parts: list[bytes] = []
+        """The part of the body that is here and was not read yet."""
+        self._size = 0
+        """Bytes in ``_parts``."""
         self._head = b""
-        self._chunked: bool | None = None
-        self._length: int | None = 0
-        """What is still to come of the body; None: it ends with the connection."""
-        self._news: asyncio.Event | None = None
+        """The head of the response, until it is sent."""
+        self._chunked = False
+        self._length: int | None = None
+        """Bytes of the response's body that are still to be written; None if it ends with the connection."""
+        self._changed: asyncio.Event | None = None
+        """Set whenever something changes that a coroutine may wait for; made when one does."""
 
-    # The connection's side
+    # The body of the request
 
-    def feed(self, data: bytes) -> None:
-        """Take a part of the request's body."""
-        self.parts.append(data)
-        self.size += len(data)
-        self._tell()
+    def peek_body(self) -> bytes:
+        """Return what is here of the body, and leave it to be read."""
+        parts = self._parts
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def feed_end(self) -> None:
-        """The request's body is complete."""
-        self.received = True
-        self._tell()
+    async def body(self, limit: int) -> bytes:
+        """Return the whole body, of ``limit`` bytes at most; to be called once.
 
-    def abandon(self) -> None:
-        """Tell the application that its client is lost."""
-        if not self.complete:
-            self.disconnected = True
-            on_gone, self.on_gone = self.on_gone, None
-            if on_gone is not None:
-                on_gone()
-        self._tell()
+        A Content-Length over the limit is refused before anything is read. Raises BodyTooLarge, ClientDisconnected.
+        """
+        if not self.received:
+            for name, value in self.headers:
+                # The parser has checked that the value is a number (RFC 9110 §8.6).
+                if name == b"content-length" and int(value) > limit:
+                    raise BodyTooLarge(limit)
+        parts: list[bytes] = []
+        size = 0
+        while part := await self.read():
+            size += len(part)
+            if size > limit:
+                raise BodyTooLarge(limit)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _tell(self) -> None:
-        if self._news is not None:
-            self._news.set()
+    async def read(self) -> bytes:
+        """Return the next part of the body, ``b""`` at its end. Raises ClientDisconnected."""
+        while not self._parts and not self.received and not self.disconnected:
+            self._send_continue()
+            self._connection.resume_reading()
+            await self._wait()
+        if self.disconnected:
+            raise ClientDisconnected("The client closed the connection before its request was complete.")
+        data = self.peek_body()
+        self._parts = []
+        self._size = 0
+        return data
 
-    # For the fast path
+    def _send_continue(self) -> None:
+        """Ask for the body if the client waits to be asked (RFC 9110 §10.1.1)."""
+        if self.expects_continue:
+            self.expects_continue = False
+            if not self.started and not self._connection.transport.is_closing():
+                self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    # The client
 
     @property
     def may_write(self) -> bool:
-        """Whether the client takes what is sent to it."""
-        return not self._carrier.flow.write_paused
+        """Whether the client reads what it is sent."""
+        return not self._connection.write_paused
 
-    def body(self) -> bytes:
-        """Return what is there of the request's body, and leave it there."""
-        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
-
-    def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-        """Answer in one piece; not for HEAD. An answer that can't be sent costs the client its connection."""
+    def when_disconnected(self, callback: Callable[[], None]) -> None:
+        """Set ``on_disconnect``; call it at once if the client is gone already."""
         if self.disconnected:
-            return
-        self.started = True
+            callback()
+        else:
+            self.on_disconnect = callback
+
+    async def wait_closed(self) -> None:
+        """Wait until the response is complete or the client is gone."""
+        while not self.complete and not self.disconnected:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        # Each waiter checks its own condition before and after: an event that others clear is enough for all.
+        if self._changed is None:
+            self._changed = asyncio.Event()
+        self._changed.clear()
+        await self._changed.wait()
+
+    # The response
+
+    def run(self, serve: Serve) -> None:
+        """Leave the response to a coroutine, in a task of its own."""
+        self._connection.run(self, serve)
+
+    async def run_to_end(self, serve: Serve) -> None:
+        """Await ``serve``. A response that it leaves unfinished costs the client its connection, or is a 500."""
         try:
-            self._head = self._head_of(status, headers, whole=len(body))
-        except RuntimeError:
-            logger.exception("an answer can't be sent")
-            self._carrier.transport.close()
-            return
-        self._send_body(body, last=True)
-
-    def run_app(self, app: App) -> None:
-        """Leave the answer to an application after all."""
-        self._carrier.start(self, app)
-
-    # For ASGI applications
-
-    def scope(self) -> dict[str, Any]:
-        """Return what an application is told of the request (ASGI, HTTP connection scope)."""
-        return {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": self.http_version,
-            "scheme": "http",
-            "method": self.method.decode("ascii"),
-            "path": unquote(self.path.decode("ascii")),
-            "raw_path": self.path,
-            "query_string": self.query,
-            "headers": self.headers,
-            "extensions": {WHEN_GONE: self._when_gone},
-        }
-
-    def _when_gone(self, call: Callable[[], None]) -> None:
-        self.on_gone = call
-        if self.disconnected:
-            call()
-
-    async def run(self, app: App) -> None:
-        """Have an application answer. What it leaves unfinished costs the client its connection."""
-        self._news = asyncio.Event()
-        if self.parts or self.received:
-            self._news.set()
-        try:
-            await app(self.scope(), self.receive, self.send)
+            await serve(self)
         except asyncio.CancelledError:
-            self._carrier.transport.close()
+            self._connection.transport.close()
             raise
-        except Exception:  # of an application, so of any kind; the client is not left waiting for it
+        except Exception:  # of any handler, so of any kind; the client does not wait for ever
             logger.exception("a request ended with an internal error")
         finally:
-            self.on_gone = None
+            self.on_disconnect = self.on_writable = None
         if self.complete or self.disconnected:
             return
         if self.started:
-            self._carrier.transport.close()
+            self._connection.transport.close()
             return
         self.keep_alive = False
-        self._chunked = None
-        self.answer(500, [(b"content-type", b"text/plain; charset=utf-8")], b"Internal Server Error")
+        self.respond(500, [(b"content-type", b"text/plain; charset=utf-8")], b"Internal Server Error")
 
-    async def receive(self) -> dict[str, Any]:
-        """Return what has come of the request's body, or that the client is gone; waits for one of them."""
-        assert self._news is not None
-        if self.expects_continue:
-            self.expects_continue = False
-            if not self._carrier.transport.is_closing():
-                self._carrier.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if not self.disconnected and not self.complete:
-            self._carrier.flow.resume_reading()
-            await self._news.wait()
-            self._news.clear()
-        if self.disconnected or self.complete:
-            return {"type": "http.disconnect"}
-        body = self.body()
-        self.parts = []
-        self.size = 0
-        return {"type": "http.request", "body": body, "more_body": not self.received}
+    def respond(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """Send a whole response without waiting; Content-Length is added if ``headers`` has none.
 
-    async def send(self, message: Any) -> None:
-        """Send a head or a part of the body; waits while the client is slow to take what was sent before.
-
-        Raises RuntimeError on messages out of order, and on a body that is not as long as was announced.
+        Does not raise, since it is called by callbacks of other connections: a response that can't be sent is logged
+        and costs the client its connection.
         """
-        if self._carrier.flow.write_paused and not self.disconnected:
-            await self._carrier.flow.drain()
         if self.disconnected:
             return
-        expected = "http.response.body" if self.started else "http.response.start"
-        if self.complete or message["type"] != expected:
-            raise RuntimeError(f"{message['type']} is out of order")
-        if self.started:
-            self._send_body(message.get("body", b""), last=not message.get("more_body", False))
-        else:
-            self.started = True
-            self.expects_continue = False
-            self._head = self._head_of(message["status"], message.get("headers", ()))
+        try:
+            self._start(status, headers, len(body))
+            data = self._frame(body, last=True)
+        except RuntimeError:
+            logger.exception("a response can't be sent")
+            self._connection.transport.close()
+            return
+        self._send(data, last=True)
 
-    # What is sent
+    async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Set the head of the response; it is sent with the first bytes of the body."""
+        self.start_nowait(status, headers)
 
-    def _head_of(self, status: int, headers: Iterable[tuple[bytes, bytes]], whole: int | None = None) -> bytes:
-        """Return the head with the empty line that ends it, and settle the framing of the body (RFC 9112 §6).
+    def start_nowait(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Set the head of the response; it is sent with the first bytes of the body."""
+        if not self.disconnected:
+            self._start(status, headers, None)
 
-        ``whole``: the length of the body where all of it is known.
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        """Send a part of the body; waits first while the client is slow to read what was sent before."""
+        while self._connection.write_paused and not self.disconnected:
+            await self._wait()
+        self.write_nowait(data, last=last)
+
+    def write_nowait(self, data: bytes, *, last: bool = False) -> None:
+        """Send a part of the body."""
+        if self.disconnected:
+            return
+        if not self.started or self.complete:
+            raise RuntimeError("a body is written before the head of the response, or after its end")
+        self._send(self._frame(data, last=last), last=last)
+
+    def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]], whole: int | None) -> None:
+        """Encode the head and choose how the body is framed (RFC 9112 §6).
+
+        ``whole`` is the length of the body if all of it is known.
         """
+        if self.started:
+            raise RuntimeError("the response has been started already")
+        self.started = True
+        self.expects_continue = False
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
+        length = None
         for name, value in headers:
             if name == b"connection":
                 self.keep_alive = self.keep_alive and value.lower() != b"close"
                 continue
             if name == b"content-length":
-                self._chunked = False
-                self._length = int(value)
+                length = int(value)
             lines.append(name + b": " + value + b"\r\n")
         if not self.received:
-            # Many clients send all of their request before they read. Nobody waits for the rest of it here.
+            # Many clients send all of their request before they read. The connection does not wait for the rest.
             self.keep_alive = False
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
-        if self.method == b"HEAD":
-            self._chunked = False
-            self._length = 0
-        elif self._chunked is None and status not in _BODILESS:
+        if length is None and status not in _NO_BODY:
             if whole is not None:
-                self._length = whole
+                length = whole
                 lines.append(b"content-length: %d\r\n" % whole)
-            elif self.http_version == "1.0":
-                # It knows no chunks (RFC 9112 §6.1).
-                self._chunked = False
-                self._length = None
-            else:
+            elif self.http_version != "1.0" and self.method != b"HEAD":  # 1.0 has no chunks (RFC 9112 §6.1)
                 self._chunked = True
                 lines.append(b"transfer-encoding: chunked\r\n")
+        self._length = 0 if status in _NO_BODY else length
         lines.append(b"\r\n")
         head = b"".join(lines)
-        # One look at the whole costs less than one at each part.
+        # One check of the whole costs less than one of each part.
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
             raise RuntimeError("a header field holds a line break or NUL")
-        return head
+        self._head = head
 
-    def _send_body(self, data: bytes, *, last: bool) -> None:
+    def _frame(self, data: bytes, *, last: bool) -> bytes:
+        """Return the bytes that carry a part of the body."""
+        if self.method == b"HEAD":
+            return b""
         if self._chunked:
             if data:
                 data = b"%x\r\n%b\r\n" % (len(data), data)
-            if last:
-                data += b"0\r\n\r\n"
-        elif self.method == b"HEAD":
-            data = b""
-        elif self._length is not None:
+            return data + b"0\r\n\r\n" if last else data
+        if self._length is not None:
             self._length -= len(data)
             if self._length < 0 or (last and self._length):
                 raise RuntimeError("the body is not as long as Content-Length says")
+        return data
+
+    def _send(self, data: bytes, *, last: bool) -> None:
         if self._head:
             data = self._head + data
             self._head = b""
         if data:
-            self._carrier.transport.write(data)
+            self._connection.transport.write(data)
         if last:
             self.complete = True
-            self.on_gone = None
-            self._tell()
-            self._carrier.answered(self)
+            self.on_disconnect = self.on_writable = None
+            if self._changed is not None:
+                self._changed.set()
+            self._connection.response_complete(self)
+
+    # For the connection
+
+    def receive_body(self, data: bytes) -> int:
+        """Add a part of the body; return how many bytes wait to be read."""
+        self._parts.append(data)
+        self._size += len(data)
+        if self._changed is not None:
+            self._changed.set()
+        return self._size
+
+    def receive_end(self) -> None:
+        """Note that the body is complete."""
+        self.received = True
+        if self._changed is not None:
+            self._changed.set()
+
+    def resume_writing(self) -> None:
+        """Wake those who wait for the client to read."""
+        on_writable, self.on_writable = self.on_writable, None
+        if on_writable is not None:
+            on_writable()
+        if self._changed is not None:
+            self._changed.set()
+
+    def disconnect(self) -> None:
+        """Note that the client is lost, and tell those who serve it."""
+        if not self.complete:
+            self.disconnected = True
+            self.on_writable = None
+            on_disconnect, self.on_disconnect = self.on_disconnect, None
+            if on_disconnect is not None:
+                on_disconnect()
+        if self._changed is not None:
+            self._changed.set()

@@ -72,7 +72,7 @@ class FastPathRequest:
     def begin(self, connection: Connection, head: bytes, body: bytes) -> None:
         """Send the request."""
         self._connection = connection
-        self.reply.on_gone = self._on_gone
+        self.reply.on_disconnect = self._on_gone
         connection.begin(self, head, body, bodiless=False, timeout=self.route.server.upstream_timeout)
 
     def end(self) -> None:
@@ -91,7 +91,7 @@ class FastPathRequest:
             if self.token is not None and self.token.prover is not None:
                 self.token.prover.update_nonce(result.headers)
             self._keeper.finished(self)
-            self.reply.answer(result.status, response_headers(result.headers), result.take())
+            self.reply.respond(result.status, response_headers(result.headers), result.take())
         else:
             self._fall_back()
 
@@ -100,7 +100,7 @@ class FastPathRequest:
         self._fall_back()
 
     def _fall_back(self) -> None:
-        self.reply.on_gone = None
+        self.reply.on_disconnect = None
         self._keeper.fall_back(self)
 
     def _on_gone(self) -> None:

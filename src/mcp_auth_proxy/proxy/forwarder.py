@@ -5,12 +5,13 @@ import time
 from typing import Any
 
 from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.net.asgi import run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_fast_path_eligible
-from mcp_auth_proxy.proxy.handler import ProxyContext, Receive, RequestHandler, Send
+from mcp_auth_proxy.proxy.handler import REQUEST, ProxyContext, Receive, RequestHandler, Send
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
 
@@ -41,7 +42,7 @@ class Forwarder:
 
         Returns whether it was sent: the answer is then seen to. The body must have come.
         """
-        body = reply.body()
+        body = reply.peek_body()
         settled, token = self._broker.token_nowait(route.account)
         # A client that does not take its answers has to be waited for.
         if not settled or not is_fast_path_eligible(body, self._means.body_limit) or not reply.may_write:
@@ -71,11 +72,12 @@ class Forwarder:
             self._look_whether_idle()
 
     def fall_back(self, passage: FastPathRequest) -> None:
-        async def forward(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
             self._passages.discard(passage)
+            scope[REQUEST] = passage.reply
             await self.forward(passage.route, scope, receive, send, passage)
 
-        passage.reply.run_app(forward)
+        passage.reply.run(lambda request: run_asgi(app, request))
 
     async def forward(
         self, route: Route, scope: dict[str, Any], receive: Receive, send: Send, sent: FastPathRequest | None = None

@@ -15,6 +15,8 @@ from mcp_auth_proxy.broker.pending import ChallengeHistory, PendingAuthorization
 from mcp_auth_proxy.errors import (
     AuthorizationError,
     AuthorizationServerUnavailable,
+    BodyTooLarge,
+    ClientDisconnected,
     McpAuthProxyError,
     StoreError,
     UpstreamError,
@@ -23,11 +25,9 @@ from mcp_auth_proxy.errors import (
     UpstreamTimeout,
 )
 from mcp_auth_proxy.models import AccessToken
-from mcp_auth_proxy.net.client_request import WHEN_GONE
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import Response
 from mcp_auth_proxy.observability.outages import OutageLog
-from mcp_auth_proxy.proxy.body import BodyTooLarge, ClientDisconnected, read_body
 from mcp_auth_proxy.proxy.decoding import decoded
 from mcp_auth_proxy.proxy.fast_path import SUBSCRIPTION_MARKER, FastPathRequest
 from mcp_auth_proxy.proxy.headers import request_head, response_headers
@@ -55,6 +55,9 @@ MAX_SENDS = 10
 """A bound over all bounds on how often one request is sent."""
 
 SSE = b"text/event-stream"
+
+REQUEST = "mcp_auth_proxy.request"
+"""The key of the ClientRequest in a scope."""
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -125,7 +128,7 @@ class RequestHandler:
         self.ending: Literal["gone", "draining"] | None = None
         self.listening = False
         # Plain ASGI tells of a client that went away only to those who keep asking.
-        scope["extensions"][WHEN_GONE](lambda: self.end("gone"))
+        scope[REQUEST].when_disconnected(lambda: self.end("gone"))
 
     # The course of a request
 
@@ -133,7 +136,7 @@ class RequestHandler:
         """Carry the request and answer it; errors become answers by their kind."""
         server = self._route.server.name
         try:
-            self._body = await read_body(self._receive, self._scope["headers"], self._means.body_limit)
+            self._body = await self._scope[REQUEST].body(self._means.body_limit)
             await self._forward()
         except ClientDisconnected:
             return

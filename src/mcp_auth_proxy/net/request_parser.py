@@ -1,0 +1,285 @@
+"""A parser of HTTP/1.1 requests: bytes in, calls of a handler out; no sockets, timers or event loop.
+
+llhttp parses, without its lenient flags. On top of it are the bounds and refusals that uvicorn leaves open; measured
+in uvicorn 0.54: heads of any size, absolute-form targets, and requests with two Hosts or none all pass.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import httptools
+
+from mcp_auth_proxy.errors import RequestRejected
+
+MAX_HEAD = 64 * 1024
+"""Bytes of request line and header fields; also of trailers, and of framing between two parts of a body."""
+
+MAX_FIELDS = 200
+
+Headers = list[tuple[bytes, bytes]]
+
+_NOT_SERVED = frozenset({b"CONNECT", b"TRACE"})
+"""RFC 9110 §9.3.6: CONNECT would start a tunnel; §9.3.8: TRACE echoes the request, and our token with it."""
+
+_SPECIAL = frozenset({b"expect", b"origin", b"sec-fetch-site", b"transfer-encoding", b"upgrade"})
+"""Fields that change how a request is read. Most requests have none of them."""
+
+_BROWSER = frozenset({b"origin", b"sec-fetch-site"})
+
+
+class RequestHead(NamedTuple):
+    """Request line and header fields."""
+
+    method: bytes
+    path: bytes
+    """As it was sent, without the query."""
+    query: bytes
+    headers: Headers
+    """In the order they came, names in lower case, without ``Upgrade``."""
+    host: bytes
+    """Empty if a web page may have sent the request (it has Origin or Sec-Fetch-Site). The host of such a request
+    is not enough to trust it, so a look-up by ``host`` alone fails."""
+    http_version: str
+    """``1.0`` or ``1.1``."""
+    keep_alive: bool
+    """Whether the client keeps the connection after the response (RFC 9112 §9.3); never with 1.0."""
+    expects_continue: bool
+    """Whether the client waits for 100 Continue before it sends the body (RFC 9110 §10.1.1)."""
+
+
+class RequestEvents(Protocol):
+    """What a parser calls, in the order of the bytes."""
+
+    def on_request(self, head: RequestHead) -> None:
+        """A head is complete."""
+
+    def on_body(self, data: bytes) -> None:
+        """A part of the body, decoded from its chunks; never empty."""
+
+    def on_request_end(self) -> None:
+        """The body is complete; called for each request, also for one without a body."""
+
+
+class RequestParser:
+    """Parse the requests of one connection, one after the other.
+
+    Methods whose names begin with ``on_`` are the callbacks of llhttp.
+    """
+
+    __slots__ = (
+        "_events",
+        "_head_bytes",
+        "_headers",
+        "_maybe_long",
+        "_overhead",
+        "_parser",
+        "_path",
+        "_query",
+        "_split_url",
+        "_trailer_bytes",
+        "_upgrade",
+        "_url",
+        "in_body",
+        "in_head",
+    )
+
+    def __init__(self, events: RequestEvents) -> None:
+        self._events = events
+        self._parser = _llhttp(self)
+        self.in_head = False
+        """Whether a head has begun and is not complete."""
+        self.in_body = False
+        """Whether the head is complete and the body is not."""
+        self._url = b""
+        self._headers: Headers = []
+        self._head_bytes = 0
+        """Bytes of the head so far, and of empty lines before it; without those of the read in which another request
+        ended before it."""
+        self._maybe_long = False
+        """Whether a head that ends in this read may be over ``MAX_HEAD``, so that its parts have to be added up."""
+        self._overhead = 0
+        """Bytes since the last part of the body: chunk extensions and trailers."""
+        self._trailer_bytes = 0
+        self._upgrade: bytes | None = None
+        """The framing fields of a request that asked for an upgrade, until llhttp reports its end."""
+        self._split_url = b""
+        """The last target that was split: a client uses few of them."""
+        self._path = self._query = b""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of a next request is here, not even an empty line before it."""
+        return not self.in_body and not self._head_bytes and not self.in_head
+
+    def feed(self, data: bytes) -> None:
+        """Parse the next bytes and call the handler for what they complete.
+
+        Raises RequestRejected with the status to answer. Calls before that were of good requests, or of the good
+        beginning of the bad one. The parser is of no use afterwards.
+        """
+        self._maybe_long = self.in_head or len(data) > MAX_HEAD
+        if self.in_body:
+            self._overhead += len(data)
+        else:
+            self._head_bytes += len(data)
+        try:
+            self._feed(data)
+        except httptools.HttpParserCallbackError as error:
+            # A callback raised, ours or the handler's. httptools keeps the reason as the context.
+            raise error.__context__ or error from None
+        except httptools.HttpParserError:
+            raise RequestRejected(400, "not HTTP/1.1") from None
+        if self.in_head:
+            if self._head_bytes > MAX_HEAD:
+                raise RequestRejected(431, "the head is too long")
+        elif self.in_body and self._overhead > MAX_HEAD:
+            raise RequestRejected(400, "too many bytes of framing without a byte of body")
+
+    def close(self) -> None:
+        """Release llhttp: it holds bound methods of this object, a cycle that only the garbage collector would end."""
+        del self._parser
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # llhttp takes the rest for another protocol. We offer none (RFC 9110 §7.8), so it is the body: a
+                # second parser reads it after a head with the same framing.
+                framing, self._upgrade = self._upgrade, None
+                self._parser = _llhttp(_AfterHead(self))
+                self._parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % (framing or b""))
+                data = data[upgrade.args[0] :]
+            else:
+                return
+
+    def on_message_begin(self) -> None:
+        self.in_head = True
+        self._url = b""
+        self._headers = []
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.in_head:
+            self._headers.append((name.lower(), value))
+            return
+        # Trailers must not be merged into the header fields (RFC 9110 §6.5.1). Nobody needs them: they are dropped.
+        self._trailer_bytes += len(name) + len(value) + 4
+        if self._trailer_bytes > MAX_HEAD:
+            raise RequestRejected(400, "the trailers are too long")
+
+    def on_headers_complete(self) -> None:
+        headers = self._headers
+        url = self._url
+        if len(headers) > MAX_FIELDS or (self._maybe_long and len(url) + _size_of(headers) > MAX_HEAD):
+            raise RequestRejected(431, "the head is too long")
+        self.in_head = False
+        self.in_body = True
+        self._head_bytes = self._overhead = self._trailer_bytes = 0
+        fields = dict(headers)
+        host = fields.get(b"host")
+        if host is None or (len(fields) != len(headers) and len(_values(headers, b"host")) != 1):
+            raise RequestRejected(400, "not exactly one Host (RFC 9112 §3.2)")
+        if url != self._split_url:
+            self._split(url)
+        method: bytes = self._parser.get_method()
+        version: str = self._parser.get_http_version()
+        if version != "1.1" and version != "1.0":
+            raise RequestRejected(400, "another major version has another syntax (RFC 9112 §2.3)")
+        if method in _NOT_SERVED:
+            raise RequestRejected(501, "a method that is not served")
+        expects_continue = False
+        if not _SPECIAL.isdisjoint(fields):
+            if b"transfer-encoding" in fields:
+                _check_coding(_values(headers, b"transfer-encoding"), version)
+            if b"upgrade" in fields:
+                if self._parser.should_upgrade():
+                    self._upgrade = _framing(headers)
+                headers = [field for field in headers if field[0] != b"upgrade"]
+            if not _BROWSER.isdisjoint(fields):
+                host = b""
+            expects_continue = version == "1.1" and fields.get(b"expect", b"").lower() == b"100-continue"
+        keep_alive = version == "1.1" and self._parser.should_keep_alive()
+        self._events.on_request(
+            RequestHead(method, self._path, self._query, headers, host, version, keep_alive, expects_continue)
+        )
+
+    def _split(self, url: bytes) -> None:
+        # An origin server is asked in origin-form only (RFC 9112 §3.2.1).
+        if not url.startswith(b"/") or b"#" in url:
+            raise RequestRejected(400, "the target is not in origin-form")
+        try:
+            parts = httptools.parse_url(url)
+        except httptools.HttpParserError:
+            raise RequestRejected(400, "the target is not a path") from None
+        self._path, self._query = parts.path, parts.query or b""
+        self._split_url = url
+
+    def on_body(self, data: bytes) -> None:
+        self._overhead = 0
+        self._events.on_body(data)
+
+    def on_message_complete(self) -> None:
+        if self._upgrade is None:
+            self.in_body = False
+            self._events.on_request_end()
+        # else: llhttp stops after the head, but the request goes on (see _feed).
+
+
+class _AfterHead:
+    """Callbacks that skip one head: the parser's handler was told of it already, and goes on with the body."""
+
+    def __init__(self, parser: RequestParser) -> None:
+        self._parser = parser
+        self._skipped = False
+        self.on_body = parser.on_body
+        self.on_message_complete = parser.on_message_complete
+
+    def on_message_begin(self) -> None:
+        if self._skipped:
+            self._parser.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if self._skipped:
+            self._parser.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._skipped:
+            self._parser.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._skipped:
+            self._parser.on_headers_complete()
+        self._skipped = True
+
+
+def _llhttp(callbacks: RequestParser | _AfterHead) -> httptools.HttpRequestParser:
+    parser = httptools.HttpRequestParser(callbacks)
+    # What follows a request with "Connection: close" is for the connection to ignore.
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
+
+
+def _check_coding(codings: list[bytes], version: str) -> None:
+    """Accept "chunked" alone (RFC 9112 §6.1). Raises RequestRejected."""
+    if version == "1.0":
+        raise RequestRejected(400, "Transfer-Encoding in HTTP/1.0")
+    if len(codings) != 1 or codings[0].lower() != b"chunked":
+        raise RequestRejected(501, "a transfer coding that is not known")
+
+
+def _framing(headers: Headers) -> bytes:
+    """Return the lines of the fields that say where the body ends."""
+    return b"".join(
+        b"%s: %s\r\n" % (name, value) for name, value in headers if name in (b"content-length", b"transfer-encoding")
+    )
+
+
+def _values(headers: Headers, name: bytes) -> list[bytes]:
+    return [value for field, value in headers if field == name]
+
+
+def _size_of(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    return sum(len(name) + len(value) + 4 for name, value in headers)
