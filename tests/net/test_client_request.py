@@ -9,7 +9,9 @@ import pytest
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from mcp_auth_proxy.net.http_server import InboundProtocol
+from mcp_auth_proxy.net.asgi import run_asgi
+from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.net.http_server import HttpServerConnection
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Answer = Callable[[Send], Awaitable[None]]
@@ -49,17 +51,24 @@ class Client:
 async def client_of(*messages: dict[str, Any], answer: Answer | None = None) -> AsyncIterator[Client]:
     """A connection to an application that sends these messages, or answers as told."""
 
-    async def app(scope: dict[str, Any], receive: object, send: Send) -> None:
+    async def app(scope: Any, receive: Any, send: Send) -> None:
         if answer is not None:
             await answer(send)
         for message in messages:
             await send(message)
 
-    config = Config(app, ws="none", lifespan="off", log_config=None, access_log=False)  # type: ignore[arg-type]
+    class Server:
+        def try_fast_path(self, request: ClientRequest) -> bool:
+            return False
+
+        async def serve(self, request: ClientRequest) -> None:
+            await run_asgi(app, request)
+
+    config = Config(Server(), interface="asgi3", ws="none", lifespan="off", log_config=None, access_log=False)  # type: ignore[arg-type]
     config.load()
     state = ServerState()
     server = await asyncio.get_running_loop().create_server(
-        lambda: InboundProtocol(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+        lambda: HttpServerConnection(config=config, server_state=state, app_state={}), "127.0.0.1", 0
     )
     client = Client(*await asyncio.open_connection(*server.sockets[0].getsockname()))
     try:

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,10 @@ import pytest
 import uvicorn
 
 from fakes.proxy import until
+from mcp_auth_proxy.net.asgi import run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
-from mcp_auth_proxy.net.http_server import MAX_FIELDS, MAX_HEAD, MIN_BODY_RATE, InboundProtocol
+from mcp_auth_proxy.net.http_server import MIN_BODY_RATE, HttpServerConnection
+from mcp_auth_proxy.net.request_parser import MAX_FIELDS, MAX_HEAD
 
 SLOW_AFTER = 0.3
 """Seconds; the protocol's own is too long for a test."""
@@ -32,12 +34,13 @@ class App:
     disconnects: int = 0
     release: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def __call__(
-        self,
-        scope: dict[str, Any],
-        receive: Callable[[], Awaitable[dict[str, Any]]],
-        send: Callable[[dict[str, Any]], Awaitable[None]],
-    ) -> None:
+    def try_fast_path(self, request: ClientRequest) -> bool:
+        return False
+
+    async def serve(self, request: ClientRequest) -> None:
+        await run_asgi(self.answer, request)
+
+    async def answer(self, scope: Any, receive: Any, send: Any) -> None:
         self.begun += 1
         path = scope["raw_path"].decode()
         body = b""
@@ -135,10 +138,11 @@ class Listener:
 
 
 @asynccontextmanager
-async def listening(protocol: type[InboundProtocol]) -> AsyncIterator[Listener]:
+async def listening(protocol: type[HttpServerConnection]) -> AsyncIterator[Listener]:
     app = App()
     config = uvicorn.Config(
-        app,
+        app,  # type: ignore[arg-type]
+        interface="asgi3",
         http=protocol,
         ws="none",
         lifespan="off",
@@ -169,7 +173,7 @@ async def listening(protocol: type[InboundProtocol]) -> AsyncIterator[Listener]:
         gc.collect()  # what was left behind in cycles warns now, in the test that it belongs to
 
 
-class QuickProtocol(InboundProtocol):
+class QuickProtocol(HttpServerConnection):
     header_timeout = SLOW_AFTER
     lingering_timeout = 1.5
     send_timeout = 0.3
@@ -177,7 +181,7 @@ class QuickProtocol(InboundProtocol):
 
 @pytest.fixture
 async def listener() -> AsyncIterator[Listener]:
-    async with listening(InboundProtocol) as running:
+    async with listening(HttpServerConnection) as running:
         yield running
 
 
@@ -572,11 +576,11 @@ async def test_pipelined_requests_are_answered_in_order(listener: Listener) -> N
 
 async def test_bytes_that_come_between_two_turns_do_not_overtake_those_that_wait() -> None:
     # T25: the event loop may read between an answer and the turn of what was held back; a body became a request.
-    class Overtaken(InboundProtocol):
+    class Overtaken(HttpServerConnection):
         late = b""
 
-        def answered(self, reply: ClientRequest) -> None:
-            super().answered(reply)
+        def response_complete(self, request: ClientRequest) -> None:
+            super().response_complete(request)
             if self._pipelined and self.late:
                 late, Overtaken.late = self.late, b""
                 self.data_received(late)

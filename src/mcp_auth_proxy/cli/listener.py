@@ -51,8 +51,7 @@ class Server(uvicorn.Server):
         self._signals = 0
         super().__init__(
             uvicorn.Config(
-                # A RequestServer, not an ASGI application: our connections look at nothing else.
-                cast(Any, application.router),
+                cast(Any, application.router),  # our connections take a RequestServer, not an ASGI application
                 interface="asgi3",
                 http=HttpServerConnection,
                 ws="none",

@@ -128,14 +128,13 @@ class HttpServerConnection(asyncio.Protocol):
             return
         if self._unserved is not None:
             self._serve_first()
-        if self._header_timer is None and (parser.in_head or parser.in_body):
+        if self._header_timer is None and not parser.idle:
             self._start_header_timer()
 
     def _may_parse(self, data: bytes) -> bool:
         """Return whether these bytes are parsed now, although a request before them is not answered.
 
-        What is not parsed waits or is dropped. Reading never pauses for it: a paused connection would not notice that
-        its client is gone.
+        What is not parsed waits, and is dropped if it is too much.
         """
         if self._deferred_status:
             return False
@@ -165,7 +164,10 @@ class HttpServerConnection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         self._body_bytes += len(data)
-        if self._receiving is not None and self._receiving.receive_body(data) > READ_AHEAD:
+        request = self._receiving
+        # Further requests are bounded by MAX_PIPELINED: a connection that is paused does not notice that its client
+        # is gone.
+        if request is not None and request.receive_body(data) > READ_AHEAD and request is self._unfinished[0]:
             self._pause_reading()
 
     def on_request_end(self) -> None:

@@ -93,7 +93,8 @@ class RequestParser:
         self._url = b""
         self._headers: Headers = []
         self._head_bytes = 0
-        """Bytes of the head so far, without those of the read in which another message ended before it."""
+        """Bytes of the head so far, and of empty lines before it; without those of the read in which another request
+        ended before it."""
         self._maybe_long = False
         """Whether a head that ends in this read may be over ``MAX_HEAD``, so that its parts have to be added up."""
         self._overhead = 0
@@ -104,6 +105,11 @@ class RequestParser:
         self._split_url = b""
         """The last target that was split: a client uses few of them."""
         self._path = self._query = b""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of a next request is here, not even an empty line before it."""
+        return not self.in_body and not self._head_bytes and not self.in_head
 
     def feed(self, data: bytes) -> None:
         """Parse the next bytes and call the handler for what they complete.

@@ -76,7 +76,7 @@ class FastPathRequest:
         return self.response is None and self.error is None
 
     def end(self, reason: str) -> None:
-        """End the request early: with an error if there is no response yet, else with a final chunk if it can have one."""
+        """End the request early: with an error if there is no response yet, else with a final chunk if possible."""
         if self.response is None:
             if self.error is None:
                 self._connection.fail(UpstreamPoolTimeout(f"{reason}."))
