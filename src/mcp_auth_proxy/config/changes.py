@@ -1,0 +1,82 @@
+"""What differs between two configurations, and what of it a running proxy can take over. Nothing here acts."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from mcp_auth_proxy.config.settings import ServerSettings, Settings
+
+_RESTART: Mapping[str, Callable[[Settings], object]] = {
+    "listen": lambda settings: settings.listen,
+    "public_url": lambda settings: settings.public_url,
+    "store.url": lambda settings: settings.store.path,
+    # A default follows the store.
+    "store.keys": lambda settings: None if settings.store.default_key else settings.store.keys,
+    "outbound.ca_bundle": lambda settings: settings.outbound.ca_bundle,
+}
+"""The keys that only a restart can change, and how to find their values."""
+
+_APPLIED: Mapping[str, Callable[[Settings], object]] = {
+    "authorization.wait": lambda settings: settings.authorization.wait,
+    "authorization.open_browser": lambda settings: settings.authorization.open_browser,
+    "authorization.cold_start": lambda settings: settings.authorization.cold_start,
+    "authorization.allow_private": lambda settings: settings.authorization.allow_private,
+    "limits.body": lambda settings: settings.limits.body,
+    "limits.upstream_connections": lambda settings: settings.limits.upstream_connections,
+    "inbound.allowed_hosts": lambda settings: settings.inbound.allowed_hosts,
+}
+"""The keys besides ``servers`` that a running proxy takes over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerChange:
+    """Names of servers, each in the order of its configuration. False if there are none."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed)
+
+    def __str__(self) -> str:
+        parts = {"added": self.added, "removed": self.removed, "changed": self.changed}
+        return "; ".join(f"{verb} {', '.join(names)}" for verb, names in parts.items() if names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsChange:
+    """What a reload does."""
+
+    settings: Settings
+    """What holds afterwards: the new settings, with the old values of the keys that need a restart."""
+    servers: ServerChange
+    applied: tuple[str, ...]
+    """The other keys that change now."""
+    needs_restart: tuple[str, ...]
+    """The keys that keep their old values until the proxy is started again."""
+
+    def __bool__(self) -> bool:
+        return bool(self.servers or self.applied)
+
+
+def compare_servers(old: Mapping[str, ServerSettings], new: Mapping[str, ServerSettings]) -> ServerChange:
+    """Return which servers were added, removed or changed; a secret that was read again counts as a setting."""
+    return ServerChange(
+        added=tuple(name for name in new if name not in old),
+        removed=tuple(name for name in old if name not in new),
+        changed=tuple(name for name in new if name in old and old[name] != new[name]),
+    )
+
+
+def compare(old: Settings, new: Settings) -> SettingsChange:
+    """Return how a proxy that runs with ``old`` gets to ``new``."""
+    return SettingsChange(
+        settings=replace(new, listen=old.listen, public_url=old.public_url, store=old.store, outbound=old.outbound),
+        servers=compare_servers(old.servers, new.servers),
+        applied=_different(_APPLIED, old, new),
+        needs_restart=_different(_RESTART, old, new),
+    )
+
+
+def _different(keys: Mapping[str, Callable[[Settings], object]], old: Settings, new: Settings) -> tuple[str, ...]:
+    return tuple(key for key, value in keys.items() if value(old) != value(new))
