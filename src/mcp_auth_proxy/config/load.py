@@ -56,11 +56,13 @@ def load(
     environ: Mapping[str, str] = os.environ,
     listen: str | None = None,
     secrets_of: Collection[str] | None = None,
+    secret_files: set[Path] | None = None,
 ) -> Settings:
-    """The settings of a file; ``listen`` is the flag, which wins. Raises ConfigurationError with all faults.
+    """Return the settings of a file; ``listen`` is the flag, which wins. Raises ConfigurationError with all faults.
 
     ``secrets_of`` names the servers whose secrets are needed, None is all: those of the others are None in the
-    settings, and need not be there. A server is not to be authorized without its secrets.
+    settings, and need not be there. A server is not to be authorized without its secrets. ``secret_files`` collects the
+    files that secrets are in, also if the configuration has faults.
     """
     path = path.absolute()
     try:
@@ -73,7 +75,7 @@ def load(
         raise ConfigurationError([ConfigError("", "the file is empty: it needs at least a servers section")], str(path))
     if not isinstance(document.content, Mapping):
         raise ConfigurationError([ConfigError("", "the file must be a mapping (key: value lines)")], str(path))
-    context = Context(environ, path.parent)
+    context = Context(environ, path.parent, secret_files=set() if secret_files is None else secret_files)
     settings = _read(Section(document.content, "", context), listen, path, secrets_of)
     _refuse([*document.faults, *context.faults], document, str(path))
     return settings

@@ -32,6 +32,8 @@ class Context:
     faults: list[ConfigError] = field(default_factory=list)
     secrets: bool = True
     """False: secrets are left out, so that they need not be there."""
+    secret_files: set[Path] = field(default_factory=set)
+    """The files that were read for secrets, or should have been."""
 
     def without_secrets(self) -> "Context":
         """The same, and the same list of faults, for what is read but not used with its secrets."""
@@ -78,6 +80,7 @@ class Context:
         if kind == "env":
             return Secret(self.variable(name))
         if kind == "file":
+            self.secret_files.add(self.path(name))
             return Secret(self.file_text(name))
         return Secret(text)
 

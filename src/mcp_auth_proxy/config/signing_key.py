@@ -19,12 +19,21 @@ SMALLEST_RSA = 2048
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SigningKey:
-    """A private key and the algorithm that it signs with."""
+    """A private key and the algorithm that it signs with. Two are equal if their public keys and algorithms are."""
 
     key: PrivateKey = field(repr=False)
     algorithm: str
+
+    def __eq__(self, other: object) -> bool:
+        # Private keys of cryptography are equal only to themselves: each reload would look like a new key.
+        if not isinstance(other, SigningKey):
+            return NotImplemented
+        return self.algorithm == other.algorithm and self.key.public_key() == other.key.public_key()
+
+    def __hash__(self) -> int:
+        return hash(self.algorithm)
 
 
 def read(pem: str, algorithm: str | None = None) -> SigningKey:

@@ -1,4 +1,4 @@
-"""What keeps requests from their servers, told in the log."""
+"""Warn about servers that can't be used, at a bounded rate."""
 
 import logging
 import time
@@ -6,20 +6,24 @@ import time
 logger = logging.getLogger(__name__)
 
 INTERVAL = 60.0
-"""Seconds between two lines about one server: in an outage every request fails, and says so to its client."""
+"""Seconds between two warnings about one server: in an outage every request fails, and its client gets the reason."""
 
 
 class OutageLog:
-    """Knows when which server was told of last."""
+    """Remembers when it last warned about each server."""
 
     def __init__(self) -> None:
-        self._outage_logged: dict[str, float] = {}
+        self._warned_at: dict[str, float] = {}
 
     def warn(self, server: str, reason: str) -> None:
-        """Write a line about a configured server, unless there was one just before."""
+        """Log a warning about a configured server, unless the last one is less than ``INTERVAL`` seconds old."""
         now = time.monotonic()
-        last = self._outage_logged.get(server)
+        last = self._warned_at.get(server)
         if last is not None and now - last < INTERVAL:
             return
-        self._outage_logged[server] = now
+        self._warned_at[server] = now
         logger.warning("server %s: %s", server, reason)
+
+    def forget(self, server: str) -> None:
+        """Forget a server that was removed or changed: the next failure is logged at once."""
+        self._warned_at.pop(server, None)

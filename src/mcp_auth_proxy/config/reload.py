@@ -1,0 +1,155 @@
+"""Hot reload: notice that the configuration was changed, read it again, and hand over what differs.
+
+Files are polled, not watched: Kubernetes swaps symbolic links, editors rename or write in pieces, and a poll a second
+sees all of these alike. A file that is being saved is waited out.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mcp_auth_proxy.config.changes import SettingsChange, compare
+from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.config.settings import Settings
+from mcp_auth_proxy.errors import ConfigurationError
+from mcp_auth_proxy.observability import metrics
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL = 1.0
+"""Seconds between two looks at the files."""
+
+SETTLE_TIME = 0.4
+"""Seconds that all files must stay unchanged before they are read: half a file can be valid, with half the servers."""
+
+Stamp = tuple[int, int, int, int] | None
+"""Device, inode, size and modification time of a file, behind all symbolic links; None if it is not there."""
+
+
+class ConfigFile:
+    """A configuration file that is read again and again, and the secret files that it names.
+
+    The command line flag ``listen`` wins each time. The methods read files, so they belong into a thread.
+    """
+
+    def __init__(self, path: Path, *, environ: Mapping[str, str] = os.environ, listen: str | None = None) -> None:
+        self.path = path
+        self._environ = environ
+        self._listen = listen
+        self._read: dict[Path, Stamp] = {path: None}
+
+    def read(self) -> Settings:
+        """Return the settings as they are now. Raises ConfigurationError.
+
+        Also if it raises, the files named so far count as read: what was wrong may be in one of them.
+        """
+        # Before reading: a file that changes meanwhile differs from its stamp, and is read once more.
+        before = self.stamps()
+        named: set[Path] = set()
+        try:
+            settings = load(self.path, environ=self._environ, listen=self._listen, secret_files=named)
+        except ConfigurationError:
+            # A file that can't be parsed names no secrets: those of the last time stay in view.
+            named |= self._read.keys()
+            raise
+        finally:
+            self._read = {path: before[path] if path in before else _stamp(path) for path in {self.path, *named}}
+        return settings
+
+    def stamps(self) -> dict[Path, Stamp]:
+        """Return the stamps of the file and of the secret files as they are now."""
+        return {path: _stamp(path) for path in self._read}
+
+    def has_changed(self) -> bool:
+        """Whether any of the files is another than the one that was read."""
+        return self.stamps() != self._read
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class Reloader:
+    """Reads the configuration again when its files change or when asked to, and applies what differs.
+
+    ``settings`` are those that the proxy runs with, as ``file`` gave them. ``apply`` must not raise. A configuration
+    with faults is logged, each fault on a line of its own, and changes nothing.
+    """
+
+    def __init__(
+        self,
+        file: ConfigFile,
+        settings: Settings,
+        apply: Callable[[SettingsChange], None],
+        *,
+        poll_interval: float = POLL_INTERVAL,
+        settle_time: float = SETTLE_TIME,
+    ) -> None:
+        self._file = file
+        self._settings = settings
+        self._apply = apply
+        self._poll_interval = poll_interval
+        self._settle_time = settle_time
+        self._requested = asyncio.Event()
+
+    def request(self) -> None:
+        """Read the configuration again soon, whether or not a change can be seen."""
+        self._requested.set()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            try:
+                await asyncio.wait_for(self._requested.wait(), self._poll_interval)
+            except TimeoutError:
+                if not await asyncio.to_thread(self._file.has_changed):
+                    continue
+            self._requested.clear()
+            await self._until_settled()
+            try:
+                await self.reload()
+            except Exception:  # a defect, so of any kind; the proxy serves on, and the next change is read again
+                logger.exception("the configuration could not be reloaded")
+
+    async def reload(self) -> None:
+        """Read the configuration once, and apply what differs."""
+        try:
+            settings = await asyncio.to_thread(self._file.read)
+        except ConfigurationError as error:
+            metrics.reloads.labels("rejected").inc()
+            metrics.last_reload_successful.labels().value = 0
+            for fault in error.faults:
+                logger.error("configuration not reloaded: %s", f"{error.source}: {fault}" if error.source else fault)
+            return
+        change = compare(self._settings, settings)
+        self._settings = change.settings
+        if change:
+            self._apply(change)
+        metrics.reloads.labels("applied" if change else "unchanged").inc()
+        metrics.last_reload_successful.labels().value = 1
+        logger.info("configuration reloaded: %s", summary(change))
+        if change.needs_restart:
+            logger.warning("configuration: restart the proxy to apply the new %s", ", ".join(change.needs_restart))
+
+    async def _until_settled(self) -> None:
+        """Wait until the files have stayed as they are for a moment: who saves one writes in pieces, or renames."""
+        stamps = await asyncio.to_thread(self._file.stamps)
+        while True:
+            await asyncio.sleep(self._settle_time)
+            before, stamps = stamps, await asyncio.to_thread(self._file.stamps)
+            if stamps == before:
+                return
+
+
+def summary(change: SettingsChange) -> str:
+    """Return what a reload has changed, for one line of the log."""
+    parts = [str(change.servers)] if change.servers else []
+    if change.applied:
+        parts.append(f"applied {', '.join(change.applied)}")
+    return "; ".join(parts) or "nothing has changed"

@@ -1,0 +1,63 @@
+"""The access log: one line for each finished request to an MCP endpoint.
+
+It never holds an argument, a query, a header field or a body. The two texts that a client chooses are admitted only in
+the form that MCP gives them: the HTTP method, which the parser knows, and the MCP method (see ``method_token``).
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+
+from mcp_auth_proxy.observability.logs import ACCESS_LOGGER
+
+logger = logging.getLogger(ACCESS_LOGGER)
+
+_METHOD = re.compile(r"[a-z]{1,32}(?:/[A-Za-z_]{1,32}){0,3}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What is logged about one request."""
+
+    server: str
+    account: str
+    """Who used the server: ``principal/account``."""
+    method: str
+    """The HTTP method."""
+    mcp_method: str | None
+    """None if the body was not read, or holds no single message."""
+    status: int
+    """The HTTP status; 499 if the client went away before it had one."""
+    size: int
+    """Bytes of the response body that were sent."""
+    seconds: float
+    trace_id: str | None
+
+
+class AccessLog:
+    """Callers check ``enabled`` first, so that a request costs one comparison if the log is off."""
+
+    def __init__(self) -> None:
+        self.enabled = logger.isEnabledFor(logging.INFO)
+
+    def write(self, entry: Entry) -> None:
+        """Write one line."""
+        fields: dict[str, str | int | float] = {
+            "server": entry.server,
+            "account": entry.account,
+            "method": entry.method,
+        }
+        if entry.mcp_method is not None:
+            fields["mcp_method"] = entry.mcp_method
+        fields |= {"status": entry.status, "bytes": entry.size, "duration_ms": round(entry.seconds * 1000, 3)}
+        if entry.trace_id is not None:
+            fields["trace_id"] = entry.trace_id
+        logger.info("request", extra={"fields": fields})
+
+
+def method_token(value: str) -> str | None:
+    """Return an MCP method as it may be logged; None unless it is words of letters with slashes between them.
+
+    That admits all methods of MCP, and nothing that could be a secret: no digits, no more than 32 letters in a row.
+    """
+    return value if _METHOD.fullmatch(value) else None

@@ -1,0 +1,46 @@
+"""Read the trace id that a client sends along (W3C Trace Context, §3.2), and keep it for the log lines of its request.
+
+``traceparent`` itself goes to the upstream unchanged: the proxy takes part in a trace, it starts none.
+"""
+
+import re
+from collections.abc import Iterable
+from contextvars import ContextVar
+
+_TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?", re.DOTALL)
+
+_INVALID_VERSION = b"ff"
+_NO_TRACE = b"0" * 32
+_NO_PARENT = b"0" * 16
+
+_current: ContextVar[str | None] = ContextVar("trace_id", default=None)
+
+
+def parse_trace_id(traceparent: bytes) -> str | None:
+    """Return the trace id of a ``traceparent`` value, 32 lower-case hex digits; None if the value is not valid.
+
+    Versions after 00 may append fields (§4.3); version 00 has exactly four.
+    """
+    found = _TRACEPARENT.fullmatch(traceparent)
+    if found is None:
+        return None
+    version, trace, parent, rest = found.groups()
+    if version == _INVALID_VERSION or trace == _NO_TRACE or parent == _NO_PARENT or (version == b"00" and rest):
+        return None
+    return trace.decode("ascii")
+
+
+def trace_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """Return the trace id in a request's headers, names in lower case; None if there is none, or more than one."""
+    values = [value for name, value in headers if name == b"traceparent"]
+    return parse_trace_id(values[0]) if len(values) == 1 else None
+
+
+def bind(trace_id: str | None) -> None:
+    """Add a trace id to every log line that the current task, and the tasks it starts, will write."""
+    _current.set(trace_id)
+
+
+def current() -> str | None:
+    """Return the trace id that is bound in this context."""
+    return _current.get()

@@ -1,0 +1,107 @@
+"""What a reload may change, decided from two values of Settings."""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from mcp_auth_proxy.config import changes, signing_key
+from mcp_auth_proxy.config.changes import ServerChange, compare
+from mcp_auth_proxy.config.settings import (
+    Address,
+    AuthorizationSettings,
+    InboundSettings,
+    KeySource,
+    LimitSettings,
+    OutboundSettings,
+    ServerSettings,
+    Settings,
+    StoreSettings,
+)
+
+KEY = KeySource(kind="file", name="/x/store.key")
+BASE = Settings(
+    listen=Address("127.0.0.1", 8787),
+    public_url=None,
+    store=StoreSettings(path=Path("/x/store.db"), keys=(KEY,), default_key=True),
+    servers={"a": ServerSettings(name="a", url="https://a.example/mcp")},
+    source=Path("/x/mcp-auth-proxy.yaml"),
+)
+
+RESTART = {
+    "listen": replace(BASE, listen=Address("127.0.0.1", 8788)),
+    "public_url": replace(BASE, public_url="https://proxy.example"),
+    "store.url": replace(BASE, store=replace(BASE.store, path=Path("/x/other.db"))),
+    "store.keys": replace(
+        BASE, store=replace(BASE.store, keys=(KeySource(kind="env", name="K"), KEY), default_key=False)
+    ),
+    "outbound.ca_bundle": replace(BASE, outbound=OutboundSettings(ca_bundle=Path("/x/ca.pem"))),
+}
+APPLIED = {
+    "authorization.wait": replace(BASE, authorization=AuthorizationSettings(wait=1)),
+    "authorization.open_browser": replace(BASE, authorization=AuthorizationSettings(open_browser="never")),
+    "authorization.cold_start": replace(BASE, authorization=AuthorizationSettings(cold_start=False)),
+    "authorization.allow_private": replace(BASE, authorization=AuthorizationSettings(allow_private=("10.0.0.1",))),
+    "limits.body": replace(BASE, limits=LimitSettings(body=1)),
+    "limits.upstream_connections": replace(BASE, limits=LimitSettings(upstream_connections=1)),
+    "inbound.allowed_hosts": replace(BASE, inbound=InboundSettings(allowed_hosts=("proxy.example",))),
+}
+
+
+def test_nothing_has_changed() -> None:
+    change = compare(BASE, replace(BASE, servers=dict(BASE.servers)))
+    assert not change
+    assert (change.applied, change.needs_restart, change.servers) == ((), (), ServerChange())
+
+
+@pytest.mark.parametrize("key", RESTART)
+def test_a_key_that_needs_a_restart_is_named_and_keeps_its_value(key: str) -> None:
+    change = compare(BASE, RESTART[key])
+    assert not change
+    assert (change.needs_restart, change.applied, change.settings) == ((key,), (), BASE)
+
+
+@pytest.mark.parametrize("key", APPLIED)
+def test_another_key_is_applied(key: str) -> None:
+    change = compare(BASE, APPLIED[key])
+    assert change
+    assert (change.applied, change.needs_restart, change.settings) == ((key,), (), APPLIED[key])
+
+
+def test_what_needs_no_restart_is_applied_beside_what_does() -> None:
+    new = replace(RESTART["listen"], servers={}, limits=LimitSettings(body=1))
+    change = compare(BASE, new)
+    assert (change.servers.removed, change.applied, change.needs_restart) == (("a",), ("limits.body",), ("listen",))
+    assert change.settings == replace(new, listen=BASE.listen)
+    # As long as the file says so, it is said again.
+    assert compare(change.settings, new).needs_restart == ("listen",)
+
+
+def test_a_default_key_that_follows_the_store_is_not_named_too() -> None:
+    other = StoreSettings(path=Path("/y/s.db"), keys=(KeySource(kind="file", name="/y/s.key"),), default_key=True)
+    assert compare(BASE, replace(BASE, store=other)).needs_restart == ("store.url",)
+
+
+def test_every_setting_is_either_applied_or_needs_a_restart() -> None:
+    sections = {"authorization", "limits", "inbound", "outbound", "store"}
+    keys = {field.name for field in fields(Settings)} - sections - {"servers", "source"}
+    for section in sections - {"store"}:
+        assert is_dataclass(getattr(BASE, section))
+        keys |= {f"{section}.{field.name}" for field in fields(getattr(BASE, section))}
+    assert keys | {"store.url", "store.keys"} == set(RESTART) | set(APPLIED)
+    assert set(changes._RESTART) == set(RESTART)
+    assert set(changes._APPLIED) == set(APPLIED)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey.generate], ids=["EC", "Ed25519"]
+)
+def test_a_signing_key_that_was_read_again_is_no_change(make: Callable[[], signing_key.PrivateKey]) -> None:
+    pem, other = (make().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode() for _ in range(2))
+    assert signing_key.read(pem) == signing_key.read(pem)
+    assert hash(signing_key.read(pem)) == hash(signing_key.read(pem))
+    assert signing_key.read(pem) != signing_key.read(other)
+    assert signing_key.read(pem) != pem

@@ -1,0 +1,96 @@
+"""The server map has one owner, who tells what changes."""
+
+from collections.abc import Callable
+
+import pytest
+
+from mcp_auth_proxy.config.settings import OAuthSettings, Secret, ServerSettings
+from mcp_auth_proxy.servers import ServerChange, ServerRegistry
+
+
+def server(name: str, url: str = "https://{}.example/mcp", **oauth: object) -> ServerSettings:
+    return ServerSettings(name=name, url=url.format(name), oauth=OAuthSettings(**oauth))  # type: ignore[arg-type]
+
+
+def servers(*names: str) -> dict[str, ServerSettings]:
+    return {name: server(name) for name in names}
+
+
+def test_it_is_the_mapping_that_it_was_given() -> None:
+    registry = ServerRegistry(servers("b", "a"))
+    assert (list(registry), len(registry), "a" in registry, registry.get("c")) == (["b", "a"], 2, True, None)
+    assert registry["a"] == server("a")
+    with pytest.raises(KeyError):
+        registry["c"]
+
+
+def test_what_happens_to_the_mapping_it_was_given_does_not_concern_it() -> None:
+    given = servers("a")
+    registry = ServerRegistry(given)
+    given.clear()
+    assert list(registry) == ["a"]
+
+
+def test_a_replacement_tells_what_was_added_removed_and_changed() -> None:
+    registry = ServerRegistry(servers("a", "b", "c"))
+    seen: list[tuple[ServerChange, list[str]]] = []
+    registry.on_change(lambda change: seen.append((change, list(registry))))
+    change = registry.replace({**servers("d", "a"), "b": server("b", "https://new.example/mcp")})
+    assert change == ServerChange(added=("d",), removed=("c",), changed=("b",))
+    # The callback sees the new mapping.
+    assert seen == [(change, ["d", "a", "b"])]
+
+
+def test_a_secret_that_was_read_again_is_a_change() -> None:
+    registry = ServerRegistry({"a": server("a", client_secret=Secret("old"))})
+    assert registry.replace({"a": server("a", client_secret=Secret("old"))}) == ServerChange()
+    assert registry.replace({"a": server("a", client_secret=Secret("new"))}).changed == ("a",)
+
+
+def test_without_a_change_nobody_is_told_and_the_order_is_taken_over() -> None:
+    registry = ServerRegistry(servers("a", "b"))
+    registry.on_change(lambda change: pytest.fail(f"told of {change}"))
+    assert not registry.replace(servers("b", "a"))
+    assert list(registry) == ["b", "a"]
+
+
+def test_all_are_told_in_order_until_they_unsubscribe() -> None:
+    registry = ServerRegistry({})
+    told: list[str] = []
+
+    def first(change: ServerChange) -> None:
+        told.append("first")
+
+    end_once = registry.on_change(first)
+    registry.on_change(first)
+    registry.on_change(lambda change: told.append("last"))
+    end_once()
+    end_once()  # which ends only its own subscription
+    registry.replace(servers("a"))
+    assert told == ["first", "last"]
+
+
+def test_who_unsubscribes_while_being_told_disturbs_nobody() -> None:
+    registry = ServerRegistry({})
+    told: list[str] = []
+    ends: list[Callable[[], None]] = []
+
+    def once(change: ServerChange) -> None:
+        told.append("once")
+        ends[0]()
+
+    ends.append(registry.on_change(once))
+    registry.on_change(lambda change: told.append("always"))
+    registry.replace(servers("a"))
+    registry.replace(servers("b"))
+    assert told == ["once", "always", "always"]
+
+
+def test_a_change_is_told_in_words() -> None:
+    change = ServerChange(added=("a", "b"), removed=("c",))
+    assert (str(change), bool(change), str(ServerChange()), bool(ServerChange())) == (
+        "added a, b; removed c",
+        True,
+        "",
+        False,
+    )
