@@ -1,0 +1,176 @@
+"""Requests that are forwarded without a task, whatever their response turns out to be."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from fakes.forwarding import ForwardingServer, ScriptedBroker, access_token, forwarding
+from fakes.proxy import until
+from fakes.raw_client import RawClient
+from fakes.raw_server import Peer, RawServer, Script, ok
+from mcp_auth_proxy.proxy.fast_path import MAX_BODY, is_eligible
+
+CALL = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": {"name": "pay"}}).encode()
+EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENT = b"event: message\r\ndata: {}\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def tasks_of_requests() -> int:
+    return sum("run_to_end" in repr(task.get_coro()) for task in asyncio.all_tasks())
+
+
+@asynccontextmanager
+async def warm(script: Script, timeout: float = 5.0) -> AsyncIterator[tuple[RawServer, ForwardingServer, RawClient]]:
+    """A client whose first call is over: the upstream connection is kept, and the script goes on with the next."""
+
+    async def answer_first(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(ok())
+        await script(peer)
+
+    broker = ScriptedBroker(access_token(1))
+    async with RawServer(answer_first) as upstream, forwarding(broker, upstream.url, timeout=timeout) as proxy:
+        async with RawClient.to(proxy.origin) as client:
+            client.post(CALL)
+            assert (await client.answer()).body == b"hi"
+            yield upstream, proxy, client
+
+
+@pytest.mark.parametrize(
+    ("content", "eligible"),
+    [
+        (CALL, True),
+        (b"", True),
+        (b"x" * MAX_BODY, True),
+        (b"x" * (MAX_BODY + 1), False),
+        (b'{"method":"initialize"}', False),
+        (b'{"method":"subscriptions\\/listen"}', False),
+        (b'{"io.mcp-auth-proxy\\/authorization":{}}', False),
+    ],
+)
+def test_bodies_that_concern_the_proxy_or_are_long_do_not_take_the_fast_path(content: bytes, eligible: bool) -> None:
+    assert is_eligible(content, 1 << 20) is eligible
+    assert not is_eligible(content or b"x", 0)
+
+
+async def test_an_event_stream_whose_end_comes_apart_takes_no_task() -> None:
+    end = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENTS + chunk(EVENT))
+        await end.wait()
+        await peer.send(b"0\r\n\r\n")
+        await peer.until_gone()
+
+    async with warm(script) as (upstream, proxy, client):
+        client.post(CALL)
+        status, headers = await client.head()
+        assert (status, dict(headers)["transfer-encoding"]) == (200, "chunked")
+        assert await client.reader.readexactly(len(chunk(EVENT))) == chunk(EVENT)
+        assert (proxy.forwarder.active_requests, tasks_of_requests()) == (1, 0)
+        end.set()
+        assert await client.reader.readexactly(5) == b"0\r\n\r\n"
+        assert proxy.forwarder.active_requests == 0
+        assert len(upstream.peers) == 1
+
+
+async def test_a_stream_that_breaks_off_ends_without_a_final_chunk(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENTS + chunk(EVENT))
+
+    async with warm(script) as (_, proxy, client):
+        client.post(CALL)
+        await client.head()
+        assert await client.rest() == chunk(EVENT)
+        assert proxy.forwarder.active_requests == 0
+    assert "broke off" in caplog.text
+
+
+async def test_a_response_that_does_not_end_is_broken_off_after_the_upstream_timeout() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+        await peer.until_gone()
+
+    async with warm(script, timeout=0.2) as (upstream, _, client):
+        client.post(CALL)
+        answer = await client.answer()
+        assert (answer.body, answer.ended) == (b"{", False)
+        await asyncio.wait_for(upstream.peers[0].gone.wait(), 5)
+
+
+async def test_a_client_that_goes_away_in_a_stream_closes_the_upstream() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENTS + chunk(EVENT))
+        await peer.until_gone()
+
+    async with warm(script) as (upstream, proxy, client):
+        client.post(CALL)
+        await client.head()
+        client.drop()
+        await asyncio.wait_for(upstream.peers[0].gone.wait(), 5)
+        await until(lambda: proxy.forwarder.active_requests == 0, "no active request")
+
+
+async def test_a_client_that_does_not_read_pauses_the_upstream() -> None:
+    part, sent = b"x" * 65_536, 0
+
+    async def script(peer: Peer) -> None:
+        nonlocal sent
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % (1 << 26))
+        for _ in range((1 << 26) // len(part)):
+            await peer.send(part)
+            sent += len(part)
+        await peer.until_gone()
+
+    async with warm(script) as (_, proxy, _), RawClient.to(proxy.origin, buffer=65_536) as slow:
+        slow.post(CALL)
+        seen = -1
+        while seen != sent:  # until nothing moves any more
+            seen = sent
+            await asyncio.sleep(0.2)
+        assert 0 < sent < 1 << 25
+        total = len(await read_body(slow))
+        assert total == 1 << 26
+
+
+async def read_body(client: RawClient) -> bytes:
+    _, headers = await client.head()
+    async with asyncio.timeout(20):
+        return await client.reader.readexactly(int(dict(headers)["content-length"]))
+
+
+async def test_shutdown_ends_a_stream_with_a_final_chunk_and_a_silent_call_with_an_answer() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENTS + chunk(EVENT))
+        await peer.until_gone()
+
+    async with warm(script) as (_, proxy, client):
+        client.post(CALL)
+        await client.head()
+        proxy.forwarder.end_all()
+        assert await client.reader.readexactly(len(chunk(EVENT)) + 5) == chunk(EVENT) + b"0\r\n\r\n"
+
+    async def silent(peer: Peer) -> None:
+        await peer.request()
+        await peer.until_gone()
+
+    async with warm(silent) as (upstream, proxy, client):
+        client.post(CALL)
+        await until(lambda: len(upstream.requests) == 2, "two requests")
+        proxy.forwarder.end_all()
+        answer = await client.answer()
+        assert answer.status == 503
+        assert "shutting down" in answer.body.decode()
