@@ -32,10 +32,13 @@ def error_of(answer: RawAnswer) -> dict[str, object]:
 
 async def test_a_challenged_request_is_sent_again_with_its_body_and_the_brokers_token() -> None:
     broker = ScriptedBroker(access_token(1), [access_token(2)])
-    async with RawServer(answers(CHALLENGE, ok(b"{}"))) as upstream, forwarding(broker, upstream.url) as proxy:
-        async with RawClient.to(proxy.origin) as client:
-            client.post(CALL)
-            answer = await client.answer()
+    async with (
+        RawServer(answers(CHALLENGE, ok(b"{}"))) as upstream,
+        forwarding(broker, upstream.url) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.post(CALL)
+        answer = await client.answer()
     assert (answer.status, answer.body, answer.ended) == (200, b"{}", True)
     first, second = upstream.requests
     assert b"authorization: Bearer token-1\r\n" in first
@@ -49,19 +52,25 @@ async def test_a_challenged_request_is_sent_again_with_its_body_and_the_brokers_
 
 async def test_a_403_that_is_no_challenge_belongs_to_the_client() -> None:
     broker = ScriptedBroker(access_token(1), [None])
-    async with RawServer(answers(FORBIDDEN)) as upstream, forwarding(broker, upstream.url) as proxy:
-        async with RawClient.to(proxy.origin) as client:
-            client.post(CALL)
-            answer = await client.answer()
+    async with (
+        RawServer(answers(FORBIDDEN)) as upstream,
+        forwarding(broker, upstream.url) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.post(CALL)
+        answer = await client.answer()
     assert (answer.status, answer.body) == (403, b"nope")
 
 
 async def test_a_server_that_refuses_every_token_is_not_asked_for_ever() -> None:
     broker = ScriptedBroker(access_token(0), [access_token(n) for n in range(1, MAX_SENDS + 1)])
-    async with RawServer(answers(*[CHALLENGE] * MAX_SENDS)) as upstream, forwarding(broker, upstream.url) as proxy:
-        async with RawClient.to(proxy.origin) as client:
-            client.post(CALL)
-            answer = await client.answer()
+    async with (
+        RawServer(answers(*[CHALLENGE] * MAX_SENDS)) as upstream,
+        forwarding(broker, upstream.url) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.post(CALL)
+        answer = await client.answer()
     assert len(upstream.requests) == MAX_SENDS
     assert answer.status == 200
     assert "refuses every token" in str(error_of(answer)["message"])
@@ -78,10 +87,12 @@ async def test_a_server_that_refuses_every_token_is_not_asked_for_ever() -> None
 async def test_an_error_is_answered_in_json_rpc_with_the_status_of_its_kind(
     error: McpAuthProxyError, status: int, retry_after: list[str]
 ) -> None:
-    async with forwarding(ScriptedBroker(error), "http://127.0.0.1:1/mcp") as proxy:
-        async with RawClient.to(proxy.origin) as client:
-            client.post(CALL)
-            answer = await client.answer()
+    async with (
+        forwarding(ScriptedBroker(error), "http://127.0.0.1:1/mcp") as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.post(CALL)
+        answer = await client.answer()
     assert (answer.status, answer.all("retry-after")) == (status, retry_after)
     assert str(error) in str(error_of(answer)["message"])
 
@@ -93,19 +104,23 @@ async def test_an_upstream_that_cannot_be_reached_is_502_and_one_that_is_silent_
 
     async with RawServer(silent) as upstream:
         for url, status in (("http://127.0.0.1:1/mcp", 502), (upstream.url, 504)):
-            async with forwarding(ScriptedBroker(), url, timeout=0.1) as proxy:
-                async with RawClient.to(proxy.origin) as client:
-                    client.post(CALL)
-                    answer = await client.answer()
+            async with (
+                forwarding(ScriptedBroker(), url, timeout=0.1) as proxy,
+                RawClient.to(proxy.origin) as client,
+            ):
+                client.post(CALL)
+                answer = await client.answer()
             assert answer.status == status
             assert "notes" in str(error_of(answer)["message"])
 
 
 async def test_a_body_over_the_limit_is_refused_before_it_is_read() -> None:
-    async with forwarding(ScriptedBroker(), "http://127.0.0.1:1/mcp", body_limit=100) as proxy:
-        async with RawClient.to(proxy.origin) as client:
-            client.send("POST /notes/mcp HTTP/1.1\nHost: HOST\nContent-Length: 101\n\n")
-            answer = await client.answer()
+    async with (
+        forwarding(ScriptedBroker(), "http://127.0.0.1:1/mcp", body_limit=100) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.send("POST /notes/mcp HTTP/1.1\nHost: HOST\nContent-Length: 101\n\n")
+        answer = await client.answer()
     assert answer.status == 413
     assert "limits.body" in answer.body.decode()
 
@@ -116,12 +131,15 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read() -> None:
 async def test_a_held_request_goes_on_with_the_token_of_the_consent() -> None:
     pending = pending_authorization()
     broker = ScriptedBroker(None, [pending])
-    async with RawServer(answers(CHALLENGE, ok(b"{}"))) as upstream, forwarding(broker, upstream.url) as proxy:
-        async with RawClient.to(proxy.origin) as client:
-            client.post(CALL)
-            await until(lambda: broker.challenges, "a challenge")
-            pending.release(access_token(1))
-            answer = await client.answer()
+    async with (
+        RawServer(answers(CHALLENGE, ok(b"{}"))) as upstream,
+        forwarding(broker, upstream.url) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.post(CALL)
+        await until(lambda: broker.challenges, "a challenge")
+        pending.release(access_token(1))
+        answer = await client.answer()
     assert (answer.status, answer.body) == (200, b"{}")
     assert b"authorization: Bearer token-1\r\n" in upstream.requests[1]
 
@@ -143,15 +161,18 @@ async def test_comments_keep_a_held_stream_alive_and_the_answer_follows_as_an_ev
 ) -> None:
     monkeypatch.setattr(consent_wait, "COMMENT_INTERVAL", 0.02)
     broker = ScriptedBroker()
-    async with RawServer(answers(ok(b'{"jsonrpc":"2.0","id":9,"result":{}}'))) as upstream:
-        async with forwarding(broker, upstream.url) as proxy, RawClient.to(proxy.origin) as client:
-            broker.waiting = pending = pending_authorization()
-            client.post(CALL, "Accept: application/json, text/event-stream")
-            status, headers = await client.head()
-            assert (status, dict(headers)["content-type"]) == (200, "text/event-stream")
-            assert b": waiting" in await client.reader.readuntil(b"\n\n")
-            pending.release(access_token(1))
-            assert b'"result":{}' in await client.reader.readuntil(b'"result":{}')
+    async with (
+        RawServer(answers(ok(b'{"jsonrpc":"2.0","id":9,"result":{}}'))) as upstream,
+        forwarding(broker, upstream.url) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        broker.waiting = pending = pending_authorization()
+        client.post(CALL, "Accept: application/json, text/event-stream")
+        status, headers = await client.head()
+        assert (status, dict(headers)["content-type"]) == (200, "text/event-stream")
+        assert b": waiting" in await client.reader.readuntil(b"\n\n")
+        pending.release(access_token(1))
+        assert b'"result":{}' in await client.reader.readuntil(b'"result":{}')
     assert b"accept-encoding: identity\r\n" in upstream.requests[0]
 
 
@@ -174,13 +195,16 @@ async def test_a_client_that_goes_away_frees_its_upstream_connection() -> None:
         await peer.request()
         await peer.until_gone()
 
-    async with RawServer(silent) as upstream, forwarding(ScriptedBroker(), upstream.url) as proxy:
-        async with RawClient.to(proxy.origin) as client:
-            client.get()
-            await until(lambda: upstream.requests, "a request")
-            client.drop()
-            await asyncio.wait_for(upstream.peers[0].gone.wait(), 5)
-            await until(lambda: proxy.forwarder.active_requests == 0, "no active request")
+    async with (
+        RawServer(silent) as upstream,
+        forwarding(ScriptedBroker(), upstream.url) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.get()
+        await until(lambda: upstream.requests, "a request")
+        client.drop()
+        await asyncio.wait_for(upstream.peers[0].gone.wait(), 5)
+        await until(lambda: proxy.forwarder.active_requests == 0, "no active request")
 
 
 async def test_a_removed_server_ends_its_requests_in_words_and_its_streams_with_a_final_chunk() -> None:
@@ -190,17 +214,21 @@ async def test_a_removed_server_ends_its_requests_in_words_and_its_streams_with_
         await peer.until_gone()
 
     broker = ScriptedBroker()
-    async with RawServer(stream) as upstream, forwarding(broker, upstream.url) as proxy:
-        async with RawClient.to(proxy.origin) as listener, RawClient.to(proxy.origin) as caller:
-            listener.get()
-            await listener.head()
-            broker.waiting = pending_authorization()
-            caller.post(CALL)
-            await until(lambda: proxy.forwarder.active_requests == 2, "two active requests")
-            proxy.forwarder.end_servers({"other"})
-            assert proxy.forwarder.active_requests == 2
-            proxy.forwarder.end_servers({"notes"})
-            assert await listener.reader.readexactly(5) == b"0\r\n\r\n"
-            answer = await caller.answer()
+    async with (
+        RawServer(stream) as upstream,
+        forwarding(broker, upstream.url) as proxy,
+        RawClient.to(proxy.origin) as listener,
+        RawClient.to(proxy.origin) as caller,
+    ):
+        listener.get()
+        await listener.head()
+        broker.waiting = pending_authorization()
+        caller.post(CALL)
+        await until(lambda: proxy.forwarder.active_requests == 2, "two active requests")
+        proxy.forwarder.end_servers({"other"})
+        assert proxy.forwarder.active_requests == 2
+        proxy.forwarder.end_servers({"notes"})
+        assert await listener.reader.readexactly(5) == b"0\r\n\r\n"
+        answer = await caller.answer()
     assert answer.status == 503
     assert "no longer configured" in str(error_of(answer)["message"])

@@ -39,7 +39,7 @@ class Forwarder:
         )
         self._idle: asyncio.Future[None] | None = None
         self._ended = False
-        self._fast: set[FastPathRequest] = set()
+        self.fast_requests: set[FastPathRequest] = set()
         self._handlers: set[RequestHandler] = set()
 
     # Requests
@@ -59,7 +59,7 @@ class Forwarder:
         connection = self.upstream.idle_connection(route)
         if connection is None:
             return False
-        self._fast.add(fast)
+        self.fast_requests.add(fast)
         fast.send(connection, head, content)
         if connection.head_latency < BUSY_POLL_THRESHOLD and self.active_requests == 1:
             self._busy_poll(fast, time.monotonic() + BUSY_POLL_THRESHOLD)
@@ -75,7 +75,7 @@ class Forwarder:
 
     def finished(self, fast: FastPathRequest) -> None:
         """Forget a request of the fast path."""
-        self._fast.discard(fast)
+        self.fast_requests.discard(fast)
         if self._idle is not None:
             self._check_idle()
 
@@ -83,7 +83,7 @@ class Forwarder:
         """Have a handler go on with a request of the fast path."""
 
         async def serve(request: ClientRequest) -> None:
-            self._fast.discard(fast)
+            self.fast_requests.discard(fast)
             await self.serve(fast.route, request, fast)
 
         fast.request.run(serve)
@@ -112,7 +112,7 @@ class Forwarder:
     @property
     def active_requests(self) -> int:
         """How many requests are being answered now."""
-        return len(self._handlers) + len(self._fast)
+        return len(self._handlers) + len(self.fast_requests)
 
     # Ending
 
@@ -137,7 +137,7 @@ class Forwarder:
             self._idle.set_result(None)
         for handler in list(self._handlers):
             handler.end("draining")
-        for fast in list(self._fast):
+        for fast in list(self.fast_requests):
             fast.end("the proxy is shutting down")
 
     def end_servers(self, names: Collection[str]) -> None:
@@ -145,7 +145,7 @@ class Forwarder:
         for handler in list(self._handlers):
             if handler.route.server.name in names:
                 handler.end("removed")
-        for fast in list(self._fast):
+        for fast in list(self.fast_requests):
             if fast.route.server.name in names:
                 fast.end("it is no longer configured")
 
