@@ -44,7 +44,7 @@ format: $(STAMP) ## put the code in its format
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format --quiet .
 
-bench: $(STAMP) $(BENCH_STAMP) ## one table: direct, nginx, FastMCP's proxy, ours (ARGS=--write keeps it)
+bench: $(STAMP) $(BENCH_STAMP) ## direct, nginx, FastMCP's proxy, ours, in tables (ARGS=--write keeps them, ARGS="--against PATH" compares)
 	@$(BIN)/python -m bench $(ARGS)
 
 conformance: $(STAMP) $(CONFORMANCE_STAMP) ## the official MCP conformance suite through the proxy, and doctor (ARGS="--only 'auth/*'")

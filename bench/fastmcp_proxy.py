@@ -1,7 +1,7 @@
 """FastMCP's proxy, as its documentation sets it up: ``python fastmcp_proxy.py PORT UPSTREAM_URL TOKEN``.
 
-Runs in an environment of its own (requirements/bench.txt). Stateless and with JSON answers, which is the
-fastest it goes; the header is static, so no OAuth is in the measure.
+It runs in an environment of its own (requirements/bench.txt). It is stateless and answers with JSON, which is its
+fastest form; the header is static, so the measure includes no OAuth.
 """
 
 import sys

@@ -3,56 +3,79 @@
 import http.client
 import json
 import socket
+import ssl
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from bench import load
-from bench.contenders import Backend, Contender, Start, wake
-from bench.origin import TOOL_RESULT
-from bench.processes import Child
+from bench.backend import Backend
+from bench.contenders import Contender, Endpoint, Start
+from bench.processes import Child, http_get
+from bench.workloads import BODY, HEADERS, TOOL_RESULT
 
 FIRST_EVENT = b"notifications/message"
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One contender under one number of connections."""
+    """One contender under one workload and one number of connections."""
 
     rate: float
+    """Requests a second."""
     p50: float
     p99: float
     cpu: float | None
     """Seconds of CPU per request, of the proxy alone; None for direct traffic."""
 
 
-class Wrong(Exception):
-    """A contender answered something else than what was asked for: its numbers would mean nothing."""
+class UnexpectedResponse(Exception):
+    """A contender did not answer with the upstream's response, so its numbers would mean nothing."""
 
 
-def verify(contender: Contender) -> None:
-    """Asks once and compares the result with the upstream's."""
-    connection = http.client.HTTPConnection("127.0.0.1", contender.port, timeout=30)
-    connection.request("POST", contender.path, load.BODY, dict(load.HEADERS + contender.headers))
+def verify(contender: Contender, workload: str) -> None:
+    """Send one request and compare the result with the upstream's; raise UnexpectedResponse if it differs."""
+    endpoint = contender.endpoints[workload]
+    if endpoint.authority:
+        context = ssl.create_default_context(cafile=str(endpoint.authority))
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            "127.0.0.1", endpoint.port, timeout=30, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection("127.0.0.1", endpoint.port, timeout=30)
+    connection.request("POST", endpoint.path, BODY, dict(HEADERS + endpoint.headers))
     response = connection.getresponse()
     body = response.read()
     connection.close()
-    if response.status != 200 or json.loads(body)["result"]["content"] != TOOL_RESULT["content"]:
-        raise Wrong(f"{contender.name} answered {response.status}: {body[:500].decode(errors='replace')}")
+    if response.status != 200 or content_of(body) != TOOL_RESULT["content"]:
+        text = body[:500].decode(errors="replace")
+        raise UnexpectedResponse(f"{contender.name}, {workload}: {response.status} {text}")
 
 
-def speed(contender: Contender, *, connections: int, seconds: float) -> Speed:
+def content_of(body: bytes) -> object:
+    """Return the content of the tool result in a JSON body or in an event stream of one event, or None."""
+    text = body.decode(errors="replace")
+    if text.startswith("event: "):
+        text = next((line for line in text.splitlines() if line.startswith("data: ")), "").removeprefix("data: ")
+    try:
+        return json.loads(text)["result"]["content"]
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def speed(contender: Contender, workload: str, *, connections: int, seconds: float) -> Speed:
+    """Put load on ``contender``; raise UnexpectedResponse if a request fails."""
     before = contender.child.cpu_seconds() if contender.child else 0.0
-    seen = load.run(contender, connections=connections, seconds=seconds)
-    if seen.errors or not seen.requests:
-        raise Wrong(f"{contender.name}: {seen.errors} of {seen.requests} requests failed")
-    cpu = (contender.child.cpu_seconds() - before) / seen.requests if contender.child else None
-    return Speed(seen.rate, seen.p50, seen.p99, cpu)
+    done = load.run(contender.endpoints[workload], connections=connections, seconds=seconds)
+    if done.errors or not done.requests:
+        raise UnexpectedResponse(f"{contender.name}, {workload}: {done.errors} of {done.requests} requests failed")
+    cpu = (contender.child.cpu_seconds() - before) / done.requests if contender.child else None
+    return Speed(done.rate, done.p50, done.p99, cpu)
 
 
-def middle(rounds: list[Speed]) -> Speed:
-    """The median of each number, but the lowest p50: what else runs on the machine can only add to it."""
+def summary(rounds: list[Speed]) -> Speed:
+    """Return the median of each number, but the lowest p50: whatever else runs on the machine can only add to it."""
     cpus = [one.cpu for one in rounds if one.cpu is not None]
     return Speed(
         median(one.rate for one in rounds),
@@ -62,15 +85,16 @@ def middle(rounds: list[Speed]) -> Speed:
     )
 
 
-def stream_memory(contender: Contender, path: str, counts: list[int]) -> list[float]:
-    """Bytes of the proxy's memory per held event stream, for each of the growing ``counts``."""
+def stream_memory(contender: Contender, counts: list[int]) -> list[float]:
+    """Return the bytes of the proxy's memory per held event stream, for each of the growing ``counts``."""
     child = require_child(contender)
-    held: list[socket.socket] = [open_stream(contender.port, path)]  # the first pays for code and grant
+    endpoint = contender.endpoints["stream"]
+    held: list[socket.socket] = [open_stream(endpoint)]  # the first one pays for code and grant
     empty = child.resident_bytes()
     found = []
     try:
         for count in counts:
-            held += [open_stream(contender.port, path) for _ in range(count - len(held) + 1)]
+            held += [open_stream(endpoint) for _ in range(count - len(held) + 1)]
             settle(child)
             found.append((child.resident_bytes() - empty) / count)
     finally:
@@ -79,22 +103,27 @@ def stream_memory(contender: Contender, path: str, counts: list[int]) -> list[fl
     return found
 
 
-def open_stream(port: int, path: str) -> socket.socket:
-    """A GET event stream on which the first event has come."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
-    head = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept: text/event-stream\r\n\r\n"
-    connection.sendall(head.encode())
-    seen = b""
-    while FIRST_EVENT not in seen:
+def open_stream(endpoint: Endpoint) -> socket.socket:
+    """Return a connection with a GET event stream on which the first event has come."""
+    connection = socket.create_connection(("127.0.0.1", endpoint.port), timeout=30)
+    connection.sendall(get_request(endpoint, ("Accept", "text/event-stream")))
+    received = b""
+    while FIRST_EVENT not in received:
         part = connection.recv(4096)
         if not part:
-            raise Wrong(f"a stream ended at once: {seen[:300].decode(errors='replace')}")
-        seen += part
+            raise UnexpectedResponse(f"a stream ended at once: {received[:300].decode(errors='replace')}")
+        received += part
     return connection
 
 
+def get_request(endpoint: Endpoint, *fields: tuple[str, str]) -> bytes:
+    lines = [f"GET {endpoint.path} HTTP/1.1", f"Host: 127.0.0.1:{endpoint.port}"]
+    lines += [f"{name}: {value}" for name, value in (*fields, *endpoint.headers)]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
 def settle(child: Child) -> None:
-    """Waits, three seconds at most, until memory stands still."""
+    """Wait until memory stops changing, three seconds at most."""
     last = -1
     for _ in range(30):
         now = child.resident_bytes()
@@ -104,25 +133,24 @@ def settle(child: Child) -> None:
         time.sleep(0.1)
 
 
-def download_rate(contender: Contender, path: str, size: int) -> float:
-    """Bytes a second of one body of ``size`` bytes, read as fast as it comes."""
-    fields = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{contender.port}", "Connection: close"]
-    fields += [f"{name}: {value}" for name, value in contender.headers]
-    with socket.create_connection(("127.0.0.1", contender.port), timeout=30) as connection:
+def download_rate(contender: Contender, size: int) -> float:
+    """Return the bytes a second of one body of ``size`` bytes, read as fast as it comes."""
+    endpoint = contender.endpoints["blob"]
+    with socket.create_connection(("127.0.0.1", endpoint.port), timeout=30) as connection:
         buffer = bytearray(1 << 20)
         received = 0
-        begun = time.perf_counter()
-        connection.sendall("\r\n".join([*fields, "", ""]).encode())
+        started = time.perf_counter()
+        connection.sendall(get_request(endpoint, ("Connection", "close")))
         while received < size and (count := connection.recv_into(buffer)):
             received += count
-        elapsed = time.perf_counter() - begun
+        elapsed = time.perf_counter() - started
     if received < size:
-        raise Wrong(f"{contender.name}: the body ended after {received} of {size} bytes")
+        raise UnexpectedResponse(f"{contender.name}: the body ended after {received} of {size} bytes")
     return received / elapsed
 
 
 def start_up(start: Start, folder: Path, backend: Backend, *, times: int) -> tuple[float, int]:
-    """Seconds from the start of the process until it is ready, and bytes resident then; the median of ``times``."""
+    """Return the seconds from start to readiness, and the bytes resident then; the median of ``times`` starts."""
     seconds, memory = [], []
     for _ in range(times):
         contender = start(folder, backend)
@@ -134,19 +162,20 @@ def start_up(start: Start, folder: Path, backend: Backend, *, times: int) -> tup
 
 
 def many_servers(one: Contender, many: Contender, *, rounds: int, seconds: float) -> tuple[float, float]:
-    """p50 at one connection with one configured server and with many; taken in turns."""
+    """Return p50 at one connection with one configured server and with many, measured in turns."""
     first: list[float] = []
     second: list[float] = []
     for _ in range(rounds):
-        first.append(speed(one, connections=1, seconds=seconds).p50)
-        second.append(speed(many, connections=1, seconds=seconds).p50)
+        first.append(speed(one, "json", connections=1, seconds=seconds).p50)
+        second.append(speed(many, "json", connections=1, seconds=seconds).p50)
     return min(first), min(second)
 
 
 def fetch_grants(contender: Contender) -> None:
-    """Has the proxy obtain its grants for the stream and the body, so that no measure includes it."""
-    if wake(contender, "/blob/mcp") != 200:
-        raise Wrong(f"{contender.name} does not forward the large body")
+    """Make the proxy obtain its grant for the large body, so that no measure includes it."""
+    endpoint = contender.endpoints["blob"]
+    if http_get(endpoint.port, endpoint.path, timeout=20.0) != 200:
+        raise UnexpectedResponse(f"{contender.name} does not forward the large body")
 
 
 def require_child(contender: Contender) -> Child:

@@ -1,12 +1,15 @@
-"""nginx: the constant upstream that stands behind everyone, and the reverse proxy to compare with."""
+"""nginx: the constant upstream behind all contenders, and the reverse proxy to compare with."""
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from bench.origin import CHALLENGE, TOKEN, mcp_answer, resource_metadata
+from bench.certificates import Certificates
+from bench.origin import CHALLENGE, TOKEN, resource_metadata
 from bench.processes import Child
+from bench.workloads import ANSWER
 
 BINARY = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
 
@@ -36,7 +39,8 @@ http {{
 
 UPSTREAM = """
     server {{
-        listen 127.0.0.1:{port} backlog=4096;
+        listen 127.0.0.1:{port}{ssl} backlog=4096;
+        {certificate}
         location = /.well-known/oauth-protected-resource/mcp {{ return 200 '{mcp_metadata}'; }}
         location = /.well-known/oauth-protected-resource/blob {{ return 200 '{blob_metadata}'; }}
         location = /mcp {{
@@ -53,47 +57,74 @@ UPSTREAM = """
     }}
 """
 
+CERTIFICATE = """
+        ssl_certificate {files.certificate};
+        ssl_certificate_key {files.key};
+        ssl_protocols TLSv1.2 TLSv1.3;
+"""
+
 PROXY = """
-    upstream constant {{ server 127.0.0.1:{upstream}; keepalive 256; keepalive_requests 100000000; }}
-    upstream streams {{ server 127.0.0.1:{origin}; keepalive 256; }}
+{upstreams}
     server {{
         listen 127.0.0.1:{port} backlog=4096;
         proxy_http_version 1.1;
         proxy_set_header Connection "";
         proxy_set_header Authorization "Bearer {token}";
         proxy_max_temp_file_size 0;
-        location /bench/mcp {{ proxy_pass http://constant/mcp; }}
-        location /blob/mcp {{ proxy_pass http://constant/blob; }}
-        location /stream/mcp {{ proxy_pass http://streams/stream; proxy_buffering off; proxy_read_timeout 600s; }}
+{locations}
     }}
 """
 
+POOL = "    upstream {name} {{ server {address}; keepalive 256; keepalive_requests 100000000; }}"
+LOCATION = "        location /{name}/mcp {{ proxy_pass {scheme}://{name}/{path}; {options} }}"
 
-def start_upstream(folder: Path, port: int, *, issuer: str, blob: Path) -> Child:
-    """An upstream that answers every tool call with the same bytes, to those who bring the token."""
-    base = f"http://127.0.0.1:{port}"
+HELD = "proxy_buffering off; proxy_read_timeout 600s;"
+"""For held streams alone: other answers are buffered, as is nginx's default, which makes it faster."""
+
+VERIFY = """
+            proxy_ssl_verify on;
+            proxy_ssl_name localhost;
+            proxy_ssl_protocols TLSv1.2 TLSv1.3;
+            proxy_ssl_trusted_certificate {authority};
+        """
+
+
+def start_upstream(folder: Path, port: int, *, issuer: str, blob: Path, files: Certificates | None = None) -> Child:
+    """Start an upstream that answers each tool call with the token by the same bytes; over TLS with ``files``."""
+    base = f"http{'s' if files else ''}://127.0.0.1:{port}"
     server = UPSTREAM.format(
         port=port,
+        ssl=" ssl" if files else "",
+        certificate=CERTIFICATE.format(files=files) if files else "",
         token=TOKEN,
-        answer=json.dumps(mcp_answer({"id": 1}), separators=(",", ":")),
+        answer=ANSWER.decode(),
         mcp_metadata=json.dumps(resource_metadata(base, "/mcp", issuer)),
         mcp_challenge=CHALLENGE.format(base=base, path="/mcp"),
         blob_metadata=json.dumps(resource_metadata(base, "/blob", issuer)),
         blob_challenge=CHALLENGE.format(base=base, path="/blob"),
         blob=blob,
     )
-    return start(folder, "upstream", port, server)
+    return start(folder, f"upstream-{port}", port, server)
 
 
-def start_proxy(folder: Path, port: int, *, upstream: int, origin: int) -> Child:
-    """A reverse proxy that adds a static header: what forwarding costs at the least."""
-    return start(folder, "proxy", port, PROXY.format(port=port, upstream=upstream, origin=origin, token=TOKEN))
+def start_proxy(folder: Path, port: int, *, urls: Mapping[str, str], authority: Path | None) -> Child:
+    """Start a reverse proxy that serves each URL under its name and adds a static header."""
+    upstreams, locations = [], []
+    for name, url in urls.items():
+        scheme, _, rest = url.partition("://")
+        address, _, path = rest.partition("/")
+        options = VERIFY.format(authority=authority) if scheme == "https" else HELD if name == "stream" else ""
+        upstreams.append(POOL.format(name=name, address=address))
+        locations.append(LOCATION.format(name=name, scheme=scheme, path=path, options=options))
+    server = PROXY.format(port=port, token=TOKEN, upstreams="\n".join(upstreams), locations="\n".join(locations))
+    return start(folder, f"proxy-{port}", port, server)
 
 
 def start(folder: Path, name: str, port: int, servers: str) -> Child:
+    """Start nginx with one worker; raise RuntimeError if it is not installed or not ready in time."""
     if BINARY is None:
         raise RuntimeError("nginx is not installed")
-    user = "user root;" if os.geteuid() == 0 else ""  # else the worker of root's nginx could not read the folder
+    user = "user root;" if os.geteuid() == 0 else ""  # otherwise the worker of root's nginx could not read the folder
     file = folder / f"{name}.conf"
     file.write_text(FRAME.format(folder=folder, name=name, servers=servers, user=user))
     command = [BINARY, "-c", str(file), "-p", str(folder), "-e", f"{folder}/{name}.error.log"]

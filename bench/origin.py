@@ -1,34 +1,48 @@
-"""What stands behind the proxies, as one uvloop process: ``python -m bench.origin PORT [BLOB_BYTES]``.
+"""The origin server behind the proxies, as one uvloop process: ``python -m bench.origin PORT [BLOB_BYTES]``.
 
-An authorization server that grants client credentials at once; an MCP endpoint that wants the token it
-gave (``/mcp``); an event stream that is held open (``/stream``); a large body (``/blob``). Raw protocol
-code, so that it is never the slowest part; where nginx is installed it answers ``/mcp`` and ``/blob`` instead.
+It is an authorization server that grants client credentials at once, an MCP endpoint that requires the token
+(``/mcp``; ``/events``, ``/apart`` and ``/parts`` answer with event streams), an event stream that is held open
+(``/stream``) and a large body (``/blob``). It is raw protocol code, so that it is never the slowest part; if nginx is
+installed, nginx serves ``/mcp`` and ``/blob`` instead.
 """
 
 import asyncio
 import json
 import sys
+from collections import deque
 from typing import Any, cast
 
 import httptools
 import uvloop
 
+from bench.workloads import BODY, EVENT_STREAMS, TOOL_RESULT
+
 TOKEN = "bench-access-token"
 CHALLENGE = 'Bearer resource_metadata="{base}/.well-known/oauth-protected-resource{path}"'
 RESOURCE_PREFIX = "/.well-known/oauth-protected-resource"
-TOOLS = [{"name": "echo", "description": "Says it again.", "inputSchema": {"type": "object", "properties": {}}}]
-TOOL_RESULT: dict[str, Any] = {"resultType": "complete", "content": [{"type": "text", "text": "pong " * 40}]}
+TOOLS = [{"name": "echo", "description": "Repeats its input.", "inputSchema": {"type": "object", "properties": {}}}]
 SERVER_INFO = {"name": "bench-origin", "version": "1"}
 CHUNK = b"\0" * 65536
 
+REQUEST_BODY = BODY.encode()
+AUTHORIZATION = b"Bearer " + TOKEN.encode()
+STREAM_REQUESTS = {b"POST " + path.encode(): parts for path, parts in EVENT_STREAMS.items()}
+
+LAG = 16
+"""Requests after which the second part of an answer is sent. Sent at once, a busy proxy would read both parts together:
+99 of 100 times, as measured with 32 connections."""
+
+MAX_LAG_SECONDS = 0.002
+"""Seconds after which the rest is sent although no further requests came, in steps of as much."""
+
 
 def resource_metadata(base: str, path: str, issuer: str) -> dict[str, Any]:
-    """RFC 9728 §3.2."""
+    """Return protected resource metadata (RFC 9728 §3.2)."""
     return {"resource": base + path, "authorization_servers": [issuer]}
 
 
 def server_metadata(issuer: str) -> dict[str, Any]:
-    """RFC 8414 §3.2."""
+    """Return authorization server metadata (RFC 8414 §3.2)."""
     return {
         "issuer": issuer,
         "authorization_endpoint": f"{issuer}/authorize",
@@ -41,7 +55,7 @@ def server_metadata(issuer: str) -> dict[str, Any]:
 
 
 def mcp_answer(message: dict[str, Any]) -> dict[str, Any] | None:
-    """The answer to one JSON-RPC message, or None for a notification."""
+    """Return the answer to one JSON-RPC message, or None for a notification."""
     if "id" not in message:
         return None
     result: dict[str, Any]
@@ -65,11 +79,44 @@ def mcp_answer(message: dict[str, Any]) -> dict[str, Any] | None:
     return {"jsonrpc": "2.0", "id": message["id"], "result": result}
 
 
+class DelayedWrites:
+    """Send the second parts of answers, each apart from the first (see LAG)."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[asyncio.Transport, bytes]] = deque()
+        self.timer: asyncio.TimerHandle | None = None
+        self.added = self.written = 0
+        self.due = 0
+        """How many of those added had been there at the last tick."""
+
+    def add(self, transport: asyncio.Transport, data: bytes) -> None:
+        self.waiting.append((transport, data))
+        self.added += 1
+        if len(self.waiting) > LAG:
+            self.write_next()
+        if self.timer is None:
+            self.due = self.added - 1
+            self.timer = asyncio.get_running_loop().call_later(MAX_LAG_SECONDS, self.tick)
+
+    def write_next(self) -> None:
+        transport, data = self.waiting.popleft()
+        self.written += 1
+        if not transport.is_closing():
+            transport.write(data)
+
+    def tick(self) -> None:
+        while self.written < self.due:
+            self.write_next()
+        self.due = self.added
+        self.timer = asyncio.get_running_loop().call_later(MAX_LAG_SECONDS, self.tick) if self.waiting else None
+
+
 class Origin(asyncio.Protocol):
     """One client connection; requests are answered in order."""
 
-    def __init__(self, base: str, blob_bytes: int) -> None:
+    def __init__(self, base: str, blob_bytes: int, delayed: DelayedWrites) -> None:
         self.base = base
+        self.delayed = delayed
         self.blob_bytes = blob_bytes
         self.writable = asyncio.Event()
         self.writable.set()
@@ -90,6 +137,12 @@ class Origin(asyncio.Protocol):
         self.writable.set()
 
     def data_received(self, data: bytes) -> None:
+        # The load's own request comes whole: to find that out takes a tenth of the time of parsing it.
+        if data.endswith(REQUEST_BODY) and AUTHORIZATION in data:
+            parts = STREAM_REQUESTS.get(data[: data.find(b" HTTP/")])
+            if parts is not None:
+                self.send_parts(*parts)
+                return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
@@ -104,7 +157,7 @@ class Origin(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"authorization":
-            self.authorized = value == b"Bearer " + TOKEN.encode()
+            self.authorized = value == AUTHORIZATION
 
     def on_body(self, body: bytes) -> None:
         self.body += body
@@ -117,7 +170,7 @@ class Origin(asyncio.Protocol):
             self.json(server_metadata(self.base))
         elif path == "/token":
             self.json({"access_token": TOKEN, "token_type": "Bearer", "expires_in": 86400})
-        elif path not in ("/mcp", "/stream", "/blob"):
+        elif path not in ("/mcp", "/stream", "/blob", *EVENT_STREAMS):
             self.head("404 Not Found", "content-length: 0")
         elif not self.authorized:
             challenge = CHALLENGE.format(base=self.base, path=path)
@@ -130,8 +183,15 @@ class Origin(asyncio.Protocol):
             length = f"content-length: {self.blob_bytes}"
             self.head("200 OK", "content-type: application/octet-stream", "connection: close", length)
             self.blob = asyncio.create_task(self.send_blob())
+        elif path in EVENT_STREAMS:
+            self.send_parts(*EVENT_STREAMS[path])
         else:
             self.answer_mcp()
+
+    def send_parts(self, first: bytes, second: bytes) -> None:
+        self.transport.write(first)
+        if second:
+            self.delayed.add(self.transport, second)
 
     def answer_mcp(self) -> None:
         answer = mcp_answer(json.loads(self.body)) if self.body else None
@@ -159,8 +219,9 @@ class Origin(asyncio.Protocol):
 
 async def serve(port: int, blob_bytes: int) -> None:
     base = f"http://127.0.0.1:{port}"
+    delayed = DelayedWrites()
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Origin(base, blob_bytes), "127.0.0.1", port, backlog=4096)
+    server = await loop.create_server(lambda: Origin(base, blob_bytes, delayed), "127.0.0.1", port, backlog=4096)
     await server.serve_forever()
 
 

@@ -1,4 +1,4 @@
-"""Child processes of the benchmark: started, watched through /proc, and ended by their own id."""
+"""Child processes of the benchmark: start them, watch them through /proc, and end them by their own id."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
+    """Return a port of the loopback on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -21,14 +21,14 @@ def free_port() -> int:
 
 
 def raise_file_limit() -> int:
-    """Lets this process and its children open as many files as the system allows; returns how many."""
+    """Let this process and its children open as many files as the system allows; return how many."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
 
 
 def http_get(port: int, path: str, timeout: float = 5.0) -> int:
-    """The status of one GET, 0 where there is no answer."""
+    """Return the status of one GET, 0 if there is no answer."""
     request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
     try:
         with socket.create_connection(("127.0.0.1", port), timeout) as connection:
@@ -40,7 +40,7 @@ def http_get(port: int, path: str, timeout: float = 5.0) -> int:
 
 
 class Child:
-    """One server under test, with all processes that it started itself."""
+    """One server under test, with the processes that it starts itself."""
 
     def __init__(self, command: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
@@ -56,7 +56,10 @@ class Child:
             )
 
     def wait_for(self, port: int, path: str | None = None, *, deadline: float = 30.0) -> float:
-        """Seconds from the start until ``path`` answers 200 (or the port is open, without a path)."""
+        """Return the seconds from the start until ``path`` answers 200 or, without a path, the port is open.
+
+        Raises RuntimeError with the end of the log after ``deadline`` seconds, or if the process ends.
+        """
         while time.perf_counter() - self.started < deadline:
             if self.process.poll() is not None:
                 break
@@ -80,15 +83,15 @@ class Child:
         return [self.process.pid, *map(int, children)]
 
     def cpu_seconds(self) -> float:
-        """User and system time spent so far."""
+        """Return the seconds of user and system time spent so far."""
         return sum(cpu_ticks(pid) for pid in self.pids()) / TICKS
 
     def resident_bytes(self) -> int:
-        """Resident memory; pages that a master shares with its workers are counted once per process."""
+        """Return the resident memory. Pages that a master shares with its workers count once per process."""
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids()) * PAGE
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL after five seconds."""
+        """Send SIGTERM, and SIGKILL after five seconds."""
         self.process.terminate()
         try:
             self.process.wait(5)

@@ -1,98 +1,21 @@
-"""The numbers of one run, as the table that is printed and kept."""
+"""The results of one run as the tables that are printed and kept."""
 
 import os
 import platform
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.load import GENERATOR
 from bench.measures import Speed
+from bench.results import BEFORE, OURS, Results, Target, targets
+from bench.workloads import JSON, WORKLOADS
 
 DASH = "–"
-
-
-@dataclass(slots=True)
-class Results:
-    """What a run has found so far; absent where it could not be measured."""
-
-    speeds: dict[tuple[str, int], Speed] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    streams: dict[tuple[str, int], float] = field(default_factory=dict)
-    downloads: dict[str, float] = field(default_factory=dict)
-    ready: dict[str, float] = field(default_factory=dict)
-    idle: dict[str, int] = field(default_factory=dict)
-    servers: dict[int, float] = field(default_factory=dict)
-    absent: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One thing that must hold: what was found, and the bound it is held against."""
-
-    what: str
-    found: float | None
-    bound: float
-    at_least: bool
-    unit: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        if self.found is None:
-            return None
-        return self.found >= self.bound if self.at_least else self.found <= self.bound
-
-    def row(self) -> list[str]:
-        verdict = {True: "pass", False: "MISS", None: "not measured"}[self.met]
-        sign = "≥" if self.at_least else "≤"
-        found = (
-            DASH
-            if self.found is None
-            else f"{self.found:,.3g}{self.unit}"
-            if self.found < 100
-            else f"{self.found:,.0f}{self.unit}"
-        )
-        return [self.what, found, f"{sign} {self.bound:g}{self.unit}", verdict]
-
-
-def targets(results: Results, connections: int, streams: int) -> list[Target]:
-    """The ratios of one run, with what they have to be."""
-    ours = results.speeds.get(("ours", connections))
-
-    def ratio(other: str) -> float | None:
-        theirs = results.speeds.get((other, connections))
-        return ours.rate / theirs.rate if ours and theirs else None
-
-    alone, bare = results.speeds.get(("ours", 1)), results.speeds.get(("direct", 1))
-    stream = results.streams.get(("ours", streams))
-    own, theirs = results.downloads.get("ours"), results.downloads.get("nginx")
-    idle = results.idle.get("ours")
-    few, many = (
-        (results.servers[min(results.servers)], results.servers[max(results.servers)]) if results.servers else (0, 0)
-    )
-    added = (alone.p50 - bare.p50) * 1e3 if alone and bare else None
-    return [
-        Target(f"requests/s over FastMCP's proxy, {connections} connections", ratio("fastmcp"), 300, True, " ×"),
-        Target(f"requests/s over nginx, {connections} connections", ratio("nginx"), 0.20, True, " ×"),
-        Target("p50 added over direct, 1 connection", added, 0.12, False, " ms"),
-        Target(
-            f"memory per held stream, {streams:,} streams", None if stream is None else stream / 1024, 20, False, " KB"
-        ),
-        Target("streamed body, rate over nginx", own / theirs if own and theirs else None, 0.3, True, " ×"),
-        Target("resident when idle", None if idle is None else idle / 2**20, 60, False, " MB"),
-        Target("ready after start", results.ready.get("ours"), 1.0, False, " s"),
-        Target(
-            f"p50 with {max(results.servers, default=10_000):,} servers over 1",
-            many / few if few else None,
-            1.1,
-            False,
-            " ×",
-        ),
-    ]
+VERDICTS = {True: "pass", False: "MISS", None: "not measured"}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal."""
+    """Return a Markdown table whose columns line up in a terminal."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
 
     def line(cells: list[str]) -> str:
@@ -107,67 +30,126 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def render(results: Results, connections: int, stream_counts: list[int]) -> str:
-    """Everything that a run found, as Markdown."""
-    names = results.names
-    blocks = [speed_table(results, connections), other_table(results, stream_counts)]
-    wanted = targets(results, connections, stream_counts[-1])
-    blocks.append(table(["Target", "found", "wanted", ""], [target.row() for target in wanted]))
-    notes = [
-        f"Load: {GENERATOR}; a stateless `tools/call` (MCP 2026-07-28), the same for all.",
-        "Medians of interleaved rounds, p50 of the quietest; CPU is that of the proxy's processes alone.",
+    """Return everything that a run has measured, as Markdown."""
+    blocks = [
+        speed_table(results, connections),
+        workload_table(results, connections),
+        other_table(results, stream_counts),
+        target_table(results, connections, stream_counts[-1]),
     ]
-    if "fastmcp" in names:
-        notes.append(
-            "FastMCP's proxy has a Python upstream that speaks MCP (it could answer forty thousand requests a second);"
-            " the others have a constant one."
-        )
-    if results.servers:
-        each = ", ".join(f"{milliseconds(p50)} with {count:,}" for count, p50 in results.servers.items())
-        notes.append(f"p50 at one connection by number of configured servers: {each}.")
-    notes += results.absent
-    return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in notes)])
+    lines = notes(results, connections)
+    return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in lines)])
 
 
 def speed_table(results: Results, connections: int) -> str:
+    """Return the rates and latencies of the first workload, at one connection and at many."""
     rows = []
     for key, name in results.names.items():
-        one, many = results.speeds.get((key, 1)), results.speeds.get((key, connections))
+        one, many = results.speed(key, JSON.key, 1), results.speed(key, JSON.key, connections)
         if one and many:
             rows.append([name, *speed_cells(one), *speed_cells(many)])
-    unit = ["req/s", "p50", "p99", "CPU/req"]
-    head = ["", *[f"{label}, 1 conn" for label in unit], *[f"{label}, {connections} conn" for label in unit]]
+    units = ["req/s", "p50", "p99", "CPU/req"]
+    head = [JSON.title, *[f"{unit}, 1 conn" for unit in units], *[f"{unit}, {connections} conn" for unit in units]]
     return table(head, rows)
 
 
 def speed_cells(speed: Speed) -> list[str]:
-    cpu = DASH if speed.cpu is None else f"{speed.cpu * 1e6:,.0f} µs"
-    return [f"{speed.rate:,.0f}", milliseconds(speed.p50), milliseconds(speed.p99), cpu]
+    return [f"{speed.rate:,.0f}", milliseconds(speed.p50), milliseconds(speed.p99), microseconds(speed.cpu)]
+
+
+def workload_table(results: Results, connections: int) -> str:
+    """Return one row for each workload and contender: rate, CPU, and share of nginx's rate."""
+    rows = []
+    for workload in WORKLOADS:
+        for key, name in results.names.items():
+            speed = results.speed(key, workload.key, connections)
+            if speed and key != "fastmcp":
+                share = results.ratio(key, "nginx", workload.key, connections) if key in (BEFORE, OURS) else None
+                cells = [f"{speed.rate:,.0f}", milliseconds(speed.p50), microseconds(speed.cpu)]
+                rows.append([f"{workload.title}: {name}", *cells, DASH if share is None else f"{share:.3f}"])
+    return table([f"{connections} connections", "req/s", "p50", "CPU/req", "share of nginx"], rows)
+
+
+def other_table(results: Results, stream_counts: list[int]) -> str:
+    """Return memory per held stream, the rate of a large body, and start-up."""
+    rows = []
+    for key, name in results.names.items():
+        streams = [results.streams.get((key, count)) for count in stream_counts]
+        rate, ready, idle = results.downloads.get(key), results.ready.get(key), results.idle.get(key)
+        cells = [DASH if held is None else f"{held / 1024:.1f} KB" for held in streams]
+        cells.append(DASH if rate is None else f"{rate / 1e6:,.0f} MB/s")
+        cells.append(DASH if ready is None else f"{ready:.2f} s")
+        cells.append(DASH if idle is None else f"{idle / 2**20:.1f} MB")
+        rows.append([name, *cells])
+    head = ["", *[f"per stream, {count:,}" for count in stream_counts], "streamed body", "ready", "idle"]
+    return table(head, rows)
+
+
+def target_table(results: Results, connections: int, streams: int) -> str:
+    """Return the targets with what was found, and in one more column what the other checkout reaches."""
+    found = targets(results, connections, streams)
+    head, rows = ["Target", "found", "wanted", ""], [target_row(target) for target in found]
+    if BEFORE in results.names:
+        head.insert(1, "before")
+        for row, target in zip(rows, targets(results, connections, streams, BEFORE), strict=True):
+            row.insert(1, amount(target.found, target.unit))
+    return table(head, rows)
+
+
+def target_row(target: Target) -> list[str]:
+    bound = f"{'≥' if target.at_least else '≤'} {target.bound:g}{target.unit}"
+    return [target.what, amount(target.found, target.unit), bound, VERDICTS[target.met]]
+
+
+def amount(value: float | None, unit: str) -> str:
+    if value is None:
+        return DASH
+    return f"{value:,.3g}{unit}" if value < 100 else f"{value:,.0f}{unit}"
 
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.3f} ms"
 
 
-def other_table(results: Results, stream_counts: list[int]) -> str:
-    rows = []
-    for key, name in results.names.items():
-        streams = [results.streams.get((key, count)) for count in stream_counts]
-        rate, ready, idle = results.downloads.get(key), results.ready.get(key), results.idle.get(key)
-        row = [
-            name,
-            *[DASH if value is None else f"{value / 1024:,.1f} KB" for value in streams],
-            DASH if rate is None else f"{rate / 2**20:,.0f} MB/s",
-            DASH if ready is None else f"{ready:.2f} s",
-            DASH if idle is None else f"{idle / 2**20:,.0f} MB",
-        ]
-        if set(row[1:]) != {DASH}:
-            rows.append(row)
-    head = ["", *[f"per stream, {count:,}" for count in stream_counts], "streamed body", "ready", "idle"]
-    return table(head, rows)
+def microseconds(seconds: float | None) -> str:
+    return DASH if seconds is None else f"{seconds * 1e6:,.0f} µs"
+
+
+def notes(results: Results, connections: int) -> list[str]:
+    """Return what a reader has to know to judge the numbers."""
+    lines = [
+        f"Load: {GENERATOR}; a stateless `tools/call` (MCP 2026-07-28), the same for all.",
+        "Medians of interleaved rounds, p50 of the quietest; a share is the median of the shares of each round. CPU is"
+        " that of the proxy's processes alone.",
+        "JSON comes from nginx as a constant upstream, behind TLS too (HTTP/1.1, persistent connections, certificate"
+        " verified); event streams come from raw protocol code on uvloop. Direct rates are those of the upstreams.",
+        "End apart: the head and the event come in one segment, the last chunk in another, after 16 more requests (at"
+        " most 4 ms). Head apart: the event and the last chunk come together, as late as that; so the MCP SDK for"
+        " Python sends them. nginx buffers these answers, which is its default.",
+    ]
+    busy = [
+        f"{results.names[key]} {min(cores):.2f} to {max(cores):.2f}"
+        for key in results.names
+        if key != "fastmcp" and (cores := results.cores(key, connections))
+    ]
+    if busy:
+        lines.append(
+            f"Cores kept busy at {connections} connections: {', '.join(busy)}. A proxy with one process that is well"
+            " below 1 was waiting for the load, the upstream or other work on the machine."
+        )
+    if "fastmcp" in results.names:
+        lines.append(
+            "FastMCP's proxy has a Python upstream that speaks MCP (it could answer forty thousand requests a second);"
+            " the others have a constant one."
+        )
+    if results.servers:
+        each = ", ".join(f"{milliseconds(p50)} with {count:,}" for count, p50 in results.servers.items())
+        lines.append(f"p50 at one connection by number of configured servers: {each}.")
+    return lines + results.absent
 
 
 def machine() -> str:
-    """The machine in words: processor, cores, memory, system, Python."""
+    """Return the machine in words: processor, cores, memory, system, Python."""
     cpu = next(
         (
             line.partition(":")[2].strip()
@@ -182,7 +164,7 @@ def machine() -> str:
 
 
 def write(file: Path, text: str) -> None:
-    """Puts the results into ``file``, below its heading and above what was written by hand after the mark."""
+    """Put the results into ``file``, below its heading and above what was written by hand after the mark."""
     mark = "<!-- written by hand below this line -->"
     kept = (
         file.read_text().partition(mark)[2] if file.exists() else "\n\n## What the profile shows\n\nNothing kept yet.\n"

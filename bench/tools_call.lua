@@ -1,5 +1,5 @@
 -- One MCP request for every contender: a stateless tools/call of revision 2026-07-28.
--- The environment brings the body and a header; the outcome goes to stdout as one line of JSON.
+-- The environment has the body and the header fields; the outcome goes to stdout as one line of JSON.
 
 wrk.method = "POST"
 wrk.body = os.getenv("BENCH_BODY")
