@@ -1,32 +1,32 @@
-"""The errors of the package; no HTTP in them, the edges decide how each is answered.
+"""The errors of the package. They know nothing of HTTP: the edges decide how each one is answered.
 
 ::
 
-    ProxyError
+    McpAuthProxyError
     ├── AddressInUse                   something else listens on the address already
-    ├── RequestRejected                a client's request breaks HTTP or a bound, or asks for what is never served
-    ├── BodyTooLarge                   a client's request has a larger body than is allowed
+    ├── RequestRejected                a client's request breaks HTTP or a limit, or asks for what is never served
+    ├── BodyTooLarge                   a client's request has a larger body than allowed
     ├── ClientDisconnected             the client went away before its request was complete
-    ├── ConfigurationError             the configuration can't be used; carries every fault at once
+    ├── ConfigurationError             the configuration is invalid; lists all errors at once
     ├── StoreError
-    │   ├── StoreRefused               wrong key, foreign or newer database: nothing is started or written
-    │   ├── StoreUnavailable           locked, read-only or full: passes, try again
-    │   └── SealBroken                 one sealed value does not open; other rows are not concerned
-    ├── AuthorizationError             an authorization can't go on
+    │   ├── StoreRejected              wrong key, foreign or newer database: nothing is started or written
+    │   ├── StoreUnavailable           locked, read-only or full: temporary, try again
+    │   └── DecryptionError            one encrypted value can't be decrypted; other rows are not affected
+    ├── AuthorizationError             an authorization can't continue
     │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
     │   ├── RegistrationImpossible     no way to become a client of this authorization server
-    │   ├── AuthorizationDenied        the authorization server, or the user, said no
+    │   ├── AuthorizationDenied        the authorization server or the user said no
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
-    │   └── AuthorizationServerUnavailable   down, slow or answering rubbish: passes, try again
-    ├── CallbackRefused                a browser came back with something that no pending flow accounts for
+    │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
+    ├── CallbackRefused                a callback request that matches no pending flow
     └── UpstreamError
-        ├── UpstreamUnreachable        no connection: no byte of the request left
+        ├── UpstreamUnreachable        no connection: no byte of the request was sent
         ├── UpstreamTimeout            connected, but no response head in time
-        ├── UpstreamBroken             the response broke off or broke HTTP
-        └── UpstreamBusy               all connections to the origin are taken
+        ├── UpstreamProtocolError      the response was cut off or is not valid HTTP
+        └── UpstreamPoolTimeout        all connections to the origin are in use
 
-``str()`` of each is one or two plain sentences for the user: what is wrong and, where there is one, the
-remedy. None of them ever holds a token, code, verifier, secret or state, or a value of a URL's query.
+``str()`` of each is one or two plain sentences for the user: what is wrong and, if there is one, the
+remedy. No error ever contains a token, code, verifier, secret or state, or a value from a URL's query.
 """
 
 import re
@@ -36,7 +36,7 @@ _QUERY = re.compile(r"(https?://[^\s?#\"]*\?)([^\s\"]*[^\s\".,;:!)\]}'])", re.IG
 
 
 def without_query_values(text: str) -> str:
-    """Return text with the values in the queries of its http(s) URLs masked: servers take API keys there."""
+    """Mask the query values of all http(s) URLs in ``text``: some servers take API keys there."""
     return _QUERY.sub(lambda found: found[1] + "&".join(map(_without_value, found[2].split("&"))), text)
 
 
@@ -78,7 +78,7 @@ class ClientDisconnected(McpAuthProxyError):
 
 @dataclass(frozen=True, slots=True)
 class ConfigError:
-    """One thing wrong with the configuration: the dotted path of the key, and what is wrong with it."""
+    """One error in the configuration: the dotted path of the key, and the problem with it."""
 
     path: str
     problem: str
@@ -88,36 +88,36 @@ class ConfigError:
 
 
 class ConfigurationError(McpAuthProxyError):
-    """The configuration can't be used. ``faults`` holds everything that is wrong, in file order."""
+    """The configuration is invalid. ``errors`` lists everything that is wrong, in file order."""
 
-    def __init__(self, faults: list[ConfigError], source: str = "") -> None:
-        self.faults = faults
+    def __init__(self, errors: list[ConfigError], source: str = "") -> None:
+        self.errors = errors
         self.source = source
-        super().__init__("\n".join(str(fault) for fault in faults))
+        super().__init__("\n".join(str(error) for error in errors))
 
 
 class StoreError(McpAuthProxyError):
-    """The store could not do what was asked."""
+    """The store failed to read or write."""
 
 
 class StoreRejected(StoreError):
-    """The store must not be used as it is: wrong key, not our database, or a newer schema."""
+    """The store must not be used: wrong key, not our database, or a newer schema."""
 
 
 class StoreUnavailable(StoreError):
-    """The store can't be read or written now: locked, read-only, disk full."""
+    """The store can't be read or written now: locked, read-only, or the disk is full."""
 
 
 class DecryptionError(StoreError):
-    """A sealed value does not open: damaged, moved to another row, or sealed under a key we don't have."""
+    """An encrypted value can't be decrypted: damaged, moved to another row, or encrypted with a missing key."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigHint:
-    """What in the configuration would allow what was refused.
+    """The configuration key that would allow what was refused.
 
-    ``key`` is a dotted path: below the server where it begins with ``oauth.``, else from the top. ``value`` is what
-    to put there, empty where only the operator can know.
+    ``key`` is a dotted path: relative to the server if it starts with ``oauth.``, otherwise from the top level.
+    ``value`` is what to set it to; empty if only the operator can know.
     """
 
     key: str
@@ -125,22 +125,22 @@ class ConfigHint:
 
 
 class AuthorizationError(McpAuthProxyError):
-    """An authorization can't go on. A new request may try again. ``remedy`` is None where no key would allow it."""
+    """An authorization can't continue. A new request may try again. ``hint`` is None if no key would allow it."""
 
-    def __init__(self, message: str, *, remedy: ConfigHint | None = None) -> None:
-        self.remedy = remedy
+    def __init__(self, message: str, *, hint: ConfigHint | None = None) -> None:
+        self.hint = hint
         super().__init__(message)
 
 
 class DocumentRefused(AuthorizationError):
     """A document from the network breaks a rule.
 
-    ``document`` is its name in words ("protected resource metadata"), ``url`` where it came from,
+    ``document`` is its name in words ("protected resource metadata"), ``url`` where it was fetched from,
     ``problem`` the rule and what was found instead, ``clause`` the RFC section ("RFC 8414 §3.3").
     """
 
     def __init__(
-        self, document: str, url: str, problem: str, clause: str = "", *, remedy: ConfigHint | None = None
+        self, document: str, url: str, problem: str, clause: str = "", *, hint: ConfigHint | None = None
     ) -> None:
         self.document = document
         self.url = url
@@ -148,50 +148,55 @@ class DocumentRefused(AuthorizationError):
         self.clause = clause
         where = f" at {url}" if url else ""
         rule = f" ({clause})" if clause else ""
-        super().__init__(f"The {document}{where} is refused: {problem}{rule}.", remedy=remedy)
+        super().__init__(f"The {document}{where} is refused: {problem}{rule}.", hint=hint)
 
 
 class RegistrationImpossible(AuthorizationError):
-    """There is no way to become a client of this authorization server; the text names the config keys to set."""
+    """There is no way to become a client of this authorization server. The text names the keys to set."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, remedy=ConfigHint("oauth.client_id"))
+        super().__init__(message, hint=ConfigHint("oauth.client_id"))
 
 
 class AuthorizationDenied(AuthorizationError):
-    """The authorization server, or the user at it, said no. ``error`` is the OAuth error code."""
+    """The authorization server or its user said no. ``error`` is the OAuth error code."""
 
-    def __init__(self, message: str, error: str = "", *, remedy: ConfigHint | None = None) -> None:
+    def __init__(self, message: str, error: str = "", *, hint: ConfigHint | None = None) -> None:
         self.error = error
-        super().__init__(message, remedy=remedy)
+        super().__init__(message, hint=hint)
 
 
 class TokenRefused(AuthorizationError):
-    """The token endpoint answered with a structured OAuth error (RFC 6749 §5.2), in ``error``."""
+    """The token endpoint answered with a structured OAuth error (RFC 6749 §5.2). ``error`` is its code."""
 
-    def __init__(self, error: str, message: str, *, remedy: ConfigHint | None = None) -> None:
+    def __init__(self, error: str, message: str, *, hint: ConfigHint | None = None) -> None:
         self.error = error
-        super().__init__(message, remedy=remedy)
+        super().__init__(message, hint=hint)
 
 
 class AuthorizationServerUnavailable(AuthorizationError):
-    """The authorization server can't be used now. ``retry_after`` is what a client is told, in seconds.
+    """The authorization server can't be used now. ``retry_after`` is what MCP clients are told, in seconds.
 
-    ``asked_pause``: the seconds that the server itself wants to be left alone for (Retry-After), 0 where it said none.
-    ``maybe_processed``: the request may have arrived and been acted upon, only the answer is missing.
+    ``server_retry_after``: the server's own Retry-After in seconds, 0 if it sent none.
+    ``maybe_processed``: the request may have been processed, and only the response was lost.
     """
 
     def __init__(
-        self, message: str, retry_after: float = 5.0, *, asked_pause: float = 0.0, maybe_processed: bool = False
+        self,
+        message: str,
+        retry_after: float = 5.0,
+        *,
+        server_retry_after: float = 0.0,
+        maybe_processed: bool = False,
     ) -> None:
         self.retry_after = retry_after
-        self.asked_pause = asked_pause
+        self.server_retry_after = server_retry_after
         self.maybe_processed = maybe_processed
         super().__init__(message)
 
 
 class CallbackRefused(McpAuthProxyError):
-    """A browser came to the callback with something that no pending flow accounts for; ``status`` suits it."""
+    """A callback request matches no pending flow. ``status`` is the HTTP status to answer with."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         self.status = status
@@ -203,7 +208,7 @@ class UpstreamError(McpAuthProxyError):
 
 
 class UpstreamUnreachable(UpstreamError):
-    """No connection could be made: no byte of the request has left."""
+    """No connection could be made: no byte of the request was sent."""
 
 
 class UpstreamTimeout(UpstreamError):
@@ -211,8 +216,8 @@ class UpstreamTimeout(UpstreamError):
 
 
 class UpstreamProtocolError(UpstreamError):
-    """The response broke off, or broke the rules of HTTP. The request may have been acted upon."""
+    """The response was cut off or is not valid HTTP. The request may have been processed."""
 
 
 class UpstreamPoolTimeout(UpstreamError):
-    """Every connection allowed to this origin is taken, and none came free in time."""
+    """All connections to this origin are in use, and none became free in time."""

@@ -1,6 +1,6 @@
-"""Frozen values that every floor shares. Secrets are left out of ``repr``.
+"""Frozen values shared by all layers. Secrets are left out of ``repr``.
 
-Times are Unix seconds (float, UTC); scopes are tuples in the order they were given, without repeats.
+Times are Unix seconds (float, UTC); scopes are tuples in the order given, without duplicates.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 LOCAL = "local"
-"""The id of the one principal if callers are not identified."""
+"""The only principal if callers are not identified."""
 
 
 class Account(NamedTuple):
@@ -45,26 +45,26 @@ class GrantType(StrEnum):
 
     @property
     def unattended(self) -> bool:
-        """Whether tokens are had within a request: no user is asked."""
+        """Whether tokens are obtained without asking a user."""
         return self.repeatable or self is GrantType.TOKEN_EXCHANGE
 
     @property
     def repeatable(self) -> bool:
-        """Whether the configuration alone is enough to ask for new tokens at any time."""
+        """Whether the configuration alone is enough to request new tokens at any time."""
         return self in (GrantType.CLIENT_CREDENTIALS, GrantType.JWT_BEARER, GrantType.ID_JAG)
 
 
 class DpopUse(StrEnum):
-    """Whether tokens are bound to a key of ours (RFC 9449); the values are those of the configuration key ``dpop``."""
+    """Whether tokens are bound to a key of the proxy (RFC 9449); the values of the configuration key ``dpop``."""
 
     OFF = "off"
     AUTO = "auto"
-    """Where both the resource and the authorization server want it."""
+    """If both the resource and the authorization server want it."""
     REQUIRED = "required"
 
 
 class RegistrationKind(StrEnum):
-    """Where a client identity came from."""
+    """Where a client identity comes from."""
 
     CONFIGURED = "configured"
     METADATA_DOCUMENT = "metadata_document"
@@ -88,21 +88,21 @@ class Registration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSet:
-    """What a token endpoint answered, after validation (RFC 6749 §5.1)."""
+    """A validated token response (RFC 6749 §5.1)."""
 
     access_token: str = field(repr=False)
     token_type: str = "Bearer"
-    """``Bearer``, or ``DPoP`` for a token that is good with a proof only."""
+    """``Bearer``, or ``DPoP`` for a token that needs a proof with each request."""
     refresh_token: str | None = field(default=None, repr=False)
     obtained_at: float
     expires_at: float | None = None
-    """None where the server did not say: then only a 401 tells that it has died."""
+    """None if the server did not say: then only a 401 shows that the token has expired."""
     scopes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoints:
-    """The endpoints of an authorization server that outlive discovery."""
+    """The endpoints of an authorization server that are needed after discovery."""
 
     authorization: str = ""
     token: str
@@ -111,10 +111,10 @@ class Endpoints:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantKey:
-    """What a grant is for. ``resource`` is empty where the resource parameter is omitted.
+    """What a grant is for. ``resource`` is empty if the resource parameter is omitted.
 
-    ``upstream`` is the origin that the tokens may be sent to; None in what was stored before that was kept. A new
-    authorization for another one takes the place of the old.
+    ``upstream`` is the origin that the tokens may be sent to; None in grants from before this was stored. A new
+    authorization for another origin replaces the old grant.
     """
 
     account: Account
@@ -125,7 +125,7 @@ class GrantKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """Tokens held for one key, and all that renewing them needs."""
+    """The tokens for one key, with everything needed to renew them."""
 
     id: int = 0
     """0 until stored."""
@@ -135,21 +135,21 @@ class Grant:
     endpoints: Endpoints
     tokens: TokenSet
     scopes: tuple[str, ...]
-    """What was asked for; ``tokens.scopes`` is what was given."""
+    """The scopes requested; ``tokens.scopes`` are those granted."""
     granted_at: float
     dpop_key: str | None = field(default=None, repr=False)
-    """The private key that the tokens were asked for with, as ``oauth.dpop.Key.text``; kept for the grant's life."""
+    """The private key that the tokens are bound to, as ``oauth.dpop.Key.text``; the same for the life of the grant."""
     version: int = 1
-    """The fencing version: one more with each renewal."""
+    """The fencing version: incremented by each renewal."""
     refresh_begun_at: float | None = None
-    """Set while a refresh is on its way; found set at start-up, it tells of a crash in between."""
+    """Set while a refresh is in progress. If it is set at start-up, the proxy crashed during a refresh."""
     refresh_owner: str = ""
     ended_at: float | None = None
     ended_reason: str = ""
 
 
 class FlowStatus(StrEnum):
-    """How far an authorization has come."""
+    """The state of an authorization."""
 
     PENDING = "pending"
     DONE = "done"
@@ -158,20 +158,20 @@ class FlowStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceAuthorization:
-    """What the user needs to authorize on another device, and what we poll with (RFC 8628 §3.2)."""
+    """What the user needs to authorize on another device, and the code to poll with (RFC 8628 §3.2)."""
 
     device_code: str = field(repr=False)
     user_code: str = field(repr=False)
     verification_uri: str
     verification_uri_complete: str = field(default="", repr=False)
-    """Empty where the server has none."""
+    """Empty if the server sent none."""
     interval: float = 5.0
-    """Seconds between two polls."""
+    """Seconds between polls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """One authorization that waits for a user. ``id`` is the unguessable part of the link."""
+    """An authorization that waits for a user. ``id`` is the unguessable part of the link."""
 
     id: str
     key: GrantKey
@@ -180,24 +180,24 @@ class Flow:
     scopes: tuple[str, ...]
     redirect_uri: str
     iss_supported: bool
-    """The server promises ``iss`` in every authorization response (RFC 9207 §3)."""
+    """The server sends ``iss`` in every authorization response (RFC 9207 §3)."""
     extra_params: tuple[tuple[str, str], ...] = ()
     created_at: float
     expires_at: float
     status: FlowStatus = FlowStatus.PENDING
     reason: str = ""
-    """Why it failed, in words for the user."""
+    """Why the flow failed, as text for the user."""
     device: DeviceAuthorization | None = None
-    """Set where the user authorizes on another device; then there is no redirect."""
+    """Set if the user authorizes on another device; then there is no redirect."""
     dpop_key: str | None = field(default=None, repr=False)
-    """The key that the grant is to be bound to, from before the user is asked until it has ended."""
+    """The private key that the tokens will be bound to, generated before the user is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One visit of a browser to the link of a flow: what the authorization response is held against.
+    """One visit of a browser to the link of a flow: the authorization response is checked against it.
 
-    ``state_hash`` and ``browser_hash`` are SHA-256 in hex of the state and of the cookie that binds the
+    ``state_hash`` and ``browser_hash`` are the SHA-256 (hex) of the state and of the cookie that binds the
     browser; the values themselves are never stored.
     """
 
@@ -210,21 +210,21 @@ class Attempt:
 
 
 class DPoPSigner(Protocol):
-    """Goes with a token that is good for nothing without a proof for each request."""
+    """Signs the proof that each request with a DPoP-bound token needs (RFC 9449 §4)."""
 
     def prove(self, method: bytes, target: bytes) -> bytes:
-        """Return the proof for one request to the token's server, to be used once."""
+        """Return the proof for one request to the token's server. It can be used only once."""
 
     def update_nonce(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Take in what an answer says about the next proof."""
+        """Remember the nonce for the next proof, if a response brought one (RFC 9449 §8.2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class AccessToken:
-    """What the data plane may hold: a ready Authorization header and its generation."""
+    """A token as the data plane sees it: a complete Authorization header, and its generation."""
 
     header: bytes = field(repr=False)
     generation: int
-    """Grows with every token that is put in the place of another for this principal and server."""
+    """Increases with every new token of the same account."""
     signer: DPoPSigner | None = field(default=None, repr=False)
     """None for a bearer token."""

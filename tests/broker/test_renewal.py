@@ -251,7 +251,7 @@ async def test_after_a_failure_the_server_is_left_alone_for_a_while(it: Scene) -
 
 @pytest.mark.parametrize(("asked", "pause"), [(17.0, 17.0), (0.5, 1.0), (0.0, 1.0), (1e9, BACKOFF_MAX)])
 async def test_a_server_is_left_alone_for_as_long_as_it_asks(it: Scene, asked: float, pause: float) -> None:
-    it.endpoint.outcome = AuthorizationServerUnavailable("busy", retry_after=5.0, asked_pause=asked)
+    it.endpoint.outcome = AuthorizationServerUnavailable("busy", retry_after=5.0, server_retry_after=asked)
     with pytest.raises(AuthorizationServerUnavailable):
         await it.renew()
     wait = it.renewer.retry_in(it.grant)
@@ -260,7 +260,7 @@ async def test_a_server_is_left_alone_for_as_long_as_it_asks(it: Scene, asked: f
 
 
 async def test_a_server_that_asks_for_less_than_the_backoff_does_not_shorten_it(it: Scene) -> None:
-    it.endpoint.outcome = AuthorizationServerUnavailable("busy", asked_pause=2.0)
+    it.endpoint.outcome = AuthorizationServerUnavailable("busy", server_retry_after=2.0)
     for _ in range(5):
         with pytest.raises(AuthorizationServerUnavailable):
             await it.renew()

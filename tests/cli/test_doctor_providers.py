@@ -50,7 +50,7 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def known(issuer: str) -> providers.Provider | None:
     metadata = ServerMetadata(issuer=issuer, token_endpoint=f"{issuer}/protocol/openid-connect/token")
-    return providers.recognise(issuer, metadata)
+    return providers.recognize(issuer, metadata)
 
 
 def proposal(folder: Path, server: dict[str, Any]) -> tuple[Proposal, Settings]:

@@ -21,12 +21,12 @@ def test_nothing_and_null_are_none() -> None:
 
 def test_a_key_given_twice_is_a_fault_with_both_lines() -> None:
     document = parse(b"a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n")
-    assert [str(fault) for fault in document.faults] == ["b.c: given twice: again on line 5, first on line 3"]
+    assert [str(fault) for fault in document.errors] == ["b.c: duplicate key: on line 5, first on line 3"]
 
 
 def test_anchors_and_merges_are_no_duplicates() -> None:
     document = parse(b"x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\nz: *x\n")
-    assert document.faults == ()
+    assert document.errors == ()
     assert document.content == {"x": {"a": "1", "b": "2"}, "y": {"a": "1", "b": "3"}, "z": {"a": "1", "b": "2"}}
 
 
@@ -73,7 +73,7 @@ def test_a_document_that_holds_itself_does_not_hang(data: bytes) -> None:
     try:
         parse(data)
     except ConfigurationError as error:
-        assert error.faults
+        assert error.errors
 
 
 @given(st.binary(max_size=60))
@@ -81,7 +81,7 @@ def test_any_bytes_are_a_document_or_a_configuration_error(data: bytes) -> None:
     try:
         parse(data)
     except ConfigurationError as error:
-        assert error.faults
+        assert error.errors
 
 
 @given(
@@ -113,4 +113,4 @@ def test_any_yaml_like_text_is_a_document_or_a_configuration_error(parts: list[b
     try:
         parse(b"".join(parts))
     except ConfigurationError as error:
-        assert error.faults
+        assert error.errors

@@ -28,7 +28,7 @@ def faults(folder: Path, text: str, environ: dict[str, str] | None = None, liste
     with pytest.raises(ConfigurationError) as caught:
         settings(folder, text, environ, listen)
     assert caught.value.source == str(folder / "config.yaml")
-    return [str(fault) for fault in caught.value.faults]
+    return [str(fault) for fault in caught.value.errors]
 
 
 def oauth(text: str) -> str:
@@ -285,10 +285,10 @@ def test_only_the_secrets_that_are_asked_for_are_read(tmp_path: Path) -> None:
     assert load(path, environ={}, secrets_of=()).servers["notes"].oauth.client_secret is None
     with pytest.raises(ConfigurationError) as caught:
         load(path, environ={}, secrets_of=("notes",))
-    assert [fault.path for fault in caught.value.faults] == ["servers.notes.oauth.client_secret"]
+    assert [fault.path for fault in caught.value.errors] == ["servers.notes.oauth.client_secret"]
     with pytest.raises(ConfigurationError) as caught:
         load(path, environ=environ)
-    assert [fault.path.rpartition(".")[2] for fault in caught.value.faults] == [
+    assert [fault.path.rpartition(".")[2] for fault in caught.value.errors] == [
         "private_key",
         "client_secret",
         "id_token",
@@ -300,7 +300,7 @@ def test_other_faults_are_told_where_no_secret_is_read(tmp_path: Path) -> None:
     path.write_text(oauth("client_secret: 'env:UNSET', nonsense: 1"))
     with pytest.raises(ConfigurationError) as caught:
         load(path, environ={}, secrets_of=())
-    assert [fault.path.rpartition(".")[2] for fault in caught.value.faults] == ["client_secret", "nonsense"]
+    assert [fault.path.rpartition(".")[2] for fault in caught.value.errors] == ["client_secret", "nonsense"]
 
 
 @pytest.mark.parametrize("key", ["env:UNSET", "file:other.key", "c2VjcmV0", "env:"])
@@ -377,4 +377,4 @@ def test_a_single_server_needs_no_file() -> None:
 def test_a_single_url_is_held_to_the_same_rules(url: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         single(url, environ={})
-    assert [fault.path for fault in caught.value.faults] == ["URL"]
+    assert [fault.path for fault in caught.value.errors] == ["URL"]

@@ -30,7 +30,7 @@ def read(folder: Path, text: str) -> OAuthSettings:
 def faults(folder: Path, text: str) -> list[str]:
     with pytest.raises(ConfigurationError) as caught:
         read(folder, text)
-    return [str(fault).removeprefix("servers.a.oauth.") for fault in caught.value.faults]
+    return [str(fault).removeprefix("servers.a.oauth.") for fault in caught.value.errors]
 
 
 @pytest.mark.parametrize(
@@ -67,16 +67,16 @@ def test_a_private_key_is_read_and_shows_itself_nowhere(tmp_path: Path) -> None:
     ("text", "found"),
     [
         ("client_id: a, client_auth: private_key_jwt", "private_key: is needed with client_auth private_key_jwt"),
-        ("private_key: 'env:KEY'", "private_key: needs a client_id beside it"),
+        ("private_key: 'env:KEY'", "private_key: needs a client_id"),
         ("client_auth: private_key_jwt, private_key: 'env:KEY'", "client_id: is needed with client_auth"),
-        ("client_id: a, client_auth: none, private_key: 'env:KEY'", "private_key: is of no use with client_auth none"),
-        ("client_id: a, client_secret: s, private_key: 'env:KEY'", "private_key: stands beside client_secret"),
+        ("client_id: a, client_auth: none, private_key: 'env:KEY'", "private_key: has no effect with client_auth none"),
+        ("client_id: a, client_secret: s, private_key: 'env:KEY'", "private_key: there is a client_secret too"),
         ("client_id: a, private_key: 'env:KEY', signing_alg: RS256", "private_key: can't sign with RS256: this key is"),
         ("client_id: a, private_key: 'env:KEY', signing_alg: HS256", "signing_alg: must be one of RS256"),
         ("client_id: a, private_key: 'env:S'", "private_key: is not a private key in PEM form"),
         ("client_id: a, private_key: 'env:ENCRYPTED'", "private_key: is encrypted"),
         ("client_id: a, private_key: 'file:none.pem'", "private_key: the file"),
-        ("signing_alg: ES256", "signing_alg: needs a private_key beside it"),
+        ("signing_alg: ES256", "signing_alg: needs a private_key"),
     ],
 )
 def test_a_key_that_can_not_be_used_is_a_fault(tmp_path: Path, text: str, found: str) -> None:
@@ -149,16 +149,14 @@ def test_parameters_of_the_protocol_are_not_for_the_configuration(tmp_path: Path
     for name in ("grant_type", "scope", "resource", "client_secret", "refresh_token", "assertion", "device_code"):
         found = faults(tmp_path, f"token_params: {{{name}: x}}")
         assert len(found) == 1
-        assert found[0].startswith(f"token_params.{name}: is a parameter that the proxy sets itself")
+        assert found[0].startswith(f"token_params.{name}: is set by the proxy itself")
 
 
 def test_an_audience_of_assertions_needs_a_key(tmp_path: Path) -> None:
     client = "client_id: a, private_key: 'env:KEY', client_assertion_audience"
     assert read(tmp_path, f"{client}: endpoint").client_assertion_audience == "endpoint"
     assert faults(tmp_path, f"{client}: other")[0].startswith("client_assertion_audience: must be one of")
-    assert faults(tmp_path, "client_assertion_audience: endpoint") == [
-        "client_assertion_audience: needs a private_key beside it"
-    ]
+    assert faults(tmp_path, "client_assertion_audience: endpoint") == ["client_assertion_audience: needs a private_key"]
 
 
 STATIC = "authorization_endpoint: https://as.example/a, token_endpoint: https://as.example/t"

@@ -9,7 +9,7 @@ import pytest
 from fakes.extension_server import ExtensionServer, audience_of, new_key, pem
 from fakes.fixtures import Servers
 from fakes.proxy import running_proxy
-from mcp_auth_proxy.cli.demo_servers.ledger import Client, OAuthFault
+from mcp_auth_proxy.cli.demo_servers.ledger import Client, OAuthError
 
 
 class OlderServer(ExtensionServer):
@@ -19,7 +19,7 @@ class OlderServer(ExtensionServer):
 
     def _by_assertion(self, form: Mapping[str, str]) -> Client:
         if audience_of(form["client_assertion"]) != f"{self.issuer}/{self.wanted}":
-            raise OAuthFault("invalid_client", "the assertion is not for this endpoint", 401)
+            raise OAuthError("invalid_client", "the assertion is not for this endpoint", 401)
         return self.ledger.clients["agent"]
 
 

@@ -54,8 +54,8 @@ async def test_a_good_server_is_ready_and_its_configuration_works(servers: Serve
     report = await diagnose(tmp_path, upstream.url)
     assert (report.outcome, refused(report), report.config_complete) == (Outcome.READY, [], True)
     assert {step.verdict for step in report.steps} == {"ok"}
-    assert report.prospect is not None
-    assert (report.prospect.registration, report.prospect.scopes) == ("dynamic", ("read",))
+    assert report.preview is not None
+    assert (report.preview.registration, report.preview.scopes) == ("dynamic", ("read",))
     assert untouched(issuer)
     assert [call.rpc_method for call in upstream.calls()] == ["initialize"]
     assert [file.name for file in tmp_path.iterdir()] == ["mcp-auth-proxy.yaml"]
@@ -118,7 +118,7 @@ async def test_an_unavailable_metadata_server_is_told_as_the_proxy_tells_it(serv
 
 async def test_an_unreachable_server_is_told_as_the_proxy_tells_it(tmp_path: Path) -> None:
     report = await diagnose(tmp_path, "http://127.0.0.1:9/mcp")
-    assert (report.outcome, report.config, report.prospect) == (Outcome.REFUSED, None, None)
+    assert (report.outcome, report.config, report.preview) == (Outcome.REFUSED, None, None)
     assert refused(report) == [await refusal(tmp_path, "http://127.0.0.1:9/mcp")]
 
 
@@ -128,7 +128,7 @@ async def test_a_server_without_protection_needs_no_authorization(
 ) -> None:
     upstream = await servers.mcp_server(protected=False, metadata_at=set(), **knobs)
     report = await diagnose(tmp_path, upstream.url)
-    assert (report.outcome, report.prospect, report.config_complete) == (Outcome.OPEN, None, True)
+    assert (report.outcome, report.preview, report.config_complete) == (Outcome.OPEN, None, True)
     assert [call.rpc_method for call in upstream.calls("POST")] == ["initialize", "tools/list"]
     assert upstream.sessions == {}
 
@@ -162,8 +162,8 @@ async def test_a_server_that_protects_some_methods_only_is_seen_through(
     upstream.intercept = let_through
     report = await diagnose(tmp_path, upstream.url)
     assert report.outcome is Outcome.READY
-    assert report.prospect is not None
-    assert report.prospect.issuer == issuer.issuer
+    assert report.preview is not None
+    assert report.preview.issuer == issuer.issuer
     assert untouched(issuer)
 
 
@@ -188,8 +188,8 @@ async def test_a_server_of_2025_03_26_is_its_own_authorization_server(
     upstream = await servers.mcp_server(metadata_at=set(), challenges={401: []}, intercept=of_old)
     report = await diagnose(tmp_path, upstream.url)
     assert report.outcome is Outcome.READY
-    assert report.prospect is not None
-    assert report.prospect.issuer == upstream.origin
+    assert report.preview is not None
+    assert report.preview.issuer == upstream.origin
     assert any(step.clause == "MCP 2025-03-26" for step in report.steps)
     assert {request.method for request in upstream.requests if request.path != "/mcp"} <= {"GET", "OPTIONS"}
 
@@ -212,10 +212,10 @@ async def test_a_server_without_any_oauth_is_refused_in_the_words_of_the_proxy(
     elsewhere = Answer(status=status, headers=tuple(("www-authenticate", value) for value in challenges))
     upstream.intercept = lambda received: elsewhere if received.path != upstream.path else None
     report = await diagnose(tmp_path, upstream.url)
-    assert (report.outcome, report.prospect, report.config) == (Outcome.REFUSED, None, None)
+    assert (report.outcome, report.preview, report.config) == (Outcome.REFUSED, None, None)
     assert "POST" not in {request.method for request in upstream.requests if request.path != upstream.path}
     asked = ", ".join(value.partition(" ")[0] for value in challenges)
-    assert (f"asks for {asked}, which the proxy does not do" in report.steps[0].says) == bool(challenges)
+    assert (f"asks for {asked}, which the proxy does not support" in report.steps[0].says) == bool(challenges)
     said = await refusal(tmp_path, upstream.url)
     assert refused(report)[0].startswith(said.removeprefix("Server notes can't be authorized: "))
     assert (f"The server asks for {asked}, which" in said) == bool(challenges)

@@ -100,7 +100,7 @@ async def test_a_client_auth_that_is_not_listed_gives_way_to_one_that_is(
     assert (stopped.step, stopped.clause) == ("client authentication", "RFC 8414 §2")
     (change,) = report.changes
     assert (change.key, change.value) == ("servers.notes.oauth.client_auth", listed[-1])
-    assert "left out" in change.why
+    assert "without this key the proxy chooses" in change.why
     config = proposed(report, tmp_path)
     assert await connects(tmp_path, config)
     assert (await diagnose(tmp_path, config["notes"])).outcome is Outcome.READY
@@ -139,7 +139,7 @@ async def test_a_private_address_is_named_but_neither_allowed_nor_asked(servers:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer, metadata_changes={"authorization_servers": ["https://169.254.169.254"]})
     report = await diagnose(tmp_path, upstream.url)  # T1
-    assert (report.outcome, report.prospect, report.config_complete) == (Outcome.REFUSED, None, False)
+    assert (report.outcome, report.preview, report.config_complete) == (Outcome.REFUSED, None, False)
     assert proposed(report, tmp_path) == {"notes": {"url": upstream.url}}
     assert report.config is not None
     assert "authorization.allow_private: [169.254.169.254]" in report.config
@@ -152,9 +152,9 @@ async def test_the_keys_of_a_configured_server_apply_and_its_secrets_stay(server
     oauth = {"grant": "client_credentials", "client_id": "agent", "client_secret": "canary-secret", "scopes": ["read"]}
     report = await diagnose(tmp_path, {"url": upstream.url, "oauth": oauth})
     assert report.outcome is Outcome.READY
-    assert report.prospect is not None
-    assert (report.prospect.grant, report.prospect.scopes) == ("client_credentials", ("read",))
-    assert (report.prospect.client_id, report.prospect.client_auth) == ("agent", "client_secret_basic")
+    assert report.preview is not None
+    assert (report.preview.grant, report.preview.scopes) == ("client_credentials", ("read",))
+    assert (report.preview.client_id, report.preview.client_auth) == ("agent", "client_secret_basic")
     assert "canary-secret" not in repr(report)
     assert report.config is not None
     assert yaml.safe_load(report.config)["servers"]["notes"]["oauth"] == {
@@ -203,8 +203,8 @@ async def test_a_client_metadata_document_needs_no_registration(servers: Servers
     upstream = await servers.mcp_server(issuer)
     report = await diagnose(tmp_path, upstream.url, public_url="https://proxy.example.com")
     assert report.outcome is Outcome.READY
-    assert report.prospect is not None
-    assert report.prospect.client_id == "https://proxy.example.com/oauth/client-metadata.json"
+    assert report.preview is not None
+    assert report.preview.client_id == "https://proxy.example.com/oauth/client-metadata.json"
     assert report.config is not None
     assert yaml.safe_load(report.config)["public_url"] == "https://proxy.example.com"
 
@@ -220,8 +220,8 @@ async def test_a_registration_in_the_store_counts_and_the_store_stays_as_it_is(
     before = digests(tmp_path)
     report = await diagnose(tmp_path, upstream.url, listen=f"127.0.0.1:{port}")
     assert (report.outcome, report.config_complete) == (Outcome.READY, True)
-    assert report.prospect is not None
-    assert report.prospect.client_id in issuer.ledger.clients
+    assert report.preview is not None
+    assert report.preview.client_id in issuer.ledger.clients
     after = digests(tmp_path)
     assert {name: after[name] for name in after if name != "mcp-auth-proxy.yaml"} == {
         name: before[name] for name in before if name != "mcp-auth-proxy.yaml"
@@ -235,7 +235,7 @@ async def test_a_url_with_a_query_is_to_be_completed(servers: Servers, tmp_path:
     assert (report.outcome, report.config_complete) == (Outcome.READY, False)
     assert proposed(report, tmp_path)["notes"]["url"] == f"{upstream.url}?api_key=****"
     assert report.config is not None
-    assert "# the values of its query are not repeated here" in report.config
+    assert "# the values of its query are not shown here" in report.config
 
 
 async def test_a_client_that_belongs_to_another_issuer_is_refused_as_by_the_proxy(

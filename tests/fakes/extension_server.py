@@ -18,8 +18,8 @@ from starlette.routing import Route
 
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.exchange import changed
-from mcp_auth_proxy.cli.demo_servers.client_requests import asked_scopes, read_form
-from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued, OAuthFault, refuse_grant, s256
+from mcp_auth_proxy.cli.demo_servers.client_requests import read_form, requested_scopes
+from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued, OAuthError, refuse_grant, s256
 
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
@@ -136,19 +136,19 @@ class ExtensionServer(FakeAuthorizationServer):
     def _by_assertion(self, form: Mapping[str, str]) -> Client:
         """RFC 7523 §3, strictly: the audience is the issuer, nothing else; a jti is good once."""
         if form.get("client_assertion_type") != ASSERTION_TYPE:
-            raise OAuthFault("invalid_client", "unknown client_assertion_type", 401)
+            raise OAuthError("invalid_client", "unknown client_assertion_type", 401)
         try:
             subject = str(jwt.decode(form["client_assertion"], options={"verify_signature": False})["sub"])
             claims = self._claims(form["client_assertion"], self.client_keys[subject])
         except (jwt.InvalidTokenError, KeyError) as error:
-            raise OAuthFault(
+            raise OAuthError(
                 "invalid_client", f"the client_assertion is not good: {type(error).__name__}", 401
             ) from None
         client = self.ledger.clients.get(subject)
         if client is None or client.auth != "private_key_jwt" or claims["iss"] != subject:
-            raise OAuthFault("invalid_client", "the client is unknown, or registered for another method", 401)
+            raise OAuthError("invalid_client", "the client is unknown, or registered for another method", 401)
         if claims["exp"] - time.time() > 300:
-            raise OAuthFault("invalid_client", "the assertion lives too long", 401)
+            raise OAuthError("invalid_client", "the assertion lives too long", 401)
         return client
 
     def _claims(self, token: str, key: PublicKey) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class ExtensionServer(FakeAuthorizationServer):
         return await super()._token(request)
 
     def grant(self, grant_type: str, client: Client, form: Mapping[str, str]) -> Issued:
-        resource, scopes = self._resource(form), asked_scopes(form)
+        resource, scopes = self._resource(form), requested_scopes(form)
         match grant_type:
             case "urn:ietf:params:oauth:grant-type:jwt-bearer":
                 return self._by_jwt_bearer(client, form["assertion"], resource, scopes)
@@ -194,7 +194,7 @@ class ExtensionServer(FakeAuthorizationServer):
             if (claims["client_id"], claims["resource"]) != (client.id, resource):
                 refuse_grant("the ID-JAG is for another client or resource")
             if not set(scopes) <= set(str(claims.get("scope", "")).split()):
-                raise OAuthFault("invalid_scope", "more than the ID-JAG allows")
+                raise OAuthError("invalid_scope", "more than the ID-JAG allows")
         return self._issue(claims["sub"], resource, scopes)
 
     def _issue(self, subject: str, resource: str, scopes: tuple[str, ...]) -> Issued:
@@ -215,7 +215,7 @@ class ExtensionServer(FakeAuthorizationServer):
             user = str(claims["sub"])
         if user is None or not form.get("audience") or not form.get("resource"):
             refuse_grant("the subject token, audience or resource is missing")
-        scopes = asked_scopes(form) if self.jag_scopes is None else self.jag_scopes
+        scopes = requested_scopes(form) if self.jag_scopes is None else self.jag_scopes
         assertion = signed(
             self.key,
             typ="oauth-id-jag+jwt",
@@ -238,7 +238,7 @@ class ExtensionServer(FakeAuthorizationServer):
         form = await read_form(request)
         client = self.authenticate(request, form)
         device_code, user_code = secrets.token_urlsafe(24), f"{secrets.token_hex(2)}-{secrets.token_hex(2)}".upper()
-        scopes = self.ledger.accepted_scopes(asked_scopes(form))
+        scopes = self.ledger.accepted_scopes(requested_scopes(form))
         self.devices[device_code] = Device(
             client=client, user_code=user_code, resource=self._resource(form), scopes=scopes
         )
@@ -284,11 +284,11 @@ class ExtensionServer(FakeAuthorizationServer):
             refuse_grant("the device code is unknown")
         found.polls += 1
         if found.denied:
-            raise OAuthFault("access_denied", "the user declined")
+            raise OAuthError("access_denied", "the user declined")
         if found.polls <= self.slow_downs:
-            raise OAuthFault("slow_down", "not so fast")
+            raise OAuthError("slow_down", "not so fast")
         if not found.code:
-            raise OAuthFault("authorization_pending", "the user has not decided yet")
+            raise OAuthError("authorization_pending", "the user has not decided yet")
         return self.ledger.redeem(client, code=found.code, redirect_uri="", verifier=VERIFIER, resource=resource)
 
 

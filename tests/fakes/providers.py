@@ -12,7 +12,7 @@ from starlette.routing import Route
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.exchange import ABSENT, Answer
 from mcp_auth_proxy.cli.demo_servers.authorization_server import AuthorizationRequest
-from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued, OAuthFault
+from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued, OAuthError
 
 SECRET = "provider-secret"
 
@@ -69,18 +69,18 @@ class EntraId(Provider):
 
     def _check_authorization(self, client: Client, redirect_uri: str, query: Mapping[str, str]) -> AuthorizationRequest:
         if query.get("prompt") == "consent":
-            raise OAuthFault("access_denied", "AADSTS90094: The grant requires administrator permission.")
+            raise OAuthError("access_denied", "AADSTS90094: The grant requires administrator permission.")
         return super()._check_authorization(client, redirect_uri, query)
 
     def _resource(self, params: Mapping[str, str]) -> str:
         if "resource" in params:
             words = "The resource parameter provided in the request doesn't match with the requested scopes."
-            raise OAuthFault("invalid_target", f"AADSTS9010010: {words}")
+            raise OAuthError("invalid_target", f"AADSTS9010010: {words}")
         return ""
 
     def grant(self, grant_type: str, client: Client, form: Mapping[str, str]) -> Issued:
         if grant_type == "refresh_token" and not form.get("scope"):
-            raise OAuthFault("invalid_request", "AADSTS90009: Application is requesting a token for itself.")
+            raise OAuthError("invalid_request", "AADSTS90009: Application is requesting a token for itself.")
         return super().grant(grant_type, client, form)
 
 
@@ -183,7 +183,7 @@ class Cognito(Provider):
 
     def _resource(self, params: Mapping[str, str]) -> str:
         if "resource" in params:
-            raise OAuthFault("invalid_request", "resource is not supported")
+            raise OAuthError("invalid_request", "resource is not supported")
         return ""
 
 
@@ -217,7 +217,7 @@ async def _answer(answering: Any, errors: Mapping[str, str]) -> dict[str, Any]:
     """The answer of the standard token endpoint as an object, errors too, under the provider's names."""
     try:
         response = await answering
-    except OAuthFault as fault:
+    except OAuthError as fault:
         return {"error": errors.get(fault.error, fault.error), "error_description": fault.description}
     answer: dict[str, Any] = json.loads(response.body)
     return answer

@@ -82,7 +82,7 @@ def test_basic_names_the_client_in_the_form_where_that_is_wanted_and_never_its_s
     ],
 )
 def test_only_a_structured_refusal_of_the_client_is_one(status: int, body: bytes, expected: bool) -> None:
-    assert client_auth.refuses_client(status, body, "invalid_client") is expected
+    assert client_auth.is_error_response(status, body, "invalid_client") is expected
 
 
 def test_a_missing_secret_is_an_error_that_names_the_key() -> None:

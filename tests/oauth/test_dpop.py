@@ -86,8 +86,8 @@ def test_reading_a_nonce_never_raises_and_lets_only_its_grammar_through(value: s
     ],
 )
 def test_only_use_dpop_nonce_asks_for_the_request_again(status: int, body: bytes, expected: str) -> None:
-    assert dpop.nonce_asked_for(status, {"dpop-nonce": "n1"}, body) == expected
-    assert dpop.nonce_asked_for(status, {}, body) == ""
+    assert dpop.required_nonce(status, {"dpop-nonce": "n1"}, body) == expected
+    assert dpop.required_nonce(status, {}, body) == ""
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_tokens_are_bound_where_both_sides_and_the_configuration_want_it(
 def test_what_cannot_work_is_refused_and_names_the_way_out() -> None:
     with pytest.raises(AuthorizationError, match=r"servers\.s\.oauth\.dpop is off") as caught:
         dpop.decide(DpopUse.OFF, metadata("ES256"), challenged=True, demanded=True, server="s")
-    assert caught.value.remedy is not None
-    assert caught.value.remedy.key == "oauth.dpop"
+    assert caught.value.hint is not None
+    assert caught.value.hint.key == "oauth.dpop"
     with pytest.raises(AuthorizationError, match="signs with ES256"):
         dpop.decide(DpopUse.REQUIRED, metadata("RS256"), challenged=False, demanded=False, server="s")
 

@@ -13,9 +13,9 @@ from mcp_auth_proxy.oauth.oauth_error import TokenRequestContext
 URL = "https://slack.example/api/token"
 
 
-def read(answer: dict[str, Any], status: int = 200, asked: TokenRequestContext | None = None) -> TokenSet:
+def read(answer: dict[str, Any], status: int = 200, context: TokenRequestContext | None = None) -> TokenSet:
     body = json.dumps(answer).encode()
-    return token_endpoint.read_tokens(status, {}, body, url=URL, now=0.0, requested_scopes=("x",), asked=asked)
+    return token_endpoint.read_tokens(status, {}, body, url=URL, now=0.0, requested_scopes=("x",), context=context)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_nothing_else_is_let_through(answer: dict[str, Any]) -> None:  # T22 T23
     ],
 )
 def test_an_error_names_the_key_that_it_is_about(error: str, description: str, key: str) -> None:
-    asked = TokenRequestContext(server="notes", resource="https://mcp.example/mcp", scopes=("read",))
+    context = TokenRequestContext(server="notes", resource="https://mcp.example/mcp", scopes=("read",))
     with pytest.raises(TokenRefused, match=rf"servers\.notes\.oauth\.{key}\b") as caught:
-        read({"error": error, "error_description": description}, 400, asked)
-    assert caught.value.remedy is not None
-    assert caught.value.remedy.key == f"oauth.{key}"
+        read({"error": error, "error_description": description}, 400, context)
+    assert caught.value.hint is not None
+    assert caught.value.hint.key == f"oauth.{key}"
 
 
 def test_an_error_about_a_resource_that_was_not_sent_names_no_key() -> None:

@@ -143,20 +143,20 @@ def test_a_response_without_method_means_the_one_that_was_asked_for(asked: Clien
         url="https://as/register",
         server="linear",
         supported=("client_secret_post", "client_secret_basic"),
-        asked=asked,
+        requested=asked,
     )
 
     assert found.client_auth is asked
 
 
 def test_a_client_that_was_registered_for_another_method_than_configured_is_refused() -> None:
-    with pytest.raises(RegistrationImpossible, match=r"client_secret_basic, and servers\.linear\.oauth\.client_auth"):
+    with pytest.raises(RegistrationImpossible, match=r"client_secret_basic, but servers\.linear\.oauth\.client_auth"):
         registration.read_response(
             201,
             b'{"client_id": "c", "client_secret": "s", "token_endpoint_auth_method": "client_secret_basic"}',
             url="https://as/register",
             server="linear",
-            asked=ClientAuth.POST,
+            requested=ClientAuth.POST,
             configured=ClientAuth.POST,
         )
 
@@ -230,4 +230,4 @@ def test_the_client_metadata_document_names_its_own_url() -> None:
     ],
 )
 def test_an_answer_that_is_none_of_oauths_is_told_from_a_refusal(status: int, body: bytes, expected: bool) -> None:
-    assert registration.is_no_oauth(status, body) is expected
+    assert registration.is_not_oauth(status, body) is expected

@@ -249,14 +249,14 @@ def test_what_is_no_oauth_answer_is_unavailable(status: int, body: bytes, maybe_
         read(status, body, headers={"retry-after": "17"})
 
     assert (failed.value.retry_after, failed.value.maybe_processed) == (17.0, maybe_processed)
-    assert failed.value.asked_pause == 17.0
+    assert failed.value.server_retry_after == 17.0
     assert URL in str(failed.value)
 
 
 def test_a_server_that_names_no_pause_asks_for_none() -> None:
     with pytest.raises(AuthorizationServerUnavailable) as failed:
         read(503, b"")
-    assert (failed.value.retry_after, failed.value.asked_pause) == (5.0, 0.0)
+    assert (failed.value.retry_after, failed.value.server_retry_after) == (5.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_tokens_are_not_in_a_repr() -> None:
         (200, b"", "can't be used: HTTP 200, and it is not JSON (RFC 6749 §5.1)."),
         (200, b"[]", "can't be used: HTTP 200, and it is not a JSON object (RFC 6749 §5.1)."),
         (400, b"no", "can't be used: HTTP 400, and it is not JSON (RFC 6749 §5.2)."),
-        (403, b"{}", "can't be used: HTTP 403, and no OAuth error (RFC 6749 §5.2)."),
+        (403, b"{}", "can't be used: HTTP 403, and it is not an OAuth error (RFC 6749 §5.2)."),
         (503, b"", "can't be used now: HTTP 503."),
         (429, b"", "can't be used now: HTTP 429."),
         (400, b'{"error": "temporarily_unavailable"}', "can't be used now: temporarily_unavailable."),

@@ -301,7 +301,7 @@ class Broker:
         try:
             grant = await self._authorizer.obtain(plan)
         except TokenRefused as refused:
-            raise AuthorizationDenied(str(refused), refused.error, remedy=refused.remedy) from None
+            raise AuthorizationDenied(str(refused), refused.error, hint=refused.hint) from None
         return (await self._activate(account, await self._grants.add(grant))).token
 
     async def _begin(self, plan: Plan) -> Flow:
@@ -309,7 +309,7 @@ class Broker:
             return await self._authorizer.begin(plan)
         except TokenRefused as refused:
             await self._note_rejection(refused.error, plan)
-            raise AuthorizationDenied(str(refused), refused.error, remedy=refused.remedy) from None
+            raise AuthorizationDenied(str(refused), refused.error, hint=refused.hint) from None
 
     async def _note_rejection(self, error: str, tried: Flow | Plan) -> None:
         """Let the next authorization do without what this one was refused for, where that is ours to change."""

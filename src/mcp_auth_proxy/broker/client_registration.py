@@ -129,7 +129,7 @@ class Clients:
                     f"Server {server.name} now names the authorization server {metadata.issuer}, but its configured "
                     f"client has been used with {bound} and is sent to no other. If the move is genuine, set "
                     f"servers.{server.name}.oauth.issuer to {metadata.issuer}.",
-                    remedy=ConfigHint("oauth.issuer", metadata.issuer),
+                    hint=ConfigHint("oauth.issuer", metadata.issuer),
                 )
         secret = oauth.client_secret.value if oauth.client_secret else None
         method = client_auth.choose(
@@ -159,7 +159,7 @@ class Clients:
             document="client registration",
             policy=policy,
         )
-        if metadata.is_fallback and registration.is_no_oauth(response.status, response.body):
+        if metadata.is_fallback and registration.is_not_oauth(response.status, response.body):
             raise registration.oauth_not_found(endpoint, response.status, server=server.name, schemes=schemes)
         answer = registration.read_response(
             response.status,
@@ -167,7 +167,7 @@ class Clients:
             url=endpoint,
             server=server.name,
             supported=metadata.token_endpoint_auth_methods_supported,
-            asked=asked,
+            requested=asked,
             configured=server.oauth.client_auth,
         )
         client = replace(

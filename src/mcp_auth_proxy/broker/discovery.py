@@ -118,7 +118,7 @@ class Discoverer:
                 "none was found at any of its well-known addresses; where the server has none, "
                 "give it in the key oauth.metadata",
                 "RFC 8414 §3",
-                remedy=ConfigHint("oauth.metadata"),
+                hint=ConfigHint("oauth.metadata"),
             )
         return found
 
@@ -165,7 +165,7 @@ def _issuer(server: ServerSettings, resource: ResourceMetadata) -> str:
     raise AuthorizationError(
         f"Server {server.name} names {', '.join(offered)} as its authorization server, but "
         f"servers.{server.name}.oauth.issuer pins {pinned}. If the move is genuine, change that key.",
-        remedy=ConfigHint("oauth.issuer", offered[0]),
+        hint=ConfigHint("oauth.issuer", offered[0]),
     )
 
 

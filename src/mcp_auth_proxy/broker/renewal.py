@@ -69,7 +69,7 @@ class _Backoff:
 
     @property
     def seconds(self) -> float:
-        return float(min(max(BACKOFF_FIRST * 2 ** (self.failures - 1), self.error.asked_pause), BACKOFF_MAX))
+        return float(min(max(BACKOFF_FIRST * 2 ** (self.failures - 1), self.error.server_retry_after), BACKOFF_MAX))
 
 
 class Renewer:
@@ -144,7 +144,7 @@ class Renewer:
         error = AuthorizationServerUnavailable(
             str(failure),
             retry_after=max(1.0, passing.retry_after if passing else 5.0),
-            asked_pause=passing.asked_pause if passing else 0.0,
+            server_retry_after=passing.server_retry_after if passing else 0.0,
         )
         before = self._pauses.get(grant.id)
         self._pauses[grant.id] = _Backoff(before.failures + 1 if before else 1, self._clock(), error)

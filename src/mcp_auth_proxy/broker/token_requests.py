@@ -64,7 +64,7 @@ class TokenRequests:
             previous=previous,
             token_types=self.token_types(server, dpop_key, previous),
             secrets=self.secrets(server, client, form),
-            asked=TokenRequestContext(server=server.name, resource=dict(form).get("resource", ""), scopes=requested),
+            context=TokenRequestContext(server=server.name, resource=dict(form).get("resource", ""), scopes=requested),
         )
 
     async def ask(
@@ -103,12 +103,12 @@ class TokenRequests:
             server, client, key, url, form, document=document, dpop_key=dpop_key, include_client_id=include_client_id
         )
         unnamed = client.client_auth is ClientAuth.BASIC and not include_client_id
-        if not unnamed or not client_auth.refuses_client(first.status, first.body, "invalid_client"):
+        if not unnamed or not client_auth.is_error_response(first.status, first.body, "invalid_client"):
             return first
         second = await self._proved(
             server, client, key, url, form, document=document, dpop_key=dpop_key, include_client_id=True
         )
-        if client_auth.refuses_client(second.status, second.body, "invalid_client", "invalid_request"):
+        if client_auth.is_error_response(second.status, second.body, "invalid_client", "invalid_request"):
             return first
         self._wanting_client_id.add(url)
         return second
@@ -161,7 +161,7 @@ class TokenRequests:
             return response
 
         response = await send(self._nonces.get(url))
-        nonce = dpop.nonce_asked_for(response.status, response.headers, response.body)
+        nonce = dpop.required_nonce(response.status, response.headers, response.body)
         return await send(nonce) if nonce else response
 
     @staticmethod

@@ -1,1 +1,1 @@
-"""The commands. Exit codes: 0 done; 1 it failed, one line says why; 2 usage or configuration."""
+"""The commands. Exit codes: 0 success; 1 failure, with one line that says why; 2 usage or configuration error."""

@@ -1,4 +1,4 @@
-"""``demo``: the whole story on this machine, with an authorization server and an MCP server of its own."""
+"""``demo``: the whole flow on this machine, with its own authorization server and MCP server."""
 
 import asyncio
 import logging
@@ -39,7 +39,7 @@ WORDS = {
 
 
 class Story:
-    """Prints each step as it happens, and remembers which there were."""
+    """Prints each step when it happens, and remembers the steps."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
@@ -53,16 +53,16 @@ class Story:
         click.echo(f"  {name:<14} {words}")
 
     def require(self, *steps: str) -> None:
-        """Raise ProxyError unless each step has happened since the last call."""
+        """Raise McpAuthProxyError if one of the steps has not happened since the last call."""
         missing = [step for step in steps if step not in self.steps]
         self.steps.clear()
         if missing:
-            raise McpAuthProxyError(f"The demo did not go as it should: no step {', '.join(missing)}.")
+            raise McpAuthProxyError(f"The demo failed: missing steps {', '.join(missing)}.")
 
 
 async def demo() -> int:
-    """Run the story and return the exit code. Raises ProxyError when it does not go as it should."""
-    # The SDK logs each session at INFO; here it would only stand between the steps.
+    """Run the demo and return the exit code. Raises McpAuthProxyError if a step is missing or fails."""
+    # The SDK logs each session at INFO, which would clutter the output.
     logging.getLogger("mcp_auth_proxy").setLevel(logging.ERROR)
     story = Story()
     with tempfile.TemporaryDirectory(prefix="mcp-auth-proxy-demo-") as folder:
@@ -80,23 +80,23 @@ async def _first_call(story: Story, settings: Settings) -> None:
         story.tell("client", f"calls echo at {url}")
         story.tell("result", await _call(url, "echo", text="hello through the proxy"))
         story.require("401 / 403", "discovery", "registration", "link", "consent", "token", "retry", "result")
-        story.chapter("A tool that needs another scope: the proxy asks for it, once:")
+        story.chapter("A tool that needs another scope: the proxy requests it, once:")
         story.tell("client", "calls write_note")
         story.tell("result", await _call(url, "write_note", text="remember this"))
         story.require("401 / 403", "consent", "token", "retry", "result")
 
 
 async def _after_restart(story: Story, settings: Settings, authorization_server: AuthorizationServer) -> None:
-    story.chapter("The proxy is restarted; nobody is asked again:")
+    story.chapter("The proxy is restarted; the user is not asked again:")
     async with _proxy(story, settings) as url:
         story.tell("restart", "the grant is read from the encrypted store")
         story.tell("result", await _call(url, "whoami"))
         if "consent" in story.steps:
-            raise McpAuthProxyError("The demo did not go as it should: the restart lost the login.")
+            raise McpAuthProxyError("The demo failed: the login was lost in the restart.")
         story.require("restart", "result")
-        story.chapter("The access token dies; the client notices nothing:")
+        story.chapter("The access token is revoked; the client does not notice:")
         ended = authorization_server.ledger.end_access_tokens()
-        story.tell("expiry", f"{ended} access tokens have been ended at the authorization server")
+        story.tell("expiry", f"{ended} access tokens were revoked at the authorization server")
         story.tell("result", await _call(url, "add", a=20, b=22))
         story.require("401 / 403", "refresh", "retry", "result")
 
@@ -132,7 +132,7 @@ async def _proxy(story: Story, settings: Settings) -> AsyncIterator[str]:
     users: set[asyncio.Task[None]] = set()
 
     def announce(flow: Flow, link: str) -> None:
-        story.tell("link", "the proxy shows its user a link: " + link.partition("?")[0])
+        story.tell("link", "the proxy shows the user a link: " + link.partition("?")[0])
         users.add(asyncio.create_task(_consent(link)))
 
     sock, address = bind(settings.listen)
@@ -146,34 +146,34 @@ async def _proxy(story: Story, settings: Settings) -> AsyncIterator[str]:
 
 
 async def _consent(link: str) -> None:
-    """Stand in for the user: open the link, press Allow, come back to the callback."""
+    """Act as the user: open the link, press Allow, return to the callback."""
     async with httpx2.AsyncClient(follow_redirects=True, trust_env=False) as browser:
         page = await browser.get(link)
         ticket = re.search(r'name="ticket" value="([^"]+)"', page.text)
         form = re.search(r'action="([^"]+)"', page.text)
         if ticket is None or form is None:
-            raise McpAuthProxyError(f"The demo did not go as it should: no consent page, but HTTP {page.status_code}.")
+            raise McpAuthProxyError(f"The demo failed: expected a consent page, got HTTP {page.status_code}.")
         target = page.url.join(form[1])
         await browser.post(target, data={"ticket": ticket[1], "decision": "allow"})
 
 
 async def _call(url: str, tool: str, **arguments: Any) -> str:
     """Call a tool as any MCP client would; return the text of the result."""
-    # The SDK takes 0.6 s to import: only the commands that use it pay for that.
+    # Importing the SDK takes 0.6 s, so only the commands that use it do.
     from mcp import Client
 
     async with Client(url) as client:
         result = await client.call_tool(tool, arguments)
     text = " ".join(getattr(block, "text", "") for block in result.content)
     if result.is_error:
-        raise McpAuthProxyError(f"The demo did not go as it should: {tool} answered {text}")
+        raise McpAuthProxyError(f"The demo failed: {tool} returned {text}")
     return f"{tool}: {text}"
 
 
 def _settings(folder: Path, resource: str) -> Settings:
     listen = Address("127.0.0.1", 0)
     sock, address = bind(listen)
-    # The port must stay the same over the restart: the redirect URI names it.
+    # The port must be the same after the restart, because it is part of the redirect URI.
     sock.close()
     return Settings(
         listen=replace(listen, port=address.port),
@@ -189,4 +189,4 @@ def _settings(folder: Path, resource: str) -> Settings:
 
 
 def _say_nothing(line: str) -> None:
-    """The key of the demo's store is thrown away with it."""
+    """Do not announce the key: the demo deletes its store at the end."""

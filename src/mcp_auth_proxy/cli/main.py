@@ -1,4 +1,4 @@
-"""The command line: finds the configuration, runs the command, turns errors into one line and an exit code."""
+"""The command line: finds the configuration, runs a command, turns errors into one line and an exit code."""
 
 import asyncio
 import os
@@ -23,12 +23,12 @@ config_option = click.option(
     "--config",
     "config_file",
     metavar="FILE",
-    help="Configuration file. Else $MCP_AUTH_PROXY_CONFIG, ./mcp-auth-proxy.yaml, the user's config folder.",
+    help="Configuration file. Default: $MCP_AUTH_PROXY_CONFIG, ./mcp-auth-proxy.yaml, the user's config folder.",
 )
 
 
 def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --log-level and --log-format to a command, and configure the logs before it runs."""
+    """Add --log-level and --log-format to a command, and configure logging before it runs."""
 
     @click.option(
         "--log-level", type=click.Choice([*logs.LEVELS]), default=None, help=f"Default: ${LEVEL_VARIABLE}, else info."
@@ -38,7 +38,7 @@ def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def configured(*args: Any, log_level: str | None, log_format: logs.Format, **kwargs: Any) -> Any:
         level = log_level or os.environ.get(LEVEL_VARIABLE, "info").lower()
         if level not in logs.LEVELS:
-            raise click.UsageError(f"${LEVEL_VARIABLE} is {level!r}; it can be {', '.join(logs.LEVELS)}.")
+            raise click.UsageError(f"${LEVEL_VARIABLE} is {level!r}; it must be one of {', '.join(logs.LEVELS)}.")
         logs.configure(level, log_format)
         return command(*args, **kwargs)
 
@@ -52,9 +52,9 @@ def settings_from(
     *,
     secrets_of: Collection[str] | None = None,
 ) -> Settings:
-    """Return the settings of the file that is found, or those for one URL. Raises ConfigurationError.
+    """Return the settings of the configuration file, or those for one URL. Raises ConfigurationError.
 
-    ``secrets_of`` names the servers whose secrets are needed, None is all.
+    ``secrets_of``: the servers whose secrets are needed, None for all.
     """
     if url is not None:
         if config_file is not None:
@@ -62,19 +62,19 @@ def settings_from(
         return config.single(url, environ=os.environ, listen=listen)
     path = config.find(config_file, os.environ)
     if path is None:
-        ways = "Give one with --config FILE, put mcp-auth-proxy.yaml in this folder"
+        ways = "Use --config FILE, create mcp-auth-proxy.yaml in this folder"
         command = click.get_current_context().info_name
         last = (
             "set $MCP_AUTH_PROXY_CONFIG."
             if command == "check"
-            else f"name one server: mcp-auth-proxy {command} {EXAMPLE}"
+            else f"give the URL of a server: mcp-auth-proxy {command} {EXAMPLE}"
         )
         raise ConfigurationError([ConfigError("", f"No configuration was found. {ways}, or {last}")])
     return config.load(path, environ=os.environ, listen=listen, secrets_of=secrets_of)
 
 
 def run(work: Coroutine[Any, Any, int]) -> None:
-    """Run a command's work on uvloop and exit with its code."""
+    """Run the coroutine of a command on uvloop, and exit with its result."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(work)
     sys.exit(code)
@@ -83,16 +83,16 @@ def run(work: Coroutine[Any, Any, int]) -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mcp-auth-proxy")
 def cli() -> None:
-    """Lets any MCP client use OAuth-protected MCP servers without doing OAuth itself."""
+    """Let any MCP client use OAuth-protected MCP servers without doing OAuth itself."""
 
 
 @cli.command()
 @click.argument("url", required=False)
 @config_option
-@click.option("--listen", metavar="HOST:PORT", help="Where to listen, in the place of the configuration's.")
+@click.option("--listen", metavar="HOST:PORT", help="Address to listen on. Overrides the configuration.")
 @log_options
 def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
-    """Run the proxy for the configured servers, or for the one at URL."""
+    """Run the proxy for the configured servers, or for the server at URL."""
     from mcp_auth_proxy.cli.serve import serve_forever
 
     run(serve_forever(settings_from(config_file, url, listen)))
@@ -101,20 +101,20 @@ def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
 @cli.command()
 @config_option
 def check(config_file: str | None) -> None:
-    """Validate the configuration and print every fault at once."""
+    """Validate the configuration and print all errors at once."""
     from mcp_auth_proxy.store.cipher import key_faults
 
     settings = settings_from(config_file)
-    faults = key_faults(settings.store)
-    if faults:
-        raise ConfigurationError(faults)
-    click.echo(f"{settings.source}: good, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
+    errors = key_faults(settings.store)
+    if errors:
+        raise ConfigurationError(errors)
+    click.echo(f"{settings.source}: valid, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
 
 
 @cli.command()
 @log_options
 def demo() -> None:
-    """Show the whole story with servers of its own on this machine."""
+    """Run the whole flow against demo servers on this machine."""
     from mcp_auth_proxy.cli.demo import demo as run_demo
 
     run(run_demo())
@@ -134,10 +134,10 @@ def login(server: str, config_file: str | None) -> None:
 @cli.command()
 @click.argument("server")
 @config_option
-@click.option("--forget-client", is_flag=True, help="Forget the dynamic registration too.")
+@click.option("--forget-client", is_flag=True, help="Also forget the dynamically registered client.")
 @log_options
 def logout(server: str, config_file: str | None, forget_client: bool) -> None:
-    """Forget the grant of SERVER, and revoke it upstream where that is offered."""
+    """Forget the grant of SERVER, and revoke it upstream if the server supports that."""
     from mcp_auth_proxy.cli import account
 
     run(account.logout(_settings_for(server, config_file), server, forget_client=forget_client))
@@ -146,10 +146,10 @@ def logout(server: str, config_file: str | None, forget_client: bool) -> None:
 @cli.command()
 @click.argument("server", required=False)
 @config_option
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @log_options
 def status(server: str | None, config_file: str | None, as_json: bool) -> None:
-    """Show what is connected, since when, until when: all servers, or SERVER (a configured name, or a URL)."""
+    """Show what is connected, since when and until when: all servers, or SERVER (a configured name, or a URL)."""
     from mcp_auth_proxy.cli import account
 
     run(account.status(_settings_for(server, config_file, secrets=False), server, as_json=as_json))
@@ -158,12 +158,12 @@ def status(server: str | None, config_file: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("server")
 @config_option
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @log_options
 def doctor(server: str, config_file: str | None, as_json: bool) -> None:
-    """Walk discovery against SERVER (a URL, or a configured name) and say what to put in the configuration.
+    """Run discovery against SERVER (a URL, or a configured name) and show the configuration that works.
 
-    Nothing is registered or stored. Exits with 0 where the proxy can authorize or need not, else with 1.
+    Registers and stores nothing. The exit code is 0 if the proxy can authorize or does not need to, else 1.
     """
     from mcp_auth_proxy.cli import account
     from mcp_auth_proxy.cli.doctor import command
@@ -173,19 +173,19 @@ def doctor(server: str, config_file: str | None, as_json: bool) -> None:
 
 
 def _settings_for(server: str | None, config_file: str | None, *, secrets: bool = True) -> Settings:
-    # What only the service's environment has is no reason to refuse a command about another server.
+    # Secrets of other servers may exist only in the environment of the service, and are not needed here.
     secrets_of = (server,) if secrets and server is not None else ()
     return settings_from(config_file, server if server and "://" in server else None, secrets_of=secrets_of)
 
 
 def main() -> None:
-    """Run the command line. Faults of the configuration exit with 2, other errors with 1, each on its own line."""
+    """Run the command line. Configuration errors exit with 2, others with 1; each error is one line on stderr."""
     try:
         cli(standalone_mode=False)
     except ConfigurationError as error:
         source = f"{error.source}: " if error.source else ""
-        for fault in error.faults:
-            click.echo(f"error: {source}{fault}", err=True)
+        for problem in error.errors:
+            click.echo(f"error: {source}{problem}", err=True)
         sys.exit(2)
     except McpAuthProxyError as error:
         click.echo(f"error: {error}", err=True)
@@ -197,7 +197,7 @@ def main() -> None:
         error.show()
         sys.exit(1)
     except OSError as error:
-        # What a command can expect of files and sockets is a ProxyError; this is a full disk under stdout, or the like.
+        # Expected failures of files and sockets are McpAuthProxyErrors; this is a full disk under stdout, for example.
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):

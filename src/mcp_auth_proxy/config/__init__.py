@@ -1,1 +1,1 @@
-"""The settings, and how they are read from file, environment and flags."""
+"""The settings, and how they are read from the file, the environment and flags."""

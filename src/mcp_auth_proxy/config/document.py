@@ -1,7 +1,7 @@
-"""Reads YAML: every scalar stays the text that was written, and a key that is given twice is a fault.
+"""Reads YAML. Every scalar stays a string as written, and a duplicate key is an error.
 
-YAML 1.1 would make False of ``dpop: off`` and a number of ``client_id: 0123``; what a text means is for the
-one who knows the key. Only an unquoted ``null``, ``~`` or nothing at all means None.
+YAML 1.1 would read ``dpop: off`` as False and ``client_id: 0123`` as a number; here the reader of each key decides
+what its text means. Only an unquoted ``null``, ``~`` or an empty value means None.
 """
 
 import re
@@ -17,45 +17,45 @@ _NULL = ("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z"))
 _MERGE = ("tag:yaml.org,2002:merge", re.compile(r"<<\Z"))
 
 
-# All other tags, such as !!int or !!python/…, are refused with their place.
+# All other tags, such as !!int or !!python/…, are refused with line and column.
 _TAGS = (*(f"tag:yaml.org,2002:{kind}" for kind in ("null", "str", "seq", "map")), None)
 
 _Base: type[yaml.SafeLoader] = yaml.SafeLoader
 if yaml.__with_libyaml__:
 
     class _Fast(Composer, yaml.CSafeLoader):
-        # The parser is libyaml's, ten times as fast. Its composer is not used: it overflows the C stack on a
-        # file of deeply nested brackets, where Python's raises RecursionError and takes no longer.
+        # libyaml's parser is ten times as fast as Python's. Its composer is not used: deeply nested brackets
+        # overflow the C stack, while Python's composer raises RecursionError and is as fast.
         def __init__(self, text: str) -> None:
             yaml.CSafeLoader.__init__(self, text)
             Composer.__init__(self)
 
-    _Base = _Fast  # type: ignore[assignment]  # not a subclass, but all that is used of one
+    _Base = _Fast  # type: ignore[assignment]  # not a subclass, but has all methods used here
 
 
-class _Loader(_Base):  # type: ignore[misc, valid-type]  # chosen when the module is imported
-    # This is how PyYAML is told which unquoted scalars and which tags mean something.
+class _Loader(_Base):  # type: ignore[misc, valid-type]  # chosen at import time
+    # PyYAML's way to say which unquoted scalars and which tags have a meaning.
     yaml_implicit_resolvers = {first: [_NULL] for first in ("", "~", "n", "N")} | {"<": [_MERGE]}
     yaml_constructors = {tag: _Base.yaml_constructors[tag] for tag in _TAGS}  # noqa: RUF012
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """``content`` is made of dict, list, str and None; ``lines`` tells where a dotted path stands, from 1."""
+    """A YAML document: ``content`` of dict, list, str and None; ``lines`` has the line of each dotted path, from 1."""
 
     content: object
     lines: Mapping[str, int]
-    faults: tuple[ConfigError, ...]
+    errors: tuple[ConfigError, ...]
 
     def line(self, path: str) -> int:
-        """The line of a path, or of the nearest thing around it; 0 for the document."""
+        """Return the line of a path, or of its nearest parent; 0 for the document itself."""
         while path and path not in self.lines:
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
         return self.lines.get(path, 0)
 
 
 def parse(data: bytes) -> Document:
-    """Parses one YAML document. Raises ConfigurationError, with line and column, when it is no YAML."""
+    """Parse one YAML document. Raises ConfigurationError with line and column if it is not valid YAML."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -70,7 +70,7 @@ def parse(data: bytes) -> Document:
         if error.context_mark and mark and error.context_mark.line != mark.line:
             problem += f" (it begins on line {error.context_mark.line + 1})"
         if mark and text[mark.index : mark.index + 1] == "\t":
-            problem += ": a tab; YAML is indented with spaces"
+            problem += ": a tab; indent YAML with spaces"
         raise ConfigurationError([ConfigError("", f"{where}not valid YAML: {problem}")]) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -87,10 +87,10 @@ def _parse(text: str) -> Document:
         node = loader.get_single_node()
         if node is None:
             return Document(None, {}, ())
-        # Merge keys change the nodes while they are constructed, so what stands in the file is looked at before.
+        # Construction applies merge keys to the nodes, so the file's own keys are collected before it.
         lines: dict[str, int] = {}
-        faults = tuple(_survey(node, lines))
-        return Document(loader.construct_document(node), lines, faults)
+        errors = tuple(_survey(node, lines))
+        return Document(loader.construct_document(node), lines, errors)
     finally:
         loader.dispose()
 
@@ -123,7 +123,7 @@ def _survey_mapping(
         line = key.start_mark.line + 1
         inner = f"{path}.{key.value}" if path else key.value
         if key.value in own:
-            yield ConfigError(inner, f"given twice: again on line {line}, first on line {lines[inner]}")
+            yield ConfigError(inner, f"duplicate key: on line {line}, first on line {lines[inner]}")
         own.add(key.value)
         lines.setdefault(inner, line)
         if not isinstance(value, yaml.ScalarNode):

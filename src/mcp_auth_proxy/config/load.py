@@ -1,4 +1,4 @@
-"""Finds the configuration and turns file, environment and flags into Settings; every fault is reported at once."""
+"""Finds the configuration and turns file, environment and flags into Settings. All errors are reported at once."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -35,14 +35,16 @@ _BROWSER: Mapping[str, Literal["auto", "always", "never"]] = {"auto": "auto", "a
 
 
 def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The file to read: ``--config``, ``$MCP_AUTH_PROXY_CONFIG``, ``./mcp-auth-proxy.yaml``, the platform's
-    configuration folder; None when there is none. A file that was asked for and is missing is a ConfigurationError.
+    """Return the file to read; None if there is none.
+
+    In order: ``--config``, ``$MCP_AUTH_PROXY_CONFIG``, ``./mcp-auth-proxy.yaml``, the platform's configuration folder.
+    Raises ConfigurationError if a file given by flag or variable does not exist.
     """
     for text, origin in ((explicit, "--config"), (environ.get(VARIABLE), f"${VARIABLE}")):
         if text:
             path = Path(text).expanduser().absolute()
             if not path.is_file():
-                raise ConfigurationError([ConfigError("", f"{path} (given by {origin}) is not there or not a file")])
+                raise ConfigurationError([ConfigError("", f"{path} (from {origin}) does not exist or is not a file")])
             return path
     for folder in (Path.cwd(), platformdirs.user_config_path(_APP, appauthor=False)):
         if (folder / FILE_NAME).is_file():
@@ -58,11 +60,11 @@ def load(
     secrets_of: Collection[str] | None = None,
     secret_files: set[Path] | None = None,
 ) -> Settings:
-    """Return the settings of a file; ``listen`` is the flag, which wins. Raises ConfigurationError with all faults.
+    """Return the settings of a file. Raises ConfigurationError with all errors.
 
-    ``secrets_of`` names the servers whose secrets are needed, None is all: those of the others are None in the
-    settings, and need not be there. A server is not to be authorized without its secrets. ``secret_files`` collects the
-    files that secrets are in, also if the configuration has faults.
+    ``listen`` is the flag, which overrides the file. ``secrets_of``: the servers whose secrets are needed, None for
+    all. The secrets of other servers may be missing and are None in the settings; do not authorize those servers.
+    ``secret_files`` collects the files that hold secrets, also if the configuration has errors.
     """
     path = path.absolute()
     try:
@@ -70,19 +72,19 @@ def load(
     except OSError as error:
         raise ConfigurationError([ConfigError("", f"{path} can't be read ({error.strerror})")]) from None
     except ConfigurationError as error:
-        raise ConfigurationError(error.faults, str(path)) from None
+        raise ConfigurationError(error.errors, str(path)) from None
     if document.content is None:
         raise ConfigurationError([ConfigError("", "the file is empty: it needs at least a servers section")], str(path))
     if not isinstance(document.content, Mapping):
         raise ConfigurationError([ConfigError("", "the file must be a mapping (key: value lines)")], str(path))
     context = Context(environ, path.parent, secret_files=set() if secret_files is None else secret_files)
     settings = _read(Section(document.content, "", context), listen, path, secrets_of)
-    _refuse([*document.faults, *context.faults], document, str(path))
+    _raise_errors([*document.errors, *context.errors], document, str(path))
     return settings
 
 
 def single(url: str, *, environ: Mapping[str, str] = os.environ, listen: str | None = None) -> Settings:
-    """The settings of ``serve URL``: one server named after its host, the store in the platform's data folder."""
+    """Return the settings of ``serve URL``: one server named after its host, a store in the platform's data folder."""
     context = Context(environ, platformdirs.user_data_path(_APP, appauthor=False))
     servers = read_single(url, context)
     section = Section({}, "", context)
@@ -92,14 +94,14 @@ def single(url: str, *, environ: Mapping[str, str] = os.environ, listen: str | N
         store=_read_store(section.section("store")),
         servers=servers,
     )
-    if context.faults:
-        raise ConfigurationError(context.faults)
+    if context.errors:
+        raise ConfigurationError(context.errors)
     return settings
 
 
-def _refuse(faults: list[ConfigError], document: Document, source: str) -> None:
-    if faults:
-        raise ConfigurationError(sorted(faults, key=lambda fault: document.line(fault.path)), source)
+def _raise_errors(errors: list[ConfigError], document: Document, source: str) -> None:
+    if errors:
+        raise ConfigurationError(sorted(errors, key=lambda error: document.line(error.path)), source)
 
 
 def _read(section: Section, listen: str | None, source: Path, secrets_of: Collection[str] | None) -> Settings:
@@ -132,7 +134,7 @@ def _read_servers(
     inner = section.section("servers")
     servers = read_servers(inner, upstream_timeout, secrets_of=secrets_of)
     if not any(True for _ in inner.entries()):
-        section.fault("servers", "at least one server must be configured")
+        section.error("servers", "at least one server must be configured")
     return servers
 
 
@@ -141,7 +143,7 @@ def _read_store(section: Section) -> StoreSettings:
     fallback = _store_path(_STORE, context)
     path = section.parsed("url", lambda text: _store_path(text, context), fallback)
     default = _default_key(path)
-    keys = section.each("keys", lambda text: _key_source(text, context, default), least=1)
+    keys = section.each("keys", lambda text: _key_source(text, context, default), min_items=1)
     section.close()
     return StoreSettings(path=path, keys=keys or (default,), default_key=not keys or keys == (default,))
 
@@ -153,13 +155,13 @@ def _store_path(text: str, context: Context) -> Path:
     if name == text or not name.strip("/") or name.endswith("/") or set(name) & set("?#\0"):
         raise ValueError("must be sqlite:///FILE (relative to this file) or sqlite:////FILE (absolute)")
     if name == ":memory:":
-        raise ValueError("a store in memory would forget every login: give a file")
+        raise ValueError("a store in memory would lose every login: use a file")
     return context.path(name)
 
 
 def _default_key(path: Path) -> KeySource:
-    beside = path.with_suffix(".key")
-    return KeySource(kind="file", name=str(beside if beside != path else path.with_name(path.name + ".key")))
+    key = path.with_suffix(".key")
+    return KeySource(kind="file", name=str(key if key != path else path.with_name(path.name + ".key")))
 
 
 def _key_source(text: str, context: Context, default: KeySource) -> KeySource:
@@ -168,7 +170,7 @@ def _key_source(text: str, context: Context, default: KeySource) -> KeySource:
         context.variable(name)
         return KeySource(kind="env", name=name)
     if kind != "file":
-        raise ValueError("must be env:NAME or file:PATH: a key does not belong into the configuration")
+        raise ValueError("must be env:NAME or file:PATH: a key does not belong in the configuration")
     source = KeySource(kind="file", name=str(context.path(name)))
     if source != default or Path(source.name).exists():
         context.file_text(name)

@@ -28,20 +28,25 @@ _OWN_TOKEN_PARAMS = _OWN_PARAMS | {
 }
 _HINTS = {"scope": "use scopes", "resource": "use the key resource", "client_id": "use the key client_id"}
 
-# Grants in which the client must be known beforehand: nobody is there to let it register itself.
+# Grants that need a client registered beforehand: nobody is there to approve a registration.
 _PRE_REGISTERED = frozenset({GrantType.CLIENT_CREDENTIALS, GrantType.ID_JAG, GrantType.TOKEN_EXCHANGE})
-# Keys that only one grant uses, and whether it can do without.
+# Keys that only one grant uses, and that it requires.
 _OF_ONE_GRANT: Mapping[str, GrantType] = {"assertion": GrantType.JWT_BEARER, "idp": GrantType.ID_JAG}
 _ENDPOINTS: Mapping[GrantType, str] = {
     GrantType.AUTHORIZATION_CODE: "authorization_endpoint",
     GrantType.DEVICE_CODE: "device_authorization_endpoint",
 }
-# What a request of ours, or the user's browser, goes to.
-_ASKED = frozenset({"token_endpoint", "registration_endpoint", "revocation_endpoint", *_ENDPOINTS.values()})
+# Endpoints that the proxy or the user's browser sends requests to.
+_REQUESTED_ENDPOINTS = frozenset(
+    {"token_endpoint", "registration_endpoint", "revocation_endpoint", *_ENDPOINTS.values()}
+)
 
 
 def read_oauth(section: Section, *, http_server: str = "") -> OAuthSettings:
-    """The section; its faults go to the context. ``http_server`` is the server's URL where that may be http."""
+    """Return the settings of the section. Errors go to the context.
+
+    ``http_server``: the URL of the server if it has allow_http, else empty.
+    """
     grant = section.choice("grant", _GRANTS, GrantType.AUTHORIZATION_CODE)
     client_auth = section.choice("client_auth", _CLIENT_AUTHS, None)
     _check_client(section, grant, client_auth)
@@ -73,41 +78,41 @@ def read_oauth(section: Section, *, http_server: str = "") -> OAuthSettings:
 def _check_client(section: Section, grant: GrantType, client_auth: ClientAuth | None) -> None:
     has_id, has_secret = section.has("client_id"), section.has("client_secret")
     if has_secret and not has_id:
-        section.fault("client_secret", "needs a client_id beside it")
+        section.error("client_secret", "needs a client_id")
     if grant in _PRE_REGISTERED and not has_id:
-        section.fault("client_id", f"is needed with grant {grant}")
+        section.error("client_id", f"is needed with grant {grant}")
     proves_itself = has_secret or section.has("private_key")
     needs_no_secret = client_auth in (ClientAuth.NONE, ClientAuth.PRIVATE_KEY_JWT)
     if grant is GrantType.CLIENT_CREDENTIALS and not proves_itself and not needs_no_secret:
-        section.fault("client_secret", "is needed with grant client_credentials (or private_key, or client_auth: none)")
+        section.error("client_secret", "is needed with grant client_credentials (or private_key, or client_auth: none)")
     elif has_id and not has_secret and client_auth in (ClientAuth.BASIC, ClientAuth.POST):
-        section.fault("client_auth", f"{client_auth} needs a client_secret")
+        section.error("client_auth", f"{client_auth} needs a client_secret")
 
 
 def _check_key(section: Section, client_auth: ClientAuth | None) -> None:
     has_key = section.has("private_key")
     if client_auth is ClientAuth.PRIVATE_KEY_JWT:
         if not has_key:
-            section.fault("private_key", "is needed with client_auth private_key_jwt")
+            section.error("private_key", "is needed with client_auth private_key_jwt")
         if not section.has("client_id"):
-            section.fault("client_id", "is needed with client_auth private_key_jwt")
+            section.error("client_id", "is needed with client_auth private_key_jwt")
     elif has_key and client_auth is not None:
-        section.fault("private_key", f"is of no use with client_auth {client_auth}: use private_key_jwt")
+        section.error("private_key", f"has no effect with client_auth {client_auth}: use private_key_jwt")
     elif has_key and section.has("client_secret"):
-        section.fault("private_key", "stands beside client_secret: say with client_auth which of them is meant")
+        section.error("private_key", "there is a client_secret too: choose one with client_auth")
     elif has_key and not section.has("client_id"):
-        section.fault("private_key", "needs a client_id beside it")
+        section.error("private_key", "needs a client_id")
     for key in ("signing_alg", "client_assertion_audience"):
         if section.has(key) and not has_key:
-            section.fault(key, "needs a private_key beside it")
+            section.error(key, "needs a private_key")
 
 
 def _check_grant(section: Section, grant: GrantType) -> None:
     for key, its_grant in _OF_ONE_GRANT.items():
         if grant is its_grant and not section.has(key):
-            section.fault(key, f"is needed with grant {grant}")
+            section.error(key, f"is needed with grant {grant}")
         elif grant is not its_grant and section.has(key):
-            section.fault(key, f"is for grant {its_grant} only")
+            section.error(key, f"is for grant {its_grant} only")
 
 
 def _read_key(section: Section) -> SigningKey | None:
@@ -118,7 +123,7 @@ def _read_key(section: Section) -> SigningKey | None:
 
 
 def _credential(section: Section, text: str) -> Credential:
-    """A file that is read again at each use, and need not be there yet; or a secret of the environment."""
+    """Return a file that is read again at each use and need not exist yet, or a secret from the environment."""
     kind, _, name = text.partition(":")
     if kind == "file" and name:
         path: Path = section.context.path(name)
@@ -130,14 +135,14 @@ def _credential(section: Section, text: str) -> Credential:
 
 def _read_idp(section: Section) -> IdpSettings | None:
     if not section.has("issuer") and not section.has("token_endpoint"):
-        section.fault("issuer", "is needed, or token_endpoint: where the ID-JAG is asked for")
+        section.error("issuer", "is needed, or token_endpoint: where to request the ID-JAG")
     if not section.has("client_id"):
-        section.fault("client_id", "is needed: who we are at the identity provider")
+        section.error("client_id", "is needed: the id of the proxy at the identity provider")
     if section.has("id_token") == section.has("refresh_token"):
-        section.fault("id_token", "is needed, or refresh_token, and not both: who the user is")
+        section.error("id_token", "is needed, or refresh_token, but not both: they identify the user")
     client_auth = section.choice("client_auth", _IDP_AUTHS, None)
     if client_auth in (ClientAuth.BASIC, ClientAuth.POST) and not section.has("client_secret"):
-        section.fault("client_auth", f"{client_auth} needs a client_secret")
+        section.error("client_auth", f"{client_auth} needs a client_secret")
     settings = IdpSettings(
         issuer=section.parsed("issuer", values.issuer, None),
         token_endpoint=section.parsed("token_endpoint", values.endpoint, None),
@@ -161,9 +166,9 @@ def _read_params(section: Section, own: frozenset[str]) -> dict[str, str]:
     for name, value in section.entries():
         if name in own:
             hint = f": {_HINTS[name]}" if name in _HINTS else ""
-            section.fault(name, f"is a parameter that the proxy sets itself{hint}")
+            section.error(name, f"is set by the proxy itself{hint}")
         elif not isinstance(value, str):
-            section.fault(name, "must be text")
+            section.error(name, "must be text")
         else:
             params[name] = value
     return params
@@ -176,15 +181,15 @@ def _read_metadata(section: Section, grant: GrantType, http_server: str) -> dict
     metadata = {name: _metadata_value(inner, name, value, http_server) for name, value in inner.entries()}
     for name in filter(None, ("token_endpoint", _ENDPOINTS.get(grant))):
         if not inner.has(name):
-            inner.fault(name, "is needed in static metadata")
+            inner.error(name, "is needed in static metadata")
     return metadata
 
 
 def _metadata_value(section: Section, name: str, value: object, http_server: str) -> object:
-    """A value of RFC 8414 §2 by what its name promises: a URL, a list or flag (``…_supported``), or anything."""
+    """Return a metadata value (RFC 8414 §2), read by its name: URL, list or boolean (``…_supported``), or as it is."""
     if name == "issuer":
         return section.parsed(name, lambda text: values.issuer(text, own=http_server), "")
-    if name in _ASKED:
+    if name in _REQUESTED_ENDPOINTS:
         return section.parsed(name, values.endpoint, "")
     if name.endswith(("_endpoint", "_uri")):
         return section.parsed(name, values.any_url, "")

@@ -1,4 +1,4 @@
-"""Reads one mapping of the configuration after another and gathers everything that is wrong on the way."""
+"""Reads the mappings of the configuration and collects all errors."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,35 +19,35 @@ _NO = frozenset({"false", "no", "off"})
 _LARGEST_SECRET = 64 * 1024
 
 
-class LeftOut(Exception):
-    """A secret was not looked for: it is not needed."""
+class SecretSkipped(Exception):
+    """A secret was not read because it is not needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What reading needs besides the text: the environment, the folder of the file, and the faults so far."""
+    """What the readers share: the environment, the folder of the file, and the errors so far."""
 
     environ: Mapping[str, str]
     folder: Path
-    faults: list[ConfigError] = field(default_factory=list)
+    errors: list[ConfigError] = field(default_factory=list)
     secrets: bool = True
-    """False: secrets are left out, so that they need not be there."""
+    """False: secrets are not read, so they may be missing."""
     secret_files: set[Path] = field(default_factory=set)
     """The files that were read for secrets, or should have been."""
 
     def without_secrets(self) -> "Context":
-        """The same, and the same list of faults, for what is read but not used with its secrets."""
+        """Return a copy that skips secrets but shares the list of errors."""
         return replace(self, secrets=False)
 
     def path(self, text: str) -> Path:
-        """A path made absolute; relative ones start at the file's folder. ValueError for an unknown ``~user``."""
+        """Return an absolute path, relative to the file's folder. Raises ValueError for an unknown ``~user``."""
         try:
             return (self.folder / Path(text).expanduser()).absolute()
         except RuntimeError:
-            raise ValueError("names a home folder that is not there (~)") from None
+            raise ValueError("names a home folder that does not exist (~)") from None
 
     def variable(self, name: str) -> str:
-        """The value of an environment variable. ValueError when it is unset or empty."""
+        """Return an environment variable. Raises ValueError if it is unset or empty."""
         value = self.environ.get(name)
         if value is None:
             raise ValueError(f"the environment variable {name!r} is not set")
@@ -56,7 +56,7 @@ class Context:
         return value
 
     def file_text(self, name: str) -> str:
-        """The text of a file without its last line end. ValueError when it can't be read or is empty."""
+        """Return the text of a file without trailing newlines. Raises ValueError if it can't be read or is empty."""
         path = self.path(name)
         try:
             with path.open("rb") as file:
@@ -73,9 +73,12 @@ class Context:
         return text
 
     def secret(self, text: str) -> Secret:
-        """The secret behind ``env:NAME`` or ``file:PATH``, or the text itself. LeftOut where none is to be read."""
+        """Return the secret of ``env:NAME`` or ``file:PATH``, or the text itself.
+
+        Raises ValueError, or SecretSkipped if secrets are not needed.
+        """
         if not self.secrets:
-            raise LeftOut
+            raise SecretSkipped
         kind, _, name = text.partition(":")
         if kind == "env":
             return Secret(self.variable(name))
@@ -86,7 +89,7 @@ class Context:
 
 
 class Section:
-    """One mapping. A key counts as known once it has been asked for; ``close`` reports the others."""
+    """One mapping. Each key that is read counts as known; ``close`` reports the others."""
 
     def __init__(self, value: object, path: str, context: Context) -> None:
         self.path = path
@@ -96,35 +99,35 @@ class Section:
         if isinstance(value, Mapping):
             self._content = value
         elif value is not None:
-            self.fault("", "must be a mapping (key: value lines)")
+            self.error("", "must be a mapping (key: value lines)")
 
-    def fault(self, key: str, problem: str) -> None:
-        """Notes that a key, or with ``""`` the section itself, is wrong."""
-        self.context.faults.append(ConfigError(self.inner(key) if key else self.path, problem))
+    def error(self, key: str, problem: str) -> None:
+        """Record an error of a key, or of the section itself if the key is ``""``."""
+        self.context.errors.append(ConfigError(self.inner(key) if key else self.path, problem))
 
     def inner(self, key: str) -> str:
-        """The dotted path of a key."""
+        """Return the dotted path of a key."""
         return f"{self.path}.{key}" if self.path else key
 
     def has(self, key: str) -> bool:
-        """Whether a key stands here with a value."""
+        """Whether a key is present with a value."""
         return self._content.get(key) is not None
 
     def parsed(self, key: str, parse: Callable[[str], T], default: D) -> T | D:
-        """The value of a key as ``parse`` reads it; the default where it is absent or wrong."""
+        """Return the value of a key, read by ``parse``; the default if it is absent or invalid."""
         text = self._text(key)
         return default if text is None else self._apply(key, text, parse, default)
 
     def text(self, key: str) -> str | None:
-        """The text of a key; None where it is absent."""
+        """Return the text of a key; None if it is absent."""
         return self.parsed(key, str, None)
 
     def boolean(self, key: str, *, default: bool) -> bool:
-        """True or false."""
+        """Return a boolean; the default if it is absent or invalid."""
         return self.parsed(key, _boolean, default)
 
     def choice(self, key: str, choices: Mapping[str, T], default: D) -> T | D:
-        """One of the named values."""
+        """Return the choice that a key names; the default if it is absent or invalid."""
 
         def choose(text: str) -> T:
             if text not in choices:
@@ -133,22 +136,22 @@ class Section:
 
         return self.parsed(key, choose, default)
 
-    def each(self, key: str, parse: Callable[[str], T], *, least: int = 0) -> tuple[T, ...] | None:
-        """A list of at least ``least`` items that ``parse`` reads; None where it is absent."""
+    def each(self, key: str, parse: Callable[[str], T], *, min_items: int = 0) -> tuple[T, ...] | None:
+        """Return a list of at least ``min_items`` items, read by ``parse``; None if it is absent."""
         self._known[key] = None
         value = self._content.get(key)
         if value is None:
             return None
         if not isinstance(value, list):
-            self.fault(key, "must be a list, for example [a, b]")
+            self.error(key, "must be a list, for example [a, b]")
             return None
-        if len(value) < least:
-            self.fault(key, f"must have at least {least} item")
+        if len(value) < min_items:
+            self.error(key, f"must have at least {min_items} item")
         found: list[T] = []
         for number, item in enumerate(value):
             place = f"{key}[{number}]"
             if not isinstance(item, str) or not item:
-                self.fault(place, "must be text")
+                self.error(place, "must be text")
                 continue
             parsed = self._apply(place, item, parse, None)
             if parsed is not None:
@@ -156,24 +159,24 @@ class Section:
         return tuple(found)
 
     def section(self, key: str) -> "Section":
-        """The mapping under a key; an empty one where it is absent."""
+        """Return the mapping under a key; an empty one if it is absent."""
         self._known[key] = None
         return Section(self._content.get(key), self.inner(key), self.context)
 
     def entries(self) -> Iterator[tuple[str, object]]:
-        """Every key with its value as it stands, all of them known from now on."""
+        """Yield each key with its raw value, and count all of them as known."""
         for key, value in self._content.items():
             name = str(key)
             self._known[name] = None
             yield name, value
 
     def close(self) -> None:
-        """Reports every key that nobody asked for, with the known one that looks most like it."""
+        """Record an error for each unknown key, with the most similar known one."""
         for key in self._content:
             if key in self._known:
                 continue
             near = difflib.get_close_matches(str(key), self._known, n=1)
-            self.fault(str(key), f"unknown key; did you mean {near[0]}?" if near else "unknown key")
+            self.error(str(key), f"unknown key; did you mean {near[0]}?" if near else "unknown key")
 
     def _text(self, key: str) -> str | None:
         self._known[key] = None
@@ -181,20 +184,20 @@ class Section:
         if value is None:
             return None
         if not isinstance(value, str):
-            self.fault(key, "must be a single value, not a list or a mapping")
+            self.error(key, "must be a single value, not a list or a mapping")
             return None
         if not value:
-            self.fault(key, "must not be empty")
+            self.error(key, "must not be empty")
             return None
         return value
 
     def _apply(self, key: str, text: str, parse: Callable[[str], T], default: D) -> T | D:
         try:
             return parse(text)
-        except LeftOut:
+        except SecretSkipped:
             return default
         except ValueError as error:
-            self.fault(key, str(error))
+            self.error(key, str(error))
             return default
 
 

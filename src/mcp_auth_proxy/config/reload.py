@@ -124,7 +124,7 @@ class Reloader:
         except ConfigurationError as error:
             metrics.reloads.labels("rejected").inc()
             metrics.last_reload_successful.labels().value = 0
-            for fault in error.faults:
+            for fault in error.errors:
                 logger.error("configuration not reloaded: %s", f"{error.source}: {fault}" if error.source else fault)
             return
         change = compare(self._settings, settings)

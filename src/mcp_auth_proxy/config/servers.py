@@ -10,7 +10,7 @@ from mcp_auth_proxy.config.settings import OAuthSettings, ServerSettings
 from mcp_auth_proxy.net import urls
 
 RESERVED = frozenset({"mcp", "connect", "oauth", "static", "api", "healthz", "readyz", "metrics"})
-"""First path segments that are the proxy's own."""
+"""First path segments that the proxy uses itself."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -18,16 +18,16 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 def read_servers(
     section: Section, upstream_timeout: float, *, secrets_of: Collection[str] | None = None
 ) -> dict[str, ServerSettings]:
-    """The servers by name, in file order; those with faults may be left out.
+    """Return the servers by name, in file order. Servers with errors may be left out.
 
-    ``secrets_of``: the servers that are to have their secrets, None for all.
+    ``secrets_of``: the servers whose secrets are needed, None for all.
     """
     servers: dict[str, ServerSettings] = {}
     for name, value in section.entries():
         if _NAME.fullmatch(name) is None:
-            section.fault(name, "a server name is 1 to 63 of a-z, 0-9 and -, and does not begin with -")
+            section.error(name, "a server name is 1 to 63 of a-z, 0-9 and -, and does not start with -")
         elif name in RESERVED:
-            section.fault(name, f"this name is the proxy's own path /{name}: choose another")
+            section.error(name, f"this name is reserved for the proxy's own path /{name}: choose another")
         needed = secrets_of is None or name in secrets_of
         context = section.context if needed else section.context.without_secrets()
         server = _read_server(Section(value, section.inner(name), context), name, upstream_timeout)
@@ -37,12 +37,12 @@ def read_servers(
 
 
 def server_url(text: str, *, allow_http: bool) -> str:
-    """The URL of an MCP server, as written. ValueError says which rule it breaks."""
+    """Return the URL of an MCP server as written. Raises ValueError with the rule that it breaks."""
     origin = values.url(text).origin
     if origin.scheme == "http" and not allow_http and not urls.is_loopback(origin.host):
         raise ValueError(
             "http:// would send tokens unencrypted to another machine: use https://, "
-            "or set allow_http: true on this server in the configuration where the network is trusted"
+            "or set allow_http: true on this server in the configuration if you trust the network"
         )
     return text
 
@@ -51,7 +51,7 @@ def _read_server(section: Section, name: str, upstream_timeout: float) -> Server
     allow_http = section.boolean("allow_http", default=False)
     url = section.parsed("url", lambda text: server_url(text, allow_http=allow_http), None)
     if not section.has("url"):
-        section.fault("url", "is needed: the address of the MCP server")
+        section.error("url", "is needed: the address of the MCP server")
     timeout = section.parsed("upstream_timeout", values.positive_duration, upstream_timeout)
     inner = section.section("oauth")
     oauth = (
@@ -64,7 +64,7 @@ def _read_server(section: Section, name: str, upstream_timeout: float) -> Server
 
 
 def single_name(url: str) -> str:
-    """A server name made from the host of a URL: ``https://mcp.linear.app/mcp`` gives ``linear``."""
+    """Return a server name made from the host of a URL: ``linear`` for ``https://mcp.linear.app/mcp``."""
     host = values.url(url).origin.host.rstrip(".")
     labels = host.split(".")
     numeric = ":" in host or all(label.isdigit() for label in labels)
@@ -77,7 +77,7 @@ def single_name(url: str) -> str:
 
 
 def read_single(url: str, context: Context) -> dict[str, ServerSettings]:
-    """The one server of ``serve URL``; its faults go to the context."""
+    """Return the one server of ``serve URL``; errors go to the context."""
     section = Section({"URL": url}, "", context)
     checked = section.parsed("URL", lambda text: server_url(text, allow_http=False), None)
     if checked is None:

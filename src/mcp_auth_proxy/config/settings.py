@@ -1,4 +1,4 @@
-"""The settings: frozen sections, each passed whole to the floor that needs it. Durations are in seconds."""
+"""The settings: frozen sections, each passed as a whole to the layer that needs it. Durations are in seconds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from mcp_auth_proxy.models import ClientAuth, DpopUse, GrantType
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """A secret value that shows itself in no repr, str or log."""
+    """A secret that never appears in ``repr``, ``str`` or logs."""
 
     value: str = field(repr=False)
 
@@ -21,7 +21,7 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen. An IPv6 host is written without brackets."""
+    """The address to listen on. An IPv6 host has no brackets here."""
 
     host: str
     port: int
@@ -33,7 +33,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeySource:
-    """Where a store key comes from: ``env`` and a name, or ``file`` and an absolute path."""
+    """The source of a store key: ``env`` and a variable name, or ``file`` and an absolute path."""
 
     kind: Literal["env", "file"]
     name: str
@@ -47,9 +47,9 @@ class StoreSettings:
     path: Path
     """The SQLite file, absolute."""
     keys: tuple[KeySource, ...]
-    """The first seals, all open. Never empty: the default is a key file beside the store."""
+    """The first key encrypts, all of them decrypt. Never empty: the default is a key file next to the store."""
     default_key: bool = False
-    """True where ``keys`` is that default: only then may a missing key file be made."""
+    """True if ``keys`` is that default: only then may a missing key file be created."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,22 +62,22 @@ class AuthorizationSettings:
 
 
 Credential = Path | Secret
-"""A credential that others renew: an absolute path is read again at each use, a secret stays."""
+"""A credential that something else renews: a path (absolute) is read again at each use, a secret is fixed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdpSettings:
-    """The identity provider of enterprise-managed authorization, and who the user is there."""
+    """The identity provider of enterprise-managed authorization, and how it knows the user."""
 
     issuer: str | None = None
     token_endpoint: str | None = None
-    """None: as the metadata of ``issuer`` says."""
+    """None: taken from the metadata of ``issuer``."""
     client_id: str
     client_secret: Secret | None = None
     client_auth: ClientAuth | None = None
     id_token: Credential | None = None
     refresh_token: Credential | None = None
-    """Either this or ``id_token``."""
+    """Either this or ``id_token`` is set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +86,11 @@ class OAuthSettings:
     client_id: str | None = None
     client_secret: Secret | None = None
     client_auth: ClientAuth | None = None
-    """None: chosen from what the authorization server supports."""
+    """None: chosen from the methods that the authorization server supports."""
     private_key: SigningKey | None = None
     client_assertion_audience: Literal["issuer", "endpoint"] = "issuer"
     assertion: Credential | None = None
-    """The workload's own token, with grant jwt_bearer."""
+    """The workload's own token, for grant jwt_bearer."""
     idp: IdpSettings | None = None
     scopes: tuple[str, ...] | None = None
     issuer: str | None = None
@@ -98,11 +98,16 @@ class OAuthSettings:
     """``auto``, ``omit`` or an exact URI."""
     authorization_params: Mapping[str, str] = field(default_factory=dict)
     token_params: Mapping[str, str] = field(default_factory=dict)
-    """Added to every request to the token endpoint."""
+    """Parameters added to every token request."""
     metadata: Mapping[str, object] | None = None
     client_metadata_url: str | None = None
     dpop: DpopUse = DpopUse.OFF
     allow_missing_pkce: bool = False
+
+
+def server_key(server: str, path: str) -> str:
+    """Return the full configuration key of a path below a server, if only its name is known."""
+    return f"servers.{server}.{path}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,16 +116,23 @@ class ServerSettings:
     url: str
     allow_http: bool = False
     upstream_timeout: float = 300.0
-    """Seconds until the response head must have come."""
+    """Seconds within which the response head must arrive."""
     oauth: OAuthSettings = field(default_factory=OAuthSettings)
+
+    def key(self, path: str) -> str:
+        """Return the full configuration key of a path below this server, for messages.
+
+        ``key("oauth.resource")`` is ``servers.NAME.oauth.resource``.
+        """
+        return server_key(self.name, path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitSettings:
     body: int = 16 * 1024 * 1024
-    """Bytes of request body that are accepted."""
+    """Maximum size of a request body in bytes."""
     upstream_connections: int = 10_000
-    """Connections at a time to one upstream origin."""
+    """Maximum number of connections to one upstream origin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +149,7 @@ class OutboundSettings:
 class Settings:
     listen: Address
     public_url: str | None
-    """Without a trailing slash. None: the address that is listened on."""
+    """Without a trailing slash. None: the listen address."""
     store: StoreSettings
     authorization: AuthorizationSettings = AuthorizationSettings()
     limits: LimitSettings = LimitSettings()
@@ -145,4 +157,4 @@ class Settings:
     outbound: OutboundSettings = OutboundSettings()
     servers: Mapping[str, ServerSettings]
     source: Path | None = None
-    """The file that was read, for messages."""
+    """The file that the settings were read from, for messages."""

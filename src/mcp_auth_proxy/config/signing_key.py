@@ -1,4 +1,4 @@
-"""The private key of a client, and the signature algorithms that it can serve (RFC 7518 §3.1)."""
+"""The private key of a client, and the signature algorithms that fit it (RFC 7518 §3.1)."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 PrivateKey = RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
-"""All that ``signing_alg`` may be."""
+"""The values of ``signing_alg``."""
 
 SMALLEST_RSA = 2048
 """Bits (RFC 7518 §3.3)."""
@@ -21,7 +21,7 @@ _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SigningKey:
-    """A private key and the algorithm that it signs with. Two are equal if their public keys and algorithms are."""
+    """A private key and the algorithm to sign with."""
 
     key: PrivateKey = field(repr=False)
     algorithm: str
@@ -37,9 +37,9 @@ class SigningKey:
 
 
 def read(pem: str, algorithm: str | None = None) -> SigningKey:
-    """Return the key in a PEM text; without ``algorithm`` it signs with the first that it can serve.
+    """Return the key in a PEM text. ``algorithm`` defaults to the first one that fits the key.
 
-    Raises ValueError, whose text ends the sentence "<key>: …" and never repeats the key.
+    Raises ValueError. Its text continues "<configuration key>: …" and never contains the private key.
     """
     try:
         key = load_pem_private_key(pem.encode(), password=None)
@@ -48,11 +48,11 @@ def read(pem: str, algorithm: str | None = None) -> SigningKey:
     except (ValueError, UnsupportedAlgorithm):
         raise ValueError("is not a private key in PEM form (-----BEGIN PRIVATE KEY-----)") from None
     if not isinstance(key, RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey):
-        raise ValueError("is a key of a kind that can't sign here: use RSA, EC (P-256, P-384, P-521) or Ed25519")
-    able = _algorithms(key)
-    if algorithm is not None and algorithm not in able:
-        raise ValueError(f"can't sign with {algorithm}: this key is for {', '.join(able)}")
-    return SigningKey(key, algorithm or able[0])
+        raise ValueError("is a key of an unsupported type: use RSA, EC (P-256, P-384, P-521) or Ed25519")
+    supported = _algorithms(key)
+    if algorithm is not None and algorithm not in supported:
+        raise ValueError(f"can't sign with {algorithm}: this key is for {', '.join(supported)}")
+    return SigningKey(key, algorithm or supported[0])
 
 
 def _algorithms(key: PrivateKey) -> tuple[str, ...]:

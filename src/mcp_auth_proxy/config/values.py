@@ -1,4 +1,4 @@
-"""What the texts of a configuration mean. Each reader raises ValueError whose text ends the sentence "<key>: …"."""
+"""Parsers for the values of the configuration. Each raises ValueError with a text that continues "<key>: …"."""
 
 import ipaddress
 import math
@@ -22,7 +22,7 @@ _HIGHEST_PORT = 65535
 
 
 def duration(text: str) -> float:
-    """Seconds: ``45s``, ``500ms``, ``2m``, ``1h``, or a plain number of seconds."""
+    """Return seconds from ``45s``, ``500ms``, ``2m``, ``1h`` or a plain number of seconds."""
     found = _DURATION.fullmatch(text)
     if found is None:
         raise ValueError("must be a duration such as 45s, 500ms, 2m or 1h")
@@ -33,7 +33,7 @@ def duration(text: str) -> float:
 
 
 def positive_duration(text: str) -> float:
-    """As ``duration``, but not 0."""
+    """Return seconds as ``duration`` does, but not 0."""
     seconds = duration(text)
     if seconds == 0:
         raise ValueError("must be more than 0")
@@ -41,7 +41,7 @@ def positive_duration(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """Bytes: ``16MiB``, ``1MB``, ``512KiB`` or a plain number of bytes; at least 1, at most 1024 GiB."""
+    """Return bytes from ``16MiB``, ``1MB``, ``512KiB`` or a plain number of bytes; 1 byte to 1024 GiB."""
     found = _SIZE.fullmatch(text)
     if found is None:
         raise ValueError("must be a size such as 16MiB, 1MB or a number of bytes")
@@ -52,14 +52,14 @@ def size(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 to 1,000,000."""
+    """Return a whole number from 1 to 1,000,000."""
     if re.fullmatch(r"\d{1,7}", text, re.ASCII) is None or not 1 <= int(text) <= 1_000_000:
         raise ValueError("must be a whole number from 1 to 1000000")
     return int(text)
 
 
 def host(text: str) -> str:
-    """A host name or an IP address, in lower case; IPv6 without brackets."""
+    """Return a host name or an IP address, in lower case; IPv6 without brackets."""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if not urls.is_host(bare):
         raise ValueError("must be a host name or an IP address")
@@ -67,28 +67,30 @@ def host(text: str) -> str:
 
 
 def port(text: str) -> int:
-    """A TCP port; 0 lets the system choose."""
+    """Return a TCP port; 0 lets the system choose."""
     if re.fullmatch(r"\d{1,5}", text, re.ASCII) is None or int(text) > _HIGHEST_PORT:
         raise ValueError(f"the port must be a number from 0 to {_HIGHEST_PORT}")
     return int(text)
 
 
 def address(text: str) -> Address:
-    """``HOST:PORT``; an IPv6 host is written in brackets."""
+    """Return the address of ``HOST:PORT``; an IPv6 host is written in brackets."""
     name, colon, number = text.rpartition(":")
     if not colon or not number:
         raise ValueError("must be HOST:PORT, for example 127.0.0.1:8787")
     if not name:
-        raise ValueError(f"names no host: write 127.0.0.1:{number} for this machine or 0.0.0.0:{number} for all")
+        raise ValueError(
+            f"has no host: write 127.0.0.1:{number} for this machine or 0.0.0.0:{number} for all interfaces"
+        )
     if ":" in name and not (name.startswith("[") and name.endswith("]")):
         raise ValueError("an IPv6 address is written in brackets: [::1]:8787")
     return Address(host=host(name), port=port(number))
 
 
 def allowed_host(text: str) -> str:
-    """What a Host header may say: ``name`` or ``name:port``, in lower case."""
+    """Return an allowed Host header, ``name`` or ``name:port``, in lower case."""
     if "/" in text:
-        raise ValueError("must be a host, with a port or without: no scheme, no path")
+        raise ValueError("must be a host with or without a port: no scheme, no path")
     name, colon, number = text.rpartition(":")
     if colon and not text.endswith("]"):
         port(number)
@@ -99,7 +101,7 @@ def allowed_host(text: str) -> str:
 
 
 def private_target(text: str) -> str:
-    """A host name, an address, or a network (CIDR)."""
+    """Return a host name, an address or a network (CIDR)."""
     if "/" not in text:
         return host(text)
     try:
@@ -109,12 +111,12 @@ def private_target(text: str) -> str:
 
 
 def url(text: str) -> urls.Url:
-    """An absolute http or https URL without userinfo and fragment; the problem never repeats the URL."""
+    """Return the parts of an absolute http(s) URL without userinfo and fragment. Errors never contain the URL."""
     return urls.parse(text)
 
 
 def public_url(text: str) -> str:
-    """The origin under which browsers reach the proxy, without a trailing slash."""
+    """Return the origin that browsers use for the proxy, without a trailing slash."""
     parsed = url(text)
     if parsed.path not in ("", "/") or "?" in text:
         raise ValueError("must be scheme://host[:port] without a path or query")
@@ -124,9 +126,9 @@ def public_url(text: str) -> str:
 
 
 def issuer(text: str, *, own: str = "") -> str:
-    """An issuer identifier (RFC 8414 §2), exactly as written.
+    """Return an issuer identifier (RFC 8414 §2), exactly as written.
 
-    ``own`` is the URL of a server that may be http elsewhere than on loopback: of its origin the issuer may be too.
+    ``own``: the URL of a server with allow_http. The issuer may then be http at the same origin.
     """
     if not own or url(text).origin != url(own).origin:
         endpoint(text)
@@ -136,7 +138,7 @@ def issuer(text: str, *, own: str = "") -> str:
 
 
 def endpoint(text: str) -> str:
-    """The URL of an OAuth endpoint (RFC 6749 §3.1, §3.2), exactly as written: https, or http on loopback."""
+    """Return the URL of an OAuth endpoint (RFC 6749 §3.1, §3.2), exactly as written: https, or http on loopback."""
     origin = url(text).origin
     if origin.scheme == "http" and not urls.is_loopback(origin.host):
         raise ValueError("must be https unless its host is loopback: secrets, codes and tokens go there")
@@ -144,13 +146,13 @@ def endpoint(text: str) -> str:
 
 
 def any_url(text: str) -> str:
-    """A URL that the proxy only passes on or leaves alone, exactly as written."""
+    """Return a URL that the proxy does not use itself, exactly as written."""
     url(text)
     return text
 
 
 def client_metadata_url(text: str) -> str:
-    """A URL that may serve as client_id: https, with a path."""
+    """Return a URL that can be a client_id: https, with a path."""
     parsed = url(text)
     if parsed.origin.scheme != "https" or parsed.path in ("", "/"):
         raise ValueError("must be an https URL with a path: it is used as client_id")
@@ -158,7 +160,7 @@ def client_metadata_url(text: str) -> str:
 
 
 def resource(text: str) -> str:
-    """``auto``, ``omit`` or an absolute URI without fragment (RFC 8707 §2)."""
+    """Return ``auto``, ``omit`` or an absolute URI without fragment (RFC 8707 §2)."""
     if text in ("auto", "omit"):
         return text
     if _SCHEME.fullmatch(text) is None or "#" in text or not text.isascii() or _PRINTABLE.fullmatch(text) is None:
@@ -167,7 +169,7 @@ def resource(text: str) -> str:
 
 
 def scope(text: str) -> str:
-    """One scope token (RFC 6749 §3.3)."""
+    """Return one scope token (RFC 6749 §3.3)."""
     if _SCOPE.fullmatch(text) is None:
         raise ValueError("is not a scope: one word, without quotes or backslashes (RFC 6749 §3.3)")
     return text

@@ -1,4 +1,4 @@
-"""The authorization code grant up to the code: the link, and what comes back (RFC 6749 §4.1, RFC 7636, RFC 9207)."""
+"""The authorization code grant: authorization request and response (RFC 6749 §4.1, RFC 7636, RFC 9207)."""
 
 import base64
 import hashlib
@@ -13,16 +13,16 @@ from mcp_auth_proxy.oauth import dpop, oauth_error, scopes
 PROTECTED = frozenset(
     {"response_type", "client_id", "redirect_uri", "state", "code_challenge", "code_challenge_method", "dpop_jkt"}
 )
-"""Parameters that neither the configuration nor the endpoint's own query may set."""
+"""Parameters that neither the configuration nor the endpoint's own query can set."""
 
 MAX_CODE = 4096
-"""Characters of an authorization code."""
+"""Maximum length of an authorization code."""
 
 _ONCE = ("code", "state", "iss", "error", "error_description", "error_uri")
 
 
 def new_verifier() -> str:
-    """Return a fresh PKCE code verifier of 43 characters, 256 random bits (RFC 7636 §4.1)."""
+    """Return a new PKCE code verifier: 256 random bits in 43 characters (RFC 7636 §4.1)."""
     return secrets.token_urlsafe(32)
 
 
@@ -32,21 +32,21 @@ def challenge_s256(verifier: str) -> str:
 
 
 def new_state() -> str:
-    """Return a fresh state of 43 characters, 256 random bits (RFC 6749 §10.12)."""
+    """Return a new state: 256 random bits in 43 characters (RFC 6749 §10.12)."""
     return secrets.token_urlsafe(32)
 
 
 def authorization_url(flow: Flow, *, state: str, code_verifier: str) -> str:
-    """Return the URL at the authorization server that the browser is sent to (RFC 6749 §4.1.1, RFC 8707 §2).
+    """Return the URL of the authorization request, for the user's browser (RFC 6749 §4.1.1, RFC 8707 §2).
 
-    The endpoint's own query is kept (§3.1). ``flow.extra_params`` replace our values, an empty one leaves the
-    parameter out, and no parameter is ever there twice. With ``offline_access`` goes ``prompt=consent``: without it
-    providers drop that scope (OpenID Connect Core §11). A flow with a key has the code bound to it (RFC 9449 §10).
-    Raises AuthorizationError where there is no endpoint.
+    The endpoint's own query is kept (§3.1). ``flow.extra_params`` override our values; an empty value omits the
+    parameter. No parameter appears twice. ``offline_access`` comes with ``prompt=consent``, because providers ignore
+    that scope without it (OpenID Connect Core §11). If the flow has a key, the code is bound to it (RFC 9449 §10).
+    Raises AuthorizationError if there is no authorization endpoint.
     """
     if not flow.endpoints.authorization:
         raise AuthorizationError(
-            f"The authorization server {flow.key.issuer} has no authorization_endpoint: users can't authorize there."
+            f"The authorization server {flow.key.issuer} has no authorization_endpoint, so users can't authorize there."
         )
     params = {
         "response_type": "code",
@@ -68,10 +68,10 @@ def authorization_url(flow: Flow, *, state: str, code_verifier: str) -> str:
 
 
 def check_response(params: Mapping[str, Sequence[str]], *, flow: Flow) -> str:
-    """Return the code of an authorization response to ``flow``, whose state has been checked already.
+    """Return the code of an authorization response to ``flow``. The caller has already checked ``state``.
 
-    ``iss`` is looked at before anything else (RFC 9207 §2.4): an error from the wrong server is not worth showing.
-    Raises CallbackRefused for a response that can't be this server's, AuthorizationDenied for its error response.
+    ``iss`` is checked first (RFC 9207 §2.4), so the error text of a wrong server is never shown. Raises
+    CallbackRefused if the response can't be from this server, AuthorizationDenied if it is an error response.
     """
     for name in _ONCE:
         if len(params.get(name, ())) > 1:
@@ -90,12 +90,12 @@ def check_response(params: Mapping[str, Sequence[str]], *, flow: Flow) -> str:
         error = oauth_error.code(values["error"])
         description = values.get("error_description")
         words = oauth_error.format_error(error, description, secrets=(values.get("state"),))
-        asked = oauth_error.TokenRequestContext(
+        context = oauth_error.TokenRequestContext(
             server=flow.key.account.server, resource=flow.key.resource, scopes=flow.scopes
         )
-        hint, remedy = oauth_error.hint(error, description, asked)
+        sentence, hint = oauth_error.hint(error, description, context)
         raise AuthorizationDenied(
-            f"The authorization server {flow.key.issuer} said no: {words}.{hint}", error, remedy=remedy
+            f"The authorization server {flow.key.issuer} said no: {words}.{sentence}", error, hint=hint
         )
     code = values.get("code", "")
     if not code or len(code) > MAX_CODE or not (code.isascii() and code.isprintable()):

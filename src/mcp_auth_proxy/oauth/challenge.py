@@ -1,9 +1,9 @@
-"""WWW-Authenticate by its grammar (RFC 9110 §11.6.1), and what Bearer and DPoP challenges ask for (RFC 6750 §3).
+"""A parser for WWW-Authenticate (RFC 9110 §11.6.1), and the meaning of Bearer and DPoP challenges (RFC 6750 §3).
 
-Whatever the bytes, parsing never raises and takes linear time. A challenge that breaks the grammar keeps its scheme
-and loses its parameters, and the rest of that field is not read: past an unterminated quote nobody can tell what is
-inside it. One thing is looser than the grammar: a value without quotes may hold any printable character but a comma
-or a quote, since servers write URLs that way.
+Parsing never raises and takes linear time, for any input. A challenge that breaks the grammar keeps its scheme but
+loses its parameters, and the rest of that field is ignored: after an unterminated quote it is unknown what is quoted
+and what is not. One deviation from the grammar: an unquoted value may contain any printable character except a comma
+or a quote, because some servers send URLs without quotes.
 """
 
 import re
@@ -14,10 +14,10 @@ from types import MappingProxyType
 from mcp_auth_proxy.oauth import scopes as scope_grammar
 
 MAX_BYTES = 64 * 1024
-"""Bytes of all fields together that are read; a field that goes beyond is ignored."""
+"""Maximum size of all fields together in bytes; fields beyond it are ignored."""
 
 _LONGEST_SCHEME = 20
-"""Characters of a scheme that is shown to a user."""
+"""Maximum length of a scheme that is shown to a user."""
 
 # Possessive quantifiers (*+, ++): the scanner never backtracks.
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++")
@@ -35,7 +35,7 @@ _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Challenge:
-    """One challenge. Scheme and parameter names are lower-case; a parameter that came twice is left out."""
+    """One challenge. Scheme and parameter names are lower-case; a duplicate parameter is left out."""
 
     scheme: str
     params: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
@@ -43,18 +43,18 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True)
 class BearerChallenge:
-    """What a resource server asks for. ``error`` is empty where there is none."""
+    """What a resource server asks for. ``error`` is empty if the challenge has none."""
 
     error: str = ""
     scopes: tuple[str, ...] | None = None
     resource_metadata: str | None = None
-    """As it came: it may be no URL (``names_metadata``), and the fetcher decides whether it may be asked."""
+    """As received: it may not be a URL (see ``names_metadata``), and the fetcher still has to check it."""
     dpop: bool = False
-    """A DPoP challenge is among them: the resource takes tokens that are bound to a key (RFC 9449 §7.1)."""
+    """There is a DPoP challenge: the resource accepts tokens that are bound to a key (RFC 9449 §7.1)."""
 
     @property
     def names_metadata(self) -> bool:
-        """Whether ``resource_metadata`` is an absolute URL, as RFC 9728 §5.1 wants it; a path, say, leads nowhere."""
+        """Whether ``resource_metadata`` is an absolute URL, as RFC 9728 §5.1 requires, and not a path, for example."""
         return self.resource_metadata is not None and _SCHEME.match(self.resource_metadata) is not None
 
 
@@ -71,17 +71,16 @@ def parse(values: Iterable[bytes]) -> tuple[Challenge, ...]:
 
 
 def bearer(values: Iterable[bytes]) -> BearerChallenge | None:
-    """Return what the Bearer challenges, and DPoP's (RFC 9449 §7.1), say together; None where there is none.
+    """Merge all Bearer and DPoP challenges (RFC 9449 §7.1) into one; None if there is none.
 
-    A parameter on which several of them differ is ambiguous and left out.
+    A parameter that has different values in several challenges is ambiguous and left out.
     """
-    asked = [challenge for challenge in parse(values) if challenge.scheme in ("bearer", "dpop")]
-    found = [challenge.params for challenge in asked]
+    found = [challenge for challenge in parse(values) if challenge.scheme in ("bearer", "dpop")]
     if not found:
         return None
 
     def agreed(name: str) -> str | None:
-        given = {params[name] for params in found if name in params}
+        given = {challenge.params[name] for challenge in found if name in challenge.params}
         return given.pop() if len(given) == 1 else None
 
     scope = agreed("scope")
@@ -89,27 +88,27 @@ def bearer(values: Iterable[bytes]) -> BearerChallenge | None:
         error=agreed("error") or "",
         scopes=scope_grammar.parse(scope) or None if scope is not None else None,
         resource_metadata=agreed("resource_metadata") or None,
-        dpop=any(challenge.scheme == "dpop" for challenge in asked),
+        dpop=any(challenge.scheme == "dpop" for challenge in found),
     )
 
 
 def other_schemes(values: Iterable[bytes]) -> tuple[str, ...]:
-    """Return the schemes that are asked for and that no token answers, such as Basic; at most three, to be shown."""
+    """Return the schemes other than Bearer and DPoP, such as Basic: at most three, for messages."""
     names = (found.scheme for found in parse(values) if found.scheme not in ("bearer", "dpop"))
     return tuple(dict.fromkeys(name.capitalize() for name in names if len(name) <= _LONGEST_SCHEME))[:3]
 
 
 def wants_nonce(values: Iterable[bytes]) -> bool:
-    """Whether a resource refuses the proof of a request, and not its token (RFC 9449 §9): a new nonce may help."""
+    """Whether a resource refuses the proof of a request rather than its token (RFC 9449 §9): a new nonce may help."""
     return any(
         challenge.scheme == "dpop" and challenge.params.get("error") in ("use_dpop_nonce", "invalid_dpop_proof")
         for challenge in parse(values)
     )
 
 
-def demands_authorization(status: int, asked: BearerChallenge | None) -> bool:
-    """Whether an answer asks for a token, or for one that may do more (RFC 6750 §3.1). A bare 403 does not."""
-    return status == 401 or (status == 403 and asked is not None and asked.error == "insufficient_scope")
+def demands_authorization(status: int, challenge: BearerChallenge | None) -> bool:
+    """Whether a response asks for a token, or for one with more scopes (RFC 6750 §3.1). A plain 403 does not."""
+    return status == 401 or (status == 403 and challenge is not None and challenge.error == "insufficient_scope")
 
 
 def _parse_field(text: str) -> list[Challenge]:
@@ -119,15 +118,15 @@ def _parse_field(text: str) -> list[Challenge]:
         scheme = _TOKEN.match(text, position)
         if scheme is None:
             break
-        params, position, sound = _parse_params(text, scheme.end())
+        params, position, valid = _parse_params(text, scheme.end())
         challenges.append(Challenge(scheme.group().lower(), params))
-        if not sound:
+        if not valid:
             break
     return challenges
 
 
 def _parse_params(text: str, position: int) -> tuple[Mapping[str, str], int, bool]:
-    """Return the parameters that follow a scheme, where the next challenge starts, and whether all was grammar."""
+    """Return (parameters, position of the next challenge, whether all of it followed the grammar)."""
     after = _skip(_BLANK, text, position)
     token68 = _TOKEN68.match(text, after) if after > position else None
     if token68 is not None:

@@ -1,4 +1,4 @@
-"""A client that proves itself by a signature in place of a secret: private_key_jwt (RFC 7523 §2.2 and §3)."""
+"""Client authentication by a signed assertion instead of a secret: private_key_jwt (RFC 7523 §2.2, §3)."""
 
 import secrets
 
@@ -9,15 +9,15 @@ from mcp_auth_proxy.config.signing_key import SigningKey
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 
 LIFETIME = 120
-"""Seconds that an assertion is good for: it is used at once, and clocks differ a little."""
+"""Lifetime of an assertion in seconds: it is used at once, but clocks differ a little."""
 
 
 def build(key: SigningKey, *, client_id: str, audience: str, now: float) -> str:
-    """Return a fresh assertion for one request; ``now`` is in Unix seconds.
+    """Return a new assertion for one request; ``now`` is in Unix seconds.
 
-    ``audience`` is the issuer identifier of the authorization server: the endpoint's URL, which RFC 7523 §3 allows
-    too, lets a hostile server use the assertion at another one (draft-ietf-oauth-rfc7523bis §4; MCP client
-    credentials extension). ``jti`` is never used again.
+    ``audience`` should be the issuer identifier of the authorization server. RFC 7523 §3 also allows the endpoint's
+    URL, but then a hostile server can use the assertion at another one (draft-ietf-oauth-rfc7523bis §4; MCP client
+    credentials extension). ``jti`` is unique.
     """
     issued = int(now)
     claims: dict[str, object] = {

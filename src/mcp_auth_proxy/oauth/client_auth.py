@@ -1,10 +1,11 @@
-"""How the client proves itself at the token endpoint (RFC 6749 §2.3, RFC 7523 §2.2)."""
+"""Client authentication at the token endpoint (RFC 6749 §2.3, RFC 7523 §2.2)."""
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote_plus, urlencode
 
+from mcp_auth_proxy.config.settings import server_key
 from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import ClientAuth, Registration
@@ -16,7 +17,7 @@ Fields = list[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientCredentials:
-    """What the methods prove a client with. ``now`` is in Unix seconds; an empty ``audience`` means the issuer."""
+    """What a client authenticates with. ``now`` is in Unix seconds; an empty ``audience`` means the issuer."""
 
     client: Registration
     key: SigningKey | None = None
@@ -24,21 +25,23 @@ class ClientCredentials:
     audience: str = ""
 
     def secret(self) -> str:
+        """Return the client secret. Raises AuthorizationError if there is none."""
         if self.client.client_secret is None:
             raise self.missing("secret", "client_secret")
         return self.client.client_secret
 
     def missing(self, what: str, setting: str) -> AuthorizationError:
+        """Return the error for a credential that the method needs; ``setting`` is its key below ``oauth``."""
         client = self.client
         return AuthorizationError(
-            f"The client {client.client_id} is to authenticate by {client.client_auth.value} but has no {what}: set "
-            f"servers.{client.server}.oauth.{setting}."
+            f"The client {client.client_id} must authenticate with {client.client_auth.value} but has no {what}. Set "
+            f"{server_key(client.server, f'oauth.{setting}')}."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class AuthFields:
-    """What a method adds to a request: fields of the form, and headers."""
+    """What a method adds to a request: form fields and headers."""
 
     fields: Fields = field(default_factory=list, repr=False)
     headers: Fields = field(default_factory=list, repr=False)
@@ -47,29 +50,31 @@ class AuthFields:
 Method = Callable[[ClientCredentials], AuthFields]
 
 
-def _none(proof: ClientCredentials) -> AuthFields:
+def _none(credentials: ClientCredentials) -> AuthFields:
     # A workload that presents an assertion may have no client identity at all (RFC 7521 §4.1).
-    client_id = proof.client.client_id
+    client_id = credentials.client.client_id
     return AuthFields([("client_id", client_id)] if client_id else [])
 
 
-def _post(proof: ClientCredentials) -> AuthFields:
-    return AuthFields([("client_id", proof.client.client_id), ("client_secret", proof.secret())])
+def _post(credentials: ClientCredentials) -> AuthFields:
+    return AuthFields([("client_id", credentials.client.client_id), ("client_secret", credentials.secret())])
 
 
-def _basic(proof: ClientCredentials) -> AuthFields:
-    # RFC 6749 §2.3.1: both are form-encoded before they are joined, so that a colon in the id stays unambiguous.
-    pair = f"{quote_plus(proof.client.client_id)}:{quote_plus(proof.secret())}"
+def _basic(credentials: ClientCredentials) -> AuthFields:
+    # RFC 6749 §2.3.1: both are form-encoded before they are joined, so a colon in the id is unambiguous.
+    pair = f"{quote_plus(credentials.client.client_id)}:{quote_plus(credentials.secret())}"
     return AuthFields(headers=[("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")])
 
 
-def _private_key_jwt(proof: ClientCredentials) -> AuthFields:
-    client = proof.client
-    if proof.key is None:
-        raise proof.missing("key", "private_key")
-    audience = proof.audience or client.issuer
-    assertion = client_assertion.build(proof.key, client_id=client.client_id, audience=audience, now=proof.now)
-    # No client_id beside it: the assertion's sub says who it is (MCP client credentials extension).
+def _private_key_jwt(credentials: ClientCredentials) -> AuthFields:
+    client = credentials.client
+    if credentials.key is None:
+        raise credentials.missing("key", "private_key")
+    audience = credentials.audience or client.issuer
+    assertion = client_assertion.build(
+        credentials.key, client_id=client.client_id, audience=audience, now=credentials.now
+    )
+    # No client_id field: the assertion's sub identifies the client (MCP client credentials extension).
     return AuthFields(client_assertion.form(assertion))
 
 
@@ -84,9 +89,10 @@ _METHODS: Mapping[ClientAuth, Method] = {
 def choose(
     supported: tuple[str, ...] | None, *, configured: ClientAuth | None, has_secret: bool, has_key: bool = False
 ) -> ClientAuth:
-    """Return how a client is to authenticate: as configured; by what it has; with a secret by what is supported.
+    """Return the authentication method: the configured one, or the one that fits the client's credentials.
 
-    Basic goes before post (RFC 6749 §2.3.1), and is the default of a server that does not say (RFC 8414 §2).
+    With a secret it also depends on ``supported``: basic is preferred to post (RFC 6749 §2.3.1), and is the default
+    if the server does not list its methods (RFC 8414 §2).
     """
     if configured is not None:
         return configured
@@ -106,26 +112,25 @@ def authenticate(
     audience: str = "",
     include_client_id: bool = False,
 ) -> tuple[Fields, Fields]:
-    """Return form and headers of a request to the authorization server, with the client's authentication in one.
+    """Return the form and headers of a request to the authorization server, with client authentication added.
 
-    ``key``, ``now`` (Unix seconds) and ``audience`` (empty: the issuer) are for private_key_jwt. If
-    ``include_client_id`` is true, with
-    client_secret_basic ``client_id`` stands in the form as well (RFC 6749 §3.2.1), never the secret. Raises
-    AuthorizationError where the method needs a secret or a key, and there is none.
+    ``key``, ``now`` (Unix seconds) and ``audience`` (empty: the issuer) are for private_key_jwt. With
+    ``include_client_id`` and client_secret_basic, the form has ``client_id`` as well (RFC 6749 §3.2.1), but never
+    the secret. Raises AuthorizationError if the method needs a secret or key that is missing.
     """
     added = _METHODS[registration.client_auth](
         ClientCredentials(client=registration, key=key, now=now, audience=audience)
     )
-    name = (
+    client_id = (
         [("client_id", registration.client_id)]
         if include_client_id and registration.client_auth is ClientAuth.BASIC
         else []
     )
-    return [*form, *name, *added.fields], added.headers
+    return [*form, *client_id, *added.fields], added.headers
 
 
-def refuses_client(status: int, body: bytes, *errors: str) -> bool:
-    """Whether an answer is one of these errors, all of which leave what was sent unused (RFC 6749 §5.2)."""
+def is_error_response(status: int, body: bytes, *errors: str) -> bool:
+    """Whether a response is one of these OAuth errors (RFC 6749 §5.2). None of them consumes the code or token sent."""
     if status not in (400, 401):
         return False
     try:

@@ -1,10 +1,11 @@
-"""Authorization on another device: a code for the user, and polling until it has been used (RFC 8628)."""
+"""The device authorization grant: a code for the user, and polling until the user has entered it (RFC 8628)."""
 
 import contextlib
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import NamedTuple
 
+from mcp_auth_proxy.config.settings import server_key
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import DeviceAuthorization, Flow, TokenSet
 from mcp_auth_proxy.net import urls
@@ -14,32 +15,32 @@ from mcp_auth_proxy.oauth.documents import Document, parse_object
 GRANT_TYPE = "urn:ietf:params:oauth:grant-type:device_code"
 
 INTERVAL_DEFAULT = 5.0
-"""Seconds between polls where the server does not say (RFC 8628 §3.2)."""
+"""Seconds between polls if the server does not say (RFC 8628 §3.2)."""
 
 SLOW_DOWN_STEP = 5.0
-"""Seconds by which ``slow_down`` makes the interval longer (RFC 8628 §3.5)."""
+"""Seconds that ``slow_down`` adds to the interval (RFC 8628 §3.5)."""
 
 INTERVAL_MIN, INTERVAL_MAX = 1.0, 60.0
 LIFETIME_MIN, LIFETIME_MAX = 10.0, 3600.0
 LIFETIME_DEFAULT = 600.0
-"""Seconds; expires_in is required, and some servers forget it."""
+"""Seconds. expires_in is required, but some servers omit it."""
 
 MAX_CODE = 4096
-"""Characters of a device code."""
+"""Maximum length of a device code."""
 
 MAX_USER_CODE = 64
-"""Characters of a user code: somebody has to type it."""
+"""Maximum length of a user code: a person has to type it."""
 
 
 class Poll(Enum):
-    """Answers to a poll that mean: ask again (RFC 8628 §3.5)."""
+    """Responses to a poll that mean: poll again (RFC 8628 §3.5)."""
 
     PENDING = "authorization_pending"
     SLOW_DOWN = "slow_down"
 
 
 class DeviceGrantStart(NamedTuple):
-    """A device authorization, and the seconds that it is good for."""
+    """A device authorization and its lifetime in seconds."""
 
     device: DeviceAuthorization
     lifetime: float
@@ -62,8 +63,8 @@ def read_response(
 ) -> DeviceGrantStart:
     """Return the validated device authorization response (RFC 8628 §3.2). Raises as ``token_endpoint.read_answer``.
 
-    The verification URIs are shown to a user as links: only https is accepted, or http on loopback where
-    ``http_loopback`` allows that. ``verification_url`` is what Google calls it.
+    The verification URIs are shown to the user as links, so they must be https, or http on loopback if
+    ``http_loopback`` is true. ``verification_url`` is Google's name for the member.
     """
     answer = token_endpoint.read_answer(
         status,
@@ -77,17 +78,17 @@ def read_response(
     document = Document(answer, name="device authorization response", url=url, clause="RFC 8628 §3.2")
     device_code, user_code = document.required_string("device_code"), document.required_string("user_code")
     if len(device_code) > MAX_CODE or len(user_code) > MAX_USER_CODE:
-        raise document.refuse("its device_code or user_code is too long")
+        raise document.refusal("its device_code or user_code is too long")
     name = "verification_uri" if document.get("verification_uri") is not None else "verification_url"
     plain, complete = document.string(name), document.string("verification_uri_complete") or ""
     if not plain:
-        raise document.refuse("it has no verification_uri")
+        raise document.refusal("it has no verification_uri")
     for member, uri in ((name, plain), ("verification_uri_complete", complete)):
         try:
             if uri:
                 urls.check(uri, http_loopback=http_loopback)
         except ValueError as problem:
-            raise document.refuse(f"{member} can't be used: it {problem}") from None
+            raise document.refusal(f"{member} can't be used: it {problem}") from None
     device = DeviceAuthorization(
         device_code=device_code,
         user_code=user_code,
@@ -99,7 +100,7 @@ def read_response(
 
 
 def poll_request(flow: Flow) -> list[tuple[str, str]]:
-    """Return the form of one poll (RFC 8628 §3.4). Raises ValueError for a flow of another kind."""
+    """Return the form of one poll (RFC 8628 §3.4). Raises ValueError if the flow has no device code."""
     if flow.device is None:
         raise ValueError("the flow has no device code")
     target = [("resource", flow.key.resource)] if flow.key.resource else []
@@ -116,12 +117,12 @@ def read_poll(
     secrets: Iterable[str] = (),
     token_types: tuple[str, ...] = token_endpoint.BEARER_ONLY,
 ) -> TokenSet | Poll:
-    """Return the tokens, or what to do instead (RFC 8628 §3.5). Raises as ``token_endpoint.read_tokens``.
+    """Return the tokens, or whether to poll again (RFC 8628 §3.5). Raises as ``token_endpoint.read_tokens``.
 
-    After tokens the device code must not be sent again: servers take that for theft and end the grant.
+    Do not send the device code again after tokens: some servers take that for theft and end the grant.
     """
     if status < 500:
-        # With HTTP 200 too: GitHub answers so.
+        # GitHub sends these errors with HTTP 200.
         with contextlib.suppress(ValueError):
             return Poll(oauth_error.code(parse_object(body).get("error")))
     return token_endpoint.read_tokens(
@@ -139,8 +140,9 @@ def read_poll(
 def not_offered(issuer: str, server: str) -> AuthorizationError:
     """Return the error for an authorization server without a device authorization endpoint (RFC 8628 §4)."""
     return AuthorizationError(
-        f"The authorization server {issuer} names no device_authorization_endpoint (RFC 8628 §4). Where it has one, "
-        f"give it in servers.{server}.oauth.metadata; else use another servers.{server}.oauth.grant."
+        f"The metadata of the authorization server {issuer} has no device_authorization_endpoint (RFC 8628 §4). If the "
+        f"server has one, set it in {server_key(server, 'oauth.metadata')}. Otherwise use another "
+        f"{server_key(server, 'oauth.grant')}."
     )
 
 

@@ -1,20 +1,21 @@
-"""From a server URL to its authorization server: which URLs to ask, and validators for what they answer.
+"""From a server URL to its authorization server: the URLs of metadata, and validators for the documents.
 
-Two documents: protected resource metadata (RFC 9728) and authorization server metadata (RFC 8414, OpenID Connect
-Discovery). Resource and issuer are compared as the strings of the JSON, never through a type that normalises.
+There are two documents: protected resource metadata (RFC 9728) and authorization server metadata (RFC 8414, OpenID
+Connect Discovery). Resource and issuer are compared as raw JSON strings, never through a type that normalizes URLs.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
+from mcp_auth_proxy.config.settings import server_key
 from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, DocumentRefused
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth.documents import Document
 
 RESOURCE_METADATA = "protected resource metadata"
 SERVER_METADATA = "authorization server metadata"
-"""The documents' names, for errors."""
+"""The names of the documents, for errors."""
 
 _RESOURCE_WELL_KNOWN = "/.well-known/oauth-protected-resource"
 _SERVER_WELL_KNOWN = "/.well-known/oauth-authorization-server"
@@ -23,24 +24,24 @@ _OPENID_WELL_KNOWN = "/.well-known/openid-configuration"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceMetadata:
-    """Protected resource metadata that holds for the server that was asked (RFC 9728 §2)."""
+    """Validated protected resource metadata (RFC 9728 §2)."""
 
     resource: str
-    """As the document spells it: authorization servers compare it as a string."""
+    """As spelled in the document: authorization servers compare it as a string."""
     authorization_servers: tuple[str, ...]
     """Issuers, never empty."""
     scopes_supported: tuple[str, ...] | None = None
     dpop_required: bool = False
-    """The resource takes no token but those bound to a key (RFC 9728 §2, dpop_bound_access_tokens_required)."""
+    """The resource accepts only tokens bound to a key (RFC 9728 §2, dpop_bound_access_tokens_required)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerMetadata:
-    """Authorization server metadata, validated (RFC 8414 §2). None: the server does not say."""
+    """Validated authorization server metadata (RFC 8414 §2). None means that the server does not say."""
 
     issuer: str
     authorization_endpoint: str = ""
-    """Empty where the server has no grant that needs one."""
+    """Empty if the server has no grant that needs it."""
     token_endpoint: str
     registration_endpoint: str | None = None
     revocation_endpoint: str | None = None
@@ -54,15 +55,15 @@ class ServerMetadata:
     dpop_signing_alg_values_supported: tuple[str, ...] | None = None
     client_id_metadata_document_supported: bool = False
     iss_parameter_supported: bool = False
-    """RFC 9207 §3: every authorization response carries ``iss``."""
+    """Every authorization response has ``iss`` (RFC 9207 §3)."""
     is_fallback: bool = False
-    """No document: the default endpoints of MCP 2025-03-26."""
+    """There was no document; these are the default endpoints of MCP 2025-03-26."""
 
 
 def canonical_resource(server_url: str) -> str:
     """Return the resource identifier of a server that has no metadata (RFC 8707 §2; MCP, canonical server URI).
 
-    Scheme and host in lower case, no fragment, no slash where there is no path.
+    Scheme and host are in lower case; there is no fragment, and no slash if there is no path.
     """
     parts = urlsplit(server_url)
     path = "" if parts.path == "/" and not parts.query else parts.path
@@ -70,7 +71,7 @@ def canonical_resource(server_url: str) -> str:
 
 
 def resource_metadata_urls(server_url: str, challenge_url: str | None) -> list[str]:
-    """Return where to ask for resource metadata, in order: the challenge's URL, path-inserted, root (RFC 9728 §3.1)."""
+    """Return the URLs of resource metadata, in order: from the challenge, path-inserted, root (RFC 9728 §3.1)."""
     parts = urlsplit(server_url)
     origin = urls.raw_origin(server_url)
     path = "" if parts.path == "/" else parts.path
@@ -89,19 +90,19 @@ def read_resource_metadata(
 ) -> ResourceMetadata:
     """Return validated resource metadata for ``server_url``. Raises DocumentRefused.
 
-    ``resource`` must be the server URL, or have its origin and a path that contains the server's path
+    ``resource`` must be the server URL, or have its origin and a path that is a parent of the server's path
     (RFC 9728 §3.3; MCP lets one resource span several endpoints). Issuers that break RFC 8414 §2 are left out; one
-    must remain. ``http_loopback``: http issuers on loopback are fine; by default where the server is on loopback.
+    must remain. ``http_loopback``: accept http issuers on loopback; the default is whether the server is on loopback.
     """
     document = Document.parse(body, name=RESOURCE_METADATA, url=url, clause="RFC 9728 §2", form="RFC 9728 §3.2")
     resource = document.required_string("resource")
     if not _covers(resource, server_url):
-        raise document.refuse(f"it is for the resource {resource}, not for {server_url}", "RFC 9728 §3.3")
+        raise document.refusal(f"it is for the resource {resource}, not for {server_url}", "RFC 9728 §3.3")
     if http_loopback is None:
         http_loopback = urls.is_loopback(urls.parse(server_url).origin.host)
     issuers = document.strings("authorization_servers")
     if not issuers:
-        raise document.refuse("it names no authorization server")
+        raise document.refusal("it names no authorization server")
     problems: list[str] = []
     good: list[str] = []
     for issuer in issuers:
@@ -111,7 +112,7 @@ def read_resource_metadata(
         except ValueError as problem:
             problems.append(f"the authorization server {issuer} can't be used: it {problem}")
     if not good:
-        raise document.refuse(problems[0], "RFC 8414 §2")
+        raise document.refusal(problems[0], "RFC 8414 §2")
     return ResourceMetadata(
         resource=resource,
         authorization_servers=tuple(good),
@@ -121,9 +122,9 @@ def read_resource_metadata(
 
 
 def authorization_server_metadata_urls(issuer: str) -> list[str]:
-    """Return where to ask for an issuer's metadata, in the order of MCP 2025-11-25 (RFC 8414 §3.1 and §5).
+    """Return the URLs of an issuer's metadata, in the order of MCP 2025-11-25 (RFC 8414 §3.1 and §5).
 
-    For an issuer with a path the root is not among them: what is there belongs to another issuer.
+    For an issuer with a path, the root is not among them: a document there belongs to another issuer.
     """
     origin = urls.raw_origin(issuer)
     path = urlsplit(issuer).path.rstrip("/")
@@ -141,30 +142,30 @@ def read_server_metadata(
 ) -> ServerMetadata:
     """Return validated authorization server metadata of ``issuer``. Raises DocumentRefused.
 
-    ``issuer`` in the document must be the same string (RFC 8414 §3.3). With ``legacy``, for a server of MCP
-    2025-03-26 whose issuer nobody has spelled and whose origin we ask by guess, it may also be a path below that
-    origin, as its characters stand: whoever serves the origin's well-known documents owns that name as well. The
-    document's spelling is kept, since ``iss`` will have it. A name of another origin is refused there too: expecting
-    that server's ``iss`` we would carry its codes to endpoints which it did not name.
+    ``issuer`` in the document must be the same string (RFC 8414 §3.3). ``legacy`` is for a server of MCP 2025-03-26,
+    where no document names the issuer and ``issuer`` is only a guess, the server's origin. Then the document may also
+    name a path below that origin: whoever serves the well-known documents of an origin controls those names too. The
+    document's spelling is kept, because ``iss`` has the same. An issuer at another origin is refused even then: we
+    would expect that server's ``iss`` and send its codes to endpoints that it did not name (mix-up, RFC 9700 §4.4).
     """
     document = Document.parse(body, name=SERVER_METADATA, url=url, clause="RFC 8414 §2", form="RFC 8414 §3.2")
     stated = document.required_string("issuer")
     if stated != issuer and not (legacy and _is_below(stated, issuer)):
-        remedy = "; if that is this server's authorization server, name it in the key oauth.issuer" if legacy else ""
-        raise document.refuse(f"its issuer is {stated}, not {issuer} as expected{remedy}", "RFC 8414 §3.3")
+        advice = "; if that is this server's authorization server, set the key oauth.issuer" if legacy else ""
+        raise document.refusal(f"its issuer is {stated}, not {issuer} as expected{advice}", "RFC 8414 §3.3")
     return _server_metadata(document, stated, http_loopback=policy_http_loopback)
 
 
 def configured_server_metadata(mapping: Mapping[str, object], *, issuer: str | None) -> ServerMetadata:
-    """Return the metadata that an operator wrote into the configuration in place of discovery.
+    """Return the metadata from the configuration, which replaces discovery. Raises DocumentRefused.
 
-    Where neither it nor ``issuer`` names the issuer, the origin of the token endpoint stands in: grants and
-    credentials are kept by issuer. Raises DocumentRefused.
+    If neither it nor ``issuer`` names the issuer, the origin of the token endpoint is used: grants and credentials
+    are stored by issuer.
     """
     document = Document(mapping, name="configured metadata", url="", clause="RFC 8414 §2")
     stated = document.string("issuer")
     if issuer is not None and stated is not None and issuer != stated:
-        raise document.refuse(f"its issuer is {stated}, but the key oauth.issuer says {issuer}")
+        raise document.refusal(f"its issuer is {stated}, but the key oauth.issuer says {issuer}")
     known = issuer or stated or urls.raw_origin(document.required_string("token_endpoint"))
     return _server_metadata(document, known, http_loopback=True)
 
@@ -172,7 +173,7 @@ def configured_server_metadata(mapping: Mapping[str, object], *, issuer: str | N
 def legacy_server_metadata(server_url: str) -> ServerMetadata:
     """Return the default endpoints at the server's origin (MCP 2025-03-26, fallbacks for servers without metadata).
 
-    Raises DocumentRefused where they would be http away from loopback.
+    Raises DocumentRefused if they would be http and not on loopback.
     """
     origin = urls.raw_origin(server_url)
     try:
@@ -191,26 +192,26 @@ def legacy_server_metadata(server_url: str) -> ServerMetadata:
 
 
 def require_pkce(metadata: ServerMetadata, *, allow_missing: bool, server: str) -> None:
-    """Raise AuthorizationError where the server does not advertise PKCE with S256 (MCP, authorization code protection).
+    """Raise AuthorizationError if the server does not advertise PKCE with S256 (MCP, authorization code protection).
 
-    Default endpoints have no metadata to advertise it in; MCP 2025-03-26 demands PKCE of every server.
+    Default endpoints have no metadata to advertise it in, but MCP 2025-03-26 requires PKCE of every server.
     """
     if allow_missing or metadata.is_fallback or "S256" in (metadata.code_challenge_methods_supported or ()):
         return
     raise AuthorizationError(
         f"The authorization server {metadata.issuer} does not advertise PKCE with S256 "
-        f"(code_challenge_methods_supported, RFC 8414 §2; RFC 7636 §4.2). If it is known to support PKCE, set "
-        f"servers.{server}.oauth.allow_missing_pkce: true.",
-        remedy=ConfigHint("oauth.allow_missing_pkce", "true"),
+        f"(code_challenge_methods_supported, RFC 8414 §2; RFC 7636 §4.2). If you know that it supports PKCE, set "
+        f"{server_key(server, 'oauth.allow_missing_pkce')}: true.",
+        hint=ConfigHint("oauth.allow_missing_pkce", "true"),
     )
 
 
 def require_authorization_endpoint(metadata: ServerMetadata) -> None:
-    """Raise AuthorizationError where a user would have nowhere to go (RFC 8414 §2)."""
+    """Raise AuthorizationError if there is no endpoint for the user's browser (RFC 8414 §2)."""
     if not metadata.authorization_endpoint:
         raise AuthorizationError(
-            f"The authorization server {metadata.issuer} names no authorization_endpoint (RFC 8414 §2): users can't "
-            f"authorize there."
+            f"The metadata of the authorization server {metadata.issuer} has no authorization_endpoint "
+            f"(RFC 8414 §2), so users can't authorize there."
         )
 
 
@@ -222,12 +223,12 @@ def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) ->
         try:
             urls.check(url, http_loopback=http_loopback)
         except ValueError as problem:
-            raise document.refuse(f"{member} {url} can't be used: it {problem}") from None
+            raise document.refusal(f"{member} {url} can't be used: it {problem}") from None
         return url
 
     token_endpoint = endpoint("token_endpoint")
     if token_endpoint is None:
-        raise document.refuse("it has no token_endpoint")
+        raise document.refusal("it has no token_endpoint")
     return ServerMetadata(
         issuer=issuer,
         authorization_endpoint=endpoint("authorization_endpoint") or "",
@@ -256,12 +257,12 @@ def _check_issuer(issuer: str, *, http_loopback: bool) -> None:
 
 
 def _is_below(issuer: str, origin: str) -> bool:
-    """Whether an issuer is a path of an origin, that origin spelt as we do, and no more than a path."""
+    """Whether an issuer is ``origin``, spelled exactly so, followed by a path and nothing else."""
     return issuer.startswith(f"{origin}/") and "?" not in issuer and "#" not in issuer
 
 
 def _covers(resource: str, server_url: str) -> bool:
-    """Whether a resource identifier is the server URL, or its origin with a path above it on a segment boundary."""
+    """Whether a resource identifier is the server URL, or its origin with a parent path (whole segments only)."""
     if resource == server_url:
         return True
     try:

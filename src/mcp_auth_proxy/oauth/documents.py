@@ -1,4 +1,4 @@
-"""JSON from the network, read strictly: one object, UTF-8, no NaN, no key given twice where we read it."""
+"""Strict reading of JSON from the network: one object, UTF-8, no NaN, no duplicates of the keys that are read."""
 
 import json
 from collections import Counter
@@ -8,14 +8,14 @@ from typing import TypeGuard
 from mcp_auth_proxy.errors import DocumentRefused
 
 MAX_TEXT = 4096
-"""Characters of one string."""
+"""Maximum length of a string."""
 
 _LONGEST_INTEGER = 30
-"""Digits; longer ones become floats, for ``int`` takes quadratic time and then refuses."""
+"""Digits. Longer integers become floats, because ``int`` takes quadratic time and then raises."""
 
 
 class _Object(dict[str, object]):
-    """A JSON object that remembers which keys came more than once."""
+    """A JSON object that remembers its duplicate keys."""
 
     __slots__ = ("repeated",)
 
@@ -28,7 +28,7 @@ class _Object(dict[str, object]):
 
 
 def parse_object(body: bytes) -> dict[str, object]:
-    """Return the JSON object in ``body``. Raises ValueError, saying in words why there is none (RFC 8259)."""
+    """Return the JSON object in ``body`` (RFC 8259). Raises ValueError with the reason in words."""
     try:
         value = json.loads(
             body.decode("utf-8-sig"), object_pairs_hook=_Object, parse_constant=_refuse_constant, parse_int=_integer
@@ -45,9 +45,9 @@ def parse_object(body: bytes) -> dict[str, object]:
 
 
 class Document:
-    """A JSON object from a named place; each reader refuses the document where a member breaks its rule.
+    """A JSON object from a known URL. The readers raise DocumentRefused if a member breaks its rule.
 
-    A member that is null counts as absent: servers write out members that they have no value for.
+    A member that is null counts as absent: some servers write null for members without a value.
     """
 
     def __init__(self, values: Mapping[str, object], *, name: str, url: str, clause: str) -> None:
@@ -59,68 +59,68 @@ class Document:
 
     @classmethod
     def parse(cls, body: bytes, *, name: str, url: str, clause: str, form: str = "") -> "Document":
-        """Return the document in ``body``. Raises DocumentRefused; ``form`` is the clause that wants a JSON object."""
+        """Return the document in ``body``. Raises DocumentRefused. ``form``: the clause that requires an object."""
         try:
             values = parse_object(body)
         except ValueError as problem:
             raise DocumentRefused(name, url, str(problem), form or clause) from None
         return cls(values, name=name, url=url, clause=clause)
 
-    def refuse(self, problem: str, clause: str = "") -> DocumentRefused:
-        """Return the error that refuses this document, to be raised."""
+    def refusal(self, problem: str, clause: str = "") -> DocumentRefused:
+        """Return the DocumentRefused for a problem, for the caller to raise."""
         return DocumentRefused(self._name, self._url, problem, clause or self._clause)
 
     def get(self, member: str) -> object:
-        """Return a member as it is; None where it is absent."""
+        """Return a member as it is; None if it is absent."""
         if member in self._repeated:
-            raise self.refuse(f"it has {member} more than once", "RFC 8259 §4")
+            raise self.refusal(f"it has {member} more than once", "RFC 8259 §4")
         return self._values.get(member)
 
     def string(self, member: str) -> str | None:
-        """Return a member that is a string of printable characters; None where it is absent."""
+        """Return a member that is a string of printable characters; None if it is absent."""
         value = self.get(member)
         if value is None:
             return None
         if not _is_text(value):
-            raise self.refuse(f"{member} is not a string of at most {MAX_TEXT} printable characters")
+            raise self.refusal(f"{member} is not a string of at most {MAX_TEXT} printable characters")
         return value
 
     def required_string(self, member: str) -> str:
-        """Return a member that is a string and not empty."""
+        """Return a member that must be a non-empty string."""
         value = self.string(member)
         if not value:
-            raise self.refuse(f"it has no {member}")
+            raise self.refusal(f"it has no {member}")
         return value
 
     def strings(self, member: str) -> tuple[str, ...] | None:
-        """Return a member that is a list of strings; None where it is absent."""
+        """Return a member that is a list of strings; None if it is absent."""
         value = self.get(member)
         if value is None:
             return None
         if not isinstance(value, list | tuple):
-            raise self.refuse(f"{member} is not a list of printable strings")
+            raise self.refusal(f"{member} is not a list of printable strings")
         items = tuple(item for item in value if _is_text(item))
         if len(items) != len(value):
-            raise self.refuse(f"{member} is not a list of printable strings")
+            raise self.refusal(f"{member} is not a list of printable strings")
         return items
 
     def boolean(self, member: str) -> bool:
-        """Return a member that is true or false; False where it is absent."""
+        """Return a member that is true or false; False if it is absent."""
         value = self.get(member)
         if value is None:
             return False
         if not isinstance(value, bool):
-            raise self.refuse(f"{member} is neither true nor false")
+            raise self.refusal(f"{member} is neither true nor false")
         return value
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    # isprintable() also excludes lone surrogates, which no later encode() would survive.
+    # isprintable() also excludes lone surrogates, which would make a later encode() fail.
     return isinstance(value, str) and len(value) <= MAX_TEXT and value.isprintable()
 
 
 def _refuse_constant(name: str) -> object:
-    raise ValueError(f"it has {name} in it, which is not JSON")
+    raise ValueError(f"it contains {name}, which is not JSON")
 
 
 def _integer(digits: str) -> int | float:

@@ -1,4 +1,4 @@
-"""Tokens that are bound to a key of ours, and the proofs that go with them (RFC 9449)."""
+"""DPoP (RFC 9449): tokens bound to a key of the proxy, and the proofs sent with them."""
 
 import base64
 import hashlib
@@ -15,18 +15,19 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
+from mcp_auth_proxy.config.settings import server_key
 from mcp_auth_proxy.errors import AuthorizationError, ConfigHint
 from mcp_auth_proxy.models import DpopUse
 from mcp_auth_proxy.oauth import documents, oauth_error
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
 
 ALGORITHM = "ES256"
-"""What we sign with: the one that RFC 9449 itself shows, and every server knows."""
+"""The algorithm to sign with: the one in the examples of RFC 9449, so every server supports it."""
 
 TOKEN_TYPE = "DPoP"
 
 MAX_NONCE = 1024
-"""Characters of a nonce that are repeated in a proof."""
+"""Maximum length of a nonce. Longer ones are ignored."""
 
 _COORDINATE = 32
 # RFC 9449 §8.1: nonce = 1*NQCHAR
@@ -35,18 +36,18 @@ _NONCE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
 
 @dataclass(frozen=True)
 class Key:
-    """The key pair of one grant, on P-256."""
+    """The key pair of one grant, on the curve P-256."""
 
     _private: ec.EllipticCurvePrivateKey = field(repr=False)
 
     @classmethod
     def generate(cls) -> Self:
-        """Return a fresh key."""
+        """Return a new key."""
         return cls(ec.generate_private_key(ec.SECP256R1()))
 
     @classmethod
     def load(cls, text: str) -> Self:
-        """Return the key that ``text`` was made of. Raises ValueError, which never repeats it."""
+        """Return the key from its ``text``. Raises ValueError, which never contains the text."""
         key = load_pem_private_key(text.encode("ascii"), password=None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise ValueError("not a key for DPoP")
@@ -54,7 +55,7 @@ class Key:
 
     @property
     def text(self) -> str:
-        """The private key, to be sealed: PKCS #8 in PEM form."""
+        """The private key as PKCS #8 in PEM form. To be stored encrypted only."""
         return self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode("ascii")
 
     @cached_property
@@ -72,8 +73,8 @@ class Key:
     def proof(self, *, method: str, url: str, now: float, nonce: str = "", ath: str = "") -> str:
         """Return a proof for one request (RFC 9449 §4.2); ``now`` is in Unix seconds.
 
-        ``url`` is the request's, of which query and fragment are left out. ``ath`` is the ``digest`` of the access
-        token that goes with it. ``jti`` is never used again.
+        ``url`` is the URL of the request; its query and fragment are left out of the proof. ``ath`` is the ``digest``
+        of the access token sent with it. ``jti`` is unique.
         """
         claims: dict[str, object] = {
             "jti": secrets.token_urlsafe(16),
@@ -93,19 +94,19 @@ def digest(text: str) -> str:
 
 
 def without_query(url: str) -> str:
-    """Return a URL as ``htu`` has it: without query and fragment, else as it is spelt (RFC 9449 §4.2)."""
+    """Return a URL for ``htu``: without query and fragment, otherwise unchanged (RFC 9449 §4.2)."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc, parts.path or "/", "", ""))
 
 
 def read_nonce(value: str | None) -> str:
-    """Return a DPoP-Nonce field; empty where there is none, or one that breaks its grammar (RFC 9449 §8.1)."""
+    """Return the value of a DPoP-Nonce field; empty if it is absent or invalid (RFC 9449 §8.1)."""
     nonce = (value or "").strip()
     return nonce if len(nonce) <= MAX_NONCE and _NONCE.fullmatch(nonce) else ""
 
 
-def nonce_asked_for(status: int, headers: Mapping[str, str], body: bytes) -> str:
-    """Return the nonce that a token endpoint wants the same request with (RFC 9449 §8); empty: it wants none."""
+def required_nonce(status: int, headers: Mapping[str, str], body: bytes) -> str:
+    """Return the nonce that a token endpoint requires in a retry (RFC 9449 §8); empty if it requires none."""
     if status not in (400, 401):
         return ""
     try:
@@ -116,33 +117,34 @@ def nonce_asked_for(status: int, headers: Mapping[str, str], body: bytes) -> str
 
 
 def decide(use: DpopUse, metadata: ServerMetadata, *, challenged: bool, demanded: bool, server: str) -> bool:
-    """Return whether to ask for tokens that are bound to a key.
+    """Return whether to request tokens that are bound to a key.
 
-    ``challenged``: the resource has answered with a DPoP challenge; ``demanded``: its metadata says that it takes no
-    other tokens. Raises AuthorizationError where what is configured can't lead to a token that works.
+    ``challenged``: the resource sent a DPoP challenge. ``demanded``: its metadata says that it accepts no other tokens.
+    Raises AuthorizationError if the configuration can't lead to a token that works.
     """
     supported = metadata.dpop_signing_alg_values_supported
     if use is DpopUse.OFF:
         if demanded:
             raise AuthorizationError(
-                f"Server {server} takes only tokens that are bound to a key (dpop_bound_access_tokens_required, "
-                f"RFC 9728 §2; RFC 9449), and servers.{server}.oauth.dpop is off: set it to auto.",
-                remedy=ConfigHint("oauth.dpop", "auto"),
+                f"Server {server} accepts only tokens that are bound to a key (dpop_bound_access_tokens_required, "
+                f"RFC 9728 §2; RFC 9449), but {server_key(server, 'oauth.dpop')} is off. Set it to auto.",
+                hint=ConfigHint("oauth.dpop", "auto"),
             )
         return False
     if supported is not None and ALGORITHM not in supported and (demanded or use is DpopUse.REQUIRED):
         known = ", ".join(supported) or "nothing"
         raise AuthorizationError(
-            f"The authorization server {metadata.issuer} takes DPoP proofs signed with {known} "
-            f"(dpop_signing_alg_values_supported, RFC 9449 §5.1), and this proxy signs with {ALGORITHM}."
+            f"The authorization server {metadata.issuer} accepts DPoP proofs signed with {known} "
+            f"(dpop_signing_alg_values_supported, RFC 9449 §5.1), but this proxy signs with {ALGORITHM}."
         )
     return use is DpopUse.REQUIRED or ((challenged or demanded) and ALGORITHM in (supported or ()))
 
 
 def token_types(use: DpopUse, *, bound: bool, proved: bool) -> tuple[str, ...]:
-    """Return the token types that a token response may have (RFC 9449 §5).
+    """Return the token types to accept in a token response (RFC 9449 §5).
 
-    ``bound``: the token before it was bound to the key, and the next one must be. ``proved``: there was a proof.
+    ``bound``: the previous token was bound to the key, so the next one must be too. ``proved``: the request had a
+    proof.
     """
     if not proved:
         return ("Bearer",)

@@ -202,7 +202,7 @@ class Fetcher:
                 document,
                 url,
                 f"{refused}; if that is meant, list the host in the key authorization.allow_private",
-                remedy=ConfigHint("authorization.allow_private", origin.host),
+                hint=ConfigHint("authorization.allow_private", origin.host),
             ) from None
         except httpcore2.ConnectTimeout:
             raise unavailable("no connection in time") from None
@@ -231,17 +231,17 @@ class Fetcher:
 
 
 def _check(url: str, method: str, document: str, policy: AddressPolicy) -> urls.Url:
-    remedy: ConfigHint | None = None
+    hint: ConfigHint | None = None
     try:
         origin = urls.parse(url).origin
         may_be_http = policy.allows_http(origin.host, origin.port)
         if urls.is_loopback(origin.host) and not may_be_http:
-            remedy = ConfigHint("authorization.allow_private", origin.host)
+            hint = ConfigHint("authorization.allow_private", origin.host)
         return urls.check(url, http_loopback=may_be_http, http=may_be_http and method == "GET")
     except ValueError as problem:
-        key = "; if that is meant, list the host in the key authorization.allow_private" if remedy else ""
+        key = "; if that is meant, list the host in the key authorization.allow_private" if hint else ""
         shown = url if url.isprintable() else ""
-        raise DocumentRefused(document, shown, f"its URL {problem}{key}", remedy=remedy) from None
+        raise DocumentRefused(document, shown, f"its URL {problem}{key}", hint=hint) from None
 
 
 def _check_literal(parts: urls.Url, policy: AddressPolicy) -> None:

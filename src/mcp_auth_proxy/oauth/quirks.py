@@ -1,12 +1,12 @@
-"""Where providers depart from RFC 6749 §5 at the token endpoint, and can be understood without any risk.
+"""Deviations of providers from RFC 6749 §5 at the token endpoint that are safe to accept.
 
-Nothing here makes a check weaker: an error that is a provider's own name for a standard one gets that name, and
-tokens that lie elsewhere are held to the same rules.
+Nothing here weakens a check: a provider's own error code is mapped to the standard one, and tokens found in another
+place must follow the same rules.
 """
 
 from collections.abc import Mapping
 
-# Left: GitHub, then Slack. They come with HTTP 200.
+# Codes of GitHub, then of Slack. Both send them with HTTP 200.
 _STANDARD: Mapping[str, str] = {
     "bad_verification_code": "invalid_grant",
     "bad_refresh_token": "invalid_grant",
@@ -27,15 +27,16 @@ _TOKEN_MEMBERS = ("access_token", "token_type", "refresh_token", "expires_in", "
 
 
 def standard_error(code: str) -> str:
-    """Return the error code of RFC 6749 §5.2 that a provider's own one stands for; any other as it is."""
+    """Return the error code of RFC 6749 §5.2 for a provider's own code. Other codes are returned unchanged."""
     return _STANDARD.get(code, code)
 
 
 def standard_answer(answer: dict[str, object]) -> dict[str, object]:
     """Return a successful token response in the form of RFC 6749 §5.1.
 
-    Slack's have ``ok: true``. The user's token is a bearer token of token_type ``user``, and lies in ``authed_user``
-    where there is none beside it; scopes are separated by commas. A bot's token stays what it is: it acts for nobody.
+    Slack's responses have ``ok: true``. The user's token is a bearer token with token_type ``user``; if there is no
+    access_token at the top level, it is in ``authed_user``. Scopes are separated by commas. A bot's token is left
+    unchanged, and is refused later: it does not act for a user.
     """
     if answer.get("ok") is not True:
         return answer

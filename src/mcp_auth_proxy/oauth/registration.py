@@ -1,11 +1,12 @@
-"""Becoming a client: dynamic registration (RFC 7591) and the Client ID Metadata Document.
+"""Client registration: dynamic registration (RFC 7591) and the Client ID Metadata Document.
 
-No ``scope`` is registered: some providers refuse it, others make it binding, and a step-up then fails.
+No ``scope`` is registered: some providers refuse it, others make it a limit, and then a step-up fails.
 """
 
 import json
 from typing import Literal, NamedTuple
 
+from mcp_auth_proxy.config.settings import server_key
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, RegistrationImpossible
 from mcp_auth_proxy.models import ClientAuth
 from mcp_auth_proxy.net import urls
@@ -15,19 +16,19 @@ from mcp_auth_proxy.oauth.documents import Document, parse_object
 
 CLIENT_NAME = "mcp-auth-proxy"
 
-# A native app can't keep a secret (RFC 8252 §8.4); a shared service can, and its refresh tokens are safer with one.
-# Post goes before basic: there are servers that list both and whose /revoke, or /token, knows post alone.
+# A native app can't keep a secret (RFC 8252 §8.4); a shared service can, and a secret protects its refresh tokens.
+# Post is preferred to basic: some servers list both, but support only post at /revoke or /token.
 _PREFERENCE: dict[str, tuple[ClientAuth, ...]] = {
     "native": (ClientAuth.NONE, ClientAuth.POST, ClientAuth.BASIC),
     "web": (ClientAuth.POST, ClientAuth.BASIC, ClientAuth.NONE),
 }
 
-# private_key_jwt needs a key of the operator's, which a client that registers itself has not.
+# private_key_jwt needs a key from the operator, which a dynamically registered client does not have.
 _REGISTRABLE = frozenset({ClientAuth.NONE, ClientAuth.BASIC, ClientAuth.POST})
 
 
 class RegisteredClient(NamedTuple):
-    """A client information response (RFC 7591 §3.2.1). ``secret_expires_at`` is in Unix seconds; None: never."""
+    """A client information response (RFC 7591 §3.2.1). ``secret_expires_at`` is in Unix seconds, None if never."""
 
     client_id: str
     client_secret: str | None
@@ -39,42 +40,42 @@ class RegisteredClient(NamedTuple):
 
 
 def application_type(redirect_uri: str) -> Literal["native", "web"]:
-    """Return ``native`` for an http redirect URI on loopback or none at all, else ``web`` (OIDC Registration §2)."""
+    """Return ``native`` without a redirect URI or with http on loopback, else ``web`` (OIDC Registration §2)."""
     if not redirect_uri:
         return "native"
     origin = urls.parse(redirect_uri).origin
     return "native" if origin.scheme == "http" and urls.is_loopback(origin.host) else "web"
 
 
-def build_request(asked: ClientAuth | None, *, redirect_uri: str, client_name: str = CLIENT_NAME) -> bytes:
+def build_request(auth_method: ClientAuth | None, *, redirect_uri: str, client_name: str = CLIENT_NAME) -> bytes:
     """Return the JSON body of a registration request (RFC 7591 §3.1); without a redirect URI, one for device codes.
 
-    ``asked`` is the authentication method that ``method`` chose. With None the member is left out and the server
-    decides: both RFCs then mean client_secret_basic, and servers for public clients only answer without a secret.
+    ``auth_method`` is the authentication method that ``method`` chose. None omits the member and lets the server
+    decide: the default is client_secret_basic (RFC 7591 §2), and servers for public clients only send no secret.
     """
     kind = application_type(redirect_uri)
     request: dict[str, object] = {**_client(redirect_uri, client_name), "application_type": kind}
-    if asked is not None:
-        request["token_endpoint_auth_method"] = asked.value
+    if auth_method is not None:
+        request["token_endpoint_auth_method"] = auth_method.value
     return json.dumps(request).encode()
 
 
 def method(
     metadata: ServerMetadata, *, redirect_uri: str, configured: ClientAuth | None = None, server: str = ""
 ) -> ClientAuth | None:
-    """Return the authentication method that a registration asks for; None where that is left to the server.
+    """Return the authentication method to register for; None to let the server decide.
 
-    It is the one that is configured, else one that the server lists. Raises AuthorizationError where the server lists
-    its methods, and the one that is configured is not among them.
+    It is the configured method, or one that the server lists. Raises AuthorizationError if the server lists its
+    methods and the configured one is not among them.
     """
     supported = metadata.token_endpoint_auth_methods_supported or ()
     listed = next((m for m in _PREFERENCE[application_type(redirect_uri)] if m.value in supported), None)
     if configured is None or not supported or configured.value in supported:
         return configured or listed
     raise AuthorizationError(
-        f"The authorization server {metadata.issuer} takes {', '.join(supported)} at its token endpoint "
-        f"(token_endpoint_auth_methods_supported, RFC 8414 §2), and servers.{server}.oauth.client_auth asks for "
-        f"{configured.value}. Change that key, or leave it out."
+        f"The authorization server {metadata.issuer} supports {', '.join(supported)} at its token endpoint "
+        f"(token_endpoint_auth_methods_supported, RFC 8414 §2), but {server_key(server, 'oauth.client_auth')} is "
+        f"{configured.value}. Change or remove that key."
     )
 
 
@@ -85,19 +86,19 @@ def read_response(
     url: str,
     server: str,
     supported: tuple[str, ...] | None = None,
-    asked: ClientAuth | None = None,
+    requested: ClientAuth | None = None,
     configured: ClientAuth | None = None,
 ) -> RegisteredClient:
     """Return the client that was registered.
 
-    A response that names no authentication method means the one that was ``asked`` for, or, with a secret that
-    nobody asked for, one of ``supported``, the server's. One that names another than is ``configured`` is an error.
+    If the response names no authentication method, it is the ``requested`` one, or, if there is an unrequested secret,
+    one of ``supported``, the server's methods. A method other than the ``configured`` one is an error.
 
-    Raises RegistrationImpossible with the server's reason and the keys that make registration needless,
-    DocumentRefused for a response that breaks RFC 7591 §3.2.1, AuthorizationServerUnavailable for 429 and 5xx.
+    Raises RegistrationImpossible with the server's reason and the keys that replace registration, DocumentRefused for
+    a response that breaks RFC 7591 §3.2.1, AuthorizationServerUnavailable for 429 and 5xx.
     """
     if status == 429 or status >= 500:
-        raise AuthorizationServerUnavailable(f"The client registration at {url} can't be had: HTTP {status}.")
+        raise AuthorizationServerUnavailable(f"Could not register a client at {url}: HTTP {status}.")
     if status not in (200, 201):
         raise _refused(_error_text(status, body), url, server)
     document = Document.parse(body, name="client registration", url=url, clause="RFC 7591 §3.2.1")
@@ -105,22 +106,22 @@ def read_response(
     secret = document.string("client_secret") or None
     stated = document.string("token_endpoint_auth_method") or None
     if configured is not None and stated not in (None, configured.value):
-        reason = f"the client was registered for {stated}, and servers.{server}.oauth.client_auth asks for {configured}"
-        raise _refused(reason, url, server)
+        key = server_key(server, "oauth.client_auth")
+        raise _refused(f"the client was registered for {stated}, but {key} is {configured}", url, server)
     if stated is None:
-        kept = asked if secret is not None and asked is not ClientAuth.NONE else None
+        kept = requested if secret is not None and requested is not ClientAuth.NONE else None
         method = client_auth.choose(supported, configured=configured or kept, has_secret=secret is not None)
     elif stated in _REGISTRABLE:
         method = ClientAuth(stated)
     else:
-        raise _refused(f"it wants token endpoint authentication by {stated}, which is not supported", url, server)
+        raise _refused(f"it requires the authentication method {stated}, which the proxy does not support", url, server)
     if method is not ClientAuth.NONE and secret is None:
-        raise document.refuse(f"it has no client_secret, which {method.value} needs")
+        raise document.refusal(f"it has no client_secret, which {method.value} needs")
     return RegisteredClient(client_id, secret, method, _expiry(document.get("client_secret_expires_at")))
 
 
-def is_no_oauth(status: int, body: bytes) -> bool:
-    """Whether an address that was only guessed answers a registration as something else than OAuth."""
+def is_not_oauth(status: int, body: bytes) -> bool:
+    """Whether the response of a guessed registration endpoint shows that there is no OAuth at this server."""
     if status in (401, 403):
         try:
             return not isinstance(parse_object(body).get("error"), str)
@@ -130,20 +131,20 @@ def is_no_oauth(status: int, body: bytes) -> bool:
 
 
 def oauth_not_found(url: str, status: int, *, server: str, schemes: tuple[str, ...]) -> RegistrationImpossible:
-    """Return the error for a server that demands something, but not by OAuth. ``schemes`` are those it asks for."""
-    asks = f" The server asks for {', '.join(schemes)}, which the proxy does not do." if schemes else ""
-    key = f"servers.{server}.oauth"
+    """Return the error for a server that requires credentials, but not OAuth. ``schemes`` are the ones it asks for."""
+    asks = f" The server asks for {', '.join(schemes)}, which the proxy does not support." if schemes else ""
+    issuer, metadata, client_id = (server_key(server, f"oauth.{key}") for key in ("issuer", "metadata", "client_id"))
     return RegistrationImpossible(
         f"No OAuth metadata was found, and the default endpoint {url} (MCP 2025-03-26) answers HTTP {status}.{asks} "
-        f"If its authorization server is elsewhere, name it in {key}.issuer or {key}.metadata; if it only registers no "
-        f"clients, register one there by hand and put it in {key}.client_id."
+        f"If its authorization server is elsewhere, set {issuer} or {metadata}. If it does not support dynamic "
+        f"registration, register a client there by hand and set {client_id}."
     )
 
 
 def client_metadata_document(public_url: str, *, device: bool = False) -> dict[str, object]:
-    """Return the proxy's Client ID Metadata Document; its ``client_id`` is the URL that it is served at.
+    """Return the proxy's Client ID Metadata Document; its ``client_id`` is its own URL.
 
-    ``device``: it may use device codes too. (draft-ietf-oauth-client-id-metadata-document §4)
+    ``device``: it may also use device codes (draft-ietf-oauth-client-id-metadata-document §4).
     """
     redirect_uri = f"{public_url}/oauth/callback"
     document: dict[str, object] = {
@@ -159,7 +160,7 @@ def client_metadata_document(public_url: str, *, device: bool = False) -> dict[s
 
 
 def _client(redirect_uri: str, client_name: str) -> dict[str, object]:
-    # RFC 7591 §2.1: response types go with the grant types that have an authorization endpoint.
+    # RFC 7591 §2.1: a response type is only for grant types that use the authorization endpoint.
     return {
         "client_name": client_name,
         "redirect_uris": [redirect_uri] if redirect_uri else [],
@@ -170,13 +171,13 @@ def _client(redirect_uri: str, client_name: str) -> dict[str, object]:
 
 def _refused(reason: str, url: str, server: str) -> RegistrationImpossible:
     return RegistrationImpossible(
-        f"Dynamic client registration at {url} failed: {reason}. Register a client there by hand and put it in "
-        f"servers.{server}.oauth.client_id and servers.{server}.oauth.client_secret."
+        f"Dynamic client registration at {url} failed: {reason}. Register a client there by hand and set "
+        f"{server_key(server, 'oauth.client_id')} and {server_key(server, 'oauth.client_secret')}."
     )
 
 
 def _error_text(status: int, body: bytes) -> str:
-    """RFC 7591 §3.2.2, or the status where there is no structured error."""
+    """Return the error in words (RFC 7591 §3.2.2), or the status if there is no structured error."""
     try:
         answer = parse_object(body)
     except ValueError:
@@ -187,7 +188,7 @@ def _error_text(status: int, body: bytes) -> str:
 
 
 def _expiry(value: object) -> float | None:
-    """0 means never (RFC 7591 §3.2.1); what is not a time is taken as never: the server will say invalid_client."""
+    """Return the expiry in Unix seconds; None for never, which is 0 (RFC 7591 §3.2.1), and for what is not a time."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 15:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | float):

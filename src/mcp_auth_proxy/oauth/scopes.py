@@ -1,16 +1,16 @@
-"""Which scopes to ask for (MCP 2025-11-25, scope selection strategy; RFC 6749 §3.3)."""
+"""Which scopes to request (MCP 2025-11-25, scope selection strategy; RFC 6749 §3.3)."""
 
 import re
 from collections.abc import Iterable
 
 OFFLINE_ACCESS = "offline_access"
-"""OpenID Connect Core §11: asks for a refresh token."""
+"""Requests a refresh token (OpenID Connect Core §11)."""
 
 _TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """Return the scopes of a space-separated list, in order, without repeats and without what breaks the grammar."""
+    """Return the scopes of a space-separated list, in order; duplicates and invalid scopes are dropped."""
     return _clean(text.split(" "))
 
 
@@ -23,12 +23,12 @@ def choose(
     already: tuple[str, ...] = (),
     offline_access: bool = True,
 ) -> tuple[str, ...]:
-    """Return the scopes to ask for; empty where the parameter is to be left out.
+    """Return the scopes to request; empty if the parameter is to be omitted.
 
-    The configured ones, else those of the challenge, else those of the resource metadata. On a step-up, told by
-    ``already``, those asked for before come first and those of the challenge are added: also to configured ones,
-    which were just seen not to be enough. ``offline_access`` is added to what is asked for where the authorization
-    server lists it; it is False for grants that have no refresh token.
+    The configured scopes, or those of the challenge, or those of the resource metadata. ``already``: scopes requested
+    before a step-up; empty if this is not a step-up. A step-up keeps them first and adds those of the challenge, also
+    to configured scopes, because those were not enough. ``offline_access``: whether to add that scope if the
+    authorization server lists it; False for grants without a refresh token.
     """
     step_up = (challenged or ()) if already else ()
     if configured is not None:

@@ -13,10 +13,10 @@ from mcp_auth_proxy.oauth.documents import Document, parse_object
 from mcp_auth_proxy.oauth.oauth_error import TokenRequestContext
 
 MAX_TOKEN = 16 * 1024
-"""Characters of a token."""
+"""Maximum length of a token."""
 
 MAX_LIFETIME = 10 * 365 * 86400.0
-"""Seconds; a longer expires_in is taken as this."""
+"""Seconds. A longer expires_in is reduced to this."""
 
 RETRY_AFTER_DEFAULT = 5.0
 RETRY_AFTER_MAX = 300.0
@@ -28,8 +28,8 @@ _SECONDS = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
 BEARER_ONLY: tuple[str, ...] = ("Bearer",)
 
 _ERROR_CLAUSE = "RFC 6749 §5.2"
-# Errors that pass, sent by some servers as a 400 (RFC 6749 §4.1.2.1 names them for the front channel).
-_PASSING = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
+# Temporary errors that some servers send with 400 (RFC 6749 §4.1.2.1 defines them for the front channel).
+_TEMPORARY = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
 
 
 def code_request(flow: Flow, attempt: Attempt, code: str) -> list[tuple[str, str]]:
@@ -44,10 +44,10 @@ def code_request(flow: Flow, attempt: Attempt, code: str) -> list[tuple[str, str
 
 
 def refresh_request(grant: Grant, *, with_scope: bool = False) -> list[tuple[str, str]]:
-    """Return the form that renews a grant by its refresh token (RFC 6749 §6).
+    """Return the form that renews a grant with its refresh token (RFC 6749 §6).
 
-    Without the scope, which then means all that was granted; ``with_scope``: with what was asked for. Raises
-    ValueError where the grant has no refresh token.
+    Without scope, which means all scopes granted; ``with_scope`` adds the scopes requested. Raises ValueError if the
+    grant has no refresh token.
     """
     if grant.tokens.refresh_token is None:
         raise ValueError("the grant has no refresh token")
@@ -60,7 +60,7 @@ def refresh_request(grant: Grant, *, with_scope: bool = False) -> list[tuple[str
 
 
 def client_credentials_request(resource: str, scopes: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return the form that asks for a token of the client's own (RFC 6749 §4.4.2)."""
+    """Return the form of the client credentials grant (RFC 6749 §4.4.2)."""
     scope = [("scope", " ".join(scopes))] if scopes else []
     return [("grant_type", "client_credentials"), *scope, *_resource(resource)]
 
@@ -75,31 +75,31 @@ def read_tokens(
     requested_scopes: tuple[str, ...],
     previous: TokenSet | None = None,
     secrets: Iterable[str] = (),
-    asked: TokenRequestContext | None = None,
+    context: TokenRequestContext | None = None,
     token_types: tuple[str, ...] = BEARER_ONLY,
 ) -> TokenSet:
-    """Return the tokens of a token response (RFC 6749 §5.1), which must be of one of ``token_types`` (RFC 9449 §5).
+    """Return the tokens of a token response (RFC 6749 §5.1). Their type must be in ``token_types`` (RFC 9449 §5).
 
-    ``headers`` have lower-case names; ``now`` is in Unix seconds. A refresh response without a refresh token keeps
-    that of ``previous`` (§6); one without a scope means the scopes of ``previous``, or those requested. ``secrets``
-    are what was sent and must not be shown should an error repeat it, besides the tokens of ``previous``; ``asked``
-    lets an error name the key that it is about.
+    ``headers`` have lower-case names; ``now`` is in Unix seconds. If the response has no refresh token, that of
+    ``previous`` is kept (§6); if it has no scope, the scopes are those of ``previous``, or the requested ones.
+    ``secrets`` are values that were sent and must be masked if an error repeats them; the tokens of ``previous`` are
+    masked too. ``context`` is used to name the configuration key in errors.
     Raises TokenRefused for a structured OAuth error, also with HTTP 200; AuthorizationServerUnavailable for 408, 429,
-    5xx and what is no OAuth answer at all; DocumentRefused for tokens that must not be used.
+    5xx and everything that is not an OAuth response; DocumentRefused for tokens that must not be used.
     """
     held = (previous.access_token, previous.refresh_token) if previous else ()
     hidden = (*(token for token in held if token), *secrets)
-    answer = quirks.standard_answer(read_answer(status, headers, body, url=url, secrets=hidden, asked=asked))
+    answer = quirks.standard_answer(read_answer(status, headers, body, url=url, secrets=hidden, context=context))
     document = Document(answer, name="token response", url=url, clause="RFC 6749 §5.1")
     token_type = document.get("token_type")
     known = {name.lower(): name for name in token_types}
     if token_type in (None, ""):
-        raise document.refuse("it has no token_type")
+        raise document.refusal("it has no token_type")
     if not isinstance(token_type, str) or token_type.lower() not in known:
-        raise document.refuse(f"its token_type is not {' or '.join(token_types)}")
+        raise document.refusal(f"its token_type is not {' or '.join(token_types)}")
     access_token = _token(document, "access_token")
     if access_token is None:
-        raise document.refuse("it has no access_token")
+        raise document.refusal("it has no access_token")
     lifetime = read_lifetime(document.get("expires_in"))
     return TokenSet(
         access_token=access_token,
@@ -120,13 +120,13 @@ def read_answer(
     endpoint: str = "token endpoint",
     clause: str = "RFC 6749 §5.1",
     secrets: Iterable[str] = (),
-    asked: TokenRequestContext | None = None,
+    context: TokenRequestContext | None = None,
 ) -> dict[str, object]:
-    """Return the JSON object of a successful answer of any endpoint that answers as the token endpoint does.
+    """Return the JSON object of a successful response, for every endpoint that answers like the token endpoint.
 
-    ``clause`` says what such an answer is. An error that waiting may help is told from one that it hardly will.
-    Raises TokenRefused for a structured OAuth error, also with HTTP 200 (RFC 6749 §5.2); AuthorizationServerUnavailable
-    for 408, 429, 5xx and what is no OAuth answer at all.
+    ``clause`` is the RFC section that defines the response. Raises TokenRefused for a structured OAuth error, also with
+    HTTP 200 (RFC 6749 §5.2); AuthorizationServerUnavailable for 408, 429, 5xx and everything that is not an OAuth
+    response. Its text says "now" only if waiting may help.
     """
     if status in (408, 429) or status >= 500:
         raise _unavailable(status, headers, f"The {endpoint} {url} can't be used now: HTTP {status}.")
@@ -142,20 +142,20 @@ def read_answer(
         own, description = oauth_error.code(error), answer.get("error_description")
         words = oauth_error.format_error(own, description, secrets=secrets)
         code = quirks.standard_error(own)
-        if code in _PASSING:
+        if code in _TEMPORARY:
             raise _unavailable(status, headers, f"The {endpoint} {url} can't be used now: {words}.")
-        hint, remedy = oauth_error.hint(code, description, asked) if asked else ("", None)
-        raise TokenRefused(code, f"The {endpoint} {url} refused: {words}.{hint}", remedy=remedy)
+        sentence, hint = oauth_error.hint(code, description, context) if context else ("", None)
+        raise TokenRefused(code, f"The {endpoint} {url} refused: {words}.{sentence}", hint=hint)
     if not succeeded or answer.get("ok") is False:
-        raise _unavailable(status, headers, f"{broken} no OAuth error ({_ERROR_CLAUSE}).")
+        raise _unavailable(status, headers, f"{broken} it is not an OAuth error ({_ERROR_CLAUSE}).")
     return answer
 
 
 def read_lifetime(value: object) -> float | None:
-    """Return ``expires_in`` in seconds, at most 10 years; None where it says nothing that can be used.
+    """Return ``expires_in`` in seconds, at most 10 years; None if it is absent or unusable.
 
-    Servers write numbers as strings, and 0 or less for tokens that do not expire: taken at its word, that (or part
-    of a second) would be a refresh before each request. A 401 tells when such a token has died.
+    Some servers send numbers as strings, or 0 or less for tokens that do not expire. A lifetime of less than a second
+    would cause a refresh before each request, so it counts as unknown: a 401 shows when such a token has expired.
     """
     if isinstance(value, str) and _SECONDS.fullmatch(value):
         value = float(value)
@@ -165,7 +165,7 @@ def read_lifetime(value: object) -> float | None:
 
 
 def read_retry_after(value: str | None, *, now: datetime | None = None) -> float:
-    """Return a Retry-After in seconds, from 1 to 300 (RFC 9110 §10.2.3); 5 where there is none that can be read."""
+    """Return a Retry-After in seconds, from 1 to 300 (RFC 9110 §10.2.3); 5 if it is absent or unreadable."""
     text = (value or "").strip()
     if _SECONDS.fullmatch(text):
         seconds = float(text)
@@ -179,24 +179,24 @@ def read_retry_after(value: str | None, *, now: datetime | None = None) -> float
 
 
 def _unavailable(status: int, headers: Mapping[str, str], message: str) -> AuthorizationServerUnavailable:
-    asked = headers.get("retry-after")
-    retry_after = read_retry_after(asked)
-    # A gateway's 502 or 504, or a page with status 200, may hide a request that was acted upon.
+    stated = headers.get("retry-after")
+    retry_after = read_retry_after(stated)
+    # After a gateway's 502 or 504, or a page with status 200, the request may still have been processed.
     return AuthorizationServerUnavailable(
         message,
         retry_after=retry_after,
-        asked_pause=retry_after if asked else 0.0,
+        server_retry_after=retry_after if stated else 0.0,
         maybe_processed=status < 300 or (status >= 500 and status != 503),
     )
 
 
 def _token(document: Document, member: str) -> str | None:
-    """RFC 6749 appendix A.12 and A.17, without the space: it goes into a header field. Empty counts as absent."""
+    """Return a token (RFC 6749 A.12, A.17), None if absent or empty. No spaces: it is sent in a header field."""
     value = document.get(member)
     if value is None or value == "":
         return None
     if not isinstance(value, str) or len(value) > MAX_TOKEN or not _TOKEN.fullmatch(value):
-        raise document.refuse(f"its {member} has characters that a token may not have, or is longer than 16 KiB")
+        raise document.refusal(f"its {member} has characters that are not allowed in a token, or is longer than 16 KiB")
     return value
 
 

@@ -1,7 +1,7 @@
-"""One token for another (RFC 8693): on behalf of a caller, or an ID token for an ID-JAG at an identity provider.
+"""Token exchange (RFC 8693): on behalf of a caller, or an ID token for an ID-JAG at an identity provider.
 
-The ID-JAG (identity assertion authorization grant) is that of draft-ietf-oauth-identity-assertion-authz-grant, as
-MCP's enterprise-managed authorization profiles it.
+The ID-JAG (identity assertion authorization grant) is defined in draft-ietf-oauth-identity-assertion-authz-grant and
+profiled by MCP's enterprise-managed authorization.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ GRANT_TYPE = "urn:ietf:params:oauth:grant-type:token-exchange"
 
 
 class TokenType(StrEnum):
-    """What a token is (RFC 8693 §3)."""
+    """Token type identifiers (RFC 8693 §3)."""
 
     ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"
     REFRESH_TOKEN = "urn:ietf:params:oauth:token-type:refresh_token"
@@ -25,7 +25,7 @@ class TokenType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SubjectToken:
-    """The token of the party that is acted for."""
+    """The token of the party on whose behalf the request is made (RFC 8693 §2.1)."""
 
     value: str = field(repr=False)
     type: TokenType = TokenType.ACCESS_TOKEN
@@ -33,7 +33,7 @@ class SubjectToken:
 
 @dataclass(frozen=True, slots=True)
 class IdJag:
-    """What an identity provider gave: the assertion, and the scopes that it was cut down to (None: those asked for)."""
+    """An ID-JAG and its scopes; None if they are the ones requested."""
 
     assertion: str = field(repr=False)
     scopes: tuple[str, ...] | None
@@ -51,7 +51,7 @@ def request(subject: SubjectToken, *, resource: str, scopes: tuple[str, ...]) ->
 def id_jag_request(
     subject: SubjectToken, *, audience: str, resource: str, scopes: tuple[str, ...]
 ) -> list[tuple[str, str]]:
-    """Return the form that asks an identity provider for an ID-JAG (MCP enterprise-managed authorization §4).
+    """Return the form that requests an ID-JAG from an identity provider (MCP enterprise-managed authorization §4).
 
     ``audience`` is the issuer identifier of the MCP server's authorization server.
     """
@@ -66,17 +66,18 @@ def id_jag_request(
 def read_id_jag(
     status: int, headers: Mapping[str, str], body: bytes, *, url: str, secrets: Iterable[str] = ()
 ) -> IdJag:
-    """Return the ID-JAG in an identity provider's answer (RFC 8693 §2.2.1). Raises as ``token_endpoint.read_answer``.
+    """Return the ID-JAG of an identity provider's response (RFC 8693 §2.2.1). Raises as ``token_endpoint.read_answer``.
 
-    DocumentRefused also for another kind of token: an access token of the identity provider must not be sent on.
+    Also raises DocumentRefused for any other token type: an access token of the identity provider must not be sent
+    to another server.
     """
     answer = token_endpoint.read_answer(status, headers, body, url=url, clause="RFC 8693 §2.2.1", secrets=secrets)
     document = Document(answer, name="ID-JAG response", url=url, clause="RFC 8693 §2.2.1")
     if document.required_string("issued_token_type") != TokenType.ID_JAG:
-        raise document.refuse(f"its issued_token_type is not {TokenType.ID_JAG.value}")
+        raise document.refusal(f"its issued_token_type is not {TokenType.ID_JAG.value}")
     assertion = document.get("access_token")
     if not isinstance(assertion, str) or len(assertion) > token_endpoint.MAX_TOKEN or not jwt_bearer.is_jwt(assertion):
-        raise document.refuse("its access_token is not a JWT")
+        raise document.refusal("its access_token is not a JWT")
     given = document.string("scope")
     return IdJag(assertion, None if given is None else scopes.parse(given))
 

@@ -1,1 +1,1 @@
-"""What a browser sees: the link, the callback, the front page; and the guard before every route."""
+"""The pages for browsers (link, callback, front page), and the guard in front of all routes."""

@@ -1,4 +1,4 @@
-"""Opens the user's browser at one of our own links, where there is somebody to see it."""
+"""Opens a link of the proxy in the user's browser, if there is a desktop."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def should_open(choice: Literal["auto", "always", "never"], *, loopback: bool, environ: Mapping[str, str]) -> bool:
-    """Whether to open a browser: ``auto`` does where the proxy is local and a browser can be shown."""
+    """Whether to open a browser: ``auto`` does if the proxy is local and a browser can be displayed."""
     if choice != "auto":
         return choice == "always"
     if not loopback or "SSH_CONNECTION" in environ:
@@ -27,8 +27,8 @@ def should_open(choice: Literal["auto", "always", "never"], *, loopback: bool, e
 def open_link(link: str) -> None:
     """Open a ``/connect/…`` link in ``$BROWSER`` or the system's browser; no shell sees it (CVE-2025-6514).
 
-    Returns at once. Some browsers stay in the foreground until they are closed: neither a request nor the end of
-    this process waits for that, hence a daemon thread and not one of asyncio's.
+    Returns at once. Some browser commands run until the browser is closed. Neither a request nor the shutdown may
+    wait for that, so this uses a daemon thread instead of asyncio's executor.
     """
     threading.Thread(target=_open, args=(link,), name="browser", daemon=True).start()
 

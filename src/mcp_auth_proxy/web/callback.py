@@ -1,4 +1,4 @@
-"""``/oauth/callback``: the one redirect URI; it says in plain words what happened."""
+"""``/oauth/callback``: the redirect URI. It shows a page that says what happened."""
 
 import logging
 
@@ -12,11 +12,11 @@ from mcp_auth_proxy.web.pages import message
 
 logger = logging.getLogger(__name__)
 
-AGAIN = "You can close this tab. Ask your MCP client again: it gets a new link."
+RETRY_HINT = "You can close this tab. Repeat the request in your MCP client to get a new link."
 
 
 async def callback(request: Request, broker: Broker) -> Response:
-    """Finish the flow that the authorization response belongs to (RFC 6749 §4.1.2)."""
+    """Complete the flow that the authorization response belongs to (RFC 6749 §4.1.2)."""
     params: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         params.setdefault(name, []).append(value)
@@ -25,16 +25,16 @@ async def callback(request: Request, broker: Broker) -> Response:
     except CallbackRefused as refused:
         return message("This authorization was not accepted", str(refused), status=refused.status)
     except AuthorizationDenied as denied:
-        return message("Not authorized", str(denied), status=400, hint=AGAIN)
+        return message("Not authorized", str(denied), status=400, hint=RETRY_HINT)
     except AuthorizationError as error:
-        logger.warning("an authorization could not be finished: %s", error)
-        return message("The authorization could not be finished", str(error), status=502, hint=AGAIN)
+        logger.warning("an authorization failed: %s", error)
+        return message("The authorization failed", str(error), status=502, hint=RETRY_HINT)
     except StoreError as error:
         logger.error("a grant could not be stored: %s", error)
-        return message("The authorization could not be stored", str(error), status=503, hint=AGAIN)
+        return message("The authorization could not be stored", str(error), status=503, hint=RETRY_HINT)
     response = message(
         f"{flow.key.account.server} is connected",
-        "Your MCP client goes on by itself. You can close this tab.",
+        "Your MCP client continues by itself. You can close this tab.",
         status=200,
         hint=f"Authorized by {flow.key.issuer}.",
     )

@@ -1,4 +1,4 @@
-"""``/connect/{server}?flow=…``: the link that a user opens; it leads on to the authorization server."""
+"""``/connect/{server}?flow=…``: the link that a user opens. It redirects to the authorization server."""
 
 from html import escape
 from urllib.parse import quote, urlencode
@@ -13,31 +13,30 @@ from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.pages import SECURITY_HEADERS, message, page
 
 REFRESH = 5
-"""Seconds after which a page that waits looks again."""
+"""Seconds between reloads of a page that waits."""
 
-
-LED_HERE = "led_here"
-"""The query parameter of a link that was opened under another name first: it is not led on again."""
+REDIRECTED = "redirected"
+"""Query parameter of a link that was redirected to another host name, so that this happens only once."""
 
 
 async def connect(request: Request, broker: Broker, *, public_url: str) -> Response:
-    """Bind this browser to the flow by a cookie, and send it on (RFC 6749 §4.1.1).
+    """Bind this browser to the flow with a cookie, and redirect it to the authorization server (RFC 6749 §4.1.1).
 
-    The cookie comes back at the callback only: ``Lax``, for that is a navigation from another site.
+    The cookie is for the callback only. It is ``Lax`` because the callback is a navigation from another site.
     """
     server = request.path_params["server"]
-    if _under_another_name(request, public_url):
-        query = urlencode([*request.query_params.multi_items(), (LED_HERE, "1")])
-        return _onward(f"{public_url}/connect/{quote(server)}?{query}", "Go on")
+    if _is_other_loopback_name(request, public_url):
+        query = urlencode([*request.query_params.multi_items(), (REDIRECTED, "1")])
+        return _redirect(f"{public_url}/connect/{quote(server)}?{query}", "Continue")
     try:
         visit = await broker.visit(server, request.query_params.get("flow", ""))
     except CallbackRefused as refused:
         return message("This link can't be used", str(refused), status=refused.status)
     except AuthorizationError as error:
-        return message("The authorization can't begin", str(error), status=502)
+        return message("The authorization can't start", str(error), status=502)
     if isinstance(visit, DevicePrompt):
         return _device_page(visit)
-    response = _onward(visit.authorization_url, "Go on to the authorization server")
+    response = _redirect(visit.authorization_url, "Continue to the authorization server")
     response.set_cookie(
         visit.cookie_name,
         visit.cookie_value,
@@ -50,10 +49,11 @@ async def connect(request: Request, broker: Broker, *, public_url: str) -> Respo
     return response
 
 
-def _under_another_name(request: Request, public_url: str) -> bool:
-    """Whether the cookie would not come back: to a browser, ``localhost`` and ``127.0.0.1`` are two hosts.
+def _is_other_loopback_name(request: Request, public_url: str) -> bool:
+    """Whether the link was opened under another loopback name than the host of ``public_url``.
 
-    Asked of loopback names alone, which lead to this machine whatever they are.
+    The callback would then not get the cookie: to a browser, ``localhost`` and ``127.0.0.1`` are two hosts. Other
+    names are not redirected: only loopback names are sure to be this machine.
     """
     here, public = request.url.hostname or "", urls.parse(public_url).origin.host
     return (
@@ -61,12 +61,12 @@ def _under_another_name(request: Request, public_url: str) -> bool:
         and here != public
         and urls.is_loopback(here)
         and urls.is_loopback(public)
-        and LED_HERE not in request.query_params
+        and REDIRECTED not in request.query_params
     )
 
 
-def _onward(url: str, text: str) -> Response:
-    """A redirect; its page is for browsers and tools that do not follow it by themselves."""
+def _redirect(url: str, text: str) -> Response:
+    """Return a redirect with a page for browsers and tools that do not follow redirects."""
     return HTMLResponse(
         f'<!doctype html><title>Authorize</title><p><a href="{escape(url, quote=True)}">{text}</a></p>',
         status_code=303,
@@ -75,8 +75,8 @@ def _onward(url: str, text: str) -> Response:
 
 
 def _device_page(visit: DevicePrompt) -> Response:
-    """The code and where to enter it (RFC 8628 §3.3); the page turns by itself once that is done."""
+    """Return the page with the code and where to enter it (RFC 8628 §3.3). It changes once the user is done."""
     if visit.device is None:
-        text = "Your MCP client goes on by itself. You can close this tab."
+        text = "Your MCP client continues by itself. You can close this tab."
         return message(f"{visit.server} is connected", text, status=200)
     return page("device.html", server=visit.server, device=visit.device, refresh=REFRESH)

@@ -1,4 +1,4 @@
-"""The guard before every route: Host and Origin, so that no web page can reach the proxy through a browser."""
+"""Checks Host and Origin of every request, so that no web page can reach the proxy through a browser."""
 
 from mcp_auth_proxy.config.settings import Address, InboundSettings
 from mcp_auth_proxy.net import urls
@@ -10,24 +10,24 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Guard:
-    """Judges requests by the names that the proxy is reached under; remembers good values, they are few."""
+    """Checks requests against the names of the proxy. Accepted values are cached, since there are few."""
 
     def __init__(self, *, listen: Address, public_url: str, inbound: InboundSettings) -> None:
         self._loopback = urls.is_loopback(listen.host)
         self._port = listen.port
         self._public_origin = urls.parse(public_url).origin
-        # A name with the port None is good with any port.
+        # The port None means any port.
         self._names: set[tuple[str, int | None]] = {(self._public_origin.host, None)}
         self._names.update(filter(None, map(urls.split_authority, inbound.allowed_hosts)))
         self._good_hosts: set[bytes] = set()
         self._good_origins: set[bytes] = set()
 
     def refusal(self, path: bytes, headers: Headers, *, endpoint: bool, page_write: bool) -> tuple[int, str] | None:
-        """Return status and reason where a request must not be served, else None.
+        """Return status and reason if a request must be refused, else None.
 
-        ``endpoint``: it is for an MCP endpoint, where no other site's page has any business, not even with a GET, which
-        browsers send without an Origin. ``page_write``: it is not, and would change something; then only our own pages
-        may ask.
+        ``endpoint``: the request is for an MCP endpoint. Pages of other sites must not reach it, not even with a GET,
+        which browsers send without Origin. ``page_write``: the request is for another route and may change something;
+        then only the proxy's own pages may send it.
         """
         origins = 0
         host = b""
@@ -37,7 +37,7 @@ class Guard:
                 if value not in self._good_hosts and not self._host_is_good(path, value):
                     shown = value.decode("latin-1")[:100]
                     return 421, (
-                        f"Host {shown!r} is not one that this proxy is reached under. If it is right, add it to "
+                        f"Host {shown!r} is not a name of this proxy. If it should be, add it to "
                         f"inbound.allowed_hosts or set public_url."
                     )
             elif name == b"origin":
@@ -47,20 +47,20 @@ class Guard:
             elif endpoint and name == b"sec-fetch-site" and value in _FROM_ELSEWHERE:
                 return 403, "Requests from pages of other sites are not served."
         if not host:
-            return 400, "The request names no Host."
+            return 400, "The request has no Host."
         if page_write and not self._is_own(headers, host):
-            return 403, "Only this proxy's own pages may ask for changes."
+            return 403, "Only this proxy's own pages may make changes."
         return None
 
     def knows(self, host: bytes) -> bool:
-        """Whether this Host was found good before, so that a request that no web page has sent may be served."""
+        """Whether this Host was accepted before. Then a request without Origin and Fetch Metadata can be served."""
         return host in self._good_hosts
 
     def _is_own(self, headers: Headers, host: bytes) -> bool:
-        """Whether a write comes from no web page at all, or from one of ours (Origin, Fetch Metadata)."""
+        """Whether a write comes from one of our own pages, or not from a web page (Origin, Fetch Metadata)."""
         for name, value in headers:
             if name == b"origin" and value not in (b"http://" + host, b"https://" + host):
-                # Behind another proxy, Host may be the name that is used between the two.
+                # Behind another proxy, Host may be an internal name.
                 if urls.parse_origin(value.decode("latin-1")) != self._public_origin:
                     return False
             elif name == b"sec-fetch-site" and value not in (b"same-origin", b"none"):
@@ -71,11 +71,11 @@ class Guard:
         authority = urls.split_authority(value.decode("latin-1"))
         if authority is None:
             return False
-        # A loopback name can't be forged by DNS rebinding: the browser sends the name that it was led to.
+        # DNS rebinding can't forge a loopback name: the browser sends the attacker's name as Host.
         if urls.is_loopback(authority[0]) or self._is_named(*authority):
             self._remember(self._good_hosts, value)
             return True
-        # Probes come with the address of the pod as Host. On loopback no probe comes from outside.
+        # Kubernetes probes have the address of the pod as Host. On loopback they can't come from outside.
         return not self._loopback and path in PROBES
 
     def _is_named(self, name: str, port: int | None) -> bool:
@@ -88,7 +88,7 @@ class Guard:
             return False
         _, name, port = origin
         if self._loopback:
-            # Another port of this machine is another site: a page there may hold anybody's script.
+            # Another port of this machine is another origin, whose page may run anybody's script.
             good = origin == self._public_origin or (urls.is_loopback(name) and port == self._port)
         else:
             good = self._is_named(name, port)
@@ -99,6 +99,6 @@ class Guard:
     @staticmethod
     def _remember(values: set[bytes], value: bytes) -> None:
         if len(values) >= 100:
-            # More than there are good ones: somebody makes them up.
+            # There are never that many real values, so a client is inventing them.
             values.clear()
         values.add(value)

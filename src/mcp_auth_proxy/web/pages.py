@@ -1,4 +1,4 @@
-"""The few pages there are: rendered on the server, no script, nothing loaded from elsewhere."""
+"""HTML pages: rendered on the server, without scripts or external resources."""
 
 from pathlib import Path
 
@@ -22,11 +22,11 @@ SECURITY_HEADERS = {
 
 
 def page(template: str, *, status: int = 200, headers: dict[str, str] | None = None, **values: object) -> HTMLResponse:
-    """Return a page; values are escaped, and no other site may frame it or hear from it."""
+    """Return a page with escaped values, and headers that forbid framing and access by an opener."""
     html = _templates.get_template(template).render(**values)
     return HTMLResponse(html, status_code=status, headers={**SECURITY_HEADERS, **(headers or {})})
 
 
 def message(title: str, text: str, *, status: int, hint: str = "") -> HTMLResponse:
-    """Return a page that says one thing."""
+    """Return a page with one message."""
     return page("message.html", status=status, title=title, text=text, hint=hint, good=status < 400)

@@ -15,12 +15,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mcp_auth_proxy.cli.demo_servers.client_requests import (
-    asked_scopes,
     basic_credentials,
     read_form,
     registered_redirects,
+    requested_scopes,
 )
-from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued, Ledger, OAuthFault, Rules
+from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued, Ledger, OAuthError, Rules
 
 CHALLENGE_LENGTH = 43
 """Characters of an S256 challenge (RFC 7636 §4.2)."""
@@ -29,17 +29,17 @@ PAGE_HEADERS = {"content-security-policy": "default-src 'none'; frame-ancestors 
 NO_STORE = {"cache-control": "no-store"}
 
 Announce = Callable[[str, str], None]
-"""Told of each step: its name (``discovery``, ``registration``, ``consent``, ``token``, ``refresh`` …) and words
-without any secret."""
+"""Called for each step with its name (``discovery``, ``registration``, ``consent``, ``token``, ``refresh`` …) and a
+description without secrets."""
 
 
 def silent(step: str, words: str) -> None:
-    """Announces nothing."""
+    """Announce nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthorizationRequest:
-    """A checked request that waits for the user (RFC 6749 §4.1.1)."""
+    """A validated request that waits for the user (RFC 6749 §4.1.1)."""
 
     client: Client
     redirect_uri: str
@@ -50,7 +50,7 @@ class AuthorizationRequest:
 
 
 class AuthorizationServer:
-    """An ASGI application. ``issuer`` is its origin, with a path where one host serves several issuers."""
+    """An ASGI application. ``issuer`` is its origin, plus a path if one host serves several issuers."""
 
     auth_methods: tuple[str, ...] = ("none", "client_secret_basic", "client_secret_post")
     grant_types: tuple[str, ...] = ("authorization_code", "refresh_token", "client_credentials")
@@ -61,7 +61,7 @@ class AuthorizationServer:
         self.ledger = Ledger(self.rules)
         self.announce = announce
         self._waiting: dict[str, AuthorizationRequest] = {}
-        self._app = Starlette(routes=self._routes(), exception_handlers={OAuthFault: _answer_fault})
+        self._app = Starlette(routes=self._routes(), exception_handlers={OAuthError: _error_response})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
@@ -80,15 +80,15 @@ class AuthorizationServer:
         return client
 
     def metadata_paths(self) -> tuple[str, ...]:
-        """Where the metadata is served: RFC 8414 §3.1, and OpenID Connect discovery the path inserted or appended."""
+        """Return the paths of the metadata: RFC 8414 §3.1, and OpenID Connect with the path inserted or appended."""
         path = urlsplit(self.issuer).path
-        places = [f"/.well-known/oauth-authorization-server{path}", f"/.well-known/openid-configuration{path}"]
+        paths = [f"/.well-known/oauth-authorization-server{path}", f"/.well-known/openid-configuration{path}"]
         if path:
-            places.append(f"{path}/.well-known/openid-configuration")
-        return tuple(places)
+            paths.append(f"{path}/.well-known/openid-configuration")
+        return tuple(paths)
 
     def metadata(self) -> dict[str, object]:
-        """The metadata document (RFC 8414 §2, RFC 9207 §3)."""
+        """Return the metadata document (RFC 8414 §2, RFC 9207 §3)."""
         document: dict[str, object] = {
             "issuer": self.issuer,
             "authorization_endpoint": f"{self.issuer}/authorize",
@@ -108,7 +108,7 @@ class AuthorizationServer:
         return document
 
     def callback_iss(self) -> str | None:
-        """The ``iss`` of authorization responses (RFC 9207 §2); None leaves it out."""
+        """Return the ``iss`` of authorization responses (RFC 9207 §2); None to omit it."""
         return self.issuer
 
     def _routes(self) -> list[Route]:
@@ -127,27 +127,27 @@ class AuthorizationServer:
         return JSONResponse(self.metadata())
 
     async def _register(self, request: Request) -> Response:
-        """RFC 7591 §3."""
+        """Register a client (RFC 7591 §3)."""
         try:
-            asked = json.loads(await request.body())
+            client_metadata = json.loads(await request.body())
         except ValueError:
-            asked = None
-        if not isinstance(asked, dict):
-            raise OAuthFault("invalid_client_metadata", "the body is not a JSON object")
-        auth = asked.get("token_endpoint_auth_method", "client_secret_basic")
+            client_metadata = None
+        if not isinstance(client_metadata, dict):
+            raise OAuthError("invalid_client_metadata", "the body is not a JSON object")
+        auth = client_metadata.get("token_endpoint_auth_method", "client_secret_basic")
         if auth not in self.auth_methods:
-            raise OAuthFault("invalid_client_metadata", "this token_endpoint_auth_method is not supported")
+            raise OAuthError("invalid_client_metadata", "this token_endpoint_auth_method is not supported")
         client = Client(
             id=f"client-{secrets.token_hex(8)}",
-            name=str(asked.get("client_name", "")),
+            name=str(client_metadata.get("client_name", "")),
             secret=None if auth == "none" else secrets.token_urlsafe(24),
             auth=auth,
-            redirect_uris=registered_redirects(asked),
+            redirect_uris=registered_redirects(client_metadata),
         )
         self.ledger.clients[client.id] = client
         self.announce("registration", f"client {client.id} registered itself as {client.name or 'nameless'}")
         answer = {
-            **asked,
+            **client_metadata,
             "client_id": client.id,
             "client_id_issued_at": int(time.time()),
             "token_endpoint_auth_method": auth,
@@ -157,27 +157,27 @@ class AuthorizationServer:
         return JSONResponse(answer, 201, headers=NO_STORE)
 
     async def find_client(self, client_id: str, redirect_uri: str) -> Client | None:
-        """The client that an authorization request names; ``redirect_uri`` has not been checked yet."""
+        """Return the client of an authorization request. ``redirect_uri`` is not validated yet."""
         return self.ledger.clients.get(client_id)
 
     async def _authorize(self, request: Request) -> Response:
         query = request.query_params
         client = await self.find_client(query.get("client_id", ""), query.get("redirect_uri", ""))
         redirect_uri = query.get("redirect_uri", "")
-        # never redirect to an address that is not registered (RFC 6749 §4.1.2.1)
+        # Never redirect to a URI that is not registered (RFC 6749 §4.1.2.1).
         if client is None or redirect_uri not in client.redirect_uris:
             return _page("Not possible", "<p>The client or its redirect URI is not known here.</p>", 400)
         try:
             waiting = self._check_authorization(client, redirect_uri, query)
-        except OAuthFault as fault:
+        except OAuthError as error:
             return self._redirect(
                 redirect_uri,
-                {"error": fault.error, "error_description": fault.description, "state": query.get("state", "")},
+                {"error": error.error, "error_description": error.description, "state": query.get("state", "")},
             )
         return self.ask(waiting)
 
     def ask(self, waiting: AuthorizationRequest) -> Response:
-        """The page that asks the user."""
+        """Return the consent page."""
         ticket = secrets.token_urlsafe(16)
         self._waiting[ticket] = waiting
         self.announce("consent", "the consent page is shown")
@@ -199,7 +199,7 @@ class AuthorizationServer:
         return self.decide(waiting, allowed=form.get("decision") == "allow")
 
     def decide(self, waiting: AuthorizationRequest, *, allowed: bool) -> Response:
-        """The authorization response for what the user chose."""
+        """Return the authorization response for the user's decision."""
         if not allowed:
             self.announce("consent", "the user declined")
             denied = {"error": "access_denied", "error_description": "the user declined", "state": waiting.state}
@@ -216,16 +216,16 @@ class AuthorizationServer:
 
     def _check_authorization(self, client: Client, redirect_uri: str, query: Mapping[str, str]) -> AuthorizationRequest:
         if query.get("response_type") != "code":
-            raise OAuthFault("unsupported_response_type", "response_type must be code")
+            raise OAuthError("unsupported_response_type", "response_type must be code")
         if query.get("code_challenge_method") != "S256" or len(query.get("code_challenge", "")) != CHALLENGE_LENGTH:
-            raise OAuthFault("invalid_request", "PKCE with S256 is required (RFC 7636)")
+            raise OAuthError("invalid_request", "PKCE with S256 is required (RFC 7636)")
         return AuthorizationRequest(
             client=client,
             redirect_uri=redirect_uri,
             state=query.get("state", ""),
             challenge=query["code_challenge"],
             resource=self._resource(query),
-            scopes=self.ledger.accepted_scopes(asked_scopes(query)),
+            scopes=self.ledger.accepted_scopes(requested_scopes(query)),
         )
 
     def _redirect(self, redirect_uri: str, params: dict[str, str]) -> Response:
@@ -240,19 +240,19 @@ class AuthorizationServer:
         client = self.authenticate(request, form)
         grant_type = form.get("grant_type", "")
         if grant_type not in self.grant_types:
-            raise OAuthFault("unsupported_grant_type", "this grant_type is not supported")
+            raise OAuthError("unsupported_grant_type", "this grant_type is not supported")
         try:
             issued = self.grant(grant_type, client, form)
-        except OAuthFault as fault:
-            self.announce("token", f"{grant_type} refused, {fault}")
+        except OAuthError as error:
+            self.announce("token", f"{grant_type} refused, {error}")
             raise
         step = "refresh" if grant_type == "refresh_token" else "token"
         self.announce(step, f"{grant_type}: access token issued for {issued.expires_in} s")
         return JSONResponse(self.token_response(issued), headers=NO_STORE)
 
     def grant(self, grant_type: str, client: Client, form: Mapping[str, str]) -> Issued:
-        """What the token endpoint gives; OAuthFault where it gives nothing."""
-        resource, scopes = self._resource(form), asked_scopes(form)
+        """Return the tokens for a token request. Raises OAuthError."""
+        resource, scopes = self._resource(form), requested_scopes(form)
         match grant_type:
             case "authorization_code":
                 return self.ledger.redeem(
@@ -270,7 +270,7 @@ class AuthorizationServer:
                 return self.ledger.client_credentials(client, resource=resource, scopes=scopes)
 
     def token_response(self, issued: Issued) -> dict[str, object]:
-        """RFC 6749 §5.1."""
+        """Return the JSON of a token response (RFC 6749 §5.1)."""
         answer: dict[str, object] = {
             "access_token": issued.access_token,
             "token_type": "Bearer",
@@ -283,14 +283,14 @@ class AuthorizationServer:
         return answer
 
     async def _revoke(self, request: Request) -> Response:
-        """RFC 7009 §2."""
+        """Revoke a token (RFC 7009 §2)."""
         form = await read_form(request)
         self.ledger.revoke(self.authenticate(request, form), form.get("token", ""))
         self.announce("revocation", "a token was revoked")
         return Response(status_code=200, headers=NO_STORE)
 
     def authenticate(self, request: Request, form: Mapping[str, str]) -> Client:
-        """The client of a back-channel request (RFC 6749 §2.3), which must use the method it registered."""
+        """Return the authenticated client (RFC 6749 §2.3). It must use the method that it is registered for."""
         header = request.headers.get("authorization")
         if header is not None:
             method, (client_id, secret) = "client_secret_basic", basic_credentials(header)
@@ -299,18 +299,18 @@ class AuthorizationServer:
             method = "client_secret_post" if "client_secret" in form else "none"
         client = self.ledger.clients.get(client_id)
         if client is None or client.auth != method:
-            raise OAuthFault("invalid_client", "the client is unknown, or registered for another method", 401)
+            raise OAuthError("invalid_client", "the client is unknown, or registered for another method", 401)
         if not secrets.compare_digest((client.secret or "").encode(), secret.encode()):
-            raise OAuthFault("invalid_client", "the client secret is wrong", 401)
+            raise OAuthError("invalid_client", "the client secret is wrong", 401)
         return client
 
     def _resource(self, params: Mapping[str, str]) -> str:
-        """RFC 8707 §2: an absolute URI without a fragment."""
+        """Return the resource parameter: an absolute URI without a fragment (RFC 8707 §2)."""
         resource = params.get("resource", "")
         if not resource and self.rules.require_resource:
-            raise OAuthFault("invalid_target", "the resource parameter is missing")
+            raise OAuthError("invalid_target", "the resource parameter is missing")
         if resource and (not urlsplit(resource).scheme or "#" in resource):
-            raise OAuthFault("invalid_target", "resource must be an absolute URI without a fragment")
+            raise OAuthError("invalid_target", "resource must be an absolute URI without a fragment")
         return resource
 
 
@@ -319,10 +319,10 @@ def _page(title: str, body: str, status: int = 200) -> Response:
     return HTMLResponse(page, status, headers=PAGE_HEADERS)
 
 
-async def _answer_fault(request: Request, fault: Exception) -> Response:
-    if not isinstance(fault, OAuthFault):
-        raise fault
+async def _error_response(request: Request, error: Exception) -> Response:
+    if not isinstance(error, OAuthError):
+        raise error
     headers = dict(NO_STORE)
-    if fault.status == UNAUTHORIZED and "authorization" in request.headers:
+    if error.status == UNAUTHORIZED and "authorization" in request.headers:
         headers["www-authenticate"] = 'Basic realm="token"'
-    return JSONResponse({"error": fault.error, "error_description": fault.description}, fault.status, headers=headers)
+    return JSONResponse({"error": error.error, "error_description": error.description}, error.status, headers=headers)

@@ -1,4 +1,4 @@
-"""What the demo's authorization server knows and issues, and the rules that tie it together. No HTTP in here."""
+"""The state of the demo's authorization server and the rules for it, without HTTP."""
 
 import base64
 import hashlib
@@ -12,8 +12,8 @@ from typing import NoReturn
 CODE_SECONDS = 60.0
 
 
-class OAuthFault(Exception):
-    """An answer by RFC 6749 §5.2: the error code, words for a developer, the HTTP status."""
+class OAuthError(Exception):
+    """An error response (RFC 6749 §5.2): error code, description for developers, HTTP status."""
 
     def __init__(self, error: str, description: str, status: int = 400) -> None:
         self.error = error
@@ -35,7 +35,7 @@ class Client:
 
 @dataclass(slots=True, kw_only=True)
 class IssuedGrant:
-    """What one user (or one client by itself) allowed one client to do at one resource."""
+    """What a user allowed a client to do at a resource, or the client's own access to it."""
 
     id: int
     client_id: str
@@ -46,7 +46,7 @@ class IssuedGrant:
 
 @dataclass(slots=True, kw_only=True)
 class Code:
-    """An authorization code, with all that its redemption is held against."""
+    """An authorization code, with everything that its redemption is checked against."""
 
     grant: IssuedGrant
     redirect_uri: str
@@ -57,7 +57,7 @@ class Code:
 
 @dataclass(slots=True, kw_only=True)
 class Token:
-    """An access token. ``resource`` is its audience (RFC 8707 §2), empty where none was asked for."""
+    """An access token. ``resource`` is its audience (RFC 8707 §2), empty if none was requested."""
 
     grant: IssuedGrant
     scopes: tuple[str, ...]
@@ -81,7 +81,7 @@ class RefreshToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issued:
-    """One successful answer of the token endpoint."""
+    """A successful response of the token endpoint."""
 
     access_token: str = field(repr=False)
     refresh_token: str | None = field(repr=False)
@@ -92,13 +92,13 @@ class Issued:
 
 @dataclass(slots=True, kw_only=True)
 class Rules:
-    """What the server does where the specifications leave it free. May be changed while it runs."""
+    """What the server does where the specifications leave a choice. May be changed while it runs."""
 
     token_seconds: float = 60.0
     scopes: tuple[str, ...] | None = ("notes:read", "notes:write", "offline_access")
-    """The scopes there are; None: any."""
+    """The scopes that exist; None for any."""
     default_scopes: tuple[str, ...] = ("notes:read",)
-    """Given where a client asks for none (RFC 6749 §3.3)."""
+    """Granted if a client requests none (RFC 6749 §3.3)."""
     refresh: bool = True
     rotate: bool = True
     refresh_needs_offline_access: bool = False
@@ -120,7 +120,7 @@ class Ledger:
     def authorize(
         self, client: Client, *, redirect_uri: str, challenge: str, resource: str, scopes: tuple[str, ...]
     ) -> str:
-        """Record what the user allowed, and return the code that stands for it."""
+        """Record what the user allowed, and return the authorization code."""
         grant = self._grant(client, resource, scopes)
         code = secrets.token_urlsafe(24)
         self.codes[code] = Code(
@@ -129,13 +129,13 @@ class Ledger:
         return code
 
     def redeem(self, client: Client, *, code: str, redirect_uri: str, verifier: str, resource: str) -> Issued:
-        """RFC 6749 §4.1.3, RFC 7636 §4.6. A code that is used twice also ends what it had brought (§4.1.2)."""
+        """Redeem a code (RFC 6749 §4.1.3, RFC 7636 §4.6). A second use also ends the grant (§4.1.2)."""
         found = self.codes.get(code)
         if found is None or found.grant.client_id != client.id:
             refuse_grant("the code is unknown")
         if found.used:
             found.grant.ended = True
-            refuse_grant("the code was used before; everything it brought has ended")
+            refuse_grant("the code was used before; its grant has ended")
         found.used = True
         if found.expires_at < self.clock():
             refuse_grant("the code has expired")
@@ -147,7 +147,7 @@ class Ledger:
         return self._issue(found.grant, found.grant.scopes, refresh_token=self._first_refresh_token(found.grant))
 
     def refresh(self, client: Client, *, refresh_token: str, resource: str, scopes: tuple[str, ...]) -> Issued:
-        """RFC 6749 §6. A refresh token that comes back after its rotation ends the grant (RFC 9700 §4.14.2)."""
+        """Refresh a grant (RFC 6749 §6). Reuse of a rotated refresh token ends it (RFC 9700 §4.14.2)."""
         found = self.refresh_tokens.get(refresh_token)
         if found is None or found.grant.client_id != client.id:
             refuse_grant("the refresh token is unknown")
@@ -158,36 +158,36 @@ class Ledger:
         if grant.ended:
             refuse_grant("the grant has ended")
         if not set(scopes) <= set(grant.scopes):
-            raise OAuthFault("invalid_scope", "a refresh may not widen the scope")
+            raise OAuthError("invalid_scope", "a refresh may not widen the scope")
         self._same_resource(grant, resource)
-        following = None
+        next_token = None
         if self.rules.rotate:
             found.spent = True
-            following = self._new_refresh_token(grant)
-        return self._issue(grant, scopes or grant.scopes, refresh_token=following)
+            next_token = self._new_refresh_token(grant)
+        return self._issue(grant, scopes or grant.scopes, refresh_token=next_token)
 
     def client_credentials(self, client: Client, *, resource: str, scopes: tuple[str, ...]) -> Issued:
-        """RFC 6749 §4.4: for clients that can keep a secret, and without a refresh token (§4.4.3)."""
+        """Issue a client's own token (RFC 6749 §4.4): confidential clients only, no refresh token (§4.4.3)."""
         if client.auth == "none":
-            raise OAuthFault("unauthorized_client", "client_credentials is for clients that authenticate")
+            raise OAuthError("unauthorized_client", "client_credentials is for clients that authenticate")
         return self._issue(self._grant(client, resource, scopes), scopes, refresh_token=None)
 
-    def accepted_scopes(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        """The scopes to give; OAuthFault ``invalid_scope`` where one does not exist."""
+    def accepted_scopes(self, requested: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the scopes to grant. Raises OAuthError ``invalid_scope`` if one does not exist."""
         known = self.rules.scopes
-        if known is not None and (unknown := [scope for scope in asked if scope not in known]):
-            raise OAuthFault("invalid_scope", f"unknown scope {unknown[0]}")
-        return asked or self.rules.default_scopes
+        if known is not None and (unknown := [scope for scope in requested if scope not in known]):
+            raise OAuthError("invalid_scope", f"unknown scope {unknown[0]}")
+        return requested or self.rules.default_scopes
 
     def token(self, access_token: str) -> Token | None:
-        """The token if it is good now, else None."""
+        """Return a token if it is valid now, else None."""
         found = self.tokens.get(access_token)
         if found is None or found.ended or found.grant.ended or found.expires_at <= self.clock():
             return None
         return found
 
     def revoke(self, client: Client, token: str) -> None:
-        """RFC 7009 §2.1: a refresh token ends its grant, an access token only itself; others are ignored."""
+        """Revoke a token (RFC 7009 §2.1): a refresh token ends its grant, an access token only itself."""
         refresh_token = self.refresh_tokens.get(token)
         if refresh_token is not None and refresh_token.grant.client_id == client.id:
             refresh_token.grant.ended = True
@@ -196,14 +196,14 @@ class Ledger:
             access_token.ended = True
 
     def end_access_tokens(self) -> int:
-        """End every access token there is, at once; grants and refresh tokens stay. Returns how many were good."""
-        good = [token for value, token in self.tokens.items() if self.token(value)]
-        for token in good:
+        """Revoke all access tokens, but no grant or refresh token. Return how many were valid."""
+        valid = [token for value, token in self.tokens.items() if self.token(value)]
+        for token in valid:
             token.ended = True
-        return len(good)
+        return len(valid)
 
     def end_grants(self) -> None:
-        """End every grant: a refresh is then answered with ``invalid_grant``."""
+        """End all grants: a refresh then gets ``invalid_grant``."""
         for grant in self.grants:
             grant.ended = True
 
@@ -219,8 +219,8 @@ class Ledger:
         return Issued(access_token=access_token, refresh_token=refresh_token, expires_in=int(seconds), scopes=scopes)
 
     def _first_refresh_token(self, grant: IssuedGrant) -> str | None:
-        wanted = "offline_access" in grant.scopes or not self.rules.refresh_needs_offline_access
-        return self._new_refresh_token(grant) if self.rules.refresh and wanted else None
+        allowed = "offline_access" in grant.scopes or not self.rules.refresh_needs_offline_access
+        return self._new_refresh_token(grant) if self.rules.refresh and allowed else None
 
     def _new_refresh_token(self, grant: IssuedGrant) -> str:
         refresh_token = f"rt-{secrets.token_urlsafe(24)}"
@@ -229,15 +229,16 @@ class Ledger:
 
     def _same_resource(self, grant: IssuedGrant, resource: str) -> None:
         if self.rules.require_resource and not resource:
-            raise OAuthFault("invalid_target", "the resource parameter is missing")
+            raise OAuthError("invalid_target", "the resource parameter is missing")
         if resource and resource != grant.resource:
-            raise OAuthFault("invalid_target", "the grant is for another resource")
+            raise OAuthError("invalid_target", "the grant is for another resource")
 
 
 def refuse_grant(description: str) -> NoReturn:
-    raise OAuthFault("invalid_grant", description)
+    """Raise ``invalid_grant``."""
+    raise OAuthError("invalid_grant", description)
 
 
 def s256(verifier: str) -> str:
-    """The S256 challenge of a verifier (RFC 7636 §4.2)."""
+    """Return the S256 challenge of a verifier (RFC 7636 §4.2)."""
     return base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()

@@ -1,4 +1,4 @@
-"""Runs an ASGI application on 127.0.0.1 inside the current event loop, for the demo and the tests."""
+"""Runs an ASGI application on 127.0.0.1 in the current event loop, for the demo and the tests."""
 
 import asyncio
 import socket
@@ -12,13 +12,13 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 FINISH_SECONDS = 1.0
-"""How long applications may take to end after their connections were closed."""
+"""Time for applications to finish after their connections were closed."""
 
 
 class LocalServer:
     """One listening application. ``origin`` is its URL without a path, ``http://127.0.0.1:PORT``.
 
-    Unlike ``uvicorn.Server`` it takes no signals and polls nothing, so that many can run in one loop, stop within
+    Unlike ``uvicorn.Server`` it handles no signals and does not poll, so many can run in one event loop, stop within
     milliseconds, and be taken down and up again on the same port.
     """
 
@@ -33,22 +33,22 @@ class LocalServer:
         self.origin = f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
-        """Start the application and listen. RuntimeError where its lifespan fails."""
+        """Start the application and listen. Raises RuntimeError if its lifespan fails."""
         await self._lifespan.startup()
         if self._lifespan.should_exit:
             raise RuntimeError("the application did not start")
-        # uvicorn refreshes this once a second; a date that stands still is good enough here
+        # uvicorn updates this once a second; a constant date is good enough here.
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
         await self.up()
 
     async def up(self) -> None:
-        """Listen (again), on the port of old."""
+        """Listen (again), on the same port."""
         if self._server is None:
             loop = asyncio.get_running_loop()
             self._server = await loop.create_server(self._protocol, sock=self._socket, backlog=4096)
 
     async def down(self) -> None:
-        """Stop listening and drop every connection: from now on connections are refused, the port stays ours."""
+        """Stop listening and drop all connections. New ones are refused; the port stays reserved."""
         if self._server is None:
             return
         self._server.close()
@@ -57,13 +57,13 @@ class LocalServer:
         await self.drop_connections()
 
     async def stop(self) -> None:
-        """Finish what is nearly done, drop the rest, and end the application."""
+        """Drop all connections and stop the application."""
         await self.down()
         self._socket.close()
         await self._lifespan.shutdown()
 
     async def drop_connections(self) -> None:
-        """Abort every connection, and wait until they and the applications behind them have ended."""
+        """Abort all connections, and wait until they and their application tasks have ended."""
         dropped = set(self._state.connections)
         for connection in dropped:
             connection.transport.abort()
@@ -73,22 +73,22 @@ class LocalServer:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
-        # uvicorn tells nobody, but they are gone in the next rounds of the loop
+        # uvicorn has no callback for this, but they are gone after the next iterations of the loop.
         while dropped & self._state.connections:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     def abort(self, client: tuple[str, int]) -> None:
-        """Reset the connection of the peer with this address (``scope["client"]``), in the middle of anything."""
+        """Reset the connection of the peer with this address (``scope["client"]``), whatever it is doing."""
         for connection in list(self._state.connections):
             if getattr(connection, "client", None) == client:
                 linger = connection.transport.get_extra_info("socket")
-                # SO_LINGER with no time makes close() send RST, as a crashed peer would
+                # With an SO_LINGER of 0, close() sends RST, like a crashed peer.
                 linger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
                 connection.transport.abort()
 
     @property
     def connections(self) -> int:
-        """How many connections are open now."""
+        """The number of open connections."""
         return len(self._state.connections)
 
     def _protocol(self) -> asyncio.Protocol:
@@ -103,7 +103,7 @@ async def serve(
 ) -> AsyncIterator[LocalServer]:
     """Run the application that ``make_app(origin)`` returns until the block ends; ``port`` 0 takes a free one.
 
-    The socket is bound before the application is made, because an issuer and a resource name their own port.
+    The socket is bound before the application is created, because issuer and resource contain the port.
     """
     listener = await _bind(port)
     origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -116,7 +116,7 @@ async def serve(
 
 
 async def _bind(port: int) -> socket.socket:
-    """A bound socket that does not listen yet: connections to it are refused."""
+    """Return a bound socket that does not listen yet: connections to it are refused."""
     for left in reversed(range(20)):
         bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -126,7 +126,7 @@ async def _bind(port: int) -> socket.socket:
             bound.close()
             if not left:
                 raise
-            # uvloop closes the listener that was here before in the loop's next rounds
+            # uvloop closes the previous listener in the next iterations of the loop.
             await asyncio.sleep(0)
         else:
             return bound

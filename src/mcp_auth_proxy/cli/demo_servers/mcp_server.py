@@ -1,4 +1,4 @@
-"""The demo's protected MCP server: the MCP SDK's own server behind a bearer check of ours (RFC 6750, RFC 9728)."""
+"""The demo's protected MCP server: the MCP SDK's server behind a bearer token check (RFC 6750, RFC 9728)."""
 
 import asyncio
 import json
@@ -15,12 +15,12 @@ from mcp_auth_proxy.cli.demo_servers.authorization_server import Announce, silen
 from mcp_auth_proxy.cli.demo_servers.ledger import Token
 
 FindToken = Callable[[str], Token | None]
-"""Asks the authorization server, in process, whether an access token is good."""
+"""Look up an access token at the authorization server, in the same process; None if it is not valid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protection:
-    """What the protected resource says and demands. ``resource`` is its URL, and the audience of its tokens."""
+    """What the protected resource publishes and requires. ``resource`` is its URL and the audience of its tokens."""
 
     resource: str
     issuer: str
@@ -36,12 +36,13 @@ class Protection:
 
     @property
     def metadata_url(self) -> str:
+        """The URL of the metadata, for challenges (RFC 9728 §5.1)."""
         parts = urlsplit(self.resource)
         return f"{parts.scheme}://{parts.netloc}{self.metadata_path}"
 
 
 class ProtectedMcpServer:
-    """An ASGI application: metadata for everyone, the MCP endpoint for bearers of a good token.
+    """An ASGI application: metadata for everyone, the MCP endpoint for requests with a valid token.
 
     Its lifespan is the MCP server's: run it with ``lifespan="on"``.
     """
@@ -67,11 +68,11 @@ class ProtectedMcpServer:
             return
         if self._refused:
             self._refused = False
-            self.protection.announce("retry", "the same request came again, with a good token")
+            self.protection.announce("retry", "the same request came again, with a valid token")
         await self._mcp(scope, _replay(body, receive), send)
 
     def _metadata(self) -> Response:
-        """RFC 9728 §2."""
+        """Return the protected resource metadata (RFC 9728 §2)."""
         it = self.protection
         it.announce("resource-metadata", f"protected resource metadata read at {it.metadata_path}")
         scopes = dict.fromkeys([*it.scopes, *(scope for more in it.tool_scopes.values() for scope in more)])
@@ -85,13 +86,13 @@ class ProtectedMcpServer:
         )
 
     def _refusal(self, request: Request, body: bytes) -> Response | None:
-        """The challenge for a request that may not pass (RFC 6750 §3), else None."""
+        """Return a challenge if the request is not authorized (RFC 6750 §3), else None."""
         it = self.protection
         bearer = bearer_token(request.headers.get("authorization", ""))
         token = it.find_token(bearer) if bearer else None
-        # a token for another audience is as good as none (RFC 9068 §4, RFC 8707 §2)
+        # A token for another audience must be refused (RFC 9068 §4, RFC 8707 §2).
         if token is None or token.resource != it.resource:
-            it.announce("challenge", "401: " + ("the token is not good" if bearer else "no token"))
+            it.announce("challenge", "401: " + ("the token is not valid" if bearer else "no token"))
             return _challenge(401, "invalid_token" if bearer else "", it.scopes, it.metadata_url)
         needed = it.scopes + it.tool_scopes.get(called_tool(body), ())
         if not set(needed) <= set(token.scopes):
@@ -101,10 +102,10 @@ class ProtectedMcpServer:
 
 
 def make_mcp_app(path: str, find_token: FindToken) -> ASGIApp:
-    """The MCP SDK's server with a few tools, for both protocol eras, at ``path``.
+    """Return the MCP SDK's server with a few tools, for both protocol eras, at ``path``.
 
-    The one place of the demo's servers that imports ``mcp``: it costs 0.6 s and 40 MB, which a running proxy
-    must not pay (docs/architecture.md).
+    The only function of the demo servers that imports ``mcp``, which costs 0.6 s and 40 MB: a running proxy does
+    without it (docs/architecture.md).
     """
     from mcp.server.mcpserver import Context, MCPServer
 
@@ -113,24 +114,24 @@ def make_mcp_app(path: str, find_token: FindToken) -> ASGIApp:
 
     @server.tool()
     def echo(text: str) -> str:
-        """Returns the text."""
+        """Return the text."""
         return text
 
     @server.tool()
     def add(a: int, b: int) -> int:
-        """Returns the sum."""
+        """Return the sum."""
         return a + b
 
     @server.tool()
     def whoami(ctx: Context[Any, Any]) -> str:
-        """Says which client and scopes the token stands for."""
+        """Return the client and scopes of the token."""
         headers = ctx.headers or {}
         token = find_token(bearer_token(headers.get("authorization", "")))
         return "nobody" if token is None else f"{token.client_id} with {' '.join(token.scopes)}"
 
     @server.tool()
     async def count(ctx: Context[Any, Any], to: int = 3, seconds: float = 0.1) -> str:
-        """Counts slowly, with a progress event at each step; ``seconds`` is the pause between two."""
+        """Count slowly, with a progress event at each step; ``seconds`` is the pause between steps."""
         for number in range(1, to + 1):
             await ctx.report_progress(number, to, f"{number} of {to}")
             await asyncio.sleep(seconds)
@@ -138,12 +139,12 @@ def make_mcp_app(path: str, find_token: FindToken) -> ASGIApp:
 
     @server.tool()
     def large(size: int = 1_000_000) -> str:
-        """Returns this many characters."""
+        """Return this many characters."""
         return "x" * size
 
     @server.tool()
     def write_note(text: str) -> str:
-        """Keeps a note; needs a scope of its own."""
+        """Store a note; needs an additional scope."""
         notes.append(text)
         return f"{len(notes)} notes"
 
@@ -151,13 +152,13 @@ def make_mcp_app(path: str, find_token: FindToken) -> ASGIApp:
 
 
 def bearer_token(authorization: str) -> str:
-    """The token of an Authorization header (RFC 6750 §2.1); empty where there is none."""
+    """Return the token of an Authorization header (RFC 6750 §2.1); empty if there is none."""
     scheme, _, token = authorization.partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def called_tool(body: bytes) -> str:
-    """The tool that a JSON-RPC request calls; empty for everything else."""
+    """Return the tool that a JSON-RPC request calls; empty for other requests."""
     try:
         message = json.loads(body)
     except ValueError:
@@ -176,14 +177,14 @@ def _challenge(status: int, error: str, scopes: tuple[str, ...], metadata_url: s
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives the body that was read already, then what the connection says."""
-    given = False
+    """Return a ``receive`` that yields the body already read, then the messages of the connection."""
+    sent = False
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        nonlocal sent
+        if sent:
             return await receive()
-        given = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay

@@ -1,6 +1,6 @@
-"""``doctor``: discovery as the proxy does it, step by step, and the configuration that would work.
+"""``doctor``: runs discovery as the proxy does, step by step, and shows the configuration that works.
 
-``examine`` asks and judges, with the broker's own code; ``probing`` finds the challenge; ``findings`` puts what was
-found into words; ``proposal`` is the configuration, ``providers`` what is known of some authorization servers,
-``report`` the result as text and as JSON. Nothing is registered, begun or stored.
+``examine`` runs the steps with the broker's own code; ``probing`` finds the challenge; ``findings`` describes the
+results; ``proposal`` is the configuration; ``providers`` has the known needs of some authorization servers; ``report``
+is the result as text and JSON. Nothing is registered, started or stored.
 """

@@ -1,4 +1,4 @@
-"""The command itself: prints the report, and says by its exit code whether the proxy would be able to authorize."""
+"""The command: prints the report; the exit code says whether the proxy can authorize."""
 
 import click
 
@@ -8,7 +8,7 @@ from mcp_auth_proxy.config.settings import ServerSettings, Settings
 
 
 async def doctor(settings: Settings, server: ServerSettings, *, as_machine: bool) -> int:
-    """Examine one server. Returns 0 where the proxy can authorize, or need not; else 1. Raises ProxyError."""
+    """Examine one server. Return 0 if the proxy can authorize or does not need to, else 1. Raises McpAuthProxyError."""
     report = await examine(settings, server)
     click.echo(as_json(report) if as_machine else as_text(report))
     return 1 if report.outcome is Outcome.REFUSED else 0

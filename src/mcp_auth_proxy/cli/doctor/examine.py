@@ -1,4 +1,4 @@
-"""Examines one server: the proxy's own steps in their order, none of which registers, begins or stores anything."""
+"""Examines one server with the proxy's own steps, in order. None of them registers, starts or stores anything."""
 
 import time
 from collections.abc import AsyncIterator
@@ -29,32 +29,32 @@ from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.registrations import Registrations
 
 ANY_PORT = 8787
-"""Stands in the redirect URI for a port that is chosen at the start."""
+"""Used in the redirect URI if the port is chosen at start-up."""
 
-MAX_CURES = 4
-"""Things missing from the configuration that are looked for one after another."""
+MAX_HINTS = 4
+"""Maximum number of configuration hints to apply, one after another."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Run:
-    """One discovery: what was asked, and the plan or what stopped it."""
+    """One run of discovery: the lookups, and the plan or the error that stopped it."""
 
-    looks: list[MetadataLookup] = field(default_factory=list)
+    lookups: list[MetadataLookup] = field(default_factory=list)
     plan: Plan | None = None
     error: AuthorizationError | None = None
 
     @property
     def resource(self) -> ResourceMetadata | None:
-        return next((look.found for look in self.looks if isinstance(look.found, ResourceMetadata)), None)
+        return next((lookup.found for lookup in self.lookups if isinstance(lookup.found, ResourceMetadata)), None)
 
     @property
     def metadata(self) -> ServerMetadata | None:
-        return next((look.found for look in self.looks if isinstance(look.found, ServerMetadata)), None)
+        return next((lookup.found for lookup in self.lookups if isinstance(lookup.found, ServerMetadata)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Means:
-    """What discovery works with; the same for every run."""
+class _DiscoveryContext:
+    """What discovery needs, the same for each run."""
 
     fetcher: Fetcher
     registrations: Registrations
@@ -62,6 +62,7 @@ class _Means:
     allow_private: tuple[str, ...]
 
     async def run(self, server: ServerSettings, challenge: BearerChallenge | None) -> _Run:
+        """Run discovery once, without registering or storing anything."""
         run = _Run()
         authorizer = Authorizer(
             fetcher=self.fetcher,
@@ -69,7 +70,7 @@ class _Means:
             public_url=self.public_url,
             allow_private=self.allow_private,
             clock=time.time,
-            observe=run.looks.append,
+            observe=run.lookups.append,
         )
         try:
             run.plan = await authorizer.preview(Account(LOCAL, server.name), server, challenge)
@@ -78,7 +79,7 @@ class _Means:
         return run
 
     async def listed_method(self, server: ServerSettings, probed: ProbeResult, run: _Run) -> ConfigHint | None:
-        """Return what is to stand in ``client_auth``, where nothing but its value is in the way."""
+        """Return a value for ``client_auth`` that the server lists, if its current value is the only obstacle."""
         configured = server.oauth.client_auth
         listed = run.metadata.token_endpoint_auth_methods_supported if run.metadata else None
         if configured is None or not listed or configured.value in listed:
@@ -88,9 +89,9 @@ class _Means:
         return ConfigHint("oauth.client_auth", chosen) if chosen in listed else None
 
     async def default_endpoints(self, plan: Plan, probed: ProbeResult) -> Step | None:
-        """Return why the default endpoints can't be used; None where they can, as far as that is seen without use.
+        """Return a step that says why the default endpoints can't be used; None if they seem to exist.
 
-        Anything that demands a credential without OAuth, such as an API key, looks like a server of MCP 2025-03-26.
+        A server that wants an API key, for example, looks like a server of MCP 2025-03-26 without metadata.
         """
         known = plan.registration.client_id
         url = plan.metadata.token_endpoint if known else plan.metadata.registration_endpoint or ""
@@ -99,14 +100,14 @@ class _Means:
             response = await self.fetcher.options(url, document="default endpoint", policy=policy)
         except AuthorizationError:
             return None
-        # A 401 tells of no OAuth only where a token was never asked for, and a token endpoint may want its client's.
+        # A 401 means "no OAuth" only if the server never asked for a token; a token endpoint may want credentials.
         absent = (404, 410) if known or probed.challenge else (401, 404, 410)
-        if response.status not in absent or not registration.is_no_oauth(response.status, response.body):
+        if response.status not in absent or not registration.is_not_oauth(response.status, response.body):
             return None
         return findings.default_endpoint(plan, url, response, probed.schemes)
 
-    async def announces(self, server: ServerSettings) -> bool:
-        """Whether a server that lets everything through has OAuth all the same, for other methods perhaps."""
+    async def has_resource_metadata(self, server: ServerSettings) -> bool:
+        """Whether a server that answers without a token still has resource metadata: it may protect other methods."""
         discoverer = Discoverer(fetcher=self.fetcher, allow_private=self.allow_private)
         try:
             return await discoverer.resource_metadata(server, None) is not None
@@ -115,7 +116,7 @@ class _Means:
 
 
 async def examine(settings: Settings, server: ServerSettings) -> Report:
-    """Return what the proxy would meet at a server, and the configuration that would work. Raises ProxyError."""
+    """Return the steps of the proxy at a server, and the configuration that works. Raises McpAuthProxyError."""
     async with AsyncExitStack() as stack:
         registrations, steps = await stack.enter_async_context(_registrations(settings))
         fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
@@ -127,41 +128,41 @@ async def examine(settings: Settings, server: ServerSettings) -> Report:
         )
         steps += probed.steps
         proposal = Proposal(settings, server)
-        means = _Means(
+        context = _DiscoveryContext(
             fetcher=fetcher,
             registrations=registrations,
             public_url=_public_url(settings),
             allow_private=settings.authorization.allow_private,
         )
-        if probed.demanded or (probed.served and await means.announces(server)):
-            return await _examine_authorization(means, server, probed, proposal, steps)
+        if probed.demanded or (probed.served and await context.has_resource_metadata(server)):
+            return await _examine_authorization(context, server, probed, proposal, steps)
     return _without_authorization(server, probed, proposal, steps)
 
 
 async def _examine_authorization(
-    means: _Means, server: ServerSettings, probed: ProbeResult, proposal: Proposal, steps: list[Step]
+    context: _DiscoveryContext, server: ServerSettings, probed: ProbeResult, proposal: Proposal, steps: list[Step]
 ) -> Report:
-    run = first = await means.run(server, probed.challenge)
-    steps += findings.look_steps(first.looks, first.error, server.oauth)
+    run = first = await context.run(server, probed.challenge)
+    steps += findings.lookup_steps(first.lookups, first.error, server.oauth)
     provider = _provider(first, server)
     tried = server
-    for _ in range(MAX_CURES):
+    for _ in range(MAX_HINTS):
         if run.error is None:
             break
-        remedy = run.error.remedy or await means.listed_method(tried, probed, run)
-        if step := findings.error_step(run.error, run.looks, remedy):
+        hint = run.error.hint or await context.listed_method(tried, probed, run)
+        if step := findings.error_step(run.error, run.lookups, hint):
             steps.append(step)
-        if remedy is None or not proposal.apply_hint(remedy, provider):
+        if hint is None or not proposal.apply_hint(hint, provider):
             break
         tried = proposal.settings()
-        run = await means.run(tried, probed.challenge)
+        run = await context.run(tried, probed.challenge)
     if provider is not None:
         steps.append(Step(step="provider", verdict=Verdict.NOTE, says=f"{provider.name}. {provider.advice}"))
         proposal.apply_provider(provider, scopes_known=run.plan is not None and bool(run.plan.scopes))
         if run.plan is not None:
-            run = await means.run(proposal.settings(), probed.challenge)
+            run = await context.run(proposal.settings(), probed.challenge)
     if run.plan is not None and run.plan.metadata.is_fallback:
-        step = await means.default_endpoints(run.plan, probed)
+        step = await context.default_endpoints(run.plan, probed)
         if step is not None:
             steps.append(step)
             run.plan = None
@@ -175,7 +176,7 @@ def _without_authorization(
 ) -> Report:
     refused = _refusals(steps)
     outcome = Outcome.OPEN if probed.served and not refused else Outcome.REFUSED
-    summary = f"{server.name} asks for no authorization: the proxy passes everything through."
+    summary = f"{server.name} requires no authorization. The proxy forwards everything unchanged."
     if outcome is Outcome.REFUSED:
         summary = f"The proxy can't use {server.name}: {refused[0].says}"
     return Report(
@@ -184,7 +185,7 @@ def _without_authorization(
         outcome=outcome,
         summary=summary,
         steps=tuple(steps),
-        prospect=None,
+        preview=None,
         config=proposal.as_yaml("") if outcome is Outcome.OPEN else None,
         config_complete=outcome is Outcome.OPEN and proposal.complete,
         changes=(),
@@ -193,17 +194,17 @@ def _without_authorization(
 
 def _report(server: ServerSettings, probed: ProbeResult, proposal: Proposal, steps: list[Step], run: _Run) -> Report:
     plan, refused = run.plan, _refusals(steps)
-    helped = plan is not None or any(not change.applied for change in proposal.changes)
+    has_proposal = plan is not None or any(not change.applied for change in proposal.changes)
     return Report(
         server=server.name,
         url=shown(server.url),
         outcome=Outcome.REFUSED if refused else Outcome.READY,
         summary=_summary(server, probed, refused, plan),
         steps=tuple(steps),
-        prospect=None if plan is None else _prospect(plan),
-        config=proposal.as_yaml(plan.registration.redirect_uri if plan else "") if helped else None,
+        preview=None if plan is None else _preview(plan),
+        config=proposal.as_yaml(plan.registration.redirect_uri if plan else "") if has_proposal else None,
         config_complete=plan is not None and proposal.complete,
-        changes=tuple(proposal.changes) if helped else (),
+        changes=tuple(proposal.changes) if has_proposal else (),
     )
 
 
@@ -211,13 +212,13 @@ def _summary(server: ServerSettings, probed: ProbeResult, refused: list[Step], p
     if refused or plan is None:
         return f"The proxy can't authorize {server.name}: {' '.join(step.says for step in refused)}"
     who = "by itself" if server.oauth.grant.unattended else "once a user consents"
-    how = f"The proxy can authorize {server.name} {who}, at {plan.key.issuer}, by {findings.registered_by(plan)}."
+    how = f"The proxy can authorize {server.name} {who}, at {plan.key.issuer}, with {findings.registered_by(plan)}."
     if not probed.demanded:
-        how = f"{server.name} let through all that was asked without a token. For what it protects: {how}"
+        how = f"{server.name} answered all requests without a token. For what it does protect: {how}"
     return how
 
 
-def _prospect(plan: Plan) -> Preview:
+def _preview(plan: Plan) -> Preview:
     return Preview(
         grant=plan.server.oauth.grant.value,
         issuer=plan.key.issuer,
@@ -235,12 +236,12 @@ def _prospect(plan: Plan) -> Preview:
 def _provider(run: _Run, server: ServerSettings) -> Provider | None:
     named = run.resource.authorization_servers[0] if run.resource else server.oauth.issuer
     issuer = run.metadata.issuer if run.metadata else named
-    return None if issuer is None else providers.recognise(issuer, run.metadata)
+    return None if issuer is None else providers.recognize(issuer, run.metadata)
 
 
 def _public_url(settings: Settings) -> str:
     listening = settings.listen
-    # Port 0 takes any that is free; which, nobody can know before.
+    # With port 0, the port is only known at start-up.
     return effective_public_url(settings, listening if listening.port else Address(listening.host, ANY_PORT))
 
 
@@ -250,15 +251,15 @@ def _refusals(steps: list[Step]) -> list[Step]:
 
 @asynccontextmanager
 async def _registrations(settings: Settings) -> AsyncIterator[tuple[Registrations, list[Step]]]:
-    """Open what the store knows, to be read alone; an empty one in its place where there is none, or none that opens.
+    """Open the registrations of the store, read-only; an empty store if there is none or it can't be opened.
 
-    The second value is a step that tells of a store that does not open.
+    The second value has a step if the store can't be opened.
     """
     steps: list[Step] = []
     database: Database | None = None
     if settings.store.path.exists():
         try:
-            database = await _readable(settings.store)
+            database = await _open_readable(settings.store)
         except StoreError as error:
             verdict = Verdict.REFUSED if isinstance(error, StoreRejected) else Verdict.NOTE
             steps.append(Step(step="store", verdict=verdict, says=str(error)))
@@ -270,13 +271,13 @@ async def _registrations(settings: Settings) -> AsyncIterator[tuple[Registration
             await database.close()
 
 
-async def _readable(store: StoreSettings) -> Database:
+async def _open_readable(store: StoreSettings) -> Database:
     database = await Database.open_to_read(store)
     try:
-        # A store of an older schema opens, and fails here.
+        # A store with an older schema opens, but fails here.
         await Registrations(database).find("", "", "")
         await Registrations(database).bound_issuer("", "")
-    except BaseException:  # Ctrl-C too: the thread behind the database would outlive it
+    except BaseException:  # also on Ctrl-C: the database thread would keep the process alive
         await database.close()
         raise
     return database

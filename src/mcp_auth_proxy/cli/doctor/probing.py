@@ -1,4 +1,4 @@
-"""Finds out, without a token, whether and where a server asks for one."""
+"""Finds out whether a server asks for a token, and for which requests."""
 
 import json
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ STEP = "challenge"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeResult:
-    """``demanded``: a token is asked for, by ``challenge`` where there is a Bearer one. ``served``: MCP was spoken.
+    """``demanded``: the server asks for a token, with ``challenge`` if it sent a Bearer challenge.
 
-    ``schemes`` are what is asked for besides a token.
+    ``schemes``: other schemes that it asks for. ``served``: an MCP request was answered.
     """
 
     steps: tuple[Step, ...]
@@ -30,7 +30,7 @@ class ProbeResult:
 
 
 async def probe_all(upstream: UpstreamClient, route: Route) -> ProbeResult:
-    """Ask for what a client asks first, and for the tools: some servers protect these alone. Never raises."""
+    """Send a client's first requests, and list the tools: some servers protect only those. Never raises."""
     steps: list[Step] = []
     served = False
     try:
@@ -62,7 +62,7 @@ async def probe_all(upstream: UpstreamClient, route: Route) -> ProbeResult:
             request=Request(method="POST", url=shown(route.server.url)),
         )
         return ProbeResult(steps=(*steps, refused))
-    says = f"{shown(route.server.url)} answers no MCP request, and asks for no authorization. Is it the MCP endpoint?"
+    says = f"{shown(route.server.url)} answers no MCP request, and requires no authorization. Is it the MCP endpoint?"
     return ProbeResult(steps=(*steps, Step(step=STEP, verdict=Verdict.REFUSED, says=says)))
 
 
@@ -71,7 +71,7 @@ def _demands(answer: ProbeResponse) -> bool:
 
 
 def _is_result(answer: ProbeResponse) -> bool:
-    """Whether the request was served: an error inside a 200 is none, events are taken for a result."""
+    """Whether the request was served. An error with HTTP 200 does not count; an event stream does."""
     if not 200 <= answer.status < 300:
         return False
     try:
@@ -99,20 +99,24 @@ def _judged(answer: ProbeResponse) -> tuple[Verdict, str, str]:
     if _demands(answer):
         return _challenged(bearer, challenges.other_schemes(answer.challenge))
     if answer.status == 403:
-        says = 'A 403 without error="insufficient_scope" asks for no authorization: the proxy passes it on.'
+        says = 'A 403 without error="insufficient_scope" is not a request for authorization: the proxy forwards it.'
         return Verdict.NOTE, says, "RFC 6750 §3.1"
     if _is_result(answer):
         return Verdict.OK, f"{answer.method} is answered without a token.", ""
-    return Verdict.NOTE, f"{answer.method} is neither served nor met with a demand for authorization.", ""
+    return Verdict.NOTE, f"{answer.method} is neither served nor does the server ask for authorization.", ""
 
 
 def _challenged(bearer: BearerChallenge | None, schemes: tuple[str, ...]) -> tuple[Verdict, str, str]:
     if bearer is None:
-        how = f"asks for {', '.join(schemes)}, which the proxy does not do" if schemes else "has no Bearer challenge"
-        says = f"It demands authorization, but {how}; well-known addresses are tried."
+        how = (
+            f"asks for {', '.join(schemes)}, which the proxy does not support"
+            if schemes
+            else "sent no Bearer challenge"
+        )
+        says = f"It requires authorization, but {how}; well-known URLs are tried."
         return Verdict.NOTE, says, "RFC 6750 §3"
     asks = f" and for the scopes {' '.join(bearer.scopes)}" if bearer.scopes else ""
     if bearer.resource_metadata is None:
-        says = f"It asks for a token{asks}, and names no resource metadata; well-known addresses are tried."
+        says = f"It asks for a token{asks}, but names no resource metadata; well-known URLs are tried."
         return Verdict.NOTE, says, "RFC 9728 §5.1"
     return Verdict.OK, f"It asks for a token{asks}, and says where its metadata is.", "RFC 9728 §5.1"

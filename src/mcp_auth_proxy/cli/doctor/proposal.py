@@ -1,4 +1,4 @@
-"""The configuration of one server as ``doctor`` proposes it: the present one, and what is missing in it."""
+"""The configuration of one server that ``doctor`` proposes: the current one plus what is missing."""
 
 import copy
 import os
@@ -14,36 +14,36 @@ from mcp_auth_proxy.cli.doctor.report import Change
 from mcp_auth_proxy.config import document
 from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.servers import read_servers
-from mcp_auth_proxy.config.settings import ServerSettings, Settings
+from mcp_auth_proxy.config.settings import ServerSettings, Settings, server_key
 from mcp_auth_proxy.errors import ConfigHint, ConfigurationError, without_query_values
 from mcp_auth_proxy.models import ClientAuth, GrantType
 
 PLACEHOLDER = "YOUR_CLIENT_ID"
 
 _WHY = {
-    "oauth.client_id": "register a client with the authorization server by hand, and put its id here",
-    "oauth.client_auth": "one that the server lists; left out, the proxy chooses among them",
-    "oauth.allow_missing_pkce": "only if the authorization server is known to support PKCE (S256) without saying so",
-    "oauth.dpop": "the server takes only tokens that are bound to a key",
-    "oauth.issuer": "only if this move to another authorization server is genuine",
-    "oauth.metadata": "this provider has no metadata that could be discovered",
-    "authorization.allow_private": "only if this host is meant to be reached: it is in a private network",
+    "oauth.client_id": "register a client with the authorization server by hand, and set its id here",
+    "oauth.client_auth": "a method that the server lists; without this key the proxy chooses one",
+    "oauth.allow_missing_pkce": "only if you know that the authorization server supports PKCE (S256)",
+    "oauth.dpop": "the server accepts only tokens that are bound to a key",
+    "oauth.issuer": "only if the move to this authorization server is genuine",
+    "oauth.metadata": "this provider publishes no metadata",
+    "authorization.allow_private": "only if the proxy should reach this host: it is in a private network",
 }
-# What would have the proxy trust another party is named, but never put in place: the server may be hostile.
-_TO_BE_DECIDED = frozenset({"oauth.issuer", "authorization.allow_private"})
+# Keys that make the proxy trust another party are named, but never set: the server may be hostile.
+_OPERATOR_DECIDES = frozenset({"oauth.issuer", "authorization.allow_private"})
 
 _BY_SECRET = frozenset({ClientAuth.BASIC.value, ClientAuth.POST.value})
 _SECRETS = frozenset({"client_secret", "private_key", "assertion", "id_token", "refresh_token"})
 _TOP_LEVEL = ("public_url", "upstream_timeout", "authorization", "outbound")
 _PLAIN = frozenset({"true", "false"})
 _URL = re.compile(r"https?://[A-Za-z0-9.-]+(:\d+)?(/[A-Za-z0-9._~/%=&?-]*)?")
-"""Needs no quotes, though YAML's own writer gives it some."""
+"""Needs no quotes, although PyYAML would add some."""
 
 Tree = dict[str, object]
 
 
 class Proposal:
-    """Grows by ``apply_hint`` and ``apply_provider``. Values are text, lists and mappings, as the file has them."""
+    """Built with ``apply_hint`` and ``apply_provider``. Values are strings, lists and mappings, as in the file."""
 
     def __init__(self, settings: Settings, server: ServerSettings) -> None:
         self._name = server.name
@@ -60,48 +60,48 @@ class Proposal:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to fill in."""
+        """Whether the operator has nothing left to fill in."""
         return self._shown_url() == self._server["url"] and all(change.value != PLACEHOLDER for change in self.changes)
 
-    def apply_hint(self, remedy: ConfigHint, provider: Provider | None) -> bool:
-        """Take up what an error says would help; False where that can't be put in place here."""
-        value: object = remedy.value
-        if remedy.key == "oauth.client_id":
+    def apply_hint(self, hint: ConfigHint, provider: Provider | None) -> bool:
+        """Apply the hint of an error. Return False if it can't be set here."""
+        value: object = hint.value
+        if hint.key == "oauth.client_id":
             value = PLACEHOLDER
-        elif remedy.key == "oauth.metadata":
+        elif hint.key == "oauth.metadata":
             value = provider.metadata if provider is not None else None
-        elif remedy.key == "authorization.allow_private":
-            value = [remedy.value]
-        if value is None or any(change.key == self._path(remedy.key) for change in self.changes):
+        elif hint.key == "authorization.allow_private":
+            value = [hint.value]
+        if value is None or any(change.key == self._path(hint.key) for change in self.changes):
             return False
         if value == PLACEHOLDER:
-            self._put_off_client_auth()
-        return self._change(remedy.key, value, _WHY[remedy.key], applied=remedy.key not in _TO_BE_DECIDED)
+            self._defer_client_auth()
+        return self._change(hint.key, value, _WHY[hint.key], applied=hint.key not in _OPERATOR_DECIDES)
 
     def apply_provider(self, provider: Provider, *, scopes_known: bool) -> None:
-        """Take up what a provider is known to need for the grant in use, where nothing is configured for it."""
-        elsewhere = "token_params" if self._grant is GrantType.AUTHORIZATION_CODE else "authorization_params"
-        moot = {elsewhere, "scopes"} if scopes_known else {elsewhere}
+        """Apply what a provider is known to need for the grant in use. Configured keys are kept."""
+        unused = "token_params" if self._grant is GrantType.AUTHORIZATION_CODE else "authorization_params"
+        skipped = {unused, "scopes"} if scopes_known else {unused}
         for key, value in provider.oauth.items():
-            if key not in moot:
+            if key not in skipped:
                 self._change(f"oauth.{key}", value, f"{provider.name} needs it", applied=True)
-        for key, value in provider.asks.items():
-            if key not in moot:
+        for key, value in provider.suggests.items():
+            if key not in skipped:
                 self._change(f"oauth.{key}", value, f"{provider.name} may need it, with your value", applied=False)
 
     def settings(self) -> ServerSettings:
-        """Return the server as the proposal configures it. Raises ConfigurationError where that is not valid."""
+        """Return the proposed settings of the server. Raises ConfigurationError if they are not valid."""
         context = Context(os.environ, self._folder)
         servers = read_servers(Section({self._name: _as_written(self._server)}, "servers", context), self._timeout)
-        if context.faults:
-            raise ConfigurationError(context.faults)
+        if context.errors:
+            raise ConfigurationError(context.errors)
         return servers[self._name]
 
     def as_yaml(self, redirect_uri: str) -> str:
-        """Return the configuration as a file, with a reason beside every change. Secrets stay where they are."""
+        """Return the proposal as a YAML file, with a reason for each change. Secrets are not shown."""
         why = {change.key: change.why for change in self.changes if change.applied}
         if self._shown_url() != self._server["url"]:
-            why[f"servers.{self._name}.url"] = "the values of its query are not repeated here: put them in"
+            why[server_key(self._name, "url")] = "the values of its query are not shown here: fill them in"
         shown = _without_secrets({**self._server, "url": self._shown_url()}, self._name)
         tree = {**self._top, "servers": {self._name: shown}}
         lines = list(_lines(tree, "", "", why))
@@ -122,11 +122,11 @@ class Proposal:
         if applied:
             oauth = cast(Tree, self._server.setdefault("oauth", {}))
             name = key.removeprefix("oauth.")
-            present = oauth.get(name)
-            if isinstance(value, Mapping) and (present is None or isinstance(present, Mapping)):
-                # What the operator has set stays.
-                merged = {**value, **(present or {})}
-                if merged == present:
+            current = oauth.get(name)
+            if isinstance(value, Mapping) and (current is None or isinstance(current, Mapping)):
+                # The operator's own values are kept.
+                merged = {**value, **(current or {})}
+                if merged == current:
                     return False
                 value = merged
             elif name in oauth and key not in _WHY:
@@ -137,25 +137,25 @@ class Proposal:
         self.changes.append(Change(key=self._path(key), value=value, why=why, applied=applied))
         return applied
 
-    def _put_off_client_auth(self) -> None:
-        """Beside a client without a secret, a method that needs one would make the file invalid."""
+    def _defer_client_auth(self) -> None:
+        """Remove a method that needs a secret: the file would be invalid with a client that has none."""
         oauth = self._server.get("oauth")
         if isinstance(oauth, dict) and oauth.get("client_auth") in _BY_SECRET and "client_secret" not in oauth:
             why, method = "only with the secret of that client", oauth.pop("client_auth")
             self.changes.append(Change(key=self._path("oauth.client_auth"), value=method, why=why, applied=False))
 
     def _is_set(self, key: str) -> bool:
-        """Whether the operator has decided already on a key that is only proposed by a provider."""
+        """Whether the operator has already set a key that is only suggested for a provider."""
         oauth = self._server.get("oauth")
         name = key.removeprefix("oauth.")
-        return key not in _TO_BE_DECIDED and isinstance(oauth, Mapping) and name in oauth
+        return key not in _OPERATOR_DECIDES and isinstance(oauth, Mapping) and name in oauth
 
     def _path(self, key: str) -> str:
-        return f"servers.{self._name}.{key}" if key.startswith("oauth.") else key
+        return server_key(self._name, key) if key.startswith("oauth.") else key
 
 
 def _as_written(value: object) -> object:
-    """As the reader of the file takes it: every scalar is text."""
+    """Return a value as the configuration reader expects it: all scalars are strings."""
     if isinstance(value, Mapping):
         return {str(key): _as_written(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -164,7 +164,7 @@ def _as_written(value: object) -> object:
 
 
 def _without_secrets(value: object, name: str) -> object:
-    """A secret that stands in the file itself is not repeated on a terminal."""
+    """Replace secrets that are in the file itself by ``env:NAME``: they must not appear on a terminal."""
     if not isinstance(value, Mapping):
         return value
     return {
@@ -202,9 +202,9 @@ def _flow(value: object) -> str:
 
 
 def _scalar(text: str) -> str:
-    """Text as YAML that means the same again, in block and in flow."""
+    """Return text as a YAML scalar that reads back unchanged, in block and flow style."""
     if text in _PLAIN or _URL.fullmatch(text):
         return text
-    # In flow style the text is quoted where a comma or bracket would end it.
+    # In flow style, PyYAML quotes text with commas or brackets.
     dumped: str = yaml.safe_dump([text], default_flow_style=True, width=100_000, allow_unicode=True)
     return dumped.strip()[1:-1]

@@ -1,7 +1,7 @@
-"""What is known of some authorization servers and can't be read in their metadata: docs/providers.md in short.
+"""What some authorization servers need but do not say in their metadata: docs/providers.md in short.
 
-A provider is recognised by the host of its issuer, which no other can have; Keycloak, which everybody hosts for
-themselves, by the paths of its endpoints.
+A provider is recognized by the host of its issuer. Keycloak is self-hosted, so it is recognized by the paths of its
+endpoints.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,9 @@ from mcp_auth_proxy.oauth.discovery import ServerMetadata
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provider:
-    """``oauth`` are keys that it needs, ``asks`` such that only the operator can decide on or fill in; ``metadata`` is
-    what stands in for discovery where it offers none.
+    """What a provider needs: ``oauth`` are the keys to set, ``suggests`` keys that the operator must decide or fill in.
+
+    ``metadata`` replaces discovery if the provider publishes none.
     """
 
     name: str
@@ -23,16 +24,15 @@ class Provider:
     hosts: tuple[str, ...] = ()
     """Patterns of ``fnmatch``."""
     oauth: Mapping[str, object] = field(default_factory=dict)
-    asks: Mapping[str, object] = field(default_factory=dict)
+    suggests: Mapping[str, object] = field(default_factory=dict)
     metadata: Mapping[str, object] | None = None
 
 
 _KEYCLOAK = Provider(
     name="Keycloak",
-    advice="Its issuer is the realm's URL: a realm that was renamed or has moved is another issuer. Dynamic "
-    "registration is limited by the realm's client registration policies (trusted hosts); where it is refused, "
-    "register a client by hand. The audience of its tokens comes from a mapper in a client scope, not from the "
-    "resource parameter.",
+    advice="Its issuer is the realm's URL, so a renamed or moved realm is another issuer. The realm's client "
+    "registration policies (trusted hosts) limit dynamic registration; if it is refused, register a client by hand. "
+    "The audience of its tokens comes from a mapper in a client scope, not from the resource parameter.",
 )
 
 PROVIDERS = (
@@ -44,29 +44,29 @@ PROVIDERS = (
             "login.partner.microsoftonline.cn",
             "sts.windows.net",
         ),
-        advice="It refuses the resource parameter beside its v2.0 scopes, registers no clients by itself and does not "
-        "advertise PKCE, which it supports. The issuer needs the tenant's id: that of /common and /organizations is a "
-        "template, in the place of which the tenant's metadata is given by hand. Where only administrators may "
-        "consent, prompt=consent fails. An http redirect URI may be on localhost only, unless it is put into the "
+        advice="It refuses the resource parameter together with its v2.0 scopes, has no dynamic registration, and "
+        "supports PKCE without advertising it. The issuer needs the tenant's id: the issuer of /common and "
+        "/organizations is a template, so set the tenant's metadata by hand instead. If only administrators may "
+        "consent, prompt=consent fails. An http redirect URI must be on localhost, unless it is added to the "
         "application's manifest.",
         oauth={"resource": "omit", "authorization_params": {"prompt": "select_account"}},
-        asks={"scopes": ["api://APPLICATION-ID/.default"]},
+        suggests={"scopes": ["api://APPLICATION-ID/.default"]},
     ),
     Provider(
         name="Google",
         hosts=("accounts.google.com",),
-        advice="It gives a refresh token only for access_type=offline, and for a second consent only with "
-        "prompt=consent. It registers no clients by itself, and its web and desktop clients need their secret. The "
-        "refresh tokens of an application in testing die after 7 days.",
+        advice="It issues a refresh token only with access_type=offline, and at a second consent only with "
+        "prompt=consent. It has no dynamic registration, and its web and desktop clients need their secret. The "
+        "refresh tokens of an application in testing expire after 7 days.",
         oauth={"authorization_params": {"access_type": "offline", "prompt": "consent"}},
-        asks={"scopes": ["SCOPE"]},
+        suggests={"scopes": ["SCOPE"]},
     ),
     Provider(
         name="GitHub",
         hosts=("github.com",),
-        advice="It registers no clients by itself: make an OAuth app or a GitHub App. The tokens of OAuth apps never "
+        advice="It has no dynamic registration: create an OAuth app or a GitHub App. The tokens of OAuth apps never "
         "expire, those of GitHub Apps do.",
-        asks={"scopes": ["SCOPE"]},
+        suggests={"scopes": ["SCOPE"]},
         metadata={
             "issuer": "https://github.com/login/oauth",
             "authorization_endpoint": "https://github.com/login/oauth/authorize",
@@ -77,17 +77,17 @@ PROVIDERS = (
         name="Okta",
         hosts=("*.okta.com", "*.oktapreview.com", "*.okta-emea.com"),
         advice="Tokens for an API come from a custom authorization server (an issuer like …/oauth2/default); those of "
-        "the organisation's own issuer are good for Okta alone. Their audience is set at the authorization server. It "
-        "lists a registration endpoint but wants an API token there: make an application by hand. Where it answers "
-        "invalid_client to a good private_key_jwt, set client_assertion_audience: endpoint.",
-        asks={"client_id": "CLIENT-ID", "scopes": ["SCOPE"]},
+        "the organization's own issuer are valid for Okta only. Their audience is set at the authorization server. Its "
+        "registration endpoint needs an API token, so create an application by hand. If it answers invalid_client to "
+        "a correct private_key_jwt, set client_assertion_audience: endpoint.",
+        suggests={"client_id": "CLIENT-ID", "scopes": ["SCOPE"]},
     ),
     Provider(
         name="Auth0",
         hosts=("*.auth0.com",),
-        advice="Its issuer ends in a slash, which counts. Without the audience parameter many tenants issue opaque "
-        "tokens that no API accepts; newer ones take the resource parameter for it.",
-        asks={
+        advice="Its issuer ends with a slash, which is significant. Without the audience parameter, many tenants issue "
+        "opaque tokens that no API accepts; newer tenants use the resource parameter for it.",
+        suggests={
             "authorization_params": {"audience": "THE-API-IDENTIFIER"},
             "token_params": {"audience": "THE-API-IDENTIFIER"},
         },
@@ -95,24 +95,24 @@ PROVIDERS = (
     Provider(
         name="Amazon Cognito",
         hosts=("cognito-idp.*.amazonaws.com", "*.amazoncognito.com"),
-        advice="It does not advertise PKCE, which it supports, and registers no clients by itself. It refuses the "
-        "resource parameter where the pool has no resource binding, and knows no offline_access. The app client needs "
-        "each of the scopes enabled.",
-        asks={"resource": "omit", "scopes": ["openid", "RESOURCE-SERVER/SCOPE"]},
+        advice="It supports PKCE without advertising it, and has no dynamic registration. It refuses the resource "
+        "parameter if the pool has no resource binding, and has no offline_access. Each scope must be enabled for the "
+        "app client.",
+        suggests={"resource": "omit", "scopes": ["openid", "RESOURCE-SERVER/SCOPE"]},
     ),
     Provider(
         name="Slack",
         hosts=("slack.com", "mcp.slack.com"),
-        advice="It reports errors with HTTP 200, which the proxy understands. It registers no clients by itself: make "
-        "an app with user scopes, whose secret is needed. Where its tokens have no scopes, name them in "
-        "authorization_params as user_scope too. It gives refresh tokens only with token rotation.",
-        asks={"scopes": ["SCOPE"]},
+        advice="It reports errors with HTTP 200, which the proxy understands. It has no dynamic registration: create "
+        "an app with user scopes; its secret is needed. If the tokens have no scopes, set them as user_scope in "
+        "authorization_params too. It issues refresh tokens only with token rotation.",
+        suggests={"scopes": ["SCOPE"]},
     ),
 )
 
 
-def recognise(issuer: str, metadata: ServerMetadata | None) -> Provider | None:
-    """Return what is known of an authorization server by its issuer; None for one like any other."""
+def recognize(issuer: str, metadata: ServerMetadata | None) -> Provider | None:
+    """Return the provider of an issuer; None if it is not a known one."""
     host = (urlsplit(issuer).hostname or "").lower()
     for provider in PROVIDERS:
         if any(fnmatchcase(host, pattern) for pattern in provider.hosts):

@@ -1,4 +1,4 @@
-"""What ``doctor`` found, as text for people and as JSON for programs."""
+"""The result of ``doctor``, as text for people and as JSON for programs."""
 
 import json
 import textwrap
@@ -11,7 +11,7 @@ import click
 from mcp_auth_proxy.errors import without_query_values
 
 FORMAT = 1
-"""Of the JSON: grows when a member changes its meaning or goes; new ones may come at any time."""
+"""Version of the JSON. Increased if a member is removed or changes its meaning; new members may be added any time."""
 
 _WIDTH = 110
 _INDENT = " " * 4
@@ -20,7 +20,7 @@ _MARKS = {"ok": ("ok     ", "green"), "note": ("note   ", "yellow"), "refused": 
 
 
 class Verdict(StrEnum):
-    """Of one step: as it should be; worth knowing; the proxy stops here."""
+    """The verdict on one step: fine; worth knowing; the proxy stops here."""
 
     OK = "ok"
     NOTE = "note"
@@ -28,7 +28,7 @@ class Verdict(StrEnum):
 
 
 class Outcome(StrEnum):
-    """Of the whole: the proxy can authorize; it need not; it can't, or the server can't be used at all."""
+    """The overall result: the proxy can authorize; it does not need to; it can't, or the server is unusable."""
 
     READY = "ready"
     OPEN = "open"
@@ -37,7 +37,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What was asked. ``rpc`` is the MCP method, empty for documents."""
+    """A request that was sent. ``rpc`` is the MCP method, empty for documents."""
 
     method: str
     url: str
@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What came back: ``text`` is the challenge, or the beginning of the body."""
+    """The response. ``text`` is the challenge or the beginning of the body."""
 
     status: int
     text: str = ""
@@ -54,7 +54,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One thing that was looked at. ``says`` is the proxy's own sentence where it refuses; ``clause`` the rule."""
+    """One check. ``says`` is the result in words, with the proxy's own error if it refuses; ``clause`` is the rule."""
 
     step: str
     verdict: Verdict
@@ -66,7 +66,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A key that the configuration needs. ``applied``: it stands in the proposed one, else it is only named there."""
+    """A key that the configuration needs. ``applied``: whether it is set in the proposal, or only named there."""
 
     key: str
     value: object
@@ -76,7 +76,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """What the proxy would ask for, with the proposed configuration where the present one does not do."""
+    """What the proxy would request, with the proposed configuration if the current one does not work."""
 
     grant: str
     issuer: str
@@ -92,22 +92,22 @@ class Preview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """``config`` is YAML that loads; None where nothing in the configuration helps."""
+    """The whole report. ``config`` is valid YAML; None if no configuration helps."""
 
     server: str
     url: str
     outcome: Outcome
     summary: str
     steps: tuple[Step, ...]
-    prospect: Preview | None
+    preview: Preview | None
     config: str | None
     config_complete: bool
-    """Nothing in it is left to fill in or to decide."""
+    """Whether nothing in it is left to fill in or to decide."""
     changes: tuple[Change, ...]
 
 
 def shown(text: str | bytes, limit: int = 4000) -> str:
-    """Return text of a server on one line, safe for a terminal, without the values in queries of URLs, and cut."""
+    """Return text from a server on one line of at most ``limit`` characters, without controls and URL query values."""
     if isinstance(text, bytes):
         text = text[: 4 * limit].decode("utf-8", "replace")
     line = without_query_values(" ".join(text.split()))
@@ -124,7 +124,7 @@ def as_json(report: Report) -> str:
         "verdict": report.outcome,
         "summary": report.summary,
         "steps": [_step(step) for step in report.steps],
-        "plan": _members(report.prospect),
+        "plan": _members(report.preview),
         "config": report.config,
         "config_complete": report.config_complete,
         "changes": [_members(change) for change in report.changes],
@@ -133,7 +133,7 @@ def as_json(report: Report) -> str:
 
 
 def as_text(report: Report) -> str:
-    """Return the report for a terminal; ``click.echo`` takes the colours out where there is none."""
+    """Return the report for a terminal. ``click.echo`` removes the colors if stdout is not one."""
     lines = [f"{report.server}: {report.url}", ""]
     for number, step in enumerate(report.steps, 1):
         lines += _paragraph(number, step)
@@ -142,14 +142,14 @@ def as_text(report: Report) -> str:
         how = "The configuration that works" if report.config_complete else "The configuration, to be completed"
         lines += [f"{how}:", "", report.config.rstrip("\n")]
     else:
-        lines += ["There is no configuration to propose: see what is refused above."]
+        lines += ["No configuration can help: see what is refused above."]
     return "\n".join(lines)
 
 
 def _paragraph(number: int, step: Step) -> Iterator[str]:
-    mark, colour = _MARKS[step.verdict]
+    mark, color = _MARKS[step.verdict]
     clause = f"  [{step.clause}]" if step.clause else ""
-    yield f"{number:>2}. {click.style(mark, fg=colour)}  {click.style(step.step, bold=True)}{clause}"
+    yield f"{number:>2}. {click.style(mark, fg=color)}  {click.style(step.step, bold=True)}{clause}"
     if step.request is not None:
         rpc = f"  {step.request.rpc}" if step.request.rpc else ""
         yield f"{_INDENT}> {step.request.method} {step.request.url}{rpc}"
