@@ -98,7 +98,7 @@ class LingeringClose:
         self._loop = loop
         self._close = close
         self._deadline = loop.time() + timeout
-        self._still_sending = False
+        self._still_sending = True
         with contextlib.suppress(OSError, RuntimeError):
             transport.write_eof()
         self._timer = loop.call_later(LINGER_QUIET, self._check)
