@@ -25,7 +25,7 @@ from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.proxy.handler import Receive, Send
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.callback import callback
@@ -70,7 +70,7 @@ async def lifespan(
     """
     public_url = effective_public_url(settings, listening)
     async with AsyncExitStack() as stack:
-        database = await Database.open(settings.store, announce=announce_key)
+        database = await open_store(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
         fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
         stack.push_async_callback(fetcher.aclose)
@@ -131,7 +131,7 @@ class Application:
         listening: Address,
         public_url: str,
         *,
-        database: Database,
+        database: Engine,
         broker: Broker,
         forwarder: Forwarder,
     ) -> None:
@@ -229,7 +229,7 @@ class Application:
         if self._draining:
             return JSONResponse({"status": "draining"}, status_code=503)
         try:
-            await self._database.writable()
+            await self._database.check_writable()
         except StoreError as error:
             return JSONResponse({"status": "store", "reason": str(error)}, status_code=503)
         return JSONResponse({"status": "ready"})
