@@ -17,7 +17,7 @@ from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.guard import Guard
@@ -86,7 +86,7 @@ async def lifespan(
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
     async with AsyncExitStack() as stack:
-        database = await Database.open(settings.store, announce=announce_key)
+        database = await open_store(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
         fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
         stack.push_async_callback(fetcher.aclose)

@@ -11,6 +11,9 @@ from typing import NamedTuple, Protocol
 LOCAL = "local"
 """The only principal if callers are not identified."""
 
+DEFAULT_ACCOUNT = "default"
+"""The name of the account that a principal uses if none is named."""
+
 
 class Account(NamedTuple):
     """Whose grant of which server: the key of token cache, flows, single flight and store.
@@ -20,7 +23,7 @@ class Account(NamedTuple):
 
     principal: str
     server: str
-    name: str = "default"
+    name: str = DEFAULT_ACCOUNT
     """One principal may use a server with several accounts."""
 
 
@@ -84,6 +87,8 @@ class Registration:
     redirect_uri: str = ""
     secret_expires_at: float | None = None
     created_at: float = 0.0
+    account: str = DEFAULT_ACCOUNT
+    """The name of the account of that server (``Account.name``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

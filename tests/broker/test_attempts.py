@@ -17,7 +17,7 @@ from mcp_auth_proxy.broker.attempts import (
 from mcp_auth_proxy.errors import CallbackRefused
 from mcp_auth_proxy.models import Account, Attempt, DeviceAuthorization, FlowStatus
 from mcp_auth_proxy.oauth.authorization_code import challenge_s256
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.flows import Flows
 from store.builders import NOW, flow, store_settings
 
@@ -32,7 +32,7 @@ class Clock:
 class Scene:
     """One pending flow, ``flow-1`` of the server linear, that ends 600 seconds after NOW."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Engine) -> None:
         self.database = database
         self.flows = Flows(database)
         self.clock = Clock()
@@ -54,7 +54,7 @@ class Scene:
 
 @pytest.fixture
 async def it(tmp_path: Path) -> AsyncIterator[Scene]:
-    database = await Database.open(store_settings(tmp_path))
+    database = await open_store(store_settings(tmp_path))
     scene = Scene(database)
     await scene.flows.save(flow())
     yield scene
@@ -160,7 +160,7 @@ async def test_a_link_that_has_ended_says_so(it: Scene, status: FlowStatus) -> N
 class EndedMeanwhile(Flows):
     """Has the flow end between the look at it and the visit that is written down."""
 
-    def __init__(self, database: Database, end: Callable[[Flows], Awaitable[object]]) -> None:
+    def __init__(self, database: Engine, end: Callable[[Flows], Awaitable[object]]) -> None:
         super().__init__(database)
         self._end = end
 

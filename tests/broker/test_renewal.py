@@ -27,8 +27,7 @@ from mcp_auth_proxy.errors import (
     TokenRefused,
 )
 from mcp_auth_proxy.models import Account, Grant, GrantType, Registration, TokenSet
-from mcp_auth_proxy.store import lease
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.grants import Grants
 from store.builders import NOW, grant, store_settings, tokens
 
@@ -64,7 +63,7 @@ class Endpoint(Authorizer):
 
 
 class Scene:
-    def __init__(self, database: Database, stored: Grant, grants: Grants) -> None:
+    def __init__(self, database: Engine, stored: Grant, grants: Grants) -> None:
         self.database = database
         self.grants = grants
         self.grant = stored
@@ -87,7 +86,7 @@ class Scene:
 
 @pytest.fixture
 async def it(tmp_path: Path) -> AsyncIterator[Scene]:
-    database = await Database.open(store_settings(tmp_path))
+    database = await open_store(store_settings(tmp_path))
     grants = Grants(database)
     yield Scene(database, await grants.add(grant()), grants)
     await database.close()
@@ -285,7 +284,7 @@ async def test_a_clock_that_is_set_back_does_not_prolong_the_pause(it: Scene) ->
 class Watched(Grants):
     """Tells when somebody was turned away."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Engine) -> None:
         super().__init__(database)
         self.turned_away = asyncio.Event()
 

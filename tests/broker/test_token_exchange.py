@@ -17,14 +17,14 @@ from mcp_auth_proxy.errors import AuthorizationError, TokenRefused
 from mcp_auth_proxy.models import Account, GrantType
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.token_exchange import SubjectToken
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.registrations import Registrations
 from store.builders import store_settings
 
 
 @pytest.fixture
 async def authorizer(tmp_path: Path) -> AsyncIterator[Authorizer]:
-    database = await Database.open(store_settings(tmp_path))
+    database = await open_store(store_settings(tmp_path))
     yield Authorizer(
         fetcher=Fetcher(),
         registrations=Registrations(database),

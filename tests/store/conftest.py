@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import Engine, open_store
 from store.builders import store_settings
 
 
 @pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    opened = await Database.open(store_settings(tmp_path))
+async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
+    opened = await open_store(store_settings(tmp_path))
     yield opened
     await opened.close()

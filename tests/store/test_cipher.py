@@ -1,4 +1,4 @@
-"""Seals hold, and hold to their place."""
+"""Sealed values open in their own place and under their own key only."""
 
 import base64
 import os
@@ -20,7 +20,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(TEXTS, TEXTS, TEXTS, TEXTS)
-def test_what_was_sealed_opens_in_its_place(text: str, table: str, row: str, column: str) -> None:
+def test_a_sealed_value_opens_in_its_place(text: str, table: str, row: str, column: str) -> None:
     sealed = CIPHER.seal(text, table=table, row=row, column=column)
     assert CIPHER.open(sealed, table=table, row=row, column=column) == text
 
@@ -40,7 +40,7 @@ def test_places_that_run_together_are_kept_apart() -> None:
 
 
 @given(st.integers(min_value=0), st.integers(min_value=1, max_value=255))
-def test_a_changed_byte_anywhere_breaks_the_seal_without_telling_the_value(position: int, change: int) -> None:
+def test_a_changed_byte_anywhere_is_detected_without_revealing_the_value(position: int, change: int) -> None:
     sealed = bytearray(CIPHER.seal("canary-token", **PLACE))
     sealed[position % len(sealed)] ^= change
     with pytest.raises(DecryptionError) as caught:
@@ -54,7 +54,7 @@ def test_garbage_does_not_open(data: bytes) -> None:
         CIPHER.open(data, **PLACE)
 
 
-def test_the_same_text_never_looks_the_same() -> None:
+def test_the_same_text_is_never_sealed_the_same() -> None:
     assert len({CIPHER.seal("x", **PLACE) for _ in range(100)}) == 100
 
 
@@ -90,13 +90,13 @@ def test_a_key_is_read_from_base64_of_either_kind(text: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "text", ["", "x", "A" * 42, "A" * 45, "A" * 64, "é" * 43, base64.b64encode(b"x" * 31).decode()]
 )
-def test_what_is_no_key_is_refused_with_how_to_make_one(text: str) -> None:
+def test_text_that_is_not_a_key_is_rejected_with_how_to_make_one(text: str) -> None:
     with pytest.raises(StoreRejected, match="openssl rand -base64 32") as caught:
         load_key(KeySource(kind="env", name="K"), {"K": text})
     assert not text or text not in str(caught.value) or text == "x"
 
 
-def test_a_key_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_key_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(StoreRejected, match="env:K"):
         load_key(KeySource(kind="env", name="K"), {})
     with pytest.raises(StoreRejected, match="nowhere"):
@@ -106,7 +106,7 @@ def test_a_key_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load_key(KeySource(kind="file", name=str(tmp_path / "binary")), {})
 
 
-def test_a_generated_key_file_is_private_whole_and_never_replaced(tmp_path: Path) -> None:  # T46
+def test_a_generated_key_file_is_private_complete_and_never_replaced(tmp_path: Path) -> None:  # T46
     path = tmp_path / "store.key"
     before = os.umask(0)
     try:

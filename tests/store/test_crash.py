@@ -1,4 +1,4 @@
-"""Killed at any moment, the store keeps what it acknowledged."""
+"""A process that is killed at any moment loses nothing that the store has acknowledged."""
 
 import asyncio
 import os
@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from mcp_auth_proxy.models import Account
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.grants import Grants
 from store.builders import grant, store_settings
 
@@ -17,13 +17,13 @@ KILLS = 8
 RENEWING = """
 import asyncio, pathlib, sys
 from mcp_auth_proxy.models import Account
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.lease import new_owner
 from store.builders import NOW, tokens
 
 async def main():
-    grants, owner = Grants(await Database.open(store_settings(pathlib.Path(sys.argv[1])))), new_owner()
+    grants, owner = Grants(await open_store(store_settings(pathlib.Path(sys.argv[1])))), new_owner()
     while True:
         found = await grants.current(Account("local", "linear"))
         assert await grants.begin_refresh(found.id, version=found.version, owner=owner, now=NOW)
@@ -36,14 +36,14 @@ asyncio.run(main())
 
 
 async def test_no_acknowledged_renewal_is_lost_to_a_kill(tmp_path: Path) -> None:  # F7
-    database = await Database.open(store_settings(tmp_path))
-    await Grants(database).add(grant())
-    await database.close()
+    engine = await open_store(store_settings(tmp_path))
+    await Grants(engine).add(grant())
+    await engine.close()
     for _ in range(KILLS):
         acknowledged = await asyncio.to_thread(renew_until_killed, tmp_path)
-        database = await Database.open(store_settings(tmp_path))
-        found = await Grants(database).current(Account("local", "linear"))
-        await database.close()
+        engine = await open_store(store_settings(tmp_path))
+        found = await Grants(engine).current(Account("local", "linear"))
+        await engine.close()
         assert found is not None
         assert found.version >= acknowledged
         assert found.tokens.access_token == f"canary-access-{found.version}"
@@ -51,7 +51,7 @@ async def test_no_acknowledged_renewal_is_lost_to_a_kill(tmp_path: Path) -> None
 
 
 def renew_until_killed(folder: Path) -> int:
-    """Renews in another process, kills it between 0 and 20 ms after its first renewal; the last version it told."""
+    """Renew in another process, kill it 0 to 20 ms after its first renewal, and return the last version it printed."""
     paths = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parents[2] / "src")))
     process = subprocess.Popen(
         [sys.executable, "-c", RENEWING, str(folder)], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE

@@ -1,7 +1,6 @@
-"""Flows of users on another device: sealed, polled for by one process, kept over a migration."""
+"""Flows of users on another device: sealed, and polled for by one process."""
 
 import os
-import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,11 +9,9 @@ from pathlib import Path
 import pytest
 
 from mcp_auth_proxy.models import DeviceAuthorization, FlowStatus
-from mcp_auth_proxy.store import lease
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import Engine, lease
 from mcp_auth_proxy.store.flows import Flows
-from mcp_auth_proxy.store.grants import Grants
-from store.builders import NOW, flow, grant, store_settings
+from store.builders import NOW, flow
 
 DEVICE = DeviceAuthorization(
     device_code="canary-device",
@@ -27,8 +24,8 @@ WAITING = replace(flow(), device=DEVICE, redirect_uri="")
 
 
 @pytest.fixture
-def flows(database: Database) -> Flows:
-    return Flows(database)
+def flows(engine: Engine) -> Flows:
+    return Flows(engine)
 
 
 async def test_a_device_flow_comes_back_as_it_was_saved_and_is_sealed(flows: Flows, tmp_path: Path) -> None:
@@ -38,7 +35,7 @@ async def test_a_device_flow_comes_back_as_it_was_saved_and_is_sealed(flows: Flo
     assert b"canary" not in stored.lower()  # T45
 
 
-async def test_those_that_wait_are_found_after_a_restart(flows: Flows) -> None:
+async def test_waiting_device_flows_are_found_after_a_restart(flows: Flows) -> None:
     await flows.save(WAITING)
     await flows.save(replace(WAITING, id="late", created_at=NOW + 1))
     await flows.save(replace(WAITING, id="done"))
@@ -48,7 +45,7 @@ async def test_those_that_wait_are_found_after_a_restart(flows: Flows) -> None:
     assert await flows.devices(WAITING.expires_at) == []
 
 
-async def test_one_living_process_polls(flows: Flows) -> None:
+async def test_only_one_living_process_polls(flows: Flows) -> None:
     await flows.save(WAITING)
     first, second = lease.new_owner(), lease.new_owner()
     assert await flows.claim_poll("flow-1", owner=first, now=NOW, next_poll_at=NOW + 5)
@@ -56,7 +53,7 @@ async def test_one_living_process_polls(flows: Flows) -> None:
     assert await flows.claim_poll("flow-1", owner=first, now=NOW + 5, next_poll_at=NOW + 10)
 
 
-async def test_the_successor_of_a_dead_process_polls_on(flows: Flows) -> None:
+async def test_the_successor_of_a_dead_process_may_poll(flows: Flows) -> None:
     await flows.save(WAITING)
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
@@ -66,29 +63,10 @@ async def test_the_successor_of_a_dead_process_polls_on(flows: Flows) -> None:
 
 
 @pytest.mark.parametrize("status", [FlowStatus.DONE, FlowStatus.FAILED])
-async def test_nobody_polls_for_what_is_over(flows: Flows, status: FlowStatus) -> None:
+async def test_nobody_polls_for_a_flow_that_is_over(flows: Flows, status: FlowStatus) -> None:
     await flows.save(WAITING)
     await flows.finish("flow-1", status)
     assert not await flows.claim_poll("flow-1", owner="o", now=NOW, next_poll_at=NOW)
     await flows.save(replace(WAITING, id="old"))
     assert not await flows.claim_poll("old", owner="o", now=WAITING.expires_at, next_poll_at=NOW)
     assert not await flows.claim_poll("unknown", owner="o", now=NOW, next_poll_at=NOW)
-
-
-async def test_what_the_first_schema_held_is_kept_by_the_migration(tmp_path: Path) -> None:
-    database = await Database.open(store_settings(tmp_path))
-    await Flows(database).save(flow())
-    stored = await Grants(database).add(grant())
-    await database.close()
-    before = sqlite3.connect(tmp_path / "store.db")
-    for column in ("dpop_key", "upstream"):
-        before.execute(f"ALTER TABLE grants DROP COLUMN {column}")
-    for column in ("device", "poll_owner", "next_poll_at", "dpop_key", "upstream"):
-        before.execute(f"ALTER TABLE flows DROP COLUMN {column}")
-    before.execute("PRAGMA user_version = 1")
-    before.close()
-    database = await Database.open(store_settings(tmp_path))
-    assert await Flows(database).get("flow-1") == flow()
-    assert await Grants(database).all() == [stored]
-    await Flows(database).save(WAITING)
-    await database.close()

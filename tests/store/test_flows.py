@@ -1,4 +1,4 @@
-"""Flows: one link, attempts that count once."""
+"""Flows and their attempts, each of which is accepted once."""
 
 import asyncio
 from dataclasses import replace
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from mcp_auth_proxy.models import Account, FlowStatus
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.flows import CANCELLED, KEPT_ATTEMPTS, KEPT_SECONDS, Flows
-from store.builders import NOW, attempt, flow, sha256, store_settings
+from store.builders import NOW, attempt, flow, registration, sha256, store_settings
 
 
 @pytest.fixture
-def flows(database: Database) -> Flows:
-    return Flows(database)
+def flows(engine: Engine) -> Flows:
+    return Flows(engine)
 
 
 async def test_a_flow_comes_back_as_it_was_saved(flows: Flows) -> None:
@@ -27,14 +27,14 @@ async def test_a_flow_comes_back_as_it_was_saved(flows: Flows) -> None:
 
 async def test_a_flow_and_its_attempts_survive_a_restart(tmp_path: Path) -> None:
     for step in range(2):
-        database = await Database.open(store_settings(tmp_path))
-        flows = Flows(database)
+        engine = await open_store(store_settings(tmp_path))
+        flows = Flows(engine)
         if step == 0:
             await flows.save(flow())
             assert await flows.add_attempt(attempt("s"))
         else:
             assert await flows.take_attempt(sha256("s"), NOW) == (flow(), attempt("s"))
-        await database.close()
+        await engine.close()
 
 
 async def test_live_is_the_newest_that_still_waits(flows: Flows) -> None:
@@ -46,6 +46,19 @@ async def test_live_is_the_newest_that_still_waits(flows: Flows) -> None:
     assert await flows.live(Account("local", "linear"), NOW + 11) == flow("old")
     assert await flows.live(Account("local", "linear"), NOW + 600) is None
     assert await flows.live(Account("someone", "linear"), NOW) is None
+
+
+async def test_each_account_of_a_server_has_flows_of_its_own(flows: Flows) -> None:
+    work = Account("local", "linear", "work")
+    client = registration(account="work")
+    of_work = replace(flow("work", at=NOW + 10), key=replace(flow().key, account=work), registration=client)
+    await flows.save(flow())
+    await flows.save(of_work)
+    assert await flows.live(Account("local", "linear"), NOW) == flow()
+    assert await flows.live(work, NOW) == of_work
+    await flows.cancel(work)
+    assert await flows.live(work, NOW) is None
+    assert await flows.live(Account("local", "linear"), NOW) == flow()
 
 
 async def test_an_attempt_is_taken_once(flows: Flows) -> None:  # T12
@@ -66,7 +79,7 @@ async def test_an_unknown_or_expired_attempt_is_not_taken(flows: Flows) -> None:
     assert await flows.take_attempt(sha256("s"), NOW + 599)
 
 
-async def test_a_flow_that_ended_gives_no_attempt(flows: Flows) -> None:
+async def test_a_flow_that_ended_has_no_attempts(flows: Flows) -> None:
     await flows.save(flow())
     await flows.add_attempt(attempt("s"))
     assert await flows.finish("flow-1", FlowStatus.FAILED, "denied")
@@ -113,11 +126,11 @@ async def test_purge_deletes_attempts_in_time_and_flows_later(flows: Flows) -> N
     assert await flows.get("flow-1") is None
 
 
-async def test_a_broken_attempt_or_flow_is_as_good_as_none(flows: Flows, database: Database) -> None:  # T47
+async def test_a_broken_attempt_or_flow_counts_as_missing(flows: Flows, engine: Engine) -> None:  # T47
     for name in ("a", "b"):
         await flows.save(flow(name))
         await flows.add_attempt(attempt(name, name))
-    async with database.transaction() as transaction:
+    async with engine.transaction() as transaction:
         await transaction.execute("UPDATE attempts SET code_verifier = x'01' WHERE flow_id = 'a'")
         await transaction.execute("UPDATE flows SET extra_params = '[1' WHERE id = 'b'")
     assert await flows.take_attempt(sha256("a"), NOW) is None
@@ -125,7 +138,7 @@ async def test_a_broken_attempt_or_flow_is_as_good_as_none(flows: Flows, databas
     assert await flows.live(Account("local", "linear"), NOW) == flow("a")
 
 
-async def test_no_state_and_no_verifier_stands_in_the_files(flows: Flows, tmp_path: Path) -> None:  # T45
+async def test_no_state_and_no_verifier_is_readable_in_the_files(flows: Flows, tmp_path: Path) -> None:  # T45
     await flows.save(flow())
     await flows.add_attempt(attempt("canary-state"))
     assert not any(b"canary" in path.read_bytes() for path in tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Grants: kept, renewed once, fenced."""
+"""Grants: storing, renewing one at a time, fencing, ending."""
 
 import asyncio
 import logging
@@ -11,25 +11,27 @@ from pathlib import Path
 import pytest
 
 from mcp_auth_proxy.models import Account, FlowStatus, Grant
-from mcp_auth_proxy.store import lease
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import SUPERSEDED, Grants
 from store.builders import NOW, attempt, flow, grant, registration, sha256, store_settings, tokens
 
+DEFAULT, WORK = Account("local", "linear"), Account("local", "linear", "work")
 OWNER, OTHER = "elsewhere:1:a", "elsewhere:2:b"
+_PAIR = "SELECT id, access_token FROM grants WHERE id IN (:a, :b)"
+_SET_TOKEN = "UPDATE grants SET access_token = :access_token WHERE id = :id"
 
 
 @pytest.fixture
-def grants(database: Database) -> Grants:
-    return Grants(database)
+def grants(engine: Engine) -> Grants:
+    return Grants(engine)
 
 
 async def test_a_grant_comes_back_as_it_was_given(grants: Grants) -> None:
     stored = await grants.add(grant())
     assert stored == replace(grant(), id=stored.id)
     assert await grants.get(stored.id) == stored
-    assert await grants.current(Account("local", "linear")) == stored
+    assert await grants.current(DEFAULT) == stored
     assert await grants.all() == [stored]
 
 
@@ -51,7 +53,24 @@ async def test_other_principals_and_servers_see_nothing(grants: Grants) -> None:
     assert await grants.get(999) is None
 
 
-async def test_a_grant_with_the_same_key_takes_the_place_and_goes_on_counting(grants: Grants) -> None:
+async def test_each_account_of_a_server_has_a_grant_of_its_own(grants: Grants) -> None:
+    first = await grants.add(grant())
+    second = await grants.add(of_work(grant(name="2")))
+    assert await grants.current(DEFAULT) == first
+    assert await grants.current(WORK) == second
+    assert await grants.delete(WORK) == [second]
+    assert await grants.current(WORK) is None
+    assert await grants.all() == [first]
+
+
+async def test_a_grant_of_another_issuer_supersedes_in_its_own_account_alone(grants: Grants) -> None:
+    first = await grants.add(grant())
+    await grants.add(of_work(grant(name="2")))
+    third = await grants.add(of_work(grant(issuer="https://new.example", at=NOW + 5)))
+    assert [found for found in await grants.all() if found.ended_at is None] == [first, third]
+
+
+async def test_a_grant_with_the_same_key_replaces_and_continues_the_version(grants: Grants) -> None:
     first = await grants.add(grant())
     assert await grants.begin_refresh(first.id, version=1, owner=OWNER, now=NOW)
     second = await grants.add(grant(at=NOW + 5, name="2"))
@@ -60,8 +79,8 @@ async def test_a_grant_with_the_same_key_takes_the_place_and_goes_on_counting(gr
     assert await grants.renewed(first.id, version=1, owner=OWNER, tokens=tokens("late")) is None
 
 
-async def test_a_grant_ends_the_flow_that_brought_it(grants: Grants, database: Database) -> None:
-    flows = Flows(database)
+async def test_a_grant_ends_the_flow_that_brought_it(grants: Grants, engine: Engine) -> None:
+    flows = Flows(engine)
     await flows.save(flow())
     await flows.add_attempt(attempt("s"))
     stored = await grants.add_from(grant(), "flow-1")
@@ -73,8 +92,8 @@ async def test_a_grant_ends_the_flow_that_brought_it(grants: Grants, database: D
     assert await flows.find_attempt(sha256("s")) is None
 
 
-async def test_a_second_consent_by_the_same_link_counts_too(grants: Grants, database: Database) -> None:
-    await Flows(database).save(flow())
+async def test_a_second_consent_by_the_same_link_counts_too(grants: Grants, engine: Engine) -> None:
+    await Flows(engine).save(flow())
     for name in ("1", "2"):
         assert await grants.add_from(grant(name=name), "flow-1")
     (stored,) = await grants.all()
@@ -82,14 +101,14 @@ async def test_a_second_consent_by_the_same_link_counts_too(grants: Grants, data
 
 
 @pytest.mark.parametrize("how", ["cancelled", "done, then cancelled", "gone"])
-async def test_a_grant_of_a_flow_that_was_cancelled_is_not_stored(grants: Grants, database: Database, how: str) -> None:
-    flows = Flows(database)
+async def test_a_grant_of_a_flow_that_was_cancelled_is_not_stored(grants: Grants, engine: Engine, how: str) -> None:
+    flows = Flows(engine)
     if how != "gone":
         await flows.save(flow())
         if how != "cancelled":
             assert await grants.add_from(grant(), "flow-1")
-            await grants.delete(Account("local", "linear"))
-        await flows.cancel(Account("local", "linear"))
+            await grants.delete(DEFAULT)
+        await flows.cancel(DEFAULT)
     assert await grants.add_from(grant(), "flow-1") is None
     assert await grants.all() == []
 
@@ -107,14 +126,14 @@ async def test_a_grant_of_another_issuer_supersedes_and_says_so(grants: Grants) 
     old = await grants.add(grant())
     other_server = await grants.add(grant("warehouse"))
     new = await grants.add(grant(issuer="https://new.example", at=NOW + 5))
-    assert await grants.current(Account("local", "linear")) == new
+    assert await grants.current(DEFAULT) == new
     ended = await grants.get(old.id)
     assert ended is not None
     assert (ended.ended_at, ended.ended_reason) == (NOW + 5, SUPERSEDED)
     assert await grants.current(Account("local", "warehouse")) == other_server
 
 
-async def test_a_renewal_counts_on_and_lets_go(grants: Grants) -> None:
+async def test_a_renewal_increments_the_version_and_releases_the_lease(grants: Grants) -> None:
     stored = await grants.add(grant())
     assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
     begun = await grants.get(stored.id)
@@ -122,7 +141,7 @@ async def test_a_renewal_counts_on_and_lets_go(grants: Grants) -> None:
     assert (begun.refresh_begun_at, begun.refresh_owner) == (NOW, OWNER)
     new = await grants.renewed(stored.id, version=1, owner=OWNER, tokens=tokens("2", NOW + 9))
     assert new == replace(stored, tokens=tokens("2", NOW + 9), version=2)
-    assert await grants.current(Account("local", "linear")) == new
+    assert await grants.current(DEFAULT) == new
     assert not await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
 
 
@@ -153,13 +172,13 @@ async def test_an_old_lease_is_taken_over_and_its_late_write_fenced_off(grants: 
     assert new.tokens.access_token == "canary-access-2"
 
 
-async def test_a_lease_from_the_future_does_not_hold_for_ever(grants: Grants) -> None:  # F9
+async def test_a_lease_from_the_future_does_not_last(grants: Grants) -> None:  # F9
     stored = await grants.add(grant())
     assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW + 3600)
     assert await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW)
 
 
-async def test_a_lease_let_go_is_free_at_once(grants: Grants) -> None:
+async def test_a_released_lease_is_free_at_once(grants: Grants) -> None:
     stored = await grants.add(grant())
     assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
     await grants.release_refresh(stored.id, version=1, owner=OTHER)
@@ -174,12 +193,12 @@ async def test_a_process_killed_in_a_refresh_is_found_and_taken_over_at_once(gra
     code = (
         "import asyncio, os, pathlib, signal, sys\n"
         "from store.builders import NOW, store_settings\n"
-        "from mcp_auth_proxy.store.database import Database\n"
+        "from mcp_auth_proxy.store import open_store\n"
         "from mcp_auth_proxy.store.grants import Grants\n"
         "from mcp_auth_proxy.store.lease import new_owner\n"
         "async def main():\n"
-        "    database = await Database.open(store_settings(pathlib.Path(sys.argv[1])))\n"
-        "    assert await Grants(database).begin_refresh(int(sys.argv[2]), version=1, owner=new_owner(), now=NOW)\n"
+        "    engine = await open_store(store_settings(pathlib.Path(sys.argv[1])))\n"
+        "    assert await Grants(engine).begin_refresh(int(sys.argv[2]), version=1, owner=new_owner(), now=NOW)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(main())\n"
     )
@@ -204,7 +223,7 @@ async def test_end_keeps_the_row_and_its_reason(grants: Grants) -> None:  # F2
     assert not await grants.end(stored.id, version=7, reason="x", now=NOW)
     assert await grants.end(stored.id, version=1, reason="The refresh token was revoked.", now=NOW + 1)
     assert not await grants.end(stored.id, version=1, reason="x", now=NOW)
-    assert await grants.current(Account("local", "linear")) is None
+    assert await grants.current(DEFAULT) is None
     assert not await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
     (ended,) = await grants.all()
     assert (ended.ended_at, ended.ended_reason) == (NOW + 1, "The refresh token was revoked.")
@@ -220,18 +239,18 @@ async def test_a_grant_that_ended_during_its_refresh_stays_ended(grants: Grants)
 async def test_delete_returns_what_is_to_be_revoked_and_its_id_never_comes_back(grants: Grants) -> None:
     stored = await grants.add(grant())
     kept = await grants.add(grant("warehouse"))
-    assert await grants.delete(Account("local", "linear")) == [stored]
+    assert await grants.delete(DEFAULT) == [stored]
     assert await grants.all() == [kept]
-    assert await grants.delete(Account("local", "linear")) == []
+    assert await grants.delete(DEFAULT) == []
     assert await grants.delete(Account("local", "warehouse")) == [kept]
     assert (await grants.add(grant())).id > kept.id
 
 
 async def test_swapped_rows_fail_and_others_work(
-    grants: Grants, database: Database, caplog: pytest.LogCaptureFixture
+    grants: Grants, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:  # T47
     a, b, good = [await grants.add(grant(name, name=name)) for name in ("a", "b", "c")]
-    await swap(database, a, b)
+    await swap(engine, a, b)
     with caplog.at_level(logging.DEBUG):
         assert await grants.all() == [good]
         assert await grants.current(Account("local", "a")) is None
@@ -243,26 +262,29 @@ async def test_swapped_rows_fail_and_others_work(
 
 
 async def test_a_store_with_broken_rows_starts_and_takes_new_grants(tmp_path: Path) -> None:  # T47
-    database = await Database.open(store_settings(tmp_path))
-    a, b = [await Grants(database).add(grant(name, name=name)) for name in ("a", "b")]
-    await swap(database, a, b)
-    async with database.transaction() as transaction:
-        await transaction.execute("UPDATE grants SET grant_type = 'nonsense' WHERE id = ?", (b.id,))
-    await database.close()
-    database = await Database.open(store_settings(tmp_path))
-    grants = Grants(database)
+    engine = await open_store(store_settings(tmp_path))
+    a, b = [await Grants(engine).add(grant(name, name=name)) for name in ("a", "b")]
+    await swap(engine, a, b)
+    async with engine.transaction() as transaction:
+        await transaction.execute("UPDATE grants SET grant_type = 'nonsense' WHERE id = :id", {"id": b.id})
+    await engine.close()
+    engine = await open_store(store_settings(tmp_path))
+    grants = Grants(engine)
     assert await grants.all() == []
     new = await grants.add(grant("a", name="new"))
     assert await grants.current(Account("local", "a")) == new
     assert await grants.delete(Account("local", "b")) == []
     assert await grants.all() == [new]
-    await database.close()
+    await engine.close()
 
 
-async def swap(database: Database, a: Grant, b: Grant) -> None:
-    async with database.transaction() as transaction:
-        rows = await transaction.execute("SELECT id, access_token FROM grants WHERE id IN (?, ?)", (a.id, b.id))
+def of_work(given: Grant) -> Grant:
+    client = replace(given.registration, account=WORK.name)
+    return replace(given, key=replace(given.key, account=WORK), registration=client)
+
+
+async def swap(engine: Engine, a: Grant, b: Grant) -> None:
+    async with engine.transaction() as transaction:
+        rows = await transaction.execute(_PAIR, {"a": a.id, "b": b.id})
         for row, other in zip(rows, reversed(rows), strict=True):
-            await transaction.execute(
-                "UPDATE grants SET access_token = ? WHERE id = ?", (other["access_token"], row["id"])
-            )
+            await transaction.execute(_SET_TOKEN, {"access_token": other["access_token"], "id": row["id"]})

@@ -1,4 +1,4 @@
-"""Whose refresh is still alive."""
+"""Which leases still hold."""
 
 import os
 import socket
@@ -29,12 +29,12 @@ def test_a_dead_process_holds_nothing() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="start times come from /proc")
-def test_a_pid_that_was_given_to_another_process_holds_nothing() -> None:
+def test_a_lease_of_a_reused_pid_holds_nothing() -> None:
     assert not is_held(f"{HOST}:{os.getpid()}:1.x", NOW, NOW)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="process states come from /proc")
-def test_a_process_that_died_and_was_not_waited_for_holds_nothing() -> None:
+def test_a_zombie_holds_nothing() -> None:
     with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.read()
@@ -43,7 +43,7 @@ def test_a_process_that_died_and_was_not_waited_for_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize("owner", ["elsewhere:1:x", "", "x", "::", f"{HOST}:nonsense:x"])
-def test_of_others_only_the_age_counts(owner: str) -> None:
+def test_for_other_machines_only_the_age_counts(owner: str) -> None:
     assert is_held(owner, NOW, NOW + 60)
     assert not is_held(owner, NOW, NOW + 61)
     assert not is_held(owner, NOW + 61, NOW)

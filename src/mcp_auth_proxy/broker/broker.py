@@ -33,7 +33,7 @@ from mcp_auth_proxy.models import AccessToken, Account, Flow, FlowStatus, Grant
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
 
@@ -59,7 +59,7 @@ class Broker:
         self,
         *,
         servers: Mapping[str, ServerSettings],
-        database: Database,
+        database: Engine,
         authorizer: Authorizer,
         public_url: str,
         announce: Callable[[Flow, str], None],

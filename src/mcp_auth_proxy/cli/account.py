@@ -21,7 +21,7 @@ from mcp_auth_proxy.errors import AddressInUse, ConfigError, ConfigurationError,
 from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, Grant
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.probe import probe
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.web import browser
 
@@ -138,7 +138,7 @@ async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
     servers = list(settings.servers.values()) if name is None else [server_of(settings, name)]
     grants: list[Grant] = []
     if settings.store.path.exists():
-        database = await Database.open(settings.store)
+        database = await open_store(settings.store)
         try:
             grants = await Grants(database).all()
         finally:

@@ -1,7 +1,42 @@
-"""What outlives the process: grants, registrations and flows in one SQLite file, secrets sealed.
+"""The encrypted store: grants, registrations and flows, with their secrets sealed.
 
-``database.py`` opens the file (``opening.py`` looks before it writes, ``schema.py`` has the tables,
-``files.py`` keeps everything 0600) and owns the connection. ``grants.py``, ``registrations.py`` and
-``flows.py`` take and give the frozen values of ``models``; ``rows.py`` turns those into rows, ``cipher.py``
-seals what is secret in them, ``lease.py`` tells whose refresh is still alive.
+``open_store`` returns an ``Engine`` (engine.py), which runs SQL in transactions; ``sqlite/`` has the one that exists,
+with its file, schema and migrations. ``grants.py``, ``registrations.py`` and ``flows.py`` read and write the frozen
+values of ``models`` through it. ``codec.py`` turns those values into rows, ``cipher.py`` seals the secrets in them,
+``lease.py`` decides whether another process still holds a refresh, ``files.py`` creates private files.
 """
+
+import os
+from collections.abc import Callable, Mapping
+
+from mcp_auth_proxy.config.settings import StoreSettings
+from mcp_auth_proxy.store.engine import Engine
+from mcp_auth_proxy.store.sqlite.engine import SqliteEngine
+
+__all__ = ["Engine", "open_store", "open_store_read_only"]
+
+
+def _ignore(line: str) -> None:
+    pass
+
+
+async def open_store(
+    settings: StoreSettings,
+    *,
+    announce: Callable[[str], None] = _ignore,
+    environ: Mapping[str, str] = os.environ,
+) -> Engine:
+    """Open the store for reading and writing; create it if it does not exist, migrate it if its schema is older.
+
+    ``announce`` is called with one line if a new key file was made. ``close`` of the result must be awaited.
+    Raises StoreRejected (nothing was written) and StoreUnavailable.
+    """
+    return await SqliteEngine.open(settings, announce=announce, environ=environ)
+
+
+async def open_store_read_only(settings: StoreSettings, *, environ: Mapping[str, str] = os.environ) -> Engine:
+    """Open a store that exists without writing anything: it is neither created nor migrated.
+
+    ``close`` of the result must be awaited. Raises StoreRejected, and StoreUnavailable, also for an older schema.
+    """
+    return await SqliteEngine.open_read_only(settings, environ=environ)

@@ -1,4 +1,4 @@
-"""Turns the frozen values into rows and back; what is secret in them is sealed on the way."""
+"""Turns the frozen values of ``models`` into rows and back, sealing and opening their secrets."""
 
 import json
 import secrets
@@ -23,14 +23,14 @@ from mcp_auth_proxy.models import (
     TokenSet,
 )
 from mcp_auth_proxy.store.cipher import Cipher
-from mcp_auth_proxy.store.database import Database, Row
+from mcp_auth_proxy.store.engine import Engine, Row
 
 Columns = dict[str, object]
 T = TypeVar("T")
 
 
 def new_uid() -> str:
-    """An id for a row that is about to be written."""
+    """Return an id for a row that is about to be written."""
     return secrets.token_hex(16)
 
 
@@ -43,72 +43,73 @@ class RowCipher:
         self._uid = uid
 
     def seal(self, column: str, value: str) -> bytes:
-        """The sealed form of a value for its column."""
+        """Encrypt a value for its column."""
         return self._cipher.seal(value, table=self._table, row=self._uid, column=column)
 
     def seal_if(self, column: str, value: str | None) -> bytes | None:
-        """As ``seal``; None stays None."""
+        """Encrypt a value for its column; None stays None."""
         return None if value is None else self.seal(column, value)
 
     def open(self, column: str, sealed: bytes) -> str:
-        """The value of a column. Raises SealBroken."""
+        """Decrypt the value of a column. Raises DecryptionError."""
         if not isinstance(sealed, bytes):
             raise DecryptionError(f"{self._table}.{column} of row {self._uid} is damaged: not a sealed value.")
         return self._cipher.open(sealed, table=self._table, row=self._uid, column=column)
 
     def open_if(self, column: str, sealed: bytes | None) -> str | None:
-        """As ``open``; None stays None."""
+        """Decrypt the value of a column; None stays None. Raises DecryptionError."""
         return None if sealed is None else self.open(column, sealed)
 
 
-def decode_rows(database: Database, table: str, rows: list[Row], read: Callable[[Row, RowCipher], T]) -> list[T]:
-    """What the rows say; those that do not open are logged and left out."""
+def decode_rows(engine: Engine, table: str, rows: list[Row], read: Callable[[Row, RowCipher], T]) -> list[T]:
+    """Read rows into values; those that cannot be decrypted or decoded are logged and left out."""
     found: list[T] = []
     for row in rows:
         uid = row["uid"]
         try:
-            found.append(read(row, RowCipher(database.cipher, table, uid)))
+            found.append(read(row, RowCipher(engine.cipher, table, uid)))
         except DecryptionError as error:
-            database.report_broken(table, uid, error)
+            engine.report_broken(table, uid, error)
         except (ValueError, TypeError) as error:
-            # Its text may hold what stands in the row.
-            database.report_broken(table, uid, DecryptionError(f"a value is damaged ({type(error).__name__})"))
+            # Only the type: the text of the error may contain a value of the row.
+            engine.report_broken(table, uid, DecryptionError(f"a value is damaged ({type(error).__name__})"))
     return found
 
 
-def registration_columns(registration: Registration, seals: RowCipher) -> Columns:
-    """The client columns that grants, registrations and flows share."""
+def registration_columns(registration: Registration, cipher: RowCipher) -> Columns:
+    """Return the columns of a client, which grants, registrations and flows share."""
     return {
         "client_id": registration.client_id,
         "client_auth": str(registration.client_auth),
         "client_kind": str(registration.kind),
-        "client_secret": seals.seal_if("client_secret", registration.client_secret),
+        "client_secret": cipher.seal_if("client_secret", registration.client_secret),
         "client_redirect_uri": registration.redirect_uri,
         "client_secret_expires_at": registration.secret_expires_at,
         "client_created_at": registration.created_at,
     }
 
 
-def read_registration(row: Row, seals: RowCipher) -> Registration:
-    """The registration in a row of any of the three tables."""
+def read_registration(row: Row, cipher: RowCipher) -> Registration:
+    """Read the registration in a row of grants, registrations or flows."""
     return Registration(
         server=row["server"],
+        account=row["account"],
         issuer=row["issuer"],
         client_id=row["client_id"],
         client_auth=ClientAuth(row["client_auth"]),
         kind=RegistrationKind(row["client_kind"]),
-        client_secret=seals.open_if("client_secret", row["client_secret"]),
+        client_secret=cipher.open_if("client_secret", row["client_secret"]),
         redirect_uri=row["client_redirect_uri"],
         secret_expires_at=row["client_secret_expires_at"],
         created_at=row["client_created_at"],
     )
 
 
-def token_columns(tokens: TokenSet, seals: RowCipher) -> Columns:
-    """The columns that a renewal replaces."""
+def token_columns(tokens: TokenSet, cipher: RowCipher) -> Columns:
+    """Return the columns that a renewal replaces."""
     return {
-        "access_token": seals.seal("access_token", tokens.access_token),
-        "refresh_token": seals.seal_if("refresh_token", tokens.refresh_token),
+        "access_token": cipher.seal("access_token", tokens.access_token),
+        "refresh_token": cipher.seal_if("refresh_token", tokens.refresh_token),
         "token_type": tokens.token_type,
         "token_scopes": " ".join(tokens.scopes),
         "obtained_at": tokens.obtained_at,
@@ -116,27 +117,27 @@ def token_columns(tokens: TokenSet, seals: RowCipher) -> Columns:
     }
 
 
-def grant_columns(grant: Grant, seals: RowCipher) -> Columns:
-    """A grant as it is when given: no refresh on its way, not ended."""
+def grant_columns(grant: Grant, cipher: RowCipher) -> Columns:
+    """Return the columns of a new grant: not being refreshed, not ended."""
     return {
         **_key_columns(grant.key),
         "grant_type": str(grant.grant_type),
-        **registration_columns(grant.registration, seals),
+        **registration_columns(grant.registration, cipher),
         **_endpoint_columns(grant.endpoints),
-        **token_columns(grant.tokens, seals),
+        **token_columns(grant.tokens, cipher),
         "scopes": " ".join(grant.scopes),
         "granted_at": grant.granted_at,
-        "dpop_key": seals.seal_if("dpop_key", grant.dpop_key),
+        "dpop_key": cipher.seal_if("dpop_key", grant.dpop_key),
         "version": grant.version,
     }
 
 
-def read_grant(row: Row, seals: RowCipher) -> Grant:
-    """The grant in a row."""
+def read_grant(row: Row, cipher: RowCipher) -> Grant:
+    """Read the grant in a row."""
     tokens = TokenSet(
-        access_token=seals.open("access_token", row["access_token"]),
+        access_token=cipher.open("access_token", row["access_token"]),
         token_type=row["token_type"],
-        refresh_token=seals.open_if("refresh_token", row["refresh_token"]),
+        refresh_token=cipher.open_if("refresh_token", row["refresh_token"]),
         obtained_at=row["obtained_at"],
         expires_at=row["expires_at"],
         scopes=tuple(row["token_scopes"].split()),
@@ -145,12 +146,12 @@ def read_grant(row: Row, seals: RowCipher) -> Grant:
         id=row["id"],
         key=_read_key(row),
         grant_type=GrantType(row["grant_type"]),
-        registration=read_registration(row, seals),
+        registration=read_registration(row, cipher),
         endpoints=_read_endpoints(row),
         tokens=tokens,
         scopes=tuple(row["scopes"].split()),
         granted_at=row["granted_at"],
-        dpop_key=seals.open_if("dpop_key", row["dpop_key"]),
+        dpop_key=cipher.open_if("dpop_key", row["dpop_key"]),
         version=row["version"],
         refresh_begun_at=row["refresh_begun_at"],
         refresh_owner=row["refresh_owner"],
@@ -159,12 +160,12 @@ def read_grant(row: Row, seals: RowCipher) -> Grant:
     )
 
 
-def flow_columns(flow: Flow, seals: RowCipher) -> Columns:
-    """A flow."""
+def flow_columns(flow: Flow, cipher: RowCipher) -> Columns:
+    """Return the columns of a flow."""
     return {
         "id": flow.id,
         **_key_columns(flow.key),
-        **registration_columns(flow.registration, seals),
+        **registration_columns(flow.registration, cipher),
         **_endpoint_columns(flow.endpoints),
         "scopes": " ".join(flow.scopes),
         "redirect_uri": flow.redirect_uri,
@@ -174,18 +175,18 @@ def flow_columns(flow: Flow, seals: RowCipher) -> Columns:
         "expires_at": flow.expires_at,
         "status": str(flow.status),
         "reason": flow.reason,
-        "device": None if flow.device is None else seals.seal("device", json.dumps(asdict(flow.device))),
-        "dpop_key": seals.seal_if("dpop_key", flow.dpop_key),
+        "device": None if flow.device is None else cipher.seal("device", json.dumps(asdict(flow.device))),
+        "dpop_key": cipher.seal_if("dpop_key", flow.dpop_key),
     }
 
 
-def read_flow(row: Row, seals: RowCipher) -> Flow:
-    """The flow in a row."""
-    device = seals.open_if("device", row["device"])
+def read_flow(row: Row, cipher: RowCipher) -> Flow:
+    """Read the flow in a row."""
+    device = cipher.open_if("device", row["device"])
     return Flow(
         id=row["id"],
         key=_read_key(row),
-        registration=read_registration(row, seals),
+        registration=read_registration(row, cipher),
         endpoints=_read_endpoints(row),
         scopes=tuple(row["scopes"].split()),
         redirect_uri=row["redirect_uri"],
@@ -196,38 +197,42 @@ def read_flow(row: Row, seals: RowCipher) -> Flow:
         status=FlowStatus(row["status"]),
         reason=row["reason"],
         device=None if device is None else DeviceAuthorization(**json.loads(device)),
-        dpop_key=seals.open_if("dpop_key", row["dpop_key"]),
+        dpop_key=cipher.open_if("dpop_key", row["dpop_key"]),
     )
 
 
-def attempt_columns(attempt: Attempt, seals: RowCipher) -> Columns:
-    """An attempt."""
+def attempt_columns(attempt: Attempt, cipher: RowCipher) -> Columns:
+    """Return the columns of an attempt."""
     return {
         "state_hash": attempt.state_hash,
         "flow_id": attempt.flow_id,
         "browser_hash": attempt.browser_hash,
-        "code_verifier": seals.seal("code_verifier", attempt.code_verifier),
+        "code_verifier": cipher.seal("code_verifier", attempt.code_verifier),
         "created_at": attempt.created_at,
         "expires_at": attempt.expires_at,
     }
 
 
-def read_attempt(row: Row, seals: RowCipher) -> Attempt:
-    """The attempt in a row."""
+def read_attempt(row: Row, cipher: RowCipher) -> Attempt:
+    """Read the attempt in a row."""
     return Attempt(
         flow_id=row["flow_id"],
         state_hash=row["state_hash"],
         browser_hash=row["browser_hash"],
-        code_verifier=seals.open("code_verifier", row["code_verifier"]),
+        code_verifier=cipher.open("code_verifier", row["code_verifier"]),
         created_at=row["created_at"],
         expires_at=row["expires_at"],
     )
 
 
+def account_params(account: Account) -> Columns:
+    """Return the columns that select the rows of an account."""
+    return {"principal": account.principal, "server": account.server, "account": account.name}
+
+
 def _key_columns(key: GrantKey) -> Columns:
     return {
-        "principal": key.account.principal,
-        "server": key.account.server,
+        **account_params(key.account),
         "resource": key.resource,
         "issuer": key.issuer,
         "upstream": key.upstream,
@@ -236,7 +241,7 @@ def _key_columns(key: GrantKey) -> Columns:
 
 def _read_key(row: Row) -> GrantKey:
     return GrantKey(
-        account=Account(row["principal"], row["server"]),
+        account=Account(row["principal"], row["server"], row["account"]),
         resource=row["resource"],
         issuer=row["issuer"],
         upstream=row["upstream"],

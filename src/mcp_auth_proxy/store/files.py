@@ -1,4 +1,4 @@
-"""Files that nobody else may read, and that appear whole or not at all."""
+"""Files that only their owner can read, and that appear complete or not at all."""
 
 import contextlib
 import os
@@ -6,21 +6,21 @@ import secrets
 from pathlib import Path
 
 PRIVATE = 0o600
-_OTHERS = 0o077
+_GROUP_AND_OTHERS = 0o077
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it where they are missing, each 0700. Raises OSError."""
+    """Create a folder and its missing parents, each 0700. Raises OSError."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    # Another process may be making it too.
+    # Another process may create it at the same time.
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
 
 
 def create(path: Path, content: bytes = b"") -> None:
-    """Makes a new file, 0600 whatever the umask, and writes it through. Raises FileExistsError, OSError."""
+    """Create a file, 0600 whatever the umask is, and sync it to disk. Raises FileExistsError, OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), PRIVATE)
     with os.fdopen(descriptor, "wb") as file:
         if hasattr(os, "fchmod"):
@@ -31,19 +31,19 @@ def create(path: Path, content: bytes = b"") -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """A name in the same folder that nobody else has."""
+    """Return an unused name in the same folder."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
 
 
 def link_into_place(draft: Path, path: Path) -> bool:
-    """Gives a finished draft its name; False, and nothing is replaced, when something has that name. Raises OSError."""
+    """Give a finished draft its name. Return False, and replace nothing, if that name is taken. Raises OSError."""
     try:
         os.link(draft, path)
     except FileExistsError:
         draft.unlink()
         return False
     except OSError:
-        # Some file systems have no hard links; there, of two processes that start at once, the later one wins.
+        # Some file systems have no hard links; if two processes start at once there, the later one wins.
         draft.rename(path)
     else:
         draft.unlink()
@@ -52,11 +52,17 @@ def link_into_place(draft: Path, path: Path) -> bool:
 
 
 def restrict_mode(path: Path) -> None:
-    """Takes the access of group and others away, where there is any. Raises OSError when we may not."""
+    """Remove the access of group and others, if the file exists. Raises OSError if we are not allowed to."""
     with contextlib.suppress(FileNotFoundError):
         mode = path.stat().st_mode
-        if os.name == "posix" and mode & _OTHERS:
+        if os.name == "posix" and mode & _GROUP_AND_OTHERS:
             path.chmod(PRIVATE)
+
+
+def sync(path: Path) -> None:
+    """Sync the content of a file that was written by someone else to disk. Raises OSError."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""The authorizations that wait for a user, and the visits of browsers to them."""
+"""Flows, the authorizations that wait for a user, and attempts, the visits of browsers to their links."""
 
 from mcp_auth_proxy.models import Account, Attempt, Flow, FlowStatus
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.codec import (
     RowCipher,
+    account_params,
     attempt_columns,
     decode_rows,
     flow_columns,
@@ -11,32 +12,32 @@ from mcp_auth_proxy.store.codec import (
     read_attempt,
     read_flow,
 )
-from mcp_auth_proxy.store.database import Database, Row
+from mcp_auth_proxy.store.engine import Engine, Row
 
 KEPT_ATTEMPTS = 20
-"""How many visits of browsers one flow remembers: the newest."""
+"""The number of attempts that are kept for one flow; older ones are deleted."""
 
 KEPT_SECONDS = 3600.0
-"""How long a flow stays after its time, so that its link can still say what became of it."""
+"""Seconds that a flow is kept after it has expired, so that its link can still say how it ended."""
 
 CANCELLED = "The authorization was cancelled."
 
 _SAVE = """
     INSERT INTO flows (
-        uid, id, principal, server, resource, issuer, client_id, client_auth, client_kind, client_secret,
+        uid, id, principal, account, server, resource, issuer, client_id, client_auth, client_kind, client_secret,
         client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint, token_endpoint,
         revocation_endpoint, scopes, redirect_uri, iss_supported, extra_params, created_at, expires_at, status, reason,
         device, dpop_key, upstream
     ) VALUES (
-        :uid, :id, :principal, :server, :resource, :issuer, :client_id, :client_auth, :client_kind, :client_secret,
-        :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint, :token_endpoint,
-        :revocation_endpoint, :scopes, :redirect_uri, :iss_supported, :extra_params, :created_at, :expires_at, :status,
-        :reason, :device, :dpop_key, :upstream
+        :uid, :id, :principal, :account, :server, :resource, :issuer, :client_id, :client_auth, :client_kind,
+        :client_secret, :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint,
+        :token_endpoint, :revocation_endpoint, :scopes, :redirect_uri, :iss_supported, :extra_params, :created_at,
+        :expires_at, :status, :reason, :device, :dpop_key, :upstream
     )
     ON CONFLICT (id) DO UPDATE SET
-        uid = excluded.uid, principal = excluded.principal, server = excluded.server, resource = excluded.resource,
-        issuer = excluded.issuer, client_id = excluded.client_id, client_auth = excluded.client_auth,
-        client_kind = excluded.client_kind, client_secret = excluded.client_secret,
+        uid = excluded.uid, principal = excluded.principal, account = excluded.account, server = excluded.server,
+        resource = excluded.resource, issuer = excluded.issuer, client_id = excluded.client_id,
+        client_auth = excluded.client_auth, client_kind = excluded.client_kind, client_secret = excluded.client_secret,
         client_redirect_uri = excluded.client_redirect_uri,
         client_secret_expires_at = excluded.client_secret_expires_at, client_created_at = excluded.client_created_at,
         authorization_endpoint = excluded.authorization_endpoint, token_endpoint = excluded.token_endpoint,
@@ -51,7 +52,7 @@ _FORGET_OLD_ATTEMPTS = """
         SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at DESC, state_hash LIMIT :kept
     )
 """
-# A selection, so that a flow purged meanwhile means "not added" and not an error.
+# SELECT instead of VALUES, so that nothing is added, and nothing raised, if the flow was purged meanwhile.
 _ADD_ATTEMPT = """
     INSERT INTO attempts (uid, state_hash, flow_id, browser_hash, code_verifier, created_at, expires_at)
     SELECT :uid, :state_hash, id, :browser_hash, :code_verifier, :created_at, :expires_at
@@ -67,63 +68,62 @@ _TAKE_ATTEMPT = """
 _END_ONE = "UPDATE flows SET status = :status, reason = :reason WHERE id = :id AND status = 'pending' RETURNING id"
 _END_ALL = """
     UPDATE flows SET status = 'failed', reason = :reason
-    WHERE principal = :principal AND server = :server AND status <> 'failed'
+    WHERE principal = :principal AND server = :server AND account = :account AND status <> 'failed'
     RETURNING id
 """
-
+_BY_ID = "SELECT * FROM flows WHERE id = :id"
+_LIVE = """
+    SELECT * FROM flows
+    WHERE principal = :principal AND server = :server AND account = :account
+        AND status = 'pending' AND expires_at > :now
+    ORDER BY created_at DESC
+"""
+_DEVICES = """
+    SELECT * FROM flows WHERE device IS NOT NULL AND status = 'pending' AND expires_at > :now ORDER BY created_at
+"""
+_POLL = "SELECT poll_owner, next_poll_at FROM flows WHERE id = :id AND status = 'pending' AND expires_at > :now"
 _CLAIM_POLL = """
     UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at WHERE id = :id AND status = 'pending'
     RETURNING id
 """
+_ATTEMPT = "SELECT * FROM attempts WHERE state_hash = :state_hash"
+_DELETE_ATTEMPTS = "DELETE FROM attempts WHERE flow_id = :id"
 
 
 class Flows:
-    """The flows of the store. Every method raises StoreUnavailable when the store can't be used now."""
+    """The flows in the store. Every method raises StoreUnavailable if the store cannot be used now."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     async def save(self, flow: Flow) -> None:
-        """Stores a flow, in the place of one with the same id."""
+        """Store a flow; it replaces one with the same id."""
         uid = new_uid()
-        columns = flow_columns(flow, RowCipher(self._database.cipher, "flows", uid))
-        async with self._database.transaction() as transaction:
+        columns = flow_columns(flow, RowCipher(self._engine.cipher, "flows", uid))
+        async with self._engine.transaction() as transaction:
             await transaction.execute(_SAVE, {"uid": uid, **columns})
 
     async def get(self, flow_id: str) -> Flow | None:
-        """One flow, however far it has come; None when it is gone or does not open."""
-        return self._flow(await self._database.fetch_all("SELECT * FROM flows WHERE id = ?", (flow_id,)))
+        """Return a flow, whatever its status is; None if it is gone or cannot be decrypted."""
+        return self._flow(await self._engine.fetch_all(_BY_ID, {"id": flow_id}))
 
     async def live(self, account: Account, now: float) -> Flow | None:
-        """The newest flow that still waits for its user, or None."""
-        return self._flow(
-            await self._database.fetch_all(
-                "SELECT * FROM flows WHERE principal = ? AND server = ? AND status = 'pending' AND expires_at > ? "
-                "ORDER BY created_at DESC",
-                (account.principal, account.server, now),
-            )
-        )
+        """Return the newest flow of an account that still waits for its user at ``now`` (Unix seconds), or None."""
+        return self._flow(await self._engine.fetch_all(_LIVE, {**account_params(account), "now": now}))
 
     async def devices(self, now: float) -> list[Flow]:
-        """The flows that still wait for a user on another device, oldest first."""
-        rows = await self._database.fetch_all(
-            "SELECT * FROM flows WHERE device IS NOT NULL AND status = 'pending' AND expires_at > ? "
-            "ORDER BY created_at",
-            (now,),
-        )
-        return decode_rows(self._database, "flows", rows, read_flow)
+        """Return the flows that still wait for a user on another device, oldest first."""
+        rows = await self._engine.fetch_all(_DEVICES, {"now": now})
+        return decode_rows(self._engine, "flows", rows, read_flow)
 
     async def claim_poll(self, flow_id: str, *, owner: str, now: float, next_poll_at: float) -> bool:
-        """Makes ``owner`` (of ``lease.new_owner``) the one process that polls for a flow, until ``next_poll_at``.
+        """Make ``owner`` (from ``lease.new_owner``) the only process that polls for a flow, until ``next_poll_at``.
 
-        False when the flow is no longer pending, or another process that is still alive polls: a device code that
-        is sent once more after it has brought tokens ends the grant at some servers.
+        Return False if the flow is no longer pending, or if another process that is still alive polls: some servers
+        end the grant if a device code is sent again after it was exchanged for tokens.
         """
-        async with self._database.transaction() as transaction:
-            row = await transaction.fetch_one(
-                "SELECT poll_owner, next_poll_at FROM flows WHERE id = ? AND status = 'pending' AND expires_at > ?",
-                (flow_id, now),
-            )
+        async with self._engine.transaction() as transaction:
+            row = await transaction.fetch_one(_POLL, {"id": flow_id, "now": now})
             if row is None:
                 return False
             holder = row["poll_owner"]
@@ -133,64 +133,63 @@ class Flows:
             return bool(await transaction.execute(_CLAIM_POLL, values))
 
     async def add_attempt(self, attempt: Attempt) -> bool:
-        """Remembers a visit of a browser; the oldest beyond KEPT_ATTEMPTS are forgotten.
+        """Store the visit of a browser, and delete all but the newest KEPT_ATTEMPTS of its flow.
 
-        False when the flow is gone or no longer pending.
+        Return False if the flow is gone or no longer pending.
         """
         uid = new_uid()
-        columns = attempt_columns(attempt, RowCipher(self._database.cipher, "attempts", uid))
-        async with self._database.transaction() as transaction:
+        columns = attempt_columns(attempt, RowCipher(self._engine.cipher, "attempts", uid))
+        async with self._engine.transaction() as transaction:
             await transaction.execute(_FORGET_OLD_ATTEMPTS, {"flow_id": attempt.flow_id, "kept": KEPT_ATTEMPTS - 1})
             return bool(await transaction.execute(_ADD_ATTEMPT, {"uid": uid, **columns}))
 
     async def take_attempt(self, state_hash: str, now: float) -> tuple[Flow, Attempt] | None:
-        """Uses up the attempt of a state, so that it is given out once in its life.
+        """Delete the attempt of a state and return it with its flow, so that each state is accepted once.
 
-        None when it is unknown, used or expired, or its flow is no longer pending.
+        Return None if it is unknown, used or expired, or if its flow is no longer pending.
         """
-        async with self._database.transaction() as transaction:
+        async with self._engine.transaction() as transaction:
             taken = await transaction.execute(_TAKE_ATTEMPT, {"state_hash": state_hash, "now": now})
             if not taken:
                 return None
-            rows = await transaction.execute("SELECT * FROM flows WHERE id = ?", (taken[0]["flow_id"],))
+            rows = await transaction.execute(_BY_ID, {"id": taken[0]["flow_id"]})
         return self._pair(rows, taken)
 
     async def find_attempt(self, state_hash: str) -> tuple[Flow, Attempt] | None:
-        """The attempt of a state that was not used, and its flow, whatever their age; nothing is used up."""
-        attempts = await self._database.fetch_all("SELECT * FROM attempts WHERE state_hash = ?", (state_hash,))
+        """Return the unused attempt of a state and its flow, even if they have expired, without using it up."""
+        attempts = await self._engine.fetch_all(_ATTEMPT, {"state_hash": state_hash})
         if not attempts:
             return None
-        rows = await self._database.fetch_all("SELECT * FROM flows WHERE id = ?", (attempts[0]["flow_id"],))
+        rows = await self._engine.fetch_all(_BY_ID, {"id": attempts[0]["flow_id"]})
         return self._pair(rows, attempts)
 
     async def finish(self, flow_id: str, status: FlowStatus, reason: str = "") -> bool:
-        """Ends a pending flow and forgets its attempts; False when it was not pending."""
-        async with self._database.transaction() as transaction:
+        """End a pending flow and delete its attempts. Return False if it was not pending."""
+        async with self._engine.transaction() as transaction:
             ended = await transaction.execute(_END_ONE, {"id": flow_id, "status": str(status), "reason": reason})
             if ended:
-                await transaction.execute("DELETE FROM attempts WHERE flow_id = ?", (flow_id,))
+                await transaction.execute(_DELETE_ATTEMPTS, {"id": flow_id})
         return bool(ended)
 
     async def cancel(self, account: Account) -> None:
-        """Ends all flows of a principal for a server: no grant can come from them any more (``Grants.add_from``).
+        """Fail all flows of an account, so that no grant can come from them any more (``Grants.add_from``).
 
-        Those that are done too: a second browser may be finishing one of them.
+        Flows that are done are included: a second browser may be finishing one of them.
         """
-        values = {"principal": account.principal, "server": account.server, "reason": CANCELLED}
-        async with self._database.transaction() as transaction:
-            for row in await transaction.execute(_END_ALL, values):
-                await transaction.execute("DELETE FROM attempts WHERE flow_id = ?", (row["id"],))
+        async with self._engine.transaction() as transaction:
+            for row in await transaction.execute(_END_ALL, {**account_params(account), "reason": CANCELLED}):
+                await transaction.execute(_DELETE_ATTEMPTS, {"id": row["id"]})
 
     async def purge(self, now: float) -> None:
-        """Deletes attempts whose time is over, and flows KEPT_SECONDS after theirs."""
-        async with self._database.transaction() as transaction:
-            await transaction.execute("DELETE FROM attempts WHERE expires_at <= ?", (now,))
-            await transaction.execute("DELETE FROM flows WHERE expires_at <= ?", (now - KEPT_SECONDS,))
+        """Delete expired attempts, and flows KEPT_SECONDS after they have expired."""
+        async with self._engine.transaction() as transaction:
+            await transaction.execute("DELETE FROM attempts WHERE expires_at <= :now", {"now": now})
+            await transaction.execute("DELETE FROM flows WHERE expires_at <= :then", {"then": now - KEPT_SECONDS})
 
     def _flow(self, rows: list[Row]) -> Flow | None:
-        return next(iter(decode_rows(self._database, "flows", rows, read_flow)), None)
+        return next(iter(decode_rows(self._engine, "flows", rows, read_flow)), None)
 
     def _pair(self, flows: list[Row], attempts: list[Row]) -> tuple[Flow, Attempt] | None:
         flow = self._flow(flows)
-        attempt = next(iter(decode_rows(self._database, "attempts", attempts, read_attempt)), None)
+        attempt = next(iter(decode_rows(self._engine, "attempts", attempts, read_attempt)), None)
         return (flow, attempt) if flow and attempt else None

@@ -1,32 +1,40 @@
-"""The grants: one row for each (principal, server, resource, issuer), renewed under a fencing version.
+"""Grants: one row for each (account, resource, issuer), with a fencing version that every renewal increments.
 
-A refresh is written down before it is sent (``begin_refresh``) and its result with it (``renewed``); both
-name the version they start from, so whoever comes late changes nothing.
+A refresh is recorded before it is sent (``begin_refresh``), and so is its result (``renewed``). Both name the version
+that they start from, so a process that comes late changes nothing.
 """
 
 from dataclasses import replace
 
 from mcp_auth_proxy.models import Account, Grant, TokenSet
 from mcp_auth_proxy.store import lease
-from mcp_auth_proxy.store.codec import RowCipher, decode_rows, grant_columns, new_uid, read_grant, token_columns
-from mcp_auth_proxy.store.database import Database, Row, Transaction
+from mcp_auth_proxy.store.codec import (
+    RowCipher,
+    account_params,
+    decode_rows,
+    grant_columns,
+    new_uid,
+    read_grant,
+    token_columns,
+)
+from mcp_auth_proxy.store.engine import Engine, Row, Transaction
 
 SUPERSEDED = "A newer authorization took its place."
 
 _TABLE = "grants"
 _ADD = """
     INSERT INTO grants (
-        uid, principal, server, resource, issuer, grant_type, client_id, client_auth, client_kind, client_secret,
-        client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint, token_endpoint,
-        revocation_endpoint, access_token, refresh_token, token_type, token_scopes, obtained_at, expires_at, scopes,
-        granted_at, dpop_key, upstream, version
+        uid, principal, account, server, resource, issuer, grant_type, client_id, client_auth, client_kind,
+        client_secret, client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint,
+        token_endpoint, revocation_endpoint, access_token, refresh_token, token_type, token_scopes, obtained_at,
+        expires_at, scopes, granted_at, dpop_key, upstream, version
     ) VALUES (
-        :uid, :principal, :server, :resource, :issuer, :grant_type, :client_id, :client_auth, :client_kind,
+        :uid, :principal, :account, :server, :resource, :issuer, :grant_type, :client_id, :client_auth, :client_kind,
         :client_secret, :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint,
         :token_endpoint, :revocation_endpoint, :access_token, :refresh_token, :token_type, :token_scopes, :obtained_at,
         :expires_at, :scopes, :granted_at, :dpop_key, :upstream, :version
     )
-    ON CONFLICT (principal, server, resource, issuer) DO UPDATE SET
+    ON CONFLICT (principal, account, server, resource, issuer) DO UPDATE SET
         uid = excluded.uid, grant_type = excluded.grant_type, client_id = excluded.client_id,
         client_auth = excluded.client_auth, client_kind = excluded.client_kind, client_secret = excluded.client_secret,
         client_redirect_uri = excluded.client_redirect_uri,
@@ -41,10 +49,21 @@ _ADD = """
 """
 _SUPERSEDE = """
     UPDATE grants SET ended_at = :now, ended_reason = :reason, refresh_begun_at = NULL, refresh_owner = ''
-    WHERE principal = :principal AND server = :server AND id <> :id AND ended_at IS NULL
+    WHERE principal = :principal AND server = :server AND account = :account AND id <> :id AND ended_at IS NULL
 """
-# Not only where it is pending: two browsers may finish the same link, and the later consent counts.
+# Also a flow that is done already: two browsers may finish the same link, and the later consent counts.
 _FINISH = "UPDATE flows SET status = 'done' WHERE id = :id AND status <> 'failed' RETURNING id"
+_BY_ID = "SELECT * FROM grants WHERE id = :id"
+_ALL = "SELECT * FROM grants ORDER BY granted_at, id"
+_CURRENT = """
+    SELECT * FROM grants
+    WHERE principal = :principal AND server = :server AND account = :account AND ended_at IS NULL
+    ORDER BY granted_at DESC, id DESC
+"""
+_DELETE = "DELETE FROM grants WHERE principal = :principal AND server = :server AND account = :account RETURNING *"
+_LEASE = """
+    SELECT refresh_begun_at, refresh_owner FROM grants WHERE id = :id AND version = :version AND ended_at IS NULL
+"""
 _BEGIN = """
     UPDATE grants SET refresh_begun_at = :now, refresh_owner = :owner
     WHERE id = :id AND version = :version AND refresh_owner = :seen AND ended_at IS NULL
@@ -73,63 +92,51 @@ _END = """
 
 
 class Grants:
-    """The grants of the store. Every method raises StoreUnavailable when the store can't be used now."""
+    """The grants in the store. Every method raises StoreUnavailable if the store cannot be used now."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     async def current(self, account: Account) -> Grant | None:
-        """The newest grant that has not ended, or None."""
-        rows = await self._database.fetch_all(
-            "SELECT * FROM grants WHERE principal = ? AND server = ? AND ended_at IS NULL "
-            "ORDER BY granted_at DESC, id DESC",
-            (account.principal, account.server),
-        )
+        """Return the newest grant that has not ended, or None."""
+        rows = await self._engine.fetch_all(_CURRENT, account_params(account))
         return next(iter(self._read(rows)), None)
 
     async def get(self, grant_id: int) -> Grant | None:
-        """One grant, ended or not; None when it is gone or does not open."""
-        rows = await self._database.fetch_all("SELECT * FROM grants WHERE id = ?", (grant_id,))
+        """Return a grant, ended or not; None if it is gone or cannot be decrypted."""
+        rows = await self._engine.fetch_all(_BY_ID, {"id": grant_id})
         return next(iter(self._read(rows)), None)
 
     async def all(self) -> list[Grant]:
-        """Every grant that opens, ended ones too, oldest first."""
-        return self._read(await self._database.fetch_all("SELECT * FROM grants ORDER BY granted_at, id"))
+        """Return every grant that can be decrypted, ended ones too, oldest first."""
+        return self._read(await self._engine.fetch_all(_ALL))
 
     async def add(self, grant: Grant) -> Grant:
-        """Stores a grant that was just given, durably; returns it with its id and version.
+        """Store a new grant durably, and return it with its id and version.
 
-        It takes the place of one with the same key, whose version it goes on from; other grants of the same
-        principal and server end.
+        It replaces a grant with the same key, and its version then continues from that one's. Other grants of the
+        same account end.
         """
-        async with self._database.transaction() as transaction:
+        async with self._engine.transaction() as transaction:
             return await self._add(transaction, grant)
 
     async def add_from(self, grant: Grant, flow_id: str) -> Grant | None:
-        """As ``add``, and ends the flow that brought the grant; both or neither.
+        """Store a new grant as ``add`` does, and end the flow that it came from, in one transaction.
 
-        None, and nothing is stored, where the flow was cancelled meanwhile, or has failed or is gone.
+        Return None, and store nothing, if the flow was cancelled meanwhile, has failed or is gone.
         """
-        async with self._database.transaction() as transaction:
+        async with self._engine.transaction() as transaction:
             if not await transaction.execute(_FINISH, {"id": flow_id}):
                 return None
-            await transaction.execute("DELETE FROM attempts WHERE flow_id = ?", (flow_id,))
+            await transaction.execute("DELETE FROM attempts WHERE flow_id = :id", {"id": flow_id})
             return await self._add(transaction, grant)
 
     async def _add(self, transaction: Transaction, grant: Grant) -> Grant:
         uid = new_uid()
-        columns = grant_columns(grant, RowCipher(self._database.cipher, _TABLE, uid))
+        columns = grant_columns(grant, RowCipher(self._engine.cipher, _TABLE, uid))
         (row,) = await transaction.execute(_ADD, {"uid": uid, **columns})
-        await transaction.execute(
-            _SUPERSEDE,
-            {
-                "id": row["id"],
-                "principal": grant.key.account.principal,
-                "server": grant.key.account.server,
-                "now": grant.granted_at,
-                "reason": SUPERSEDED,
-            },
-        )
+        ending = {"id": row["id"], "now": grant.granted_at, "reason": SUPERSEDED}
+        await transaction.execute(_SUPERSEDE, {**account_params(grant.key.account), **ending})
         return replace(
             grant,
             id=row["id"],
@@ -141,16 +148,13 @@ class Grants:
         )
 
     async def begin_refresh(self, grant_id: int, *, version: int, owner: str, now: float) -> bool:
-        """Writes down that a refresh is about to be sent. ``owner`` comes from ``lease.new_owner``.
+        """Record that a refresh is about to be sent. ``owner`` comes from ``lease.new_owner``, ``now`` is Unix seconds.
 
-        False when the grant has moved on from this version, has ended or is gone, or another owner that is still
-        alive has begun one.
+        Return False if the grant has another version by now, has ended or is gone, or if another owner that is still
+        alive has begun a refresh.
         """
-        async with self._database.transaction() as transaction:
-            row = await transaction.fetch_one(
-                "SELECT refresh_begun_at, refresh_owner FROM grants WHERE id = ? AND version = ? AND ended_at IS NULL",
-                (grant_id, version),
-            )
+        async with self._engine.transaction() as transaction:
+            row = await transaction.fetch_one(_LEASE, {"id": grant_id, "version": version})
             if row is None:
                 return False
             begun_at, holder = row["refresh_begun_at"], row["refresh_owner"]
@@ -160,34 +164,35 @@ class Grants:
             return bool(await transaction.execute(_BEGIN, values))
 
     async def renewed(self, grant_id: int, *, version: int, owner: str, tokens: TokenSet) -> Grant | None:
-        """Stores the result of a refresh, durably. None when another has taken over, or the grant ended meanwhile."""
+        """Store the result of a refresh durably. Return None if another owner took over or the grant has ended."""
         values: dict[str, object] = {"id": grant_id, "version": version, "owner": owner}
-        async with self._database.transaction() as transaction:
+        async with self._engine.transaction() as transaction:
             row = await transaction.fetch_one(_HELD, values)
             if row is None:
                 return None
-            columns = token_columns(tokens, RowCipher(self._database.cipher, _TABLE, row["uid"]))
+            columns = token_columns(tokens, RowCipher(self._engine.cipher, _TABLE, row["uid"]))
             rows = await transaction.execute(_RENEW, {**values, **columns})
         return next(iter(self._read(rows)), None)
 
     async def release_refresh(self, grant_id: int, *, version: int, owner: str) -> None:
-        """Takes back ``begin_refresh``: it is known that the refresh was not processed."""
-        async with self._database.transaction() as transaction:
+        """Undo ``begin_refresh`` after a refresh that is known not to have been processed."""
+        async with self._engine.transaction() as transaction:
             await transaction.execute(_RELEASE, {"id": grant_id, "version": version, "owner": owner})
 
     async def end(self, grant_id: int, *, version: int, reason: str, now: float) -> bool:
-        """Ends a grant; the row stays so that the reason can be shown. False when it has moved on or ended."""
+        """End a grant, keeping its row so that the reason can be shown.
+
+        Return False if it has another version by now or has ended already.
+        """
         values = {"id": grant_id, "version": version, "reason": reason, "now": now}
-        async with self._database.transaction() as transaction:
+        async with self._engine.transaction() as transaction:
             return bool(await transaction.execute(_END, values))
 
     async def delete(self, account: Account) -> list[Grant]:
-        """Deletes all grants of a principal for a server, also those that do not open; returns those that do."""
-        async with self._database.transaction() as transaction:
-            rows = await transaction.execute(
-                "DELETE FROM grants WHERE principal = ? AND server = ? RETURNING *", (account.principal, account.server)
-            )
+        """Delete all grants of an account, and return those that can be decrypted."""
+        async with self._engine.transaction() as transaction:
+            rows = await transaction.execute(_DELETE, account_params(account))
         return self._read(rows)
 
     def _read(self, rows: list[Row]) -> list[Grant]:
-        return decode_rows(self._database, _TABLE, rows, read_grant)
+        return decode_rows(self._engine, _TABLE, rows, read_grant)

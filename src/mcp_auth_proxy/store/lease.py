@@ -1,4 +1,4 @@
-"""Who is refreshing a grant, and whether that process still lives."""
+"""Leases on refreshes: which process holds one, and whether that process is still alive."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 LONGEST = 60.0
-"""Seconds after which a refresh that nobody finished may be begun anew by another."""
+"""Seconds after which another process may start a refresh that was never finished."""
 
 _HOST = socket.gethostname().replace(":", "-")
 _OWNER = re.compile(r"(?P<host>[^:]+):(?P<pid>[0-9]{1,9}):(?:(?P<start>[0-9]+)\.)?[^:]*")
@@ -16,19 +16,22 @@ _DEAD_STATES = ("Z", "X", "x")
 
 
 def new_owner() -> str:
-    """A name for this process in leases: ``host:pid:start.random``, where start tells a reused pid apart."""
+    """Return a name for this process as the owner of leases.
+
+    It has the form ``host:pid:start.random``; the start time tells a process from a later one with the same pid.
+    """
     pid = os.getpid()
     found = _process(pid)
     return f"{_HOST}:{pid}:{found[1] if found else ''}.{secrets.token_hex(8)}"
 
 
 def is_held(owner: str, begun_at: float, now: float) -> bool:
-    """Whether a refresh begun at ``begun_at`` (Unix seconds) may still be on its way.
+    """Return whether a refresh that ``owner`` began at ``begun_at`` (Unix seconds) may still be running.
 
-    A dead process of this machine holds nothing: its successor must not let the few seconds pass in which servers
-    still accept the previous refresh token. Of other machines only the age is known.
+    A lease of a dead process on this machine is free at once: servers accept the previous refresh token for a few
+    seconds only, so its successor cannot wait. Of a process on another machine only the age of the lease is known.
     """
-    # Either way round: after a jump of the clock a begin in the future must not hold for the length of the jump.
+    # abs(): after the clock was set back, a lease from the future must not last as long as the clock was off.
     if abs(now - begun_at) > LONGEST:
         return False
     found = _OWNER.fullmatch(owner)
@@ -42,7 +45,7 @@ def _is_alive(pid: int, start: str) -> bool:
         found = _process(pid)
         return found is not None and found[0] not in _DEAD_STATES and start in ("", found[1])
     if os.name != "posix":
-        # On Windows os.kill would end the process instead of asking for it.
+        # On Windows os.kill ends the process instead of probing it.
         return True
     try:
         os.kill(pid, 0)
@@ -54,7 +57,7 @@ def _is_alive(pid: int, start: str) -> bool:
 
 
 def _process(pid: int) -> tuple[str, str] | None:
-    """State and start time (clock ticks since boot) of a process; None where it, or /proc, is not there."""
+    """Return state and start time (clock ticks since boot) of a process; None if it, or /proc, does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except OSError:

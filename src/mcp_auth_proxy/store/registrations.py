@@ -1,73 +1,88 @@
-"""The client identities we were given, and the issuer to which the configured ones belong."""
+"""Client identities that authorization servers gave us, and the issuers that configured clients are bound to."""
 
-from mcp_auth_proxy.models import Registration
+from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Registration
 from mcp_auth_proxy.store.codec import RowCipher, decode_rows, new_uid, read_registration, registration_columns
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store.engine import Engine
 
 _TABLE = "registrations"
+_FIND = """
+    SELECT * FROM registrations
+    WHERE server = :server AND issuer = :issuer AND account = :account AND client_redirect_uri = :redirect_uri
+"""
 _SAVE = """
     INSERT INTO registrations (
-        uid, server, issuer, client_id, client_auth, client_kind, client_secret, client_redirect_uri,
+        uid, server, issuer, account, client_id, client_auth, client_kind, client_secret, client_redirect_uri,
         client_secret_expires_at, client_created_at
     ) VALUES (
-        :uid, :server, :issuer, :client_id, :client_auth, :client_kind, :client_secret, :client_redirect_uri,
+        :uid, :server, :issuer, :account, :client_id, :client_auth, :client_kind, :client_secret, :client_redirect_uri,
         :client_secret_expires_at, :client_created_at
     )
-    ON CONFLICT (server, issuer, client_redirect_uri) DO UPDATE SET
+    ON CONFLICT (server, issuer, account, client_redirect_uri) DO UPDATE SET
         uid = excluded.uid, client_id = excluded.client_id, client_auth = excluded.client_auth,
         client_kind = excluded.client_kind, client_secret = excluded.client_secret,
         client_secret_expires_at = excluded.client_secret_expires_at, client_created_at = excluded.client_created_at
 """
+_DELETE = "DELETE FROM registrations WHERE server = :server AND account = :account"
+_DELETE_AT_ISSUER = f"{_DELETE} AND issuer = :issuer"
 _BIND = """
-    INSERT INTO client_bindings (server, client_id, issuer) VALUES (?, ?, ?)
+    INSERT INTO client_bindings (server, client_id, issuer) VALUES (:server, :client_id, :issuer)
     ON CONFLICT (server, client_id) DO NOTHING
 """
+_BOUND = "SELECT issuer FROM client_bindings WHERE server = :server AND client_id = :client_id"
 
 
 class Registrations:
-    """The registrations of the store. Every method raises StoreUnavailable when the store can't be used now."""
+    """The registrations in the store. Every method raises StoreUnavailable if the store cannot be used now.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    ``account`` is the name of an account of the server (``models.Account.name``).
+    """
 
-    async def find(self, server: str, issuer: str, redirect_uri: str) -> Registration | None:
-        """The registration of a server at an issuer for a redirect URI; None when there is none that opens."""
-        rows = await self._database.fetch_all(
-            "SELECT * FROM registrations WHERE server = ? AND issuer = ? AND client_redirect_uri = ?",
-            (server, issuer, redirect_uri),
-        )
-        return next(iter(decode_rows(self._database, _TABLE, rows, read_registration)), None)
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def find(
+        self, server: str, issuer: str, redirect_uri: str, *, account: str = DEFAULT_ACCOUNT
+    ) -> Registration | None:
+        """Return the registration for a redirect URI; None if there is none or it cannot be decrypted."""
+        values = {"server": server, "issuer": issuer, "account": account, "redirect_uri": redirect_uri}
+        rows = await self._engine.fetch_all(_FIND, values)
+        return next(iter(decode_rows(self._engine, _TABLE, rows, read_registration)), None)
 
     async def save(self, registration: Registration) -> None:
-        """Stores a registration in the place of the one for the same server, issuer and redirect URI."""
+        """Store a registration; it replaces the one for the same server, issuer, account and redirect URI."""
         uid = new_uid()
-        columns = registration_columns(registration, RowCipher(self._database.cipher, _TABLE, uid))
-        values = {"uid": uid, "server": registration.server, "issuer": registration.issuer, **columns}
-        async with self._database.transaction() as transaction:
+        columns = registration_columns(registration, RowCipher(self._engine.cipher, _TABLE, uid))
+        values = {
+            "uid": uid,
+            "server": registration.server,
+            "issuer": registration.issuer,
+            "account": registration.account,
+            **columns,
+        }
+        async with self._engine.transaction() as transaction:
             await transaction.execute(_SAVE, values)
 
-    async def delete(self, server: str, issuer: str | None = None) -> None:
-        """Forgets the registrations of a server, at one issuer or at all."""
-        async with self._database.transaction() as transaction:
+    async def delete(self, server: str, issuer: str | None = None, *, account: str = DEFAULT_ACCOUNT) -> None:
+        """Delete the registrations of an account, at one issuer or, if that is None, at all."""
+        values = {"server": server, "account": account}
+        async with self._engine.transaction() as transaction:
             if issuer is None:
-                await transaction.execute("DELETE FROM registrations WHERE server = ?", (server,))
+                await transaction.execute(_DELETE, values)
             else:
-                await transaction.execute("DELETE FROM registrations WHERE server = ? AND issuer = ?", (server, issuer))
+                await transaction.execute(_DELETE_AT_ISSUER, {**values, "issuer": issuer})
 
     async def bound_issuer(self, server: str, client_id: str) -> str | None:
-        """The issuer that ``bind_client`` has bound a configured client to; None where it was never used."""
-        row = await self._database.fetch_one(
-            "SELECT issuer FROM client_bindings WHERE server = ? AND client_id = ?", (server, client_id)
-        )
+        """Return the issuer that ``bind_client`` has bound a configured client to; None if it was never used."""
+        row = await self._engine.fetch_one(_BOUND, {"server": server, "client_id": client_id})
         return None if row is None else str(row["issuer"])
 
     async def bind_client(self, server: str, client_id: str, issuer: str) -> str:
-        """The issuer to which a configured client belongs: the first one it was used with, which is now this one
-        where there was none. Its secret must go to no other.
+        """Bind a configured client to ``issuer`` unless it is bound, and return the issuer that it is bound to.
+
+        A client is bound to the first issuer that it was used with. Its secret must not be sent to another.
         """
-        async with self._database.transaction() as transaction:
-            await transaction.execute(_BIND, (server, client_id, issuer))
-            (row,) = await transaction.execute(
-                "SELECT issuer FROM client_bindings WHERE server = ? AND client_id = ?", (server, client_id)
-            )
+        values = {"server": server, "client_id": client_id, "issuer": issuer}
+        async with self._engine.transaction() as transaction:
+            await transaction.execute(_BIND, values)
+            (row,) = await transaction.execute(_BOUND, {"server": server, "client_id": client_id})
         return str(row["issuer"])

@@ -14,7 +14,7 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import StoreError
 from mcp_auth_proxy.models import GrantType
 from mcp_auth_proxy.oauth.registration import client_metadata_document
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import Engine
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect
 from mcp_auth_proxy.web.pages import message, page
@@ -30,7 +30,7 @@ class Site:
         *,
         broker: Broker,
         servers: Mapping[str, ServerSettings],
-        database: Database,
+        database: Engine,
         public_url: str,
         draining: Callable[[], bool],
     ) -> None:
@@ -65,7 +65,7 @@ class Site:
         if self._draining():
             return JSONResponse({"status": "draining"}, status_code=503)
         try:
-            await self._database.writable()
+            await self._database.check_writable()
         except StoreError as error:
             return JSONResponse({"status": "store", "reason": str(error)}, status_code=503)
         return JSONResponse({"status": "ready"})

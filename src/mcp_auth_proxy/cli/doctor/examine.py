@@ -25,7 +25,7 @@ from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import Engine, open_store, open_store_read_only
 from mcp_auth_proxy.store.registrations import Registrations
 
 ANY_PORT = 8787
@@ -256,7 +256,7 @@ async def _registrations(settings: Settings) -> AsyncIterator[tuple[Registration
     The second value has a step if the store can't be opened.
     """
     steps: list[Step] = []
-    database: Database | None = None
+    database: Engine | None = None
     if settings.store.path.exists():
         try:
             database = await _open_readable(settings.store)
@@ -264,15 +264,15 @@ async def _registrations(settings: Settings) -> AsyncIterator[tuple[Registration
             verdict = Verdict.REFUSED if isinstance(error, StoreRejected) else Verdict.NOTE
             steps.append(Step(step="store", verdict=verdict, says=str(error)))
     with TemporaryDirectory(prefix="mcp-auth-proxy-doctor-") as folder:
-        database = database or await Database.open(_empty(Path(folder)))
+        database = database or await open_store(_empty(Path(folder)))
         try:
             yield Registrations(database), steps
         finally:
             await database.close()
 
 
-async def _open_readable(store: StoreSettings) -> Database:
-    database = await Database.open_to_read(store)
+async def _open_readable(store: StoreSettings) -> Engine:
+    database = await open_store_read_only(store)
     try:
         # A store with an older schema opens, but fails here.
         await Registrations(database).find("", "", "")

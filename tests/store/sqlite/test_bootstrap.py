@@ -1,4 +1,4 @@
-"""What a store is refused for, and that refusing leaves no trace."""
+"""Stores that are rejected, which leaves no trace; first starts, crashes and keys."""
 
 import asyncio
 import base64
@@ -16,21 +16,21 @@ import pytest
 
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
-from mcp_auth_proxy.store import schema
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.sqlite import schema
 from store.builders import grant, store_settings
 
 OTHER_KEY = base64.b64encode(b"x" * 32).decode()
 CRASHING = """
 import asyncio, os, pathlib, signal, sys
 from store.builders import grant, store_settings
-from mcp_auth_proxy.store.database import Database
+from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.grants import Grants
 
 async def main():
-    database = await Database.open(store_settings(pathlib.Path(sys.argv[1])))
-    await Grants(database).add(grant())
+    engine = await open_store(store_settings(pathlib.Path(sys.argv[1])))
+    await Grants(engine).add(grant())
     os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(main())
@@ -38,21 +38,21 @@ asyncio.run(main())
 
 
 async def make(settings: StoreSettings) -> None:
-    database = await Database.open(settings)
-    await Grants(database).add(grant())
-    await database.close()
+    engine = await open_store(settings)
+    await Grants(engine).add(grant())
+    await engine.close()
 
 
 async def names(settings: StoreSettings) -> list[str]:
-    database = await Database.open(settings)
+    engine = await open_store(settings)
     try:
-        return [found.tokens.access_token for found in await Grants(database).all()]
+        return [found.tokens.access_token for found in await Grants(engine).all()]
     finally:
-        await database.close()
+        await engine.close()
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """What every file holds, but for the index that SQLite builds in memory (-shm)."""
+    """Return a digest of every file except the -shm file, which SQLite maps into memory."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.iterdir()
@@ -60,22 +60,22 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-async def refused(settings: StoreSettings, environ: dict[str, str] | None = None) -> str:
-    """The text of the refusal; the folder is the same after it."""
+async def rejected(settings: StoreSettings, environ: dict[str, str] | None = None) -> str:
+    """Open a store that must be rejected without changing its folder, and return the error."""
     before, listed = digest(settings.path.parent), sorted(os.listdir(settings.path.parent))
     with pytest.raises(StoreRejected) as caught:
-        await Database.open(settings, environ=environ or {})
+        await open_store(settings, environ=environ or {})
     assert digest(settings.path.parent) == before
     assert sorted(os.listdir(settings.path.parent)) == listed
     return str(caught.value)
 
 
-async def test_a_first_start_makes_store_and_key_and_says_so_once(tmp_path: Path) -> None:
+async def test_a_first_start_creates_store_and_key_and_announces_it_once(tmp_path: Path) -> None:
     settings = store_settings(tmp_path / "a" / "b")
     lines: list[str] = []
     for _ in range(2):
-        database = await Database.open(settings, announce=lines.append)
-        await database.close()
+        engine = await open_store(settings, announce=lines.append)
+        await engine.close()
     (line,) = lines
     assert settings.keys[0].name in line
     assert sorted(os.listdir(tmp_path / "a" / "b")) == ["store.db", "store.key"]
@@ -85,12 +85,12 @@ async def test_all_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
     settings = store_settings(tmp_path / "new" / "folder")
     before = os.umask(0)
     try:
-        database = await Database.open(settings)
-        await Grants(database).add(grant())
+        engine = await open_store(settings)
+        await Grants(engine).add(grant())
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in settings.path.parent.iterdir()}
-    await database.close()
+    await engine.close()
     assert modes == dict.fromkeys(("store.db", "store.db-wal", "store.db-shm", "store.key"), 0o600)
     assert stat.S_IMODE(settings.path.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(settings.path.parent.parent.stat().st_mode) == 0o700
@@ -100,10 +100,10 @@ async def test_a_store_that_others_may_read_is_closed_to_them(tmp_path: Path) ->
     settings = store_settings(tmp_path)
     await make(settings)
     settings.path.chmod(0o664)
-    database = await Database.open(settings)
-    await Grants(database).add(grant("other"))
+    engine = await open_store(settings)
+    await Grants(engine).add(grant("other"))
     modes = [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("store.db*")]
-    await database.close()
+    await engine.close()
     assert modes == [0o600] * 3
 
 
@@ -114,56 +114,56 @@ async def test_no_secret_is_readable_in_the_files(tmp_path: Path) -> None:  # T4
     assert await names(settings) == ["canary-access-1"]
 
 
-async def test_a_wrong_key_is_refused_and_nothing_written(tmp_path: Path) -> None:  # T48
+async def test_a_wrong_key_is_rejected_and_nothing_written(tmp_path: Path) -> None:  # T48
     settings = store_settings(tmp_path)
     await make(settings)
     Path(settings.keys[0].name).write_text(OTHER_KEY)
-    assert "key" in await refused(settings)
+    assert "key" in await rejected(settings)
 
 
-async def test_a_wrong_key_is_refused_beside_the_log_of_a_crash(tmp_path: Path) -> None:  # T48
+async def test_a_wrong_key_is_rejected_beside_the_log_of_a_crash(tmp_path: Path) -> None:  # T48
     settings = store_settings(tmp_path)
     crash(tmp_path)
     assert (tmp_path / "store.db-wal").stat().st_size > 0
     right = Path(settings.keys[0].name).read_text()
     Path(settings.keys[0].name).write_text(OTHER_KEY)
-    assert "key" in await refused(settings)
+    assert "key" in await rejected(settings)
     Path(settings.keys[0].name).write_text(right)
     assert await names(settings) == ["canary-access-1"]
 
 
-async def test_a_missing_key_file_is_refused_and_not_made_anew(tmp_path: Path) -> None:  # T48
+async def test_a_missing_key_file_is_rejected_and_not_replaced(tmp_path: Path) -> None:  # T48
     settings = store_settings(tmp_path)
     await make(settings)
     Path(settings.keys[0].name).unlink()
-    text = await refused(settings)
+    text = await rejected(settings)
     assert str(settings.path) in text
     assert settings.keys[0].name in text
 
 
-async def test_a_key_file_that_was_configured_is_never_made(tmp_path: Path) -> None:
-    text = await refused(replace(store_settings(tmp_path), default_key=False))
+async def test_a_key_file_that_was_configured_is_never_created(tmp_path: Path) -> None:
+    text = await rejected(replace(store_settings(tmp_path), default_key=False))
     assert "store.key" in text
 
 
 @pytest.mark.parametrize("size", [0, 50, 100, 4096, 5000, 20480])
-async def test_a_store_that_was_cut_off_is_refused(tmp_path: Path, size: int) -> None:  # T48
+async def test_a_store_that_was_cut_off_is_rejected(tmp_path: Path, size: int) -> None:  # T48
     settings = store_settings(tmp_path)
     await make(settings)
     os.truncate(settings.path, size)
-    assert str(settings.path) in await refused(settings)
+    assert str(settings.path) in await rejected(settings)
 
 
-async def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:  # T48
+async def test_a_file_that_is_not_a_database_is_rejected(tmp_path: Path) -> None:  # T48
     settings = store_settings(tmp_path)
     await make(settings)
     for content in (b"", b"hello\n", b"x" * 10_000, b"SQLite format 3\0" + b"\xff" * 5000):
         settings.path.write_bytes(content)
-        await refused(settings)
+        await rejected(settings)
 
 
 @pytest.mark.parametrize("mode", ["delete", "wal"])
-async def test_a_database_of_another_program_is_refused(tmp_path: Path, mode: str) -> None:  # T48
+async def test_a_database_of_another_program_is_rejected(tmp_path: Path, mode: str) -> None:  # T48
     settings = store_settings(tmp_path)
     await make(settings)
     settings.path.unlink()
@@ -171,48 +171,48 @@ async def test_a_database_of_another_program_is_refused(tmp_path: Path, mode: st
     foreign.execute(f"PRAGMA journal_mode = {mode}")
     foreign.execute("CREATE TABLE meta (name, value)")
     foreign.close()
-    assert "another program" in await refused(settings)
+    assert "another program" in await rejected(settings)
 
 
-async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+async def test_a_newer_schema_is_rejected(tmp_path: Path) -> None:
     settings = store_settings(tmp_path)
     await make(settings)
     newer = sqlite3.connect(settings.path)
     newer.execute(f"PRAGMA user_version = {len(schema.MIGRATIONS) + 1}")
     newer.close()
-    assert "newer version" in await refused(settings)
+    assert "newer version" in await rejected(settings)
 
 
-async def test_a_log_without_its_store_is_refused(tmp_path: Path) -> None:
+async def test_a_log_without_its_store_is_rejected(tmp_path: Path) -> None:
     settings = store_settings(tmp_path)
     crash(tmp_path)
     settings.path.unlink()
-    assert "-wal" in await refused(settings)
+    assert "-wal" in await rejected(settings)
 
 
 async def test_a_second_key_in_front_takes_over_and_both_open(tmp_path: Path) -> None:
     settings = store_settings(tmp_path)
     await make(settings)
     both = replace(settings, keys=(KeySource(kind="env", name="NEW"), *settings.keys), default_key=False)
-    database = await Database.open(both, environ={"NEW": OTHER_KEY})
-    await Grants(database).add(grant("second", name="2"))
-    assert len(await Grants(database).all()) == 2
-    await database.close()
-    # The old key is not gone from the store, so the new one alone starts; the rows of the old do not open.
+    engine = await open_store(both, environ={"NEW": OTHER_KEY})
+    await Grants(engine).add(grant("second", name="2"))
+    assert len(await Grants(engine).all()) == 2
+    await engine.close()
+    # The new key alone opens the store too, but not the rows that were sealed with the old one.
     alone = replace(both, keys=both.keys[:1])
-    database = await Database.open(alone, environ={"NEW": OTHER_KEY})
-    assert [found.key.account.server for found in await Grants(database).all()] == ["second"]
-    await database.close()
+    engine = await open_store(alone, environ={"NEW": OTHER_KEY})
+    assert [found.key.account.server for found in await Grants(engine).all()] == ["second"]
+    await engine.close()
 
 
 async def test_two_first_starts_at_once_share_one_store_and_key(tmp_path: Path) -> None:
     settings = store_settings(tmp_path)
-    opened = await asyncio.gather(*(Database.open(settings) for _ in range(4)))
-    for number, database in enumerate(opened):
-        await Grants(database).add(grant(f"s{number}"))
+    opened = await asyncio.gather(*(open_store(settings) for _ in range(4)))
+    for number, engine in enumerate(opened):
+        await Grants(engine).add(grant(f"s{number}"))
     assert len(await Grants(opened[0]).all()) == 4
-    for database in opened:
-        await database.close()
+    for engine in opened:
+        await engine.close()
     assert sorted(os.listdir(tmp_path)) == ["store.db", "store.key"]
 
 
@@ -221,10 +221,10 @@ async def test_an_acknowledged_grant_survives_a_kill(tmp_path: Path) -> None:  #
     assert await names(store_settings(tmp_path)) == ["canary-access-1"]
 
 
-async def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+async def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreUnavailable, match="can't be made"):
-        await Database.open(store_settings(tmp_path / "file" / "folder"))
+    with pytest.raises(StoreUnavailable, match="cannot be created"):
+        await open_store(store_settings(tmp_path / "file" / "folder"))
 
 
 def test_a_failed_migration_leaves_the_schema_as_it_was() -> None:
@@ -242,8 +242,8 @@ def test_a_failed_migration_leaves_the_schema_as_it_was() -> None:
 
 
 def crash(folder: Path) -> None:
-    """Adds a grant in a process that is killed right after."""
-    paths = os.pathsep.join(str(Path(__file__).parents[depth] / name) for depth, name in ((1, ""), (2, "src")))
+    """Add a grant in a process that is killed right after."""
+    paths = os.pathsep.join(str(Path(__file__).parents[depth] / name) for depth, name in ((2, ""), (3, "src")))
     done = subprocess.run(
         [sys.executable, "-c", CRASHING, str(folder)], env={**os.environ, "PYTHONPATH": paths}, timeout=30, check=False
     )

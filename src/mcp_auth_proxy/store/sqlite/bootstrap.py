@@ -1,0 +1,208 @@
+"""What happens to the store before it is used: keys, inspection, creation and migration. Synchronous."""
+
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from mcp_auth_proxy.config.settings import StoreSettings
+from mcp_auth_proxy.errors import DecryptionError, StoreRejected, StoreUnavailable
+from mcp_auth_proxy.store import files
+from mcp_auth_proxy.store.cipher import Cipher, Key, generate_key_file, load_key
+from mcp_auth_proxy.store.sqlite import schema
+from mcp_auth_proxy.store.sqlite.backup import find_backup, make_backup
+from mcp_auth_proxy.store.sqlite.errors import is_damage, translated, unavailable
+from mcp_auth_proxy.store.sqlite.paths import connection_uri, read_only_uri, wal_files
+
+BUSY_TIMEOUT = 5.0
+"""Seconds that SQLite waits for a lock of another process."""
+
+_MAGIC = b"SQLite format 3\0"
+_HEADER_BYTES = 100
+_OLDEST_SQLITE = (3, 35, 0)  # RETURNING
+_CHECK = "mcp-auth-proxy store"
+_KEY_ROWS = "key:"
+_log = logging.getLogger(__name__)
+
+
+def obtain_keys(
+    settings: StoreSettings, environ: Mapping[str, str] = os.environ
+) -> tuple[tuple[Key, ...], Path | None]:
+    """Return the store keys, and the path of the key file if one was created.
+
+    A key file is created only if it is the default one and there is no store yet that it would have to open.
+    Raises StoreRejected, StoreUnavailable.
+    """
+    created: Path | None = None
+    default = Path(settings.keys[0].name)
+    if settings.default_key and not default.exists():
+        if settings.path.exists():
+            raise StoreRejected(
+                f"The store {settings.path} exists, but its key file {default} is missing. Without the key nothing in "
+                "the store can be read: put the key file back, or move the store away to start with a new one."
+            )
+        with _writing(default):
+            files.make_folder(default.parent)
+            created = default if generate_key_file(default) else None
+    return tuple(load_key(source, environ) for source in settings.keys), created
+
+
+def prepare(path: Path, cipher: Cipher) -> None:
+    """Create the store, or check that it is ours, opens with our keys and has the present schema; migrate it if not.
+
+    Nothing is written to a store that is rejected, not even a log file. Raises StoreRejected, StoreUnavailable.
+    """
+    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+        raise StoreRejected(f"SQLite 3.35 or newer is needed; this Python has {sqlite3.sqlite_version}.")
+    if path.exists():
+        inspect(path, cipher)
+    else:
+        _create(path, cipher)
+    _update(path, cipher)
+
+
+def inspect(path: Path, cipher: Cipher) -> int:
+    """Check that a store is ours, undamaged, not newer than this program, and has one of our keys.
+
+    Return its schema. Nothing is written. Raises StoreRejected, StoreUnavailable.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER_BYTES)
+    except OSError as error:
+        raise StoreUnavailable(f"The store {path} cannot be read ({error.strerror}).") from None
+    if len(head) < _HEADER_BYTES or not head.startswith(_MAGIC):
+        raise StoreRejected(
+            f"{path} is not a store: it is not an SQLite database, or it was cut off. It was left as it is. "
+            "Put a backup there, or move it away to start with a new store."
+        )
+    uri, immutable = read_only_uri(path)
+    try:
+        return _inspect(path, uri, cipher)
+    except sqlite3.DatabaseError as error:
+        # If a log appeared meanwhile, the file alone may have been read in the middle of a checkpoint.
+        if not (immutable and wal_files(path)[0].exists()):
+            raise _explain(path, error) from None
+        try:
+            return _inspect(path, connection_uri(path, "ro"), cipher)
+        except sqlite3.DatabaseError as second:
+            raise _explain(path, second) from None
+
+
+def _explain(path: Path, error: sqlite3.DatabaseError) -> StoreRejected | StoreUnavailable:
+    temporary = None if is_damage(error) else unavailable(path, error)
+    return temporary or StoreRejected(
+        f"The store {path} is damaged or cut off. It was left as it is. Put a backup in its place."
+    )
+
+
+def _inspect(path: Path, uri: str, cipher: Cipher) -> int:
+    with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT)) as connection:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        version: int
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if application != schema.APPLICATION_ID:
+            raise StoreRejected(
+                f"{path} is a database of another program. It was left as it is. Set store.url to another file."
+            )
+        if version > len(schema.MIGRATIONS):
+            raise _newer(path, version)
+        _check_keys(path, cipher, _key_checks(connection))
+        return version
+
+
+def _newer(path: Path, version: int) -> StoreRejected:
+    known = len(schema.MIGRATIONS)
+    backup = find_backup(path, known)
+    remedy = "Run that version, or use another store."
+    if backup is not None:
+        remedy = (
+            f"Run that version, or go back to the copy {backup} from before the migration: move the store and its "
+            "-wal and -shm files away and copy it there. What was stored after the migration is not in it."
+        )
+    return StoreRejected(
+        f"The store {path} was written by a newer version of mcp-auth-proxy: it has schema {version}, and this version "
+        f"knows schemas up to {known}. {remedy}"
+    )
+
+
+def _key_checks(connection: sqlite3.Connection) -> dict[str, bytes]:
+    rows = connection.execute("SELECT name, value FROM meta").fetchall()
+    return {name.removeprefix(_KEY_ROWS): value for name, value in rows if name.startswith(_KEY_ROWS)}
+
+
+def _check_keys(path: Path, cipher: Cipher, checks: Mapping[str, bytes]) -> None:
+    known = [key_id for key_id in cipher.key_ids if key_id in checks]
+    try:
+        opened = [cipher.open(checks[key_id], table="meta", row=_KEY_ROWS + key_id, column="value") for key_id in known]
+    except DecryptionError:
+        opened = []
+    if not opened or any(text != _CHECK for text in opened):
+        raise StoreRejected(
+            f"Wrong key: the store {path} was sealed with key {', '.join(sorted(checks)) or '(none)'}, but store.keys "
+            f"has {', '.join(cipher.key_ids)}. Nothing was written. Set the right key, or move the store away."
+        )
+
+
+def _create(path: Path, cipher: Cipher) -> None:
+    for leftover in wal_files(path):
+        if leftover.exists():
+            raise StoreRejected(
+                f"The store {path} is missing, but {leftover} exists, and a new store would be mixed up with it. "
+                "Put the store back, or move that file away to start with a new store."
+            )
+    with _writing(path), translated(path):
+        files.make_folder(path.parent)
+        draft = files.temporary_path(path)
+        files.create(draft)
+        try:
+            # isolation_level=None: transactions are begun and ended by our own statements.
+            with closing(sqlite3.connect(draft, isolation_level=None)) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+                schema.migrate(connection)
+                _add_key_checks(connection, cipher)
+            files.link_into_place(draft, path)
+        finally:
+            for leftover in (draft, *wal_files(draft)):
+                leftover.unlink(missing_ok=True)
+    inspect(path, cipher)
+
+
+def _update(path: Path, cipher: Cipher) -> None:
+    def back_up(version: int) -> None:
+        backup = make_backup(path, version)
+        _log.info("store: migrating from schema %d to %d; a copy was kept: %s", version, newest, backup)
+
+    newest = len(schema.MIGRATIONS)
+    with _writing(path), translated(path):
+        for file in (path, *wal_files(path)):
+            files.restrict_mode(file)
+        uri = connection_uri(path, "rw")
+        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)) as connection:
+            connection.execute("PRAGMA synchronous = FULL")
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version < newest:
+                schema.migrate(connection, before=back_up)
+            if set(cipher.key_ids) - set(_key_checks(connection)):
+                _add_key_checks(connection, cipher)
+
+
+def _add_key_checks(connection: sqlite3.Connection, cipher: Cipher) -> None:
+    for key_id in cipher.key_ids:
+        name = _KEY_ROWS + key_id
+        value = cipher.seal(_CHECK, table="meta", row=name, column="value", key_id=key_id)
+        connection.execute(
+            "INSERT INTO meta (name, value) VALUES (:name, :value) ON CONFLICT (name) DO NOTHING",
+            {"name": name, "value": value},
+        )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailable(f"{path} cannot be created or written ({error.strerror}).") from None

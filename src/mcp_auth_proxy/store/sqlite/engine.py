@@ -1,0 +1,226 @@
+"""Owns the one connection of the process to the store: transactions, reads, and their errors."""
+
+import asyncio
+import logging
+import os
+import shutil
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiosqlite
+
+from mcp_auth_proxy.config.settings import StoreSettings
+from mcp_auth_proxy.errors import StoreUnavailable
+from mcp_auth_proxy.store.cipher import Cipher, load_key
+from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
+from mcp_auth_proxy.store.sqlite import schema
+from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, inspect, obtain_keys, prepare
+from mcp_auth_proxy.store.sqlite.errors import translated
+from mcp_auth_proxy.store.sqlite.paths import connection_uri, read_only_uri
+
+T = TypeVar("T")
+
+_PRAGMAS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA foreign_keys = ON")
+_PROBE = """
+    INSERT INTO meta (name, value) VALUES ('probe', :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value
+"""
+_QUEUE_TIMEOUT = 10.0
+_MIN_FREE_BYTES = 256 * 1024
+_log = logging.getLogger(__name__)
+
+
+class SqliteEngine:
+    """An ``Engine`` on a SQLite file. Create it with ``open`` or ``open_read_only``; ``close`` must be awaited."""
+
+    def __init__(self, connection: aiosqlite.Connection, path: Path, cipher: Cipher) -> None:
+        self.cipher = cipher
+        self._path = path
+        self._connection = connection
+        self._lock = asyncio.Lock()
+        self._identity = _identity(path)
+        self._data_version = 0
+        self._closed = False
+        self._last_write_failed = False
+        self._reported: set[tuple[str, str]] = set()
+
+    @classmethod
+    async def open(
+        cls, settings: StoreSettings, *, announce: Callable[[str], None], environ: Mapping[str, str] = os.environ
+    ) -> "SqliteEngine":
+        """Open, create or migrate the store; see ``store.open_store``."""
+        keys, created = await asyncio.to_thread(obtain_keys, settings, environ)
+        if created is not None:
+            announce(f"A new store key was made: {created}. Back it up: without it the store cannot be opened.")
+        cipher = Cipher(keys)
+        await asyncio.to_thread(prepare, settings.path, cipher)
+        connection = await _connect(settings.path, connection_uri(settings.path, "rw"))
+        try:
+            engine = cls(connection, settings.path, cipher)
+            for pragma in _PRAGMAS:
+                await engine._run(pragma)
+            await engine.changed()
+        except BaseException:
+            await _uninterrupted(connection.close())
+            raise
+        return engine
+
+    @classmethod
+    async def open_read_only(
+        cls, settings: StoreSettings, *, environ: Mapping[str, str] = os.environ
+    ) -> "SqliteEngine":
+        """Open the store without writing anything; see ``store.open_store_read_only``."""
+        cipher = Cipher([await asyncio.to_thread(load_key, source, environ) for source in settings.keys])
+        found, newest = await asyncio.to_thread(inspect, settings.path, cipher), len(schema.MIGRATIONS)
+        if found < newest:
+            raise StoreUnavailable(
+                f"The store {settings.path} has schema {found}, and this version reads schema {newest}. "
+                "Start the proxy once to migrate it."
+            )
+        uri, _ = read_only_uri(settings.path)
+        return cls(await _connect(settings.path, uri), settings.path, cipher)
+
+    async def close(self) -> None:
+        """Close the connection and end its thread, after the transaction that may be running. May be called again."""
+        await _uninterrupted(self._close())
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """Begin a transaction that may write; no other of this process runs meanwhile.
+
+        It is committed, and durable, when the block ends; rolled back if the block raises or is cancelled.
+        """
+        async with self._exclusive():
+            self._check_file()
+            try:
+                await self._run("BEGIN IMMEDIATE")
+                yield Transaction(self._run)
+            except BaseException as error:
+                self._last_write_failed = self._last_write_failed or isinstance(error, StoreUnavailable)
+                await _uninterrupted(self._roll_back())
+                raise
+            await _uninterrupted(self._commit())
+
+    async def fetch_all(self, sql: str, params: Params = NO_PARAMS) -> list[Row]:
+        """Return all rows of a query, as committed."""
+        async with self._exclusive():
+            return await self._run(sql, params)
+
+    async def fetch_one(self, sql: str, params: Params = NO_PARAMS) -> Row | None:
+        """Return the first row of a query, as committed, or None."""
+        rows = await self.fetch_all(sql, params)
+        return rows[0] if rows else None
+
+    async def changed(self) -> bool:
+        """Return whether another process has written since the last call."""
+        before = self._data_version
+        rows = await self.fetch_all("PRAGMA data_version")
+        self._data_version = rows[0]["data_version"]
+        return self._data_version != before
+
+    async def check_writable(self) -> None:
+        """Return if the store can be written now. After a failed write, only a write that succeeds proves it."""
+        if self._last_write_failed:
+            async with self.transaction() as transaction:
+                await transaction.execute(_PROBE, {"value": os.urandom(8)})
+        self._check_space()
+        async with self._exclusive():
+            self._check_file()
+            try:
+                await self._run("BEGIN IMMEDIATE")
+            finally:
+                await _uninterrupted(self._roll_back())
+
+    def report_broken(self, table: str, uid: str, problem: Exception) -> None:
+        """Log, once for each row, that it is skipped because it cannot be decrypted or decoded."""
+        if (table, uid) not in self._reported:
+            self._reported.add((table, uid))
+            _log.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
+
+    @asynccontextmanager
+    async def _exclusive(self) -> AsyncIterator[None]:
+        # There is one connection: a read within another task's transaction would see what may still be rolled back.
+        try:
+            async with asyncio.timeout(_QUEUE_TIMEOUT):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise StoreUnavailable(f"The store {self._path} is busy and was not free in time. Try again.") from None
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    async def _close(self) -> None:
+        async with self._lock:
+            if not self._closed:
+                self._closed = True
+                await self._connection.close()
+
+    async def _run(self, sql: str, params: Params = NO_PARAMS) -> list[Row]:
+        if self._closed:
+            raise StoreUnavailable("The store is closed: the proxy is shutting down.")
+        with translated(self._path):
+            return list(await self._connection.execute_fetchall(sql, params))
+
+    async def _commit(self) -> None:
+        try:
+            await self._run("COMMIT")
+        except BaseException:
+            self._last_write_failed = True
+            await self._roll_back()
+            raise
+        self._last_write_failed = False
+
+    async def _roll_back(self) -> None:
+        # Statements queue for the connection's thread, so this runs after a BEGIN that was cancelled while queued.
+        # SQLite raises an error if there is nothing to roll back.
+        try:
+            await self._run("ROLLBACK")
+        except (sqlite3.Error, StoreUnavailable) as error:
+            _log.debug("store: nothing rolled back (%s)", error)
+
+    def _check_file(self) -> None:
+        if _identity(self._path) != self._identity:
+            raise StoreUnavailable(f"The store {self._path} was removed or replaced while in use. Restart the proxy.")
+
+    def _check_space(self) -> None:
+        if not os.access(self._path, os.W_OK):
+            raise StoreUnavailable(f"The store {self._path} cannot be written: its file is read-only.")
+        if shutil.disk_usage(self._path.parent).free < _MIN_FREE_BYTES:
+            raise StoreUnavailable(f"The disk of the store {self._path} is full. Free some space.")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+async def _connect(path: Path, uri: str) -> aiosqlite.Connection:
+    # At its debug level aiosqlite logs the parameters of every statement.
+    logging.getLogger("aiosqlite").setLevel(logging.WARNING)
+    with translated(path):
+        # isolation_level=None: transactions are begun and ended by our own statements.
+        connection = await aiosqlite.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+    connection.row_factory = sqlite3.Row
+    return connection
+
+
+async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Finish the work even if the task is cancelled meanwhile, and raise the cancellation afterwards."""
+    task = asyncio.ensure_future(work)
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancellation = error
+    if cancellation is None:
+        return task.result()
+    if not task.cancelled():
+        task.exception()  # retrieved, or asyncio would log that it never was
+    raise cancellation

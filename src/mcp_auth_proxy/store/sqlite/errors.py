@@ -1,0 +1,54 @@
+"""Turns SQLite errors that the environment causes into errors that say what to do."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mcp_auth_proxy.errors import StoreUnavailable
+
+_LOCKED = "The store {path} is locked by another process. Wait for that process or end it, then try again."
+_READ_ONLY = "The store {path} cannot be written. Make the file and its folder writable for this user."
+_DAMAGED = "The store {path} is damaged. Put a backup in its place."
+_MESSAGES = {
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_PROTOCOL: _LOCKED,
+    sqlite3.SQLITE_READONLY: _READ_ONLY,
+    sqlite3.SQLITE_PERM: _READ_ONLY,
+    sqlite3.SQLITE_FULL: "The disk of the store {path} is full. Free some space.",
+    sqlite3.SQLITE_IOERR: "Could not read or write the store {path} ({name}). Check the disk and its free space.",
+    sqlite3.SQLITE_CANTOPEN: "Could not open the store {path}. Check the permissions of the file and its folder.",
+    sqlite3.SQLITE_NOMEM: "There is not enough memory to use the store {path}.",
+    sqlite3.SQLITE_CORRUPT: _DAMAGED,
+    sqlite3.SQLITE_NOTADB: _DAMAGED,
+}
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Return whether SQLite found that the file is damaged or not a database."""
+    return _primary(error) in _DAMAGE
+
+
+def unavailable(path: Path, error: sqlite3.Error) -> StoreUnavailable | None:
+    """Return what to raise for an error that the environment caused; None for a fault of our own."""
+    message = _MESSAGES.get(_primary(error))
+    return StoreUnavailable(message.format(path=path, name=error.sqlite_errorname)) if message else None
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Raise StoreUnavailable for SQLite errors that the environment causes; let other errors pass."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        translation = unavailable(path, error)
+        if translation is None:
+            raise
+        raise translation from None
+
+
+def _primary(error: sqlite3.Error) -> int:
+    # Errors that the Python module raises itself have no code.
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF

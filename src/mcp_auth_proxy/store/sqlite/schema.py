@@ -1,0 +1,266 @@
+"""The tables, as an ordered list of migrations; ``PRAGMA user_version`` counts those that were applied.
+
+Rows with sealed values have a ``uid``: a random id that is chosen before the row is written and is part of the
+associated data of the seal. Times are Unix seconds; scopes are one text, separated by spaces.
+
+A new schema is a new entry of ``MIGRATIONS``; entries that were released never change. Each leaves behind a store in
+``tests/store/stores`` (see ``tests/store/samples.py``).
+"""
+
+import sqlite3
+from collections.abc import Callable
+
+APPLICATION_ID = 0x4D41_5031  # "MAP1"
+
+_FIRST = (
+    """
+    CREATE TABLE meta (
+        name TEXT PRIMARY KEY,
+        value BLOB NOT NULL
+    )
+    """,
+    # AUTOINCREMENT: the id of a deleted grant must never be used again. Otherwise a refresh that began before a logout
+    # could write into the grant of the next login.
+    """
+    CREATE TABLE grants (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        uid TEXT NOT NULL UNIQUE,
+        principal TEXT NOT NULL,
+        server TEXT NOT NULL,
+        resource TEXT NOT NULL,
+        issuer TEXT NOT NULL,
+        grant_type TEXT NOT NULL,
+        client_id TEXT NOT NULL,
+        client_auth TEXT NOT NULL,
+        client_kind TEXT NOT NULL,
+        client_secret BLOB,
+        client_redirect_uri TEXT NOT NULL,
+        client_secret_expires_at DOUBLE PRECISION,
+        client_created_at DOUBLE PRECISION NOT NULL,
+        authorization_endpoint TEXT NOT NULL,
+        token_endpoint TEXT NOT NULL,
+        revocation_endpoint TEXT,
+        access_token BLOB NOT NULL,
+        refresh_token BLOB,
+        token_type TEXT NOT NULL,
+        token_scopes TEXT NOT NULL,
+        obtained_at DOUBLE PRECISION NOT NULL,
+        expires_at DOUBLE PRECISION,
+        scopes TEXT NOT NULL,
+        granted_at DOUBLE PRECISION NOT NULL,
+        version INTEGER NOT NULL,
+        refresh_begun_at DOUBLE PRECISION,
+        refresh_owner TEXT NOT NULL DEFAULT '',
+        ended_at DOUBLE PRECISION,
+        ended_reason TEXT NOT NULL DEFAULT '',
+        UNIQUE (principal, server, resource, issuer)
+    )
+    """,
+    """
+    CREATE TABLE registrations (
+        uid TEXT NOT NULL UNIQUE,
+        server TEXT NOT NULL,
+        issuer TEXT NOT NULL,
+        client_id TEXT NOT NULL,
+        client_auth TEXT NOT NULL,
+        client_kind TEXT NOT NULL,
+        client_secret BLOB,
+        client_redirect_uri TEXT NOT NULL,
+        client_secret_expires_at DOUBLE PRECISION,
+        client_created_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (server, issuer, client_redirect_uri)
+    )
+    """,
+    """
+    CREATE TABLE client_bindings (
+        server TEXT NOT NULL,
+        client_id TEXT NOT NULL,
+        issuer TEXT NOT NULL,
+        PRIMARY KEY (server, client_id)
+    )
+    """,
+    """
+    CREATE TABLE flows (
+        id TEXT PRIMARY KEY,
+        uid TEXT NOT NULL UNIQUE,
+        principal TEXT NOT NULL,
+        server TEXT NOT NULL,
+        resource TEXT NOT NULL,
+        issuer TEXT NOT NULL,
+        client_id TEXT NOT NULL,
+        client_auth TEXT NOT NULL,
+        client_kind TEXT NOT NULL,
+        client_secret BLOB,
+        client_redirect_uri TEXT NOT NULL,
+        client_secret_expires_at DOUBLE PRECISION,
+        client_created_at DOUBLE PRECISION NOT NULL,
+        authorization_endpoint TEXT NOT NULL,
+        token_endpoint TEXT NOT NULL,
+        revocation_endpoint TEXT,
+        scopes TEXT NOT NULL,
+        redirect_uri TEXT NOT NULL,
+        iss_supported BOOLEAN NOT NULL,
+        extra_params TEXT NOT NULL,
+        created_at DOUBLE PRECISION NOT NULL,
+        expires_at DOUBLE PRECISION NOT NULL,
+        status TEXT NOT NULL,
+        reason TEXT NOT NULL
+    )
+    """,
+    "CREATE INDEX flows_by_server ON flows (principal, server, status)",
+    """
+    CREATE TABLE attempts (
+        state_hash TEXT PRIMARY KEY,
+        uid TEXT NOT NULL UNIQUE,
+        flow_id TEXT NOT NULL REFERENCES flows (id) ON DELETE CASCADE,
+        browser_hash TEXT NOT NULL,
+        code_verifier BLOB NOT NULL,
+        created_at DOUBLE PRECISION NOT NULL,
+        expires_at DOUBLE PRECISION NOT NULL
+    )
+    """,
+    "CREATE INDEX attempts_by_flow ON attempts (flow_id, created_at)",
+)
+
+# Flows of users on another device: the sealed device code, and which process polls with it.
+_DEVICE_FLOWS = (
+    "ALTER TABLE flows ADD COLUMN device BLOB",
+    "ALTER TABLE flows ADD COLUMN poll_owner TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE flows ADD COLUMN next_poll_at DOUBLE PRECISION NOT NULL DEFAULT 0",
+)
+
+# Tokens that are bound to a key (RFC 9449): the private key, sealed. A flow has it before its user is asked.
+_DPOP_KEYS = (
+    "ALTER TABLE grants ADD COLUMN dpop_key BLOB",
+    "ALTER TABLE flows ADD COLUMN dpop_key BLOB",
+)
+
+# The origin that tokens may be sent to; with `resource: omit` nothing else says so.
+_UPSTREAM_ORIGINS = (
+    "ALTER TABLE grants ADD COLUMN upstream TEXT",
+    "ALTER TABLE flows ADD COLUMN upstream TEXT",
+)
+
+# One principal may use a server with several accounts. SQLite cannot change a UNIQUE or PRIMARY KEY constraint, so
+# grants and registrations are rebuilt: https://www.sqlite.org/lang_altertable.html#otheralter
+_ACCOUNTS = (
+    """
+    CREATE TABLE new_grants (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        uid TEXT NOT NULL UNIQUE,
+        principal TEXT NOT NULL,
+        account TEXT NOT NULL DEFAULT 'default',
+        server TEXT NOT NULL,
+        resource TEXT NOT NULL,
+        issuer TEXT NOT NULL,
+        upstream TEXT,
+        grant_type TEXT NOT NULL,
+        client_id TEXT NOT NULL,
+        client_auth TEXT NOT NULL,
+        client_kind TEXT NOT NULL,
+        client_secret BLOB,
+        client_redirect_uri TEXT NOT NULL,
+        client_secret_expires_at DOUBLE PRECISION,
+        client_created_at DOUBLE PRECISION NOT NULL,
+        authorization_endpoint TEXT NOT NULL,
+        token_endpoint TEXT NOT NULL,
+        revocation_endpoint TEXT,
+        access_token BLOB NOT NULL,
+        refresh_token BLOB,
+        token_type TEXT NOT NULL,
+        token_scopes TEXT NOT NULL,
+        obtained_at DOUBLE PRECISION NOT NULL,
+        expires_at DOUBLE PRECISION,
+        dpop_key BLOB,
+        scopes TEXT NOT NULL,
+        granted_at DOUBLE PRECISION NOT NULL,
+        version INTEGER NOT NULL,
+        refresh_begun_at DOUBLE PRECISION,
+        refresh_owner TEXT NOT NULL DEFAULT '',
+        ended_at DOUBLE PRECISION,
+        ended_reason TEXT NOT NULL DEFAULT '',
+        UNIQUE (principal, account, server, resource, issuer)
+    )
+    """,
+    """
+    INSERT INTO new_grants (
+        id, uid, principal, server, resource, issuer, upstream, grant_type, client_id, client_auth, client_kind,
+        client_secret, client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint,
+        token_endpoint, revocation_endpoint, access_token, refresh_token, token_type, token_scopes, obtained_at,
+        expires_at, dpop_key, scopes, granted_at, version, refresh_begun_at, refresh_owner, ended_at, ended_reason
+    ) SELECT
+        id, uid, principal, server, resource, issuer, upstream, grant_type, client_id, client_auth, client_kind,
+        client_secret, client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint,
+        token_endpoint, revocation_endpoint, access_token, refresh_token, token_type, token_scopes, obtained_at,
+        expires_at, dpop_key, scopes, granted_at, version, refresh_begun_at, refresh_owner, ended_at, ended_reason
+    FROM grants ORDER BY id
+    """,
+    # The sequence goes on from where it is, which may be beyond the highest id that is left.
+    "DELETE FROM sqlite_sequence WHERE name = 'new_grants'",
+    "INSERT INTO sqlite_sequence (name, seq) SELECT 'new_grants', seq FROM sqlite_sequence WHERE name = 'grants'",
+    "DROP TABLE grants",
+    "ALTER TABLE new_grants RENAME TO grants",
+    """
+    CREATE TABLE new_registrations (
+        uid TEXT NOT NULL UNIQUE,
+        server TEXT NOT NULL,
+        issuer TEXT NOT NULL,
+        account TEXT NOT NULL DEFAULT 'default',
+        client_id TEXT NOT NULL,
+        client_auth TEXT NOT NULL,
+        client_kind TEXT NOT NULL,
+        client_secret BLOB,
+        client_redirect_uri TEXT NOT NULL,
+        client_secret_expires_at DOUBLE PRECISION,
+        client_created_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (server, issuer, account, client_redirect_uri)
+    )
+    """,
+    """
+    INSERT INTO new_registrations (
+        uid, server, issuer, client_id, client_auth, client_kind, client_secret, client_redirect_uri,
+        client_secret_expires_at, client_created_at
+    ) SELECT
+        uid, server, issuer, client_id, client_auth, client_kind, client_secret, client_redirect_uri,
+        client_secret_expires_at, client_created_at
+    FROM registrations
+    """,
+    "DROP TABLE registrations",
+    "ALTER TABLE new_registrations RENAME TO registrations",
+    "ALTER TABLE flows ADD COLUMN account TEXT NOT NULL DEFAULT 'default'",
+    "DROP INDEX flows_by_server",
+    "CREATE INDEX flows_by_account ON flows (principal, account, server, status)",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _DEVICE_FLOWS, _DPOP_KEYS, _UPSTREAM_ORIGINS, _ACCOUNTS)
+
+
+def migrate(
+    connection: sqlite3.Connection,
+    migrations: tuple[tuple[str, ...], ...] = MIGRATIONS,
+    *,
+    before: Callable[[int], None] = lambda schema: None,
+) -> None:
+    """Apply the migrations that are missing, in one transaction. The caller must not have begun one.
+
+    ``before`` is called with the present schema before the first statement, if a migration is missing; nobody else
+    can write from then on. Raises sqlite3.Error and what ``before`` raises; the database is then as it was.
+    """
+    # No effect inside a transaction. With foreign keys, dropping a table would delete the rows that refer to it.
+    connection.execute("PRAGMA foreign_keys = OFF")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        # Read inside the transaction: another process may have migrated while we waited.
+        (applied,) = connection.execute("PRAGMA user_version").fetchone()
+        if applied < len(migrations):
+            before(applied)
+            for statements in migrations[applied:]:
+                for statement in statements:
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {len(migrations):d}")
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID:d}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise

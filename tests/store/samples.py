@@ -1,0 +1,123 @@
+"""The stores in ``stores/``: one of each schema so far, and their key.
+
+Each was written by the program that introduced its schema, so that what users have on their disks is what is tested.
+To add the one of a new schema, extend ``contents`` by what is new in it, and run this module once from the root of the
+project, before the schema is released:
+
+    PYTHONPATH=src:tests .venv/bin/python -m store.samples
+"""
+
+import asyncio
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mcp_auth_proxy.config.settings import StoreSettings
+from mcp_auth_proxy.models import Account, Attempt, DeviceAuthorization, Flow, Grant, Registration
+from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.store.flows import Flows
+from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.registrations import Registrations
+from mcp_auth_proxy.store.sqlite.schema import MIGRATIONS
+from store.builders import NOW, attempt, flow, grant, registration, store_settings
+
+NEWEST = len(MIGRATIONS)
+OLDER = range(1, NEWEST)
+ALL = range(1, NEWEST + 1)
+
+OWNER = "elsewhere:1:a"
+BINDING = ("notes", "configured", "https://as.example")
+DPOP_KEY = "canary-dpop-key"
+UPSTREAM = "https://linear.example"
+DEVICE = DeviceAuthorization(
+    device_code="canary-device", user_code="CANARY-USER", verification_uri="https://as.example/d", interval=7.0
+)
+WORK = Account("local", "linear", "work")
+
+_STORES = Path(__file__).parent / "stores"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a store holds besides ``BINDING``. The ids of the grants count from 1."""
+
+    grants: list[Grant]
+    flows: list[Flow]
+    attempts: list[Attempt]
+    registrations: list[Registration]
+
+    @property
+    def last_id(self) -> int:
+        """The highest id that was ever given to a grant: that of one which was deleted again."""
+        return len(self.grants) + 1
+
+
+def contents(schema: int) -> Contents:
+    """Return what the store of a schema holds."""
+    linear = replace(grant(), id=1, refresh_begun_at=NOW, refresh_owner=OWNER)
+    notes = replace(grant("notes", name="2"), id=2, ended_at=NOW + 60, ended_reason="The refresh token was revoked.")
+    found = Contents([linear, notes], [flow()], [attempt("state")], [registration()])
+    if schema >= 2:
+        found.flows.append(replace(flow("flow-2", "notes"), device=DEVICE, redirect_uri=""))
+    if schema >= 3:
+        found.grants[0] = replace(found.grants[0], dpop_key=DPOP_KEY)
+        found.flows[0] = replace(found.flows[0], dpop_key=DPOP_KEY)
+    if schema >= 4:
+        found.grants[0] = replace(found.grants[0], key=replace(linear.key, upstream=UPSTREAM))
+        found.flows[0] = replace(found.flows[0], key=replace(found.flows[0].key, upstream=UPSTREAM))
+    if schema >= 5:
+        client = registration(account=WORK.name, client_id="client of work")
+        work = grant(name="3")
+        found.grants.append(replace(work, id=3, key=replace(work.key, account=WORK), registration=client))
+        waiting = flow("flow-3")
+        found.flows.append(replace(waiting, key=replace(waiting.key, account=WORK), registration=client))
+        found.registrations.append(client)
+    return found
+
+
+def copy(schema: int, folder: Path) -> StoreSettings:
+    """Copy the store of a schema and its key into a folder, and return the settings that open it."""
+    settings = store_settings(folder)
+    shutil.copyfile(_STORES / f"schema-{schema}.db", settings.path)
+    shutil.copyfile(_STORES / "store.key", settings.keys[0].name)
+    return settings
+
+
+async def write(engine: Engine, held: Contents) -> None:
+    """Store the contents in an empty store."""
+    grants, flows, registrations = Grants(engine), Flows(engine), Registrations(engine)
+    for wanted in held.grants:
+        given = await grants.add(wanted)
+        if wanted.refresh_begun_at is not None:
+            begun_at, owner = wanted.refresh_begun_at, wanted.refresh_owner
+            await grants.begin_refresh(given.id, version=given.version, owner=owner, now=begun_at)
+        if wanted.ended_at is not None:
+            reason, ended_at = wanted.ended_reason, wanted.ended_at
+            await grants.end(given.id, version=given.version, reason=reason, now=ended_at)
+    await grants.add(grant("gone"))
+    await grants.delete(Account("local", "gone"))
+    for waiting in held.flows:
+        await flows.save(waiting)
+    for visit in held.attempts:
+        await flows.add_attempt(visit)
+    for client in held.registrations:
+        await registrations.save(client)
+    await registrations.bind_client(*BINDING)
+
+
+async def _main() -> None:
+    target = _STORES / f"schema-{NEWEST}.db"
+    if target.exists():
+        raise SystemExit(f"{target} exists. It stays as it was written; what is new needs a new schema.")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = store_settings(Path(folder))
+        shutil.copyfile(_STORES / "store.key", settings.keys[0].name)
+        engine = await open_store(settings)
+        await write(engine, contents(NEWEST))
+        await engine.close()
+        shutil.copyfile(settings.path, target)
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())
