@@ -13,8 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route as PageRoute
 
 from mcp_auth_proxy import __version__
-from mcp_auth_proxy.broker.broker import Broker
-from mcp_auth_proxy.broker.planning import Authorizer
+from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.errors import StoreError
 from mcp_auth_proxy.models import Flow, GrantType
@@ -26,7 +25,6 @@ from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.proxy.handler import Receive, Send
 from mcp_auth_proxy.store.database import Database
-from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect
@@ -77,13 +75,8 @@ async def lifespan(
         broker = Broker(
             servers=settings.servers,
             database=database,
-            authorizer=Authorizer(
-                fetcher=fetcher,
-                registrations=Registrations(database),
-                public_url=public_url,
-                allow_private=settings.authorization.allow_private,
-                clock=clock,
-            ),
+            fetcher=fetcher,
+            allow_private=settings.authorization.allow_private,
             public_url=public_url,
             announce=announce or _Announcer(settings, listening),
             clock=clock,

@@ -82,6 +82,7 @@ class Registration:
     kind: RegistrationKind
     client_secret: str | None = field(default=None, repr=False)
     redirect_uri: str = ""
+    account: str = "default"
     secret_expires_at: float | None = None
     created_at: float = 0.0
 

@@ -114,6 +114,10 @@ class ServerSettings:
     """Seconds until the response head must have come."""
     oauth: OAuthSettings = field(default_factory=OAuthSettings)
 
+    def key(self, path: str) -> str:
+        """Return the full path of a key of this server, for messages: ``servers.NAME.oauth.resource``."""
+        return f"servers.{self.name}.{path}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitSettings:

@@ -10,8 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mcp_auth_proxy.broker.broker import Broker
-from mcp_auth_proxy.broker.pending import ChallengeHistory, PendingAuthorization
+from mcp_auth_proxy.broker import Broker, ChallengeHistory, PendingAuthorization
 from mcp_auth_proxy.errors import (
     AuthorizationError,
     AuthorizationServerUnavailable,
@@ -178,20 +177,20 @@ class RequestHandler:
                 token = await self._wait_for_consent(pending)
                 if token is None:
                     return
-        trail: ChallengeHistory | None = None
+        history: ChallengeHistory | None = None
         for _ in range(MAX_SENDS):
             response = await self._send_upstream(token)
             if response.status != 401 and response.status != 403:
                 await self._relay(response)
                 return
-            trail = trail or ChallengeHistory()
+            history = history or ChallengeHistory()
             verdict = await broker.challenged(
                 account,
                 status=response.status,
                 challenge=_fields(response, b"www-authenticate"),
                 nonce=_fields(response, b"dpop-nonce"),
                 used=token,
-                trail=trail,
+                history=history,
             )
             if verdict is None:
                 await self._relay(response)

@@ -30,7 +30,9 @@ class Registrations:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def find(self, server: str, issuer: str, redirect_uri: str) -> Registration | None:
+    async def find(
+        self, server: str, issuer: str, redirect_uri: str, *, account: str = "default"
+    ) -> Registration | None:
         """The registration of a server at an issuer for a redirect URI; None when there is none that opens."""
         rows = await self._database.fetch_all(
             "SELECT * FROM registrations WHERE server = ? AND issuer = ? AND client_redirect_uri = ?",
@@ -38,7 +40,7 @@ class Registrations:
         )
         return next(iter(decode_rows(self._database, _TABLE, rows, read_registration)), None)
 
-    async def save(self, registration: Registration) -> None:
+    async def save(self, registration: Registration, *, account: str = "default") -> None:
         """Stores a registration in the place of the one for the same server, issuer and redirect URI."""
         uid = new_uid()
         columns = registration_columns(registration, RowCipher(self._database.cipher, _TABLE, uid))
@@ -46,7 +48,7 @@ class Registrations:
         async with self._database.transaction() as transaction:
             await transaction.execute(_SAVE, values)
 
-    async def delete(self, server: str, issuer: str | None = None) -> None:
+    async def delete(self, server: str, issuer: str | None = None, *, account: str = "default") -> None:
         """Forgets the registrations of a server, at one issuer or at all."""
         async with self._database.transaction() as transaction:
             if issuer is None:
