@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from mcp_auth_proxy.broker.broker import Broker
-from mcp_auth_proxy.broker.planning import Authorizer
+from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.net.http_client import HttpClient
@@ -18,7 +17,6 @@ from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import open_store
-from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.site import Site
@@ -90,17 +88,11 @@ async def lifespan(
         stack.push_async_callback(database.close)
         fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
         stack.push_async_callback(fetcher.aclose)
-        authorizer = Authorizer(
-            fetcher=fetcher,
-            registrations=Registrations(database),
-            public_url=public_url,
-            allow_private=settings.authorization.allow_private,
-            clock=clock,
-        )
         broker = Broker(
             servers=servers,
             database=database,
-            authorizer=authorizer,
+            fetcher=fetcher,
+            allow_private=settings.authorization.allow_private,
             public_url=public_url,
             announce=announce or Announcer(settings, listening),
             clock=clock,

@@ -36,11 +36,11 @@ class Scene:
         self.database = database
         self.flows = Flows(database)
         self.clock = Clock()
-        self.visits = AuthorizationAttempts(flows=self.flows, clock=self.clock)
+        self.attempts = AuthorizationAttempts(flows=self.flows, clock=self.clock)
 
     async def open(self) -> tuple[AuthorizationRedirect, str]:
         """Visit the link; return the visit and its state."""
-        visit = await self.visits.open("linear", "flow-1")
+        visit = await self.attempts.open("linear", "flow-1")
         assert isinstance(visit, AuthorizationRedirect)
         return visit, query(visit)["state"]
 
@@ -48,7 +48,7 @@ class Scene:
         """The status with which a callback is refused."""
         params = {} if state is None else {"state": [state] if isinstance(state, str) else state}
         with pytest.raises(CallbackRefused) as refused:
-            await self.visits.accept({**params, "code": ["good"]}, cookies)
+            await self.attempts.accept({**params, "code": ["good"]}, cookies)
         return refused.value.status
 
 
@@ -71,7 +71,7 @@ def cookies_of(*visits: AuthorizationRedirect) -> dict[str, str]:
 
 async def test_the_browser_that_opened_the_link_is_accepted(it: Scene) -> None:
     visit, state = await it.open()
-    found, attempt = await it.visits.accept({"state": [state], "code": ["x"]}, cookies_of(visit))
+    found, attempt = await it.attempts.accept({"state": [state], "code": ["x"]}, cookies_of(visit))
     assert found.id == "flow-1"
     assert challenge_s256(attempt.code_verifier) == query(visit)["code_challenge"]
     assert query(visit)["code_challenge_method"] == "S256"
@@ -82,13 +82,13 @@ async def test_each_visit_has_secrets_of_its_own_and_spoils_no_other(it: Scene) 
     assert state != other
     assert query(first)["code_challenge"] != query(second)["code_challenge"]
     assert first.cookie_name != second.cookie_name
-    await it.visits.accept({"state": [state]}, cookies_of(first, second))
-    await it.visits.accept({"state": [other]}, cookies_of(second))
+    await it.attempts.accept({"state": [state]}, cookies_of(first, second))
+    await it.attempts.accept({"state": [other]}, cookies_of(second))
 
 
 async def test_a_callback_is_good_once(it: Scene) -> None:  # T12
     visit, state = await it.open()
-    await it.visits.accept({"state": [state]}, cookies_of(visit))
+    await it.attempts.accept({"state": [state]}, cookies_of(visit))
     assert await it.refused(state, cookies_of(visit)) == 400
 
 
@@ -113,7 +113,7 @@ async def test_another_browser_is_refused_and_does_not_use_the_visit_up(it: Scen
     ]
     for cookies in wrong:
         assert await it.refused(state, cookies) == 403
-    await it.visits.accept({"state": [state]}, cookies_of(visit))
+    await it.attempts.accept({"state": [state]}, cookies_of(visit))
 
 
 @pytest.mark.parametrize("kind", ["none", "empty", "unknown", "two", "hash", "prefix", "odd"])
@@ -129,7 +129,7 @@ async def test_a_bad_state_is_refused_whatever_the_cookie(it: Scene, kind: str) 
         "odd": "\udcff\x00" * 1000,
     }
     assert await it.refused(bad[kind], cookies_of(visit)) == 400
-    await it.visits.accept({"state": [state]}, cookies_of(visit))
+    await it.attempts.accept({"state": [state]}, cookies_of(visit))
 
 
 @pytest.mark.parametrize("status", [FlowStatus.DONE, FlowStatus.FAILED])
@@ -145,7 +145,7 @@ async def test_a_callback_for_a_flow_that_has_ended_is_refused(it: Scene, status
 )
 async def test_a_link_that_was_never_given_out_is_not_known(it: Scene, server: str, flow_id: str, status: int) -> None:
     with pytest.raises(CallbackRefused) as refused:
-        await it.visits.open(server, flow_id)
+        await it.attempts.open(server, flow_id)
     assert refused.value.status == status
 
 
@@ -153,7 +153,7 @@ async def test_a_link_that_was_never_given_out_is_not_known(it: Scene, server: s
 async def test_a_link_that_has_ended_says_so(it: Scene, status: FlowStatus) -> None:
     await it.flows.finish("flow-1", status)
     with pytest.raises(CallbackRefused, match="connected" if status is FlowStatus.DONE else "new one") as refused:
-        await it.visits.open("linear", "flow-1")
+        await it.attempts.open("linear", "flow-1")
     assert refused.value.status == 410
 
 
@@ -190,7 +190,7 @@ async def test_a_link_that_ends_while_it_is_opened_says_so(
 async def test_a_link_that_is_too_old_says_so(it: Scene) -> None:
     it.clock.now = NOW + 600
     with pytest.raises(CallbackRefused) as refused:
-        await it.visits.open("linear", "flow-1")
+        await it.attempts.open("linear", "flow-1")
     assert refused.value.status == 410
 
 
@@ -208,7 +208,7 @@ async def test_many_visits_leave_the_newest_usable(it: Scene) -> None:
         it.clock.now += 1
         opened.append(await it.open())
     visit, state = opened[-1]
-    await it.visits.accept({"state": [state]}, cookies_of(visit))
+    await it.attempts.accept({"state": [state]}, cookies_of(visit))
     visit, state = opened[0]
     assert await it.refused(state, cookies_of(visit)) == 400
 
@@ -223,10 +223,10 @@ async def test_nothing_secret_shows_in_a_repr(it: Scene) -> None:  # T45
 async def test_a_flow_on_another_device_shows_its_code_until_it_is_done(it: Scene) -> None:
     device = DeviceAuthorization(device_code="d", user_code="WXYZ", verification_uri="https://as.example/device")
     await it.flows.save(replace(flow("flow-2"), device=device))
-    visit = await it.visits.open("linear", "flow-2")
+    visit = await it.attempts.open("linear", "flow-2")
     assert isinstance(visit, DevicePrompt)
     assert visit.device == device
     await it.flows.finish("flow-2", FlowStatus.DONE)
-    visit = await it.visits.open("linear", "flow-2")
+    visit = await it.attempts.open("linear", "flow-2")
     assert isinstance(visit, DevicePrompt)
     assert visit.device is None

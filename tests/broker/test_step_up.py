@@ -16,7 +16,7 @@ class Clock:
 
 
 def count(step_ups: StepUpLimiter, asked: str, already: str = "read write", key: tuple[str, str] = KEY) -> None:
-    step_ups.count(key, server="files", asked=asked.split(), already=already.split())
+    step_ups.count(key, server="files", requested=asked.split(), already=already.split())
 
 
 def exhausted(clock: Clock) -> StepUpLimiter:

@@ -1,37 +1,53 @@
-"""On behalf of a caller: what the authorizer does once it is given the caller's token; and credentials in files."""
+"""On behalf of a caller: the requests for a grant once the caller's token is known; and credentials in files."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mcp_auth_proxy.store.database import Database
 
 from fakes.extension_server import TOKEN_EXCHANGE, ExtensionServer
 from fakes.fixtures import Servers
 from mcp_auth_proxy.broker import credentials
-from mcp_auth_proxy.broker.planning import Authorizer
+from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.discovery import Discoverer
+from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import renewable
+from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import OAuthSettings, Secret, ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, TokenRefused
 from mcp_auth_proxy.models import Account, GrantType
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.token_exchange import SubjectToken
-from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.registrations import Registrations
 from store.builders import store_settings
 
 
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """What plans an authorization, and what carries the plan out."""
+
+    planner: Planner
+    tokens: TokenClient
+
+
 @pytest.fixture
-async def authorizer(tmp_path: Path) -> AsyncIterator[Authorizer]:
-    database = await open_store(store_settings(tmp_path))
-    yield Authorizer(
-        fetcher=Fetcher(),
+async def client(tmp_path: Path) -> AsyncIterator[Client]:
+    database = await Database.open(store_settings(tmp_path))
+    fetcher = Fetcher()
+    discoverer = Discoverer(fetcher=fetcher, allow_private=())
+    tokens = TokenClient(fetcher=fetcher, discoverer=discoverer, clock=time.time)
+    registrar = ClientRegistrar(
+        fetcher=fetcher,
         registrations=Registrations(database),
         public_url="http://127.0.0.1:8787",
-        allow_private=(),
         clock=time.time,
     )
+    yield Client(planner=Planner(discoverer=discoverer, registrar=registrar, token_client=tokens), tokens=tokens)
+    await fetcher.aclose()
     await database.close()
 
 
@@ -51,11 +67,11 @@ def exchanging(url: str) -> ServerSettings:
 
 
 async def test_the_token_of_a_caller_is_exchanged_for_the_callers_own_grant(
-    servers: Servers, issuer: ExtensionServer, authorizer: Authorizer
+    servers: Servers, issuer: ExtensionServer, client: Client
 ) -> None:
     upstream = await servers.mcp_server(issuer)
-    plan = await authorizer.plan(Account("ada", "mcp"), exchanging(upstream.url), None, ())
-    grant = await authorizer.obtain(plan, subject=SubjectToken("token-of-ada"))
+    plan = await client.planner.plan(Account("ada", "mcp"), exchanging(upstream.url), None)
+    grant = await client.tokens.obtain(plan, subject=SubjectToken("token-of-ada"))
     assert (grant.key.account.principal, grant.grant_type) == ("ada", GrantType.TOKEN_EXCHANGE)
     assert not renewable(grant)
     token = upstream.find_token(grant.tokens.access_token)
@@ -66,22 +82,20 @@ async def test_the_token_of_a_caller_is_exchanged_for_the_callers_own_grant(
 
 
 async def test_a_caller_that_the_server_does_not_know_is_refused_without_its_token_being_shown(  # T45
-    servers: Servers, issuer: ExtensionServer, authorizer: Authorizer
+    servers: Servers, issuer: ExtensionServer, client: Client
 ) -> None:
     upstream = await servers.mcp_server(issuer)
-    plan = await authorizer.plan(Account("eve", "mcp"), exchanging(upstream.url), None, ())
+    plan = await client.planner.plan(Account("eve", "mcp"), exchanging(upstream.url), None)
     with pytest.raises(TokenRefused, match="invalid_grant") as caught:
-        await authorizer.obtain(plan, subject=SubjectToken("token-of-eve"))
+        await client.tokens.obtain(plan, subject=SubjectToken("token-of-eve"))
     assert "token-of-eve" not in str(caught.value)
 
 
-async def test_without_a_caller_nothing_is_sent(
-    servers: Servers, issuer: ExtensionServer, authorizer: Authorizer
-) -> None:
+async def test_without_a_caller_nothing_is_sent(servers: Servers, issuer: ExtensionServer, client: Client) -> None:
     upstream = await servers.mcp_server(issuer)
-    plan = await authorizer.plan(Account("local", "mcp"), exchanging(upstream.url), None, ())
+    plan = await client.planner.plan(Account("local", "mcp"), exchanging(upstream.url), None)
     with pytest.raises(AuthorizationError, match="does not identify its callers"):
-        await authorizer.obtain(plan)
+        await client.tokens.obtain(plan)
     assert issuer.token_requests() == 0
 
 

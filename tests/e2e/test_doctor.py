@@ -270,5 +270,5 @@ async def test_a_relative_resource_metadata_is_noted_and_passed_over(servers: Se
     (noted,) = [step for step in report.steps if step.verdict == "note"]
     assert (noted.step, noted.clause) == ("protected resource metadata", "RFC 9728 §5.1")
     assert noted.request is None
-    assert "no absolute URL" in noted.says
+    assert "not an absolute URL" in noted.says
     assert "/elsewhere" in noted.says

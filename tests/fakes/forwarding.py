@@ -8,8 +8,7 @@ from typing import Any, cast
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from mcp_auth_proxy.broker.broker import Broker
-from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker import Broker, PendingAuthorization
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.models import (

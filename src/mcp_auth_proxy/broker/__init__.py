@@ -1,1 +1,40 @@
-"""All that the data plane knows of OAuth: token() · challenged() · complete()."""
+"""All that the proxy knows of OAuth.
+
+``Broker`` is what other packages use; it is put together from the modules here::
+
+    broker ── token_cache ── renewal
+       ├───── authorization ── planning ── discovery, client_registration
+       ├───── flows ── device               token_requests ── authenticated_requests, unattended
+       └───── attempts, store_watch, connections
+
+A request needs ``token()`` and, after a 401 or 403, ``challenged()``. A browser needs ``open_link()`` and
+``complete()``.
+"""
+
+from mcp_auth_proxy.broker.attempts import AuthorizationRedirect, DevicePrompt, cookie_name
+from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.broker.challenge_history import ChallengeHistory
+from mcp_auth_proxy.broker.connections import (
+    Connection,
+    ConnectionState,
+    Disconnected,
+    ForgottenGrant,
+    Revocation,
+    stored_connections,
+)
+from mcp_auth_proxy.broker.pending import PendingAuthorization
+
+__all__ = [
+    "AuthorizationRedirect",
+    "Broker",
+    "ChallengeHistory",
+    "Connection",
+    "ConnectionState",
+    "DevicePrompt",
+    "Disconnected",
+    "ForgottenGrant",
+    "PendingAuthorization",
+    "Revocation",
+    "cookie_name",
+    "stored_connections",
+]

@@ -1,4 +1,4 @@
-"""A browser's way through a flow: from our link to the authorization server, and back to the callback."""
+"""What a browser does with a flow: it opens the link, goes to the authorization server, returns to the callback."""
 
 import hashlib
 import hmac
@@ -16,7 +16,7 @@ COOKIE_PREFIX = "mcp_auth_flow_"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthorizationRedirect:
-    """Where to send the browser that opened a link, and the cookie that binds it to what comes back."""
+    """Where to send the browser that opened a link, and the cookie that ties the callback to this browser."""
 
     authorization_url: str = field(repr=False)
     cookie_name: str
@@ -27,21 +27,21 @@ class AuthorizationRedirect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePrompt:
-    """What to show to a user who authorizes on another device. ``device`` is None once that is done."""
+    """What to show to a user who authorizes on another device. ``device`` is None once the user has done so."""
 
     server: str
     device: DeviceAuthorization | None
 
 
 class AuthorizationAttempts:
-    """Each visit has a state, a verifier and a cookie of its own; all are good for one callback."""
+    """Open links and accept callbacks. Each attempt has its own state, verifier and cookie, good for one callback."""
 
     def __init__(self, *, flows: Flows, clock: Callable[[], float]) -> None:
         self._flows = flows
         self._clock = clock
 
     async def open(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
-        """Begin a visit to a link. Raises CallbackRefused where the link is unknown, used or too old."""
+        """Start an attempt for a link. Raises CallbackRefused if the link is unknown, used or too old."""
         flow = await self._find(server, flow_id)
         now = self._clock()
         if flow.device is not None and flow.status is FlowStatus.DONE:
@@ -64,7 +64,7 @@ class AuthorizationAttempts:
             )
         )
         if not added:
-            # It has ended since it was read.
+            # The flow has ended since it was read.
             raise _ended(await self._find(server, flow_id))
         return AuthorizationRedirect(
             authorization_url=authorization_code.authorization_url(flow, state=state, code_verifier=verifier),
@@ -80,22 +80,22 @@ class AuthorizationAttempts:
         return flow
 
     async def accept(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> tuple[Flow, Attempt]:
-        """Find the visit that a callback belongs to, and use it up (RFC 6749 §10.12, RFC 9700 §2.1).
+        """Find the attempt that a callback belongs to, and use it up (RFC 6749 §10.12, RFC 9700 §2.1).
 
-        Raises CallbackRefused: 400 where the state is unknown or used, 403 where another browser made the visit;
-        that one does not use it up.
+        Raises CallbackRefused: 400 if the state is unknown or used, 403 if another browser made the attempt. A 403
+        does not use it up.
         """
         states = params.get("state", ())
         if len(states) != 1 or not states[0]:
             raise CallbackRefused("This page was opened without the one 'state' that an authorization carries.")
         state = states[0]
-        unknown = CallbackRefused(
+        unknown_state = CallbackRefused(
             "This authorization is not known here: it was finished already, or it is older than 10 minutes. "
             "Ask your MCP client again: it gets a new link."
         )
         found = await self._flows.find_attempt(digest(state))
         if found is None:
-            raise unknown
+            raise unknown_state
         cookie = cookies.get(cookie_name(state), "")
         if not hmac.compare_digest(digest(cookie), found[1].browser_hash):
             raise CallbackRefused(
@@ -103,7 +103,7 @@ class AuthorizationAttempts:
             )
         taken = await self._flows.take_attempt(digest(state), self._clock())
         if taken is None:
-            raise unknown
+            raise unknown_state
         return taken
 
 
@@ -114,10 +114,10 @@ def _ended(flow: Flow) -> CallbackRefused:
 
 
 def digest(value: str) -> str:
-    """Return the form in which a state or a cookie is stored."""
+    """Return the hash of a state or a cookie, which is what is stored of it."""
     return hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def cookie_name(state: str) -> str:
-    """A cookie for each visit, so that two flows in one browser do not overwrite each other's."""
+    """Return the name of an attempt's cookie: one for each, so that two flows in one browser do not collide."""
     return COOKIE_PREFIX + digest(state)[:12]

@@ -1,152 +1,147 @@
-"""The broker: which token a request may use, and what happens when there is none.
+"""The broker: which token a request may use, and what to do if there is none."""
 
-In memory, for each (principal, server): the token in use (``TokenCache``) and the flow that waits for a user
-(``PendingAuthorization``). All of it can be had again from the store; what another process writes there is noticed.
-"""
-
-import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from mcp_auth_proxy.broker import dpop
 from mcp_auth_proxy.broker.attempts import AuthorizationAttempts, AuthorizationRedirect, DevicePrompt
-from mcp_auth_proxy.broker.device import DeviceFlows
-from mcp_auth_proxy.broker.pending import ChallengeHistory, PendingAuthorization
-from mcp_auth_proxy.broker.planning import Authorizer, Plan, is_for
-from mcp_auth_proxy.broker.renewal import renewable
-from mcp_auth_proxy.broker.single_flight import SingleFlight
-from mcp_auth_proxy.broker.step_up import MAX_AUTHORIZATIONS, StepUpLimiter, step_up_limit
+from mcp_auth_proxy.broker.authorization import Authorizations
+from mcp_auth_proxy.broker.challenge_history import ChallengeHistory
+from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.connections import Connection, Disconnected, ForgottenGrant, Revocation, stored_connections
+from mcp_auth_proxy.broker.device import DevicePolls
+from mcp_auth_proxy.broker.discovery import Discoverer
+from mcp_auth_proxy.broker.flows import Announce, PendingFlows
+from mcp_auth_proxy.broker.matching import configured, configured_for, server_removed
+from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker.planning import Planner
+from mcp_auth_proxy.broker.renewal import Renewer, renewable
+from mcp_auth_proxy.broker.store_watch import StoreWatch
 from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
+from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
     AuthorizationDenied,
     AuthorizationError,
     CallbackRefused,
     McpAuthProxyError,
-    StoreError,
     TokenRefused,
 )
-from mcp_auth_proxy.models import AccessToken, Account, Flow, FlowStatus, Grant
+from mcp_auth_proxy.models import AccessToken, Account, Flow, Grant
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
-from mcp_auth_proxy.oauth.challenge import BearerChallenge
+from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.registrations import Registrations
 
 logger = logging.getLogger(__name__)
 
-WATCH_INTERVAL = 0.5
-"""Seconds between looks at whether another process has written to the store."""
-
-PURGE_INTERVAL = 3600.0
-"""Seconds between two times that old flows are deleted."""
-
-MIN_LINK_LIFETIME = 60.0
-"""Seconds that a link still has to live when it is given out; of one with a short life, a tenth of that."""
-
-MAX_UNAUTHORIZED = 3
-"""401 answers with a token that one request is carried through."""
-
 
 class Broker:
-    """See the module. Built by the composition root; ``announce`` is told of each new flow and its link."""
+    """The only part of the proxy that knows OAuth. Belongs to one event loop."""
 
     def __init__(
         self,
         *,
         servers: Mapping[str, ServerSettings],
         database: Engine,
-        authorizer: Authorizer,
+        fetcher: Fetcher,
         public_url: str,
-        announce: Callable[[Flow, str], None],
+        announce: Announce,
         clock: Callable[[], float],
+        allow_private: tuple[str, ...] = (),
     ) -> None:
+        """``servers`` may change at any time; call ``servers_changed`` afterwards.
+
+        ``announce`` is called with each new flow and its link. ``allow_private``: private hosts and networks that
+        metadata documents may lead to.
+        """
         self._servers = servers
         self._database = database
+        self._clock = clock
         self._grants = Grants(database)
         self._flows = Flows(database)
-        self._authorizer = authorizer
-        self._tokens = TokenCache(servers=servers, grants=self._grants, authorizer=authorizer, clock=clock)
-        self._visits = AuthorizationAttempts(flows=self._flows, clock=clock)
-        self._step_ups = StepUpLimiter(clock=clock)
-        self._devices = DeviceFlows(authorizer=authorizer, flows=self._flows, grants=self._grants, clock=clock)
-        self._public_url = public_url
-        self._announce = announce
-        self._clock = clock
-        self._pending: dict[Account, PendingAuthorization] = {}
-        self._authorizing: SingleFlight[Account, AccessToken | PendingAuthorization] = SingleFlight()
-        self._tasks: set[asyncio.Task[None]] = set()
+        discoverer = Discoverer(fetcher=fetcher, allow_private=allow_private)
+        self._token_client = TokenClient(fetcher=fetcher, discoverer=discoverer, clock=clock)
+        self._registrar = ClientRegistrar(
+            fetcher=fetcher, registrations=Registrations(database), public_url=public_url, clock=clock
+        )
+        renewer = Renewer(token_client=self._token_client, registrar=self._registrar, grants=self._grants, clock=clock)
+        self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
+        self._attempts = AuthorizationAttempts(flows=self._flows, clock=clock)
+        self._pending = PendingFlows(
+            servers=servers,
+            flows=self._flows,
+            tokens=self._tokens,
+            device_polls=DevicePolls(
+                servers=servers,
+                token_client=self._token_client,
+                registrar=self._registrar,
+                flows=self._flows,
+                grants=self._grants,
+                clock=clock,
+            ),
+            public_url=public_url,
+            announce=announce,
+            clock=clock,
+        )
+        self._authorizations = Authorizations(
+            servers=servers,
+            planner=Planner(discoverer=discoverer, registrar=self._registrar, token_client=self._token_client),
+            registrar=self._registrar,
+            token_client=self._token_client,
+            grants=self._grants,
+            pending=self._pending,
+            clock=clock,
+        )
+        self._watch = StoreWatch(
+            database=database, flows=self._flows, tokens=self._tokens, pending=self._pending, clock=clock
+        )
 
     async def start(self) -> None:
-        """Load what is stored, take up renewals that a crash cut short, and begin to watch the store."""
-        await self._flows.purge(self._clock())
-        await self._database.changed()
-        for grant in await self._grants.all():
-            account = grant.key.account
-            if (
-                grant.ended_at is None
-                and grant.refresh_begun_at is not None
-                and grant.key.account.server in self._servers
-            ):
-                logger.warning("a renewal for server %s was cut short; it is taken up again", grant.key.account.server)
-                held = await self._tokens.load(account)
-                if held is not None and renewable(held.grant):
-                    self._tokens.renew_soon(account, held)
-        for flow in await self._flows.devices(self._clock()):
-            server = self._servers.get(flow.key.account.server)
-            if server is not None and self._authorizer.fits(flow, server):
-                self._track(flow.key.account, flow)
-        self._spawn(self._watch())
+        """Begin the background work: interrupted renewals, device polls, watching the store. Raises StoreError."""
+        await self._watch.start()
+        await self._tokens.resume_interrupted()
+        await self._pending.resume_device_flows()
 
     async def aclose(self) -> None:
-        """Stop all that runs by itself. A renewal under way is waited for: its refresh token is spent already."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Stop all background work. A renewal in progress is waited for: its refresh token is used up already."""
+        await self._watch.aclose()
         await self._tokens.aclose()
-        await self._devices.settle()
-        await self._authorizing.aclose()
+        await self._pending.aclose()
+        await self._authorizations.aclose()
 
-    # The three verbs
+    # For requests
 
     async def token(self, account: Account) -> AccessToken | None:
-        """Return the token to send, None where there is no grant.
+        """Return the token to send; None if there is no grant.
 
-        Raises AuthorizationServerUnavailable where the token is dead and can't be renewed now, and StoreError.
+        Raises AuthorizationError if the server was removed from the configuration, AuthorizationServerUnavailable if
+        the token is dead and can't be renewed now, and StoreError.
         """
         return await self._tokens.token(account)
 
     def token_nowait(self, account: Account) -> tuple[bool, AccessToken | None]:
-        """Return whether nothing has to be waited for or begun before a request is sent, and the token to send with it.
+        """Return (ready, token). ``ready`` is False if the caller must await ``token()`` instead.
 
-        That is: a token in use that is not due to be renewed; or none, where no grant and no flow is known.
+        A token of None with ``ready`` means that there is neither a grant nor a pending authorization.
         """
-        known, token = self._tokens.token_nowait(account)
-        return known and (token is not None or account not in self._pending), token
+        ready, token = self._tokens.token_nowait(account)
+        return ready and (token is not None or account not in self._pending), token
 
     def pending(self, account: Account) -> PendingAuthorization | None:
-        """Return the flow that waits for the user, where there is one whose link can be used for a while yet."""
-        pending = self._pending.get(account)
-        return pending if pending is not None and not pending.done and self._is_usable(pending.flow) else None
+        """Return the authorization that waits for the user, if its link can be used for a while."""
+        return self._pending.usable(account)
 
     async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
-        """Return what to answer a request with that has waited for long: a flow whose link can be used for a while yet.
+        """Return the pending authorization to answer a request with that has waited for long: its link is usable.
 
-        A flow on another device is not followed by another here: its code comes from the authorization server.
-        Raises StoreError.
+        Raises AuthorizationError if the server was removed or reconfigured, and StoreError.
         """
-        account = pending.flow.key.account
-        newest = self._pending.get(account, pending)
-        if newest.done or newest.flow.device is not None or self._is_usable(newest.flow):
-            return newest
-        outcome = await self._authorizing.run(
-            account, lambda: self._start_flow(account, self._authorizer.clone_flow(newest.flow))
-        )
-        return outcome if isinstance(outcome, PendingAuthorization) else newest
+        return await self._authorizations.fresh_link(pending)
 
     async def challenged(
         self,
@@ -155,284 +150,164 @@ class Broker:
         status: int,
         challenge: Sequence[bytes],
         used: AccessToken | None,
-        trail: ChallengeHistory,
+        history: ChallengeHistory,
         nonce: Sequence[bytes] = (),
     ) -> AccessToken | PendingAuthorization | None:
-        """Answer an upstream's 401 or 403: a token to try again with, or a flow to wait for.
+        """Decide how to go on after a 401 or 403: with a token to try again, or a pending authorization to wait for.
 
-        ``nonce`` are the answer's DPoP-Nonce fields. None: the answer is no challenge (a 403 for another reason) and
-        belongs to the client.
-        Raises AuthorizationError, AuthorizationServerUnavailable, StoreError.
+        None: the response is not a challenge (a 403 for another reason) and belongs to the client. ``challenge`` and
+        ``nonce`` are the WWW-Authenticate and DPoP-Nonce fields of the response, ``used`` the token of the request.
+        Raises AuthorizationError, AuthorizationServerUnavailable and StoreError.
         """
-        settings = self._servers[account.server]
+        server = configured(self._servers, account.server)
         bearer = challenges.bearer(challenge)
         if not challenges.demands_authorization(status, bearer):
             return None
-        held = self._tokens.get(account) or await self._tokens.load(account)
-        if held is not None and (used is None or held.token.generation > used.generation):
-            held.used = True
-            return held.token
+        cached = self._tokens.get(account) or await self._tokens.load(account)
+        if cached is not None and (used is None or cached.token.generation > used.generation):
+            cached.used = True
+            return cached.token
         if status == 401 and used is not None:
-            again = trail.with_new_nonce == used.generation
-            same = dpop.with_new_nonce(used, server=account.server, challenge=challenge, nonce=nonce, again=again)
-            if same is not None:
-                trail.with_new_nonce = used.generation
-                return same
-            trail.unauthorized += 1
-            if held is not None and renewable(held.grant) and trail.unauthorized < MAX_UNAUTHORIZED:
-                renewed = await self._tokens.renew(account, held)
-                if renewed is not None:
-                    renewed.used = True
-                    return renewed.token
-            elif trail.authorizations:
-                raise AuthorizationError(
-                    f"Server {account.server} refuses a token that its authorization server has just issued"
-                    f"{f' ({held.grant.key.issuer})' if held else ''}. Look at "
-                    f"servers.{account.server}.oauth.resource and scopes, at "
-                    f"authorization_params or token_params if the provider wants an audience there "
-                    f"(docs/providers.md), and at what the account may use."
-                )
-        trail.authorizations += 1
-        if trail.authorizations > MAX_AUTHORIZATIONS:
-            raise step_up_limit(account.server, (bearer and bearer.scopes) or ())
-        already = held.grant.scopes if held is not None and status == 403 else None
+            same = _with_new_nonce(used, server, challenge, nonce, history)
+            token = same or await self._renew_after_401(server, cached, history)
+            if token is not None:
+                return token
+        history.count_authorization(server.name, (bearer and bearer.scopes) or ())
         if status == 403 and bearer is not None and used is not None and used.signer is not None:
-            # It took the proof: what is asked for on top must not be had for a weaker token.
+            # The server accepted the proof: the new scopes must not come with a token that is not bound.
             bearer = replace(bearer, dpop=True)
-        others = challenges.other_schemes(challenge)
-        return await self._authorizing.run(account, lambda: self._authorize(account, settings, bearer, already, others))
+        return await self._authorizations.authorize(
+            account,
+            bearer,
+            already=cached.grant.scopes if cached is not None and status == 403 else None,
+            schemes=challenges.other_schemes(challenge),
+        )
+
+    async def _renew_after_401(
+        self, server: ServerSettings, cached: CachedToken | None, history: ChallengeHistory
+    ) -> AccessToken | None:
+        """Return a renewed token; None if a new authorization is needed."""
+        may_renew = history.count_unauthorized()
+        if cached is not None and renewable(cached.grant) and may_renew:
+            renewed = await self._tokens.renew(cached.grant.key.account, cached)
+            if renewed is not None:
+                renewed.used = True
+                return renewed.token
+        elif history.authorizations:
+            raise AuthorizationError(
+                f"Server {server.name} refuses a token that its authorization server has just issued"
+                f"{f' ({cached.grant.key.issuer})' if cached else ''}. Look at "
+                f"{server.key('oauth.resource')} and scopes, at "
+                f"authorization_params or token_params if the provider wants an audience there "
+                f"(docs/providers.md), and at what the account may use."
+            )
+        return None
+
+    # For browsers
+
+    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
+        """Return what to show to the browser that opened a link. Raises CallbackRefused."""
+        return await self._attempts.open(server, flow_id)
 
     async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
-        """Finish the flow that a callback belongs to, and let everyone who waits for it go on.
+        """Complete the flow that a callback belongs to, and let everyone who waits for it continue.
 
-        Raises CallbackRefused where it belongs to none, AuthorizationError where the authorization failed.
+        Raises CallbackRefused if it belongs to none, AuthorizationError if the authorization failed.
         """
-        flow, attempt = await self._visits.accept(params, cookies)
-        account = flow.key.account
+        flow, attempt = await self._attempts.accept(params, cookies)
         try:
-            server = self._server_of(flow)
+            server = configured_for(self._servers, flow)
             code = authorization_code.check_response(params, flow=flow)
-            grant = await self._authorizer.redeem(server, flow, attempt, code)
+            grant = await self._token_client.redeem(server, flow, attempt, code)
         except (AuthorizationError, CallbackRefused) as error:
             if isinstance(error, TokenRefused | AuthorizationDenied):
-                await self._note_rejection(error.error, flow)
-            await self._fail_flow(account, flow, str(error))
+                await self._authorizations.note_rejection(error.error, flow)
+            await self._pending.fail(flow, error)
             raise
         stored = await self._grants.add_from(grant, flow.id)
         if stored is None:
-            # A logout, most likely, while the code was redeemed.
-            await self._authorizer.discard(server, grant)
-            self._fail_pending(account, flow.id, CANCELLED)
+            # The flow was cancelled while the code was redeemed, most likely by a logout.
+            await self._token_client.discard(server, grant)
+            self._pending.drop(flow, AuthorizationDenied(CANCELLED))
             raise AuthorizationDenied(CANCELLED)
-        await self._activate(account, stored)
-        logger.info("server %s is connected", flow.key.account.server)
+        self._pending.activate(stored)
+        logger.info("server %s is connected", server.name)
         return flow
 
-    async def visit(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
-        """Begin a browser's visit to a link. Raises CallbackRefused."""
-        return await self._visits.open(server, flow_id)
+    # For commands, pages and the API
 
-    # For the terminal
+    async def authorize(
+        self, account: Account, *, status: int, challenge: Sequence[bytes]
+    ) -> AccessToken | PendingAuthorization | None:
+        """Authorize an account ahead of its first request.
 
-    async def grants(self) -> list[Grant]:
-        """Return every grant that the store holds, ended ones too."""
-        return await self._grants.all()
+        ``status`` and ``challenge`` (the WWW-Authenticate fields) are the server's response to a request without a
+        token. Returns the token, which may have been stored before, or the pending authorization to wait for; None if
+        the server asks for no authorization. Raises AuthorizationError and StoreError.
+        """
+        token = await self.token(account)
+        if token is not None:
+            return token
+        bearer = challenges.bearer(challenge)
+        if not challenges.demands_authorization(status, bearer):
+            return None
+        return await self._authorizations.authorize(account, bearer, schemes=challenges.other_schemes(challenge))
 
-    async def logout(
-        self, account: Account, server: ServerSettings, *, forget_client: bool
-    ) -> tuple[list[str], list[str]]:
-        """Forget the grants for a server and revoke them upstream; return what was done, and what failed, in lines."""
-        done: list[str] = []
-        failed: list[str] = []
-        # In this order: a grant that arrives in between finds its flow cancelled, or is deleted.
+    async def connections(self) -> list[Connection]:
+        """Return what is connected, for each configured server and account. Raises StoreError."""
+        return await stored_connections(self._servers, self._database, now=self._clock())
+
+    async def disconnect(self, account: Account, *, forget_client: bool = False) -> Disconnected:
+        """Delete the grants of an account and revoke them at their authorization servers.
+
+        A revocation that fails is part of the result: the grant is deleted all the same. ``forget_client``: delete the
+        dynamic registrations too, even if there is no grant. Raises StoreError.
+        """
+        # In this order: a grant that is stored in between finds its flow cancelled, or is deleted.
         await self._flows.cancel(account)
         grants = await self._grants.delete(account)
-        for grant in grants:
-            if grant.ended_at is not None:
-                continue
-            try:
-                revoked = await self._authorizer.revoke(server, grant)
-            except McpAuthProxyError as error:
-                failed.append(
-                    f"{server.name}: forgotten here, but not revoked at {grant.key.issuer}: {error} "
-                    f"Its tokens are good until they end by themselves; to end them now, withdraw the access at the "
-                    f"provider, for example on its account page."
-                )
-            else:
-                how = "forgotten here and revoked at" if revoked else "forgotten here; no revocation is offered by"
-                done.append(f"{server.name}: {how} {grant.key.issuer}")
+        self._tokens.evict(account)
+        self._pending.cancel(account)
+        forgotten = [await self._revoke(account, grant) for grant in grants if grant.ended_at is None]
         if forget_client:
-            # Also where no grant is left: that is when a registration is what stands in the way.
-            await self._authorizer.forget_clients(server)
-            done.append(f"{server.name}: the next authorization registers anew")
-        return done, failed
+            await self._registrar.forget_all(account)
+        return Disconnected(account=account, grants=tuple(forgotten), client_forgotten=forget_client)
 
-    # Authorizations
-
-    async def _authorize(
-        self,
-        account: Account,
-        server: ServerSettings,
-        challenge: BearerChallenge | None,
-        already: tuple[str, ...] | None,
-        schemes: tuple[str, ...],
-    ) -> AccessToken | PendingAuthorization:
-        """``already``: the scopes that a step-up starts from; None: this is none. ``schemes``: see ``plan``."""
-        pending = self.pending(account)
-        if pending is None:
-            pending = await self._resume(account, server, challenge)
-        if pending is not None:
-            return pending
-        plan = await self._authorizer.plan(account, server, challenge, already or (), schemes=schemes)
-        if already is not None:
-            asked = (challenge and challenge.scopes) or ()
-            self._step_ups.count(account, server=server.name, asked=asked, already=already)
-        if server.oauth.grant.unattended:
-            return await self._obtain(account, plan)
-        return await self._start_flow(account, await self._begin(plan))
-
-    async def _start_flow(self, account: Account, flow: Flow) -> PendingAuthorization:
-        await self._flows.save(flow)
-        pending = self._track(account, flow)
-        self._announce(flow, pending.link)
-        return pending
-
-    async def _obtain(self, account: Account, plan: Plan) -> AccessToken:
+    async def _revoke(self, account: Account, grant: Grant) -> ForgottenGrant:
+        reason = ""
+        server = self._servers.get(account.server)
         try:
-            grant = await self._authorizer.obtain(plan)
-        except TokenRefused as refused:
-            raise AuthorizationDenied(str(refused), refused.error, hint=refused.hint) from None
-        return (await self._activate(account, await self._grants.add(grant))).token
-
-    async def _begin(self, plan: Plan) -> Flow:
-        try:
-            return await self._authorizer.begin(plan)
-        except TokenRefused as refused:
-            await self._note_rejection(refused.error, plan)
-            raise AuthorizationDenied(str(refused), refused.error, hint=refused.hint) from None
-
-    async def _note_rejection(self, error: str, tried: Flow | Plan) -> None:
-        """Let the next authorization do without what this one was refused for, where that is ours to change."""
-        if error == "invalid_client":
-            await self._authorizer.forget_client(tried.registration)
-        elif error == "invalid_scope":
-            self._authorizer.leave_out_offline_access(tried)
-
-    async def _resume(
-        self, account: Account, server: ServerSettings, challenge: BearerChallenge | None
-    ) -> PendingAuthorization | None:
-        """Take up a flow that an earlier run of the proxy began, or another process, if it still fits."""
-        flow = await self._flows.live(account, self._clock())
-        if flow is None or not self._is_usable(flow) or not self._authorizer.fits(flow, server):
-            return None
-        if not set((challenge and challenge.scopes) or ()) <= set(flow.scopes):
-            return None
-        pending = self._track(account, flow)
-        # The browser was opened by who began it; here somebody may be looking for the link.
-        logger.warning("server %s still needs your authorization, open this link: %s", server.name, pending.link)
-        return pending
-
-    def _track(self, account: Account, flow: Flow) -> PendingAuthorization:
-        link = f"{self._public_url}/connect/{flow.key.account.server}?flow={flow.id}"
-        before = self._pending.get(account)
-        if before is not None and not before.done:
-            pending = before.replaced_by(flow, link)
+            if server is None:
+                raise server_removed(account.server)
+            revoked = await self._token_client.revoke(server, grant)
+        except McpAuthProxyError as error:
+            revocation, reason = Revocation.FAILED, str(error)
         else:
-            pending = PendingAuthorization(flow, link, asyncio.get_running_loop().create_future())
-        self._pending[account] = pending
-        if flow.device is not None:
-            self._spawn(self._follow_device(account, flow))
-        return pending
+            revocation = Revocation.REVOKED if revoked else Revocation.NOT_OFFERED
+        return ForgottenGrant(issuer=grant.key.issuer, revocation=revocation, reason=reason)
 
-    async def _follow_device(self, account: Account, flow: Flow) -> None:
-        """Wait for the user on another device, then let everyone who waits go on."""
-        try:
-            grant = await self._devices.wait_for_decision(self._server_of(flow), flow)
-            if grant is not None:
-                await self._activate(account, grant)
-                logger.info("server %s is connected", flow.key.account.server)
-        except AuthorizationError as error:
-            logger.warning("server %s was not authorized: %s", flow.key.account.server, error)
-            await self._fail_flow(account, flow, str(error))
-        except StoreError as error:
-            logger.error("the authorization of server %s could not be stored: %s", flow.key.account.server, error)
-            self._fail_pending(account, flow.id, str(error))
+    def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
+        """Adapt to a changed configuration. To be called after the mapping of servers was changed.
 
-    async def _fail_flow(self, account: Account, flow: Flow, reason: str) -> None:
-        await self._flows.finish(flow.id, FlowStatus.FAILED, reason)
-        self._fail_pending(account, flow.id, reason)
+        Tokens and pending authorizations of servers that were removed, or changed so that they no longer match, are
+        dropped: requests that wait are answered with the reason, timers and device polls are stopped. The store keeps
+        the grants; one that matches the new configuration is used with the next request.
+        """
+        names = {*removed, *changed}
+        self._tokens.servers_changed(names)
+        self._pending.servers_changed(names)
 
-    async def _activate(self, account: Account, grant: Grant) -> CachedToken:
-        held = self._tokens.put(account, grant)
-        held.used = True
-        pending = self._pending.pop(account, None)
-        if pending is not None:
-            pending.release(held.token)
-        return held
 
-    def _fail_pending(self, account: Account, flow_id: str, reason: str) -> None:
-        pending = self._pending.get(account)
-        if pending is not None and pending.flow.id == flow_id:
-            del self._pending[account]
-            pending.fail(AuthorizationDenied(reason))
-
-    def _is_usable(self, flow: Flow) -> bool:
-        rest = min(MIN_LINK_LIFETIME, 0.1 * (flow.expires_at - flow.created_at))
-        return flow.expires_at - self._clock() >= rest
-
-    def _server_of(self, flow: Flow) -> ServerSettings:
-        server = self._servers.get(flow.key.account.server)
-        if server is None:
-            raise AuthorizationError(f"Server {flow.key.account.server} is no longer in the configuration.")
-        if not is_for(flow.key, server):
-            raise AuthorizationError(
-                f"The configuration has given the name {flow.key.account.server} to another server or issuer "
-                f"since this authorization was begun."
-            )
-        return server
-
-    # What other processes do
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _watch(self) -> None:
-        """Notice grants that ``login`` or ``logout`` in another process has stored or removed; delete old flows."""
-        purged = self._clock()
-        while True:
-            await asyncio.sleep(WATCH_INTERVAL)
-            # A store in trouble is reported by /readyz and by the requests that need it.
-            with contextlib.suppress(StoreError):
-                if await self._database.changed():
-                    await self._reload()
-            now = self._clock()
-            # The distance, for the clock may have been set back.
-            if abs(now - purged) >= PURGE_INTERVAL:
-                purged = now
-                with contextlib.suppress(StoreError):
-                    await self._flows.purge(now)
-
-    async def _reload(self) -> None:
-        self._tokens.clear_negative()
-        for account in {*self._tokens.keys(), *self._pending}:
-            grant = await self._tokens.current(account)
-            if grant is None:
-                self._tokens.evict(account)
-            elif not self._tokens.is_renewing(account):
-                await self._activate_if_new(account, grant)
-        for account, pending in list(self._pending.items()):
-            flow = await self._flows.get(pending.flow.id)
-            if flow is None or flow.status is FlowStatus.FAILED:
-                self._fail_pending(account, pending.flow.id, flow.reason if flow else CANCELLED)
-
-    async def _activate_if_new(self, account: Account, grant: Grant) -> None:
-        pending = self._pending.get(account)
-        if pending is None:
-            self._tokens.put(account, grant)
-            return
-        flow = await self._flows.get(pending.flow.id)
-        # Or by the link before this one, or that another process gave out.
-        if grant.granted_at > pending.flow.created_at or (flow is not None and flow.status is FlowStatus.DONE):
-            await self._activate(account, grant)
+def _with_new_nonce(
+    used: AccessToken,
+    server: ServerSettings,
+    challenge: Sequence[bytes],
+    nonce: Sequence[bytes],
+    history: ChallengeHistory,
+) -> AccessToken | None:
+    """Return the token of a request with the DPoP nonce that its server asked for; None if it asked for none."""
+    repeated = history.with_new_nonce == used.generation
+    same = dpop.with_new_nonce(used, server=server, challenge=challenge, nonce=nonce, repeated=repeated)
+    if same is not None:
+        history.with_new_nonce = used.generation
+    return same

@@ -1,4 +1,4 @@
-"""Credentials that others renew: a projected service account token, an ID token. Read at each use, never kept."""
+"""Credentials that something else renews, such as a projected service account token. Read at each use, never cached."""
 
 import asyncio
 import re
@@ -8,15 +8,15 @@ from mcp_auth_proxy.config.settings import Credential, Secret
 from mcp_auth_proxy.errors import AuthorizationError
 
 LARGEST = 64 * 1024
-"""Bytes of a credential file."""
+"""Maximum size of a credential file, in bytes."""
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
 async def read(source: Credential, setting: str) -> str:
-    """Return a credential as it is now. ``setting`` is the dotted path of its key, for errors.
+    """Return the current value of a credential. ``setting`` is the dotted path of its key, for error messages.
 
-    Raises AuthorizationError where the file can't be read or holds no token; its text never repeats the content.
+    Raises AuthorizationError if the file can't be read or holds no token. The message never repeats the content.
     """
     text = source.value if isinstance(source, Secret) else await asyncio.to_thread(_read_file, source, setting)
     token = text.strip()

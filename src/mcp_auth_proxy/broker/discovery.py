@@ -1,4 +1,4 @@
-"""Discovery: from a server to its authorization server, one document after another."""
+"""Discovery: find the authorization server of an MCP server, and read the metadata of both."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class MetadataLookup:
-    """One address that was asked for a document. ``found`` is None where it is not there, or ``error`` says why."""
+    """One request for a metadata document. ``found`` is None if it is not there; ``error`` says why, if known."""
 
     document: str
     url: str
@@ -29,15 +29,15 @@ class MetadataLookup:
 
 
 Observer = Callable[[MetadataLookup], None]
-"""Told of each look once it is over."""
+"""Called with each lookup when it has ended."""
 
 
-def ignore_lookup(look: MetadataLookup) -> None:
-    """Nobody watches: a running proxy tells of what went wrong, not of each step."""
+def ignore_lookup(lookup: MetadataLookup) -> None:
+    """Do nothing: a running proxy reports failures only, not each step."""
 
 
 class Discoverer:
-    """Reads the documents, and knows which addresses they may lead to. Raises AuthorizationError throughout."""
+    """Fetch and validate metadata documents. All methods that fetch raise AuthorizationError."""
 
     def __init__(self, *, fetcher: Fetcher, allow_private: tuple[str, ...], observe: Observer = ignore_lookup) -> None:
         self._fetcher = fetcher
@@ -45,17 +45,17 @@ class Discoverer:
         self._observe = observe
 
     def policy(self, url: str) -> AddressPolicy:
-        """Return the addresses that documents may lead to where they start from a configured URL."""
+        """Return which addresses may be fetched in a discovery that starts from a configured URL."""
         return AddressPolicy.for_upstream(url, self._allow_private)
 
     async def discover(
         self, server: ServerSettings, challenge: BearerChallenge | None
     ) -> tuple[ResourceMetadata | None, ServerMetadata]:
-        """Return the metadata of the resource, None where it has none, and of its authorization server."""
+        """Return the metadata of the resource, None if it has none, and the metadata of its authorization server."""
         oauth = server.oauth
         if oauth.metadata is not None:
-            with self._look(discovery.SERVER_METADATA, "") as look:
-                look.found = metadata = discovery.configured_server_metadata(oauth.metadata, issuer=oauth.issuer)
+            with self._lookup(discovery.SERVER_METADATA, "") as lookup:
+                lookup.found = metadata = discovery.configured_server_metadata(oauth.metadata, issuer=oauth.issuer)
             return None, metadata
         policy = self.policy(server.url)
         resource = await self.resource_metadata(server, challenge)
@@ -72,7 +72,7 @@ class Discoverer:
         return resource, metadata
 
     async def identity_provider(self, idp: IdpSettings) -> tuple[str, tuple[str, ...] | None]:
-        """Return the token endpoint of an identity provider, and the ways of authenticating that it says it knows."""
+        """Return the token endpoint of an identity provider, and the client authentication methods that it supports."""
         if idp.token_endpoint is not None:
             return idp.token_endpoint, None
         if idp.issuer is None:
@@ -83,30 +83,35 @@ class Discoverer:
     async def resource_metadata(
         self, server: ServerSettings, challenge: BearerChallenge | None
     ) -> ResourceMetadata | None:
-        """RFC 9728 §3 and §5: the URL of the challenge, then the well-known ones. None: the server has none."""
+        """Return the metadata of a resource (RFC 9728 §3, §5); None if the server has none.
+
+        The URL in the challenge is tried first, then the well-known URLs.
+        """
         policy = self.policy(server.url)
-        named = self._named(server, challenge)
+        named = self._url_in_challenge(server, challenge)
         for url in discovery.resource_metadata_urls(server.url, named):
-            with self._look(discovery.RESOURCE_METADATA, url) as look:
-                look.response = response = await self._fetcher.get(url, document=look.document, policy=policy)
+            with self._lookup(discovery.RESOURCE_METADATA, url) as lookup:
+                lookup.response = response = await self._fetcher.get(url, document=lookup.document, policy=policy)
                 if _is_document(response, required=url == named):
-                    look.found = found = discovery.read_resource_metadata(response.body, url=url, server_url=server.url)
+                    lookup.found = found = discovery.read_resource_metadata(
+                        response.body, url=url, server_url=server.url
+                    )
                     return found
                 if response.status >= 500:
-                    raise _answered_badly(look.document, url, response)
+                    raise _unavailable(lookup.document, url, response)
         return None
 
-    def _named(self, server: ServerSettings, challenge: BearerChallenge | None) -> str | None:
-        """The URL of the challenge. What is no absolute URL counts as absent, as it does for other clients."""
+    def _url_in_challenge(self, server: ServerSettings, challenge: BearerChallenge | None) -> str | None:
+        """Return the metadata URL in a challenge; a value that is not an absolute URL is ignored."""
         if challenge is None or challenge.resource_metadata is None or challenge.names_metadata:
             return challenge.resource_metadata if challenge else None
         problem = (
-            f"the challenge of server {server.name} names it by {challenge.resource_metadata[:200]!r}, which is no "
-            f"absolute URL; well-known addresses are tried"
+            f"the challenge of server {server.name} names it by {challenge.resource_metadata[:200]!r}, which is not "
+            f"an absolute URL; well-known addresses are tried"
         )
-        passed_over = DocumentRefused(discovery.RESOURCE_METADATA, "", problem, "RFC 9728 §5.1")
-        self._observe(MetadataLookup(discovery.RESOURCE_METADATA, "", error=passed_over))
-        logger.warning("%s", passed_over)
+        ignored = DocumentRefused(discovery.RESOURCE_METADATA, "", problem, "RFC 9728 §5.1")
+        self._observe(MetadataLookup(discovery.RESOURCE_METADATA, "", error=ignored))
+        logger.warning("%s", ignored)
         return None
 
     async def _server_metadata(self, issuer: str, policy: AddressPolicy) -> ServerMetadata:
@@ -115,7 +120,7 @@ class Discoverer:
             raise DocumentRefused(
                 discovery.SERVER_METADATA,
                 issuer,
-                "none was found at any of its well-known addresses; where the server has none, "
+                "none was found at any of its well-known addresses; if the server has none, "
                 "give it in the key oauth.metadata",
                 "RFC 8414 §3",
                 hint=ConfigHint("oauth.metadata"),
@@ -123,36 +128,37 @@ class Discoverer:
         return found
 
     async def _legacy_metadata(self, server: ServerSettings, policy: AddressPolicy) -> ServerMetadata:
-        """MCP 2025-03-26: without resource metadata the server's origin is its own authorization server."""
+        """Return the metadata of a server without resource metadata: its own origin is its issuer (MCP 2025-03-26)."""
         found = await self._find_server_metadata(urls.raw_origin(server.url), policy, legacy=True)
         return found or discovery.legacy_server_metadata(server.url)
 
     async def _find_server_metadata(self, issuer: str, policy: AddressPolicy, *, legacy: bool) -> ServerMetadata | None:
         failed: AuthorizationServerUnavailable | None = None
         for url in discovery.authorization_server_metadata_urls(issuer):
-            with self._look(discovery.SERVER_METADATA, url) as look:
-                look.response = response = await self._fetcher.get(url, document=look.document, policy=policy)
+            with self._lookup(discovery.SERVER_METADATA, url) as lookup:
+                lookup.response = response = await self._fetcher.get(url, document=lookup.document, policy=policy)
                 if _is_document(response, required=False):
-                    look.found = found = discovery.read_server_metadata(
+                    lookup.found = found = discovery.read_server_metadata(
                         response.body, url=url, issuer=issuer, policy_http_loopback=policy.loopback, legacy=legacy
                     )
                     return found
                 if response.status >= 500:
-                    look.error = failed = _answered_badly(look.document, url, response)
+                    lookup.error = failed = _unavailable(lookup.document, url, response)
         if failed is not None:
             raise failed
         return None
 
     @contextmanager
-    def _look(self, document: str, url: str) -> Iterator[MetadataLookup]:
-        look = MetadataLookup(document, url)
+    def _lookup(self, document: str, url: str) -> Iterator[MetadataLookup]:
+        """Record what happens to one request for a document, and report it to the observer."""
+        lookup = MetadataLookup(document, url)
         try:
-            yield look
+            yield lookup
         except AuthorizationError as error:
-            look.error = error
+            lookup.error = error
             raise
         finally:
-            self._observe(look)
+            self._observe(lookup)
 
 
 def _issuer(server: ServerSettings, resource: ResourceMetadata) -> str:
@@ -164,24 +170,23 @@ def _issuer(server: ServerSettings, resource: ResourceMetadata) -> str:
         return pinned
     raise AuthorizationError(
         f"Server {server.name} names {', '.join(offered)} as its authorization server, but "
-        f"servers.{server.name}.oauth.issuer pins {pinned}. If the move is genuine, change that key.",
+        f"{server.key('oauth.issuer')} pins {pinned}. If the move is genuine, change that key.",
         hint=ConfigHint("oauth.issuer", offered[0]),
     )
 
 
 def _is_document(response: Response, *, required: bool) -> bool:
-    """Whether an answer is meant as the document.
+    """Return whether a response is meant as the document.
 
-    Sites answer 200 with a page of their own at addresses they do not know; where the address was only guessed,
-    that is no document. Where the server named it, or says that it is JSON (RFC 8414 §3.2, RFC 9728 §3.2), it is one,
-    and the validator says what is wrong with it.
+    Many sites answer 200 with a web page at unknown addresses, so a page at a guessed URL is ignored. If the server
+    named the URL, or declares JSON (RFC 8414 §3.2, RFC 9728 §3.2), the validator says what is wrong with it.
     """
     if response.status != 200:
         return False
-    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-    says_json = kind == "application/json" or kind.endswith("+json")
-    return required or says_json or response.body.lstrip()[:1] == b"{"
+    media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    declares_json = media_type == "application/json" or media_type.endswith("+json")
+    return required or declares_json or response.body.lstrip()[:1] == b"{"
 
 
-def _answered_badly(document: str, url: str, response: Response) -> AuthorizationServerUnavailable:
+def _unavailable(document: str, url: str, response: Response) -> AuthorizationServerUnavailable:
     return AuthorizationServerUnavailable(f"The {document} at {url} can't be read: HTTP {response.status}.")

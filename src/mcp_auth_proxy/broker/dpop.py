@@ -1,4 +1,4 @@
-"""DPoP between the steps (RFC 9449): nonces as they come and go, and the proofs that accompany a bound token."""
+"""DPoP state that outlives a single request (RFC 9449): the nonces of each server, and the signers of bound tokens."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -6,27 +6,27 @@ from dataclasses import replace
 
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError
-from mcp_auth_proxy.models import AccessToken, DpopUse, Flow, Grant
+from mcp_auth_proxy.models import AccessToken, Grant
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth import dpop
 
 MAX_NONCES = 10_000
-"""Places whose nonce is remembered; the one that was heard of longest ago goes first."""
+"""Number of nonces that are remembered; the least recently updated one is dropped first."""
 
 
 class Nonces:
-    """The newest nonce of each place: a token endpoint's URL, or a resource's origin (RFC 9449 §8.2)."""
+    """The newest nonce of each place: the URL of a token endpoint, or the origin of a resource (RFC 9449 §8.2)."""
 
     def __init__(self) -> None:
         self._nonces: OrderedDict[str, str] = OrderedDict()
 
     def get(self, place: str) -> str:
-        """Return the nonce to use, empty where none has been asked for."""
+        """Return the nonce to use; empty if none was required so far."""
         return self._nonces.get(place, "")
 
     def update_nonce(self, place: str, nonce: str) -> None:
-        """Remember a nonce; an empty one changes nothing."""
+        """Remember a nonce. An empty one changes nothing."""
         if not nonce:
             return
         self._nonces[place] = nonce
@@ -36,7 +36,7 @@ class Nonces:
 
 
 class TokenSigner:
-    """Proofs for the requests that carry one token. ``once`` is a nonce meant for the next of them alone."""
+    """Sign the proofs for requests with one token. ``once`` is a nonce for the next proof only."""
 
     def __init__(
         self, key: dpop.Key, *, origin: str, ath: str, nonces: Nonces, clock: Callable[[], float], once: str = ""
@@ -59,14 +59,17 @@ class TokenSigner:
         ).encode("ascii")
 
     def update_nonce(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Take in the nonce of an answer, a good one's too (RFC 9449 §8.2)."""
+        """Remember the nonce of a response; successful responses have one too (RFC 9449 §8.2)."""
         self._once = ""
         for name, value in headers:
             if name.lower() == b"dpop-nonce":
                 self._nonces.update_nonce(self._origin, dpop.read_nonce(value.decode("latin-1")))
 
     def with_nonce(self, nonce: str) -> "TokenSigner":
-        """Return one that uses this nonce next, whatever other requests hear meanwhile: some are good only once."""
+        """Return a copy that uses this nonce for its next proof.
+
+        Other requests do not replace it in the meantime: some servers accept a nonce only once.
+        """
         return TokenSigner(
             self._key, origin=self._origin, ath=self._ath, nonces=self._nonces, clock=self._clock, once=nonce
         )
@@ -75,7 +78,7 @@ class TokenSigner:
 def access_token(
     grant: Grant, server: ServerSettings, generation: int, *, nonces: Nonces, clock: Callable[[], float]
 ) -> AccessToken:
-    """Return what the data plane may hold of a grant."""
+    """Return a grant's token as the data plane sees it."""
     tokens = grant.tokens
     header = f"{tokens.token_type} {tokens.access_token}".encode("ascii")
     if tokens.token_type != dpop.TOKEN_TYPE or grant.dpop_key is None:
@@ -91,37 +94,20 @@ def access_token(
 
 
 def with_new_nonce(
-    used: AccessToken, *, server: str, challenge: Sequence[bytes], nonce: Sequence[bytes], again: bool
+    used: AccessToken, *, server: ServerSettings, challenge: Sequence[bytes], nonce: Sequence[bytes], repeated: bool
 ) -> AccessToken | None:
-    """Return the same token with the nonce that a resource asks for (RFC 9449 §9); None where that is not the matter.
+    """Return the same token with the nonce that a resource requires (RFC 9449 §9); None if it requires none.
 
-    Raises AuthorizationError where it is asked for ``again`` with the nonce just given.
+    Raises AuthorizationError if this is ``repeated``: the last proof had the nonce that the server asked for.
     """
     if not isinstance(used.signer, TokenSigner) or not challenges.wants_nonce(challenge):
         return None
-    values = [given for value in nonce if (given := dpop.read_nonce(value.decode("latin-1")))]
+    values = [read for value in nonce if (read := dpop.read_nonce(value.decode("latin-1")))]
     if not values:
         return None
-    if again:
+    if repeated:
         raise AuthorizationError(
-            f"Server {server} refuses the proof that its token is sent with, although it has the nonce that the server "
-            f"asked for (RFC 9449 §9). Look at this machine's clock, and at the address in servers.{server}.url."
+            f"Server {server.name} refuses the proof that its token is sent with, although it has the nonce that the "
+            f"server asked for (RFC 9449 §9). Look at this machine's clock, and at the address in {server.key('url')}."
         )
     return replace(used, signer=used.signer.with_nonce(values[-1]))
-
-
-def fits(origin: Grant | Flow, server: ServerSettings) -> bool:
-    """Whether what is stored is bound as the configuration wants it by now."""
-    match server.oauth.dpop:
-        case DpopUse.OFF:
-            return not _bound(origin)
-        case DpopUse.REQUIRED:
-            return _bound(origin)
-        case _:
-            return True
-
-
-def _bound(origin: Grant | Flow) -> bool:
-    if isinstance(origin, Flow):
-        return origin.dpop_key is not None
-    return origin.tokens.token_type == dpop.TOKEN_TYPE

@@ -1,4 +1,4 @@
-"""What a request waits for while a user authorizes, and what it has been through."""
+"""What requests wait for while a user authorizes."""
 
 import asyncio
 from dataclasses import dataclass
@@ -10,50 +10,43 @@ from mcp_auth_proxy.models import AccessToken, Flow
 
 @dataclass(eq=False, slots=True)
 class PendingAuthorization:
-    """A flow that waits for a user; every request that needs it waits on the same one.
+    """A flow that waits for its user. All requests of the account wait for the same one.
 
-    Near its end it is followed by another, which whoever waits for this one waits for too.
+    Shortly before a flow expires it is replaced by another; whoever waits for the first then waits for both.
     """
 
     flow: Flow
     link: str
-    _released: asyncio.Future[AccessToken]
+    _outcome: asyncio.Future[AccessToken]
 
     async def wait(self, timeout: float, interrupt: asyncio.Future[None] | None = None) -> AccessToken | None:
-        """Return the token as soon as the user has consented; None after ``timeout`` seconds, or on ``interrupt``.
+        """Return the token as soon as the user has consented; None after ``timeout`` seconds or on ``interrupt``.
 
-        Raises AuthorizationError when the authorization has failed.
+        Raises AuthorizationError if the authorization fails.
         """
-        futures: set[asyncio.Future[Any]] = {self._released}
+        futures: set[asyncio.Future[Any]] = {self._outcome}
         if interrupt is not None:
             futures.add(interrupt)
         await asyncio.wait(futures, timeout=max(0.0, timeout), return_when=asyncio.FIRST_COMPLETED)
-        return self._released.result() if self._released.done() else None
+        return self._outcome.result() if self._outcome.done() else None
 
     @property
     def done(self) -> bool:
-        return self._released.done()
+        """Whether the user has consented, or the authorization has failed."""
+        return self._outcome.done()
 
     def replaced_by(self, flow: Flow, link: str) -> "PendingAuthorization":
-        """Return what to wait for from now on: a consent by either link lets everyone go on."""
-        return PendingAuthorization(flow, link, self._released)
+        """Return the pending authorization for a new flow. A consent by either link ends both."""
+        return PendingAuthorization(flow, link, self._outcome)
 
     def release(self, token: AccessToken) -> None:
-        if not self._released.done():
-            self._released.set_result(token)
+        """Let everyone who waits continue with this token."""
+        if not self._outcome.done():
+            self._outcome.set_result(token)
 
     def fail(self, error: AuthorizationError) -> None:
-        if not self._released.done():
-            self._released.set_exception(error)
-            # Marks it as seen: nobody may be waiting.
-            self._released.exception()
-
-
-@dataclass(slots=True)
-class ChallengeHistory:
-    """What one request has been through; it bounds how often the request is carried on."""
-
-    unauthorized: int = 0
-    authorizations: int = 0
-    with_new_nonce: int = 0
-    """The generation of the token that was last sent again with a nonce its server asked for."""
+        """Raise an error for everyone who waits."""
+        if not self._outcome.done():
+            self._outcome.set_exception(error)
+            # Marks the exception as retrieved: perhaps nobody waits.
+            self._outcome.exception()

@@ -1,4 +1,4 @@
-"""Runs one piece of work per key, however many ask for it at once."""
+"""Run one piece of work per key, however many callers ask for it at once."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable
@@ -9,19 +9,19 @@ T = TypeVar("T")
 
 
 class SingleFlight(Generic[K, T]):
-    """The work belongs to nobody who waits for it: a waiter that is cancelled does not take it down."""
+    """Share running work among its callers. Cancelling one caller does not cancel the work."""
 
     def __init__(self) -> None:
         self._running: dict[K, asyncio.Task[T]] = {}
 
     async def run(self, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what ``work`` returns, or raise what it raises, starting it only if it is not under way."""
+        """Return what ``work`` returns, or raise what it raises. Starts it only if it is not running already."""
         return await asyncio.shield(self.start(key, work))
 
     def start(self, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
-        """Start ``work`` unless it is under way; return the task that does it."""
+        """Start ``work`` unless it is running already; return the task that runs it."""
         task = self._running.get(key)
-        # One that is done may still be there: others get a turn between its end and the callback.
+        # A task that is done may still be listed: other tasks can run between its end and the callback.
         if task is None or task.done():
             task = asyncio.create_task(work())
             self._running[key] = task
@@ -32,18 +32,18 @@ class SingleFlight(Generic[K, T]):
         if self._running.get(key) is task:
             del self._running[key]
         if not task.cancelled():
-            # Marks the exception as seen: with nobody waiting, asyncio would report it a second time.
+            # Marks the exception as retrieved: if nobody waits, asyncio would log it.
             task.exception()
 
     async def aclose(self) -> None:
-        """Cancel all that is under way and wait for it to end."""
+        """Cancel all running work and wait for it to end."""
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def settle(self, timeout: float) -> None:
-        """Wait until nothing is under way, at most ``timeout`` seconds."""
+        """Wait at most ``timeout`` seconds for all running work to end."""
         if self._running:
             await asyncio.wait(list(self._running.values()), timeout=timeout)
 

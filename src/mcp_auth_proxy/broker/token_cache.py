@@ -1,17 +1,17 @@
-"""The tokens in use, and their renewal ahead of time.
+"""The tokens in use, by account, and their renewal ahead of expiry.
 
-In memory, for each (principal, server): all of it can be had again from the store.
+Everything here can be loaded again from the store.
 """
 
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mcp_auth_proxy.broker import dpop
-from mcp_auth_proxy.broker.planning import Authorizer
+from mcp_auth_proxy.broker.matching import configured, matches, server_reconfigured
 from mcp_auth_proxy.broker.renewal import GrantEnded, Renewer, renew_at, renewable
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -22,50 +22,54 @@ from mcp_auth_proxy.store.grants import Grants
 logger = logging.getLogger(__name__)
 
 LONGEST_TIMER = 86_400.0
-"""Seconds: a timer is set anew that often at least, since the clock may be set meanwhile."""
+"""Maximum seconds of a timer. Longer waits take several: the clock may be set in the meantime."""
 
 
 @dataclass(slots=True)
 class CachedToken:
-    """A grant in use: what the hot path looks at."""
+    """A grant in use, with what each request needs to know of it. Times are Unix seconds."""
 
     grant: Grant
     token: AccessToken
     renew_at: float
     dead_at: float
     used: bool = False
+    """Whether a request has used the token. An unused one is not renewed ahead of expiry."""
     timer: asyncio.TimerHandle | None = None
 
 
 class TokenCache:
-    """See the module. Belongs to one event loop."""
+    """Hand out tokens and renew them. Belongs to one event loop."""
 
     def __init__(
         self,
         *,
         servers: Mapping[str, ServerSettings],
         grants: Grants,
-        authorizer: Authorizer,
+        renewer: Renewer,
         clock: Callable[[], float],
     ) -> None:
+        """``servers`` may change at any time; see ``servers_changed``."""
         self._servers = servers
         self._grants = grants
-        self._authorizer = authorizer
-        self._renewer = Renewer(authorizer=authorizer, grants=grants, clock=clock)
+        self._renewer = renewer
         self._clock = clock
         self._generations = itertools.count(1)
         self._nonces = dpop.Nonces()
-        self._held: dict[Account, CachedToken] = {}
+        self._cached: dict[Account, CachedToken] = {}
         self._negative: set[Account] = set()
+        """Accounts that are known to have no grant."""
+        self._invalidations = 0
+        """Incremented by each invalidation. What was read from the store before one is read again."""
         self._loading: SingleFlight[Account, CachedToken | None] = SingleFlight()
         self._renewing: SingleFlight[Account, CachedToken | None] = SingleFlight()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
-        """Stop all that runs by itself. A renewal under way is waited for: its refresh token is spent already."""
-        for held in self._held.values():
-            if held.timer is not None:
-                held.timer.cancel()
+        """Stop all background work. A renewal in progress is waited for: its refresh token is used up already."""
+        for cached in self._cached.values():
+            if cached.timer is not None:
+                cached.timer.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -76,69 +80,66 @@ class TokenCache:
     # For requests
 
     async def token(self, account: Account) -> AccessToken | None:
-        """Return the token to send, None where there is no grant.
+        """Return the token to send; None if there is no grant.
 
-        Raises AuthorizationServerUnavailable where the token is dead and can't be renewed now, and StoreError.
+        Raises AuthorizationError if the server was removed from the configuration, AuthorizationServerUnavailable if
+        the token is dead and can't be renewed now, and StoreError.
         """
-        held = self._held.get(account)
-        if held is not None:
+        cached = self._cached.get(account)
+        if cached is not None:
             now = self._clock()
-            if now < held.dead_at:
-                if now >= held.renew_at and account not in self._renewing:
-                    self.renew_soon(account, held)
-                held.used = True
-                return held.token
+            if now < cached.dead_at:
+                if now >= cached.renew_at and account not in self._renewing:
+                    self._renew_soon(account, cached)
+                cached.used = True
+                return cached.token
         elif account in self._negative:
             return None
-        return await self._token_from_store(account, held)
+        return await self._load_or_renew(account, cached)
 
     def token_nowait(self, account: Account) -> tuple[bool, AccessToken | None]:
-        """Return whether the token to send is known without waiting, and it; None where no grant is known."""
-        held = self._held.get(account)
-        if held is None:
+        """Return (ready, token). ``ready`` is False if the caller must await ``token()`` instead.
+
+        A token of None with ``ready`` means that there is no grant.
+        """
+        cached = self._cached.get(account)
+        if cached is None:
             return account in self._negative, None
-        held.used = True
+        cached.used = True
         now = self._clock()
-        return now < held.renew_at and now < held.dead_at, held.token
+        return now < cached.renew_at and now < cached.dead_at, cached.token
+
+    async def _load_or_renew(self, account: Account, cached: CachedToken | None) -> AccessToken | None:
+        cached = cached or await self.load(account)
+        if cached is None:
+            return None
+        cached.used = True
+        if self._clock() < cached.dead_at or not renewable(cached.grant):
+            # A token that can't be renewed is tried even if it seems expired: perhaps the clock is wrong.
+            return cached.token
+        renewed = await self.renew(account, cached)
+        return renewed.token if renewed else None
 
     # For the broker
 
     def get(self, account: Account) -> CachedToken | None:
-        """Return what is in use, without a look at the store."""
-        return self._held.get(account)
+        """Return the cached token, without reading the store."""
+        return self._cached.get(account)
 
-    def keys(self) -> set[Account]:
-        """Return whose tokens are in use."""
-        return set(self._held)
-
-    def clear_negative(self) -> None:
-        """Forget which grants there are not: another process may have stored one."""
-        self._negative.clear()
+    def accounts(self) -> set[Account]:
+        """Return the accounts that have a cached token."""
+        return set(self._cached)
 
     def is_renewing(self, account: Account) -> bool:
         return account in self._renewing
 
-    def renew_soon(self, account: Account, held: CachedToken) -> None:
-        """Renew a token in the background."""
-        self._spawn(self._renew_in_background(account, held))
-
-    async def _token_from_store(self, account: Account, held: CachedToken | None) -> AccessToken | None:
-        if held is None:
-            held = await self._loading.run(account, lambda: self.load(account))
-            if held is None:
-                return None
-        held.used = True
-        if self._clock() < held.dead_at or not renewable(held.grant):
-            # A token that looks dead but can't be renewed is tried all the same: the clock may be what is wrong.
-            return held.token
-        renewed = await self.renew(account, held)
-        return renewed.token if renewed else None
-
-    async def current(self, account: Account) -> Grant | None:
-        """Return the stored grant for a server, if it is for what the server is configured to be now."""
+    async def stored(self, account: Account) -> Grant | None:
+        """Return the stored grant that may be used for an account, if there is one. Raises StoreError."""
         grant = await self._grants.current(account)
         server = self._servers.get(account.server)
-        if grant is None or server is None or self._authorizer.serves(grant, server):
+        if grant is None or server is None:
+            return None
+        if matches(grant, server):
             return grant
         logger.warning(
             "the grant of server %s is for another server or issuer than configured; it is not used", account.server
@@ -146,83 +147,152 @@ class TokenCache:
         return None
 
     async def load(self, account: Account) -> CachedToken | None:
-        """Put what the store has in use; None where it has nothing. Raises StoreError."""
-        grant = await self.current(account)
-        if grant is None:
+        """Cache the stored grant of an account; return None if there is none.
+
+        Raises AuthorizationError if the server was removed from the configuration, and StoreError.
+        """
+        return await self._loading.run(account, lambda: self._load(account))
+
+    async def _load(self, account: Account) -> CachedToken | None:
+        while True:
+            before = self._invalidations
+            grant = await self.stored(account)
+            if before == self._invalidations:
+                break
+        configured(self._servers, account.server)
+        if grant is not None:
+            return self.put(account, grant)
+        if account not in self._cached:
             self._negative.add(account)
-            return None
-        return self.put(account, grant)
+        return self._cached.get(account)
 
     def put(self, account: Account, grant: Grant) -> CachedToken:
-        """Put a stored grant in use, unless it is in use already."""
-        before = self._held.get(account)
+        """Cache a stored grant, unless it is cached already.
+
+        Raises AuthorizationError if the server was removed, or changed so that the grant is not for it.
+        """
+        server = configured(self._servers, account.server)
+        if not matches(grant, server):
+            raise server_reconfigured(server.name)
+        before = self._cached.get(account)
         if before is not None:
             if (before.grant.id, before.grant.version) == (grant.id, grant.version):
                 return before
             if before.timer is not None:
                 before.timer.cancel()
-        tokens = grant.tokens
-        due = renew_at(tokens) if renewable(grant) else None
-        held = CachedToken(
+        cached = CachedToken(
             grant=grant,
-            token=dpop.access_token(
-                grant, self._servers[account.server], next(self._generations), nonces=self._nonces, clock=self._clock
-            ),
-            renew_at=float("inf") if due is None else due,
-            dead_at=float("inf") if tokens.expires_at is None else tokens.expires_at,
+            token=dpop.access_token(grant, server, next(self._generations), nonces=self._nonces, clock=self._clock),
+            renew_at=self._renew_at(grant),
+            dead_at=float("inf") if grant.tokens.expires_at is None else grant.tokens.expires_at,
         )
-        self._held[account] = held
+        self._cached[account] = cached
         self._negative.discard(account)
-        if due is not None:
-            self._schedule(account, held)
-        return held
+        self._schedule(account, cached)
+        return cached
 
     def evict(self, account: Account) -> None:
-        """Use a token no longer."""
-        held = self._held.pop(account, None)
-        if held is not None and held.timer is not None:
-            held.timer.cancel()
+        """Stop using a token, and stop its timer. Loads and renewals in progress do not bring it back."""
+        self._invalidations += 1
+        self._negative.discard(account)
+        cached = self._cached.pop(account, None)
+        if cached is not None and cached.timer is not None:
+            cached.timer.cancel()
 
-    def _schedule(self, account: Account, held: CachedToken) -> None:
-        if held.timer is not None:
-            held.timer.cancel()
-        delay = min(max(0.0, held.renew_at - self._clock()), LONGEST_TIMER)
-        held.timer = asyncio.get_running_loop().call_later(delay, self._on_timer, account, held)
+    def clear_negative(self) -> None:
+        """Forget which accounts have no grant: another process may have stored one."""
+        self._invalidations += 1
+        self._negative.clear()
 
-    def _on_timer(self, account: Account, held: CachedToken) -> None:
-        """Renew ahead of expiry what has been used since the last renewal; what lies idle waits until it is used."""
-        held.timer = None
-        if self._held.get(account) is not held:
-            return
-        if self._clock() < held.renew_at:
-            self._schedule(account, held)
-        elif held.used:
-            self.renew_soon(account, held)
+    def servers_changed(self, names: Collection[str]) -> None:
+        """Evict the tokens that servers with these names may not be sent as they are configured now, or at all.
 
-    async def _renew_in_background(self, account: Account, held: CachedToken) -> None:
-        try:
-            await self.renew(account, held)
-        except McpAuthProxyError as error:
-            logger.debug("background renewal for server %s: %s", account.server, error)
-            delay = self._renewer.retry_in(held.grant)
-            if delay is not None and self._held.get(account) is held:
-                held.renew_at = max(held.renew_at, self._clock() + delay)
-                # The timer may still be set for what is past by now: timers stand still while a machine sleeps.
-                self._schedule(account, held)
+        What the store has for them is loaded with the next request.
+        """
+        for account in {*self._cached, *self._negative}:
+            if account.server not in names:
+                continue
+            server, cached = self._servers.get(account.server), self._cached.get(account)
+            if server is None or cached is None or not matches(cached.grant, server):
+                self.evict(account)
 
-    async def renew(self, account: Account, held: CachedToken) -> CachedToken | None:
-        """Return the renewed grant, None where it has ended; one renewal at a time for everyone who asks."""
-        return await self._renewing.run(account, lambda: self._renew_now(account, held))
+    # Renewal
 
-    async def _renew_now(self, account: Account, held: CachedToken) -> CachedToken | None:
-        current = self._held.get(account)
-        if current is not None and current.token.generation > held.token.generation:
+    async def resume_interrupted(self) -> None:
+        """Renew the grants whose renewal was interrupted by a crash. Raises StoreError."""
+        for grant in await self._grants.all():
+            account = grant.key.account
+            if grant.ended_at is not None or grant.refresh_begun_at is None or account.server not in self._servers:
+                continue
+            logger.warning("a renewal for server %s was cut short; it is taken up again", account.server)
+            cached = await self.load(account)
+            if cached is not None and renewable(cached.grant):
+                self._renew_soon(account, cached)
+
+    async def renew(self, account: Account, cached: CachedToken) -> CachedToken | None:
+        """Return the renewed token; None if the grant has ended. All callers share one renewal.
+
+        Raises AuthorizationError, AuthorizationServerUnavailable and StoreError.
+        """
+        return await self._renewing.run(account, lambda: self._renew(account, cached))
+
+    async def _renew(self, account: Account, cached: CachedToken) -> CachedToken | None:
+        current = self._cached.get(account)
+        if current is not None and current.token.generation > cached.token.generation:
             return current
+        before = self._invalidations
         try:
-            return self.put(account, await self._renewer.renew(self._servers[account.server], held.grant))
+            renewed = await self._renewer.renew(configured(self._servers, account.server), cached.grant)
         except GrantEnded:
             self.evict(account)
-            return await self.load(account)
+            return await self._load(account)
+        if before != self._invalidations:
+            return await self._load(account)
+        return self.put(account, renewed)
+
+    def _renew_soon(self, account: Account, cached: CachedToken) -> None:
+        """Renew a token in the background."""
+        self._spawn(self._renew_in_background(account, cached))
+
+    async def _renew_in_background(self, account: Account, cached: CachedToken) -> None:
+        try:
+            await self.renew(account, cached)
+        except McpAuthProxyError as error:
+            logger.debug("background renewal for server %s: %s", account.server, error)
+            self._postpone(account, cached)
+
+    def _renew_at(self, grant: Grant) -> float:
+        """Return when to renew a grant in the background: when it is due, but not before a backoff has ended."""
+        due = renew_at(grant.tokens) if renewable(grant) else None
+        if due is None:
+            return float("inf")
+        return max(due, self._renewer.retry_at(grant) or due)
+
+    def _postpone(self, account: Account, cached: CachedToken) -> None:
+        retry_at = self._renewer.retry_at(cached.grant)
+        if retry_at is not None and self._cached.get(account) is cached:
+            cached.renew_at = max(cached.renew_at, retry_at)
+            # The timer may have been set for a time that is past by now: timers stand still while a machine sleeps.
+            self._schedule(account, cached)
+
+    def _schedule(self, account: Account, cached: CachedToken) -> None:
+        if cached.timer is not None:
+            cached.timer.cancel()
+            cached.timer = None
+        if cached.renew_at == float("inf"):
+            return
+        delay = min(max(0.0, cached.renew_at - self._clock()), LONGEST_TIMER)
+        cached.timer = asyncio.get_running_loop().call_later(delay, self._on_timer, account, cached)
+
+    def _on_timer(self, account: Account, cached: CachedToken) -> None:
+        """Renew a token that has been used since the last renewal. An unused one waits for its next use."""
+        cached.timer = None
+        if self._cached.get(account) is not cached:
+            return
+        if self._clock() < cached.renew_at:
+            self._schedule(account, cached)
+        elif cached.used:
+            self._renew_soon(account, cached)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -1,9 +1,10 @@
-"""``login``, ``logout`` and ``status``: they work on the store, beside a running proxy or without one."""
+"""``login``, ``logout`` and ``status``. They work on the store, beside a running proxy or without one."""
 
 import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import datetime
@@ -13,26 +14,33 @@ import click
 import httpx2
 
 from mcp_auth_proxy.app import Application, lifespan, reachable
-from mcp_auth_proxy.broker.pending import ChallengeHistory, PendingAuthorization
-from mcp_auth_proxy.broker.renewal import renewable
+from mcp_auth_proxy.broker import (
+    Connection,
+    ConnectionState,
+    Disconnected,
+    ForgottenGrant,
+    PendingAuthorization,
+    Revocation,
+    stored_connections,
+)
 from mcp_auth_proxy.cli.listener import bind, listening
 from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings
-from mcp_auth_proxy.errors import AddressInUse, ConfigError, ConfigurationError, McpAuthProxyError, without_query_values
-from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, Grant
+from mcp_auth_proxy.errors import AddressInUse, ConfigError, ConfigurationError, McpAuthProxyError
+from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.probe import probe
 from mcp_auth_proxy.store import open_store
-from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.web import browser
 
 
 async def login(settings: Settings, name: str) -> int:
-    """Authorize one server and list its tools through the proxy. Returns the exit code; raises ProxyError.
+    """Authorize one server and list its tools through the proxy. Return the exit code; raise McpAuthProxyError.
 
-    Where a proxy runs already, its callback finishes the flow; the store tells us. Else we listen ourselves.
+    If a proxy is running, its callback completes the flow, and this process learns of it from the store. Otherwise
+    this process listens itself.
     """
     server = server_of(settings, name)
-    # The others have no secrets here: their grants are left to the proxy that has them.
+    # The secrets of the other servers may be missing here: their grants are left to the running proxy.
     settings = replace(settings, servers={server.name: server})
     async with AsyncExitStack() as stack:
         try:
@@ -53,18 +61,15 @@ async def login(settings: Settings, name: str) -> int:
 
 
 async def _authorize(application: Application, server: ServerSettings) -> AccessToken | None:
-    broker = application.broker
-    used = await broker.token(Account(LOCAL, server.name))
-    if used is not None:
+    """Return the server's token, after the user has consented if necessary; None if it asks for no authorization."""
+    broker, account = application.broker, Account(LOCAL, server.name)
+    stored = await broker.token(account)
+    if stored is not None:
         click.echo(f"A login for {server.name} is stored already; `mcp-auth-proxy logout {server.name}` forgets it.")
-        return used
+        return stored
     route = routes.build({server.name: server})[f"/{server.name}/mcp".encode()]
     status, challenge = await probe(application.forwarder.upstream, route)
-    if status not in (401, 403):
-        return None
-    outcome = await broker.challenged(
-        Account(LOCAL, server.name), status=status, challenge=challenge, used=None, trail=ChallengeHistory()
-    )
+    outcome = await broker.authorize(account, status=status, challenge=challenge)
     if not isinstance(outcome, PendingAuthorization):
         return outcome
     click.echo(_invitation(server.name, outcome))
@@ -78,7 +83,7 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
 
 
 def _invitation(server: str, pending: PendingAuthorization) -> str:
-    """What the user is to do; a code is for any device, so that the terminal's machine needs no browser (RFC 8628)."""
+    """Return what the user has to do: open a link here or, with a code, on any device (RFC 8628)."""
     device = pending.flow.device
     if device is None:
         return f"Open this link to authorize {server}:\n\n  {pending.link}\n"
@@ -89,11 +94,11 @@ def _invitation(server: str, pending: PendingAuthorization) -> str:
 
 
 async def _list_tools(server: ServerSettings, url: str) -> None:
-    """Use the server as any client would, so that success means what it says. Raises ProxyError."""
-    # The SDK takes 0.6 s to import: only the commands that use it pay for that.
+    """Use the server as any client would, to make sure that it works. Raises McpAuthProxyError."""
+    # Importing the SDK takes 0.6 s, which only the commands that use it should pay for.
     from mcp import Client
 
-    # The SDK logs what it meets on its way with tracebacks; what matters is told below.
+    # The SDK logs problems with tracebacks; what matters is in the error below.
     logging.getLogger("mcp").setLevel(logging.CRITICAL)
     try:
         async with Client(url) as client:
@@ -114,13 +119,14 @@ def _first(error: BaseException) -> str:
 
 
 async def logout(settings: Settings, name: str, *, forget_client: bool) -> int:
-    """Forget what is held for a server, and revoke it upstream. Returns the exit code; raises ProxyError.
+    """Delete the grants of a server and revoke them. Return the exit code; raise McpAuthProxyError.
 
-    It is forgotten also where the error says that it could not be revoked.
+    If a revocation fails, the grant is deleted all the same, and the error says so.
     """
     server = server_of(settings, name)
     async with lifespan(settings, settings.listen, background=False, announce_key=_say) as application:
-        done, failed = await application.broker.logout(Account(LOCAL, server.name), server, forget_client=forget_client)
+        result = await application.broker.disconnect(Account(LOCAL, server.name), forget_client=forget_client)
+    done, failed = _logout_lines(result)
     for line in done:
         click.echo(line)
     if failed:
@@ -130,20 +136,40 @@ async def logout(settings: Settings, name: str, *, forget_client: bool) -> int:
     return 0
 
 
-async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
-    """Print what is connected, since when, until when, of one server or all. Returns the exit code; raises ProxyError.
+def _logout_lines(result: Disconnected) -> tuple[list[str], list[str]]:
+    """Return what was done and what failed, in lines for the terminal."""
+    server = result.account.server
+    done = [_forgotten_line(server, grant) for grant in result.grants if grant.revocation is not Revocation.FAILED]
+    if result.client_forgotten:
+        done.append(f"{server}: the next authorization registers anew")
+    failed = [_forgotten_line(server, grant) for grant in result.grants if grant.revocation is Revocation.FAILED]
+    return done, failed
 
-    Whether something is connected or not is no matter of the exit code.
+
+def _forgotten_line(server: str, grant: ForgottenGrant) -> str:
+    match grant.revocation:
+        case Revocation.REVOKED:
+            return f"{server}: forgotten here and revoked at {grant.issuer}"
+        case Revocation.NOT_OFFERED:
+            return f"{server}: forgotten here; no revocation is offered by {grant.issuer}"
+        case Revocation.FAILED:
+            return (
+                f"{server}: forgotten here, but not revoked at {grant.issuer}: {grant.reason} "
+                f"Its tokens are good until they end by themselves; to end them now, withdraw the access at the "
+                f"provider, for example on its account page."
+            )
+
+
+async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
+    """Print what is connected, since when, until when, of one server or all. Return 0; raise McpAuthProxyError.
+
+    Whether something is connected does not affect the exit code.
     """
-    servers = list(settings.servers.values()) if name is None else [server_of(settings, name)]
-    grants: list[Grant] = []
-    if settings.store.path.exists():
-        database = await open_store(settings.store)
-        try:
-            grants = await Grants(database).all()
-        finally:
-            await database.close()
-    rows = [_row(server, grants) for server in servers]
+    servers = settings.servers
+    if name is not None:
+        server = server_of(settings, name)
+        servers = {server.name: server}
+    rows = [_row(connection) for connection in await _connections(settings, servers)]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return 0
@@ -153,28 +179,34 @@ async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
     return 0
 
 
-def _row(server: ServerSettings, grants: list[Grant]) -> dict[str, Any]:
-    url = without_query_values(server.url)
-    of_server = [grant for grant in grants if grant.key.account.server == server.name]
-    if not of_server:
-        return {"server": server.name, "url": url, "state": "not connected"}
-    grant = max(of_server, key=lambda grant: (grant.ended_at is None, grant.granted_at))
+async def _connections(settings: Settings, servers: Mapping[str, ServerSettings]) -> list[Connection]:
+    if not settings.store.path.exists():
+        return await stored_connections(servers, None, now=time.time())
+    database = await open_store(settings.store)
+    try:
+        return await stored_connections(servers, database, now=time.time())
+    finally:
+        await database.close()
+
+
+def _row(connection: Connection) -> dict[str, Any]:
+    row = {"server": connection.account.server, "url": connection.url, "state": connection.state.value}
+    if connection.state is ConnectionState.NOT_CONNECTED:
+        return row
     return {
-        "server": server.name,
-        "url": url,
-        "state": "connected" if grant.ended_at is None else "ended",
-        "issuer": grant.key.issuer,
-        "since": _iso(grant.granted_at),
-        "token_until": _iso(grant.tokens.expires_at),
-        "renews_itself": renewable(grant),
-        "scopes": list(grant.tokens.scopes),
-        "reason": grant.ended_reason,
+        **row,
+        "issuer": connection.issuer,
+        "since": _iso(connection.granted_at),
+        "token_until": _iso(connection.token_expires_at),
+        "renews_itself": connection.renews_itself,
+        "scopes": list(connection.scopes),
+        "reason": connection.reason,
     }
 
 
 def _in_words(row: dict[str, Any]) -> str:
     if row["state"] == "not connected":
-        # Only the store is read: whether a server asks for authorization is found out when it is used.
+        # Only the store was read. Whether the server asks for authorization is known when it is used.
         return "no grant: not connected yet, or a server that asks for no authorization"
     if row["state"] == "ended":
         return f"ended, it needs a new authorization: {row['reason']}"
@@ -189,7 +221,7 @@ def _iso(moment: float | None) -> str | None:
 
 
 def server_of(settings: Settings, name: str) -> ServerSettings:
-    """Return the server of that name, or the only one where a URL was given."""
+    """Return the server with this name, or the only one if a URL was given."""
     if "://" in name:
         return next(iter(settings.servers.values()))
     try:
@@ -200,7 +232,7 @@ def server_of(settings: Settings, name: str) -> ServerSettings:
 
 
 async def _require_our_proxy(address: Address) -> None:
-    """Refuse to send a user to a callback that some other program would answer."""
+    """Raise AddressInUse if another program would answer the callback."""
     try:
         async with httpx2.AsyncClient(trust_env=False, timeout=5) as client:
             answer = (await client.get(f"http://{reachable(address)}/healthz")).json()
@@ -215,4 +247,4 @@ def _say(line: str) -> None:
 
 
 def _say_nothing(flow: Flow, link: str) -> None:
-    """The link is printed by the command itself."""
+    """Do nothing: the command prints the link itself."""

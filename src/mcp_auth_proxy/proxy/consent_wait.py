@@ -2,8 +2,7 @@
 
 import asyncio
 
-from mcp_auth_proxy.broker.broker import Broker
-from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker import Broker, PendingAuthorization
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest

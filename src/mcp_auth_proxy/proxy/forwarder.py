@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Collection
 
-from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD

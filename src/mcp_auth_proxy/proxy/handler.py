@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mcp_auth_proxy.broker.broker import Broker
-from mcp_auth_proxy.broker.pending import ChallengeHistory, PendingAuthorization
+from mcp_auth_proxy.broker import Broker, ChallengeHistory, PendingAuthorization
 from mcp_auth_proxy.errors import (
     AuthorizationError,
     AuthorizationServerUnavailable,
@@ -140,7 +139,7 @@ class RequestHandler:
                 challenge=_fields(response, b"www-authenticate"),
                 nonce=_fields(response, b"dpop-nonce"),
                 used=token,
-                trail=history,
+                history=history,
             )
             if verdict is None:
                 await self._relay(response)

@@ -5,8 +5,7 @@ import logging
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mcp_auth_proxy.broker.attempts import cookie_name
-from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
 from mcp_auth_proxy.web.pages import message
 

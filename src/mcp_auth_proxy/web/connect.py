@@ -6,8 +6,7 @@ from urllib.parse import quote, urlencode
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from mcp_auth_proxy.broker.attempts import DevicePrompt
-from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.broker import Broker, DevicePrompt
 from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.pages import SECURITY_HEADERS, message, page
@@ -29,7 +28,7 @@ async def connect(request: Request, broker: Broker, *, public_url: str) -> Respo
         query = urlencode([*request.query_params.multi_items(), (REDIRECTED, "1")])
         return _redirect(f"{public_url}/connect/{quote(server)}?{query}", "Continue")
     try:
-        visit = await broker.visit(server, request.query_params.get("flow", ""))
+        visit = await broker.open_link(server, request.query_params.get("flow", ""))
     except CallbackRefused as refused:
         return message("This link can't be used", str(refused), status=refused.status)
     except AuthorizationError as error:

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mcp_auth_proxy import __version__
-from mcp_auth_proxy.broker.broker import Broker
+from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import StoreError
 from mcp_auth_proxy.models import GrantType

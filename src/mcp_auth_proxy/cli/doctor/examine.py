@@ -8,8 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mcp_auth_proxy.app import effective_public_url
+from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.discovery import Discoverer, MetadataLookup
-from mcp_auth_proxy.broker.planning import Authorizer, Plan
+from mcp_auth_proxy.broker.plan import Plan
+from mcp_auth_proxy.broker.planning import Planner
+from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.cli.doctor import findings, providers
 from mcp_auth_proxy.cli.doctor.probing import ProbeResult, probe_all
 from mcp_auth_proxy.cli.doctor.proposal import Proposal
@@ -64,16 +67,15 @@ class _DiscoveryContext:
     async def run(self, server: ServerSettings, challenge: BearerChallenge | None) -> _Run:
         """Run discovery once, without registering or storing anything."""
         run = _Run()
-        authorizer = Authorizer(
-            fetcher=self.fetcher,
-            registrations=self.registrations,
-            public_url=self.public_url,
-            allow_private=self.allow_private,
-            clock=time.time,
-            observe=run.lookups.append,
+        fetcher, clock = self.fetcher, time.time
+        discoverer = Discoverer(fetcher=fetcher, allow_private=self.allow_private, observe=run.lookups.append)
+        registrar = ClientRegistrar(
+            fetcher=fetcher, registrations=self.registrations, public_url=self.public_url, clock=clock
         )
+        token_client = TokenClient(fetcher=fetcher, discoverer=discoverer, clock=clock)
+        planner = Planner(discoverer=discoverer, registrar=registrar, token_client=token_client)
         try:
-            run.plan = await authorizer.preview(Account(LOCAL, server.name), server, challenge)
+            run.plan = await planner.preview(Account(LOCAL, server.name), server, challenge)
         except AuthorizationError as error:
             run.error = error
         return run

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from mcp_auth_proxy.broker.discovery import MetadataLookup
-from mcp_auth_proxy.broker.planning import Plan
+from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.cli.doctor.proposal import PLACEHOLDER
 from mcp_auth_proxy.cli.doctor.report import Reply, Request, Step, Verdict, shown
 from mcp_auth_proxy.config.settings import OAuthSettings

@@ -1,0 +1,118 @@
+"""Authorize an account: from a challenge to a token, or to a flow that waits for the user."""
+
+from collections.abc import Callable, Mapping
+
+from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.flows import PendingFlows, clone_flow, new_flow
+from mcp_auth_proxy.broker.matching import configured
+from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker.plan import Plan
+from mcp_auth_proxy.broker.planning import Planner
+from mcp_auth_proxy.broker.single_flight import SingleFlight
+from mcp_auth_proxy.broker.step_up import StepUpLimiter
+from mcp_auth_proxy.broker.token_requests import TokenClient
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import AuthorizationDenied, TokenRefused
+from mcp_auth_proxy.models import AccessToken, Account, Flow, GrantType
+from mcp_auth_proxy.oauth.challenge import BearerChallenge
+from mcp_auth_proxy.store.grants import Grants
+
+
+class Authorizations:
+    """Start authorizations, one at a time for each account."""
+
+    def __init__(
+        self,
+        *,
+        servers: Mapping[str, ServerSettings],
+        planner: Planner,
+        registrar: ClientRegistrar,
+        token_client: TokenClient,
+        grants: Grants,
+        pending: PendingFlows,
+        clock: Callable[[], float],
+    ) -> None:
+        self._servers = servers
+        self._planner = planner
+        self._registrar = registrar
+        self._token_client = token_client
+        self._grants = grants
+        self._pending = pending
+        self._clock = clock
+        self._step_ups = StepUpLimiter(clock=clock)
+        self._running: SingleFlight[Account, AccessToken | PendingAuthorization] = SingleFlight()
+
+    async def aclose(self) -> None:
+        await self._running.aclose()
+
+    async def authorize(
+        self,
+        account: Account,
+        challenge: BearerChallenge | None,
+        *,
+        already: tuple[str, ...] | None = None,
+        schemes: tuple[str, ...] = (),
+    ) -> AccessToken | PendingAuthorization:
+        """Return a token if no user has to be asked, otherwise the flow to wait for.
+
+        ``already``: scopes granted before a step-up; None if this is not a step-up. ``schemes``: authentication
+        schemes other than Bearer that the server asked for. Raises AuthorizationError and StoreError.
+        """
+        return await self._running.run(account, lambda: self._authorize(account, challenge, already, schemes))
+
+    async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
+        """Return a pending authorization whose link can be used for a while, a new one if necessary.
+
+        Raises AuthorizationError if the server was removed or reconfigured, and StoreError.
+        """
+        newest = self._pending.get(pending.flow.key.account) or pending
+        if not self._pending.needs_fresh_link(newest):
+            return newest
+        outcome = await self._running.run(newest.flow.key.account, lambda: self._replace(newest.flow))
+        return outcome if isinstance(outcome, PendingAuthorization) else newest
+
+    async def note_rejection(self, error: str, rejected: Flow | Plan) -> None:
+        """Make the next authorization avoid what this one was rejected for, if that is the proxy's own choice."""
+        if error == "invalid_client":
+            await self._registrar.forget(rejected.registration)
+        elif error == "invalid_scope":
+            self._planner.leave_out_offline_access(rejected)
+
+    async def _authorize(
+        self,
+        account: Account,
+        challenge: BearerChallenge | None,
+        already: tuple[str, ...] | None,
+        schemes: tuple[str, ...],
+    ) -> AccessToken | PendingAuthorization:
+        server = configured(self._servers, account.server)
+        pending = self._pending.usable(account) or await self._pending.resume(account, challenge)
+        if pending is not None:
+            return pending
+        plan = await self._planner.plan(account, server, challenge, already=already or (), schemes=schemes)
+        if already is not None:
+            requested = (challenge and challenge.scopes) or ()
+            self._step_ups.count(account, server=server.name, requested=requested, already=already)
+        if server.oauth.grant.unattended:
+            return await self._obtain(plan)
+        return await self._start(plan)
+
+    async def _obtain(self, plan: Plan) -> AccessToken:
+        try:
+            grant = await self._token_client.obtain(plan)
+        except TokenRefused as refused:
+            raise AuthorizationDenied(str(refused), refused.error, hint=refused.hint) from None
+        return self._pending.activate(await self._grants.add(grant)).token
+
+    async def _start(self, plan: Plan) -> PendingAuthorization:
+        if plan.server.oauth.grant is not GrantType.DEVICE_CODE:
+            return await self._pending.start(new_flow(plan, now=self._clock()))
+        try:
+            device = await self._token_client.start_device(plan)
+        except TokenRefused as refused:
+            await self.note_rejection(refused.error, plan)
+            raise AuthorizationDenied(str(refused), refused.error, hint=refused.hint) from None
+        return await self._pending.start(new_flow(plan, now=self._clock(), device=device))
+
+    async def _replace(self, flow: Flow) -> PendingAuthorization:
+        return await self._pending.start(clone_flow(flow, now=self._clock()))

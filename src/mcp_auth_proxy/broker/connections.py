@@ -1,0 +1,131 @@
+"""What is connected, for the command line, the dashboard and the API; and the result of disconnecting."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from mcp_auth_proxy.broker.matching import matches
+from mcp_auth_proxy.broker.renewal import renewable
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import without_query_values
+from mcp_auth_proxy.models import LOCAL, Account, Grant
+from mcp_auth_proxy.store.engine import Engine
+from mcp_auth_proxy.store.flows import Flows
+from mcp_auth_proxy.store.grants import Grants
+
+
+class ConnectionState(StrEnum):
+    """What became of an account's grant; a pending authorization does not change it."""
+
+    CONNECTED = "connected"
+    ENDED = "ended"
+    """Only a user can mend it: a new authorization is needed."""
+    NOT_CONNECTED = "not connected"
+    """Never connected, or disconnected by the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """One account of a configured server, without its tokens. Times are Unix seconds."""
+
+    account: Account
+    url: str
+    """The server's URL, with the values in its query masked."""
+    state: ConnectionState = ConnectionState.NOT_CONNECTED
+    authorizing: bool = False
+    """Whether an authorization waits for its user."""
+    issuer: str = ""
+    """This and what follows is about the grant; empty or None if there is none."""
+    granted_at: float | None = None
+    token_expires_at: float | None = None
+    """When the access token expires; None also if its server did not say."""
+    renews_itself: bool = False
+    """Whether tokens are renewed without a user."""
+    scopes: tuple[str, ...] = ()
+    reason: str = ""
+    """Why the grant has ended."""
+
+    @property
+    def word(self) -> str:
+        """The one word to show to a user."""
+        match self.state:
+            case ConnectionState.CONNECTED:
+                return "connected"
+            case _ if self.authorizing:
+                return "authorizing"
+            case ConnectionState.ENDED:
+                return "ended"
+            case _:
+                return "needs consent"
+
+
+class Revocation(StrEnum):
+    """What became of a grant at its authorization server (RFC 7009)."""
+
+    REVOKED = "revoked"
+    NOT_OFFERED = "not offered"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgottenGrant:
+    """A grant that was deleted from the store."""
+
+    issuer: str
+    revocation: Revocation
+    reason: str = ""
+    """Why the revocation failed, as one or more sentences."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disconnected:
+    """The result of disconnecting an account. Grants that had ended before are not listed."""
+
+    account: Account
+    grants: tuple[ForgottenGrant, ...]
+    client_forgotten: bool
+    """Whether the dynamic registrations were deleted too."""
+
+
+async def stored_connections(
+    servers: Mapping[str, ServerSettings], database: Engine | None, *, now: float
+) -> list[Connection]:
+    """Return the connections of all configured servers, in their order, as the store knows them.
+
+    A server that nobody has connected has one too, for its default account. ``database`` is None if there is no store
+    yet. Neither the network nor the secrets of the configuration are needed. Raises StoreError.
+    """
+    grants = await Grants(database).all() if database is not None else []
+    flows = Flows(database) if database is not None else None
+    found: list[Connection] = []
+    for server in servers.values():
+        own = [grant for grant in grants if grant.key.account.server == server.name]
+        for account in sorted({grant.key.account for grant in own}) or [Account(LOCAL, server.name)]:
+            flow = await flows.live(account, now) if flows is not None else None
+            grant = _current((grant for grant in own if grant.key.account == account), server)
+            connection = Connection(
+                account=account,
+                url=without_query_values(server.url),
+                authorizing=flow is not None and matches(flow, server),
+            )
+            found.append(connection if grant is None else _with_grant(connection, grant))
+    return found
+
+
+def _current(grants: Iterable[Grant], server: ServerSettings) -> Grant | None:
+    """Return the grant in use, else the newest ended one; None if there is none for the server as configured now."""
+    usable = [grant for grant in grants if matches(grant, server)]
+    return max(usable, key=lambda grant: (grant.ended_at is None, grant.granted_at), default=None)
+
+
+def _with_grant(connection: Connection, grant: Grant) -> Connection:
+    return replace(
+        connection,
+        state=ConnectionState.CONNECTED if grant.ended_at is None else ConnectionState.ENDED,
+        issuer=grant.key.issuer,
+        granted_at=grant.granted_at,
+        token_expires_at=grant.tokens.expires_at,
+        renews_itself=renewable(grant),
+        scopes=grant.tokens.scopes,
+        reason=grant.ended_reason,
+    )

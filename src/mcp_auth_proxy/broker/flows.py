@@ -1,0 +1,262 @@
+"""The authorizations that wait for a user: started, resumed, replaced, completed or failed."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mcp_auth_proxy.broker.client_registration import redirect_uri
+from mcp_auth_proxy.broker.device import DevicePolls
+from mcp_auth_proxy.broker.matching import configured, configured_for, matches
+from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker.plan import Plan
+from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, McpAuthProxyError, StoreError
+from mcp_auth_proxy.models import Account, Flow, FlowStatus, Grant
+from mcp_auth_proxy.oauth import dpop
+from mcp_auth_proxy.oauth.challenge import BearerChallenge
+from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart
+from mcp_auth_proxy.store.flows import CANCELLED, Flows
+
+logger = logging.getLogger(__name__)
+
+FLOW_LIFETIME = 600.0
+"""Seconds that a link can be used."""
+
+MIN_LINK_LIFETIME = 60.0
+"""Seconds that a link must still be usable when it is given out; if its whole life is short, a tenth of that."""
+
+Announce = Callable[[Flow, str], None]
+"""Called with each new flow and its link."""
+
+
+class PendingFlows:
+    """The pending authorization of each account. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        *,
+        servers: Mapping[str, ServerSettings],
+        flows: Flows,
+        tokens: TokenCache,
+        device_polls: DevicePolls,
+        public_url: str,
+        announce: Announce,
+        clock: Callable[[], float],
+    ) -> None:
+        """``servers`` may change at any time; see ``servers_changed``."""
+        self._servers = servers
+        self._flows = flows
+        self._tokens = tokens
+        self._device_polls = device_polls
+        self._public_url = public_url
+        self._announce = announce
+        self._clock = clock
+        self._pending: dict[Account, PendingAuthorization] = {}
+        self._following: dict[str, asyncio.Task[None]] = {}
+        """By flow id: the tasks that wait for a decision on another device."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def aclose(self) -> None:
+        """Stop waiting for other devices. A poll in progress may end: its device code can't be used again."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._device_polls.settle()
+
+    # What is pending
+
+    def __contains__(self, account: Account) -> bool:
+        return account in self._pending
+
+    def get(self, account: Account) -> PendingAuthorization | None:
+        """Return the pending authorization of an account."""
+        return self._pending.get(account)
+
+    def usable(self, account: Account) -> PendingAuthorization | None:
+        """Return the pending authorization of an account, if its link can be used for a while."""
+        pending = self._pending.get(account)
+        return pending if pending is not None and not pending.done and self._is_usable(pending.flow) else None
+
+    def needs_fresh_link(self, pending: PendingAuthorization) -> bool:
+        """Return whether a link is too old to be given out.
+
+        A flow on another device is never replaced: its code comes from the authorization server.
+        """
+        return not pending.done and pending.flow.device is None and not self._is_usable(pending.flow)
+
+    def all(self) -> list[PendingAuthorization]:
+        return list(self._pending.values())
+
+    def _is_usable(self, flow: Flow) -> bool:
+        needed = min(MIN_LINK_LIFETIME, 0.1 * (flow.expires_at - flow.created_at))
+        return flow.expires_at - self._clock() >= needed
+
+    # Start and resume
+
+    async def start(self, flow: Flow) -> PendingAuthorization:
+        """Store a new flow and announce its link.
+
+        Raises AuthorizationError if its server was removed or reconfigured in the meantime, and StoreError.
+        """
+        await self._flows.save(flow)
+        try:
+            configured_for(self._servers, flow)
+        except AuthorizationError as error:
+            await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
+            raise
+        pending = self._track(flow)
+        self._announce(flow, pending.link)
+        return pending
+
+    async def resume(self, account: Account, challenge: BearerChallenge | None) -> PendingAuthorization | None:
+        """Return a stored flow that an earlier run or another process started, if it still serves the purpose."""
+        flow = await self._flows.live(account, self._clock())
+        server = configured(self._servers, account.server)
+        if flow is None or not self._is_usable(flow) or not self._matches(flow, server):
+            return None
+        if not set((challenge and challenge.scopes) or ()) <= set(flow.scopes):
+            return None
+        pending = self._track(flow)
+        # The browser was opened by the process that started the flow; here somebody may be looking for the link.
+        logger.warning("server %s still needs your authorization, open this link: %s", server.name, pending.link)
+        return pending
+
+    async def resume_device_flows(self) -> None:
+        """Poll again for the stored flows on other devices. Raises StoreError."""
+        for flow in await self._flows.devices(self._clock()):
+            server = self._servers.get(flow.key.account.server)
+            if server is not None and self._matches(flow, server):
+                self._track(flow)
+
+    def _matches(self, flow: Flow, server: ServerSettings) -> bool:
+        return matches(flow, server) and flow.redirect_uri == redirect_uri(self._public_url, server.oauth.grant)
+
+    def _track(self, flow: Flow) -> PendingAuthorization:
+        account = flow.key.account
+        link = f"{self._public_url}/connect/{account.server}?flow={flow.id}"
+        before = self._pending.get(account)
+        if before is not None and not before.done:
+            pending = before.replaced_by(flow, link)
+        else:
+            pending = PendingAuthorization(flow, link, asyncio.get_running_loop().create_future())
+        self._pending[account] = pending
+        if flow.device is not None and flow.id not in self._following:
+            self._following[flow.id] = task = self._spawn(self._follow_device(flow))
+            task.add_done_callback(lambda _: self._following.pop(flow.id, None))
+        return pending
+
+    async def _follow_device(self, flow: Flow) -> None:
+        """Wait for the user on another device, then let everyone who waits continue."""
+        server = flow.key.account.server
+        try:
+            grant = await self._device_polls.wait_for_decision(flow)
+            if grant is not None:
+                self.activate(grant)
+                logger.info("server %s is connected", server)
+        except AuthorizationError as error:
+            logger.warning("server %s was not authorized: %s", server, error)
+            with contextlib.suppress(StoreError):
+                await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
+            self.drop(flow, error)
+        except StoreError as error:
+            logger.error("the authorization of server %s could not be stored: %s", server, error)
+            self.drop(flow, AuthorizationDenied(str(error)))
+
+    # Complete and fail
+
+    def activate(self, grant: Grant) -> CachedToken:
+        """Use a new grant, and let everyone who waits for it continue.
+
+        Raises AuthorizationError if the server was removed or reconfigured in the meantime.
+        """
+        account = grant.key.account
+        cached = self._tokens.put(account, grant)
+        cached.used = True
+        pending = self._pending.pop(account, None)
+        if pending is not None:
+            pending.release(cached.token)
+        return cached
+
+    async def fail(self, flow: Flow, error: McpAuthProxyError) -> None:
+        """Fail a flow, in the store and for everyone who waits for it. Raises StoreError."""
+        await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
+        self.drop(flow, error)
+
+    def drop(self, flow: Flow, error: McpAuthProxyError) -> None:
+        """Raise an error for everyone who waits for a flow, which has ended in the store or will."""
+        account = flow.key.account
+        pending = self._pending.get(account)
+        if pending is not None and pending.flow.id == flow.id:
+            del self._pending[account]
+            pending.fail(AuthorizationDenied(str(error)))
+
+    def cancel(self, account: Account) -> None:
+        """Raise an error for everyone who waits for an account's flow, and stop polling for it."""
+        pending = self._pending.get(account)
+        if pending is not None:
+            self._stop_following(pending.flow)
+            self.drop(pending.flow, AuthorizationDenied(CANCELLED))
+
+    def servers_changed(self, names: Collection[str]) -> None:
+        """Fail the flows that are of no use to servers with these names as they are configured now, or not at all."""
+        for pending in self.all():
+            flow = pending.flow
+            if flow.key.account.server not in names:
+                continue
+            try:
+                configured_for(self._servers, flow)
+            except AuthorizationError as error:
+                logger.warning("a pending authorization has ended: %s", error)
+                self._stop_following(flow)
+                self.drop(flow, error)
+                self._spawn(self._finish(flow, error))
+
+    async def _finish(self, flow: Flow, error: AuthorizationError) -> None:
+        """Mark a flow as failed in the store, so that its link says why it can't be used."""
+        with contextlib.suppress(StoreError):
+            await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
+
+    def _stop_following(self, flow: Flow) -> None:
+        task = self._following.get(flow.id)
+        if task is not None:
+            task.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def new_flow(plan: Plan, *, now: float, device: DeviceGrantStart | None = None) -> Flow:
+    """Return a flow for a plan, not yet stored. ``device`` if the user authorizes on another device."""
+    return Flow(
+        id=secrets.token_urlsafe(24),
+        key=plan.key,
+        registration=plan.registration,
+        endpoints=plan.endpoints,
+        scopes=plan.scopes,
+        redirect_uri=plan.registration.redirect_uri,
+        iss_supported=plan.metadata.iss_parameter_supported,
+        extra_params=tuple(plan.server.oauth.authorization_params.items()),
+        created_at=now,
+        expires_at=now + (FLOW_LIFETIME if device is None else device.lifetime),
+        device=None if device is None else device.device,
+        dpop_key=plan.new_dpop_key(),
+    )
+
+
+def clone_flow(flow: Flow, *, now: float) -> Flow:
+    """Return a flow, not yet stored, that asks a browser for the same as an older one."""
+    return replace(
+        flow,
+        id=secrets.token_urlsafe(24),
+        created_at=now,
+        expires_at=now + FLOW_LIFETIME,
+        dpop_key=dpop.Key.generate().text if flow.dpop_key else None,
+    )

@@ -1,0 +1,90 @@
+"""Does a stored grant or flow still belong to what a server is configured to be now?
+
+The configuration may change while a grant or a flow is stored: after a restart, or with a reload. A name that now
+belongs to another server must not bring the token of the old one there.
+"""
+
+from collections.abc import Mapping
+
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import AuthorizationError
+from mcp_auth_proxy.models import DpopUse, Flow, Grant, GrantKey, GrantType
+from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.oauth import dpop
+
+
+def matches(stored: Grant | Flow, server: ServerSettings) -> bool:
+    """Return whether a grant, or the grant that a flow leads to, may be used with the server as configured now."""
+    return (
+        _grant_type(stored) is server.oauth.grant
+        and _key_matches(stored.key, server)
+        and _binding_matches(stored, server.oauth.dpop)
+    )
+
+
+def configured(servers: Mapping[str, ServerSettings], name: str) -> ServerSettings:
+    """Return the settings of a server. Raises AuthorizationError if it was removed from the configuration."""
+    server = servers.get(name)
+    if server is None:
+        raise server_removed(name)
+    return server
+
+
+def configured_for(servers: Mapping[str, ServerSettings], flow: Flow) -> ServerSettings:
+    """Return the settings of a flow's server.
+
+    Raises AuthorizationError if the server was removed or changed since the flow was started.
+    """
+    server = configured(servers, flow.key.account.server)
+    if not matches(flow, server):
+        raise server_reconfigured(server.name)
+    return server
+
+
+def server_removed(name: str) -> AuthorizationError:
+    """Return the error for a server that was removed from the configuration."""
+    return AuthorizationError(f"Server {name} is no longer configured.")
+
+
+def server_reconfigured(name: str) -> AuthorizationError:
+    """Return the error for an authorization that the server's new configuration makes useless."""
+    return AuthorizationError(
+        f"The configuration of server {name} was changed after this authorization was started: its url, issuer, "
+        f"resource, grant or dpop. Try again: a new authorization will be started."
+    )
+
+
+def _grant_type(stored: Grant | Flow) -> GrantType:
+    if isinstance(stored, Grant):
+        return stored.grant_type
+    return GrantType.AUTHORIZATION_CODE if stored.device is None else GrantType.DEVICE_CODE
+
+
+def _key_matches(key: GrantKey, server: ServerSettings) -> bool:
+    """Return whether a key names the server's current upstream, issuer and resource.
+
+    Comparing the resource is not enough: it may be omitted, and a token goes only to the origin it was requested for.
+    """
+    oauth = server.oauth
+    if key.upstream is not None and key.upstream != urls.parse(server.url).origin.serialized:
+        return False
+    if oauth.issuer is not None and key.issuer != oauth.issuer:
+        return False
+    match oauth.resource:
+        case "omit":
+            return not key.resource
+        case "auto":
+            return bool(key.resource) and urls.parse(key.resource).origin == urls.parse(server.url).origin
+        case exact:
+            return key.resource == exact
+
+
+def _binding_matches(stored: Grant | Flow, use: DpopUse) -> bool:
+    bound = stored.dpop_key is not None if isinstance(stored, Flow) else stored.tokens.token_type == dpop.TOKEN_TYPE
+    match use:
+        case DpopUse.OFF:
+            return not bound
+        case DpopUse.REQUIRED:
+            return bound
+        case _:
+            return True

@@ -1,0 +1,97 @@
+"""Notice what other processes have changed in the store, and delete old flows."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from mcp_auth_proxy.broker.flows import PendingFlows
+from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker.token_cache import TokenCache
+from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, StoreError
+from mcp_auth_proxy.models import Account, FlowStatus, Grant
+from mcp_auth_proxy.store.engine import Engine
+from mcp_auth_proxy.store.flows import CANCELLED, Flows
+
+WATCH_INTERVAL = 0.5
+"""Seconds between checks whether another process has written to the store."""
+
+PURGE_INTERVAL = 3600.0
+"""Seconds between deletions of old flows."""
+
+
+class StoreWatch:
+    """Keep the token cache and the pending flows in step with the store."""
+
+    def __init__(
+        self,
+        *,
+        database: Engine,
+        flows: Flows,
+        tokens: TokenCache,
+        pending: PendingFlows,
+        clock: Callable[[], float],
+    ) -> None:
+        self._database = database
+        self._flows = flows
+        self._tokens = tokens
+        self._pending = pending
+        self._clock = clock
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Delete old flows, then begin to watch. Raises StoreError."""
+        await self._flows.purge(self._clock())
+        await self._database.changed()
+        self._task = asyncio.create_task(self._watch())
+
+    async def aclose(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        purged_at = self._clock()
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            # Store failures are reported by /readyz and by the requests that need the store.
+            with contextlib.suppress(StoreError):
+                if await self._database.changed():
+                    await self.reload()
+            now = self._clock()
+            # The absolute difference: the clock may have been set back.
+            if abs(now - purged_at) >= PURGE_INTERVAL:
+                purged_at = now
+                with contextlib.suppress(StoreError):
+                    await self._flows.purge(now)
+
+    async def reload(self) -> None:
+        """Take over the grants that ``login`` or ``logout`` in another process has stored or deleted.
+
+        Raises StoreError.
+        """
+        self._tokens.clear_negative()
+        for account in {*self._tokens.accounts(), *(pending.flow.key.account for pending in self._pending.all())}:
+            grant = await self._tokens.stored(account)
+            if grant is None:
+                self._tokens.evict(account)
+            elif not self._tokens.is_renewing(account):
+                # If the server was removed or reconfigured just now, the grant is not for it any more.
+                with contextlib.suppress(AuthorizationError):
+                    await self._activate_if_new(account, grant)
+        for pending in self._pending.all():
+            await self._drop_if_ended(pending)
+
+    async def _activate_if_new(self, account: Account, grant: Grant) -> None:
+        pending = self._pending.get(account)
+        if pending is None:
+            self._tokens.put(account, grant)
+            return
+        flow = await self._flows.get(pending.flow.id)
+        # The consent may also have come by an earlier link, or by one of another process.
+        if grant.granted_at > pending.flow.created_at or (flow is not None and flow.status is FlowStatus.DONE):
+            self._pending.activate(grant)
+
+    async def _drop_if_ended(self, pending: PendingAuthorization) -> None:
+        flow = await self._flows.get(pending.flow.id)
+        if flow is None or flow.status is FlowStatus.FAILED:
+            self._pending.drop(pending.flow, AuthorizationDenied(flow.reason if flow else CANCELLED))
