@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mcp_auth_proxy.store.database import Database
 
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.renewal import (
@@ -30,7 +29,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import Account, Grant, GrantType, TokenSet
 from mcp_auth_proxy.oauth.fetch import Fetcher
-from mcp_auth_proxy.store import lease
+from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
 from store.builders import NOW, grant, store_settings, tokens
@@ -63,7 +62,7 @@ class Endpoint(TokenClient):
 
 
 class Scene:
-    def __init__(self, database: Database, stored: Grant, grants: Grants) -> None:
+    def __init__(self, database: Engine, stored: Grant, grants: Grants) -> None:
         self.database = database
         self.grants = grants
         self.grant = stored
@@ -100,7 +99,7 @@ class Scene:
 
 @pytest.fixture
 async def it(tmp_path: Path) -> AsyncIterator[Scene]:
-    database = await Database.open(store_settings(tmp_path))
+    database = await open_store(store_settings(tmp_path))
     grants = Grants(database)
     scene = Scene(database, await grants.add(grant()), grants)
     await scene.registrations.save(scene.grant.registration)
@@ -304,7 +303,7 @@ async def test_a_clock_that_is_set_back_does_not_prolong_the_pause(it: Scene) ->
 class Watched(Grants):
     """Tells when somebody was turned away."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Engine) -> None:
         super().__init__(database)
         self.turned_away = asyncio.Event()
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from mcp_auth_proxy.store.database import Database
 
 from fakes.extension_server import TOKEN_EXCHANGE, ExtensionServer
 from fakes.fixtures import Servers
@@ -22,6 +21,7 @@ from mcp_auth_proxy.errors import AuthorizationError, TokenRefused
 from mcp_auth_proxy.models import Account, GrantType
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.oauth.token_exchange import SubjectToken
+from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.registrations import Registrations
 from store.builders import store_settings
 
@@ -36,7 +36,7 @@ class Client:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[Client]:
-    database = await Database.open(store_settings(tmp_path))
+    database = await open_store(store_settings(tmp_path))
     fetcher = Fetcher()
     discoverer = Discoverer(fetcher=fetcher, allow_private=())
     tokens = TokenClient(fetcher=fetcher, discoverer=discoverer, clock=time.time)
