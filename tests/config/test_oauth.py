@@ -156,9 +156,7 @@ def test_an_audience_of_assertions_needs_a_key(tmp_path: Path) -> None:
     client = "client_id: a, private_key: 'env:KEY', client_assertion_audience"
     assert read(tmp_path, f"{client}: endpoint").client_assertion_audience == "endpoint"
     assert faults(tmp_path, f"{client}: other")[0].startswith("client_assertion_audience: must be one of")
-    assert faults(tmp_path, "client_assertion_audience: endpoint") == [
-        "client_assertion_audience: needs a private_key"
-    ]
+    assert faults(tmp_path, "client_assertion_audience: endpoint") == ["client_assertion_audience: needs a private_key"]
 
 
 STATIC = "authorization_endpoint: https://as.example/a, token_endpoint: https://as.example/t"

@@ -151,9 +151,7 @@ def read_server_metadata(
     document = Document.parse(body, name=SERVER_METADATA, url=url, clause="RFC 8414 §2", form="RFC 8414 §3.2")
     stated = document.required_string("issuer")
     if stated != issuer and not (legacy and _is_below(stated, issuer)):
-        advice = (
-            "; if that is this server's authorization server, set the key oauth.issuer" if legacy else ""
-        )
+        advice = "; if that is this server's authorization server, set the key oauth.issuer" if legacy else ""
         raise document.refusal(f"its issuer is {stated}, not {issuer} as expected{advice}", "RFC 8414 §3.3")
     return _server_metadata(document, stated, http_loopback=policy_http_loopback)
 
