@@ -23,6 +23,4 @@ def test_each_row_has_its_tests(number: str) -> None:
     text, files = rows()[number]
     assert files or "not built yet" in text
     for file in files:
-        assert re.search(rf"\b{number}\b", (ROOT / "tests" / file).read_text()), (
-            f"{number} is not named in tests/{file}"
-        )
+        assert re.search(rf"\b{number}\b", (ROOT / "tests" / file).read_text()), f"no {number} in tests/{file}"
