@@ -476,6 +476,23 @@ async def test_bytes_do_not_overtake_those_that_wait_to_be_parsed() -> None:
         assert listener.app.served == 2
 
 
+async def test_a_request_that_is_refused_just_before_its_turn_is_not_served() -> None:
+    class Interrupted(HttpServerConnection):
+        def response_complete(self, request: ClientRequest) -> None:
+            super().response_complete(request)
+            if request.path == b"/held":
+                self.data_received(b"nonsense\r\n")
+
+    async with listening(Interrupted) as listener:
+        client = await listener.connect(post(b"", path=b"/held") + chunked(b"x")[:-5])
+        await until(lambda: listener.app.served == 1)
+        listener.app.release.set()
+        assert (await client.echo())["path"] == "/held"
+        assert await client.status() == 400
+        assert await client.is_closed()
+        assert listener.app.served == 1
+
+
 async def test_a_bad_pipelined_request_does_not_spoil_the_responses_before_it(listener: Listener) -> None:
     client = await listener.connect(post(b"", path=b"/held") + GOOD + TWO_HOSTS + GOOD)
     await until(lambda: listener.app.served == 1)
