@@ -1,4 +1,4 @@
-"""The socket that is listened on, and the HTTP server on it."""
+"""The listening socket and the HTTP server on it."""
 
 import asyncio
 import errno
@@ -16,14 +16,15 @@ from mcp_auth_proxy.errors import AddressInUse, McpAuthProxyError
 from mcp_auth_proxy.net.http_server import HttpServerConnection
 
 BACKLOG = 2048
-FLUSH_SECONDS = 1.0
-"""Seconds that clients have, at the end, to take what was sent to them."""
+FLUSH_TIMEOUT = 1.0
+"""Seconds that clients have at shutdown to read what was sent to them."""
+
 KEEP_ALIVE = 75
-"""Seconds that a client's idle connection is kept: longer than most clients keep theirs."""
+"""Seconds that an idle connection is kept: longer than most clients keep theirs."""
 
 
 def bind(address: Address) -> tuple[socket.socket, Address]:
-    """Return a listening socket and where it really listens. Raises PortTaken, ProxyError."""
+    """Return a listening socket and its address, with the real port. Raises AddressInUse, McpAuthProxyError."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -43,7 +44,7 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but SIGTERM drains first: the listener stays open meanwhile, so that probes see 503."""
+    """Run uvicorn, but drain first on SIGTERM. The listener stays open meanwhile, so that probes see 503."""
 
     def __init__(self, application: Application) -> None:
         self._application = application
@@ -67,7 +68,7 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a second signal ends what is under way, a third waits for nothing."""
+        """Drain; a second signal ends the active requests, a third exits at once."""
         asyncio.get_running_loop().call_soon_threadsafe(self._on_signal)
 
     def _on_signal(self) -> None:
@@ -84,10 +85,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close every connection; a client that does not take what was sent to it is waited for briefly."""
-        late = asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._abort_connections)
+        """Close every connection; abort those whose clients have not read everything within ``FLUSH_TIMEOUT``."""
+        abort = asyncio.get_running_loop().call_later(FLUSH_TIMEOUT, self._abort_connections)
         await super().shutdown(sockets)
-        late.cancel()
+        abort.cancel()
 
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):
@@ -96,7 +97,7 @@ class Server(uvicorn.Server):
 
 @asynccontextmanager
 async def listening(application: Application, sock: socket.socket) -> AsyncIterator[None]:
-    """Serve beside other work of the same command; signals stay with the command."""
+    """Serve until the block ends, beside other work of a command; signals are left to the command."""
     server = Server(application)
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)

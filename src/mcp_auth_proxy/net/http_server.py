@@ -269,6 +269,7 @@ class HttpServerConnection(asyncio.Protocol):
         if self._unfinished and self._unfinished[0] is not refused:
             self._deferred_status = self._deferred_status or status
             return
+        self._unserved = None
         for request in self._unfinished:
             request.disconnect()
         if refused is not None and refused.started:
