@@ -19,6 +19,7 @@ from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.errors import StoreError
 from mcp_auth_proxy.models import Flow, GrantType
 from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -73,7 +74,8 @@ async def lifespan(
     async with AsyncExitStack() as stack:
         database = await Database.open(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
-        fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
+        dialer = Dialer(ca_bundle=settings.outbound.ca_bundle)
+        fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
         broker = Broker(
             servers=settings.servers,
@@ -92,9 +94,7 @@ async def lifespan(
         stack.push_async_callback(broker.aclose)
         if background:
             await broker.start()
-        upstream = HttpClient(
-            ca_bundle=settings.outbound.ca_bundle, connections_per_origin=settings.limits.upstream_connections
-        )
+        upstream = HttpClient(dialer, connections_per_origin=settings.limits.upstream_connections)
         stack.push_async_callback(upstream.aclose)
         forwarder = Forwarder(
             broker=broker,

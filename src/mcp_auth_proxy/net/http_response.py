@@ -1,31 +1,54 @@
-"""A response of an upstream: its head, and its body as it comes."""
+"""A response from an upstream: its head, and its body as it arrives."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError
 
 READ_AHEAD = 64 * 1024
-"""Bytes of body not yet taken at which reading pauses."""
+"""Bytes of unread body at which the connection stops reading."""
 
 
 class BodySource(Protocol):
-    """The connection that a response comes from."""
+    """The connection that a response arrives on."""
+
+    def pause(self) -> None:
+        """Stop reading."""
 
     def resume(self) -> None:
-        """Read on after a pause."""
+        """Read again after ``pause``, or after too much of the body was left unread."""
 
     def abort(self) -> None:
         """Close at once."""
 
     def fail(self, error: UpstreamError) -> None:
-        """Close at once, and end the response with this error."""
+        """Close at once and end the response with this error."""
+
+    def push_body_to(self, response: "Response") -> None:
+        """Call ``deliver`` of the response after each read."""
 
 
 class Response:
-    """The head of a response, and its body as it comes. Always ``close()`` it in the end."""
+    """The head of a response, and its body as it arrives.
 
-    __slots__ = ("_buffered", "_chunks", "_connection", "_ended", "_error", "_timer", "_waiter", "headers", "status")
+    The body is taken in one of three ways: at once with ``take()`` if it is ``whole``, awaited with ``read()``, or
+    pushed into callbacks with ``consume()``. Whoever has a response must ``close()`` it in the end.
+    """
+
+    __slots__ = (
+        "_buffered",
+        "_chunks",
+        "_connection",
+        "_ended",
+        "_error",
+        "_on_data",
+        "_on_end",
+        "_timer",
+        "_waiter",
+        "headers",
+        "status",
+    )
 
     def __init__(self, connection: BodySource, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
@@ -37,11 +60,13 @@ class Response:
         self._ended = False
         self._error: UpstreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._on_data: Callable[[bytes], None] | None = None
+        self._on_end: Callable[[UpstreamError | None], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether the whole body has come, and has been taken by ``read()``."""
+        """Whether the whole body has arrived and has been taken."""
         return self._ended and not self._chunks and self._error is None
 
     @property
@@ -51,21 +76,21 @@ class Response:
 
     @property
     def whole(self) -> bool:
-        """Whether all of the body is here, so that one ``read()`` or ``take()`` has it."""
+        """Whether the body has arrived to its end: one ``read()`` or ``take()`` returns what is left of it."""
         return self._ended and self._error is None
 
     def take(self) -> bytes:
-        """Return what is here of the body."""
+        """Return what has arrived of the body and was not taken yet."""
         chunks = self._chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
         return data
 
     async def read(self) -> bytes:
-        """Return what has come of the body, at once where something has; ``b""`` at its end.
+        """Return what has arrived of the body, waiting only if that is nothing; ``b""`` at its end.
 
-        Raises UpstreamBroken where the body broke off, after all that came before has been returned. Cancelling
-        closes the connection. One task reads at a time.
+        Raises UpstreamProtocolError if the body broke off, after all that arrived before has been returned.
+        Cancelling closes the connection. Only one task may read.
         """
         if not self._chunks and not self._ended:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -87,35 +112,80 @@ class Response:
         self._buffered = 0
         return data
 
+    def consume(self, on_data: Callable[[bytes], None], on_end: Callable[[UpstreamError | None], None]) -> None:
+        """Push the body into callbacks, from now on and instead of ``read()``.
+
+        ``on_data`` is called at once with what has arrived, then once for each read of the connection; in it, ``whole``
+        tells whether this was the last of the body. ``on_end`` is called exactly once, with the error if the body
+        broke off. Both may be called before this returns. After ``close()`` neither is called.
+        """
+        self._on_data = on_data
+        self._on_end = on_end
+        connection = self._connection
+        if connection is not None:
+            connection.push_body_to(self)
+            connection.resume()
+        self.deliver()
+
+    def pause(self) -> None:
+        """Stop reading from the connection, so that ``on_data`` is not called until ``resume()``."""
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        """Read from the connection again."""
+        if self._connection is not None:
+            self._connection.resume()
+
     def expire_after(self, seconds: float) -> None:
-        """Break the response off unless all of it has come within this time. Not for event streams."""
+        """Break the response off unless all of it has arrived within this time. Not for event streams."""
         if not self._ended and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
 
     def close(self) -> None:
-        """Abandon the response: an exchange that is not complete ends with its connection. Idempotent."""
+        """Abandon the response; if it is not complete, its connection is closed too. Idempotent."""
         connection = self._connection
         self._chunks.clear()
+        self._on_data = self._on_end = None
         if connection is not None:
             self.finish(UpstreamProtocolError("The response was abandoned."))
             connection.abort()
 
+    # For the connection
+
     def feed(self, data: bytes) -> int:
-        """Take body bytes from the connection; return how many are waiting to be read."""
+        """Add bytes to the body; return how many have not been taken."""
         self._chunks.append(data)
         self._buffered += len(data)
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
         return self._buffered
 
     def finish(self, error: UpstreamError | None) -> None:
-        """Take the end of the body from the connection, which from now on has nothing to do with the response."""
+        """End the body. From now on the connection has nothing to do with the response.
+
+        A consumer learns of an error here, and of the regular end in ``deliver``.
+        """
         self._connection = None
         self._ended = True
         self._error = error
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
+        if error is not None and self._on_end is not None:
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Pass to the consumer what has arrived since the last time."""
+        if self._chunks and self._on_data is not None:
+            self._buffered = 0
+            self._on_data(self.take())
+        if self._ended and self._on_end is not None:
+            on_end = self._on_end
+            self._on_data = self._on_end = None
+            on_end(self._error)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -97,7 +97,7 @@ def read_response(
     DocumentRefused for a response that breaks RFC 7591 §3.2.1, AuthorizationServerUnavailable for 429 and 5xx.
     """
     if status == 429 or status >= 500:
-        raise AuthorizationServerUnavailable(f"The client registration at {url} can't be had: HTTP {status}.")
+        raise AuthorizationServerUnavailable(f"Could not fetch the client registration from {url}: HTTP {status}.")
     if status not in (200, 201):
         raise _refused(_error_text(status, body), url, server)
     document = Document.parse(body, name="client registration", url=url, clause="RFC 7591 §3.2.1")

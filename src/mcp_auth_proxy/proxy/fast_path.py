@@ -10,7 +10,7 @@ from typing import Protocol
 from mcp_auth_proxy.errors import UpstreamError, UpstreamPoolTimeout
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
-from mcp_auth_proxy.net.http_connection import Connection
+from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.headers import request_head, response_headers
 from mcp_auth_proxy.proxy.routes import Route
@@ -49,7 +49,7 @@ class FastPathRequest:
 
     __slots__ = ("_connection", "_keeper", "outcome", "reply", "route", "token")
 
-    _connection: Connection
+    _connection: HttpConnection
 
     def __init__(self, keeper: FastPathOwner, route: Route, reply: ClientRequest, token: AccessToken | None) -> None:
         self._keeper = keeper
@@ -69,11 +69,11 @@ class FastPathRequest:
                 proof = self.token.prover.prove(b"POST", route.target)
         return request_head(b"POST", route.target, route.host, reply.headers, authorization, length, proof)
 
-    def begin(self, connection: Connection, head: bytes, body: bytes) -> None:
+    def begin(self, connection: HttpConnection, head: bytes, body: bytes) -> None:
         """Send the request."""
         self._connection = connection
         self.reply.on_gone = self._on_gone
-        connection.begin(self, head, body, bodiless=False, timeout=self.route.server.upstream_timeout)
+        connection.send(self, head, body, bodiless=False, timeout=self.route.server.upstream_timeout)
 
     def end(self) -> None:
         """Give up waiting for the upstream, since the proxy shuts down."""

@@ -25,7 +25,7 @@ from mcp_auth_proxy.errors import (
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import WHEN_GONE
 from mcp_auth_proxy.net.http_client import HttpClient
-from mcp_auth_proxy.net.http_connection import Response
+from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.body import BodyTooLarge, ClientDisconnected, read_body
 from mcp_auth_proxy.proxy.decoding import decoded

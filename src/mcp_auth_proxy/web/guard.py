@@ -15,7 +15,9 @@ class Guard:
     def __init__(self, *, listen: Address, public_url: str, inbound: InboundSettings) -> None:
         self._loopback = urls.is_loopback(listen.host)
         self._port = listen.port
-        self._public_origin = urls.parse(public_url).origin
+        public_origin = urls.parse_origin(public_url)
+        assert public_origin is not None
+        self._public_origin = public_origin
         # A name with the port None is good with any port.
         self._names: set[tuple[str, int | None]] = {(self._public_origin.host, None)}
         self._names.update(filter(None, map(urls.split_authority, inbound.allowed_hosts)))

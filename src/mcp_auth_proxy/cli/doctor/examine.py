@@ -18,6 +18,7 @@ from mcp_auth_proxy.cli.doctor.report import Outcome, Preview, Report, Step, Ver
 from mcp_auth_proxy.config.settings import Address, KeySource, ServerSettings, Settings, StoreSettings
 from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, StoreError, StoreRejected
 from mcp_auth_proxy.models import LOCAL, Account
+from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.oauth import registration
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
@@ -117,9 +118,10 @@ async def examine(settings: Settings, server: ServerSettings) -> Report:
     """Return what the proxy would meet at a server, and the configuration that would work. Raises ProxyError."""
     async with AsyncExitStack() as stack:
         registrations, steps = await stack.enter_async_context(_registrations(settings))
-        fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
+        dialer = Dialer(ca_bundle=settings.outbound.ca_bundle)
+        fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
-        upstream = HttpClient(ca_bundle=settings.outbound.ca_bundle, connections_per_origin=2)
+        upstream = HttpClient(dialer, connections_per_origin=2)
         stack.push_async_callback(upstream.aclose)
         probed = await probe_all(upstream, routes.build({server.name: server})[f"/{server.name}/mcp".encode()])
         steps += probed.steps
