@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.models import Flow
+from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -86,7 +87,8 @@ async def lifespan(
     async with AsyncExitStack() as stack:
         database = await open_store(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
-        fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
+        dialer = Dialer(ca_bundle=settings.outbound.ca_bundle)
+        fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
         broker = Broker(
             servers=servers,
@@ -100,9 +102,7 @@ async def lifespan(
         stack.push_async_callback(broker.aclose)
         if background:
             await broker.start()
-        http = HttpClient(
-            ca_bundle=settings.outbound.ca_bundle, connections_per_origin=settings.limits.upstream_connections
-        )
+        http = HttpClient(dialer, connections_per_origin=settings.limits.upstream_connections)
         stack.push_async_callback(http.aclose)
         limits, wait = settings.limits, settings.authorization.wait
         forwarder = Forwarder(broker=broker, http=http, body_limit=limits.body, wait=wait)

@@ -22,6 +22,7 @@ from mcp_auth_proxy.models import (
     RegistrationKind,
 )
 from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_server import HttpServerConnection
 from mcp_auth_proxy.proxy import routes
@@ -111,7 +112,7 @@ async def forwarding(
     broker: ScriptedBroker, url: str, *, wait: float = 5.0, body_limit: int = 1 << 20, timeout: float = 5.0
 ) -> AsyncIterator[ForwardingServer]:
     """Run the data plane before the upstream at ``url``."""
-    http = HttpClient(connections_per_origin=4, environ={})
+    http = HttpClient(Dialer(environ={}), connections_per_origin=4)
     forwarder = Forwarder(broker=cast(Broker, broker), http=http, body_limit=body_limit, wait=wait)
     server = ServerSettings(name="notes", url=url, upstream_timeout=timeout)
     running = ForwardingServer(forwarder, routes.build({"notes": server})[b"/notes/mcp"])

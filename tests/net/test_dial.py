@@ -1,4 +1,4 @@
-"""How connections come about: addresses, TLS, forward proxies, and what an error says where none does."""
+"""How connections are opened: addresses, TLS, forward proxies, and what an error says if none can be."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,7 @@ import datetime
 import ipaddress
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,9 @@ from cryptography.x509.oid import NameOID
 
 from fakes.raw_server import Peer, RawServer, answers, ok
 from mcp_auth_proxy.errors import ConfigurationError, UpstreamUnreachable
-from mcp_auth_proxy.net import dial, forward_proxy
+from mcp_auth_proxy.net import dial
+from mcp_auth_proxy.net.addresses import AddressPolicy, AddressRefused
+from mcp_auth_proxy.net.dial import Dialer, Resolve
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.urls import Origin
 
@@ -87,18 +89,19 @@ Get = Callable[..., Awaitable[bytes]]
 
 @pytest.fixture
 async def get() -> AsyncIterator[Get]:
-    """Sends a GET to an origin through an Upstream of its own, and returns the body."""
+    """Sends a GET to an origin through a client of its own, and returns the body."""
     opened: list[HttpClient] = []
 
     async def get(
-        origin: Origin, *, ca: Path | None = None, environ: dict[str, str] | None = None, timeout: float = 5.0
+        origin: Origin,
+        *,
+        ca: Path | None = None,
+        environ: dict[str, str] | None = None,
+        timeout: float = 5.0,
+        resolve: Resolve = dial.resolve,
     ) -> bytes:
-        upstream = HttpClient(
-            ca_bundle=ca,
-            connections_per_origin=5,
-            connect_timeout=timeout,
-            environ=environ or {},
-        )
+        dialer = Dialer(ca_bundle=ca, environ=environ or {}, resolve=resolve)
+        upstream = HttpClient(dialer, connections_per_origin=5, connect_timeout=timeout)
         opened.append(upstream)
         response = await upstream.send(origin, REQUEST, method=b"GET", head_timeout=5)
         return await response.read()
@@ -201,47 +204,114 @@ def test_a_ca_bundle_that_can_not_be_used_is_a_fault_of_the_configuration(tmp_pa
     empty.write_text("")
     for path, reason in ((tmp_path / "absent.pem", "No such file"), (empty, "no PEM certificate")):
         with pytest.raises(ConfigurationError, match=rf"outbound\.ca_bundle: .*{reason}"):
-            HttpClient(ca_bundle=path, connections_per_origin=1, environ={})
+            Dialer(ca_bundle=path, environ={})
+
+
+def resolving(*addresses: str) -> Resolve:
+    """A resolver that knows one answer."""
+
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        return addresses
+
+    return resolve
 
 
 @pytest.mark.parametrize("dead", ["::1", "127.0.0.3"])
-async def test_the_next_address_is_tried_where_one_refuses(
-    get: Get, monkeypatch: pytest.MonkeyPatch, dead: str
-) -> None:
+async def test_the_next_address_is_tried_if_one_refuses(get: Get, dead: str) -> None:
     async with RawServer(answers(ok())) as server:
-        found = await dial._resolve("127.0.0.1", server.port)
-        other = await dial._resolve(dead, server.port)
-
-        async def resolve(host: str, port: int) -> list[dial.Address]:
-            return [*other, *found]
-
-        monkeypatch.setattr(dial, "_resolve", resolve)
-        assert await get(Origin("http", "two.example", server.port)) == b"hi"
+        found = await get(Origin("http", "two.example", server.port), resolve=resolving(dead, "127.0.0.1"))
+        assert found == b"hi"
 
 
-async def test_an_address_that_does_not_answer_is_overtaken_by_the_next(
-    get: Get, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_address_that_does_not_answer_is_overtaken_by_the_next(get: Get) -> None:
     async with RawServer(answers(ok())) as server:
         with socket.socket() as full:
             # A listener with a full backlog drops what comes: connecting hangs.
-            full.bind(("127.0.0.1", 0))
+            full.bind(("127.0.0.2", server.port))
             full.listen(0)
             stuck = [socket.socket() for _ in range(3)]
             for sock in stuck:
                 sock.setblocking(False)
                 sock.connect_ex(full.getsockname())
-            slow = await dial._resolve(*full.getsockname())
-            found = await dial._resolve("127.0.0.1", server.port)
-
-            async def resolve(host: str, port: int) -> list[dial.Address]:
-                return [*slow, *found]
-
-            monkeypatch.setattr(dial, "_resolve", resolve)
+            resolve = resolving("127.0.0.2", "127.0.0.1")
             async with asyncio.timeout(3):
-                assert await get(Origin("http", "two.example", server.port)) == b"hi"
+                assert await get(Origin("http", "two.example", server.port), resolve=resolve) == b"hi"
             for sock in stuck:
                 sock.close()
+
+
+async def test_a_name_without_addresses_says_so(get: Get) -> None:
+    with pytest.raises(UpstreamUnreachable, match=r"none\.example:80 can't be reached: its name has no address\."):
+        await get(Origin("http", "none.example", 80), resolve=resolving())
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (OSError("no such name"), "the name x.example was not found"),
+        (socket.gaierror(socket.EAI_NONAME, "unknown"), "the name x.example was not found"),
+        (UnicodeError("label too long"), "the name x.example was not found"),
+        (socket.gaierror(socket.EAI_AGAIN, "try again"), "the name x.example can't be looked up now"),
+    ],
+)
+async def test_a_look_up_that_fails_is_told_with_the_name(get: Get, failure: Exception, reason: str) -> None:
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        raise failure
+
+    with pytest.raises(UpstreamUnreachable, match=reason):
+        await get(Origin("https", "x.example", 443), resolve=resolve)
+
+
+async def test_a_look_up_has_a_deadline_of_its_own(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(host: str, port: int) -> Sequence[str]:
+        await asyncio.Event().wait()
+        return ()
+
+    monkeypatch.setattr(dial, "LOOKUP_TIMEOUT", 0.05)
+    with pytest.raises(UpstreamUnreachable, match=r"x\.example can't be looked up now"):
+        await get(Origin("https", "x.example", 443), resolve=hang)
+
+
+def test_families_alternate_beginning_with_that_of_the_first_address() -> None:  # RFC 8305 §4
+    assert dial._alternate_families(["::1", "::2", "::3", "10.0.0.1", "10.0.0.2"]) == [
+        "::1",
+        "10.0.0.1",
+        "::2",
+        "10.0.0.2",
+        "::3",
+    ]
+    assert dial._alternate_families([]) == []
+
+
+def test_a_link_local_address_keeps_its_zone() -> None:
+    address = dial._with_zone(("fe80::1", 443, 0, 2))
+    assert dial._socket_address(address, 443) == ("fe80::1", 443, 0, 2)
+    assert dial._socket_address(dial._with_zone(("127.0.0.1", 443)), 443) == ("127.0.0.1", 443)
+
+
+# Address policies
+
+
+PUBLIC = AddressPolicy.for_upstream("https://mcp.example.com/mcp")
+
+
+@pytest.mark.parametrize("addresses", [["127.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["127.0.0.1", "8.8.8.8"]])
+async def test_every_address_is_checked_before_any_is_dialed(addresses: list[str]) -> None:  # T1, T3
+    async with RawServer(answers(ok())) as server:
+        dialer = Dialer(environ={}, resolve=resolving(*addresses))
+        origin = Origin("https", "as.example.com", server.port)
+        with pytest.raises(AddressRefused, match=r"as\.example\.com leads to 127\.0\.0\.1, a loopback address"):
+            await dialer.open(origin, lambda _: asyncio.Protocol(), timeout=5, policy=PUBLIC)
+    assert server.peers == []
+
+
+@pytest.mark.parametrize("host", ["0x7f.1", "2130706433", "10.0.0.1", "fd00::1"])
+async def test_an_address_in_any_spelling_is_checked_before_a_forward_proxy_is_asked(host: str) -> None:  # T2
+    async with RawServer(answers(ok())) as proxy:
+        dialer = Dialer(environ={"HTTPS_PROXY": f"http://127.0.0.1:{proxy.port}"})
+        with pytest.raises(AddressRefused, match=r"a (loopback|private) address"):
+            await dialer.open(Origin("https", host, 443), lambda _: asyncio.Protocol(), timeout=5, policy=PUBLIC)
+    assert proxy.peers == []
 
 
 # Forward proxies
@@ -318,48 +388,3 @@ async def test_plain_http_and_loopback_go_direct(authority: Authority, get: Get)
         assert await get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle, environ=environ) == b"hi"
     async with RawServer(answers(ok())) as server:
         assert await get(Origin("http", "127.0.0.1", server.port), environ=environ) == b"hi"
-
-
-@pytest.mark.parametrize(
-    ("no_proxy", "host", "direct"),
-    [
-        ("", "a.example", False),
-        ("*", "a.example", True),
-        ("a.example", "a.example", True),
-        ("A.example , b.example", "a.example", True),
-        ("example", "a.example", True),
-        (".example", "a.example", True),
-        ("*.example", "a.example", True),
-        ("ample", "a.example", False),
-        ("b.a.example", "a.example", False),
-        ("a.example:443", "a.example", True),
-        ("a.example:8443", "a.example", False),
-        ("10.0.0.0/8", "10.1.2.3", True),
-        ("10.1.2.3", "10.1.2.3", True),
-        ("10.1.2.4", "10.1.2.3", False),
-        ("example", "10.1.2.3", False),
-        ("2001:db8::/32", "2001:db8::1", True),
-        ("[2001:db8::1]:443", "2001:db8::1", True),
-        ("2001:db8::2", "2001:db8::1", False),
-        ("", "localhost", True),
-        ("", "127.0.0.1", True),
-        ("", "::1", True),
-    ],
-)
-def test_no_proxy_names_what_goes_direct(no_proxy: str, host: str, direct: bool) -> None:
-    ways = forward_proxy.from_environment({"https_proxy": "http://p:3128", "no_proxy": no_proxy})
-    assert (ways.towards(Origin("https", host, 443)) is None) == direct
-
-
-@pytest.mark.parametrize("url", ["socks5://p:1", "http://", "http://p:x", "http://[", "https://user:hidden@p:1"])
-def test_a_proxy_url_that_is_none_is_a_fault_without_its_password(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="HTTPS_PROXY") as caught:
-        forward_proxy.from_environment({"HTTPS_PROXY": url})
-    assert "hidden" not in str(caught.value)
-
-
-def test_a_proxy_shows_no_password() -> None:
-    ways = forward_proxy.from_environment({"HTTPS_PROXY": "http://me:hidden@p:1"})
-    assert "hidden" not in repr(ways)
-    assert ways.https is not None
-    assert ways.https.authorization not in repr(ways)

@@ -23,8 +23,8 @@ from mcp_auth_proxy.net.http_connection import (
     FIELD_LIMIT,
     HEAD_LIMIT,
     READ_SIZE,
-    Connection,
-    ConnectionStale,
+    HttpConnection,
+    StaleConnection,
 )
 from mcp_auth_proxy.net.http_response import READ_AHEAD, Response
 from mcp_auth_proxy.net.urls import parse
@@ -76,17 +76,17 @@ class Home:
 
     def __init__(self) -> None:
         self.buffer = memoryview(bytearray(READ_SIZE))
-        self.back: list[Connection] = []
+        self.back: list[HttpConnection] = []
         self.lost: list[bool] = []
         self.stale_after: list[float] = []
 
-    def stale(self, connection: Connection) -> None:
+    def connection_stale(self, connection: HttpConnection) -> None:
         self.stale_after.append(connection.idle_for)
 
-    def released(self, connection: Connection) -> None:
+    def connection_released(self, connection: HttpConnection) -> None:
         self.back.append(connection)
 
-    def connection_closed(self, connection: Connection, *, idle: bool) -> None:
+    def connection_closed(self, connection: HttpConnection, *, idle: bool) -> None:
         self.lost.append(idle)
 
 
@@ -96,11 +96,13 @@ class Line:
     def __init__(self) -> None:
         self.home = Home()
         self.wire = Wire()
-        self.connection = Connection(self.home, None)  # type: ignore[arg-type]
+        self.connection = HttpConnection(self.home, None)  # type: ignore[arg-type]
         self.connection.connection_made(self.wire)
 
     def ask(self, method: bytes = b"POST", timeout: float = 60.0) -> asyncio.Future[Response]:
-        return self.connection.exchange(b"head", b"body", bodiless=method == b"HEAD", timeout=timeout)
+        waiter: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        self.connection.send(waiter, b"head", b"body", bodiless=method == b"HEAD", timeout=timeout)
+        return waiter
 
     def receive(self, data: bytes) -> None:
         while data and not self.wire.closed:
@@ -190,7 +192,7 @@ ODD: list[tuple[str, bytes, tuple[int, bytes] | None, tuple[int, bytes] | str | 
     ("until close", OK + b"\r\nhi", (200, b"hi"), SAME),
     ("no reason", b"HTTP/1.1 200 \r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
     ("no reason, no space", b"HTTP/1.1 200\r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
-    ("length with spaces behind", OK + b"Content-Length: 2  \r\n\r\nhi", (200, b"hi"), SAME),
+    ("length with slatencies behind", OK + b"Content-Length: 2  \r\n\r\nhi", (200, b"hi"), SAME),
     ("empty value", OK + b"X:\r\nY: \r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
     ("obs-text in a value", OK + b"X: \xe9\r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
     ("1.0", b"HTTP/1.0 200 OK\r\n" + CL2 + b"\r\nhi", (200, b"hi"), SAME),
@@ -237,8 +239,8 @@ ODD: list[tuple[str, bytes, tuple[int, bytes] | None, tuple[int, bytes] | str | 
     ("ends before the last chunk", OK + CHUNKED + b"\r\n2\r\nhi\r\n", BROKEN, SAME),
     ("not HTTP", b"SSH-2.0-x\r\n\r\n", BROKEN, SAME),
     ("lower case", b"http/1.1 200 OK\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
-    ("no spaces", b"HTTP/1.1 200OK\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
-    ("two spaces", b"HTTP/1.1  200 OK\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("no slatencies", b"HTTP/1.1 200OK\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
+    ("two slatencies", b"HTTP/1.1  200 OK\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
     ("status 99", b"HTTP/1.1 99 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
     ("status 1000", b"HTTP/1.1 1000 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
     ("status 000", b"HTTP/1.1 000 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
@@ -351,7 +353,7 @@ async def test_the_end_before_an_answer_is_told_apart_on_a_used_connection() -> 
     line.receive(THEN_OK)
     answer = line.ask()
     line.end()
-    assert isinstance(answer.exception(), ConnectionStale)
+    assert isinstance(answer.exception(), StaleConnection)
     assert line.home.stale_after == [0.0]
 
 
@@ -452,20 +454,161 @@ async def test_a_cancelled_read_closes_the_connection() -> None:
     assert line.wire.closed == "aborted"
 
 
-async def test_the_pace_is_an_average_of_brief_answers_and_a_slow_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+# A body pushed into callbacks
+
+
+class Consumer:
+    """Keeps what is pushed, in order: the parts of a body, then its end."""
+
+    def __init__(self) -> None:
+        self.events: list[bytes | UpstreamError | None] = []
+
+    def on_data(self, data: bytes) -> None:
+        self.events.append(data)
+
+    def on_end(self, error: UpstreamError | None) -> None:
+        self.events.append(error)
+
+    def follow(self, response: Response) -> None:
+        response.consume(self.on_data, self.on_end)
+
+
+async def test_a_consumer_gets_what_has_arrived_at_once_and_the_rest_read_by_read() -> None:
+    line, consumer = Line(), Consumer()
+    response = await _head(line, OK + CHUNKED + b"\r\n1\r\na\r\n1\r\nb\r\n")
+    consumer.follow(response)
+    assert consumer.events == [b"ab"]
+    line.receive(b"1\r\nc\r\n1\r\nd\r\n")
+    assert consumer.events == [b"ab", b"cd"]
+    line.receive(b"1\r\n")
+    assert consumer.events == [b"ab", b"cd"]
+    line.receive(b"e\r\n0\r\n\r\n")
+    assert consumer.events == [b"ab", b"cd", b"e", None]
+    assert line.home.back == [line.connection]
+    assert response.complete
+
+
+@pytest.mark.parametrize("body", [b"hi", b""])
+async def test_a_consumer_of_a_whole_body_gets_it_with_its_end_at_once(body: bytes) -> None:
+    line, consumer = Line(), Consumer()
+    response = await _head(line, OK + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+    consumer.follow(response)
+    assert consumer.events == [*([body] if body else []), None]
+
+
+async def test_the_last_part_is_known_as_such_when_it_is_pushed() -> None:
+    line = Line()
+    response = await _head(line, OK + CHUNKED + b"\r\n1\r\na\r\n")
+    last: list[bool] = []
+    response.consume(lambda _: last.append(response.whole), lambda _: None)
+    line.receive(b"1\r\nb\r\n0\r\n\r\n")
+    assert last == [False, True]
+
+
+async def test_the_connection_can_be_used_again_as_soon_as_the_end_is_told() -> None:
+    line = Line()
+    response = await _head(line, OK + CHUNKED + b"\r\n")
+    seen: list[list[HttpConnection]] = []
+    response.consume(lambda _: seen.append(list(line.home.back)), lambda _: seen.append(list(line.home.back)))
+    line.receive(b"1\r\na\r\n0\r\n\r\n")
+    assert seen == [[line.connection], [line.connection]]
+
+
+async def test_a_body_until_close_ends_with_the_connection() -> None:
+    line, consumer = Line(), Consumer()
+    consumer.follow(await _head(line, OK + b"\r\na"))
+    line.end()
+    assert consumer.events == [b"a", None]
+
+
+@pytest.mark.parametrize("how", ["closed", "not HTTP", "expired", "shut down"])
+async def test_a_consumer_is_told_once_that_a_body_broke_off(how: str) -> None:
+    line, consumer = Line(), Consumer()
+    response = await _head(line, OK + CHUNKED + b"\r\n1\r\na\r\n")
+    consumer.follow(response)
+    if how == "closed":
+        line.connection.eof_received()
+    elif how == "not HTTP":
+        line.receive(b"1\r\nb\r\nrubbish")
+    elif how == "expired":
+        response._expire(0.1)
+    else:
+        line.connection.fail(UpstreamProtocolError("the proxy is shutting down."))
+    line.connection.connection_lost(None)
+    *parts, error = consumer.events
+    assert parts == ([b"a", b"b"] if how == "not HTTP" else [b"a"])
+    assert isinstance(error, UpstreamProtocolError)
+    assert str(error).startswith("up.example:80: ")
+
+
+async def test_a_consumer_that_closes_the_response_hears_no_more() -> None:
+    line, consumer = Line(), Consumer()
+    response = await _head(line, OK + CHUNKED + b"\r\n1\r\na\r\n")
+
+    def on_data(data: bytes) -> None:
+        consumer.on_data(data)
+        response.close()
+
+    response.consume(on_data, consumer.on_end)
+    line.receive(b"1\r\nb\r\n0\r\n\r\n")
+    assert consumer.events == [b"a"]
+    assert (line.wire.closed, line.home.lost) == ("aborted", [False])
+
+
+async def test_a_consumer_may_pause_reading() -> None:  # T39
+    line, consumer = Line(), Consumer()
+    response = await _head(line, OK + b"Content-Length: 1000000\r\n\r\n")
+    consumer.follow(response)
+    response.pause()
+    response.pause()
+    assert not line.wire.is_reading()
+    response.resume()
+    assert line.wire.is_reading()
+    line.receive(b"x" * 1_000_000)
+    assert consumer.events[-1] is None
+    # The connection belongs to another response by now.
+    response.pause()
+    assert line.wire.is_reading()
+
+
+async def test_a_paused_body_that_ends_frees_a_connection_that_reads() -> None:
+    line, consumer = Line(), Consumer()
+    response = await _head(line, OK + CHUNKED + b"\r\n")
+    response.consume(lambda _: response.pause(), consumer.on_end)
+    line.receive(b"1\r\na\r\n")
+    assert not line.wire.is_reading()
+    line.receive(b"0\r\n\r\n")
+    assert consumer.events == [None]
+    assert line.wire.is_reading()
+    assert line.home.back == [line.connection]
+
+
+async def test_a_consumer_takes_over_a_body_that_paused_its_connection() -> None:
+    line, consumer = Line(), Consumer()
+    response = await _head(line, OK + b"Content-Length: 1000000\r\n\r\n")
+    line.receive(b"x" * (READ_AHEAD + 1))
+    assert not line.wire.is_reading()
+    consumer.follow(response)
+    assert line.wire.is_reading()
+    assert consumer.events == [b"x" * (READ_AHEAD + 1)]
+
+
+async def test_the_head_latency_averages_brief_answers_and_follows_a_slow_one_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = [0.0]
     monkeypatch.setattr(connection_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     line = Line()
-    paces = []
+    latencies = []
     for took in (*[0.00004] * 100, 2.0, *[0.00004] * 100):
         line.ask()
         now[0] += took
         line.receive(THEN_OK)
-        paces.append(line.connection.head_latency)
-    assert paces[0] > BUSY_POLL_THRESHOLD
-    assert paces[99] < BUSY_POLL_THRESHOLD
-    assert paces[100] == pytest.approx(2.0)
-    assert paces[110] > BUSY_POLL_THRESHOLD > paces[-1]
+        latencies.append(line.connection.head_latency)
+    assert latencies[0] > BUSY_POLL_THRESHOLD
+    assert latencies[99] < BUSY_POLL_THRESHOLD
+    assert latencies[100] == pytest.approx(2.0)
+    assert latencies[110] > BUSY_POLL_THRESHOLD > latencies[-1]
 
 
 async def test_each_exchange_has_its_full_time_on_one_timer() -> None:
@@ -474,10 +617,10 @@ async def test_each_exchange_has_its_full_time_on_one_timer() -> None:
     for timeout in (0.3, 60.0, 0.2):
         line.ask(timeout=timeout)
         line.receive(THEN_OK)
-    begun = loop.time()
+    started = loop.time()
     with pytest.raises(UpstreamTimeout, match=r"no answer within 0\.25 s"):
         await line.ask(timeout=0.25)
-    assert 0.24 <= loop.time() - begun < 5
+    assert 0.24 <= loop.time() - started < 5
 
 
 async def test_a_head_that_does_not_come_in_time_is_a_timeout() -> None:

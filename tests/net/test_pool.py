@@ -7,7 +7,8 @@ import pytest
 
 from fakes.raw_server import Peer, RawServer, answers, ok
 from mcp_auth_proxy.errors import UpstreamPoolTimeout, UpstreamProtocolError, UpstreamTimeout, UpstreamUnreachable
-from mcp_auth_proxy.net import pool as upstream_module
+from mcp_auth_proxy.net import pool as pool_module
+from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.net.pool import ConnectionPool
@@ -15,10 +16,10 @@ from mcp_auth_proxy.net.urls import Origin, parse
 
 
 class Client:
-    """An Upstream with one origin, and short ways to ask it."""
+    """An HttpClient, and short ways to ask one server."""
 
     def __init__(self, limit: int = 10) -> None:
-        self.upstream = HttpClient(connections_per_origin=limit, environ={})
+        self.upstream = HttpClient(Dialer(environ={}), connections_per_origin=limit)
 
     async def send(
         self, server: RawServer | Origin, body: bytes = b"", *, method: bytes = b"POST", timeout: float = 5.0
@@ -300,7 +301,7 @@ async def test_a_head_that_does_not_come_is_a_timeout_and_closes(client: Client)
 
 @pytest.fixture
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(upstream_module, "BUSY_WAIT", 0.1)
+    monkeypatch.setattr(pool_module, "POOL_TIMEOUT", 0.1)
     yield
 
 
@@ -371,11 +372,11 @@ async def test_a_connection_whose_announced_life_is_over_is_not_used(client: Cli
 async def test_shorter_lives_are_learnt_and_forgotten_again(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     async with RawServer(answers(ok(), ok(), ok())) as server:
         await client.ask(server)
-        client.pool(server).learn(0.0)
+        client.pool(server).learn_idle_timeout(0.0)
         await client.ask(server)
         assert len(server.peers) == 2
-        monkeypatch.setattr(upstream_module, "LEARNED_BRIEFLY", -1.0)
-        client.pool(server).learn(0.0)
+        monkeypatch.setattr(pool_module, "LEARNED_BRIEFLY", -1.0)
+        client.pool(server).learn_idle_timeout(0.0)
         await client.ask(server)
         assert len(server.peers) == 2
 
@@ -383,10 +384,10 @@ async def test_shorter_lives_are_learnt_and_forgotten_again(client: Client, monk
 async def test_idle_connections_are_closed_when_their_life_is_over(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upstream_module, "REAP_INTERVAL", 0.02)
+    monkeypatch.setattr(pool_module, "REAP_INTERVAL", 0.02)
     async with RawServer(answers(ok())) as server:
         await client.ask(server)
-        client.pool(server).learn(0.0)
+        client.pool(server).learn_idle_timeout(0.0)
         async with asyncio.timeout(5):
             await server.peers[0].gone.wait()
         assert client.pool(server).open == 0

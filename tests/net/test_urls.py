@@ -105,7 +105,8 @@ def test_an_origin_is_written_in_three_ways(origin: Origin, text: str, authority
         ("https://a.example#x", None),
         ("https://u@a.example", None),
         ("https://a.example, https://b.example", None),
-        ("https://a.example:0", None),
+        # Not a place to go to, but a listener whose port the system has yet to choose.
+        ("http://127.0.0.1:0", Origin("http", "127.0.0.1", 0)),
         ("ftp://a.example", None),
         ("httpſ://a.example", None),
         ("http://\u212a.example", None),

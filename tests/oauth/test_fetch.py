@@ -17,6 +17,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused
+from mcp_auth_proxy.net import tls as net_tls
+from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.dial import Dialer
+from mcp_auth_proxy.net.http_client import HttpClient
+from mcp_auth_proxy.net.tls import client_context
 from mcp_auth_proxy.oauth.fetch import MAX_BODY, AddressPolicy, Fetcher, Response
 
 LOCAL = AddressPolicy.for_upstream("http://127.0.0.1:1/mcp")
@@ -143,7 +148,7 @@ async def test_a_public_upstream_leads_to_no_private_address(url: str) -> None: 
 
 @pytest.mark.parametrize("address", ["169.254.169.254", "10.0.0.1", "fd00::1", "64:ff9b::7f00:1"])
 async def test_an_upstream_on_loopback_leads_to_no_private_address(address: str) -> None:  # T1
-    fetcher = Fetcher(resolve=answering("127.0.0.1", address))
+    fetcher = Fetcher(Dialer(resolve=answering("127.0.0.1", address)))
 
     with pytest.raises(DocumentRefused) as refused:
         await fetch("https://as.example.com/x", LOCAL, fetcher)
@@ -153,7 +158,7 @@ async def test_an_upstream_on_loopback_leads_to_no_private_address(address: str)
 
 async def test_a_refused_address_is_named_with_its_class_and_the_key() -> None:  # T1
     with pytest.raises(DocumentRefused) as refused:
-        await fetch("https://as.example.com/x", PUBLIC, Fetcher(resolve=answering("169.254.169.254")))
+        await fetch("https://as.example.com/x", PUBLIC, Fetcher(Dialer(resolve=answering("169.254.169.254"))))
 
     text = str(refused.value)
     for part in (
@@ -169,7 +174,9 @@ async def test_a_refused_address_is_named_with_its_class_and_the_key() -> None: 
 async def test_no_packet_is_sent_to_a_refused_address() -> None:  # T1
     async with running(Server()) as server:
         with pytest.raises(DocumentRefused):
-            await fetch(f"https://as.example.com:{server.port}/x", PUBLIC, Fetcher(resolve=answering("127.0.0.1")))
+            await fetch(
+                f"https://as.example.com:{server.port}/x", PUBLIC, Fetcher(Dialer(resolve=answering("127.0.0.1")))
+            )
         with pytest.raises(DocumentRefused, match=r"authorization\.allow_private"):
             await fetch(server.url(), PUBLIC)
 
@@ -184,7 +191,7 @@ async def test_the_name_is_resolved_once_and_the_checked_address_is_dialled() ->
         return ["127.0.0.1"] if len(asked) == 1 else ["169.254.169.254"]
 
     async with running(Server()) as server:
-        fetcher = Fetcher(resolve=rebinding)
+        fetcher = Fetcher(Dialer(resolve=rebinding))
         assert (await fetch(f"http://localhost:{server.port}/x", LOCAL, fetcher)).status == 200
         with pytest.raises(DocumentRefused, match="link-local"):
             await fetch(f"http://localhost:{server.port}/x", LOCAL, fetcher)
@@ -194,7 +201,7 @@ async def test_the_name_is_resolved_once_and_the_checked_address_is_dialled() ->
 
 async def test_the_next_address_is_tried_where_one_refuses() -> None:
     async with running(Server()) as server:
-        fetcher = Fetcher(resolve=answering("127.0.0.2", "127.0.0.1"))
+        fetcher = Fetcher(Dialer(resolve=answering("127.0.0.2", "127.0.0.1")))
         assert (await fetch(f"http://localhost:{server.port}/x", LOCAL, fetcher)).status == 200
 
 
@@ -236,6 +243,66 @@ async def test_a_document_of_just_the_limit_is_read() -> None:
         assert len((await fetch(server.url())).body) == MAX_BODY
 
 
+@pytest.mark.parametrize(
+    ("framing", "body"),
+    [
+        (b"Content-Length: 2\r\n\r\n", b"{}"),
+        (b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n{\r\n1;x=y\r\n}\r\n0\r\nTrailer: a\r\n\r\n"),
+        (b"\r\n", b"{}"),
+        (b"Connection: keep-alive\r\nContent-Length: 2\r\n\r\n", b"{}"),
+    ],
+    ids=["length", "chunked", "until the end", "kept alive"],
+)
+async def test_a_body_is_read_however_it_is_framed(framing: bytes, body: bytes) -> None:
+    async with running(Server(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\n" + framing + body)) as server:
+        assert (await fetch(server.url())).body == b"{}"
+
+
+async def test_each_exchange_has_a_connection_of_its_own() -> None:
+    async def keep_open(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        async with asyncio.timeout(5):
+            ended.append(await reader.read())
+
+    ended: list[bytes] = []
+    fetcher = Fetcher()
+    async with running(Server(handler=keep_open)) as server:
+        for _ in range(2):
+            assert (await fetch(server.url(), fetcher=fetcher)).body == b"{}"
+        async with asyncio.timeout(5):
+            while len(ended) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+    assert server.connections == 2
+    assert ended == [b"", b""]
+    assert b"\r\nConnection: close\r\n" in server.requests[0]
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [(b"X: " + b"x" * 70_000, "its head is over 65536 bytes"), (b"X: x\r\n" * 201, "its head has over 200 fields")],
+)
+async def test_a_head_beyond_its_limits_is_unavailable(head: bytes, reason: str) -> None:
+    async with running(Server(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n")) as server:
+        with pytest.raises(AuthorizationServerUnavailable, match=f"Could not fetch the metadata from .*{reason}"):
+            await fetch(server.url())
+
+
+@pytest.mark.parametrize("value", ["a\r\nX: y", "a\nb", "a\0", "é", " a"])
+async def test_no_header_can_be_smuggled_into_a_request(value: str) -> None:
+    async with running(Server()) as server:
+        with pytest.raises(ValueError, match="Authorization"):
+            await Fetcher().post(
+                server.url(),
+                body=b"",
+                content_type="x/y",
+                headers=[("Authorization", value)],
+                document="token response",
+                policy=LOCAL,
+            )
+    assert server.connections == 0
+
+
 @pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])
 async def test_a_dripping_document_meets_the_total_deadline(start: bytes) -> None:  # T24
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -250,7 +317,7 @@ async def test_a_dripping_document_meets_the_total_deadline(start: bytes) -> Non
             with pytest.raises(AuthorizationServerUnavailable) as failed:
                 await fetch(server.url(), fetcher=Fetcher(deadline=0.3))
     # An answer that never was HTTP may fail sooner, as that.
-    assert "0.3 s" in str(failed.value) or "not HTTP" in str(failed.value)
+    assert "0.3 s" in str(failed.value) or "not valid HTTP" in str(failed.value)
 
 
 async def test_a_resolver_that_hangs_meets_the_total_deadline() -> None:
@@ -259,7 +326,7 @@ async def test_a_resolver_that_hangs_meets_the_total_deadline() -> None:
         return ()
 
     with pytest.raises(AuthorizationServerUnavailable):
-        await fetch("https://as.example.com/", fetcher=Fetcher(resolve=hang, deadline=0.1))
+        await fetch("https://as.example.com/", fetcher=Fetcher(Dialer(resolve=hang), deadline=0.1))
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n{}"])
@@ -277,8 +344,8 @@ async def test_a_closed_port_and_an_unknown_name_are_unavailable() -> None:
         pass
     with pytest.raises(AuthorizationServerUnavailable):
         await fetch(server.url())
-    with pytest.raises(AuthorizationServerUnavailable, match="can't be resolved"):
-        await fetch("https://as.example.com/", fetcher=Fetcher(resolve=unknown))
+    with pytest.raises(AuthorizationServerUnavailable, match=r"the name as\.example\.com was not found"):
+        await fetch("https://as.example.com/", fetcher=Fetcher(Dialer(resolve=unknown)))
 
 
 async def test_a_post_is_sent_once_and_says_whether_it_may_have_been_processed() -> None:
@@ -297,7 +364,7 @@ async def test_an_upstream_configured_as_http_is_asked_but_never_posted_to() -> 
     async with running(Server()) as server:
         url = f"http://mcp:{server.port}/x"
         policy = AddressPolicy.for_upstream(url)
-        fetcher = Fetcher(resolve=answering("127.0.0.1"))
+        fetcher = Fetcher(Dialer(resolve=answering("127.0.0.1")))
 
         assert (await fetch(url, policy, fetcher)).status == 200
         with pytest.raises(DocumentRefused, match="must be https"):
@@ -334,10 +401,10 @@ def tls(certificate: Path) -> ssl.SSLContext:
 
 
 async def test_a_private_authority_is_trusted_through_ca_bundle(certificate: Path, tls: ssl.SSLContext) -> None:
-    fetcher = Fetcher(ca_bundle=certificate, resolve=answering("127.0.0.1"))
+    fetcher = Fetcher(Dialer(ca_bundle=certificate, resolve=answering("127.0.0.1")))
     async with running(Server(), tls) as server:
         assert (await fetch(f"https://as.test:{server.port}/x", fetcher=fetcher)).status == 200
-        with pytest.raises(AuthorizationServerUnavailable, match=r"(?i)hostname"):
+        with pytest.raises(AuthorizationServerUnavailable, match="its certificate is for another name"):
             await fetch(f"https://other.test:{server.port}/x", fetcher=fetcher)
 
 
@@ -367,7 +434,7 @@ async def test_https_goes_through_the_proxy_of_the_environment(certificate: Path
 
         async with running(Server(handler=tunnel)) as proxy:
             environ = {"HTTPS_PROXY": f"http://me:pass@127.0.0.1:{proxy.port}", "NO_PROXY": "direct.test"}
-            fetcher = Fetcher(ca_bundle=certificate, resolve=answering("127.0.0.1"), environ=environ)
+            fetcher = Fetcher(Dialer(ca_bundle=certificate, resolve=answering("127.0.0.1"), environ=environ))
 
             response = await fetch("https://as.test/x", PUBLIC, fetcher)
             with pytest.raises(DocumentRefused, match="link-local"):
@@ -382,6 +449,40 @@ async def test_https_goes_through_the_proxy_of_the_environment(certificate: Path
     assert proxy.requests[0].startswith(b"CONNECT as.test:443 ")
     assert b"Proxy-Authorization: Basic bWU6cGFzcw==" in proxy.requests[0]
     assert b"proxy-authorization" not in target.requests[0].lower()
+
+
+async def test_what_no_proxy_names_is_fetched_directly(certificate: Path, tls: ssl.SSLContext) -> None:
+    async with running(Server(), tls) as target:
+        for no_proxy in ("*.test", f"as.test:{target.port}", "a.example,as.test"):
+            environ = {"HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": no_proxy}
+            dialer = Dialer(ca_bundle=certificate, resolve=answering("127.0.0.1"), environ=environ)
+            assert (await fetch(f"https://as.test:{target.port}/x", LOCAL, Fetcher(dialer))).status == 200
+        with pytest.raises(AuthorizationServerUnavailable, match=r"the proxy 127\.0\.0\.1:9 .*connection refused"):
+            await fetch(f"https://other.example:{target.port}/x", LOCAL, Fetcher(dialer))
+
+
+async def test_one_trust_store_serves_upstreams_and_documents_and_is_loaded_when_needed(
+    certificate: Path, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(ca_bundle: Path | None) -> ssl.SSLContext:
+        contexts.append(client_context(ca_bundle))
+        return contexts[-1]
+
+    contexts: list[ssl.SSLContext] = []
+    monkeypatch.setattr(net_tls, "client_context", counted)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    dialer = Dialer()
+    fetcher, upstream = Fetcher(dialer), HttpClient(dialer, connections_per_origin=1)
+    async with running(Server()) as plain, running(Server(), tls) as server:
+        await fetch(plain.url(), fetcher=fetcher)
+        assert contexts == []
+        url = f"https://127.0.0.1:{server.port}/x"
+        assert (await fetch(url, fetcher=fetcher)).status == 200
+        request = b"GET / HTTP/1.1\r\nhost: h\r\n\r\n"
+        response = await upstream.send(urls.parse(url).origin, request, method=b"GET", head_timeout=5)
+        assert response.status == 200
+        await upstream.aclose()
+    assert len(contexts) == 1
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

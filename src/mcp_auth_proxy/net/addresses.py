@@ -1,15 +1,18 @@
-"""Which addresses the documents of a server may lead to (OAuth Security BCP for SSRF; RFC 9728 §7.7).
+"""Decide which addresses the OAuth documents of a server may lead to, against request forgery (RFC 9728 §7.7).
 
-The classes are written out: ``ipaddress.is_private`` and ``is_global`` miss some (NAT64, 6to4) and differ between
+The classes are written out, since ``ipaddress.is_private`` and ``is_global`` miss some (NAT64, 6to4) and differ between
 versions of Python.
 """
 
 import ipaddress
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.urls import Origin
 
 _V4_CLASSES = tuple(
     (IPv4Network(network), name)
@@ -55,14 +58,18 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 
 _PRIVATE_USE = frozenset({"private", "carrier-grade NAT"})
 
-# Suffixes that nobody can own in the public DNS: a host below them is in the operator's own network.
+# Nobody can own a name below these in the public DNS, so such a host is in the operator's own network.
 _PRIVATE_SUFFIXES = (".local", ".internal", ".lan", ".home.arpa", ".svc", ".corp", ".intranet")
 
 
-def address_class(address: str) -> str:
-    """Return the class of an address in words, such as ``link-local``; empty for a public one.
+class AddressRefused(McpAuthProxyError):
+    """A host leads to an address that the policy does not allow. No packet was sent there."""
 
-    Raises ValueError for what is not an address.
+
+def address_class(address: str) -> str:
+    """Return the class of an address in words, such as ``link-local``; empty if it is public.
+
+    Raises ValueError if the text is not an address.
     """
     parsed = ipaddress.ip_address(address)
     if isinstance(parsed, IPv4Address):
@@ -82,11 +89,11 @@ def address_class(address: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AddressPolicy:
-    """Where the OAuth documents of one server may lead to. Public addresses over https always.
+    """The addresses that the OAuth documents of one server may lead to besides public ones over https.
 
-    ``hosts`` and ``networks`` are allowed whatever their class. ``own`` is host and port of an upstream that is
-    configured by name: there, and nowhere else, private addresses too, since its own traffic goes there anyway.
-    ``http`` is the same for an upstream that is configured as http away from loopback.
+    ``hosts`` and ``networks`` are allowed whatever their class. ``own`` is host and port of the upstream if it is
+    configured by name: there, and nowhere else, private addresses are allowed too, since its own traffic goes there
+    anyway. ``http`` allows http there, for an upstream that is configured as http away from loopback.
     """
 
     loopback: bool = False
@@ -118,15 +125,35 @@ class AddressPolicy:
         )
 
     def allows_http(self, host: str, port: int) -> bool:
-        """Whether a document may be read by http: on loopback where that is open, or at the upstream's own origin."""
+        """Return whether http is allowed: on loopback if the policy is, or at the upstream's origin."""
         if self.http and (host, port) == self.own:
             return True
         if not urls.is_loopback(host):
             return False
         return self.loopback or host in self.hosts or (_is_address(host) and self._listed(host))
 
+    def check(self, origin: Origin, addresses: Iterable[str]) -> None:
+        """Check all addresses that the host of an origin was resolved to. Raises AddressRefused."""
+        for address in addresses:
+            if kind := self.refusal(origin.host, origin.port, address):
+                raise AddressRefused(f"{origin.host} leads to {address}, a {kind} address")
+
+    def check_literal(self, origin: Origin) -> None:
+        """Check a host that is an address, for a forward proxy that resolves names itself. Raises AddressRefused.
+
+        ``0x7f.1`` and ``2130706433`` are addresses too, as system resolvers read them.
+        """
+        host = address = origin.host
+        if ":" not in host:
+            try:
+                address = socket.inet_ntoa(socket.inet_aton(host))
+            except OSError:
+                return
+        if kind := self.refusal(host, origin.port, address):
+            raise AddressRefused(f"{host} is {address}, a {kind} address")
+
     def refusal(self, host: str, port: int, address: str) -> str:
-        """Return the class for which a resolved address must not be dialled; empty where it may be."""
+        """Return the class for which a resolved address must not be dialed; empty if it may be."""
         kind = address_class(address)
         if not kind or host in self.hosts or self._listed(address):
             return ""

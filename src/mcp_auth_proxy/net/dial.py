@@ -1,107 +1,172 @@
-"""Connections to upstreams: addresses, proxies on the way, and TLS, each within one deadline."""
+"""Open connections: look up the name, try its addresses, ask a forward proxy, start TLS.
+
+Upstreams and OAuth documents are both dialed here. An address policy applies to the latter, whose URLs come from the
+network: the name is looked up once, every address is checked, and a checked address is dialed, so that no second
+look-up can lead elsewhere (DNS rebinding).
+"""
 
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
+from typing import TypeVar
 
-from mcp_auth_proxy.errors import ConfigError, ConfigurationError, UpstreamUnreachable
-from mcp_auth_proxy.net import forward_proxy
+from mcp_auth_proxy.errors import UpstreamUnreachable
+from mcp_auth_proxy.net import forward_proxy, tls
+from mcp_auth_proxy.net.addresses import AddressPolicy
 from mcp_auth_proxy.net.forward_proxy import ForwardProxy
-from mcp_auth_proxy.net.http_connection import Connection
 from mcp_auth_proxy.net.urls import Origin
 
+LOOKUP_TIMEOUT = 10.0
+"""Seconds to look up a name; a resolver asks a second server after some five."""
+
+MAX_ADDRESSES = 6
+"""Addresses of one host that are tried."""
+
 STAGGER = 0.25
-"""Seconds that one address is tried alone before the next is tried beside it (RFC 8305 §8)."""
+"""Seconds that an address is tried alone before the next is tried beside it (RFC 8305 §8)."""
 
 KEEP_ALIVE = ((("TCP_KEEPIDLE", "TCP_KEEPALIVE"), 60), (("TCP_KEEPINTVL",), 15), (("TCP_KEEPCNT",), 4))
-"""A peer that vanished is noticed within two minutes: streams have no other limit (design §4.8)."""
+"""Notices within two minutes that a peer has vanished. Event streams have no other limit."""
 
-HOST_MISMATCH = 62
-"""X509_V_ERR_HOSTNAME_MISMATCH of OpenSSL; 64 is its counterpart for addresses."""
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""Look up the addresses of a host, for a port. Raises OSError if there are none."""
 
-Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]
+SocketAddress = tuple[str, int] | tuple[str, int, int, int]
+
+Protocol = TypeVar("Protocol", bound=asyncio.BaseProtocol)
+
+
+async def resolve(host: str, port: int) -> Sequence[str]:
+    """Look up the addresses of a host, in the order of the system's resolver. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    return tuple(dict.fromkeys(_with_zone(sockaddr) for _, _, _, _, sockaddr in found))
 
 
 class Dialer:
-    """Opens connections. TLS is checked against the system's trust store, ``SSL_CERT_FILE`` and ``ca_bundle``."""
+    """Opens connections. A process has one, and with it one TLS context and one reading of the environment.
 
-    def __init__(self, *, ca_bundle: Path | None, timeout: float, environ: Mapping[str, str]) -> None:
-        self._timeout = timeout
-        self._ca_bundle = ca_bundle
+    Raises ConfigurationError if ``ca_bundle`` or the proxy in ``environ`` can't be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        ca_bundle: Path | None = None,
+        environ: Mapping[str, str] = os.environ,
+        resolve: Resolve = resolve,
+    ) -> None:
         self._proxies = forward_proxy.from_environment(environ)
-        # The trust store costs some megabytes: loaded with the first https upstream, but a wrong file is told at once.
-        self._tls = _tls_context(self._ca_bundle) if self._ca_bundle else None
+        self._resolve = resolve
+        # The trust store takes megabytes, so it is loaded when it is needed; but a bad ca_bundle is reported at once.
+        self._tls = tls.client_context(ca_bundle) if ca_bundle else None
 
-    async def open(self, origin: Origin, make: Callable[[socket.socket], Connection]) -> Connection:
-        """Return a connection to the origin. Raises UpstreamUnreachable, whose text names address and reason."""
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await self._open(origin, make)
-        except TimeoutError:
-            reason = f"no connection within {self._timeout:g} s"
-        except ssl.SSLCertVerificationError as error:
-            reason = _certificate_reason(error)
-        except ssl.SSLError as error:
-            reason = f"TLS failed ({(error.reason or 'unknown reason').lower().replace('_', ' ')})"
-        except OSError as error:
-            reason = _network_reason(error, origin.host)
-        raise UpstreamUnreachable(f"{origin} can't be reached: {reason}.")
+    async def open(
+        self,
+        origin: Origin,
+        protocol_factory: Callable[[socket.socket], Protocol],
+        *,
+        timeout: float,
+        policy: AddressPolicy | None = None,
+    ) -> Protocol:
+        """Connect to the origin and return the protocol that ``protocol_factory`` made for the socket.
 
-    async def _open(self, origin: Origin, make: Callable[[socket.socket], Connection]) -> Connection:
-        loop = asyncio.get_running_loop()
-        if origin.scheme == "https" and self._tls is None:
-            self._tls = _tls_context(None)
+        ``timeout`` is in seconds and counts from the end of the look-up: forward proxy and TLS are included. Raises
+        UpstreamUnreachable, whose text is the reason and no more, and AddressRefused if ``policy`` is against it.
+        """
         proxy = self._proxies.towards(origin)
-        sock = await self._dial_through(proxy, origin) if proxy else await _dial(origin.host, origin.port)
-        connection = make(sock)
+        if proxy is None:
+            addresses = await self._look_up(origin.host, origin.port)
+            if policy is not None:
+                policy.check(origin, addresses)
+        else:
+            if policy is not None:
+                policy.check_literal(origin)
+            addresses = await self._look_up(proxy.host, proxy.port)
+        try:
+            async with asyncio.timeout(timeout):
+                if proxy is None:
+                    sock = await _connect_first(addresses, origin.port)
+                else:
+                    sock = await _tunnel(proxy, addresses, origin)
+                return await self._start(sock, origin, protocol_factory, timeout)
+        except TimeoutError:
+            reason = f"no connection within {timeout:g} s"
+        except ssl.SSLError as error:
+            reason = tls.failure_reason(error)
+        except OSError as error:
+            reason = _reason(error)
+        raise UpstreamUnreachable(reason)
+
+    async def _look_up(self, host: str, port: int) -> Sequence[str]:
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT):
+                return await self._resolve(host, port)
+        except TimeoutError:
+            temporary = True
+        except (OSError, UnicodeError) as error:
+            temporary = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+        raise UpstreamUnreachable(
+            f"the name {host} can't be looked up now" if temporary else f"the name {host} was not found"
+        )
+
+    async def _start(
+        self, sock: socket.socket, origin: Origin, protocol_factory: Callable[[socket.socket], Protocol], timeout: float
+    ) -> Protocol:
+        """Start the protocol on a connected socket, in TLS for https."""
+        loop = asyncio.get_running_loop()
+        protocol = protocol_factory(sock)
         try:
             if origin.scheme == "https":
+                if self._tls is None:
+                    self._tls = tls.client_context(None)
                 await loop.create_connection(
-                    lambda: connection,
+                    lambda: protocol,
                     sock=sock,
                     ssl=self._tls,
-                    server_hostname=origin.host,
-                    ssl_handshake_timeout=self._timeout,
+                    server_hostname=origin.host.removesuffix("."),
+                    ssl_handshake_timeout=timeout,
                     ssl_shutdown_timeout=1.0,
                 )
             else:
-                await loop.create_connection(lambda: connection, sock=sock)
+                await loop.create_connection(lambda: protocol, sock=sock)
         except BaseException:
-            # The transport owns the descriptor by now and closes it: closing it twice could hit another's.
+            # The transport owns the descriptor by now and closes it: closing it here could hit another's.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             raise
-        return connection
-
-    async def _dial_through(self, proxy: ForwardProxy, origin: Origin) -> socket.socket:
-        try:
-            sock = await _dial(proxy.host, proxy.port)
-        except OSError as error:
-            reason = _network_reason(error, proxy.host)
-            raise UpstreamUnreachable(f"{origin} can't be reached: {proxy} did not answer: {reason}.") from None
-        try:
-            await proxy.connect(sock, origin)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+        return protocol
 
 
-async def _dial(host: str, port: int) -> socket.socket:
-    """Return a connected socket: addresses in turn, the next beside a slow one, families mixed (RFC 8305)."""
-    addresses = await _resolve(host, port)
-    attempts: set[asyncio.Task[socket.socket]] = set()
-    failure: OSError = OSError(errno.EHOSTUNREACH, "no address")
+async def _tunnel(proxy: ForwardProxy, addresses: Sequence[str], origin: Origin) -> socket.socket:
     try:
-        while addresses or attempts:
-            if addresses:
-                attempts.add(asyncio.ensure_future(_connect(*addresses.pop(0))))
+        sock = await _connect_first(addresses, proxy.port)
+    except OSError as error:
+        raise UpstreamUnreachable(f"{proxy} did not answer: {_reason(error)}") from None
+    try:
+        await proxy.connect(sock, origin)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _connect_first(addresses: Sequence[str], port: int) -> socket.socket:
+    """Try the addresses in turn, the next beside a slow one; return a connected socket (RFC 8305). Raises OSError."""
+    waiting = _alternate_families(addresses)[:MAX_ADDRESSES]
+    attempts: set[asyncio.Task[socket.socket]] = set()
+    failure: OSError = OSError(errno.EHOSTUNREACH, "its name has no address")
+    try:
+        while waiting or attempts:
+            if waiting:
+                attempts.add(asyncio.ensure_future(_connect(waiting.pop(0), port)))
             done, attempts = await asyncio.wait(
-                attempts, timeout=STAGGER if addresses else None, return_when=asyncio.FIRST_COMPLETED
+                attempts, timeout=STAGGER if waiting else None, return_when=asyncio.FIRST_COMPLETED
             )
             connected = [task.result() for task in done if task.exception() is None]
             for spare in connected[1:]:
@@ -120,24 +185,24 @@ async def _dial(host: str, port: int) -> socket.socket:
 
 
 def _close_late(task: asyncio.Task[socket.socket]) -> None:
-    """An attempt that won in the very moment of its cancellation."""
+    """Close the socket of an attempt that succeeded just as it was cancelled."""
     if not task.cancelled() and task.exception() is None:
         task.result().close()
 
 
-async def _resolve(host: str, port: int) -> list[Address]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-    addresses: list[Address] = [(family, sockaddr) for family, _, _, _, sockaddr in found]  # type: ignore[misc]
-    first = [address for address in addresses if address[0] == addresses[0][0]]
-    other = [address for address in addresses if address[0] != addresses[0][0]]
-    mixed: list[Address] = []
+def _alternate_families(addresses: Sequence[str]) -> list[str]:
+    """Mix IPv6 and IPv4, beginning with the family of the first address (RFC 8305 §4)."""
+    first = [address for address in addresses if (":" in address) == (":" in addresses[0])]
+    other = [address for address in addresses if (":" in address) != (":" in addresses[0])]
+    mixed: list[str] = []
     while first or other:
         mixed += first[:1] + other[:1]
         first, other = first[1:], other[1:]
     return mixed
 
 
-async def _connect(family: socket.AddressFamily, address: tuple[str, int] | tuple[str, int, int, int]) -> socket.socket:
+async def _connect(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setblocking(False)
@@ -148,39 +213,28 @@ async def _connect(family: socket.AddressFamily, address: tuple[str, int] | tupl
             if option is not None:
                 with contextlib.suppress(OSError):
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)
-        await asyncio.get_running_loop().sock_connect(sock, address)
+        await asyncio.get_running_loop().sock_connect(sock, _socket_address(address, port))
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    if ca_bundle is not None:
-        try:
-            context.load_verify_locations(cafile=ca_bundle)
-        except OSError as error:
-            reason = "it holds no PEM certificate" if isinstance(error, ssl.SSLError) else error.strerror
-            raise ConfigurationError(
-                [ConfigError("outbound.ca_bundle", f"{ca_bundle} can't be used: {reason}")]
-            ) from None
-    return context
+def _with_zone(sockaddr: tuple[object, ...]) -> str:
+    """Return the address of a socket address; a link-local one with its zone, without which it can't be dialed."""
+    zone = sockaddr[3] if len(sockaddr) > 3 else 0
+    address = str(sockaddr[0]).partition("%")[0]
+    return f"{address}%{zone}" if zone else address
 
 
-def _certificate_reason(error: ssl.SSLCertVerificationError) -> str:
-    if error.verify_code in (HOST_MISMATCH, HOST_MISMATCH + 2):
-        return "its certificate is for another name"
-    detail = str(error.verify_message or "unknown issuer")
-    return f"its certificate is not trusted ({detail}; outbound.ca_bundle names further authorities)"
+def _socket_address(address: str, port: int) -> SocketAddress:
+    parsed = ip_address(address)
+    if not isinstance(parsed, IPv6Address):
+        return address, port
+    return address.partition("%")[0], port, 0, int(parsed.scope_id or 0)
 
 
-def _network_reason(error: OSError, host: str) -> str:
-    if isinstance(error, socket.gaierror):
-        if error.errno == socket.EAI_AGAIN:
-            return f"the name {host} can't be looked up now"
-        return f"the name {host} was not found"
+def _reason(error: OSError) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
     if isinstance(error, ConnectionError):

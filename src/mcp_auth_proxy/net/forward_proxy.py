@@ -1,18 +1,28 @@
-"""The forward proxy that the environment may name for https upstreams: ``HTTPS_PROXY`` and ``NO_PROXY``."""
+"""The forward proxy of the environment: ``HTTPS_PROXY``, and ``NO_PROXY`` for what does not go through it.
+
+There is no standard for ``NO_PROXY``. This is the common ground of curl, Go and Python: entries are separated by commas
+or spaces, and each is ``*``, a domain (``corp.example``, ``.corp.example`` and ``*.corp.example`` are the same: the
+domain and all below it), an address or a network in CIDR form, with ``:port`` or without.
+"""
 
 import asyncio
 import base64
-import ipaddress
+import logging
 import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import unquote, urlsplit
 
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, UpstreamUnreachable
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.urls import Origin
 
+logger = logging.getLogger(__name__)
+
 HEAD_LIMIT = 16 * 1024
+"""Bytes of the response to CONNECT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +37,7 @@ class ForwardProxy:
         return f"the proxy {self.host}:{self.port} (HTTPS_PROXY)"
 
     async def connect(self, sock: socket.socket, origin: Origin) -> None:
-        """Make a socket that is connected to the proxy one that leads to the origin. Raises UpstreamUnreachable."""
+        """Turn a socket connected to the proxy into a tunnel to the origin. Raises UpstreamUnreachable."""
         loop = asyncio.get_running_loop()
         lines = [f"CONNECT {origin} HTTP/1.1", f"Host: {origin}"]
         if self.authorization:
@@ -37,50 +47,86 @@ class ForwardProxy:
         while not head.endswith(b"\r\n\r\n"):
             data = await loop.sock_recv(sock, 4096)
             head += data
-            # Nothing may follow the head: in TLS it is the client that speaks first.
+            # Nothing may follow the head: in TLS the client speaks first.
             if not data or len(head) > HEAD_LIMIT or b"\r\n\r\n" in head[:-4]:
-                raise UpstreamUnreachable(f"{origin} can't be reached: {self} gave no proper answer to CONNECT.")
+                raise UpstreamUnreachable(f"{self} gave no proper answer to CONNECT")
         status = re.match(rb"HTTP/1\.[01] (\d{3})[ \r]", head)
         if status is None or not status[1].startswith(b"2"):
             answer = status[1].decode() if status else "something that is not HTTP"
-            raise UpstreamUnreachable(f"{origin} can't be reached: {self} answered {answer}.")
+            raise UpstreamUnreachable(f"{self} answered {answer}")
+
+
+@dataclass(frozen=True, slots=True)
+class Exemption:
+    """An entry of ``NO_PROXY``: a network, or a domain with all below it, ``*`` for everything; at one port or any."""
+
+    domain: str = ""
+    network: IPv4Network | IPv6Network | None = None
+    port: int | None = None
+
+    def matches(self, origin: Origin, address: IPv4Address | IPv6Address | None) -> bool:
+        """Return whether the origin is exempt; ``address`` is its host if that is an IP address."""
+        if self.port is not None and self.port != origin.port:
+            return False
+        if self.domain == "*":
+            return True
+        if self.network is not None or address is not None:
+            return self.network is not None and address is not None and address in self.network
+        host = origin.host.removesuffix(".")
+        return host == self.domain or host.endswith(f".{self.domain}")
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardProxies:
-    """Which way leads to which origin."""
+    """Decides which origins are reached through a proxy."""
 
     https: ForwardProxy | None
-    exempt: tuple[str, ...]
-    """The entries of NO_PROXY, in lower case."""
+    exempt: tuple[Exemption, ...]
 
     def towards(self, origin: Origin) -> ForwardProxy | None:
-        """Return the proxy to ask. Plain http goes direct: such upstreams are on loopback, or allowed by name."""
-        if self.https is None or origin.scheme != "https" or self._exempts(origin):
+        """Return the proxy to use, or None to connect directly.
+
+        Loopback and plain http are always direct: http servers are on loopback, or allowed by name in the
+        configuration.
+        """
+        if self.https is None or origin.scheme != "https" or urls.is_loopback(origin.host):
+            return None
+        address = _address(origin.host)
+        if any(entry.matches(origin, address) for entry in self.exempt):
             return None
         return self.https
 
-    def _exempts(self, origin: Origin) -> bool:
-        address = _ip(origin.host)
-        if origin.host == "localhost" or (address is not None and address.is_loopback):
-            return True
-        return any(_matches(entry, origin, address) for entry in self.exempt)
-
 
 def from_environment(environ: Mapping[str, str]) -> ForwardProxies:
-    """Read ``HTTPS_PROXY`` and ``NO_PROXY``. Raises ConfigurationError on a proxy URL that is none."""
-    exempt = _variable(environ, "no_proxy").lower().split(",")
-    return ForwardProxies(
-        _read_url(_variable(environ, "https_proxy")), tuple(entry.strip() for entry in exempt if entry.strip())
-    )
+    """Read ``HTTPS_PROXY`` and ``NO_PROXY``, of which the lower-case names come first, as in curl.
+
+    An entry of ``NO_PROXY`` that can't match anything is ignored; one line in the log names all of them. Raises
+    ConfigurationError if ``HTTPS_PROXY`` can't be used.
+    """
+    proxy = _read_proxy(_variable(environ, "https_proxy"))
+    exempt: list[Exemption] = []
+    ignored: list[str] = []
+    for text in filter(None, re.split(r"[\s,]+", _variable(environ, "no_proxy"))):
+        entry = _read_exemption(text.lower())
+        if entry is not None:
+            exempt.append(entry)
+        else:
+            # A proxy URL may have got here, with its password.
+            ignored.append(repr(text.rpartition("@")[2][:100]))
+    if ignored:
+        logger.warning(
+            "NO_PROXY: ignored, since nothing can match: %s "
+            "(an entry is *, a domain, an address or a network such as 10.0.0.0/8, with :port or without)",
+            ", ".join(ignored),
+        )
+    return ForwardProxies(proxy, tuple(exempt))
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str:
-    """Lower case first, as curl and Python have it."""
     return (environ.get(name) or environ.get(name.upper()) or "").strip()
 
 
-def _read_url(url: str) -> ForwardProxy | None:
+def _read_proxy(url: str) -> ForwardProxy | None:
     if not url:
         return None
     try:
@@ -89,7 +135,7 @@ def _read_url(url: str) -> ForwardProxy | None:
     except ValueError:
         parts, host, port = urlsplit(""), None, None
     if parts.scheme != "http" or not host:
-        # The value may hold a password: it is not shown.
+        # The value may hold a password, so it is not shown.
         raise ConfigurationError([ConfigError("", "HTTPS_PROXY in the environment must be like http://host:port")])
     credentials = ""
     if parts.username is not None:
@@ -98,26 +144,32 @@ def _read_url(url: str) -> ForwardProxy | None:
     return ForwardProxy(host, port or 80, credentials)
 
 
-def _matches(entry: str, origin: Origin, address: ipaddress.IPv4Address | ipaddress.IPv6Address | None) -> bool:
-    """Whether an entry names the origin: ``*``, a domain with or without dot, an address or network; with a port."""
-    if entry == "*":
-        return True
-    name, colon, port = entry.rpartition(":")
-    if not (colon and port.isdigit() and (":" not in name or name.startswith("["))):
-        name = entry
-    elif int(port) != origin.port:
-        return False
-    name = name.strip("[]").lstrip("*").lstrip(".")
-    if address is None:
-        return bool(name) and (origin.host == name or origin.host.endswith("." + name))
+def _read_exemption(text: str) -> Exemption | None:
+    """Return an entry in lower case as a value, or None if nothing can match it."""
+    port: int | None = None
+    if text.count(":") == 1 or "]:" in text:
+        text, _, digits = text.rpartition(":")
+        if not re.fullmatch(r"[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65535:
+            return None
+        port = int(digits)
+    if text == "*":
+        return Exemption(domain="*", port=port)
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
     try:
-        return address in ipaddress.ip_network(name, strict=False)
+        # A zone identifier is not part of any host of a URL.
+        return None if "%" in text else Exemption(network=ip_network(text, strict=False), port=port)
     except ValueError:
-        return False
+        domain = text.lstrip("*").lstrip(".").removesuffix(".")
+    # A name can't end in a number: "10." and "192.168" are meant as networks, but are not written as such.
+    if not urls.is_host(domain) or domain.rpartition(".")[2].isdigit():
+        return None
+    return Exemption(domain=domain, port=port)
 
 
-def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def _address(host: str) -> IPv4Address | IPv6Address | None:
     try:
-        return ipaddress.ip_address(host)
+        address = ip_address(host)
     except ValueError:
         return None
+    return getattr(address, "ipv4_mapped", None) or address

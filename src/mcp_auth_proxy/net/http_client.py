@@ -1,21 +1,18 @@
-"""Requests to upstreams over kept connections, a bounded number to each origin.
+"""Send HTTP requests over pools of connections, one pool for each origin.
 
-When is a request sent twice? Never once a byte of its response has come, and never if it may have been acted upon and
-must not be repeated (design §4.4). A kept connection is looked at before it is used, so one that the upstream had
-closed by then costs nothing (§4.7). What remains is the close that crosses the request on its way: GET, HEAD, DELETE
-and the like are then sent once more on a new connection (RFC 9110 §9.2.2); a POST is not, since nothing tells this case
-from a server that died over the tool call. To make that rare, idle connections are kept for less time than the upstream
-announces (``Keep-Alive: timeout``) or has shown.
+A request is sent a second time only if no byte of its response has come and repeating it is harmless. A reused
+connection is looked at before it is used, so one that the server has closed by then costs nothing. What remains is a
+close that crosses the request on its way: GET, HEAD, DELETE and OPTIONS are then sent once more on a new connection
+(RFC 9110 §9.2.2). A POST is not, since nothing tells this case from a server that died in the middle of a tool call. To
+make it rare, idle connections are kept for less time than the server announces (``Keep-Alive: timeout``) or has shown.
 """
 
 import asyncio
-import os
-from collections.abc import Mapping
-from pathlib import Path
 
 from mcp_auth_proxy.errors import UpstreamPoolTimeout
 from mcp_auth_proxy.net.dial import Dialer
-from mcp_auth_proxy.net.http_connection import READ_SIZE, Connection, ConnectionStale, Response
+from mcp_auth_proxy.net.http_connection import READ_SIZE, HttpConnection, StaleConnection
+from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.net.pool import ConnectionPool
 from mcp_auth_proxy.net.urls import Origin
 
@@ -25,49 +22,44 @@ _REPEATABLE = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 class HttpClient:
     """Sends requests to upstreams. Belongs to one event loop.
 
-    ``connections_per_origin`` bounds the connections to each; ``connect_timeout`` is in seconds and includes the
-    look-up of the name, a forward proxy and TLS. Raises ConfigurationError where ``outbound.ca_bundle`` or the
-    proxy settings in ``environ`` can't be used.
+    ``connections_per_origin`` bounds each pool; ``connect_timeout`` is in seconds and includes a forward proxy and TLS.
     """
 
     def __init__(
-        self,
-        *,
-        ca_bundle: Path | None = None,
-        connections_per_origin: int,
-        connect_timeout: float = 10.0,
-        environ: Mapping[str, str] = os.environ,
+        self, dialer: Dialer | None = None, *, connections_per_origin: int, connect_timeout: float = 10.0
     ) -> None:
-        self._dialer = Dialer(ca_bundle=ca_bundle, timeout=connect_timeout, environ=environ)
+        self._dialer = dialer or Dialer()
         self._limit = connections_per_origin
+        self._connect_timeout = connect_timeout
         self._pools: dict[Origin, ConnectionPool] = {}
         self._buffer = memoryview(bytearray(READ_SIZE))
         self._closed = False
 
     async def send(
-        self, origin: Origin, request: bytes, body: bytes = b"", *, method: bytes, head_timeout: float
+        self, origin: Origin, head: bytes, body: bytes = b"", *, method: bytes, head_timeout: float
     ) -> Response:
-        """Send one request, head and body; return the response as soon as its head has come.
+        """Send a request and return the response as soon as its head has arrived. Cancelling closes the connection.
 
-        Cancelling closes the connection. Raises UpstreamUnreachable, UpstreamTimeout after ``head_timeout``
-        seconds, UpstreamBroken and UpstreamBusy; each text names the upstream's host and port.
+        Raises UpstreamUnreachable, UpstreamPoolTimeout, UpstreamProtocolError, and UpstreamTimeout after
+        ``head_timeout`` seconds. Each text names the server's host and port.
         """
         pool = self._pools.get(origin) or self._new_pool(origin)
         connection = pool.acquire_nowait() or await pool.acquire()
         try:
-            return await _answer(connection, request, body, method, head_timeout)
-        except ConnectionStale:
+            return await connection.request(head, body, method=method, timeout=head_timeout)
+        except StaleConnection:
             if method not in _REPEATABLE:
                 raise
-        return await _answer(await pool.acquire(), request, body, method, head_timeout)
+        connection = await pool.acquire()
+        return await connection.request(head, body, method=method, timeout=head_timeout)
 
-    def idle_connection(self, origin: Origin) -> Connection | None:
-        """Return a kept connection on which a request can be begun at once, where there is one."""
+    def idle_connection(self, origin: Origin) -> HttpConnection | None:
+        """Return an idle connection on which a request can be sent at once, or None."""
         pool = self._pools.get(origin)
         return pool.acquire_nowait() if pool is not None else None
 
     def pool(self, origin: Origin) -> ConnectionPool | None:
-        """Return the connections to an origin, if there have been any."""
+        """Return the pool of an origin, or None before the first request to it."""
         return self._pools.get(origin)
 
     async def aclose(self) -> None:
@@ -75,24 +67,17 @@ class HttpClient:
         self._closed = True
         for pool in self._pools.values():
             pool.close()
-        # Transports close their sockets in the next turn of the loop.
+        # Transports close their sockets in the next turn of the event loop.
         await asyncio.sleep(0)
 
     def _new_pool(self, origin: Origin) -> ConnectionPool:
         if self._closed:
             raise UpstreamPoolTimeout("The proxy is shutting down.")
-        pool = self._pools[origin] = ConnectionPool(origin, self._dialer, self._limit, self._buffer)
+        pool = self._pools[origin] = ConnectionPool(
+            origin,
+            self._dialer,
+            limit=self._limit,
+            connect_timeout=self._connect_timeout,
+            buffer=self._buffer,
+        )
         return pool
-
-
-async def _answer(connection: Connection, request: bytes, body: bytes, method: bytes, head_timeout: float) -> Response:
-    answer = connection.exchange(request, body, bodiless=method == b"HEAD", timeout=head_timeout)
-    try:
-        return await answer
-    except asyncio.CancelledError:
-        if answer.cancelled():
-            connection.abort()
-        elif answer.exception() is None:
-            # It came in the very moment of the cancellation.
-            answer.result().close()
-        raise

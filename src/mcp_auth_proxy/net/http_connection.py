@@ -1,9 +1,9 @@
-"""One HTTP/1.1 exchange at a time on one connection to an upstream, and what comes back of it (RFC 9112).
+"""An HTTP/1.1 connection to a server, carrying one request and its response at a time (RFC 9112).
 
 The parser is llhttp without lenient flags. It refuses Content-Length beside Transfer-Encoding, repeated or malformed
-Content-Length, obs-fold, bare CR and LF, and white space before a colon; what it lets pass of what design §4.8
-forbids is refused here: other transfer codings than ``chunked``, transfer codings in HTTP/1.0, versions other than
-1.0 and 1.1, status codes that are none, bytes before the status line, and heads and trailers without end.
+Content-Length, obs-fold, bare CR and LF, and white space before a colon. This module refuses what llhttp accepts:
+transfer codings other than ``chunked``, any transfer coding in HTTP/1.0, versions other than 1.0 and 1.1, invalid
+status codes, bytes before the status line, and heads and trailers that do not end.
 """
 
 import asyncio
@@ -17,101 +17,99 @@ import httptools
 from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError, UpstreamTimeout
 from mcp_auth_proxy.net.http_response import READ_AHEAD, Response
 
-__all__ = ["Connection", "ConnectionStale", "PoolCallbacks", "Response"]
-
 HEAD_LIMIT = 64 * 1024
-"""Bytes until the head of the response must be complete, interim responses included."""
+"""Bytes of a response head, interim responses included."""
 
 FIELD_LIMIT = 200
+"""Fields of a response head."""
 
 READ_SIZE = 64 * 1024
-"""Bytes read at a time. Body chunks are cut from it with one copy; under 128 KiB malloc has them without new pages."""
+"""Bytes read at a time. Body chunks are cut from it with one copy; malloc serves up to 128 KiB without new pages."""
 
 JOINED_BODY = 64 * 1024
 """Bytes of request body up to which copying it behind the head is cheaper than a second buffer for the kernel."""
 
+BUSY_POLL_THRESHOLD = 0.00015
+"""Seconds. A response that comes sooner is here before a process that went to sleep for it is awake again."""
+
 _FRAMING = frozenset({b"content-length", b"transfer-encoding", b"keep-alive"})
 
-
-BUSY_POLL_THRESHOLD = 0.00015
-"""Seconds: an answer that comes sooner is here before a process that went to sleep for it is awake again."""
-
+# The states. Plain numbers, since a member of an enumeration costs a look-up at each of ten comparisons per request.
 _IDLE: Final = 0
 _HEAD: Final = 1
 _BODY: Final = 2
 _DONE: Final = 3
-"""The response is complete; what else came with it is still being looked at."""
+"""The response is complete; the rest of what was read with it is still being looked at."""
 _CLOSED: Final = 4
-# Plain numbers: a member of an enumeration costs a look-up at each of ten comparisons per request.
 
 
-class ConnectionStale(UpstreamProtocolError):
-    """A kept connection closed before one byte of the response came: most likely it was idle for too long."""
+class StaleConnection(UpstreamProtocolError):
+    """A reused connection closed before a byte of the response came, most likely because it was idle for too long."""
 
 
 class ResponseWaiter(Protocol):
-    """Who waits for a response: an ``asyncio.Future``, or what is called in the place of one."""
+    """What receives a response: an ``asyncio.Future``, or an object with these three of its methods."""
 
     def done(self) -> bool:
-        """Whether nobody waits any more."""
+        """Return whether nobody waits any more."""
 
     def set_result(self, result: Response, /) -> None:
-        """The head has come, and what came with it has been read."""
+        """Receive the response. Called once its head has arrived and the read that it came with is used up."""
 
     def set_exception(self, exception: UpstreamError, /) -> None:
-        """There will be none."""
+        """Receive the reason why there is no response."""
 
 
 class PoolCallbacks(Protocol):
-    """Where a connection belongs."""
+    """What a connection needs of its owner."""
 
     name: str
-    """The upstream, as errors name it: ``host:port``."""
+    """What errors name first: ``host:port``, or nothing if empty."""
 
     buffer: memoryview
-    """What all connections of one event loop read into: every read is used up before the next."""
+    """``READ_SIZE`` bytes that all connections of an event loop read into: each read is used up before the next."""
 
-    def released(self, connection: "Connection") -> None:
-        """The exchange is complete and the connection may carry another."""
+    def connection_released(self, connection: "HttpConnection") -> None:
+        """Take back the connection: the exchange is complete, and it can carry another."""
 
-    def stale(self, connection: "Connection") -> None:
-        """The upstream closed the connection when it was used again."""
+    def connection_stale(self, connection: "HttpConnection") -> None:
+        """Note that the server closed the connection when it was used again."""
 
-    def connection_closed(self, connection: "Connection", *, idle: bool) -> None:
-        """The connection is closed. Called once; ``idle`` where the upstream closed it between exchanges."""
+    def connection_closed(self, connection: "HttpConnection", *, idle: bool) -> None:
+        """Forget the connection. Called once; ``idle``: the server closed it between two exchanges."""
 
 
-class Connection(asyncio.BufferedProtocol):
-    """A connection to an upstream, as a pool keeps it."""
+class HttpConnection(asyncio.BufferedProtocol):
+    """A connection to a server. Its methods are for the event loop, the parser and the owner."""
 
     __slots__ = (
-        "_answer",
-        "_arrived",
-        "_arrived_for",
-        "_begun",
         "_bodiless",
-        "_consumer",
+        "_consumed",
         "_deadline",
-        "_extra",
         "_fault",
+        "_framing_bytes",
         "_head_left",
+        "_head_started",
         "_headers",
         "_length",
         "_loop",
+        "_new_response",
+        "_new_response_waiter",
         "_parser",
         "_paused",
         "_progress",
         "_response",
         "_reusable",
-        "_seen",
+        "_sent_at",
         "_socket",
         "_state",
+        "_surplus",
         "_timeout",
         "_timer",
         "_timer_at",
         "_transport",
-        "_unproductive",
         "_until_close",
+        "_waiter",
         "head_latency",
         "idle_for",
         "idle_since",
@@ -128,21 +126,23 @@ class Connection(asyncio.BufferedProtocol):
         self.uses = 0
         self.idle_since = 0.0
         self.idle_for = 0.0
-        """Seconds that it had been idle when it was last taken."""
+        """Seconds that it had been idle when it was last acquired."""
         self.idle_timeout = float("inf")
-        """Seconds that the upstream says it keeps the connection."""
+        """Seconds that the server says it keeps an idle connection."""
         self.head_latency = 1.0
-        """Seconds from a request to the head of its response, on average of late; the last where that was not brief."""
-        self._begun = 0.0
+        """Seconds from a request to the head of its response: a moving average, or the last one if that took longer
+        than ``BUSY_POLL_THRESHOLD``."""
+        self._sent_at = 0.0
         self._socket = sock
         self._loop = asyncio.get_running_loop()
         self._state = _IDLE
-        self._answer: ResponseWaiter | None = None
-        self._consumer: Response | None = None
+        self._waiter: ResponseWaiter | None = None
         self._response: Response | None = None
-        self._arrived: Response | None = None
-        self._arrived_for: ResponseWaiter | None = None
-        """Who is given what has arrived, as soon as this read is used up."""
+        self._new_response: Response | None = None
+        self._new_response_waiter: ResponseWaiter | None = None
+        """The response whose head came with the current read, and who receives it once the read is used up."""
+        self._consumed: Response | None = None
+        """The response whose body is pushed to a consumer."""
         self._deadline = 0.0
         self._timeout = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -151,17 +151,15 @@ class Connection(asyncio.BufferedProtocol):
         self._fault = ""
         self._paused = False
 
-    # The pool's side
-
     @property
     def closed(self) -> bool:
         return self._state == _CLOSED
 
     def is_open(self) -> bool:
-        """Whether the upstream still keeps the idle connection, as far as the kernel knows this instant.
+        """Return whether the server still keeps the idle connection, as far as the kernel knows at this instant.
 
-        The event loop may not have come to read the end of a connection that has been closed. Bytes that wait
-        while nothing was asked for are no good either.
+        The event loop may not yet have read the end of a connection that was closed. A connection with unread bytes
+        is not usable either, since nothing was asked for.
         """
         if self._state != _IDLE or self._transport.is_closing():
             return False
@@ -173,17 +171,30 @@ class Connection(asyncio.BufferedProtocol):
             return False
         return False
 
-    def exchange(self, request: bytes, body: bytes, *, bodiless: bool, timeout: float) -> asyncio.Future[Response]:
-        """Send a request; return what becomes the response once its head has come (see ``begin``)."""
-        answer: asyncio.Future[Response] = self._loop.create_future()
-        self.begin(answer, request, body, bodiless=bodiless, timeout=timeout)
-        return answer
+    # Requests
 
-    def begin(self, answer: ResponseWaiter, request: bytes, body: bytes, *, bodiless: bool, timeout: float) -> None:
-        """Send a request; ``answer`` is given the response once its head has come.
+    async def request(self, head: bytes, body: bytes, *, method: bytes, timeout: float) -> Response:
+        """Send a request and return the response as soon as its head has arrived. Cancelling closes the connection.
 
-        ``bodiless``: the method is HEAD (RFC 9110 §9.3.2). ``timeout`` in seconds until the head must have come.
-        The answer fails with UpstreamBroken, ConnectionStale or UpstreamTimeout.
+        Raises as ``send`` does.
+        """
+        waiter: asyncio.Future[Response] = self._loop.create_future()
+        self.send(waiter, head, body, bodiless=method == b"HEAD", timeout=timeout)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.cancelled():
+                self.abort()
+            elif waiter.exception() is None:
+                # The response arrived in the same turn of the event loop.
+                waiter.result().close()
+            raise
+
+    def send(self, waiter: ResponseWaiter, head: bytes, body: bytes, *, bodiless: bool, timeout: float) -> None:
+        """Send a request and give ``waiter`` the response once its head has arrived.
+
+        ``bodiless``: the method is HEAD (RFC 9110 §9.3.2). ``timeout`` is in seconds, until the head has arrived.
+        The waiter fails with UpstreamProtocolError, StaleConnection or UpstreamTimeout.
         """
         self.uses += 1
         self._state = _HEAD
@@ -192,67 +203,59 @@ class Connection(asyncio.BufferedProtocol):
         self._headers = []
         self._length = b""
         self._until_close = True
-        self._extra = False
-        self._seen = False
-        self._consumer = None
-        self._unproductive = 0
-        self._answer = answer
+        self._surplus = False
+        self._head_started = False
+        self._framing_bytes = 0
+        self._waiter = waiter
         self._timeout = timeout
         self._deadline = deadline = self._loop.time() + timeout
         if self._timer is None or deadline < self._timer_at:
             self._set_timer()
         if len(body) > JOINED_BODY:
-            self._transport.writelines((request, body))
+            self._transport.writelines((head, body))
         else:
-            self._transport.write(request + body if body else request)
-        self._begun = time.monotonic()
+            self._transport.write(head + body if body else head)
+        self._sent_at = time.monotonic()
+
+    # Closing
 
     def abort(self) -> None:
-        """Close at once, whatever is on its way."""
-        if self._leave():
+        """Close at once, whatever is under way."""
+        if self._mark_closed():
             self._transport.abort()
 
     def close(self) -> None:
-        """Close in order."""
-        if self._leave():
+        """Close after what was written has been sent."""
+        if self._mark_closed():
             self._transport.close()
 
     def fail(self, error: UpstreamError) -> None:
-        """Close at once and tell whoever waits for the response; bytes that came before stay readable."""
-        answer, response = self._answer, self._response
-        error.args = (f"{self.owner.name}: {error}",)
-        self._answer = self._response = None
+        """Close at once and pass the error to the waiter, or behind the bytes of the body that arrived before it."""
+        waiter, response = self._waiter, self._response
+        if self.owner.name:
+            error.args = (f"{self.owner.name}: {error}",)
+        self._waiter = self._response = None
         self.abort()
         if response is not None:
             response.finish(error)
-        elif answer is not None and not answer.done():
-            answer.set_exception(error)
+        elif waiter is not None and not waiter.done():
+            waiter.set_exception(error)
 
-    def pause(self) -> None:
-        if not self._paused:
-            self._paused = True
-            if not self._transport.is_closing():
-                self._transport.pause_reading()
-
-    def push_body_to(self, response: Response) -> None:
-        self._consumer = response
-
-    def resume(self) -> None:
-        """Read on after a pause."""
-        if self._paused:
-            self._paused = False
-            if not self._transport.is_closing():
-                self._transport.resume_reading()
-
-    def _leave(self, *, idle: bool = False) -> bool:
-        """Stop being a connection; False where it was none any more."""
+    def _mark_closed(self, *, idle: bool = False) -> bool:
+        """Leave the owner. Return False if the connection was closed already."""
         if self._state == _CLOSED:
             return False
         self._state = _CLOSED
         self._stop_timer()
-        self._answer = self._response = None
+        self._waiter = self._response = self._consumed = None
         self.owner.connection_closed(self, idle=idle)
         return True
+
+    def _close_idle(self) -> None:
+        if self._mark_closed(idle=True):
+            self._transport.close()
+
+    # The head's deadline
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -262,10 +265,10 @@ class Connection(asyncio.BufferedProtocol):
     def _set_timer(self) -> None:
         self._stop_timer()
         self._timer_at = self._deadline
-        self._timer = self._loop.call_at(self._deadline, self._expire)
+        self._timer = self._loop.call_at(self._deadline, self._on_timer)
 
-    def _expire(self) -> None:
-        """Fail where no head has come in time. One timer serves many exchanges: one for each costs more."""
+    def _on_timer(self) -> None:
+        """Fail if no head has arrived in time. One timer serves many requests: a timer for each would cost more."""
         self._timer = None
         if self._state != _HEAD:
             return
@@ -274,10 +277,27 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self.fail(UpstreamTimeout(f"no answer within {self._timeout:g} s."))
 
-    # The transport's side
+    # BodySource
+
+    def pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            if not self._transport.is_closing():
+                self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    def push_body_to(self, response: Response) -> None:
+        self._consumed = response
+
+    # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are none of asyncio's classes.
+        # uvloop's transports do not derive from asyncio's classes.
         self._transport = cast(asyncio.Transport, transport)
         self._parser = httptools.HttpResponseParser(self)
 
@@ -290,9 +310,10 @@ class Connection(asyncio.BufferedProtocol):
         if state == _CLOSED:
             return
         if state == _IDLE:
-            # Nothing was asked for: whatever this is, it must not become the answer to the next request.
+            # Nothing was asked for: whatever this is, it must not become the response to the next request.
             self._close_idle()
             return
+        consumed = self._consumed
         try:
             if state == _HEAD:
                 self._feed_head(data)
@@ -300,59 +321,59 @@ class Connection(asyncio.BufferedProtocol):
                 self._feed_body(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if self._state == _DONE:
-                self._extra = True
+                self._surplus = True
             else:
                 self.fail(UpstreamProtocolError(f"the response is not valid HTTP: {self._fault or error}."))
         if self._state == _DONE:
             self._release()
-        if self._consumer is not None:
-            self._consumer.deliver()
-        elif self._arrived is not None:
+        # Waiters and consumers are called last, so that they may use the connection, or the pool, at once.
+        if self._new_response is not None:
             self._hand_over()
-
-    def _hand_over(self) -> None:
-        answer, arrived = self._arrived_for, self._arrived
-        self._arrived_for = self._arrived = None
-        if answer is not None and arrived is not None and not answer.done():
-            answer.set_result(arrived)
+        elif consumed is not None:
+            consumed.deliver()
 
     def eof_received(self) -> None:
         if self._state == _BODY and self._until_close:
+            consumed = self._consumed
             self._complete()
-            self._extra = True
+            self._surplus = True
             self._release()
+            if consumed is not None:
+                consumed.deliver()
         else:
-            self._lost()
+            self._peer_closed()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._state != _CLOSED:
-            self._lost()
-        # The parser holds callbacks of the connection: without this, only the garbage collector would part them.
+            self._peer_closed()
+        # The parser refers to methods of the connection: without this, only the garbage collector would free the two.
         with contextlib.suppress(AttributeError):
             del self._parser
 
-    def _lost(self) -> None:
+    def _peer_closed(self) -> None:
         if self._state == _IDLE:
             self._close_idle()
         elif self._state == _BODY:
             self.fail(UpstreamProtocolError("the connection closed in the middle of the response."))
-        elif self._seen:
+        elif self._head_started:
             self.fail(UpstreamProtocolError("the connection closed in the middle of the response head."))
         elif self.uses > 1:
-            self.owner.stale(self)
-            self.fail(ConnectionStale("the connection closed without an answer."))
+            self.owner.connection_stale(self)
+            self.fail(StaleConnection("the connection closed without an answer."))
         else:
             self.fail(UpstreamProtocolError("the connection closed without an answer."))
 
-    def _close_idle(self) -> None:
-        if self._leave(idle=True):
-            self._transport.close()
+    def _hand_over(self) -> None:
+        waiter, response = self._new_response_waiter, self._new_response
+        self._new_response_waiter = self._new_response = None
+        if waiter is not None and response is not None and not waiter.done():
+            waiter.set_result(response)
 
     def _feed_head(self, data: memoryview) -> None:
-        if not self._seen:
-            self._seen = True
+        if not self._head_started:
+            self._head_started = True
             if data[0] != 0x48:
-                # llhttp skips empty lines before "HTTP/", and knows further protocols.
+                # llhttp skips empty lines before "HTTP/" and knows further protocols.
                 self._fault = "it does not begin with a status line"
                 raise httptools.HttpParserError
         left = self._head_left
@@ -373,23 +394,23 @@ class Connection(asyncio.BufferedProtocol):
         self._progress = False
         self._parser.feed_data(data)
         if self._progress:
-            self._unproductive = 0
+            self._framing_bytes = 0
         else:
-            # Chunk extensions and trailers, of which there is no end to be seen.
-            self._unproductive += len(data)
-            if self._unproductive > HEAD_LIMIT:
+            # Chunk extensions and trailers, which may be endless.
+            self._framing_bytes += len(data)
+            if self._framing_bytes > HEAD_LIMIT:
                 self._fault = f"over {HEAD_LIMIT} bytes of framing without content"
                 raise httptools.HttpParserError
 
-    # The parser's side
+    # Callbacks of the parser
 
     def on_message_begin(self) -> None:
         if self._state == _DONE:
-            self._extra = True
+            self._surplus = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._state != _HEAD:
-            # A trailer (RFC 9110 §6.5.1: may be discarded), or what follows the response.
+            # A trailer, which may be discarded (RFC 9110 §6.5.1), or a field of what follows the response.
             return
         headers = self._headers
         if len(headers) >= FIELD_LIMIT:
@@ -398,7 +419,7 @@ class Connection(asyncio.BufferedProtocol):
         value = value.rstrip(b" \t")
         if name in _FRAMING:
             if name == b"keep-alive":
-                self._note_life(value)
+                self._read_keep_alive(value)
             elif name == b"content-length":
                 self._length = value
                 self._until_close = False
@@ -421,28 +442,26 @@ class Connection(asyncio.BufferedProtocol):
             self._check_version(version)
         self._reusable = version == "1.1"
         if status in {204, 304}:
-            # RFC 9112 §6.3: without a body, whatever the fields say; a server of ours would wait for one.
+            # These have no body whatever the fields say (RFC 9112 §6.3); our own server would wait for one.
             headers = [pair for pair in headers if pair[0] != b"content-length"]
             self._until_close = False
         self._headers = []
         self._state = _BODY
-        self._response = self._arrived = Response(self, status, headers)
-        self._arrived_for = self._answer
-        self._answer = None
-        took = time.monotonic() - self._begun
+        self._response = self._new_response = Response(self, status, headers)
+        self._new_response_waiter = self._waiter
+        self._waiter = None
+        took = time.monotonic() - self._sent_at
         self.head_latency = took if took > BUSY_POLL_THRESHOLD else self.head_latency + (took - self.head_latency) / 8
         if self._bodiless:
-            # The parser knows nothing of methods and waits for a body: it can't be used again.
+            # The parser does not know the method and waits for a body: it can't be used again.
             self._reusable = False
             self._complete()
 
     def on_body(self, body: bytes) -> None:
         self._progress = True
         response = self._response
-        if response is not None and response.feed(body) > READ_AHEAD and not self._paused:
-            self._paused = True
-            if not self._transport.is_closing():
-                self._transport.pause_reading()
+        if response is not None and response.feed(body) > READ_AHEAD:
+            self.pause()
 
     def on_message_complete(self) -> None:
         if self._state == _BODY:
@@ -450,7 +469,7 @@ class Connection(asyncio.BufferedProtocol):
             self._complete()
 
     def _skip_interim(self, status: int) -> None:
-        """Forget an interim response (RFC 9110 §15.2): the final one follows."""
+        """Forget an interim response: the final one follows (RFC 9110 §15.2)."""
         if status == 101:
             raise self._refusal("it switches protocols (101), which was not asked for")
         if not 100 <= status < 200:
@@ -466,8 +485,8 @@ class Connection(asyncio.BufferedProtocol):
             # RFC 9112 §6.1: the framing of such a message is faulty.
             raise self._refusal("it has a transfer coding in HTTP/1.0")
 
-    def _note_life(self, value: bytes) -> None:
-        """Read ``timeout`` of ``Keep-Alive`` (RFC 2068 §19.7.1.1); a second is left for requests on their way."""
+    def _read_keep_alive(self, value: bytes) -> None:
+        """Read ``timeout`` of ``Keep-Alive`` (RFC 2068 §19.7.1.1), less a second for requests on their way."""
         for part in value.split(b","):
             key, _, seconds = part.partition(b"=")
             if key.strip().lower() == b"timeout" and seconds.strip().isdigit() and len(seconds) < 10:
@@ -479,17 +498,17 @@ class Connection(asyncio.BufferedProtocol):
 
     def _complete(self) -> None:
         response = self._response
-        self._response = None
+        self._response = self._consumed = None
         self._state = _DONE
         if response is not None:
             response.finish(None)
 
     def _release(self) -> None:
-        """After a complete exchange: back to the pool, or closed."""
-        # An answer that came before the whole request was sent leaves the rest of it on the connection.
-        if self._extra or not self._reusable or self._transport.get_write_buffer_size():
+        """Return the connection to its owner after an exchange, or close it if it can't be reused."""
+        # A response that came before the whole request was sent leaves the rest of it in the transport.
+        if self._surplus or not self._reusable or self._transport.get_write_buffer_size():
             self.close()
             return
         self.resume()
         self._state = _IDLE
-        self.owner.released(self)
+        self.owner.connection_released(self)

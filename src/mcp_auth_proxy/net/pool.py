@@ -1,4 +1,4 @@
-"""The kept connections to one origin, a bounded number."""
+"""A pool of connections to one origin, bounded in number and kept alive between requests."""
 
 import asyncio
 import socket
@@ -6,126 +6,130 @@ from collections import deque
 
 from mcp_auth_proxy.errors import UpstreamPoolTimeout, UpstreamProtocolError, UpstreamUnreachable
 from mcp_auth_proxy.net.dial import Dialer
-from mcp_auth_proxy.net.http_connection import Connection
+from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.urls import Origin
 
 IDLE_TIMEOUT = 30.0
-"""Seconds that an idle connection is kept where the upstream shows no shorter habit."""
+"""Seconds that an idle connection is kept, unless the server has shown or announced that it closes sooner."""
 
 LEARNED_SHARE = 0.8
-"""How much of the age at which an upstream closed a connection the next ones are kept for."""
+"""Share of the idle time after which a server closed a connection that the next ones are kept for."""
 
 LEARNED_FOR = 60.0
+"""Seconds for which a learned idle timeout holds: the close may have been a restart."""
+
 LEARNED_BRIEFLY = 10.0
-"""Seconds after which a learnt life, and one of under a second, is forgotten: the close may have been a restart."""
+"""The same for a learned idle timeout of less than ``MIN_LEARNED_IDLE``."""
 
 MIN_LEARNED_IDLE = 1.0
-"""Seconds of idleness from which a close that harmed nobody is taken for a habit of the upstream."""
+"""Seconds of idle time from which a close that disturbed no request is taken for the server's idle timeout."""
 
 REAP_INTERVAL = 5.0
-"""Seconds between looks for idle connections whose life is over."""
+"""Seconds between two searches for connections that were idle for too long."""
 
-BUSY_WAIT = 5.0
-"""Seconds that a request waits for one of the connections of an origin."""
+POOL_TIMEOUT = 5.0
+"""Seconds that a request waits for a connection if all are in use."""
 
 
 class ConnectionPool:
-    """The connections to one origin. The one idle for the shortest time is used first, so that the others can go."""
+    """The connections to one origin. The most recently used is acquired first, so that the others can expire.
 
-    def __init__(self, origin: Origin, dialer: Dialer, limit: int, buffer: memoryview) -> None:
+    ``limit`` bounds their number; ``connect_timeout`` is in seconds; ``buffer`` is what all connections read into.
+    """
+
+    def __init__(
+        self, origin: Origin, dialer: Dialer, *, limit: int, connect_timeout: float, buffer: memoryview
+    ) -> None:
         self.name = str(origin)
         self.buffer = buffer
         self._origin = origin
         self._dialer = dialer
         self._limit = limit
+        self._connect_timeout = connect_timeout
         self._loop = asyncio.get_running_loop()
         self._slots = 0
-        """Connections, and those being made."""
-        self._made: set[Connection] = set()
-        self._idle: deque[Connection] = deque()
-        self._waiting: deque[asyncio.Future[Connection | None]] = deque()
-        self._life = IDLE_TIMEOUT
+        """Connections, open or being opened. At most ``limit``."""
+        self._connections: set[HttpConnection] = set()
+        self._idle: deque[HttpConnection] = deque()
+        self._waiters: deque[asyncio.Future[HttpConnection | None]] = deque()
+        """Requests that wait for a released connection, or for None: a slot to open one in."""
+        self._idle_timeout = IDLE_TIMEOUT
         self._learned_until = 0.0
         self._reaper: asyncio.TimerHandle | None = None
         self._closed = False
 
     @property
     def open(self) -> int:
-        """How many connections there are, idle or in use."""
-        return len(self._made)
+        """The number of connections, idle or in use."""
+        return len(self._connections)
 
     @property
     def idle(self) -> int:
+        """The number of idle connections."""
         return len(self._idle)
 
     # For requests
 
-    def acquire_nowait(self) -> Connection | None:
-        """Return an idle connection that is seen to be open, or None."""
+    def acquire_nowait(self) -> HttpConnection | None:
+        """Return an idle connection that is still open, or None."""
         if not self._idle:
             return None
         now = self._loop.time()
-        life = self._current_life(now)
+        idle_timeout = self._current_idle_timeout(now)
         while self._idle:
             connection = self._idle.pop()
-            connection.idle_for = age = now - connection.idle_since
-            if age < life and age < connection.idle_timeout and connection.is_open():
+            connection.idle_for = idle_for = now - connection.idle_since
+            if idle_for < idle_timeout and idle_for < connection.idle_timeout and connection.is_open():
                 return connection
             connection.close()
         return None
 
-    async def acquire(self) -> Connection:
-        """Return a new connection; where no more are allowed, the first that comes free.
+    async def acquire(self) -> HttpConnection:
+        """Return a new connection or, if no more are allowed, the next that is released.
 
-        Raises UpstreamUnreachable and UpstreamBusy.
+        Raises UpstreamUnreachable, and UpstreamPoolTimeout if none is released in time.
         """
         while self._slots >= self._limit:
             connection = await self._wait()
             if connection is None:
-                break  # the place of a connection that is gone, counted already
+                break  # the slot of a closed connection, which is counted already
             if connection.is_open():
                 return connection
             connection.close()
         else:
             self._slots += 1
         try:
-            connection = await self._dialer.open(self._origin, self._make)
-            if connection.closed or self._closed:
-                connection.abort()
-                raise UpstreamUnreachable(f"{self.name} can't be reached: it closed the connection at once.")
+            connection = await self._connect()
         except BaseException:
-            self._free_slot()
+            self._release_slot()
             raise
-        self._made.add(connection)
+        self._connections.add(connection)
         return connection
 
-    def stale(self, connection: Connection) -> None:
-        self.learn(connection.idle_for)
-
-    def learn(self, age: float) -> None:
-        """The upstream closed a connection that had been idle for this long (seconds): keep others shorter."""
+    def learn_idle_timeout(self, idle_for: float) -> None:
+        """Keep connections for a shorter time, since the server closed one that was idle for so many seconds."""
         now = self._loop.time()
-        self._life = min(self._current_life(now), age * LEARNED_SHARE)
-        self._learned_until = now + (LEARNED_FOR if age >= MIN_LEARNED_IDLE else LEARNED_BRIEFLY)
+        self._idle_timeout = min(self._current_idle_timeout(now), idle_for * LEARNED_SHARE)
+        self._learned_until = now + (LEARNED_FOR if idle_for >= MIN_LEARNED_IDLE else LEARNED_BRIEFLY)
 
     def close(self) -> None:
-        """Abort every connection, and refuse new ones."""
+        """Abort every connection and refuse new ones."""
         self._closed = True
         if self._reaper is not None:
             self._reaper.cancel()
-        while self._waiting:
-            waiter = self._waiting.popleft()
+        while self._waiters:
+            waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_exception(UpstreamPoolTimeout("The proxy is shutting down."))
-        for connection in list(self._made):
+        for connection in list(self._connections):
             connection.fail(UpstreamProtocolError("the proxy is shutting down."))
         self._idle.clear()
 
-    # For connections
+    # PoolCallbacks
 
-    def released(self, connection: Connection) -> None:
-        while self._waiting:
-            waiter = self._waiting.popleft()
+    def connection_released(self, connection: HttpConnection) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
             if not waiter.done():
                 connection.idle_for = 0.0
                 waiter.set_result(connection)
@@ -135,64 +139,80 @@ class ConnectionPool:
         if self._reaper is None:
             self._reaper = self._loop.call_later(REAP_INTERVAL, self._reap)
 
-    def connection_closed(self, connection: Connection, *, idle: bool) -> None:
-        if connection not in self._made:
+    def connection_stale(self, connection: HttpConnection) -> None:
+        self.learn_idle_timeout(connection.idle_for)
+
+    def connection_closed(self, connection: HttpConnection, *, idle: bool) -> None:
+        if connection not in self._connections:
             return
-        self._made.discard(connection)
+        self._connections.discard(connection)
         if idle and connection in self._idle:
             self._idle.remove(connection)
-            age = self._loop.time() - connection.idle_since
-            if age >= MIN_LEARNED_IDLE:
-                self.learn(age)
-        self._free_slot()
+            idle_for = self._loop.time() - connection.idle_since
+            if idle_for >= MIN_LEARNED_IDLE:
+                self.learn_idle_timeout(idle_for)
+        self._release_slot()
 
-    def _make(self, sock: socket.socket) -> Connection:
-        return Connection(self, sock)
+    # Inside
 
-    async def _wait(self) -> Connection | None:
-        """Return a connection that came free, or None for a place in which a new one may be made."""
-        waiter: asyncio.Future[Connection | None] = self._loop.create_future()
-        self._waiting.append(waiter)
+    async def _connect(self) -> HttpConnection:
         try:
-            async with asyncio.timeout(BUSY_WAIT):
+            connection = await self._dialer.open(self._origin, self._new_connection, timeout=self._connect_timeout)
+            if connection.closed or self._closed:
+                connection.abort()
+                raise UpstreamUnreachable("it closed the connection at once")
+        except UpstreamUnreachable as error:
+            raise UpstreamUnreachable(f"{self.name} can't be reached: {error}.") from None
+        return connection
+
+    def _new_connection(self, sock: socket.socket) -> HttpConnection:
+        return HttpConnection(self, sock)
+
+    async def _wait(self) -> HttpConnection | None:
+        """Wait for a released connection, or for None: a slot to open a new one in. Raises UpstreamPoolTimeout."""
+        waiter: asyncio.Future[HttpConnection | None] = self._loop.create_future()
+        self._waiters.append(waiter)
+        try:
+            async with asyncio.timeout(POOL_TIMEOUT):
                 return await waiter
         except TimeoutError:
-            self._give_back(waiter)
+            self._return_unused(waiter)
         except asyncio.CancelledError:
-            self._give_back(waiter)
+            self._return_unused(waiter)
             raise
         raise UpstreamPoolTimeout(
-            f"All {self._limit} connections to {self.name} are in use, and none came free within {BUSY_WAIT:g} s; "
-            "limits.upstream_connections allows more."
+            f"All {self._limit} connections to {self.name} are in use, and none was released within "
+            f"{POOL_TIMEOUT:g} s; limits.upstream_connections allows more."
         )
 
-    def _give_back(self, waiter: asyncio.Future[Connection | None]) -> None:
-        """What came in the very moment in which the waiting ended."""
+    def _return_unused(self, waiter: asyncio.Future[HttpConnection | None]) -> None:
+        """Return a connection or a slot that was handed over just as the wait ended."""
         if not waiter.done() or waiter.cancelled() or waiter.exception() is not None:
             return
         connection = waiter.result()
         if connection is None:
-            self._free_slot()
+            self._release_slot()
         elif not connection.closed:
-            self.released(connection)
+            self.connection_released(connection)
 
-    def _free_slot(self) -> None:
-        while self._waiting:
-            waiter = self._waiting.popleft()
+    def _release_slot(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)
                 return
         self._slots -= 1
 
-    def _current_life(self, now: float) -> float:
-        if self._life < IDLE_TIMEOUT and now > self._learned_until:
-            self._life = IDLE_TIMEOUT
-        return self._life
+    def _current_idle_timeout(self, now: float) -> float:
+        if self._idle_timeout < IDLE_TIMEOUT and now > self._learned_until:
+            self._idle_timeout = IDLE_TIMEOUT
+        return self._idle_timeout
 
     def _reap(self) -> None:
+        """Close the connections that were idle for too long."""
         now = self._loop.time()
-        life = self._current_life(now)
-        for connection in [c for c in self._idle if now - c.idle_since >= min(life, c.idle_timeout)]:
+        idle_timeout = self._current_idle_timeout(now)
+        for connection in [c for c in self._idle if now - c.idle_since >= min(idle_timeout, c.idle_timeout)]:
             self._idle.remove(connection)
             connection.close()
         self._reaper = self._loop.call_later(REAP_INTERVAL, self._reap) if self._idle else None

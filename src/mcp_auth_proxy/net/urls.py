@@ -83,7 +83,7 @@ def parse(url: str) -> Url:
     if fragment is not None:
         raise ValueError("must not have a fragment (#…)")
     origin = parse_origin(f"{scheme}://{authority}")
-    if origin is None or authority.endswith(":"):
+    if origin is None or origin.port == 0 or authority.endswith(":"):
         raise ValueError("is not a URL: its host or port can't be read")
     return Url(origin, path, query or "")
 
@@ -109,7 +109,7 @@ def parse_origin(text: str) -> Origin | None:
     scheme, _, authority = text.partition("://")
     scheme = scheme.lower()
     found = split_authority(authority)
-    if scheme not in DEFAULT_PORTS or found is None or found[1] == 0:
+    if scheme not in DEFAULT_PORTS or found is None:
         return None
     host, port = found
     return Origin(scheme, host, DEFAULT_PORTS[scheme] if port is None else port)

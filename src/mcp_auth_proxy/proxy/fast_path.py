@@ -12,7 +12,7 @@ from typing import Protocol
 from mcp_auth_proxy.errors import UpstreamError, UpstreamPoolTimeout
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
-from mcp_auth_proxy.net.http_connection import Connection
+from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.headers import response_headers
 from mcp_auth_proxy.proxy.routes import Route
@@ -46,7 +46,7 @@ class FastPathRequest:
 
     __slots__ = ("_connection", "_owner", "_streaming", "error", "request", "response", "route", "started_at", "token")
 
-    _connection: Connection
+    _connection: HttpConnection
 
     def __init__(self, owner: FastPathOwner, route: Route, request: ClientRequest, token: AccessToken | None) -> None:
         self._owner = owner
@@ -64,11 +64,11 @@ class FastPathRequest:
         route = self.route
         return build_head(route, b"POST", route.target, self.request.headers, self.token, length)
 
-    def send(self, connection: Connection, head: bytes, body: bytes) -> None:
+    def send(self, connection: HttpConnection, head: bytes, body: bytes) -> None:
         """Send the request on a connection that is ready."""
         self._connection = connection
         self.request.on_disconnect = self._on_disconnect
-        connection.begin(self, head, body, bodiless=False, timeout=self.route.server.upstream_timeout)
+        connection.send(self, head, body, bodiless=False, timeout=self.route.server.upstream_timeout)
 
     @property
     def waiting(self) -> bool:

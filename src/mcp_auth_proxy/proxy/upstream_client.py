@@ -7,7 +7,7 @@ from mcp_auth_proxy.errors import UpstreamProtocolError
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.http_client import HttpClient
-from mcp_auth_proxy.net.http_connection import Connection
+from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.headers import request_head
 from mcp_auth_proxy.proxy.routes import Route
@@ -23,7 +23,7 @@ class UpstreamClient:
     def __init__(self, http: HttpClient) -> None:
         self._http = http
 
-    def idle_connection(self, route: Route) -> Connection | None:
+    def idle_connection(self, route: Route) -> HttpConnection | None:
         """Return a kept connection to the upstream on which a request can be sent at once."""
         return self._http.idle_connection(route.origin)
 

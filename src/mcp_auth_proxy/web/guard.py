@@ -15,9 +15,11 @@ class Guard:
     def __init__(self, *, listen: Address, public_url: str, inbound: InboundSettings) -> None:
         self._loopback = urls.is_loopback(listen.host)
         self._port = listen.port
-        self._public_origin = urls.parse(public_url).origin
+        public_origin = urls.parse_origin(public_url)
+        assert public_origin is not None
+        self._public_origin = public_origin
         # The port None means any port.
-        self._names: set[tuple[str, int | None]] = {(self._public_origin.host, None)}
+        self._names: set[tuple[str, int | None]] = {(public_origin.host, None)}
         self._names.update(filter(None, map(urls.split_authority, inbound.allowed_hosts)))
         self._good_hosts: set[bytes] = set()
         self._good_origins: set[bytes] = set()

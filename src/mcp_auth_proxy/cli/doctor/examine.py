@@ -21,6 +21,7 @@ from mcp_auth_proxy.cli.doctor.report import Outcome, Preview, Report, Step, Ver
 from mcp_auth_proxy.config.settings import Address, KeySource, ServerSettings, Settings, StoreSettings
 from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, StoreError, StoreRejected
 from mcp_auth_proxy.models import LOCAL, Account
+from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.oauth import registration
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
@@ -121,9 +122,10 @@ async def examine(settings: Settings, server: ServerSettings) -> Report:
     """Return the steps of the proxy at a server, and the configuration that works. Raises McpAuthProxyError."""
     async with AsyncExitStack() as stack:
         registrations, steps = await stack.enter_async_context(_registrations(settings))
-        fetcher = Fetcher(ca_bundle=settings.outbound.ca_bundle)
+        dialer = Dialer(ca_bundle=settings.outbound.ca_bundle)
+        fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
-        http = HttpClient(ca_bundle=settings.outbound.ca_bundle, connections_per_origin=2)
+        http = HttpClient(dialer, connections_per_origin=2)
         stack.push_async_callback(http.aclose)
         probed = await probe_all(
             UpstreamClient(http), routes.build({server.name: server})[f"/{server.name}/mcp".encode()]
