@@ -21,7 +21,7 @@ CALL = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": 
 
 
 def tasks_of_requests() -> int:
-    return sum("Reply.run" in repr(task.get_coro()) for task in asyncio.all_tasks())
+    return sum("ClientRequest.run" in repr(task.get_coro()) for task in asyncio.all_tasks())
 
 
 @contextlib.asynccontextmanager

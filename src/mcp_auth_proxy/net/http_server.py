@@ -70,7 +70,7 @@ class InboundProtocol(asyncio.Protocol):
     ) -> None:
         self._loop = _loop or asyncio.get_running_loop()
         self._app: App = config.loaded_app
-        self._try_fast_path: Callable[[ClientRequest], bool] | None = getattr(config.loaded_app, "begin", None)
+        self._try_fast_path: Callable[[ClientRequest], bool] | None = getattr(config.loaded_app, "try_fast_path", None)
         self._connections = server_state.connections
         self._tasks = server_state.tasks
         self._parser = httptools.HttpRequestParser(self)
