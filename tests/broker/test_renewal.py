@@ -1,7 +1,7 @@
 """When and how a grant is renewed, on a real store, with a clock of our own and a scripted token endpoint."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,12 +49,12 @@ class Endpoint(Authorizer):
         self.outcome: TokenSet | Exception = tokens("2", NOW + 10)
         self.asked: list[Grant] = []
         self.forgotten: list[Registration] = []
-        self.meanwhile: Callable[[], object] | None = None
+        self.meanwhile: Callable[[], Awaitable[object]] | None = None
 
     async def refresh(self, server: ServerSettings, grant: Grant) -> TokenSet:
         self.asked.append(grant)
         if self.meanwhile is not None:
-            await self.meanwhile()  # type: ignore[misc]
+            await self.meanwhile()
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome

@@ -55,7 +55,7 @@ async def client_of(*messages: dict[str, Any], answer: Answer | None = None) -> 
         for message in messages:
             await send(message)
 
-    config = Config(app, ws="none", lifespan="off", log_config=None, access_log=False)  # type: ignore[arg-type]
+    config = Config(app, ws="none", lifespan="off", log_config=None, access_log=False)
     config.load()
     state = ServerState()
     server = await asyncio.get_running_loop().create_server(

@@ -31,17 +31,18 @@ def store_settings(folder: Path) -> StoreSettings:
     return StoreSettings(path=folder / "store.db", keys=(key,), default_key=True)
 
 
-def registration(server: str = "linear", issuer: str = "https://as.example", **changes: object) -> Registration:
-    values: dict[str, object] = {
-        "client_id": "client",
-        "client_auth": ClientAuth.BASIC,
-        "kind": RegistrationKind.DYNAMIC,
-        "client_secret": "canary-secret",
-        "redirect_uri": "http://127.0.0.1:8787/oauth/callback",
-        "secret_expires_at": NOW + 1000,
-        "created_at": NOW,
-    }
-    return Registration(server=server, issuer=issuer, **{**values, **changes})  # type: ignore[arg-type]
+def registration(server: str = "linear", issuer: str = "https://as.example") -> Registration:
+    return Registration(
+        server=server,
+        issuer=issuer,
+        client_id="client",
+        client_auth=ClientAuth.BASIC,
+        kind=RegistrationKind.DYNAMIC,
+        client_secret="canary-secret",
+        redirect_uri="http://127.0.0.1:8787/oauth/callback",
+        secret_expires_at=NOW + 1000,
+        created_at=NOW,
+    )
 
 
 def tokens(name: str = "1", at: float = NOW) -> TokenSet:
