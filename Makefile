@@ -19,6 +19,7 @@ UV_VERSION := 0.13.8
 
 # Two: the tests start servers and browsers of their own beside each worker.
 TEST_WORKERS ?= 2
+PYTEST := pytest -n $(TEST_WORKERS) --dist worksteal
 PIP := -m pip --disable-pip-version-check -qq
 UV_COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
@@ -31,10 +32,17 @@ help: ## this list
 demo: $(STAMP) ## the whole story on loopback: 401, discovery, consent, token, result, refresh
 	@$(BIN)/mcp-auth-proxy demo
 
-test: $(STAMP) ## all tests; says which system parts are missing
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
+test: $(STAMP) ## all tests, and how much of the code they run (ARGS='-k refresh': some tests, not measured)
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m $(PYTEST)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+else
+	@$(BIN)/python -m $(PYTEST) $(ARGS)
+endif
 
-check: $(STAMP) ## lint, format, types, import contract
+check: $(STAMP) ## lint, format, types of sources and tests, import contract
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check . || { echo "make format puts it right"; exit 1; }
 	@$(BIN)/mypy

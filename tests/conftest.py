@@ -8,10 +8,15 @@ import os
 import shutil
 from collections.abc import Callable
 
+import hypothesis
 import pytest
 import uvloop
 
 pytest_plugins = ["fakes.fixtures"]
+
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
+"""Without a deadline per example, which fails on a busy machine; pytest's timeout bounds the whole test instead."""
 
 PARTS = {
     "chromium": ("chromium", "chromium-browser", "google-chrome"),

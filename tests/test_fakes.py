@@ -16,6 +16,7 @@ import httpx2
 import pytest
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
+from mcp.types import CallToolResult, TextContent
 
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.exchange import ABSENT, Answer, Channel
@@ -87,13 +88,22 @@ def error(response: httpx2.Response) -> tuple[int, str]:
     return response.status_code, response.json()["error"]
 
 
-def test_demo_servers_import_no_mcp_until_a_server_is_made():
+def text_of(result: CallToolResult) -> str:
+    """Return the text of a tool's result, which is its only content."""
+    (content,) = result.content
+    assert isinstance(content, TextContent)
+    return content.text
+
+
+def test_demo_servers_import_no_mcp_until_a_server_is_made() -> None:
     code = "import sys, mcp_auth_proxy.cli.demo_servers.mcp_server; sys.exit('mcp' in sys.modules)"
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environ, timeout=30, check=False).returncode == 0
 
 
-async def test_metadata_is_served_at_every_well_known_place_of_each_tenant(servers: Servers, http: httpx2.AsyncClient):
+async def test_metadata_is_served_at_every_well_known_place_of_each_tenant(
+    servers: Servers, http: httpx2.AsyncClient
+) -> None:
     for server in await servers.tenants("/a", "/b"):
         for path in server.metadata_paths():
             document = (await http.get(f"{server.local.origin}{path}")).json()
@@ -104,7 +114,7 @@ async def test_metadata_is_served_at_every_well_known_place_of_each_tenant(serve
 
 async def test_registration_refuses_a_redirect_uri_that_does_not_suit_the_application_type(
     authorization_server: FakeAuthorizationServer, http: httpx2.AsyncClient
-):
+) -> None:
     asked = {"redirect_uris": [REDIRECT], "application_type": "web"}
     assert error(await http.post(f"{authorization_server.issuer}/register", json=asked)) == (
         400,
@@ -116,7 +126,7 @@ async def test_registration_refuses_a_redirect_uri_that_does_not_suit_the_applic
     )
 
 
-async def test_code_is_redeemed_once_and_a_second_use_ends_what_it_brought(oauth: OAuthClient):
+async def test_code_is_redeemed_once_and_a_second_use_ends_what_it_brought(oauth: OAuthClient) -> None:
     code = await oauth.code()
     tokens = (await oauth.redeem(code)).json()
     assert tokens["scope"] == "a b"
@@ -137,12 +147,12 @@ async def test_code_is_redeemed_once_and_a_second_use_ends_what_it_brought(oauth
 )
 async def test_code_is_refused_with_anything_else_than_it_was_asked_with(
     oauth: OAuthClient, changes: dict[str, str], expected: str
-):
+) -> None:
     response = await oauth.redeem(await oauth.code(), **changes)
     assert response.json()["error"] == expected
 
 
-async def test_refresh_rotates_and_an_old_token_ends_the_grant(oauth: OAuthClient):
+async def test_refresh_rotates_and_an_old_token_ends_the_grant(oauth: OAuthClient) -> None:
     first = (await oauth.redeem(await oauth.code())).json()
     second = (await oauth.refresh(first["refresh_token"], resource=RESOURCE)).json()
     assert second["refresh_token"] != first["refresh_token"]
@@ -152,7 +162,7 @@ async def test_refresh_rotates_and_an_old_token_ends_the_grant(oauth: OAuthClien
     assert oauth.server.refreshes == 3
 
 
-async def test_refresh_may_not_widen_scope_or_change_resource(oauth: OAuthClient):
+async def test_refresh_may_not_widen_scope_or_change_resource(oauth: OAuthClient) -> None:
     tokens = (await oauth.redeem(await oauth.code())).json()
     assert error(await oauth.refresh(tokens["refresh_token"], scope="a c")) == (400, "invalid_scope")
     assert error(await oauth.refresh(tokens["refresh_token"], resource="http://127.0.0.1:3/x")) == (
@@ -162,7 +172,7 @@ async def test_refresh_may_not_widen_scope_or_change_resource(oauth: OAuthClient
     assert (await oauth.refresh(tokens["refresh_token"], scope="a")).json()["scope"] == "a"
 
 
-async def test_tokens_end_by_time_by_revocation_and_all_at_once(oauth: OAuthClient):
+async def test_tokens_end_by_time_by_revocation_and_all_at_once(oauth: OAuthClient) -> None:
     ledger = oauth.server.ledger
     tokens = (await oauth.redeem(await oauth.code())).json()
     now = ledger.clock()
@@ -179,7 +189,7 @@ async def test_tokens_end_by_time_by_revocation_and_all_at_once(oauth: OAuthClie
 
 async def test_basic_secret_is_form_decoded_and_client_credentials_need_one(
     authorization_server: FakeAuthorizationServer, http: httpx2.AsyncClient
-):
+) -> None:
     authorization_server.add_client(client_id="a:b", secret="p q%+")
     form = {"grant_type": "client_credentials", "scope": "x", "resource": RESOURCE}
     url = f"{authorization_server.issuer}/token"
@@ -193,7 +203,7 @@ async def test_basic_secret_is_form_decoded_and_client_credentials_need_one(
     assert error(await http.post(url, data=form | {"client_id": "public"})) == (400, "unauthorized_client")
 
 
-async def test_consent_page_decides_and_the_answer_names_the_issuer(oauth: OAuthClient, servers: Servers):
+async def test_consent_page_decides_and_the_answer_names_the_issuer(oauth: OAuthClient, servers: Servers) -> None:
     async with Browser() as browser:
         allowed = parse_qs(urlsplit(await browser.stop_before(oauth.link(state="s1"))).query)
     assert allowed["iss"] == [oauth.server.issuer]
@@ -218,7 +228,9 @@ async def test_consent_page_decides_and_the_answer_names_the_issuer(oauth: OAuth
         ({"scope": "unheard-of"}, "invalid_scope"),
     ],
 )
-async def test_authorization_errors_go_to_the_redirect_uri(oauth: OAuthClient, changes: dict[str, str], expected: str):
+async def test_authorization_errors_go_to_the_redirect_uri(
+    oauth: OAuthClient, changes: dict[str, str], expected: str
+) -> None:
     oauth.server.rules.scopes = ("a", "b")
     response = await oauth.http.get(oauth.link(**changes))
     params = parse_qs(urlsplit(response.headers["location"]).query)
@@ -226,13 +238,13 @@ async def test_authorization_errors_go_to_the_redirect_uri(oauth: OAuthClient, c
     assert params["iss"] == [oauth.server.issuer]
 
 
-async def test_nothing_is_redirected_to_an_unregistered_uri(oauth: OAuthClient):
+async def test_nothing_is_redirected_to_an_unregistered_uri(oauth: OAuthClient) -> None:
     response = await oauth.http.get(oauth.link(redirect_uri="http://127.0.0.1:1/evil"))
     assert response.status_code == 400
     assert "location" not in response.headers
 
 
-async def test_knobs_change_documents_and_answers(oauth: OAuthClient):
+async def test_knobs_change_documents_and_answers(oauth: OAuthClient) -> None:
     server = oauth.server
     server.configure(
         metadata_changes={"issuer": "https://other", "revocation_endpoint": ABSENT},
@@ -258,7 +270,7 @@ async def test_knobs_change_documents_and_answers(oauth: OAuthClient):
     assert {query["code"][0], tokens["access_token"], tokens["refresh_token"]} <= server.secrets()
 
 
-async def test_server_goes_down_and_comes_up_on_its_port(oauth: OAuthClient):
+async def test_server_goes_down_and_comes_up_on_its_port(oauth: OAuthClient) -> None:
     url = f"{oauth.server.issuer}{oauth.server.metadata_paths()[0]}"
     assert (await oauth.http.get(url)).status_code == 200
     for _ in range(3):
@@ -269,7 +281,7 @@ async def test_server_goes_down_and_comes_up_on_its_port(oauth: OAuthClient):
         assert (await oauth.http.get(url)).status_code == 200
 
 
-async def test_lost_response_is_processed_but_not_seen(oauth: OAuthClient):
+async def test_lost_response_is_processed_but_not_seen(oauth: OAuthClient) -> None:
     tokens = (await oauth.redeem(await oauth.code())).json()
     oauth.server.lost_responses = {"token"}
     with pytest.raises(httpx2.TransportError):
@@ -278,7 +290,7 @@ async def test_lost_response_is_processed_but_not_seen(oauth: OAuthClient):
     assert error(await oauth.refresh(tokens["refresh_token"])) == (400, "invalid_grant")
 
 
-async def test_gate_holds_a_request_until_it_is_opened(oauth: OAuthClient):
+async def test_gate_holds_a_request_until_it_is_opened(oauth: OAuthClient) -> None:
     gate = oauth.server.gates["metadata"] = asyncio.Event()
     asking = asyncio.create_task(oauth.http.get(f"{oauth.server.issuer}{oauth.server.metadata_paths()[0]}"))
     await oauth.server.log.wait_for(lambda received: received.endpoint == "metadata")
@@ -289,7 +301,7 @@ async def test_gate_holds_a_request_until_it_is_opened(oauth: OAuthClient):
 
 async def test_fake_mcp_server_challenges_and_accepts_a_token_for_itself_only(
     mcp_server: FakeMcpServer, authorization_server: FakeAuthorizationServer, http: httpx2.AsyncClient
-):
+) -> None:
     mcp_server.step_up = {"tools/call:write": ("w",)}
     async with PlainClient(mcp_server.url) as client:
         refused = await client.call("echo", text="hi")
@@ -307,7 +319,7 @@ async def test_fake_mcp_server_challenges_and_accepts_a_token_for_itself_only(
         assert [received.tool for received in mcp_server.calls("tools/call")] == ["echo", "echo", "echo", "write"]
 
 
-async def test_fake_mcp_server_has_sessions_and_pushes_events(servers: Servers):
+async def test_fake_mcp_server_has_sessions_and_pushes_events(servers: Servers) -> None:
     server = await servers.mcp_server(protected=False, sessions_on=True, answer_as="sse")
     async with PlainClient(server.url) as client:
         assert (await client.post("ping")).status == 400
@@ -323,7 +335,7 @@ async def test_fake_mcp_server_has_sessions_and_pushes_events(servers: Servers):
         assert (await client.post("ping")).status == 404
 
 
-async def test_events_come_one_by_one_and_a_leaving_client_is_noticed(servers: Servers):
+async def test_events_come_one_by_one_and_a_leaving_client_is_noticed(servers: Servers) -> None:
     channel = Channel()
     server = await servers.mcp_server(protected=False, answers={"tools/call": Answer.events(channel)})
     async with PlainClient(server.url) as client:
@@ -335,7 +347,7 @@ async def test_events_come_one_by_one_and_a_leaving_client_is_noticed(servers: S
             await server.calls()[0].gone.wait()
 
 
-async def test_stream_breaks_and_requests_are_dropped_when_told(servers: Servers):
+async def test_stream_breaks_and_requests_are_dropped_when_told(servers: Servers) -> None:
     channel = Channel()
     server = await servers.mcp_server(protected=False, answers={"tools/call": Answer.events(channel, reset=True)})
     server.script("ping", Answer.drop(), Answer.json({"id": 1, "result": {}}, 500))
@@ -352,7 +364,7 @@ async def test_stream_breaks_and_requests_are_dropped_when_told(servers: Servers
         assert (await client.post("ping")).status == 200
 
 
-async def test_hanging_request_ends_with_its_client(servers: Servers):
+async def test_hanging_request_ends_with_its_client(servers: Servers) -> None:
     server = await servers.mcp_server(protected=False, answers={"ping": Answer.hang()})
     async with PlainClient(server.url) as client:
         asking = asyncio.create_task(client.post("ping"))
@@ -364,7 +376,7 @@ async def test_hanging_request_ends_with_its_client(servers: Servers):
             await received.gone.wait()
 
 
-async def test_big_and_compressed_bodies_are_exact(servers: Servers):
+async def test_big_and_compressed_bodies_are_exact(servers: Servers) -> None:
     zipped = Answer.gzipped({"jsonrpc": "2.0", "id": 1, "result": {}})
     server = await servers.mcp_server(protected=False, answers={"big": big(5_000_001), "zipped": zipped})
     async with PlainClient(server.url) as client:
@@ -378,12 +390,12 @@ async def test_big_and_compressed_bodies_are_exact(servers: Servers):
 @pytest.mark.parametrize("mode", ["legacy", "auto", MODERN])
 async def test_sdk_client_uses_the_protected_real_server_in_both_eras(
     real_mcp_server: RealMcpServer, authorization_server: FakeAuthorizationServer, mode: str
-):
+) -> None:
     token = authorization_server.issue(resource=real_mcp_server.url, client_id="tester", scopes=("notes:write",))
-    progress: list[float] = []
+    steps: list[float] = []
 
-    async def on_progress(done: float, total: float | None, message: str | None) -> None:
-        progress.append(done)
+    async def on_progress(progress: float, total: float | None, message: str | None) -> None:
+        steps.append(progress)
 
     headers = {"authorization": f"Bearer {token}"}
     async with (
@@ -392,27 +404,27 @@ async def test_sdk_client_uses_the_protected_real_server_in_both_eras(
     ):
         tools = {tool.name for tool in (await client.list_tools()).tools}
         assert tools == {"echo", "add", "whoami", "count", "large", "write_note"}
-        assert (await client.call_tool("add", {"a": 1, "b": 2})).content[0].text == "3"
-        assert (await client.call_tool("whoami", {})).content[0].text == "tester with notes:write"
-        assert (await client.call_tool("write_note", {"text": "n"})).content[0].text == "1 notes"
+        assert text_of(await client.call_tool("add", {"a": 1, "b": 2})) == "3"
+        assert text_of(await client.call_tool("whoami", {})) == "tester with notes:write"
+        assert text_of(await client.call_tool("write_note", {"text": "n"})) == "1 notes"
         large = await client.call_tool("large", {"size": 300_000})
-        assert len(large.content[0].text) == 300_000
+        assert len(text_of(large)) == 300_000
         await client.call_tool("count", {"to": 3, "seconds": 0}, progress_callback=on_progress)
-        assert progress == [1, 2, 3]
+        assert steps == [1, 2, 3]
 
 
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
-async def test_sdk_client_understands_the_fake_server(servers: Servers, mode: str):
+async def test_sdk_client_understands_the_fake_server(servers: Servers, mode: str) -> None:
     server = await servers.mcp_server(protected=False, sessions_on=True)
     async with Client(server.url, mode=mode) as client:
-        assert (await client.call_tool("echo", {"text": "hi"})).content[0].text == "hi"
+        assert text_of(await client.call_tool("echo", {"text": "hi"})) == "hi"
         assert {tool.name for tool in (await client.list_tools()).tools} == {"echo", "count", "whoami"}
     assert bool(server.calls("initialize")) == (mode == "legacy")
 
 
 async def test_real_server_challenges_by_rfc_9728_and_steps_up(
     real_mcp_server: RealMcpServer, authorization_server: FakeAuthorizationServer, http: httpx2.AsyncClient
-):
+) -> None:
     async with PlainClient(real_mcp_server.url, version=MODERN) as client:
         refused = await client.call("echo", text="hi")
         assert refused.status == 401

@@ -1,7 +1,7 @@
 """When and how a grant is renewed, on a real store, with a clock of our own and a scripted token endpoint."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,12 +50,12 @@ class Endpoint(TokenClient):
     def __init__(self) -> None:
         self.outcome: TokenSet | Exception = tokens("2", NOW + 10)
         self.asked: list[Grant] = []
-        self.meanwhile: Callable[[], object] | None = None
+        self.meanwhile: Callable[[], Awaitable[object]] | None = None
 
     async def refresh(self, server: ServerSettings, grant: Grant) -> TokenSet:
         self.asked.append(grant)
         if self.meanwhile is not None:
-            await self.meanwhile()  # type: ignore[misc]
+            await self.meanwhile()
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
@@ -269,7 +269,7 @@ async def test_after_a_failure_the_server_is_left_alone_for_a_while(it: Scene) -
 
 @pytest.mark.parametrize(("asked", "pause"), [(17.0, 17.0), (0.5, 1.0), (0.0, 1.0), (1e9, BACKOFF_MAX)])
 async def test_a_server_is_left_alone_for_as_long_as_it_asks(it: Scene, asked: float, pause: float) -> None:
-    it.endpoint.outcome = AuthorizationServerUnavailable("busy", retry_after=5.0, asked_pause=asked)
+    it.endpoint.outcome = AuthorizationServerUnavailable("busy", retry_after=5.0, server_retry_after=asked)
     with pytest.raises(AuthorizationServerUnavailable):
         await it.renew()
     wait = it.backoff()
@@ -278,7 +278,7 @@ async def test_a_server_is_left_alone_for_as_long_as_it_asks(it: Scene, asked: f
 
 
 async def test_a_server_that_asks_for_less_than_the_backoff_does_not_shorten_it(it: Scene) -> None:
-    it.endpoint.outcome = AuthorizationServerUnavailable("busy", asked_pause=2.0)
+    it.endpoint.outcome = AuthorizationServerUnavailable("busy", server_retry_after=2.0)
     for _ in range(5):
         it.clock.now += REQUEST_GATE + 0.1
         with pytest.raises(AuthorizationServerUnavailable):

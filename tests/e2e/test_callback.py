@@ -220,9 +220,11 @@ async def link_under(servers: Servers, folder: Path, public: str) -> AsyncIterat
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port: int = sock.getsockname()[1]
     address, public_url = f"http://127.0.0.1:{port}", public.format(port)
-    options = {"listen": Address("127.0.0.1", port), "public_url": public_url, "authorization": {"wait": "0s"}}
+    listen, wait = Address("127.0.0.1", port), {"wait": "0s"}
     async with (
-        running_proxy(folder, {"notes": upstream.url}, **options) as proxy,
+        running_proxy(
+            folder, {"notes": upstream.url}, listen=listen, public_url=public_url, authorization=wait
+        ) as proxy,
         PlainClient(f"{address}/notes/mcp") as client,
     ):
         await client.call("echo")
@@ -384,15 +386,15 @@ async def test_a_second_visit_does_not_spoil_the_first(servers: Servers, tmp_pat
 async def test_a_callback_after_a_restart_finishes_the_flow(servers: Servers, tmp_path: Path) -> None:
     issuer: FakeAuthorizationServer = await servers.authorization_server(auto_consent=True)
     upstream = await servers.mcp_server(issuer)
-    config, options = {"notes": upstream.url}, {"authorization": {"wait": "20s"}}
+    config, wait = {"notes": upstream.url}, {"wait": "20s"}
     async with Browser() as browser:
-        async with running_proxy(tmp_path, dict(config), **options) as proxy, proxy.client("notes") as client:
+        async with running_proxy(tmp_path, dict(config), authorization=wait) as proxy, proxy.client("notes") as client:
             call = asyncio.create_task(client.call("echo"))
             callback = await browser.stop_before(await proxy.next_link())
             call.cancel()
             parts = urlsplit(proxy.origin)
         address = Address(str(parts.hostname), int(parts.port or 0))
-        async with running_proxy(tmp_path, dict(config), listen=address, **options) as proxy:
+        async with running_proxy(tmp_path, dict(config), listen=address, authorization=wait) as proxy:
             assert_page(await browser.open(callback), 200)
             async with proxy.client("notes") as client:
                 assert (await client.call("echo", text="in")).text == "in"

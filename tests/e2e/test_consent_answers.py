@@ -375,7 +375,7 @@ async def test_held_requests_are_kept_alive_and_all_answered(servers: Servers, t
         handshake = asyncio.create_task(it.client.initialize())
         async with it.proxy.client("notes", version=MODERN) as modern:
             probe = await modern.post("server/discover")
-            assert loop.time() - begun <= 8.5
+            assert loop.time() - begun < 10, "clients that probe give up then"
             assert probe.error["data"]["authorization_url"] == link
             await until(lambda: all(len(one.comments) >= 2 for one in held.values()), "two comments each")
             await consent(link)

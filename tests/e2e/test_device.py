@@ -12,10 +12,10 @@ from fakes.exchange import ABSENT, Answer
 from fakes.extension_server import DEVICE_CODE, ExtensionServer
 from fakes.fixtures import Servers
 from fakes.headless import Browser, Page
-from fakes.proxy import link_in, proxy_process, running_proxy, start_command, until, write_config
+from fakes.proxy import Sections, link_in, proxy_process, running_proxy, start_command, until, write_config
 from fakes.scene import Clock
 
-NOW = {"authorization": {"wait": "0s"}}
+NOW: Sections = {"authorization": {"wait": "0s"}}
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ async def test_a_slow_down_makes_the_polls_rarer_by_five_seconds(
         await until(lambda: issuer.polls == 1, "the first poll")
         begun = loop.time()
         await until(lambda: issuer.polls == 2, "the second poll")
-    assert 5.5 < loop.time() - begun < 8
+    assert loop.time() - begun > 5.5
 
 
 async def test_a_refusal_is_told_and_a_new_request_gets_a_new_code(
@@ -194,7 +194,7 @@ async def test_an_authorization_server_that_is_down_for_a_while_is_asked_again(
     ):
         call = asyncio.create_task(client.call("echo", text="x"))
         await proxy.next_link()
-        issuer.answers["token"] = Answer.html("down", 503, headers=(("retry-after", "1"),))
+        issuer.answers["token"] = Answer.html("down", 503, retry_after="1")
         issuer.decide_device(user_code(issuer))
         await until(lambda: issuer.polls > 0, "a poll")
         del issuer.answers["token"]

@@ -13,12 +13,12 @@ from fakes.exchange import ABSENT, Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.mcp_server import MODERN, FakeMcpServer
-from fakes.proxy import Json, link_in, running_proxy, write_config
+from fakes.proxy import Json, Sections, link_in, running_proxy, write_config
 from mcp_auth_proxy.cli.doctor.examine import examine
 from mcp_auth_proxy.cli.doctor.report import Outcome, Report, as_json, as_text
 from mcp_auth_proxy.config.load import load
 
-UNHELD = {"authorization": {"wait": "0s"}}
+UNHELD: Sections = {"authorization": {"wait": "0s"}}
 MEMBERS = ["format", "server", "url", "verdict", "summary", "steps", "plan", "config", "config_complete", "changes"]
 STEP_MEMBERS = ["step", "verdict", "says", "clause", "request", "answer"]
 PLAN_MEMBERS = ["grant", "issuer", "registration", "client_id", "client_auth", "redirect_uri", "resource", "scopes"]

@@ -13,13 +13,13 @@ import yaml
 from fakes.exchange import ABSENT, Answer
 from fakes.fixtures import Servers
 from fakes.headless import consent
-from fakes.proxy import Json, link_in, proxy_process, run_command, running_proxy, write_config
+from fakes.proxy import Json, Sections, link_in, proxy_process, run_command, running_proxy, write_config
 from mcp_auth_proxy.cli.doctor.examine import examine
 from mcp_auth_proxy.cli.doctor.report import Outcome, Report
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.config.settings import Address
 
-UNHELD = {"authorization": {"wait": "0s"}}
+UNHELD: Sections = {"authorization": {"wait": "0s"}}
 
 
 async def diagnose(folder: Path, server: str | Json, **sections: Any) -> Report:

@@ -191,7 +191,7 @@ async def test_a_grant_that_the_setting_forbids_is_not_used(tmp_path: Path) -> N
 async def test_client_credentials_are_bound_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGENT_SECRET", "s3cret")
     agent = {"grant": "client_credentials", "client_id": "agent", "client_secret": "env:AGENT_SECRET"}
-    async with scene(tmp_path) as it, it.proxy("auto", **agent) as proxy, proxy.client("notes") as client:
+    async with scene(tmp_path) as it, it.proxy("auto", None, **agent) as proxy, proxy.client("notes") as client:
         it.issuer.add_client(client_id="agent", secret="s3cret")
         it.issuer.proofs.rotate()
         assert (await client.call("echo", text="alone")).text == "alone"

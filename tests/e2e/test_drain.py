@@ -61,7 +61,7 @@ async def draining(proxy: ProxyProcess) -> None:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-async def test_an_idle_proxy_ends_at_once(servers: Servers, tmp_path: Path, sign: signal.Signals) -> None:
+async def test_an_idle_proxy_ends_at_once(servers: Servers, tmp_path: Path, sign: signal.Signals) -> None:  # F10
     async with serving(servers, tmp_path) as (proxy, _), RawClient.to(proxy.origin) as silent:
         async with proxy.client("notes") as client:
             await client.call("echo", text="this connection is kept alive")

@@ -23,9 +23,9 @@ from fakes.extension_server import (
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.mcp_client import PlainClient
-from fakes.proxy import proxy_process, running_proxy, write_config
+from fakes.proxy import Sections, proxy_process, running_proxy, write_config
 
-NOW = {"authorization": {"wait": "0s"}}
+NOW: Sections = {"authorization": {"wait": "0s"}}
 PLATFORM = "https://platform.example"
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from fakes.fixtures import Servers
-from fakes.proxy import RunningProxy, link_in, running_proxy, until
+from fakes.proxy import RunningProxy, Sections, link_in, running_proxy, until
 from fakes.raw_client import RawClient
 from fakes.unattended import connected
 from mcp_auth_proxy.config.settings import Address
@@ -65,7 +65,7 @@ async def test_paths_that_are_not_plain_are_400(servers: Servers, tmp_path: Path
     assert it.upstream.requests == []
 
 
-BROKEN = {
+BROKEN: dict[str, str | bytes] = {
     "length and chunked": f"POST /mcp HTTP/1.1\nHost: HOST\nTransfer-Encoding: chunked\n{LENGTH}",  # T25
     "two lengths": f"POST /mcp HTTP/1.1\nHost: HOST\nContent-Length: 1\n{LENGTH}",
     "the same length twice": f"POST /mcp HTTP/1.1\nHost: HOST\nContent-Length: {len(PING)}\n{LENGTH}",
@@ -202,7 +202,10 @@ async def test_cross_origin_writes_to_pages_are_403(servers: Servers, tmp_path: 
 
 async def test_on_other_addresses_hosts_are_listed_and_probes_exempt(servers: Servers, tmp_path: Path) -> None:
     upstream = await servers.mcp_server(protected=False)
-    sections = {"inbound": {"allowed_hosts": ["proxy.team.example"]}, "public_url": "https://public.example:8000"}
+    sections: Sections = {
+        "inbound": {"allowed_hosts": ["proxy.team.example"]},
+        "public_url": "https://public.example:8000",
+    }
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     async with running_proxy(tmp_path, {"notes": upstream.url}, listen=Address("0.0.0.0", port), **sections) as proxy:

@@ -8,10 +8,10 @@ import pytest
 from fakes.fixtures import Servers
 from fakes.headless import Browser, consent, decline
 from fakes.mcp_client import MODERN, PlainClient
-from fakes.proxy import link_in, running_proxy
+from fakes.proxy import Sections, link_in, running_proxy
 from mcp_auth_proxy.config.settings import Address
 
-NO_WAIT = {"authorization": {"wait": "0s"}}
+NO_WAIT: Sections = {"authorization": {"wait": "0s"}}
 VERSIONS = ["2025-03-26", "2025-06-18", "2025-11-25", MODERN]
 
 
@@ -79,7 +79,7 @@ async def test_a_restart_keeps_the_login_and_an_open_flow(
 ) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
-    options = {"authorization": {"wait": "0s"}}
+    options: Sections = {"authorization": {"wait": "0s"}}
     async with running_proxy(tmp_path, {"notes": upstream.url}, **options) as proxy, proxy.client("notes") as client:
         link = link_in((await client.call("echo", text="x")).message)
         address = address_of(proxy.origin)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from fakes.headless import consent
-from fakes.proxy import RunningProxy, link_in, run_command, running_proxy
+from fakes.proxy import RunningProxy, Sections, link_in, run_command, running_proxy
 from fakes.sdk_server import SdkServer
 
-UNHELD = {"authorization": {"wait": "0s"}}
+UNHELD: Sections = {"authorization": {"wait": "0s"}}
 
 
 async def connect_and_renew(proxy: RunningProxy, server: SdkServer) -> None:

@@ -125,7 +125,8 @@ async def test_what_stands_in_the_query_of_a_server_url_is_shown_nowhere(servers
     web = await servers.mcp_server(protected=False, intercept=lambda _: Answer.html("a web page", 404))
     bare = await servers.mcp_server(issuer, metadata_at=set())
     upstreams = {"good": good, "down": down, "foreign": foreign, "web": web, "bare": bare}
-    config = write_config(tmp_path, {name: f"{it.url}?{QUERY}" for name, it in upstreams.items()}, authorization=UNHELD)
+    urls = {name: f"{upstream.url}?{QUERY}" for name, upstream in upstreams.items()}
+    config = write_config(tmp_path, urls, authorization=UNHELD)
     said = []
     async with proxy_process(config, "--log-level", "debug") as proxy:
         async with proxy.client("good") as client:

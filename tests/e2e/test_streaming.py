@@ -237,8 +237,8 @@ async def test_the_sdks_client_and_server_work_through_the_proxy(servers: Server
     loop = asyncio.get_running_loop()
     seen: list[tuple[float, float]] = []
 
-    async def note(current: float, total: float | None, message: str | None) -> None:
-        seen.append((current, loop.time()))
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        seen.append((progress, loop.time()))
 
     config = {"notes": unattended(issuer, upstream.url, tmp_path)}
     async with running_proxy(tmp_path, config) as proxy, Client(f"{proxy.origin}/notes/mcp", mode=mode) as client:

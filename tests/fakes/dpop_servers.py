@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jwt
-from jwt.algorithms import ECAlgorithm
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -65,7 +64,7 @@ class Proofs:
         jwk = header["jwk"]
         if header["typ"] != "dpop+jwt" or header["alg"] != "ES256" or set(jwk) != {"kty", "crv", "x", "y"}:
             raise ProofRefused("invalid_dpop_proof")
-        claims = jwt.decode(fields[0], ECAlgorithm.from_jwk(jwk), algorithms=["ES256"], options={"verify_iat": False})
+        claims = jwt.decode(fields[0], jwt.PyJWK(jwk), algorithms=["ES256"], options={"verify_iat": False})
         sound = (
             claims["htm"] == method
             and claims["htu"] == url

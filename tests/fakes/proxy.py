@@ -6,10 +6,11 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import httpx2
 import yaml
@@ -22,6 +23,18 @@ from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.models import Flow
 
 Json = dict[str, Any]
+
+
+class Sections(TypedDict, total=False):
+    """What a configuration file has besides ``servers`` and ``listen``; the values are as in YAML."""
+
+    public_url: str
+    upstream_timeout: str
+    store: Mapping[str, object]
+    authorization: Mapping[str, object]
+    limits: Mapping[str, object]
+    inbound: Mapping[str, object]
+    outbound: Mapping[str, object]
 
 
 class RunningProxy:
@@ -46,13 +59,15 @@ class RunningProxy:
         return self.links[count - 1]
 
 
-def write_config(folder: Path, servers: Mapping[str, str | Json], **sections: Any) -> Path:
+def write_config(
+    folder: Path, servers: Mapping[str, str | Json], *, listen: str = "127.0.0.1:0", **sections: Unpack[Sections]
+) -> Path:
     """Write a configuration file. A server may be given as its URL alone. The store lies in ``folder``."""
-    document = {
-        "listen": "127.0.0.1:0",
+    document: dict[str, object] = {
+        "listen": listen,
         "store": {"url": "sqlite:///proxy.db"},
         "authorization": {"wait": "5s", "open_browser": "never"},
-        "servers": {name: {"url": it} if isinstance(it, str) else it for name, it in servers.items()},
+        "servers": {name: {"url": entry} if isinstance(entry, str) else entry for name, entry in servers.items()},
     }
     for name, section in sections.items():
         before = document.get(name)
@@ -67,9 +82,9 @@ async def running_proxy(
     folder: Path,
     servers: Mapping[str, str | Json],
     *,
-    clock: Callable[[], float] | None = None,
+    clock: Callable[[], float] = time.time,
     listen: Address | None = None,
-    **sections: Any,
+    **sections: Unpack[Sections],
 ) -> AsyncIterator[RunningProxy]:
     """Run the proxy in this event loop until the block ends; started again on the same folder it has the same store.
 
@@ -82,10 +97,9 @@ async def running_proxy(
         links.append(link)
 
     sock, address = bind(listen or settings.listen)
-    options = {"clock": clock} if clock is not None else {}
     with sock:
         async with (
-            lifespan(settings, address, announce=announce, announce_key=lambda line: None, **options) as application,
+            lifespan(settings, address, clock=clock, announce=announce, announce_key=lambda line: None) as application,
             listening(application, sock),
         ):
             yield RunningProxy(application.public_url, links, application)

@@ -1,5 +1,7 @@
 """Which addresses may be dialed for the documents of a server."""
 
+from ipaddress import IPv4Address, IPv6Address
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,9 +61,11 @@ def test_the_class_of_an_address_is_known(address: str, expected: str) -> None: 
 
 
 @given(st.ip_addresses())
-def test_an_address_called_public_is_global_for_the_library_too(address: object) -> None:
+def test_an_address_called_public_is_global_for_the_library_too(
+    address: IPv4Address | IPv6Address,
+) -> None:
     if not address_class(str(address)) and not str(address).startswith("64:ff9b:") and "ffff" not in str(address):
-        assert address.is_global  # type: ignore[attr-defined]
+        assert address.is_global
 
 
 def test_a_public_upstream_leads_to_public_addresses_only() -> None:  # T1, T2

@@ -96,7 +96,7 @@ class Line:
     def __init__(self) -> None:
         self.home = Home()
         self.wire = Wire()
-        self.connection = HttpConnection(self.home, None)  # type: ignore[arg-type]
+        self.connection = HttpConnection(self.home, None)  # type: ignore[arg-type]  # the transport here has no socket
         self.connection.connection_made(self.wire)
 
     def ask(self, method: bytes = b"POST", timeout: float = 60.0) -> asyncio.Future[Response]:

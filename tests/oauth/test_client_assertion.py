@@ -34,8 +34,13 @@ CLIENT = Registration(
 )
 def test_the_assertion_is_signed_by_the_key_and_short_lived(key: PrivateKey, algorithm: str) -> None:
     text = client_assertion.build(SigningKey(key, algorithm), client_id="agent", audience="https://as", now=NOW)
-    options = {"verify_exp": False, "verify_iat": False}
-    claims = jwt.decode(text, key.public_key(), algorithms=[algorithm], audience="https://as", options=options)  # type: ignore[arg-type]
+    claims = jwt.decode(
+        text,
+        key.public_key(),
+        algorithms=[algorithm],
+        audience="https://as",
+        options={"verify_exp": False, "verify_iat": False},
+    )
     assert (claims["iss"], claims["sub"], claims["iat"]) == ("agent", "agent", 1_800_000_000)
     assert 0 < claims["exp"] - claims["iat"] <= 300
 

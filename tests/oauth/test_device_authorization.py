@@ -100,7 +100,7 @@ def test_an_interval_is_kept_within_bounds(value: object, seconds: float) -> Non
 )
 def test_what_breaks_the_rules_is_refused(changes: dict[str, object], rule: str) -> None:
     with pytest.raises(DocumentRefused, match=r"RFC 8628 §3\.2") as caught:
-        read(**changes)
+        read(200, **changes)
     assert rule in str(caught.value)
 
 

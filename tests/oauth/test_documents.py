@@ -48,9 +48,9 @@ def test_a_key_given_twice_is_refused_where_it_is_read() -> None:
 
 
 def test_many_repeated_keys_are_read_at_once() -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     parse_object(b"{" + b",".join(b'"%d":1' % (number % 9000) for number in range(18_000)) + b"}")
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_null_counts_as_absent() -> None:

@@ -63,7 +63,7 @@ def test_the_id_jag_and_its_scopes_are_read() -> None:
 )
 def test_anything_else_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(DocumentRefused, match=r"RFC 8693 §2\.2\.1"):
-        read(**changes)
+        read(200, **changes)
 
 
 def test_errors_are_those_of_a_token_endpoint() -> None:

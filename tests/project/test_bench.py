@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import backend, load, measures, report
+from bench import backend, certificates, load, measures, report
 from bench.__main__ import FULL, parser, plan_for
 from bench.backend import ROOT, Backend
 from bench.contenders import (
@@ -143,7 +143,7 @@ def test_nginx_serves_and_forwards_each_workload(tmp_path: Path, upstreams: Back
 @pytest.mark.nginx
 def test_nginx_verifies_the_upstream_behind_tls(tmp_path: Path, upstreams: Backend) -> None:
     (other := tmp_path / "other").mkdir()
-    foreign = backend.certificates.create(other).authority
+    foreign = certificates.create(other).authority
     proxy = nginx_static(tmp_path, Backend(upstreams.upstream, upstreams.origin, upstreams.tls, foreign))
     try:
         with pytest.raises(UnexpectedResponse, match="502"):
@@ -190,7 +190,7 @@ def test_a_folder_without_the_source_is_not_taken_for_another_checkout(tmp_path:
 
 
 def test_the_configuration_is_one_that_the_proxy_accepts(tmp_path: Path) -> None:
-    authority = backend.certificates.create(tmp_path).authority
+    authority = certificates.create(tmp_path).authority
     file = tmp_path / "config.yaml"
     file.write_text(configuration(8787, Backend(9001, 9002, 9003, authority), 3))
     settings = load_settings(file, environ={"BENCH_CLIENT_SECRET": "s"})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.models import (
+    DEFAULT_ACCOUNT,
     Account,
     Attempt,
     ClientAuth,
@@ -31,17 +32,25 @@ def store_settings(folder: Path) -> StoreSettings:
     return StoreSettings(path=folder / "store.db", keys=(key,), default_key=True)
 
 
-def registration(server: str = "linear", issuer: str = "https://as.example", **changes: object) -> Registration:
-    values: dict[str, object] = {
-        "client_id": "client",
-        "client_auth": ClientAuth.BASIC,
-        "kind": RegistrationKind.DYNAMIC,
-        "client_secret": "canary-secret",
-        "redirect_uri": "http://127.0.0.1:8787/oauth/callback",
-        "secret_expires_at": NOW + 1000,
-        "created_at": NOW,
-    }
-    return Registration(server=server, issuer=issuer, **{**values, **changes})  # type: ignore[arg-type]
+def registration(
+    server: str = "linear",
+    issuer: str = "https://as.example",
+    *,
+    client_id: str = "client",
+    account: str = DEFAULT_ACCOUNT,
+) -> Registration:
+    return Registration(
+        server=server,
+        issuer=issuer,
+        client_id=client_id,
+        account=account,
+        client_auth=ClientAuth.BASIC,
+        kind=RegistrationKind.DYNAMIC,
+        client_secret="canary-secret",
+        redirect_uri="http://127.0.0.1:8787/oauth/callback",
+        secret_expires_at=NOW + 1000,
+        created_at=NOW,
+    )
 
 
 def tokens(name: str = "1", at: float = NOW) -> TokenSet:

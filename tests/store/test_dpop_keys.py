@@ -48,7 +48,7 @@ async def test_keys_are_sealed_and_bound_to_their_row(tmp_path: Path) -> None:  
         connection.execute("UPDATE grants SET dpop_key = (SELECT dpop_key FROM grants WHERE server = 'b')")
     connection.close()
     engine = await open_store(store_settings(tmp_path))
-    assert [it.key.account.server for it in await Grants(engine).all()] == ["b"]
+    assert [found.key.account.server for found in await Grants(engine).all()] == ["b"]
     await engine.close()
 
 

@@ -39,7 +39,7 @@ async def test_what_may_be_absent_stays_absent(grants: Grants) -> None:
     bare = replace(
         grant(),
         tokens=replace(tokens(), refresh_token=None, expires_at=None, scopes=()),
-        registration=registration(client_secret=None, secret_expires_at=None),
+        registration=replace(registration(), client_secret=None, secret_expires_at=None),
         scopes=(),
     )
     stored = await grants.add(bare)
