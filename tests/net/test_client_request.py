@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from fakes.listener import listener
-from fakes.proxy import settled, until
+from fakes.proxy import until, wait_until_stable
 from fakes.raw_client import RawClient
 from mcp_auth_proxy.errors import BodyTooLarge, ClientDisconnected, McpAuthProxyError
 from mcp_auth_proxy.net.client_request import ClientRequest, Serve
@@ -478,7 +478,7 @@ async def test_writing_waits_for_a_client_that_does_not_read() -> None:
     async with client_of(serve, buffer=4096) as client:
         client.send(GET)
         assert (await client.head())[0] == 200
-        assert await settled(lambda: written) < 15
+        assert await wait_until_stable(lambda: written) < 15
         assert len(await client.reader.readexactly(20_000_000)) == 20_000_000
         assert written == 20
 

@@ -7,7 +7,7 @@ import pytest
 
 from fakes.forwarding import ScriptedBroker, access_token, forwarding, pending_authorization
 from fakes.proxy import until
-from fakes.raw_client import RawAnswer, RawClient
+from fakes.raw_client import RawClient, RawResponse
 from fakes.raw_server import Peer, RawServer, answers, ok
 from mcp_auth_proxy.errors import (
     AuthorizationDenied,
@@ -23,7 +23,7 @@ CHALLENGE = b"HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Bearer\r\nDPoP-Nonc
 FORBIDDEN = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 4\r\n\r\nnope"
 
 
-def error_of(answer: RawAnswer) -> dict[str, object]:
+def error_of(answer: RawResponse) -> dict[str, object]:
     document = json.loads(answer.body)
     assert document["id"] == 9
     error: dict[str, object] = document["error"]
