@@ -19,9 +19,9 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.types import CallToolResult, TextContent
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import ABSENT, Answer, Channel
 from fakes.fixtures import RealMcpServer, Servers
 from fakes.headless import Browser, consent, decline
+from fakes.http_exchange import ABSENT, Channel, FakeResponse
 from fakes.mcp_client import MODERN, PlainClient
 from fakes.mcp_server import FakeMcpServer, big
 from mcp_auth_proxy.cli.demo_servers.ledger import s256
@@ -208,7 +208,9 @@ async def test_consent_page_decides_and_the_answer_names_the_issuer(oauth: OAuth
         allowed = parse_qs(urlsplit(await browser.stop_before(oauth.link(state="s1"))).query)
     assert allowed["iss"] == [oauth.server.issuer]
     assert allowed["state"] == ["s1"]
-    landing = await servers.mcp_server(path="/oauth/callback", protected=False, answers={"GET": Answer.html("done")})
+    landing = await servers.mcp_server(
+        path="/oauth/callback", protected=False, answers={"GET": FakeResponse.html("done")}
+    )
     oauth.server.ledger.clients["there"] = oauth.server.add_client(
         client_id="there", auth="none", redirect_uris=(landing.url,)
     )
@@ -263,9 +265,9 @@ async def test_knobs_change_documents_and_answers(oauth: OAuthClient) -> None:
     tokens = (await oauth.redeem(query["code"][0])).json()
     assert tokens["expires_in"] == -5
     assert "refresh_token" not in (await oauth.refresh(tokens["refresh_token"])).json()
-    server.answers["metadata"] = Answer.gzipped({"issuer": "zipped"})
+    server.answers["metadata"] = FakeResponse.gzipped({"issuer": "zipped"})
     assert (await oauth.http.get(url)).json() == {"issuer": "zipped"}
-    server.outage = Answer.too_many()
+    server.outage = FakeResponse.too_many()
     assert (await oauth.http.get(url)).headers["retry-after"] == "7"
     assert {query["code"][0], tokens["access_token"], tokens["refresh_token"]} <= server.secrets()
 
@@ -337,7 +339,7 @@ async def test_fake_mcp_server_has_sessions_and_pushes_events(servers: Servers) 
 
 async def test_events_come_one_by_one_and_a_leaving_client_is_noticed(servers: Servers) -> None:
     channel = Channel()
-    server = await servers.mcp_server(protected=False, answers={"tools/call": Answer.events(channel)})
+    server = await servers.mcp_server(protected=False, answers={"tools/call": FakeResponse.events(channel)})
     async with PlainClient(server.url) as client:
         async with client.stream("tools/call", {"name": "slow"}) as (_, events):
             for number in range(3):
@@ -349,8 +351,8 @@ async def test_events_come_one_by_one_and_a_leaving_client_is_noticed(servers: S
 
 async def test_stream_breaks_and_requests_are_dropped_when_told(servers: Servers) -> None:
     channel = Channel()
-    server = await servers.mcp_server(protected=False, answers={"tools/call": Answer.events(channel, reset=True)})
-    server.script("ping", Answer.drop(), Answer.json({"id": 1, "result": {}}, 500))
+    server = await servers.mcp_server(protected=False, answers={"tools/call": FakeResponse.events(channel, reset=True)})
+    server.script("ping", FakeResponse.drop(), FakeResponse.json({"id": 1, "result": {}}, 500))
     async with PlainClient(server.url) as client:
         async with client.stream("tools/call", {"name": "slow"}) as (_, events):
             channel.event({"number": 1})
@@ -365,7 +367,7 @@ async def test_stream_breaks_and_requests_are_dropped_when_told(servers: Servers
 
 
 async def test_hanging_request_ends_with_its_client(servers: Servers) -> None:
-    server = await servers.mcp_server(protected=False, answers={"ping": Answer.hang()})
+    server = await servers.mcp_server(protected=False, answers={"ping": FakeResponse.hang()})
     async with PlainClient(server.url) as client:
         asking = asyncio.create_task(client.post("ping"))
         received = await server.log.wait_for()
@@ -377,7 +379,7 @@ async def test_hanging_request_ends_with_its_client(servers: Servers) -> None:
 
 
 async def test_big_and_compressed_bodies_are_exact(servers: Servers) -> None:
-    zipped = Answer.gzipped({"jsonrpc": "2.0", "id": 1, "result": {}})
+    zipped = FakeResponse.gzipped({"jsonrpc": "2.0", "id": 1, "result": {}})
     server = await servers.mcp_server(protected=False, answers={"big": big(5_000_001), "zipped": zipped})
     async with PlainClient(server.url) as client:
         assert len((await client.post("big")).body) == 5_000_001

@@ -29,7 +29,7 @@ class Clock:
         return self.now
 
 
-class Scene:
+class Setup:
     """One pending flow, ``flow-1`` of the server linear, that ends 600 seconds after NOW."""
 
     def __init__(self, database: Database) -> None:
@@ -53,11 +53,11 @@ class Scene:
 
 
 @pytest.fixture
-async def it(tmp_path: Path) -> AsyncIterator[Scene]:
+async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
     database = await Database.open(store_settings(tmp_path))
-    scene = Scene(database)
-    await scene.flows.save(flow())
-    yield scene
+    setup = Setup(database)
+    await setup.flows.save(flow())
+    yield setup
     await database.close()
 
 
@@ -69,38 +69,38 @@ def cookies_of(*visits: AuthorizationRedirect) -> dict[str, str]:
     return {visit.cookie_name: visit.cookie_value for visit in visits}
 
 
-async def test_the_browser_that_opened_the_link_is_accepted(it: Scene) -> None:
-    visit, state = await it.open()
-    found, attempt = await it.visits.accept({"state": [state], "code": ["x"]}, cookies_of(visit))
+async def test_the_browser_that_opened_the_link_is_accepted(setup: Setup) -> None:
+    visit, state = await setup.open()
+    found, attempt = await setup.visits.accept({"state": [state], "code": ["x"]}, cookies_of(visit))
     assert found.id == "flow-1"
     assert challenge_s256(attempt.code_verifier) == query(visit)["code_challenge"]
     assert query(visit)["code_challenge_method"] == "S256"
 
 
-async def test_each_visit_has_secrets_of_its_own_and_spoils_no_other(it: Scene) -> None:
-    (first, state), (second, other) = await it.open(), await it.open()
+async def test_each_visit_has_secrets_of_its_own_and_spoils_no_other(setup: Setup) -> None:
+    (first, state), (second, other) = await setup.open(), await setup.open()
     assert state != other
     assert query(first)["code_challenge"] != query(second)["code_challenge"]
     assert first.cookie_name != second.cookie_name
-    await it.visits.accept({"state": [state]}, cookies_of(first, second))
-    await it.visits.accept({"state": [other]}, cookies_of(second))
+    await setup.visits.accept({"state": [state]}, cookies_of(first, second))
+    await setup.visits.accept({"state": [other]}, cookies_of(second))
 
 
-async def test_a_callback_is_good_once(it: Scene) -> None:  # T12
-    visit, state = await it.open()
-    await it.visits.accept({"state": [state]}, cookies_of(visit))
-    assert await it.refused(state, cookies_of(visit)) == 400
+async def test_a_callback_is_good_once(setup: Setup) -> None:  # T12
+    visit, state = await setup.open()
+    await setup.visits.accept({"state": [state]}, cookies_of(visit))
+    assert await setup.refused(state, cookies_of(visit)) == 400
 
 
-async def test_a_callback_after_the_flows_time_is_refused(it: Scene) -> None:  # T12
-    visit, state = await it.open()
-    it.clock.now = NOW + 600
-    assert await it.refused(state, cookies_of(visit)) == 400
+async def test_a_callback_after_the_flows_time_is_refused(setup: Setup) -> None:  # T12
+    visit, state = await setup.open()
+    setup.clock.now = NOW + 600
+    assert await setup.refused(state, cookies_of(visit)) == 400
 
 
-async def test_another_browser_is_refused_and_does_not_use_the_visit_up(it: Scene) -> None:  # T13
-    visit, state = await it.open()
-    other, _ = await it.open()
+async def test_another_browser_is_refused_and_does_not_use_the_visit_up(setup: Setup) -> None:  # T13
+    visit, state = await setup.open()
+    other, _ = await setup.open()
     wrong = [
         {},
         {visit.cookie_name: ""},
@@ -112,13 +112,13 @@ async def test_another_browser_is_refused_and_does_not_use_the_visit_up(it: Scen
         {cookie_name("x"): visit.cookie_value},
     ]
     for cookies in wrong:
-        assert await it.refused(state, cookies) == 403
-    await it.visits.accept({"state": [state]}, cookies_of(visit))
+        assert await setup.refused(state, cookies) == 403
+    await setup.visits.accept({"state": [state]}, cookies_of(visit))
 
 
 @pytest.mark.parametrize("kind", ["none", "empty", "unknown", "two", "hash", "prefix", "odd"])
-async def test_a_bad_state_is_refused_whatever_the_cookie(it: Scene, kind: str) -> None:  # T14
-    visit, state = await it.open()
+async def test_a_bad_state_is_refused_whatever_the_cookie(setup: Setup, kind: str) -> None:  # T14
+    visit, state = await setup.open()
     bad: dict[str, str | list[str] | None] = {
         "none": None,
         "empty": "",
@@ -128,32 +128,34 @@ async def test_a_bad_state_is_refused_whatever_the_cookie(it: Scene, kind: str) 
         "prefix": state[:-1],
         "odd": "\udcff\x00" * 1000,
     }
-    assert await it.refused(bad[kind], cookies_of(visit)) == 400
-    await it.visits.accept({"state": [state]}, cookies_of(visit))
+    assert await setup.refused(bad[kind], cookies_of(visit)) == 400
+    await setup.visits.accept({"state": [state]}, cookies_of(visit))
 
 
 @pytest.mark.parametrize("status", [FlowStatus.DONE, FlowStatus.FAILED])
-async def test_a_callback_for_a_flow_that_has_ended_is_refused(it: Scene, status: FlowStatus) -> None:
-    visit, state = await it.open()
-    assert await it.flows.finish("flow-1", status)
-    assert await it.refused(state, cookies_of(visit)) == 400
+async def test_a_callback_for_a_flow_that_has_ended_is_refused(setup: Setup, status: FlowStatus) -> None:
+    visit, state = await setup.open()
+    assert await setup.flows.finish("flow-1", status)
+    assert await setup.refused(state, cookies_of(visit)) == 400
 
 
 @pytest.mark.parametrize(
     ("server", "flow_id", "status"),
     [("linear", "flow-2", 404), ("linear", "", 404), ("other", "flow-1", 404), ("", "flow-1", 404)],
 )
-async def test_a_link_that_was_never_given_out_is_not_known(it: Scene, server: str, flow_id: str, status: int) -> None:
+async def test_a_link_that_was_never_given_out_is_not_known(
+    setup: Setup, server: str, flow_id: str, status: int
+) -> None:
     with pytest.raises(CallbackRefused) as refused:
-        await it.visits.open(server, flow_id)
+        await setup.visits.open(server, flow_id)
     assert refused.value.status == status
 
 
 @pytest.mark.parametrize("status", [FlowStatus.DONE, FlowStatus.FAILED])
-async def test_a_link_that_has_ended_says_so(it: Scene, status: FlowStatus) -> None:
-    await it.flows.finish("flow-1", status)
+async def test_a_link_that_has_ended_says_so(setup: Setup, status: FlowStatus) -> None:
+    await setup.flows.finish("flow-1", status)
     with pytest.raises(CallbackRefused, match="connected" if status is FlowStatus.DONE else "new one") as refused:
-        await it.visits.open("linear", "flow-1")
+        await setup.visits.open("linear", "flow-1")
     assert refused.value.status == 410
 
 
@@ -179,54 +181,54 @@ class EndedMeanwhile(Flows):
     ids=["done", "cancelled", "purged"],
 )
 async def test_a_link_that_ends_while_it_is_opened_says_so(
-    it: Scene, end: Callable[[Flows], Awaitable[object]], status: int, told: str
+    setup: Setup, end: Callable[[Flows], Awaitable[object]], status: int, told: str
 ) -> None:
-    visits = AuthorizationAttempts(flows=EndedMeanwhile(it.database, end), clock=it.clock)
+    visits = AuthorizationAttempts(flows=EndedMeanwhile(setup.database, end), clock=setup.clock)
     with pytest.raises(CallbackRefused, match=told) as refused:
         await visits.open("linear", "flow-1")
     assert refused.value.status == status
 
 
-async def test_a_link_that_is_too_old_says_so(it: Scene) -> None:
-    it.clock.now = NOW + 600
+async def test_a_link_that_is_too_old_says_so(setup: Setup) -> None:
+    setup.clock.now = NOW + 600
     with pytest.raises(CallbackRefused) as refused:
-        await it.visits.open("linear", "flow-1")
+        await setup.visits.open("linear", "flow-1")
     assert refused.value.status == 410
 
 
-async def test_the_cookie_lives_no_longer_than_the_flow(it: Scene) -> None:
-    visit, _ = await it.open()
+async def test_the_cookie_lives_no_longer_than_the_flow(setup: Setup) -> None:
+    visit, _ = await setup.open()
     assert visit.max_age == 599
-    it.clock.now = NOW + 599.9
-    visit, _ = await it.open()
+    setup.clock.now = NOW + 599.9
+    visit, _ = await setup.open()
     assert visit.max_age == 1
 
 
-async def test_many_visits_leave_the_newest_usable(it: Scene) -> None:
+async def test_many_visits_leave_the_newest_usable(setup: Setup) -> None:
     opened = []
     for _ in range(30):
-        it.clock.now += 1
-        opened.append(await it.open())
+        setup.clock.now += 1
+        opened.append(await setup.open())
     visit, state = opened[-1]
-    await it.visits.accept({"state": [state]}, cookies_of(visit))
+    await setup.visits.accept({"state": [state]}, cookies_of(visit))
     visit, state = opened[0]
-    assert await it.refused(state, cookies_of(visit)) == 400
+    assert await setup.refused(state, cookies_of(visit)) == 400
 
 
-async def test_nothing_secret_shows_in_a_repr(it: Scene) -> None:  # T45
-    visit, state = await it.open()
+async def test_nothing_secret_shows_in_a_repr(setup: Setup) -> None:  # T45
+    visit, state = await setup.open()
     assert state not in repr(visit)
     assert visit.cookie_value not in repr(visit)
     assert state not in visit.cookie_name
 
 
-async def test_a_flow_on_another_device_shows_its_code_until_it_is_done(it: Scene) -> None:
+async def test_a_flow_on_another_device_shows_its_code_until_it_is_done(setup: Setup) -> None:
     device = DeviceAuthorization(device_code="d", user_code="WXYZ", verification_uri="https://as.example/device")
-    await it.flows.save(replace(flow("flow-2"), device=device))
-    visit = await it.visits.open("linear", "flow-2")
+    await setup.flows.save(replace(flow("flow-2"), device=device))
+    visit = await setup.visits.open("linear", "flow-2")
     assert isinstance(visit, DevicePrompt)
     assert visit.device == device
-    await it.flows.finish("flow-2", FlowStatus.DONE)
-    visit = await it.visits.open("linear", "flow-2")
+    await setup.flows.finish("flow-2", FlowStatus.DONE)
+    visit = await setup.visits.open("linear", "flow-2")
     assert isinstance(visit, DevicePrompt)
     assert visit.device is None

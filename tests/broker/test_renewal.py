@@ -63,7 +63,7 @@ class Endpoint(Authorizer):
         self.forgotten.append(registration)
 
 
-class Scene:
+class Setup:
     def __init__(self, database: Database, stored: Grant, grants: Grants) -> None:
         self.database = database
         self.grants = grants
@@ -86,10 +86,10 @@ class Scene:
 
 
 @pytest.fixture
-async def it(tmp_path: Path) -> AsyncIterator[Scene]:
+async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
     database = await Database.open(store_settings(tmp_path))
     grants = Grants(database)
-    yield Scene(database, await grants.add(grant()), grants)
+    yield Setup(database, await grants.add(grant()), grants)
     await database.close()
 
 
@@ -128,71 +128,71 @@ def test_renewable_is_what_needs_no_user() -> None:
 # How
 
 
-async def test_new_tokens_are_durable_when_they_are_returned(it: Scene) -> None:
-    renewed = await it.renew()
+async def test_new_tokens_are_durable_when_they_are_returned(setup: Setup) -> None:
+    renewed = await setup.renew()
     assert renewed.tokens.access_token == "canary-access-2"
-    assert renewed.version == it.grant.version + 1
-    assert await it.stored() == renewed
+    assert renewed.version == setup.grant.version + 1
+    assert await setup.stored() == renewed
     assert renewed.refresh_begun_at is None
 
 
-async def test_the_intent_is_stored_before_anything_is_sent(it: Scene) -> None:
+async def test_the_intent_is_stored_before_anything_is_sent(setup: Setup) -> None:
     seen: list[Grant] = []
 
     async def look() -> None:
-        seen.append(await it.stored())
+        seen.append(await setup.stored())
 
-    it.endpoint.meanwhile = look
-    await it.renew()
+    setup.endpoint.meanwhile = look
+    await setup.renew()
     (during,) = seen
-    assert during.refresh_begun_at == it.clock.now
-    assert lease.is_held(during.refresh_owner, it.clock.now, it.clock.now)
+    assert during.refresh_begun_at == setup.clock.now
+    assert lease.is_held(during.refresh_owner, setup.clock.now, setup.clock.now)
     assert during.tokens.access_token == "canary-access-1"
 
 
-async def test_a_grant_that_was_renewed_meanwhile_is_returned_without_asking(it: Scene) -> None:
-    newer = await it.renew()
-    assert await it.renew() == newer
-    assert len(it.endpoint.asked) == 1
+async def test_a_grant_that_was_renewed_meanwhile_is_returned_without_asking(setup: Setup) -> None:
+    newer = await setup.renew()
+    assert await setup.renew() == newer
+    assert len(setup.endpoint.asked) == 1
 
 
 @pytest.mark.parametrize("how", ["ended", "deleted"])
-async def test_a_grant_that_is_over_is_not_renewed(it: Scene, how: str) -> None:
+async def test_a_grant_that_is_over_is_not_renewed(setup: Setup, how: str) -> None:
     if how == "ended":
-        await it.grants.end(it.grant.id, version=it.grant.version, reason="x", now=NOW)
+        await setup.grants.end(setup.grant.id, version=setup.grant.version, reason="x", now=NOW)
     else:
-        await it.grants.delete(Account("local", "linear"))
+        await setup.grants.delete(Account("local", "linear"))
     with pytest.raises(GrantEnded):
-        await it.renew()
-    assert it.endpoint.asked == []
+        await setup.renew()
+    assert setup.endpoint.asked == []
 
 
-async def test_invalid_grant_ends_it_with_the_reason(it: Scene) -> None:  # F2
-    it.endpoint.outcome = TokenRefused("invalid_grant", "The authorization server refused: invalid_grant.")
+async def test_invalid_grant_ends_it_with_the_reason(setup: Setup) -> None:  # F2
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "The authorization server refused: invalid_grant.")
     with pytest.raises(GrantEnded):
-        await it.renew()
-    stored = await it.stored()
-    assert stored.ended_at == it.clock.now
+        await setup.renew()
+    stored = await setup.stored()
+    assert stored.ended_at == setup.clock.now
     assert "invalid_grant" in stored.ended_reason
-    assert it.endpoint.forgotten == []
+    assert setup.endpoint.forgotten == []
 
 
-async def test_invalid_client_ends_it_and_forgets_the_registration(it: Scene) -> None:
-    it.endpoint.outcome = TokenRefused("invalid_client", "no such client")
+async def test_invalid_client_ends_it_and_forgets_the_registration(setup: Setup) -> None:
+    setup.endpoint.outcome = TokenRefused("invalid_client", "no such client")
     with pytest.raises(GrantEnded):
-        await it.renew()
-    assert it.endpoint.forgotten == [it.grant.registration]
+        await setup.renew()
+    assert setup.endpoint.forgotten == [setup.grant.registration]
 
 
-async def test_a_refusal_after_a_crash_says_that_there_was_one(it: Scene) -> None:  # F6
+async def test_a_refusal_after_a_crash_says_that_there_was_one(setup: Setup) -> None:  # F6
     dead = "elsewhere:1:x"
-    assert await it.grants.begin_refresh(it.grant.id, version=1, owner=dead, now=NOW)
-    it.clock.now = NOW + lease.LONGEST + 1
-    it.endpoint.outcome = TokenRefused("invalid_grant", "no")
+    assert await setup.grants.begin_refresh(setup.grant.id, version=1, owner=dead, now=NOW)
+    setup.clock.now = NOW + lease.LONGEST + 1
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "no")
     with pytest.raises(GrantEnded):
-        await it.renew()
-    assert "cut short" in (await it.stored()).ended_reason
-    assert len(it.endpoint.asked) == 1
+        await setup.renew()
+    assert "cut short" in (await setup.stored()).ended_reason
+    assert len(setup.endpoint.asked) == 1
 
 
 PASSING = [
@@ -204,79 +204,79 @@ PASSING = [
 
 
 @pytest.mark.parametrize("failure", PASSING, ids=lambda failure: type(failure).__name__)
-async def test_what_passes_ends_nothing(it: Scene, failure: Exception) -> None:  # F1
-    it.endpoint.outcome = failure
+async def test_what_passes_ends_nothing(setup: Setup, failure: Exception) -> None:  # F1
+    setup.endpoint.outcome = failure
     with pytest.raises(AuthorizationServerUnavailable) as raised:
-        await it.renew()
+        await setup.renew()
     assert raised.value.retry_after >= 1
-    stored = await it.stored()
+    stored = await setup.stored()
     assert stored.ended_at is None
-    assert stored.tokens == it.grant.tokens
+    assert stored.tokens == setup.grant.tokens
     assert stored.refresh_begun_at is None
 
 
-async def test_a_refresh_whose_answer_is_lost_counts_as_begun(it: Scene) -> None:
-    it.endpoint.outcome = AuthorizationServerUnavailable("timed out", maybe_processed=True)
+async def test_a_refresh_whose_answer_is_lost_counts_as_begun(setup: Setup) -> None:
+    setup.endpoint.outcome = AuthorizationServerUnavailable("timed out", maybe_processed=True)
     with pytest.raises(AuthorizationServerUnavailable):
-        await it.renew()
-    assert (await it.stored()).refresh_begun_at is not None
-    it.clock.now += REQUEST_GATE + 1
-    it.endpoint.outcome = tokens("2")
-    assert (await it.renew()).version == 2
+        await setup.renew()
+    assert (await setup.stored()).refresh_begun_at is not None
+    setup.clock.now += REQUEST_GATE + 1
+    setup.endpoint.outcome = tokens("2")
+    assert (await setup.renew()).version == 2
 
 
-async def test_after_a_failure_the_server_is_left_alone_for_a_while(it: Scene) -> None:  # F1
-    it.endpoint.outcome = AuthorizationServerUnavailable("down")
-    assert it.renewer.retry_in(it.grant) is None
+async def test_after_a_failure_the_server_is_left_alone_for_a_while(setup: Setup) -> None:  # F1
+    setup.endpoint.outcome = AuthorizationServerUnavailable("down")
+    assert setup.renewer.retry_in(setup.grant) is None
     waits = []
     for _ in range(12):
         with pytest.raises(AuthorizationServerUnavailable, match="down"):
-            await it.renew()
-        before = len(it.endpoint.asked)
+            await setup.renew()
+        before = len(setup.endpoint.asked)
         with pytest.raises(AuthorizationServerUnavailable, match="down") as raised:
-            await it.renew()
-        assert len(it.endpoint.asked) == before
+            await setup.renew()
+        assert len(setup.endpoint.asked) == before
         assert 1 <= raised.value.retry_after <= REQUEST_GATE
-        wait = it.renewer.retry_in(it.grant)
+        wait = setup.renewer.retry_in(setup.grant)
         assert wait is not None
         waits.append(wait)
-        it.clock.now += REQUEST_GATE + 0.1
+        setup.clock.now += REQUEST_GATE + 0.1
     assert 1 <= waits[0] <= 1.2
     assert 2 <= waits[1] <= 2.4
     assert BACKOFF_MAX <= waits[-1] <= BACKOFF_MAX * 1.2
-    it.endpoint.outcome = tokens("2")
-    await it.renew()
-    assert it.renewer.retry_in(it.grant) is None
+    setup.endpoint.outcome = tokens("2")
+    await setup.renew()
+    assert setup.renewer.retry_in(setup.grant) is None
 
 
 @pytest.mark.parametrize(("asked", "pause"), [(17.0, 17.0), (0.5, 1.0), (0.0, 1.0), (1e9, BACKOFF_MAX)])
-async def test_a_server_is_left_alone_for_as_long_as_it_asks(it: Scene, asked: float, pause: float) -> None:
-    it.endpoint.outcome = AuthorizationServerUnavailable("busy", retry_after=5.0, asked_pause=asked)
+async def test_a_server_is_left_alone_for_as_long_as_it_asks(setup: Setup, asked: float, pause: float) -> None:
+    setup.endpoint.outcome = AuthorizationServerUnavailable("busy", retry_after=5.0, asked_pause=asked)
     with pytest.raises(AuthorizationServerUnavailable):
-        await it.renew()
-    wait = it.renewer.retry_in(it.grant)
+        await setup.renew()
+    wait = setup.renewer.retry_in(setup.grant)
     assert wait is not None
     assert pause <= wait <= 1.2 * pause
 
 
-async def test_a_server_that_asks_for_less_than_the_backoff_does_not_shorten_it(it: Scene) -> None:
-    it.endpoint.outcome = AuthorizationServerUnavailable("busy", asked_pause=2.0)
+async def test_a_server_that_asks_for_less_than_the_backoff_does_not_shorten_it(setup: Setup) -> None:
+    setup.endpoint.outcome = AuthorizationServerUnavailable("busy", asked_pause=2.0)
     for _ in range(5):
         with pytest.raises(AuthorizationServerUnavailable):
-            await it.renew()
-        it.clock.now += REQUEST_GATE + 0.1
-    wait = it.renewer.retry_in(it.grant)
+            await setup.renew()
+        setup.clock.now += REQUEST_GATE + 0.1
+    wait = setup.renewer.retry_in(setup.grant)
     assert wait is not None
     assert wait >= 16
 
 
-async def test_a_clock_that_is_set_back_does_not_prolong_the_pause(it: Scene) -> None:  # F9
-    it.endpoint.outcome = AuthorizationServerUnavailable("down")
+async def test_a_clock_that_is_set_back_does_not_prolong_the_pause(setup: Setup) -> None:  # F9
+    setup.endpoint.outcome = AuthorizationServerUnavailable("down")
     with pytest.raises(AuthorizationServerUnavailable):
-        await it.renew()
-    it.clock.now -= 3600
-    it.endpoint.outcome = tokens("2")
-    assert (await it.renew()).version == 2
+        await setup.renew()
+    setup.clock.now -= 3600
+    setup.endpoint.outcome = tokens("2")
+    assert (await setup.renew()).version == 2
 
 
 # Several processes
@@ -296,53 +296,53 @@ class Watched(Grants):
         return begun
 
 
-async def test_whoever_comes_second_waits_for_the_first_and_sends_nothing(it: Scene) -> None:
-    grants = Watched(it.database)
-    second = Renewer(authorizer=it.endpoint, grants=grants, clock=it.clock)
+async def test_whoever_comes_second_waits_for_the_first_and_sends_nothing(setup: Setup) -> None:
+    grants = Watched(setup.database)
+    second = Renewer(authorizer=setup.endpoint, grants=grants, clock=setup.clock)
     waiting: list[asyncio.Task[Grant]] = []
 
     async def meanwhile() -> None:
-        waiting.append(asyncio.create_task(second.renew(SERVER, it.grant)))
+        waiting.append(asyncio.create_task(second.renew(SERVER, setup.grant)))
         await asyncio.wait_for(grants.turned_away.wait(), 5)
 
-    it.endpoint.meanwhile = meanwhile
-    renewed = await it.renew()
+    setup.endpoint.meanwhile = meanwhile
+    renewed = await setup.renew()
     assert await waiting[0] == renewed
-    assert len(it.endpoint.asked) == 1
+    assert len(setup.endpoint.asked) == 1
 
 
-async def test_a_late_result_is_fenced_off(it: Scene) -> None:  # F13
+async def test_a_late_result_is_fenced_off(setup: Setup) -> None:  # F13
     """The first is stopped for so long that another takes over; what the other stored counts."""
-    second = it.another_renewer()
+    second = setup.another_renewer()
 
     async def taken_over() -> None:
-        it.endpoint.meanwhile = None
-        it.clock.now += lease.LONGEST + 1
-        await second.renew(SERVER, it.grant)
-        it.endpoint.outcome = tokens("late")
+        setup.endpoint.meanwhile = None
+        setup.clock.now += lease.LONGEST + 1
+        await second.renew(SERVER, setup.grant)
+        setup.endpoint.outcome = tokens("late")
 
-    it.endpoint.meanwhile = taken_over
-    renewed = await it.renew()
+    setup.endpoint.meanwhile = taken_over
+    renewed = await setup.renew()
     assert renewed.tokens.access_token == "canary-access-2"
-    assert (await it.stored()).tokens.access_token == "canary-access-2"
+    assert (await setup.stored()).tokens.access_token == "canary-access-2"
 
 
-async def test_a_late_refusal_does_not_end_what_another_has_renewed(it: Scene) -> None:  # F13
-    second = it.another_renewer()
+async def test_a_late_refusal_does_not_end_what_another_has_renewed(setup: Setup) -> None:  # F13
+    second = setup.another_renewer()
 
     async def taken_over() -> None:
-        it.endpoint.meanwhile = None
-        it.clock.now += lease.LONGEST + 1
-        await second.renew(SERVER, it.grant)
-        it.endpoint.outcome = TokenRefused("invalid_grant", "used already")
+        setup.endpoint.meanwhile = None
+        setup.clock.now += lease.LONGEST + 1
+        await second.renew(SERVER, setup.grant)
+        setup.endpoint.outcome = TokenRefused("invalid_grant", "used already")
 
-    it.endpoint.meanwhile = taken_over
-    assert (await it.renew()).tokens.access_token == "canary-access-2"
-    assert (await it.stored()).ended_at is None
+    setup.endpoint.meanwhile = taken_over
+    assert (await setup.renew()).tokens.access_token == "canary-access-2"
+    assert (await setup.stored()).ended_at is None
 
 
-async def test_a_store_that_can_not_be_written_sends_nothing(it: Scene) -> None:  # F8
-    await it.database.close()
+async def test_a_store_that_can_not_be_written_sends_nothing(setup: Setup) -> None:  # F8
+    await setup.database.close()
     with pytest.raises(StoreUnavailable):
-        await it.renew()
-    assert it.endpoint.asked == []
+        await setup.renew()
+    assert setup.endpoint.asked == []

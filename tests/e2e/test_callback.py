@@ -11,12 +11,12 @@ import httpx2
 import pytest
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import Answer
 from fakes.fixtures import Servers
 from fakes.headless import Browser, Page, consent
+from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import PlainClient
 from fakes.proxy import link_in, running_proxy
-from fakes.scene import scene
+from fakes.proxy_setup import proxy_setup
 from mcp_auth_proxy.config.settings import Address
 
 Change = Callable[[dict[str, str], str], list[tuple[str, str]]]
@@ -66,51 +66,56 @@ BAD_STATES: dict[str, Change] = {
 async def test_a_bad_state_asks_for_no_token_and_the_right_one_still_works(  # T14
     servers: Servers, tmp_path: Path, change: Change
 ) -> None:
-    async with scene(servers, tmp_path) as it, Browser() as browser:
-        callback = await browser.stop_before(await it.link())
-        assert_page(bad := await browser.open(changed(callback, change, it.issuer.issuer)), bad.status_code)
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
+        callback = await browser.stop_before(await setup.link())
+        assert_page(bad := await browser.open(changed(callback, change, setup.issuer.issuer)), bad.status_code)
         assert bad.status_code in (400, 403)
-        assert it.issuer.token_requests() == 0
+        assert setup.issuer.token_requests() == 0
         assert_page(await browser.open(callback), 200)
-        assert (await it.ask("in")).text == "in"
+        assert (await setup.ask("in")).text == "in"
 
 
 async def test_another_browser_is_refused_and_the_right_one_still_finishes(  # T13
     servers: Servers, tmp_path: Path
 ) -> None:
-    async with scene(servers, tmp_path) as it, Browser() as browser, Browser() as without_cookie, Browser() as other:
-        link = await it.link()
+    async with (
+        proxy_setup(servers, tmp_path) as setup,
+        Browser() as browser,
+        Browser() as without_cookie,
+        Browser() as other,
+    ):
+        link = await setup.link()
         callback = await browser.stop_before(link)
         await other.stop_before(link)
         assert_page(await without_cookie.open(callback), 403)
         assert_page(await other.open(callback), 403)
-        assert it.issuer.token_requests() == 0
+        assert setup.issuer.token_requests() == 0
         assert_page(await browser.open(callback), 200)
-        assert (await it.ask("in")).text == "in"
+        assert (await setup.ask("in")).text == "in"
 
 
 async def test_a_repeated_callback_is_400_and_asks_for_no_token(servers: Servers, tmp_path: Path) -> None:  # T12
-    async with scene(servers, tmp_path) as it, Browser() as browser:
-        callback = await browser.stop_before(await it.link())
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
+        callback = await browser.stop_before(await setup.link())
         pages = await asyncio.gather(*(browser.open(callback) for _ in range(5)))
         assert sorted(page.status_code for page in pages) == [200, 400, 400, 400, 400]
         assert_page(await browser.open(callback), 400)
-        assert it.issuer.token_requests() == 1
-        assert (await it.ask("in")).text == "in"
+        assert setup.issuer.token_requests() == 1
+        assert (await setup.ask("in")).text == "in"
 
 
 async def test_after_ten_minutes_a_callback_is_400(servers: Servers, tmp_path: Path) -> None:  # T12
-    async with scene(servers, tmp_path) as it, Browser() as browser:
-        link = await it.link()
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
+        link = await setup.link()
         callback = await browser.stop_before(link)
-        it.clock.ahead += 601
+        setup.clock.ahead += 601
         assert_page(await browser.open(callback), 400)
         assert_page(await browser.open(link), 410)
-        assert it.issuer.token_requests() == 0
-        second = await it.link()
+        assert setup.issuer.token_requests() == 0
+        second = await setup.link()
         assert second != link
         assert (await consent(second)).status_code == 200
-        assert (await it.ask("in")).text == "in"
+        assert (await setup.ask("in")).text == "in"
 
 
 BAD_ISSUERS: dict[str, Change] = {
@@ -127,56 +132,59 @@ BAD_ISSUERS: dict[str, Change] = {
 async def test_a_wrong_issuer_is_refused_unread(  # T9
     servers: Servers, tmp_path: Path, change: Change, error: tuple[str, str] | None
 ) -> None:
-    async with scene(servers, tmp_path, wait="20s", issuer={"authorize_error": error}) as it, Browser() as browser:
-        call = asyncio.create_task(it.ask())
-        callback = await browser.stop_before(await it.proxy.next_link())
-        assert_page(page := await browser.open(changed(callback, change, it.issuer.issuer)), 400)
+    async with (
+        proxy_setup(servers, tmp_path, wait="20s", issuer={"authorize_error": error}) as setup,
+        Browser() as browser,
+    ):
+        call = asyncio.create_task(setup.ask())
+        callback = await browser.stop_before(await setup.proxy.next_link())
+        assert_page(page := await browser.open(changed(callback, change, setup.issuer.issuer)), 400)
         answer = await call
         assert answer.status == 200
         for text in (page.text, answer.error["message"]):
             assert "MUST NOT BE SHOWN" not in text
             assert "iss" in text
-        assert it.issuer.token_requests() == 0
+        assert setup.issuer.token_requests() == 0
 
 
 async def test_an_issuer_that_promises_no_iss_need_not_send_it(servers: Servers, tmp_path: Path) -> None:  # T9
-    async with scene(servers, tmp_path, issuer={"iss": None, "metadata_changes": {ADVERTISED: False}}) as it:
-        await it.connect()
+    async with proxy_setup(servers, tmp_path, issuer={"iss": None, "metadata_changes": {ADVERTISED: False}}) as setup:
+        await setup.connect()
 
 
 async def test_an_error_is_shown_inert_and_told_to_who_waits(servers: Servers, tmp_path: Path) -> None:  # T15
     error = ("access_denied", "<script>alert(1)</script><img src=x onerror=alert(2)>")
-    async with scene(servers, tmp_path, wait="20s", issuer={"authorize_error": error}) as it:
-        call = asyncio.create_task(it.ask())
-        page = await consent(await it.proxy.next_link(1))
+    async with proxy_setup(servers, tmp_path, wait="20s", issuer={"authorize_error": error}) as setup:
+        call = asyncio.create_task(setup.ask())
+        page = await consent(await setup.proxy.next_link(1))
         assert_page(page, 400)
         assert "<img" not in page.text
         answer = await call
         assert answer.status == 200
         assert "access_denied" in answer.error["message"]
         assert "/connect/" not in str(answer.message)
-        it.issuer.authorize_error = None
-        call = asyncio.create_task(it.ask("again"))
-        assert (await consent(await it.proxy.next_link(2))).status_code == 200
+        setup.issuer.authorize_error = None
+        call = asyncio.create_task(setup.ask("again"))
+        assert (await consent(await setup.proxy.next_link(2))).status_code == 200
         assert (await call).text == "again"
 
 
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (Answer.json({"error": "invalid_grant", "error_description": "<b>no</b>"}, 400), "invalid_grant"),
-        (Answer.html(status=500), "500"),
-        (Answer.drop(), "token"),
-        (Answer.json({"access_token": "x", "token_type": "mac"}), "token_type"),
+        (FakeResponse.json({"error": "invalid_grant", "error_description": "<b>no</b>"}, 400), "invalid_grant"),
+        (FakeResponse.html(status=500), "500"),
+        (FakeResponse.drop(), "token"),
+        (FakeResponse.json({"access_token": "x", "token_type": "mac"}), "token_type"),
     ],
     ids=["refused", "broken", "dropped", "unusable"],
 )
 async def test_a_code_that_brings_no_token_is_told_to_browser_and_client(
-    servers: Servers, tmp_path: Path, answer: Answer, told: str
+    servers: Servers, tmp_path: Path, answer: FakeResponse, told: str
 ) -> None:
-    async with scene(servers, tmp_path, wait="20s", issuer={"answers": {"token": answer}}) as it:
-        call = asyncio.create_task(it.ask())
-        page = await consent(await it.proxy.next_link())
+    async with proxy_setup(servers, tmp_path, wait="20s", issuer={"answers": {"token": answer}}) as setup:
+        call = asyncio.create_task(setup.ask())
+        page = await consent(await setup.proxy.next_link())
         assert page.status_code >= 400
         assert told in page.text
         assert "<b>" not in page.text
@@ -190,27 +198,27 @@ async def test_a_code_that_brings_no_token_is_told_to_browser_and_client(
 
 
 async def test_a_link_says_what_became_of_it(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path) as it, Browser() as browser:
-        link = await it.link()
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
+        link = await setup.link()
         assert_page(await browser.open(f"{link}x"), 404)
         assert_page(await browser.open(link.partition("?")[0]), 404)
         assert_page(await browser.open(link.replace("/notes?", "/other?")), 404)
-        assert it.issuer.authorizations == 0
+        assert setup.issuer.authorizations == 0
         assert (await browser.follow(link)).status_code == 200
         again = await browser.open(link)
         assert_page(again, 410)
         assert "connected" in again.text
-        assert it.issuer.authorizations == 1
+        assert setup.issuer.authorizations == 1
 
 
 async def test_a_link_opened_under_another_loopback_name_ends_well(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path) as it, Browser() as browser:
-        link = await it.link()
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
+        link = await setup.link()
         assert "//127.0.0.1:" in link
         assert_page(await browser.follow(link.replace("127.0.0.1", "localhost")), 200)
         assert link.partition("?")[0] == browser.hops[1].partition("?")[0]
-        assert (await it.ask("in")).text == "in"
-        assert it.issuer.authorizations == 1
+        assert (await setup.ask("in")).text == "in"
+        assert setup.issuer.authorizations == 1
 
 
 @asynccontextmanager
@@ -285,12 +293,12 @@ async def test_a_link_of_one_server_is_not_good_for_another(servers: Servers, tm
 
 
 async def test_connecting_needs_no_script(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path) as it, Browser() as browser:
-        link = await it.link()
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
+        link = await setup.link()
         page = await browser.open(link)
         assert "<script" not in page.text
         (onward,) = Page(page.text).links
-        assert onward.startswith(f"{it.issuer.issuer}/authorize?")
+        assert onward.startswith(f"{setup.issuer.issuer}/authorize?")
         assert page.headers.get("location", onward) == onward
         finished = await browser.follow(onward)
         assert_page(finished, 200)
@@ -298,8 +306,8 @@ async def test_connecting_needs_no_script(servers: Servers, tmp_path: Path) -> N
 
 
 async def test_a_visit_leaves_one_cookie_that_only_the_callback_gets(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path) as it, Browser() as browser:
-        page = await browser.open(await it.link())
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
+        page = await browser.open(await setup.link())
         (cookie,) = page.headers.get_list("set-cookie")
         fields = [field.strip().lower() for field in cookie.split(";")[1:]]
         assert {"httponly", "samesite=lax", "path=/oauth/callback"} <= set(fields)
@@ -307,13 +315,13 @@ async def test_a_visit_leaves_one_cookie_that_only_the_callback_gets(servers: Se
 
 @pytest.mark.parametrize("name", ["next", "redirect_uri", "redirect", "return_to", "url"])
 async def test_no_parameter_leads_elsewhere(servers: Servers, tmp_path: Path, name: str) -> None:  # T18
-    async with scene(servers, tmp_path) as it, Browser() as browser:
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
         evil = urlencode({name: "https://evil.example/"})
-        page = await browser.open(f"{await it.link()}&{evil}")
+        page = await browser.open(f"{await setup.link()}&{evil}")
         onward = page.headers["location"]
-        assert urlsplit(onward).netloc == urlsplit(it.issuer.issuer).netloc
+        assert urlsplit(onward).netloc == urlsplit(setup.issuer.issuer).netloc
         assert "evil" not in onward + page.text
-        callback = await browser.stop_before(it.proxy.links[0])
+        callback = await browser.stop_before(setup.proxy.links[0])
         finished = await browser.open(f"{callback}&{evil}")
         assert_page(finished, 200)
         assert "evil" not in finished.text
@@ -323,61 +331,61 @@ async def test_no_parameter_leads_elsewhere(servers: Servers, tmp_path: Path, na
 async def test_near_its_end_a_link_is_followed_by_another_and_either_lets_all_go_on(
     servers: Servers, tmp_path: Path, left: int, used: int
 ) -> None:
-    async with scene(servers, tmp_path, wait="20s") as it:
-        calls = [asyncio.create_task(it.ask("1"))]
-        await it.proxy.next_link()
-        it.clock.ahead += 600 - left
-        calls += [asyncio.create_task(it.ask("2")) for _ in range(5)]
-        await it.proxy.next_link(2)
-        assert_page(await consent(it.proxy.links[used - 1]), 200)
+    async with proxy_setup(servers, tmp_path, wait="20s") as setup:
+        calls = [asyncio.create_task(setup.ask("1"))]
+        await setup.proxy.next_link()
+        setup.clock.ahead += 600 - left
+        calls += [asyncio.create_task(setup.ask("2")) for _ in range(5)]
+        await setup.proxy.next_link(2)
+        assert_page(await consent(setup.proxy.links[used - 1]), 200)
         assert [(await call).text for call in calls] == ["1"] + ["2"] * 5
-        assert (len(it.proxy.links), it.issuer.authorizations) == (2, 1)
+        assert (len(setup.proxy.links), setup.issuer.authorizations) == (2, 1)
 
 
 async def test_a_request_that_waited_beyond_the_end_of_its_link_gets_another(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path, wait="2s") as it:
-        calls = [asyncio.create_task(it.ask()) for _ in range(5)]
-        first = await it.proxy.next_link()
-        it.clock.ahead += 590
+    async with proxy_setup(servers, tmp_path, wait="2s") as setup:
+        calls = [asyncio.create_task(setup.ask()) for _ in range(5)]
+        first = await setup.proxy.next_link()
+        setup.clock.ahead += 590
         (link,) = {link_in((await call).message) for call in calls}
         assert link != first
-        assert it.proxy.links == [first, link]
-        it.clock.ahead += 500
+        assert setup.proxy.links == [first, link]
+        setup.clock.ahead += 500
         assert_page(await consent(link), 200)
-        assert (await it.ask("in")).text == "in"
+        assert (await setup.ask("in")).text == "in"
 
 
 async def test_a_link_is_given_out_again_while_it_has_a_minute_left(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path) as it:
-        first = await it.link()
-        it.clock.ahead += 530
-        assert await it.link() == first
-        assert it.proxy.links == [first]
-        it.clock.ahead += 20
-        assert await it.link() != first
+    async with proxy_setup(servers, tmp_path) as setup:
+        first = await setup.link()
+        setup.clock.ahead += 530
+        assert await setup.link() == first
+        assert setup.proxy.links == [first]
+        setup.clock.ahead += 20
+        assert await setup.link() != first
 
 
 async def test_two_processes_let_go_of_what_waits_whichever_of_their_links_is_used(
     servers: Servers, tmp_path: Path
 ) -> None:
-    async with scene(servers, tmp_path, wait="20s") as it:
-        first = asyncio.create_task(it.ask("1"))
-        await it.proxy.next_link()
-        it.clock.ahead += 560
+    async with proxy_setup(servers, tmp_path, wait="20s") as setup:
+        first = asyncio.create_task(setup.ask("1"))
+        await setup.proxy.next_link()
+        setup.clock.ahead += 560
         async with (
-            running_proxy(tmp_path, {"notes": it.upstream.url}, clock=it.clock) as other,
+            running_proxy(tmp_path, {"notes": setup.upstream.url}, clock=setup.clock) as other,
             other.client("notes") as client,
         ):
             second = asyncio.create_task(client.call("echo", text="2"))
             await other.next_link()
-            assert_page(await consent(it.proxy.links[0]), 200)
+            assert_page(await consent(setup.proxy.links[0]), 200)
             assert [(await first).text, (await second).text] == ["1", "2"]
-            assert it.issuer.authorizations == 1
+            assert setup.issuer.authorizations == 1
 
 
 async def test_a_second_visit_does_not_spoil_the_first(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path) as it, Browser() as browser:
-        link = await it.link()
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
+        link = await setup.link()
         first = await browser.stop_before(link)
         await browser.stop_before(link)
         assert_page(await browser.open(first), 200)
@@ -403,18 +411,18 @@ async def test_a_callback_after_a_restart_finishes_the_flow(servers: Servers, tm
 
 
 async def test_a_link_of_long_ago_is_forgotten_while_the_proxy_runs(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path) as it, Browser() as browser, asyncio.timeout(10):
-        link = await it.link()
-        it.clock.ahead += 3601
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser, asyncio.timeout(10):
+        link = await setup.link()
+        setup.clock.ahead += 3601
         assert_page(await browser.open(link), 410)
-        it.clock.ahead += 3601
+        setup.clock.ahead += 3601
         while (await browser.open(link)).status_code != 404:
             pass
 
 
 async def test_every_page_forbids_framing_and_script(servers: Servers, tmp_path: Path) -> None:  # T17
-    async with scene(servers, tmp_path) as it, Browser() as browser:
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
         for path in PAGES:
-            page = await browser.open(f"{it.proxy.origin}{path}")
+            page = await browser.open(f"{setup.proxy.origin}{path}")
             assert_page(page, page.status_code)
-        assert_page(page := await browser.open(await it.link()), page.status_code)
+        assert_page(page := await browser.open(await setup.link()), page.status_code)

@@ -14,10 +14,10 @@ import httpx2
 import pytest
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import consent
-from fakes.mcp_client import PlainClient, Reply
+from fakes.http_exchange import FakeResponse, RecordedRequest
+from fakes.mcp_client import McpResponse, PlainClient
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import ProxyProcess, link_in, proxy_process, run_command, write_config
 
@@ -48,12 +48,12 @@ class Machine:
         row: dict[str, object] = json.loads(out)[0]
         return row
 
-    def process_but_never_answer(self, received: Received) -> Answer:
+    def process_but_never_answer(self, received: RecordedRequest) -> FakeResponse:
         """The refresh is done: the old token is spent; the answer is on its way for ever."""
         form = received.form
         client = self.issuer.ledger.clients[form["client_id"]]
         self.issuer.ledger.refresh(client, refresh_token=form["refresh_token"], resource=form["resource"], scopes=())
-        return Answer.hang()
+        return FakeResponse.hang()
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ async def machine(servers: Servers, tmp_path: Path) -> Machine:
     return Machine(issuer=issuer, upstream=upstream, config=config, listen=listen)
 
 
-def refused(reply: Reply) -> bool:
+def refused(reply: McpResponse) -> bool:
     """Whether the user is asked to log in."""
     return bool(reply.message.get("result", {}).get("isError"))
 

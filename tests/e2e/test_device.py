@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from fakes.exchange import ABSENT, Answer
 from fakes.extension_server import DEVICE_CODE, ExtensionServer
 from fakes.fixtures import Servers
 from fakes.headless import Browser, Page
+from fakes.http_exchange import ABSENT, FakeResponse
 from fakes.proxy import Sections, link_in, proxy_process, running_proxy, start_command, until, write_config
-from fakes.scene import Clock
+from fakes.proxy_setup import Clock
 
 NOW: Sections = {"authorization": {"wait": "0s"}}
 
@@ -194,7 +194,7 @@ async def test_an_authorization_server_that_is_down_for_a_while_is_asked_again(
     ):
         call = asyncio.create_task(client.call("echo", text="x"))
         await proxy.next_link()
-        issuer.answers["token"] = Answer.html("down", 503, retry_after="1")
+        issuer.answers["token"] = FakeResponse.html("down", 503, retry_after="1")
         issuer.decide_device(user_code(issuer))
         await until(lambda: issuer.polls > 0, "a poll")
         del issuer.answers["token"]

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import ABSENT, Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import consent
+from fakes.http_exchange import ABSENT, FakeResponse, RecordedRequest
 from fakes.mcp_server import MODERN, FakeMcpServer
 from fakes.proxy import Json, Sections, link_in, running_proxy, write_config
 from mcp_auth_proxy.cli.doctor.examine import examine
@@ -82,8 +82,10 @@ async def test_a_good_server_is_ready_and_its_configuration_works(servers: Serve
         ),
         pytest.param({"registration": False}, {}, "client_id", id="no registration"),
         pytest.param({"serves_metadata": False}, {}, "RFC 8414 §3", id="no metadata"),
-        pytest.param({"answers": {"metadata": Answer.redirect("http://10.0.0.1/")}}, {}, "redirect", id="redirect"),
-        pytest.param({"answers": {"metadata": Answer(headers=JSON, body=b"{")}}, {}, "not JSON", id="not JSON"),
+        pytest.param(
+            {"answers": {"metadata": FakeResponse.redirect("http://10.0.0.1/")}}, {}, "redirect", id="redirect"
+        ),
+        pytest.param({"answers": {"metadata": FakeResponse(headers=JSON, body=b"{")}}, {}, "not JSON", id="not JSON"),
         pytest.param(
             {}, {"metadata_changes": {"resource": "https://other.example/mcp"}}, "RFC 9728 §3.3", id="resource"
         ),
@@ -91,7 +93,9 @@ async def test_a_good_server_is_ready_and_its_configuration_works(servers: Serve
         pytest.param(
             {}, {"metadata_changes": {"authorization_servers": ["https://10.0.0.1"]}}, "allow_private", id="private"
         ),
-        pytest.param({}, {"metadata_answer": Answer(headers=JSON, body=b"[]")}, "RFC 9728 §3.2", id="not an object"),
+        pytest.param(
+            {}, {"metadata_answer": FakeResponse(headers=JSON, body=b"[]")}, "RFC 9728 §3.2", id="not an object"
+        ),
     ],
 )
 async def test_what_the_proxy_refuses_is_refused_in_the_same_words(
@@ -109,7 +113,7 @@ async def test_what_the_proxy_refuses_is_refused_in_the_same_words(
 
 
 async def test_an_unavailable_metadata_server_is_told_as_the_proxy_tells_it(servers: Servers, tmp_path: Path) -> None:
-    issuer = await servers.authorization_server(outage=Answer.html(status=503))
+    issuer = await servers.authorization_server(outage=FakeResponse.html(status=503))
     upstream = await servers.mcp_server(issuer)
     report = await diagnose(tmp_path, upstream.url)
     assert (report.outcome, report.config) == (Outcome.REFUSED, None)
@@ -122,11 +126,11 @@ async def test_an_unreachable_server_is_told_as_the_proxy_tells_it(tmp_path: Pat
     assert refused(report) == [await refusal(tmp_path, "http://127.0.0.1:9/mcp")]
 
 
-@pytest.mark.parametrize("knobs", [{}, {"modern": False}, {"sessions_on": True}, {"answer_as": "sse"}])
+@pytest.mark.parametrize("options", [{}, {"modern": False}, {"sessions_on": True}, {"answer_as": "sse"}])
 async def test_a_server_without_protection_needs_no_authorization(
-    servers: Servers, tmp_path: Path, knobs: Json
+    servers: Servers, tmp_path: Path, options: Json
 ) -> None:
-    upstream = await servers.mcp_server(protected=False, metadata_at=set(), **knobs)
+    upstream = await servers.mcp_server(protected=False, metadata_at=set(), **options)
     report = await diagnose(tmp_path, upstream.url)
     assert (report.outcome, report.prospect, report.config_complete) == (Outcome.OPEN, None, True)
     assert [call.rpc_method for call in upstream.calls("POST")] == ["initialize", "tools/list"]
@@ -134,10 +138,12 @@ async def test_a_server_without_protection_needs_no_authorization(
 
 
 async def test_a_server_of_2026_alone_is_asked_in_its_own_terms(servers: Servers, tmp_path: Path) -> None:
-    def modern_only(received: Received) -> Answer | None:
+    def modern_only(received: RecordedRequest) -> FakeResponse | None:
         old = received.method == "POST" and received.header("mcp-protocol-version") != MODERN
         return (
-            Answer.json({"jsonrpc": "2.0", "id": 1, "error": {"code": -32601, "message": "no"}}, 400) if old else None
+            FakeResponse.json({"jsonrpc": "2.0", "id": 1, "error": {"code": -32601, "message": "no"}}, 400)
+            if old
+            else None
         )
 
     issuer = await servers.authorization_server()
@@ -155,7 +161,7 @@ async def test_a_server_that_protects_some_methods_only_is_seen_through(
     upstream = await servers.mcp_server(issuer)
     opened = FakeMcpServer(upstream.origin, [], protected=False)
 
-    def let_through(received: Received) -> Answer | None:
+    def let_through(received: RecordedRequest) -> FakeResponse | None:
         is_open = received.path == upstream.path and received.rpc_method in {"initialize", "tools/list"} - {method}
         return opened._speak(received) if is_open else None
 
@@ -168,7 +174,7 @@ async def test_a_server_that_protects_some_methods_only_is_seen_through(
 
 
 async def test_a_forbidden_server_is_no_demand_for_authorization(servers: Servers, tmp_path: Path) -> None:
-    upstream = await servers.mcp_server(intercept=lambda received: Answer(status=403))
+    upstream = await servers.mcp_server(intercept=lambda received: FakeResponse(status=403))
     report = await diagnose(tmp_path, upstream.url)
     assert (report.outcome, report.config) == (Outcome.REFUSED, None)
     assert any(step.clause == "RFC 6750 §3.1" for step in report.steps)
@@ -178,12 +184,12 @@ async def test_a_forbidden_server_is_no_demand_for_authorization(servers: Server
 async def test_a_server_of_2025_03_26_is_its_own_authorization_server(
     servers: Servers, tmp_path: Path, documented: bool
 ) -> None:
-    def of_old(received: Received) -> Answer | None:
+    def of_old(received: RecordedRequest) -> FakeResponse | None:
         if received.path == "/.well-known/oauth-authorization-server" and documented:
             ends = {name: f"{upstream.origin}/{name[:5]}" for name in ("authorization_endpoint", "token_endpoint")}
             pkce = {"code_challenge_methods_supported": ["S256"], "registration_endpoint": f"{upstream.origin}/join"}
-            return Answer.json({"issuer": upstream.origin, **ends, **pkce})
-        return Answer(status=405) if received.path == "/register" else None
+            return FakeResponse.json({"issuer": upstream.origin, **ends, **pkce})
+        return FakeResponse(status=405) if received.path == "/register" else None
 
     upstream = await servers.mcp_server(metadata_at=set(), challenges={401: []}, intercept=of_old)
     report = await diagnose(tmp_path, upstream.url)
@@ -209,7 +215,7 @@ async def test_a_server_without_any_oauth_is_refused_in_the_words_of_the_proxy(
     servers: Servers, tmp_path: Path, status: int, challenges: list[str]
 ) -> None:
     upstream = await servers.mcp_server(metadata_at=set(), challenges={401: challenges})
-    elsewhere = Answer(status=status, headers=tuple(("www-authenticate", value) for value in challenges))
+    elsewhere = FakeResponse(status=status, headers=tuple(("www-authenticate", value) for value in challenges))
     upstream.intercept = lambda received: elsewhere if received.path != upstream.path else None
     report = await diagnose(tmp_path, upstream.url)
     assert (report.outcome, report.prospect, report.config) == (Outcome.REFUSED, None, None)
@@ -224,14 +230,14 @@ async def test_a_server_without_any_oauth_is_refused_in_the_words_of_the_proxy(
 @pytest.mark.parametrize(
     ("oauth", "challenges", "answer"),
     [
-        ({}, ["Bearer"], Answer(status=401)),
-        ({"client_id": "by-hand"}, ["Basic"], Answer(status=401)),
-        ({}, ["Basic"], Answer.json({"error": "invalid_client"}, 401)),
+        ({}, ["Bearer"], FakeResponse(status=401)),
+        ({"client_id": "by-hand"}, ["Basic"], FakeResponse(status=401)),
+        ({}, ["Basic"], FakeResponse.json({"error": "invalid_client"}, 401)),
     ],
     ids=["asks for a token", "registered by hand", "an error of OAuth"],
 )
 async def test_a_401_that_may_still_be_oauth_s_is_no_refusal(
-    servers: Servers, tmp_path: Path, oauth: Json, challenges: list[str], answer: Answer
+    servers: Servers, tmp_path: Path, oauth: Json, challenges: list[str], answer: FakeResponse
 ) -> None:
     upstream = await servers.mcp_server(metadata_at=set(), challenges={401: challenges})
     upstream.intercept = lambda received: answer if received.path in ("/register", "/token") else None
@@ -255,7 +261,7 @@ async def test_the_json_has_the_members_that_programs_rely_on(servers: Servers, 
 
 async def test_what_a_server_says_can_do_nothing_to_the_terminal(servers: Servers, tmp_path: Path) -> None:
     nasty = "\x1b]0;owned\x07\x1b[2J"
-    issuer = await servers.authorization_server(answers={"metadata": Answer.html(nasty, 404)})
+    issuer = await servers.authorization_server(answers={"metadata": FakeResponse.html(nasty, 404)})
     upstream = await servers.mcp_server(issuer, challenges={401: [f'Bearer realm="a", nasty="{chr(0x9B)}2J"']})
     report = await diagnose(tmp_path, upstream.url)
     assert not [c for c in as_json(report) + as_text(report).replace("\x1b[", "") if c in "\x1b\x07\x9b"]

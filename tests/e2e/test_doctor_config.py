@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fakes.exchange import ABSENT, Answer
 from fakes.fixtures import Servers
 from fakes.headless import consent
+from fakes.http_exchange import ABSENT, FakeResponse
 from fakes.proxy import Json, Sections, link_in, proxy_process, run_command, running_proxy, write_config
 from mcp_auth_proxy.cli.doctor.examine import examine
 from mcp_auth_proxy.cli.doctor.report import Outcome, Report
@@ -310,10 +310,10 @@ async def test_a_redirect_on_the_same_origin_is_followed_as_the_proxy_does(serve
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
     moved = f"{upstream.origin}/old"
-    upstream.intercept = lambda r: Answer.redirect("/mcp", 307) if r.path == "/old" else None
+    upstream.intercept = lambda r: FakeResponse.redirect("/mcp", 307) if r.path == "/old" else None
     upstream.metadata_changes = {"resource": upstream.origin}
     assert (await diagnose(tmp_path, moved)).outcome is Outcome.READY
-    upstream.intercept = lambda r: Answer.redirect("https://b.example/mcp", 307) if r.path == "/old" else None
+    upstream.intercept = lambda r: FakeResponse.redirect("https://b.example/mcp", 307) if r.path == "/old" else None
     report = await diagnose(tmp_path, moved)
     assert (report.outcome, report.config) == (Outcome.REFUSED, None)
     assert "servers.notes.url" in report.summary

@@ -17,7 +17,7 @@ from mcp_auth_proxy.config.settings import Address
 
 
 @dataclass
-class Scene:
+class ProxySetup:
     issuer: DpopAuthorizationServer
     upstream: DpopMcpServer
     folder: Path
@@ -36,12 +36,12 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(folder: Path, upstream: dict[str, Any] | None = None, **issuer: Any) -> AsyncIterator[Scene]:
+async def proxy_setup(folder: Path, upstream: dict[str, Any] | None = None, **issuer: Any) -> AsyncIterator[ProxySetup]:
     async with (
         DpopAuthorizationServer.running(auto_consent=True, **issuer) as authorization_server,
         DpopMcpServer.running(authorization_server, **(upstream or {})) as mcp_server,
     ):
-        yield Scene(authorization_server, mcp_server, folder)
+        yield ProxySetup(authorization_server, mcp_server, folder)
 
 
 async def log_in(client: PlainClient) -> None:
@@ -53,158 +53,162 @@ async def log_in(client: PlainClient) -> None:
 @pytest.mark.parametrize(("use", "asks"), [("required", "nothing"), ("auto", "metadata"), ("auto", "challenge")])
 async def test_every_request_has_a_fresh_proof_of_the_one_key(tmp_path: Path, use: str, asks: str) -> None:
     async with (
-        scene(tmp_path, {"asks": asks}) as it,
-        it.proxy(use) as proxy,
+        proxy_setup(tmp_path, {"asks": asks}) as setup,
+        setup.proxy(use) as proxy,
         proxy.client("notes") as client,
     ):
         await log_in(client)
         replies = await asyncio.gather(*(client.call("echo", text=str(n)) for n in range(20)))
         assert [reply.text for reply in replies] == [str(n) for n in range(20)]
-        assert len(set(it.jwts())) == len(it.jwts()) >= 22
-        (key,) = {*it.issuer.proofs.keys, *it.upstream.proofs.keys}
-        assert it.issuer.seen("authorize")[0].query["dpop_jkt"] == [key]
-        assert set(it.upstream.refusals) == {""}
+        assert len(set(setup.jwts())) == len(setup.jwts()) >= 22
+        (key,) = {*setup.issuer.proofs.keys, *setup.upstream.proofs.keys}
+        assert setup.issuer.seen("authorize")[0].query["dpop_jkt"] == [key]
+        assert set(setup.upstream.refusals) == {""}
 
 
 async def test_nonces_of_both_servers_are_taken_up_and_their_rotation_followed(tmp_path: Path) -> None:
-    async with scene(tmp_path) as it, it.proxy("required") as proxy, proxy.client("notes") as client:
-        it.issuer.proofs.rotate()
-        it.upstream.proofs.rotate()
+    async with proxy_setup(tmp_path) as setup, setup.proxy("required") as proxy, proxy.client("notes") as client:
+        setup.issuer.proofs.rotate()
+        setup.upstream.proofs.rotate()
         await log_in(client)
-        assert len(it.issuer.seen("token")) == 2, "refused once for the nonce, the code was not used up"
+        assert len(setup.issuer.seen("token")) == 2, "refused once for the nonce, the code was not used up"
         for n in range(3):
-            it.issuer.proofs.rotate()
-            it.upstream.proofs.rotate()
-            it.issuer.end_access_tokens()
+            setup.issuer.proofs.rotate()
+            setup.upstream.proofs.rotate()
+            setup.issuer.end_access_tokens()
             assert (await client.call("echo", text=str(n))).text == str(n)
-        assert (it.issuer.authorizations, it.issuer.refreshes) == (1, 6)
-        refused = len(it.upstream.refusals)
+        assert (setup.issuer.authorizations, setup.issuer.refreshes) == (1, 6)
+        refused = len(setup.upstream.refusals)
         assert (await client.call("echo", text="same nonce")).text == "same nonce"
-        it.upstream.proofs.rotate_gently()
+        setup.upstream.proofs.rotate_gently()
         assert (await client.call("echo", text="told by a success")).text == "told by a success"
-        it.upstream.proofs.previous = ""
+        setup.upstream.proofs.previous = ""
         assert (await client.call("echo", text="used")).text == "used"
-        assert len(it.upstream.refusals) == refused
+        assert len(setup.upstream.refusals) == refused
         assert len(proxy.links) == 1
 
 
 async def test_nonces_that_are_good_once_serve_requests_at_the_same_time(tmp_path: Path) -> None:
-    async with scene(tmp_path) as it, it.proxy("required") as proxy, proxy.client("notes") as client:
+    async with proxy_setup(tmp_path) as setup, setup.proxy("required") as proxy, proxy.client("notes") as client:
         await log_in(client)
-        it.upstream.proofs.once = True
+        setup.upstream.proofs.once = True
         replies = await asyncio.gather(*(client.call("echo", text=str(n)) for n in range(8)))
         assert [reply.text for reply in replies] == [str(n) for n in range(8)]
-        assert (it.issuer.refreshes, it.issuer.authorizations) == (0, 1)
+        assert (setup.issuer.refreshes, setup.issuer.authorizations) == (0, 1)
 
 
 async def test_a_server_that_is_never_content_with_a_nonce_is_asked_twice(tmp_path: Path) -> None:
-    async with scene(tmp_path) as it, it.proxy("required") as proxy, proxy.client("notes") as client:
+    async with proxy_setup(tmp_path) as setup, setup.proxy("required") as proxy, proxy.client("notes") as client:
         await log_in(client)
-        before = len(it.upstream.calls())
-        it.upstream.endless_nonce = True
+        before = len(setup.upstream.calls())
+        setup.upstream.endless_nonce = True
         answer = await client.call("echo", text="x")
         assert answer.status == 200
         assert "RFC 9449" in str(answer.message)
-        assert len(it.upstream.calls()) - before == 2
-        assert (it.issuer.refreshes, it.issuer.authorizations) == (0, 1)
+        assert len(setup.upstream.calls()) - before == 2
+        assert (setup.issuer.refreshes, setup.issuer.authorizations) == (0, 1)
 
 
 async def test_the_key_outlives_restart_and_rotation_and_lies_nowhere_in_clear(  # T45
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    async with scene(tmp_path) as it:
-        async with it.proxy("required") as proxy, proxy.client("notes") as client:
+    async with proxy_setup(tmp_path) as setup:
+        async with setup.proxy("required") as proxy, proxy.client("notes") as client:
             link = link_in((await client.call("echo")).message)
             host, _, port = proxy.origin.removeprefix("http://").partition(":")
         address = Address(host, int(port))
-        async with it.proxy("required", listen=address) as proxy, proxy.client("notes") as client:
+        async with setup.proxy("required", listen=address) as proxy, proxy.client("notes") as client:
             await consent(link)
             assert (await client.call("echo", text="in")).text == "in"
-        async with it.proxy("required", listen=address) as proxy, proxy.client("notes") as client:
-            it.issuer.end_access_tokens()
+        async with setup.proxy("required", listen=address) as proxy, proxy.client("notes") as client:
+            setup.issuer.end_access_tokens()
             assert (await client.call("echo", text="again")).text == "again"
-        assert len({*it.issuer.proofs.keys, *it.upstream.proofs.keys}) == 1
+        assert len({*setup.issuer.proofs.keys, *setup.upstream.proofs.keys}) == 1
         files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
         assert b"PRIVATE KEY" not in files
         assert "PRIVATE KEY" not in caplog.text
-        for secret in [*it.jwts(), *it.issuer.bound]:
+        for secret in [*setup.jwts(), *setup.issuer.bound]:
             assert secret.encode() not in files
             assert secret not in caplog.text
 
 
 async def test_a_bearer_token_is_refused_where_dpop_is_required(tmp_path: Path) -> None:  # T22
-    async with scene(tmp_path) as it, it.proxy("required") as proxy, proxy.client("notes") as client:
-        it.issuer.token_type = "Bearer"
+    async with proxy_setup(tmp_path) as setup, setup.proxy("required") as proxy, proxy.client("notes") as client:
+        setup.issuer.token_type = "Bearer"
         page = await consent(link_in((await client.call("echo")).message))
         assert "token_type is not DPoP" in page.text
-        assert not [request for request in it.upstream.calls() if request.header("authorization")]
+        assert not [request for request in setup.upstream.calls() if request.header("authorization")]
 
 
 async def test_a_renewal_without_the_binding_is_refused(tmp_path: Path) -> None:  # T22
-    async with scene(tmp_path) as it, it.proxy("auto") as proxy, proxy.client("notes") as client:
+    async with proxy_setup(tmp_path) as setup, setup.proxy("auto") as proxy, proxy.client("notes") as client:
         await log_in(client)
-        it.issuer.token_type = "Bearer"
-        it.issuer.end_access_tokens()
+        setup.issuer.token_type = "Bearer"
+        setup.issuer.end_access_tokens()
         answer = await client.call("echo", text="x")
         assert answer.status == 503
         assert "token_type is not DPoP" in str(answer.message)
-        assert not any((r.header("authorization") or "").startswith("Bearer") for r in it.upstream.calls())
+        assert not any((r.header("authorization") or "").startswith("Bearer") for r in setup.upstream.calls())
 
 
 async def test_off_sends_no_proof_and_takes_no_bound_token(tmp_path: Path) -> None:  # T22
     async with (
-        scene(tmp_path, {"asks": "nothing"}, token_type="Bearer", token_changes={"token_type": "DPoP"}) as it,
-        it.proxy("off") as proxy,
+        proxy_setup(tmp_path, {"asks": "nothing"}, token_type="Bearer", token_changes={"token_type": "DPoP"}) as setup,
+        setup.proxy("off") as proxy,
         proxy.client("notes") as client,
     ):
         page = await consent(link_in((await client.call("echo")).message))
         assert "token_type is not Bearer" in page.text
-        assert it.jwts() == []
+        assert setup.jwts() == []
 
 
 async def test_off_says_which_key_would_help_where_the_server_takes_bound_tokens_only(tmp_path: Path) -> None:
-    async with scene(tmp_path) as it, it.proxy("off") as proxy, proxy.client("notes") as client:
+    async with proxy_setup(tmp_path) as setup, setup.proxy("off") as proxy, proxy.client("notes") as client:
         answer = await client.call("echo")
         assert "servers.notes.oauth.dpop is off" in str(answer.message)
-        assert it.issuer.registrations == 0
+        assert setup.issuer.registrations == 0
 
 
 async def test_a_proof_of_the_client_never_reaches_the_upstream(tmp_path: Path) -> None:  # T31
-    async with scene(tmp_path) as it, it.proxy("required") as proxy:
+    async with proxy_setup(tmp_path) as setup, setup.proxy("required") as proxy:
         forged = {"DPoP": "forged", "D-PoP": "unknown", "authorization": "DPoP forged"}
         async with proxy.client("notes", headers=forged) as client:
             await log_in(client)
-        assert "forged" not in repr([request.headers for request in it.upstream.calls()])
+        assert "forged" not in repr([request.headers for request in setup.upstream.calls()])
 
 
 async def test_a_grant_that_the_setting_forbids_is_not_used(tmp_path: Path) -> None:
-    async with scene(tmp_path, {"asks": "nothing"}) as it:
-        async with it.proxy("required") as proxy, proxy.client("notes") as client:
+    async with proxy_setup(tmp_path, {"asks": "nothing"}) as setup:
+        async with setup.proxy("required") as proxy, proxy.client("notes") as client:
             await log_in(client)
-        sent = len(it.jwts())
-        async with it.proxy("off") as proxy, proxy.client("notes") as client:
+        sent = len(setup.jwts())
+        async with setup.proxy("off") as proxy, proxy.client("notes") as client:
             assert link_in((await client.call("echo")).message)
-        assert len(it.jwts()) == sent
+        assert len(setup.jwts()) == sent
 
 
 async def test_client_credentials_are_bound_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGENT_SECRET", "s3cret")
     agent = {"grant": "client_credentials", "client_id": "agent", "client_secret": "env:AGENT_SECRET"}
-    async with scene(tmp_path) as it, it.proxy("auto", None, **agent) as proxy, proxy.client("notes") as client:
-        it.issuer.add_client(client_id="agent", secret="s3cret")
-        it.issuer.proofs.rotate()
+    async with (
+        proxy_setup(tmp_path) as setup,
+        setup.proxy("auto", None, **agent) as proxy,
+        proxy.client("notes") as client,
+    ):
+        setup.issuer.add_client(client_id="agent", secret="s3cret")
+        setup.issuer.proofs.rotate()
         assert (await client.call("echo", text="alone")).text == "alone"
-        it.issuer.end_access_tokens()
+        setup.issuer.end_access_tokens()
         assert (await client.call("echo", text="again")).text == "again"
-        assert len({*it.issuer.proofs.keys, *it.upstream.proofs.keys}) == 1
+        assert len({*setup.issuer.proofs.keys, *setup.upstream.proofs.keys}) == 1
 
 
 async def test_a_step_up_stays_bound_with_a_key_of_its_own(tmp_path: Path) -> None:
-    knobs = {"asks": "challenge", "step_up": {"tools/call:write": ("write",)}}
-    async with scene(tmp_path, knobs) as it, it.proxy("auto") as proxy, proxy.client("notes") as client:
+    options = {"asks": "challenge", "step_up": {"tools/call:write": ("write",)}}
+    async with proxy_setup(tmp_path, options) as setup, setup.proxy("auto") as proxy, proxy.client("notes") as client:
         await log_in(client)
         assert (await consent(link_in((await client.call("write")).message))).status_code == 200
         assert (await client.call("write", text="more")).text == "more"
-        assert len(set(it.issuer.proofs.keys)) == 2
-        assert len(it.issuer.seen("token")) == len(it.issuer.proofs.keys)
+        assert len(set(setup.issuer.proofs.keys)) == 2
+        assert len(setup.issuer.seen("token")) == len(setup.issuer.proofs.keys)

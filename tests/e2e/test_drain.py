@@ -14,12 +14,12 @@ from typing import Any
 import httpx2
 import pytest
 
-from fakes.exchange import Answer, Channel
 from fakes.fixtures import Servers
 from fakes.headless import consent
+from fakes.http_exchange import Channel, FakeResponse
 from fakes.mcp_client import MODERN
 from fakes.mcp_server import CHUNK, FakeMcpServer
-from fakes.proxy import ProxyProcess, link_in, proxy_process, settled, until, write_config
+from fakes.proxy import ProxyProcess, link_in, proxy_process, until, wait_until_stable, write_config
 from fakes.raw_client import RawClient
 from fakes.unattended import unattended
 
@@ -73,7 +73,7 @@ async def test_an_idle_proxy_ends_at_once(servers: Servers, tmp_path: Path, sign
 @pytest.mark.parametrize("version", ["2025-11-25", MODERN])
 async def test_a_running_call_completes_while_probes_see_503(servers: Servers, tmp_path: Path, version: str) -> None:
     gate = asyncio.Event()
-    answer = Answer.json({"jsonrpc": "2.0", "id": 1, "result": {"content": [{"type": "text", "text": "done"}]}})
+    answer = FakeResponse.json({"jsonrpc": "2.0", "id": 1, "result": {"content": [{"type": "text", "text": "done"}]}})
     answer.gate = gate
     async with serving(servers, tmp_path) as (proxy, upstream), proxy.client("notes", version=version) as client:
         upstream.answers["tools/call:slow"] = answer
@@ -94,7 +94,7 @@ async def test_a_running_call_completes_while_probes_see_503(servers: Servers, t
 async def test_a_stream_of_progress_goes_on_to_its_result(servers: Servers, tmp_path: Path) -> None:
     channel = Channel()
     async with serving(servers, tmp_path) as (proxy, upstream), proxy.client("notes") as client:
-        upstream.answers["tools/call:count"] = Answer.events(channel)
+        upstream.answers["tools/call:count"] = FakeResponse.events(channel)
         async with client.stream("tools/call", {"name": "count"}) as (_, events), asyncio.timeout(10):
             channel.event({"n": 1})
             assert await anext(events) == {"n": 1}
@@ -111,7 +111,7 @@ async def test_a_stream_of_progress_goes_on_to_its_result(servers: Servers, tmp_
 async def test_idle_streams_end_with_a_final_chunk_at_once(servers: Servers, tmp_path: Path, sent: str) -> None:
     body = b'{"jsonrpc": "2.0", "id": 1, "method": "%s"}' % sent.encode()  # PHP escapes slashes
     async with serving(servers, tmp_path) as (proxy, upstream):
-        upstream.answers["GET"] = upstream.answers["POST"] = Answer.events(Channel())
+        upstream.answers["GET"] = upstream.answers["POST"] = FakeResponse.events(Channel())
         async with contextlib.AsyncExitStack() as stack:
             streams = [await stack.enter_async_context(RawClient.to(proxy.origin)) for _ in range(5)]
             for raw in streams:
@@ -129,7 +129,7 @@ async def test_idle_streams_end_with_a_final_chunk_at_once(servers: Servers, tmp
 
 async def test_a_stream_that_the_upstream_has_not_opened_yet_ends_at_once(servers: Servers, tmp_path: Path) -> None:
     async with serving(servers, tmp_path) as (proxy, upstream), RawClient.to(proxy.origin) as raw:
-        upstream.answers["GET"] = Answer.hang()
+        upstream.answers["GET"] = FakeResponse.hang()
         raw.get()
         await until(lambda: upstream.calls("GET"))
         proxy.process.send_signal(signal.SIGTERM)
@@ -160,10 +160,10 @@ async def test_clients_that_always_have_another_request_do_not_keep_it_running(
 
 async def test_streams_that_clients_open_again_do_not_keep_it_running(servers: Servers, tmp_path: Path) -> None:
     gate = asyncio.Event()
-    slow = Answer.json({"jsonrpc": "2.0", "id": 1, "result": {"content": []}})
+    slow = FakeResponse.json({"jsonrpc": "2.0", "id": 1, "result": {"content": []}})
     slow.gate = gate
     async with serving(servers, tmp_path) as (proxy, upstream), proxy.client("notes") as client:
-        upstream.answers |= {"GET": Answer.events(Channel()), "tools/call:slow": slow}
+        upstream.answers |= {"GET": FakeResponse.events(Channel()), "tools/call:slow": slow}
         call = asyncio.create_task(client.call("slow"))
         await until(lambda: upstream.calls("tools/call:slow"))
         proxy.process.send_signal(signal.SIGTERM)
@@ -186,11 +186,11 @@ async def test_a_stream_whose_client_does_not_read_does_not_keep_it_running(serv
             yield CHUNK
 
     async with serving(servers, tmp_path) as (proxy, upstream):
-        upstream.answers["GET"] = Answer.events(much)
+        upstream.answers["GET"] = FakeResponse.events(much)
         async with RawClient.to(proxy.origin, buffer=16_384) as raw:
             raw.get()
             await raw.head()
-            await settled(lambda: given)
+            await wait_until_stable(lambda: given)
             proxy.process.send_signal(signal.SIGTERM)
             assert await exit_code(proxy, 8) == 0
 
@@ -224,7 +224,9 @@ async def test_a_second_signal_ends_it_at_once(
     servers: Servers, tmp_path: Path, kind: str, second: signal.Signals
 ) -> None:
     async with serving(servers, tmp_path) as (proxy, upstream), proxy.client("notes") as client:
-        upstream.answers["tools/call:slow"] = Answer.hang() if kind == "before the head" else Answer.events(Channel())
+        upstream.answers["tools/call:slow"] = (
+            FakeResponse.hang() if kind == "before the head" else FakeResponse.events(Channel())
+        )
         message = client.message("tools/call", {"name": "slow"}, id=1)
         async with RawClient.to(proxy.origin) as raw:
             raw.post(json.dumps(message).encode())

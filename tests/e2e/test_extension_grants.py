@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from fakes.exchange import Answer
 from fakes.extension_server import (
     ASSERTION_TYPE,
     JWT_BEARER,
@@ -22,6 +21,7 @@ from fakes.extension_server import (
 )
 from fakes.fixtures import Servers
 from fakes.headless import consent
+from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import PlainClient
 from fakes.proxy import Sections, proxy_process, running_proxy, write_config
 
@@ -192,7 +192,7 @@ async def test_the_token_of_a_workload_goes_to_no_other_issuer(  # T11
         async with client_of(tmp_path, upstream.url, oauth) as client:
             assert (await client.call("echo", text="x")).text == "x"
             upstream.authorization_servers = [other]
-            issuer.configure(outage=Answer.json({"error": "invalid_grant"}, 400))
+            issuer.configure(outage=FakeResponse.json({"error": "invalid_grant"}, 400))
             project()
             answer = await client.call("echo", text="y")
         assert "servers.notes.oauth.issuer" in answer.error["message"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fakes.exchange import Answer, Channel
 from fakes.fixtures import Servers
+from fakes.http_exchange import Channel, FakeResponse
 from fakes.proxy import RunningProxy, proxy_process, running_proxy, until, write_config
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, ok
@@ -46,52 +46,52 @@ def first_then(*responses: bytes) -> RawServer:
 
 
 async def test_a_call_that_waits_for_its_answer_takes_no_task(servers: Servers, tmp_path: Path) -> None:
-    slow = Answer.json({"jsonrpc": "2.0", "id": 9, "result": {}})
+    slow = FakeResponse.json({"jsonrpc": "2.0", "id": 9, "result": {}})
     slow.gate = asyncio.Event()
-    async with connected(servers, tmp_path) as it, RawClient.to(it.proxy.origin) as raw:
-        await it.client.post("ping")
-        it.upstream.answers["tools/call:pay"] = slow
+    async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:
+        await setup.client.post("ping")
+        setup.upstream.answers["tools/call:pay"] = slow
         raw.post(CALL)
-        await until(lambda: it.upstream.calls("tools/call:pay"))
-        assert (it.proxy.application.forwarder.active_requests, tasks_of_requests()) == (1, 0)
+        await until(lambda: setup.upstream.calls("tools/call:pay"))
+        assert (setup.proxy.application.forwarder.active_requests, tasks_of_requests()) == (1, 0)
         slow.gate.set()
         answer = await raw.answer()
         assert (answer.status, json.loads(answer.body)["id"]) == (200, 9)
-        assert it.proxy.application.forwarder.active_requests == 0
+        assert setup.proxy.application.forwarder.active_requests == 0
 
 
 async def test_a_token_that_is_refused_meanwhile_is_renewed_and_the_call_sent_once_more(
     servers: Servers, tmp_path: Path
 ) -> None:
-    async with connected(servers, tmp_path) as it, RawClient.to(it.proxy.origin) as raw:
-        await it.client.post("ping")
+    async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:
+        await setup.client.post("ping")
         challenge = (("www-authenticate", 'Bearer error="invalid_token"'),)
-        refusals = iter([Answer(status=401, headers=challenge)])
-        it.upstream.answers["tools/call:pay"] = lambda _: next(refusals, None)
+        refusals = iter([FakeResponse(status=401, headers=challenge)])
+        setup.upstream.answers["tools/call:pay"] = lambda _: next(refusals, None)
         raw.post(CALL)
         answer = await raw.answer()
         assert answer.status == 200
-        first, second = it.upstream.calls("tools/call:pay")
+        first, second = setup.upstream.calls("tools/call:pay")
         assert first.header("authorization") != second.header("authorization")
         assert (first.body, second.body) == (CALL, CALL)
 
 
 async def test_a_redirect_within_the_origin_is_followed(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it, RawClient.to(it.proxy.origin) as raw:
-        await it.client.post("ping")
-        redirects = iter([Answer(status=307, headers=(("location", "/mcp?again"),))])
-        it.upstream.answers["tools/call:pay"] = lambda _: next(redirects, None)
+    async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:
+        await setup.client.post("ping")
+        redirects = iter([FakeResponse(status=307, headers=(("location", "/mcp?again"),))])
+        setup.upstream.answers["tools/call:pay"] = lambda _: next(redirects, None)
         raw.post(CALL)
         assert (await raw.answer()).status == 200
-        assert len(it.upstream.calls("tools/call:pay")) == 2
+        assert len(setup.upstream.calls("tools/call:pay")) == 2
 
 
 async def test_events_that_come_one_by_one_are_not_kept_back(servers: Servers, tmp_path: Path) -> None:
     channel = Channel()
-    async with connected(servers, tmp_path) as it:
-        await it.client.post("ping")
-        it.upstream.answers["tools/call:count"] = Answer.events(channel)
-        async with it.client.stream("tools/call", {"name": "count"}) as (_, events), asyncio.timeout(10):
+    async with connected(servers, tmp_path) as setup:
+        await setup.client.post("ping")
+        setup.upstream.answers["tools/call:count"] = FakeResponse.events(channel)
+        async with setup.client.stream("tools/call", {"name": "count"}) as (_, events), asyncio.timeout(10):
             for number in range(3):
                 channel.event({"n": number})
                 assert await anext(events) == {"n": number}
@@ -175,15 +175,15 @@ async def test_a_server_that_falls_silent_after_many_quick_answers_is_not_watche
 
 
 async def test_a_client_that_leaves_takes_its_call_with_it(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it, RawClient.to(it.proxy.origin) as raw:
-        await it.client.post("ping")
-        it.upstream.answers["tools/call:pay"] = Answer.hang()
+    async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:
+        await setup.client.post("ping")
+        setup.upstream.answers["tools/call:pay"] = FakeResponse.hang()
         raw.post(CALL)
-        await until(lambda: it.upstream.calls("tools/call:pay"))
+        await until(lambda: setup.upstream.calls("tools/call:pay"))
         raw.drop()
-        await until(it.upstream.calls("tools/call:pay")[0].gone.is_set)
-        await until(lambda: it.proxy.application.forwarder.active_requests == 0)
-        assert (await it.client.post("ping")).status == 200
+        await until(setup.upstream.calls("tools/call:pay")[0].gone.is_set)
+        await until(lambda: setup.proxy.application.forwarder.active_requests == 0)
+        assert (await setup.client.post("ping")).status == 200
 
 
 async def test_the_limit_for_bodies_holds_for_every_call(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ async def test_calls_that_outlast_the_drain_are_answered_at_the_second_signal(se
     async with proxy_process(config) as proxy, RawClient.to(proxy.origin) as raw:
         async with proxy.client("notes") as client:
             await client.call("echo", text="warm")
-        upstream.answers["tools/call:pay"] = Answer.hang()
+        upstream.answers["tools/call:pay"] = FakeResponse.hang()
         raw.post(CALL)
         await until(lambda: upstream.calls("tools/call:pay"))
         proxy.process.send_signal(signal.SIGTERM)

@@ -6,71 +6,71 @@ from pathlib import Path
 
 import pytest
 
-from fakes.exchange import Answer
 from fakes.fixtures import Servers
 from fakes.headless import Browser, consent
+from fakes.http_exchange import FakeResponse
 from fakes.proxy import run_command
-from fakes.scene import scene
+from fakes.proxy_setup import proxy_setup
 
 
 async def test_a_client_that_the_token_endpoint_forgot_registers_once_more(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path) as it:
-        link = await it.link()
+    async with proxy_setup(servers, tmp_path) as setup:
+        link = await setup.link()
         async with Browser() as browser:
             callback = await browser.stop_before(link)
-            it.issuer.forget_clients()
+            setup.issuer.forget_clients()
             assert "invalid_client" in (await browser.open(callback)).text
-        await it.connect()
-        assert it.issuer.registrations == 2
+        await setup.connect()
+        assert setup.issuer.registrations == 2
 
 
 async def test_a_client_that_the_authorization_response_calls_unknown_registers_once_more(
     servers: Servers, tmp_path: Path
 ) -> None:
-    knobs = {"authorize_error": ("invalid_client", "who is that?")}
-    async with scene(servers, tmp_path, issuer=knobs) as it:
-        assert "invalid_client" in (await consent(await it.link())).text
-        it.issuer.authorize_error = None
-        await it.connect()
-        assert it.issuer.registrations == 2
+    options = {"authorize_error": ("invalid_client", "who is that?")}
+    async with proxy_setup(servers, tmp_path, issuer=options) as setup:
+        assert "invalid_client" in (await consent(await setup.link())).text
+        setup.issuer.authorize_error = None
+        await setup.connect()
+        assert setup.issuer.registrations == 2
 
 
 async def test_where_the_login_page_does_not_know_us_the_registration_can_be_forgotten(
     servers: Servers, tmp_path: Path
 ) -> None:
-    async with scene(servers, tmp_path) as it:
-        link = await it.link()
-        it.issuer.forget_clients()
+    async with proxy_setup(servers, tmp_path) as setup:
+        link = await setup.link()
+        setup.issuer.forget_clients()
         async with Browser() as browser:
             page = await browser.open((await browser.open(link)).headers["location"])
         assert page.status_code == 400
-        assert await it.link() == link
+        assert await setup.link() == link
         config = str(tmp_path / "mcp-auth-proxy.yaml")
         assert (await run_command("logout", "notes", "--forget-client", "--config", config))[0] == 0
         async with asyncio.timeout(3):
             # What another process writes is noticed within a second; the request that meets it is told of the end.
-            while link in (text := json.dumps((await it.ask()).message)) or "/connect/" not in text:
+            while link in (text := json.dumps((await setup.ask()).message)) or "/connect/" not in text:
                 pass
-        await it.connect()
-        assert it.issuer.registrations == 2
+        await setup.connect()
+        assert setup.issuer.registrations == 2
 
 
 async def test_offline_access_that_is_refused_is_left_out_the_next_time(servers: Servers, tmp_path: Path) -> None:
     listed = {"metadata_changes": {"scopes_supported": ["read", "offline_access"]}, "scopes": ("read",)}
-    async with scene(servers, tmp_path, issuer=listed, upstream={"scopes": ("read",)}) as it:
-        page = await consent(await it.link())
+    async with proxy_setup(servers, tmp_path, issuer=listed, upstream={"scopes": ("read",)}) as setup:
+        page = await consent(await setup.link())
         assert "invalid_scope" in page.text
         assert "servers.notes.oauth.scopes" in page.text
-        await it.connect()
-        assert [r.form["scope"] for r in it.issuer.seen("authorize")] == ["read offline_access", "read"]
+        await setup.connect()
+        assert [r.form["scope"] for r in setup.issuer.seen("authorize")] == ["read offline_access", "read"]
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])
 async def test_a_page_in_the_place_of_a_token_is_said_to_be_one(servers: Servers, tmp_path: Path, status: int) -> None:
-    async with scene(servers, tmp_path) as it:
-        it.issuer.answers["token"] = Answer.html(status=status)
-        page = await consent(await it.link())
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.issuer.answers["token"] = FakeResponse.html(status=status)
+        page = await consent(await setup.link())
         assert f"HTTP {status}" in page.text
         assert "Maintenance" not in page.text
-        it.issuer.answers.clear()
-        await it.connect()
+        setup.issuer.answers.clear()
+        await setup.connect()

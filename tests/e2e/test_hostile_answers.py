@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fakes.exchange import ABSENT
 from fakes.fixtures import Servers
 from fakes.headless import consent
-from fakes.hostile import assert_refused, trap
-from fakes.scene import scene
+from fakes.hostile import assert_refused, honeypot
+from fakes.http_exchange import ABSENT
+from fakes.proxy_setup import proxy_setup
 
 TRICKS = [
     'Bearer realm="x scope=evil resource_metadata=http://127.0.0.1:PORT/"',
@@ -28,24 +28,24 @@ TRICKS = [
 async def test_nothing_is_read_from_inside_quotes_and_garbage_means_nothing(  # T20
     servers: Servers, tmp_path: Path, challenge: str
 ) -> None:
-    async with trap() as target, scene(servers, tmp_path) as it:
-        it.upstream.challenges = {401: [challenge.replace("PORT", str(target.port))]}
-        await it.connect()
-        assert "evil" not in it.issuer.seen("authorize")[0].form.get("scope", "")
+    async with honeypot() as target, proxy_setup(servers, tmp_path) as setup:
+        setup.upstream.challenges = {401: [challenge.replace("PORT", str(target.port))]}
+        await setup.connect()
+        assert "evil" not in setup.issuer.seen("authorize")[0].form.get("scope", "")
         assert target.visits == []
 
 
 async def test_a_401_without_a_challenge_is_one_all_the_same(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path) as it:
-        it.upstream.challenges = {401: []}
-        await it.connect()
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.upstream.challenges = {401: []}
+        await setup.connect()
 
 
 async def test_two_challenges_in_one_field_or_two_are_told_apart(servers: Servers, tmp_path: Path) -> None:  # T20
-    async with scene(servers, tmp_path) as it:
-        it.upstream.challenges = {401: ['Basic realm="a, b", Bearer scope="read"', 'Digest scope="evil"']}
-        await it.connect()
-        assert it.issuer.seen("authorize")[0].form["scope"] == "read"
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.upstream.challenges = {401: ['Basic realm="a, b", Bearer scope="read"', 'Digest scope="evil"']}
+        await setup.connect()
+        assert setup.issuer.seen("authorize")[0].form["scope"] == "read"
 
 
 # tokens
@@ -72,14 +72,14 @@ BAD_TOKENS: list[dict[str, object]] = [
 async def test_a_token_that_must_not_be_used_is_neither_used_nor_kept(  # T22, T23
     servers: Servers, tmp_path: Path, change: dict[str, object]
 ) -> None:
-    async with scene(servers, tmp_path, wait="20s") as it:
-        it.issuer.token_changes = change
-        call = asyncio.create_task(it.ask())
-        page = await consent(await it.proxy.next_link())
+    async with proxy_setup(servers, tmp_path, wait="20s") as setup:
+        setup.issuer.token_changes = change
+        call = asyncio.create_task(setup.ask())
+        page = await consent(await setup.proxy.next_link())
         assert page.status_code == 502
-        assert_refused(await call, "token", it.issuer.issuer)
-        assert set(it.upstream.bearers) == {None}
-        it.issuer.token_changes = {}
-        call = asyncio.create_task(it.ask("in"))
-        await consent(await it.proxy.next_link(2))
+        assert_refused(await call, "token", setup.issuer.issuer)
+        assert set(setup.upstream.bearers) == {None}
+        setup.issuer.token_changes = {}
+        call = asyncio.create_task(setup.ask("in"))
+        await consent(await setup.proxy.next_link(2))
         assert (await call).text == "in"

@@ -35,7 +35,7 @@ async def status_of(proxy: RunningProxy, request: str | bytes) -> int:
 
 
 async def test_paths_that_are_not_plain_are_400(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it:  # T27
+    async with connected(servers, tmp_path) as setup:  # T27
         for target in (
             "//evil/mcp",
             "//notes/mcp",
@@ -57,12 +57,12 @@ async def test_paths_that_are_not_plain_are_400(servers: Servers, tmp_path: Path
             "*",
             "/notes/mcp#fragment",
         ):
-            assert await status_of(it.proxy, f"POST {target} HTTP/1.1\nHost: HOST\n{LENGTH}") == 400, target
-            assert await status_of(it.proxy, f"GET {target} HTTP/1.1\nHost: HOST\n\n") == 400, target
-        assert await status_of(it.proxy, "CONNECT evil.example:443 HTTP/1.1\nHost: HOST\n\n") == 400
+            assert await status_of(setup.proxy, f"POST {target} HTTP/1.1\nHost: HOST\n{LENGTH}") == 400, target
+            assert await status_of(setup.proxy, f"GET {target} HTTP/1.1\nHost: HOST\n\n") == 400, target
+        assert await status_of(setup.proxy, "CONNECT evil.example:443 HTTP/1.1\nHost: HOST\n\n") == 400
         for target in ("/%6eotes/mcp", "/notes/mcp/", "/NOTES/mcp", "/notes/mcp;x"):
-            assert await status_of(it.proxy, f"POST {target} HTTP/1.1\nHost: HOST\n{LENGTH}") == 404, target
-    assert it.upstream.requests == []
+            assert await status_of(setup.proxy, f"POST {target} HTTP/1.1\nHost: HOST\n{LENGTH}") == 404, target
+    assert setup.upstream.requests == []
 
 
 BROKEN: dict[str, str | bytes] = {
@@ -92,44 +92,44 @@ BROKEN: dict[str, str | bytes] = {
 
 
 async def test_requests_that_break_http_are_400_and_close_the_connection(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it:
+    async with connected(servers, tmp_path) as setup:
         for name, request in BROKEN.items():
-            async with RawClient.to(it.proxy.origin) as raw:
+            async with RawClient.to(setup.proxy.origin) as raw:
                 raw.send(request)
                 assert (await raw.head())[0] in (400, 501), name
                 await raw.rest(2)
-        assert it.upstream.requests == []
-        assert (await it.client.post("ping")).status == 200
+        assert setup.upstream.requests == []
+        assert (await setup.client.post("ping")).status == 200
 
 
 async def test_heads_over_the_bounds_are_431(servers: Servers, tmp_path: Path) -> None:
     start = "POST /notes/mcp HTTP/1.1\nHost: HOST\n"
-    async with connected(servers, tmp_path) as it:  # T28
+    async with connected(servers, tmp_path) as setup:  # T28
         for fields in (f"X-A: {'a' * 70_000}\n", "X-A: b\n" * 5000, f"{'x' * 70_000}: a\n"):
-            assert await status_of(it.proxy, start + fields + LENGTH) == 431
-        assert await status_of(it.proxy, start + "X-A: b\n" * 150 + LENGTH) == 200
+            assert await status_of(setup.proxy, start + fields + LENGTH) == 431
+        assert await status_of(setup.proxy, start + "X-A: b\n" * 150 + LENGTH) == 200
         long_target = f"GET /notes/mcp?{'a' * 70_000} HTTP/1.1\nHost: HOST\n\n"
-        assert await status_of(it.proxy, long_target) in (400, 414, 431)
-        async with RawClient.to(it.proxy.origin) as raw:  # endless, without ever a line break
+        assert await status_of(setup.proxy, long_target) in (400, 414, 431)
+        async with RawClient.to(setup.proxy.origin) as raw:  # endless, without ever a line break
             raw.send("GET /notes/mcp HTTP/1.1\nHost: HOST\nX-A: ")
             raw.send(b"a" * 200_000)
             await raw.rest(2)
-    assert len(it.upstream.calls("ping")) == 2
+    assert len(setup.upstream.calls("ping")) == 2
 
 
 async def test_trailers_are_not_taken_for_header_fields(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it, RawClient.to(it.proxy.origin) as raw:
+    async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:
         for trailer in ("Host: evil.example", "Origin: http://evil.example", "Connection: authorization", "X-A: b"):
             raw.send("POST /notes/mcp HTTP/1.1\nHost: HOST\nTransfer-Encoding: chunked\n\n")
             raw.send(b"%x\r\n%s\r\n" % (len(PING), PING))
             raw.send(f"0\n{trailer}\nMcp-Session-Id: late\n\n")
             assert (await raw.answer()).status == 200
-            assert it.upstream.calls("ping")[-1].header("mcp-session-id") is None
-            assert it.upstream.find_token(it.upstream.bearers[-1]) is not None
+            assert setup.upstream.calls("ping")[-1].header("mcp-session-id") is None
+            assert setup.upstream.find_token(setup.upstream.bearers[-1]) is not None
 
 
 async def test_what_follows_a_request_is_never_part_of_another(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it, RawClient.to(it.proxy.origin) as raw:
+    async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:
         for number in range(5):  # pipelined
             message = json.dumps({"jsonrpc": "2.0", "id": number, "method": "ping"}).encode()
             raw.post(message)
@@ -139,24 +139,24 @@ async def test_what_follows_a_request_is_never_part_of_another(servers: Servers,
         raw.send(f"POST /notes/mcp HTTP/1.1\nHost: HOST\nContent-Length: {len(smuggled)}\n\n")
         raw.send(smuggled)
         await raw.answer()
-    assert it.upstream.calls()[-1].body == smuggled
+    assert setup.upstream.calls()[-1].body == smuggled
 
 
 async def test_a_method_that_echoes_the_token_is_refused(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it:
-        await it.client.post("ping")
-        before = len(it.upstream.requests)
-        assert await status_of(it.proxy, "TRACE /notes/mcp HTTP/1.1\nHost: HOST\n\n") in (405, 501)
-    assert len(it.upstream.requests) == before
+    async with connected(servers, tmp_path) as setup:
+        await setup.client.post("ping")
+        before = len(setup.upstream.requests)
+        assert await status_of(setup.proxy, "TRACE /notes/mcp HTTP/1.1\nHost: HOST\n\n") in (405, 501)
+    assert len(setup.upstream.requests) == before
 
 
 async def test_upgrades_are_not_offered(servers: Servers, tmp_path: Path) -> None:
     upgrade = "Connection: Upgrade, HTTP2-Settings\nUpgrade: {}\nHTTP2-Settings: AAMAAABkAAQ\n"
-    async with connected(servers, tmp_path) as it:
+    async with connected(servers, tmp_path) as setup:
         for protocol in ("websocket", "h2c"):
             fields = upgrade.format(protocol)
-            assert await status_of(it.proxy, f"POST /notes/mcp HTTP/1.1\nHost: HOST\n{fields}{LENGTH}") == 200
-    for seen in it.upstream.calls("ping"):
+            assert await status_of(setup.proxy, f"POST /notes/mcp HTTP/1.1\nHost: HOST\n{fields}{LENGTH}") == 200
+    for seen in setup.upstream.calls("ping"):
         assert (seen.header("upgrade"), seen.header("http2-settings"), seen.body) == (None, None, PING)
 
 
@@ -164,40 +164,40 @@ async def test_upgrades_are_not_offered(servers: Servers, tmp_path: Path) -> Non
 
 
 async def test_a_foreign_host_is_refused_on_every_route(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it:  # T41
-        port = it.proxy.origin.rpartition(":")[2]
+    async with connected(servers, tmp_path) as setup:  # T41
+        port = setup.proxy.origin.rpartition(":")[2]
         for path in ROUTES:
             for method in ("GET", "POST", "DELETE"):
                 for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "127.0.0.1@evil", ""):
                     request = f"{method} {path} HTTP/1.1\nHost: {host}\nContent-Length: 0\n\n"
-                    assert await status_of(it.proxy, request) in (400, 403, 421), (path, method, host)
-        assert it.upstream.requests == []
+                    assert await status_of(setup.proxy, request) in (400, 403, 421), (path, method, host)
+        assert setup.upstream.requests == []
         for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "Localhost"):
-            assert await status_of(it.proxy, f"GET /healthz HTTP/1.1\nHost: {host}\n\n") == 200, host
+            assert await status_of(setup.proxy, f"GET /healthz HTTP/1.1\nHost: {host}\n\n") == 200, host
 
 
 async def test_a_foreign_origin_is_refused_on_every_route(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it:  # T41
-        port = it.proxy.origin.rpartition(":")[2]
+    async with connected(servers, tmp_path) as setup:  # T41
+        port = setup.proxy.origin.rpartition(":")[2]
         evil = ["http://evil.example", "null", f"http://127.0.0.1.evil.example:{port}", "file://", "", "https://evil"]
-        two = f"{it.proxy.origin}\nOrigin: http://evil.example"
+        two = f"{setup.proxy.origin}\nOrigin: http://evil.example"
         for path in ROUTES:
-            for origin in (*evil, two, f"{it.proxy.origin}, http://evil.example"):
+            for origin in (*evil, two, f"{setup.proxy.origin}, http://evil.example"):
                 for method in ("GET", "POST", "OPTIONS"):
                     request = f"{method} {path} HTTP/1.1\nHost: HOST\nOrigin: {origin}\nContent-Length: 0\n\n"
-                    assert await status_of(it.proxy, request) == 403, (path, origin)
-        assert it.upstream.requests == []
-        own = f"POST /notes/mcp HTTP/1.1\nHost: HOST\nOrigin: {it.proxy.origin}\n{LENGTH}"
-        assert await status_of(it.proxy, own) == 200
+                    assert await status_of(setup.proxy, request) == 403, (path, origin)
+        assert setup.upstream.requests == []
+        own = f"POST /notes/mcp HTTP/1.1\nHost: HOST\nOrigin: {setup.proxy.origin}\n{LENGTH}"
+        assert await status_of(setup.proxy, own) == 200
 
 
 async def test_cross_origin_writes_to_pages_are_403(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it:  # T42
-        port = it.proxy.origin.rpartition(":")[2]
+    async with connected(servers, tmp_path) as setup:  # T42
+        port = setup.proxy.origin.rpartition(":")[2]
         for path in ("/", "/connect/notes", "/oauth/callback", "/api/v1/servers", "/api/v1/unknown", "/nowhere"):
             for fields in (f"Origin: http://localhost:{int(port) ^ 1}", "Sec-Fetch-Site: cross-site", "Origin: null"):
                 request = f"POST {path} HTTP/1.1\nHost: HOST\n{fields}\nContent-Length: 0\n\n"
-                assert await status_of(it.proxy, request) == 403, (path, fields)
+                assert await status_of(setup.proxy, request) == 403, (path, fields)
 
 
 async def test_on_other_addresses_hosts_are_listed_and_probes_exempt(servers: Servers, tmp_path: Path) -> None:
@@ -269,14 +269,14 @@ async def test_clients_that_stall_are_closed_within_ten_seconds(servers: Servers
                 dripping.cancel()
             return time.monotonic() - begun
 
-    async with connected(servers, tmp_path) as it:  # T29
-        await it.client.post("ping")
+    async with connected(servers, tmp_path) as setup:  # T29
+        await setup.client.post("ping")
         lives = await asyncio.gather(
-            *(closed_after(it.proxy.origin, *stall) for stall in send_timeout.values()), return_exceptions=True
+            *(closed_after(setup.proxy.origin, *stall) for stall in send_timeout.values()), return_exceptions=True
         )
         assert {name: life for name, life in zip(send_timeout, lives, strict=True) if not 0 < _number(life) < 10} == {}
-        assert (await it.client.call("echo", text="others go on")).text == "others go on"
-        await until(lambda: it.proxy.application.forwarder.active_requests == 0)
+        assert (await setup.client.call("echo", text="others go on")).text == "others go on"
+        await until(lambda: setup.proxy.application.forwarder.active_requests == 0)
 
 
 def _number(value: float | BaseException) -> float:

@@ -9,24 +9,24 @@ from typing import Any
 
 import pytest
 
-from fakes.exchange import ABSENT, Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import Browser, consent
-from fakes.hostile import assert_refused, trap
-from fakes.mcp_client import Reply
+from fakes.hostile import assert_refused, honeypot
+from fakes.http_exchange import ABSENT, FakeResponse, RecordedRequest
+from fakes.mcp_client import McpResponse
 from fakes.mcp_server import CHUNK, WELL_KNOWN
 from fakes.proxy import RunningProxy, link_in, proxy_process, running_proxy, until, write_config
-from fakes.scene import Scene, scene
+from fakes.proxy_setup import ProxySetup, proxy_setup
 from mcp_auth_proxy.broker import planning
 
 RESOURCE, SERVER = "protected resource metadata", "authorization server metadata"
 PRIVATE = ["169.254.169.254", "[64:ff9b::a9fe:a9fe]", "192.0.0.192", "100.64.0.1", "10.0.0.1", "[fd00::1]"]
 
 
-async def refused_quickly(it: Scene, *words: str) -> None:
+async def refused_quickly(setup: ProxySetup, *words: str) -> None:
     async with asyncio.timeout(5):
-        assert_refused(await it.ask(), *words)
-    assert it.proxy.links == []
+        assert_refused(await setup.ask(), *words)
+    assert setup.proxy.links == []
 
 
 def challenge_naming(url: str) -> dict[int, list[str]]:
@@ -42,33 +42,33 @@ async def test_a_challenge_leads_to_no_private_address(  # T1, T2
     servers: Servers, tmp_path: Path, host: str, scheme: str
 ) -> None:
     url = f"{scheme}://{host}/latest/meta-data"
-    async with scene(servers, tmp_path, upstream={"challenges": challenge_naming(url)}) as it:
+    async with proxy_setup(servers, tmp_path, upstream={"challenges": challenge_naming(url)}) as setup:
         rule = "authorization.allow_private" if scheme == "https" else "http"
-        await refused_quickly(it, RESOURCE, url, rule)
-        assert it.issuer.requests == []
-        it.upstream.challenges.clear()
-        await it.connect()
+        await refused_quickly(setup, RESOURCE, url, rule)
+        assert setup.issuer.requests == []
+        setup.upstream.challenges.clear()
+        await setup.connect()
 
 
 @pytest.mark.parametrize("host", PRIVATE)
 async def test_resource_metadata_leads_to_no_private_address(servers: Servers, tmp_path: Path, host: str) -> None:  # T1
-    async with scene(servers, tmp_path) as it:
-        it.upstream.metadata_changes = {"authorization_servers": [f"https://{host}"]}
-        await refused_quickly(it, SERVER, f"https://{host}", "authorization.allow_private")
-        assert it.issuer.requests == []
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.upstream.metadata_changes = {"authorization_servers": [f"https://{host}"]}
+        await refused_quickly(setup, SERVER, f"https://{host}", "authorization.allow_private")
+        assert setup.issuer.requests == []
 
 
 async def test_registration_leads_to_no_private_address(servers: Servers, tmp_path: Path) -> None:  # T1
-    async with scene(servers, tmp_path) as it:
-        it.issuer.metadata_changes = {"registration_endpoint": "https://169.254.169.254/register"}
-        await refused_quickly(it, "client registration", "169.254.169.254", "authorization.allow_private")
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.issuer.metadata_changes = {"registration_endpoint": "https://169.254.169.254/register"}
+        await refused_quickly(setup, "client registration", "169.254.169.254", "authorization.allow_private")
 
 
 async def test_a_code_goes_to_no_private_address(servers: Servers, tmp_path: Path) -> None:  # T1
-    async with scene(servers, tmp_path, wait="20s") as it:
-        it.issuer.metadata_changes = {"token_endpoint": "https://169.254.169.254/token"}
-        call = asyncio.create_task(it.ask())
-        page = await consent(await it.proxy.next_link())
+    async with proxy_setup(servers, tmp_path, wait="20s") as setup:
+        setup.issuer.metadata_changes = {"token_endpoint": "https://169.254.169.254/token"}
+        call = asyncio.create_task(setup.ask())
+        page = await consent(await setup.proxy.next_link())
         assert page.status_code >= 400
         assert "169.254.169.254" in page.text
         assert_refused(await call, "169.254.169.254", "authorization.allow_private")
@@ -86,39 +86,39 @@ async def test_a_server_elsewhere_leads_nobody_to_loopback(  # T1, T2
     upstream = await servers.mcp_server()
     upstream.origin = upstream.origin.replace("127.0.0.1", "0.0.0.0")
     config: dict[str, Any] = {"notes": {"url": upstream.url, "allow_http": True}}
-    async with trap() as it, running_proxy(tmp_path, config) as proxy, proxy.client("notes") as client:
-        url = f"{scheme}://{host}:{it.port}"
+    async with honeypot() as setup, running_proxy(tmp_path, config) as proxy, proxy.client("notes") as client:
+        url = f"{scheme}://{host}:{setup.port}"
         upstream.metadata_changes = {"authorization_servers": [url]}
         assert_refused(await client.call("echo"))
         if host.isascii():
             upstream.challenges = challenge_naming(f"{url}{WELL_KNOWN}")
             assert_refused(await client.call("echo"))
-        assert it.visits == []
+        assert setup.visits == []
         assert proxy.links == []
     assert upstream.calls("tools/call")
 
 
 @pytest.mark.parametrize("status", [301, 302, 307])
 async def test_no_document_redirects(servers: Servers, tmp_path: Path, status: int) -> None:  # T4
-    async with trap() as target, scene(servers, tmp_path) as it:
+    async with honeypot() as target, proxy_setup(servers, tmp_path) as setup:
         for location in ("http://10.0.0.1/", f"http://127.0.0.1:{target.port}/"):
-            before = len(it.upstream.metadata_requests)
-            it.upstream.metadata_answer = Answer.redirect(location, status)
-            await refused_quickly(it, RESOURCE, str(status))
-            assert len(it.upstream.metadata_requests) == before + 1
-        it.upstream.metadata_answer = None
-        it.issuer.answers["metadata"] = Answer.redirect(f"http://127.0.0.1:{target.port}/", status)
-        await refused_quickly(it, SERVER, str(status))
-        assert (it.issuer.discoveries, target.visits) == (1, [])
+            before = len(setup.upstream.metadata_requests)
+            setup.upstream.metadata_answer = FakeResponse.redirect(location, status)
+            await refused_quickly(setup, RESOURCE, str(status))
+            assert len(setup.upstream.metadata_requests) == before + 1
+        setup.upstream.metadata_answer = None
+        setup.issuer.answers["metadata"] = FakeResponse.redirect(f"http://127.0.0.1:{target.port}/", status)
+        await refused_quickly(setup, SERVER, str(status))
+        assert (setup.issuer.discoveries, target.visits) == (1, [])
 
 
 @pytest.mark.parametrize("value", [WELL_KNOWN, f"//elsewhere.example{WELL_KNOWN}", "metadata.json", "?x=1", "%"])
 async def test_a_resource_metadata_that_is_no_absolute_url_is_passed_over_and_told(
     servers: Servers, tmp_path: Path, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with scene(servers, tmp_path, upstream={"challenges": challenge_naming(value)}) as it:
-        await it.connect()
-        assert it.issuer.registrations == 1
+    async with proxy_setup(servers, tmp_path, upstream={"challenges": challenge_naming(value)}) as setup:
+        await setup.connect()
+        assert setup.issuer.registrations == 1
     told = [record.getMessage() for record in caplog.records if "RFC 9728 §5.1" in record.getMessage()]
     assert len(told) == 1
     assert "notes" in told[0]
@@ -127,9 +127,9 @@ async def test_a_resource_metadata_that_is_no_absolute_url_is_passed_over_and_to
 
 @pytest.mark.parametrize("url", ["javascript:alert(1)", "file:///etc/passwd", "https://", "ftp://as.example/x"])
 async def test_an_absolute_url_that_must_not_be_asked_stays_refused(servers: Servers, tmp_path: Path, url: str) -> None:
-    async with scene(servers, tmp_path, upstream={"challenges": challenge_naming(url)}) as it:
-        await refused_quickly(it, RESOURCE, url)
-        assert it.issuer.requests == []
+    async with proxy_setup(servers, tmp_path, upstream={"challenges": challenge_naming(url)}) as setup:
+        await refused_quickly(setup, RESOURCE, url)
+        assert setup.issuer.requests == []
 
 
 # what documents may say
@@ -152,11 +152,11 @@ BAD_URLS = [
 
 @pytest.mark.parametrize("url", BAD_URLS)
 async def test_an_endpoint_that_must_not_be_opened_is_refused(servers: Servers, tmp_path: Path, url: str) -> None:  # T5
-    async with scene(servers, tmp_path) as it:
+    async with proxy_setup(servers, tmp_path) as setup:
         for endpoint in ENDPOINTS:
-            it.issuer.metadata_changes = {endpoint: url}
-            await refused_quickly(it, SERVER, endpoint, it.issuer.issuer, "RFC 8414")
-        assert {request.endpoint for request in it.issuer.requests} == {"metadata"}
+            setup.issuer.metadata_changes = {endpoint: url}
+            await refused_quickly(setup, SERVER, endpoint, setup.issuer.issuer, "RFC 8414")
+        assert {request.endpoint for request in setup.issuer.requests} == {"metadata"}
 
 
 async def test_no_shell_sees_what_a_server_says(servers: Servers, tmp_path: Path) -> None:  # T6
@@ -195,10 +195,10 @@ def other_resources(url: str) -> dict[str, object]:
 async def test_metadata_of_another_resource_ends_the_authorization(  # T7
     servers: Servers, tmp_path: Path, kind: str
 ) -> None:
-    async with scene(servers, tmp_path) as it:
-        it.upstream.metadata_changes = {"resource": other_resources(it.upstream.url)[kind]}
-        await refused_quickly(it, RESOURCE, "resource", "RFC 9728")
-        assert it.issuer.requests == []
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.upstream.metadata_changes = {"resource": other_resources(setup.upstream.url)[kind]}
+        await refused_quickly(setup, RESOURCE, "resource", "RFC 9728")
+        assert setup.issuer.requests == []
 
 
 ISSUERS: dict[str, Callable[[str], str]] = {
@@ -215,25 +215,25 @@ ISSUERS: dict[str, Callable[[str], str]] = {
 async def test_an_issuer_is_compared_by_its_characters(
     servers: Servers, tmp_path: Path, other: Callable[[str], str]
 ) -> None:  # T8
-    async with scene(servers, tmp_path) as it:
-        it.issuer.metadata_changes = {"issuer": other(it.issuer.issuer)}
-        await refused_quickly(it, SERVER, "issuer", "RFC 8414")
-        it.issuer.metadata_changes = {}
-        it.upstream.metadata_changes = {"authorization_servers": [f"{it.issuer.issuer}/"]}
-        await refused_quickly(it, SERVER, "issuer", "RFC 8414")
-        assert it.issuer.registrations == it.issuer.authorizations == 0
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.issuer.metadata_changes = {"issuer": other(setup.issuer.issuer)}
+        await refused_quickly(setup, SERVER, "issuer", "RFC 8414")
+        setup.issuer.metadata_changes = {}
+        setup.upstream.metadata_changes = {"authorization_servers": [f"{setup.issuer.issuer}/"]}
+        await refused_quickly(setup, SERVER, "issuer", "RFC 8414")
+        assert setup.issuer.registrations == setup.issuer.authorizations == 0
 
 
 @pytest.mark.parametrize("methods", [ABSENT, ["plain"], [], ["s256"]], ids=str)
 async def test_without_s256_there_is_no_authorization_but_by_the_operators_word(  # T10
     servers: Servers, tmp_path: Path, methods: object
 ) -> None:
-    knobs = {"metadata_changes": {"code_challenge_methods_supported": methods}}
-    async with scene(servers, tmp_path, issuer=knobs) as it:
-        await refused_quickly(it, "S256", "servers.notes.oauth.allow_missing_pkce", it.issuer.issuer)
-        assert it.issuer.authorizations == 0
-    async with scene(servers, tmp_path, issuer=knobs, oauth={"allow_missing_pkce": True}) as it:
-        await it.connect()
+    options = {"metadata_changes": {"code_challenge_methods_supported": methods}}
+    async with proxy_setup(servers, tmp_path, issuer=options) as setup:
+        await refused_quickly(setup, "S256", "servers.notes.oauth.allow_missing_pkce", setup.issuer.issuer)
+        assert setup.issuer.authorizations == 0
+    async with proxy_setup(servers, tmp_path, issuer=options, oauth={"allow_missing_pkce": True}) as setup:
+        await setup.connect()
 
 
 NOT_DOCUMENTS = {
@@ -253,14 +253,14 @@ NOT_DOCUMENTS = {
 async def test_a_malformed_document_is_named_with_its_address_and_clause(
     servers: Servers, tmp_path: Path, body: bytes
 ) -> None:
-    async with scene(servers, tmp_path) as it:
-        it.upstream.metadata_answer = Answer(body=body)
-        await refused_quickly(it, RESOURCE, f"{it.upstream.origin}{WELL_KNOWN}", "RFC 9728")
-        it.upstream.metadata_answer = None
-        it.issuer.answers["metadata"] = Answer(body=body)
-        await refused_quickly(it, SERVER, it.issuer.issuer, "RFC 8414")
-        del it.issuer.answers["metadata"]
-        await it.connect()
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.upstream.metadata_answer = FakeResponse(body=body)
+        await refused_quickly(setup, RESOURCE, f"{setup.upstream.origin}{WELL_KNOWN}", "RFC 9728")
+        setup.upstream.metadata_answer = None
+        setup.issuer.answers["metadata"] = FakeResponse(body=body)
+        await refused_quickly(setup, SERVER, setup.issuer.issuer, "RFC 8414")
+        del setup.issuer.answers["metadata"]
+        await setup.connect()
 
 
 NOT_OBJECTS = {
@@ -277,24 +277,24 @@ NOT_OBJECTS = {
 async def test_what_says_that_it_is_json_and_is_no_object_is_named_where_it_lies(
     servers: Servers, tmp_path: Path, body: bytes, kind: str
 ) -> None:
-    answer = Answer(headers=(("content-type", kind),), body=body)
-    async with scene(servers, tmp_path, upstream={"challenges": {401: ["Bearer"]}}) as it:
-        it.upstream.metadata_answer = answer
-        await refused_quickly(it, f"{RESOURCE} at {it.upstream.origin}{WELL_KNOWN}", "it is ", "RFC 9728 §3.2")
-        it.upstream.metadata_answer = None
-        it.issuer.answers["metadata"] = answer
-        url = f"{it.issuer.issuer}/.well-known/oauth-authorization-server"
-        await refused_quickly(it, f"{SERVER} at {url} is refused", "it is ", "RFC 8414 §3.2")
-        del it.issuer.answers["metadata"]
-        await it.connect()
+    answer = FakeResponse(headers=(("content-type", kind),), body=body)
+    async with proxy_setup(servers, tmp_path, upstream={"challenges": {401: ["Bearer"]}}) as setup:
+        setup.upstream.metadata_answer = answer
+        await refused_quickly(setup, f"{RESOURCE} at {setup.upstream.origin}{WELL_KNOWN}", "it is ", "RFC 9728 §3.2")
+        setup.upstream.metadata_answer = None
+        setup.issuer.answers["metadata"] = answer
+        url = f"{setup.issuer.issuer}/.well-known/oauth-authorization-server"
+        await refused_quickly(setup, f"{SERVER} at {url} is refused", "it is ", "RFC 8414 §3.2")
+        del setup.issuer.answers["metadata"]
+        await setup.connect()
 
 
 async def test_a_page_at_an_address_that_was_guessed_is_no_document(servers: Servers, tmp_path: Path) -> None:
-    def page(received: Received) -> Answer | None:
-        return Answer.html() if "openid" not in received.path else None
+    def page(received: RecordedRequest) -> FakeResponse | None:
+        return FakeResponse.html() if "openid" not in received.path else None
 
-    async with scene(servers, tmp_path, issuer={"answers": {"metadata": page}}) as it:
-        await it.connect()
+    async with proxy_setup(servers, tmp_path, issuer={"answers": {"metadata": page}}) as setup:
+        await setup.connect()
 
 
 # bombs
@@ -310,13 +310,13 @@ async def test_a_compressed_or_endless_document_is_refused(servers: Servers, tmp
             yield CHUNK
 
     bomb = gzip.compress(json.dumps({"resource": "x" * 10_000_000}).encode())
-    async with scene(servers, tmp_path) as it:
-        it.upstream.metadata_answer = Answer(headers=(("content-encoding", "gzip"),), body=bomb)
-        await refused_quickly(it, RESOURCE, "compressed")
-        it.upstream.metadata_answer = Answer(stream=endless)
-        await refused_quickly(it, RESOURCE, "longer than")
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.upstream.metadata_answer = FakeResponse(headers=(("content-encoding", "gzip"),), body=bomb)
+        await refused_quickly(setup, RESOURCE, "compressed")
+        setup.upstream.metadata_answer = FakeResponse(stream=endless)
+        await refused_quickly(setup, RESOURCE, "longer than")
         assert sent < 20 * 1024 * 1024
-        assert it.upstream.requests[-1].header("accept-encoding") == "identity"
+        assert setup.upstream.requests[-1].header("accept-encoding") == "identity"
 
 
 async def test_a_dripping_document_costs_fifteen_seconds_at_most(servers: Servers, tmp_path: Path) -> None:  # T24
@@ -326,9 +326,9 @@ async def test_a_dripping_document_costs_fifteen_seconds_at_most(servers: Server
             await asyncio.sleep(1)
 
     upstreams = [
-        await servers.mcp_server(metadata_answer=Answer(stream=drip)),
-        await servers.mcp_server(await servers.authorization_server(answers={"metadata": Answer(stream=drip)})),
-        await servers.mcp_server(await servers.authorization_server(answers={"metadata": Answer.hang()})),
+        await servers.mcp_server(metadata_answer=FakeResponse(stream=drip)),
+        await servers.mcp_server(await servers.authorization_server(answers={"metadata": FakeResponse(stream=drip)})),
+        await servers.mcp_server(await servers.authorization_server(answers={"metadata": FakeResponse.hang()})),
     ]
     config = {f"notes{number}": upstream.url for number, upstream in enumerate(upstreams)}
     async with running_proxy(tmp_path, dict(config)) as proxy, asyncio.timeout(15):
@@ -343,7 +343,7 @@ async def test_documents_that_are_slow_one_by_one_are_bounded_together(
 ) -> None:  # T24
     assert planning.DISCOVERY_DEADLINE == 15
     monkeypatch.setattr(planning, "DISCOVERY_DEADLINE", 1.0)  # less than what one document is given
-    issuer = await servers.authorization_server(answers={"metadata": Answer.hang()})
+    issuer = await servers.authorization_server(answers={"metadata": FakeResponse.hang()})
     upstream = await servers.mcp_server(issuer)
     async with running_proxy(tmp_path, {"notes": upstream.url}) as proxy, asyncio.timeout(8):
         reply = await one_call(proxy, "notes")
@@ -352,6 +352,6 @@ async def test_documents_that_are_slow_one_by_one_are_bounded_together(
     assert reply.headers["retry-after"].isdigit()
 
 
-async def one_call(proxy: RunningProxy, server: str) -> Reply:
+async def one_call(proxy: RunningProxy, server: str) -> McpResponse:
     async with proxy.client(server) as client:
         return await client.call("echo")

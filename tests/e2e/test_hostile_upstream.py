@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from fakes.exchange import Answer, Channel
 from fakes.fixtures import Servers
+from fakes.http_exchange import Channel, FakeResponse
 from fakes.proxy import RunningProxy, running_proxy
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, ok
@@ -140,9 +140,9 @@ async def test_a_response_that_breaks_off_ends_unfinished_and_is_not_asked_for_a
 
 async def test_events_reset_midway_reach_the_client_first(servers: Servers, tmp_path: Path) -> None:
     channel = Channel()
-    async with connected(servers, tmp_path) as it, RawClient.to(it.proxy.origin) as raw:  # F4
-        await it.client.post("ping")
-        it.upstream.answers["tools/call:pay"] = Answer.events(channel, reset=True)
+    async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:  # F4
+        await setup.client.post("ping")
+        setup.upstream.answers["tools/call:pay"] = FakeResponse.events(channel, reset=True)
         raw.post(CALL)
         channel.event({"n": 1})
         await raw.head()
@@ -150,7 +150,7 @@ async def test_events_reset_midway_reach_the_client_first(servers: Servers, tmp_
         rest = await raw.rest()
     assert b'{"n": 1}' in rest
     assert not rest.endswith(b"0\r\n\r\n")
-    assert len(it.upstream.calls("tools/call:pay")) == 1
+    assert len(setup.upstream.calls("tools/call:pay")) == 1
 
 
 @pytest.mark.parametrize("reused", [False, True])
@@ -182,11 +182,11 @@ async def test_connections_closed_while_idle_never_fail_a_request(tmp_path: Path
 
 
 async def test_connections_reset_while_idle_never_fail_a_request(servers: Servers, tmp_path: Path) -> None:  # F14
-    async with connected(servers, tmp_path) as it:
+    async with connected(servers, tmp_path) as setup:
         for _ in range(10):
-            replies = await asyncio.gather(*(it.client.call("echo", text=str(n)) for n in range(8)))
+            replies = await asyncio.gather(*(setup.client.call("echo", text=str(n)) for n in range(8)))
             assert [reply.text for reply in replies] == [str(n) for n in range(8)]
-            await it.upstream.local.drop_connections()
+            await setup.upstream.local.drop_connections()
 
 
 async def test_bytes_that_nobody_asked_for_are_no_answer_to_the_next_request(tmp_path: Path) -> None:  # T37
@@ -221,11 +221,11 @@ async def test_a_head_that_trickles_is_ended_by_the_time_out(tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 async def test_only_event_streams_may_be_silent_for_ever(servers: Servers, tmp_path: Path, kind: str) -> None:
     channel = Channel()
-    answer = Answer(headers=(("content-type", kind),), stream=channel)
-    async with connected(servers, tmp_path, server={"upstream_timeout": "400ms"}) as it:
-        await it.client.post("ping")
-        it.upstream.answers["tools/call:pay"] = answer
-        async with RawClient.to(it.proxy.origin) as raw:
+    answer = FakeResponse(headers=(("content-type", kind),), stream=channel)
+    async with connected(servers, tmp_path, server={"upstream_timeout": "400ms"}) as setup:
+        await setup.client.post("ping")
+        setup.upstream.answers["tools/call:pay"] = answer
+        async with RawClient.to(setup.proxy.origin) as raw:
             raw.post(CALL)
             await raw.head()
             if kind == "application/json":
@@ -249,24 +249,24 @@ async def test_cookies_challenges_and_policies_of_the_upstream_stay_here(servers
         ("keep-alive", "timeout=9"),
     )
     kept = (("mcp-session-id", "s"), ("x-other", "1"), ("retry-after", "3"), ("traceresponse", "t"))
-    async with connected(servers, tmp_path, knobs={"response_headers": (*secret, *kept)}) as it:  # T34
-        for answer in (None, Answer.json({}, 403), Answer.json({}, 429)):
+    async with connected(servers, tmp_path, options={"response_headers": (*secret, *kept)}) as setup:  # T34
+        for answer in (None, FakeResponse.json({}, 403), FakeResponse.json({}, 429)):
             if answer is not None:
-                it.upstream.answers["ping"] = answer
-            reply = await it.client.post("ping")
+                setup.upstream.answers["ping"] = answer
+            reply = await setup.client.post("ping")
             assert not set(reply.headers) & {name for name, _ in secret}
-        it.upstream.answers.clear()
-        reply = await it.client.post("ping")
+        setup.upstream.answers.clear()
+        reply = await setup.client.post("ping")
         assert set(kept) <= set(reply.headers.items())
-        async with it.proxy.client("notes") as other:
+        async with setup.proxy.client("notes") as other:
             await other.post("ping")
-    assert [request for request in it.upstream.requests if request.header("cookie")] == []
+    assert [request for request in setup.upstream.requests if request.header("cookie")] == []
 
 
 async def test_no_store_is_added_where_the_upstream_says_nothing(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path) as it:  # T38
-        assert (await it.client.post("ping")).headers.get_list("cache-control") == ["no-store"]
-        it.upstream.response_headers = (("cache-control", "private, max-age=5"),)
-        assert (await it.client.post("ping")).headers.get_list("cache-control") == ["private, max-age=5"]
-        await it.upstream.local.down()
-        assert (await it.client.post("ping")).headers["cache-control"] == "no-store"
+    async with connected(servers, tmp_path) as setup:  # T38
+        assert (await setup.client.post("ping")).headers.get_list("cache-control") == ["no-store"]
+        setup.upstream.response_headers = (("cache-control", "private, max-age=5"),)
+        assert (await setup.client.post("ping")).headers.get_list("cache-control") == ["private, max-age=5"]
+        await setup.upstream.local.down()
+        assert (await setup.client.post("ping")).headers["cache-control"] == "no-store"

@@ -13,13 +13,13 @@ import pytest
 import yaml
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import Answer
 from fakes.extension_server import ExtensionServer
 from fakes.fixtures import RealMcpServer, Servers
 from fakes.headless import Browser, consent, decline
+from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import PlainClient
 from fakes.proxy import link_in, proxy_process, run_command, running_proxy, start_command, until, write_config
-from fakes.scene import scene
+from fakes.proxy_setup import proxy_setup
 
 TOOLS = ["add", "count", "echo", "large", "whoami", "write_note"]
 
@@ -77,9 +77,9 @@ def listen_of(config: Path) -> str:
 
 
 async def log_in(config: Path) -> None:
-    async with login("notes", config) as it:
-        await consent(await it.link())
-        assert (await it.end())[0] == 0
+    async with login("notes", config) as setup:
+        await consent(await setup.link())
+        assert (await setup.end())[0] == 0
 
 
 async def states(config: Path) -> dict[str, str]:
@@ -94,10 +94,10 @@ async def states(config: Path) -> dict[str, str]:
 async def test_login_without_a_running_proxy_ends_by_listing_the_tools(
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
-    async with login("notes", config) as it:
-        page = await consent(await it.link())
+    async with login("notes", config) as setup:
+        page = await consent(await setup.link())
         assert page.status_code == 200
-        code, out, err = await it.end()
+        code, out, err = await setup.end()
     assert code == 0, err
     assert "notes is connected." in out
     assert out.splitlines()[-1] == f"It offers 6 tools: {', '.join(TOOLS)}"
@@ -113,11 +113,11 @@ async def test_login_beside_a_running_proxy_leaves_the_callback_to_it(
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
     async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
-        async with login("notes", config) as it:
-            link = await it.link()
+        async with login("notes", config) as setup:
+            link = await setup.link()
             assert link.startswith(f"{proxy.origin}/connect/notes?flow=")
             await consent(link)
-            code, out, err = await it.end()
+            code, out, err = await setup.end()
         assert code == 0, err
         assert "It offers 6 tools" in out
         assert "result" in (await client.initialize()).message
@@ -130,10 +130,10 @@ async def test_login_shows_the_link_that_a_waiting_request_has_already(config: P
     async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
         call = asyncio.create_task(client.initialize())
         waiting = await proxy.next_link()
-        async with login("notes", config) as it:
-            assert await it.link() == waiting
+        async with login("notes", config) as setup:
+            assert await setup.link() == waiting
             await consent(waiting)
-            assert (await it.end())[0] == 0
+            assert (await setup.end())[0] == 0
         assert "result" in (await call).message
 
 
@@ -176,16 +176,16 @@ async def test_login_with_client_credentials_needs_no_link(
 
 async def test_login_on_a_wildcard_address_lists_the_tools_too(real_mcp_server: RealMcpServer, tmp_path: Path) -> None:
     config = write_config(tmp_path, {"notes": real_mcp_server.url}, listen=f"0.0.0.0:{free_port()}")
-    async with login("notes", config) as it:
-        await consent(await it.link())
-        code, out, err = await it.end()
+    async with login("notes", config) as setup:
+        await consent(await setup.link())
+        code, out, err = await setup.end()
     assert (code, out.splitlines()[-1][:17]) == (0, "It offers 6 tools"), err
 
 
 async def test_a_declined_login_is_one_line_and_exit_1(config: Path) -> None:
-    async with login("notes", config, MCP_AUTH_PROXY_LOG_LEVEL="warning") as it:
-        await decline(await it.link())
-        code, out, err = await it.end()
+    async with login("notes", config, MCP_AUTH_PROXY_LOG_LEVEL="warning") as setup:
+        await decline(await setup.link())
+        code, out, err = await setup.end()
     assert code == 1
     assert "connected" not in out
     (line,) = [line for line in err.splitlines() if "store key" not in line]
@@ -194,16 +194,16 @@ async def test_a_declined_login_is_one_line_and_exit_1(config: Path) -> None:
 
 
 async def test_login_can_be_interrupted_without_a_traceback(config: Path) -> None:
-    async with login("notes", config) as it:
-        await it.link()
-        it.process.send_signal(signal.SIGINT)
-        code, _, err = await it.end()
+    async with login("notes", config) as setup:
+        await setup.link()
+        setup.process.send_signal(signal.SIGINT)
+        code, _, err = await setup.end()
     assert code == 130
     assert "Traceback" not in err
 
 
 async def test_a_login_that_can_not_succeed_is_one_line_and_exit_1(servers: Servers, tmp_path: Path) -> None:
-    web = await servers.mcp_server(protected=False, intercept=lambda _: Answer.html("a web page", 404))
+    web = await servers.mcp_server(protected=False, intercept=lambda _: FakeResponse.html("a web page", 404))
     with socket.create_server(("127.0.0.1", 0)) as sock:
         closed = sock.getsockname()[1]
     config = write_config(tmp_path, {"page": web.url, "dead": f"http://127.0.0.1:{closed}/mcp"})
@@ -232,12 +232,12 @@ async def test_a_secret_of_another_server_need_not_be_known_to_the_terminal(conf
     oauth = {"grant": "client_credentials", "client_id": "agent", "client_secret": "env:NOT_SET_HERE"}
     document["servers"]["warehouse"] = {"url": "https://warehouse.example/mcp", "oauth": oauth}
     config.write_text(yaml.safe_dump(document))
-    async with login("notes", config) as it:
-        link = await it.link()
+    async with login("notes", config) as setup:
+        link = await setup.link()
         async with PlainClient(f"http://{listen_of(config)}/warehouse/mcp") as client:
             assert (await client.initialize()).status == 404, "without its secret it is not to be used"
         await consent(link)
-        assert (await it.end())[0] == 0
+        assert (await setup.end())[0] == 0
     assert await states(config) == {"notes": "connected", "warehouse": "not connected"}
     code, out, err = await run_command("doctor", "notes", "--config", str(config))
     assert (code, err) == (0, ""), out
@@ -276,7 +276,7 @@ async def test_logout_revokes_the_refresh_token_and_a_running_proxy_notices(
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
     # What is revoked goes on working here: only the proxy itself can make the request below ask for a login.
-    authorization_server.answers["revoke"] = Answer()
+    authorization_server.answers["revoke"] = FakeResponse()
     async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
         call = asyncio.create_task(client.initialize())
         await consent(await proxy.next_link(1))
@@ -302,7 +302,7 @@ async def test_logout_with_the_authorization_server_down_forgets_and_says_what_i
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
     await log_in(config)
-    authorization_server.outage = Answer.html("down", 503)
+    authorization_server.outage = FakeResponse.html("down", 503)
     code, out, err = await run_command("logout", "notes", "--config", str(config))
     assert (code, out, len(err.splitlines())) == (1, "", 1), err
     assert err.startswith("error: notes: forgotten here")
@@ -342,21 +342,24 @@ async def test_logout_ends_a_flow_that_waits(config: Path) -> None:
 
 async def test_a_logout_is_not_undone_by_a_code_that_is_just_being_redeemed(servers: Servers, tmp_path: Path) -> None:
     gate = asyncio.Event()
-    async with scene(servers, tmp_path, wait="20s", issuer={"gates": {"token": gate}}) as it, Browser() as browser:
-        call = asyncio.create_task(it.ask())
-        finishing = asyncio.create_task(browser.follow(await it.proxy.next_link()))
-        await until(lambda: it.issuer.token_requests() == 1)
+    async with (
+        proxy_setup(servers, tmp_path, wait="20s", issuer={"gates": {"token": gate}}) as setup,
+        Browser() as browser,
+    ):
+        call = asyncio.create_task(setup.ask())
+        finishing = asyncio.create_task(browser.follow(await setup.proxy.next_link()))
+        await until(lambda: setup.issuer.token_requests() == 1)
         assert (await run_command("logout", "notes", "--config", str(tmp_path / "mcp-auth-proxy.yaml")))[0] == 0
         assert "cancelled" in (await asyncio.wait_for(call, 5)).error["message"]
         gate.set()
         page = await finishing
         assert page.status_code == 400
         assert "cancelled" in page.text
-        (revoked,) = it.issuer.seen("revoke")
-        assert revoked.form["token"] in it.issuer.ledger.refresh_tokens
+        (revoked,) = setup.issuer.seen("revoke")
+        assert revoked.form["token"] in setup.issuer.ledger.refresh_tokens
         assert await states(tmp_path / "mcp-auth-proxy.yaml") == {"notes": "not connected"}
-        again = asyncio.create_task(it.ask("again"))
-        await consent(await it.proxy.next_link(2))
+        again = asyncio.create_task(setup.ask("again"))
+        await consent(await setup.proxy.next_link(2))
         assert (await again).text == "again"
 
 

@@ -10,7 +10,7 @@ import pytest
 from fakes.fixtures import Servers
 from fakes.headless import Browser
 from fakes.mcp_client import PlainClient
-from fakes.scene import scene
+from fakes.proxy_setup import proxy_setup
 from mcp_auth_proxy.config.settings import Address
 
 PUBLIC = "https://proxy.example"
@@ -54,19 +54,19 @@ async def test_behind_https_our_metadata_document_is_the_client_where_it_may_be(
     servers: Servers, tmp_path: Path, supported: bool
 ) -> None:
     address = free_address()
-    async with scene(
+    async with proxy_setup(
         servers, tmp_path, issuer={"client_documents": supported}, public_url=PUBLIC, listen=address
-    ) as it:
-        it.client.url = f"http://{address}/notes/mcp"
+    ) as setup:
+        setup.client.url = f"http://{address}/notes/mcp"
         async with PublicBrowser(address) as browser:
-            link = await https_link(it.client)
+            link = await https_link(setup.client)
             assert link.startswith(f"{PUBLIC}/connect/notes?")
             page = await browser.follow(link)
             assert page.status_code == 200
             document = (await browser.open(DOCUMENT)).json()
-        assert (await it.ask("in")).text == "in"
-        asked = it.issuer.seen("authorize")[0].form
-        assert it.issuer.registrations == (0 if supported else 1)
+        assert (await setup.ask("in")).text == "in"
+        asked = setup.issuer.seen("authorize")[0].form
+        assert setup.issuer.registrations == (0 if supported else 1)
         assert (asked["client_id"] == DOCUMENT) == supported
         assert asked["redirect_uri"] == f"{PUBLIC}/oauth/callback"
         assert document["client_id"] == DOCUMENT
@@ -74,7 +74,7 @@ async def test_behind_https_our_metadata_document_is_the_client_where_it_may_be(
         assert document["application_type"] == "web"
         assert document["token_endpoint_auth_method"] == "none"
         if not supported:
-            assert it.issuer.seen("register")[0].message["application_type"] == "web"
+            assert setup.issuer.seen("register")[0].message["application_type"] == "web"
 
 
 async def https_link(client: PlainClient) -> str:
@@ -84,7 +84,9 @@ async def https_link(client: PlainClient) -> str:
 
 async def test_a_document_hosted_elsewhere_is_the_client(servers: Servers, tmp_path: Path) -> None:
     url = "https://elsewhere.example/client.json"
-    async with scene(servers, tmp_path, oauth={"client_metadata_url": url}, issuer={"client_documents": True}) as it:
-        await it.connect()
-        assert {request.form["client_id"] for request in it.issuer.seen("token")} == {url}
-        assert it.issuer.registrations == 0
+    async with proxy_setup(
+        servers, tmp_path, oauth={"client_metadata_url": url}, issuer={"client_documents": True}
+    ) as setup:
+        await setup.connect()
+        assert {request.form["client_id"] for request in setup.issuer.seen("token")} == {url}
+        assert setup.issuer.registrations == 0

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from fakes.exchange import Answer
 from fakes.fixtures import Servers
 from fakes.headless import Browser, consent
-from fakes.mcp_client import PlainClient, Reply
+from fakes.http_exchange import FakeResponse
+from fakes.mcp_client import McpResponse, PlainClient
 from fakes.mcp_server import FakeMcpServer
 from fakes.providers import (
     PROVIDERS,
@@ -30,7 +30,7 @@ from fakes.providers import (
     Slack,
 )
 from fakes.proxy import link_in, running_proxy
-from fakes.scene import Clock, scene
+from fakes.proxy_setup import Clock, proxy_setup
 from mcp_auth_proxy.config.load import load
 
 DOCS = (Path(__file__).parents[2] / "docs" / "providers.md").read_text()
@@ -69,7 +69,7 @@ class Connection:
     clock: Clock
     callback: str
 
-    async def ask(self, text: str = "x") -> Reply:
+    async def ask(self, text: str = "x") -> McpResponse:
         return await self.client.call("echo", text=text)
 
     async def consent(self) -> str:
@@ -110,14 +110,14 @@ async def behind(
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.__name__)
 async def test_the_recipe_connects_and_renews(tmp_path: Path, provider: type[Provider]) -> None:
-    async with behind(provider, tmp_path) as it:
-        page = await it.consent()
-        assert await it.works(), page
+    async with behind(provider, tmp_path) as setup:
+        page = await setup.consent()
+        assert await setup.works(), page
         if provider is not GitHub:
-            it.issuer.end_access_tokens()
-            assert await it.works()
-            assert it.issuer.refreshes == 1
-        assert it.issuer.authorizations == 1
+            setup.issuer.end_access_tokens()
+            assert await setup.works()
+            assert setup.issuer.refreshes == 1
+        assert setup.issuer.authorizations == 1
 
 
 # what is said where a key is missing
@@ -125,62 +125,62 @@ async def test_the_recipe_connects_and_renews(tmp_path: Path, provider: type[Pro
 
 @pytest.mark.parametrize("provider", [EntraId, Google, GitHub, Okta, Auth0, Cognito, Slack], ids=lambda p: p.__name__)
 async def test_without_a_client_the_error_names_the_key(tmp_path: Path, provider: type[Provider]) -> None:
-    async with behind(provider, tmp_path, without=("client_id", "client_secret")) as it:
-        reply = await it.ask()
+    async with behind(provider, tmp_path, without=("client_id", "client_secret")) as setup:
+        reply = await setup.ask()
         assert "servers.notes.oauth.client_id" in reply.error["message"]
-        assert it.issuer.authorizations == 0
+        assert setup.issuer.authorizations == 0
 
 
 @pytest.mark.parametrize("provider", [EntraId, Cognito], ids=lambda p: p.__name__)
 async def test_missing_pkce_is_refused_with_the_key(tmp_path: Path, provider: type[Provider]) -> None:  # T10
-    async with behind(provider, tmp_path, without=("allow_missing_pkce",)) as it:
-        assert "servers.notes.oauth.allow_missing_pkce" in (await it.ask()).error["message"]
+    async with behind(provider, tmp_path, without=("allow_missing_pkce",)) as setup:
+        assert "servers.notes.oauth.allow_missing_pkce" in (await setup.ask()).error["message"]
 
 
 @pytest.mark.parametrize("provider", [EntraId, Cognito], ids=lambda p: p.__name__)
 async def test_a_refused_resource_names_the_key(tmp_path: Path, provider: type[Provider]) -> None:
-    async with behind(provider, tmp_path, without=("resource",)) as it:
-        page = await it.consent()
+    async with behind(provider, tmp_path, without=("resource",)) as setup:
+        page = await setup.consent()
         assert "servers.notes.oauth.resource" in page
-        assert it.issuer.token_requests() == 0
+        assert setup.issuer.token_requests() == 0
 
 
 async def test_a_resource_that_the_token_endpoint_refuses_names_the_key(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path) as it:
-        it.issuer.answers["token"] = Answer.json({"error": "invalid_target", "error_description": "no"}, 400)
-        page = await consent(await it.link())
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.issuer.answers["token"] = FakeResponse.json({"error": "invalid_target", "error_description": "no"}, 400)
+        page = await consent(await setup.link())
         assert "servers.notes.oauth.resource" in page.text
-        assert it.upstream.url in page.text
+        assert setup.upstream.url in page.text
 
 
 # Entra ID
 
 
 async def test_entra_is_sent_the_scope_at_each_refresh(tmp_path: Path) -> None:
-    async with behind(EntraId, tmp_path) as it:
-        await it.consent()
-        it.issuer.end_access_tokens()
-        assert await it.works()
-        (refresh,) = it.issuer.seen("token", grant_type="refresh_token")
+    async with behind(EntraId, tmp_path) as setup:
+        await setup.consent()
+        setup.issuer.end_access_tokens()
+        assert await setup.works()
+        (refresh,) = setup.issuer.seen("token", grant_type="refresh_token")
         assert refresh.form["scope"] == "api://APPLICATION-ID/.default offline_access"
-        assert all("resource" not in request.form for request in it.issuer.requests)
+        assert all("resource" not in request.form for request in setup.issuer.requests)
 
 
 async def test_a_server_that_takes_no_scope_at_a_refresh_is_asked_without(servers: Servers, tmp_path: Path) -> None:
     oauth = {"resource": "omit", "scopes": ["a"]}
-    async with scene(servers, tmp_path, oauth=oauth, upstream={"checks_audience": False}) as it:
-        await it.connect()
-        refusal = Answer.json({"error": "invalid_scope"}, 400)
-        it.issuer.answers["token"] = lambda received: refusal if "scope" in received.form else None
-        it.issuer.end_access_tokens()
-        assert (await it.ask("renewed")).text == "renewed"
-        assert it.issuer.refreshes == 2
+    async with proxy_setup(servers, tmp_path, oauth=oauth, upstream={"checks_audience": False}) as setup:
+        await setup.connect()
+        refusal = FakeResponse.json({"error": "invalid_scope"}, 400)
+        setup.issuer.answers["token"] = lambda received: refusal if "scope" in received.form else None
+        setup.issuer.end_access_tokens()
+        assert (await setup.ask("renewed")).text == "renewed"
+        assert setup.issuer.refreshes == 2
 
 
 async def test_entra_unattended(tmp_path: Path) -> None:
-    async with behind(EntraId, tmp_path, number=1) as it:
-        assert await it.works()
-        (request,) = it.issuer.seen("token")
+    async with behind(EntraId, tmp_path, number=1) as setup:
+        assert await setup.works()
+        (request,) = setup.issuer.seen("token")
         assert request.form["scope"] == "api://APPLICATION-ID/.default"
 
 
@@ -190,100 +190,100 @@ async def test_entra_unattended(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prompt", ["consent", "select_account"])
 async def test_a_second_consent_brings_a_refresh_token_only_when_asked_for(tmp_path: Path, prompt: str) -> None:
     params = {"access_type": "offline", "prompt": prompt}
-    async with behind(Google, tmp_path, authorization_params=params) as it:
-        await it.consent()
-        it.issuer.end_grants()
-        await it.consent()
-        assert await it.works()
-        before = it.issuer.refreshes
-        it.issuer.end_access_tokens()
+    async with behind(Google, tmp_path, authorization_params=params) as setup:
+        await setup.consent()
+        setup.issuer.end_grants()
+        await setup.consent()
+        assert await setup.works()
+        before = setup.issuer.refreshes
+        setup.issuer.end_access_tokens()
         # Nothing says that the same account has consented: the refresh token of before is not used for it.
-        assert await it.works() == (prompt == "consent")
-        assert it.issuer.refreshes == before + (prompt == "consent")
+        assert await setup.works() == (prompt == "consent")
+        assert setup.issuer.refreshes == before + (prompt == "consent")
 
 
 # GitHub
 
 
 async def test_a_token_without_an_end_is_used_until_it_is_refused(tmp_path: Path) -> None:
-    async with behind(GitHub, tmp_path) as it:
-        await it.consent()
-        it.clock.ahead = YEAR
-        assert await it.works()
-        assert it.issuer.token_requests() == 1
-        it.issuer.end_access_tokens()
-        assert "/connect/notes" in str((await it.ask()).message)
-        assert it.issuer.discoveries == 0
+    async with behind(GitHub, tmp_path) as setup:
+        await setup.consent()
+        setup.clock.ahead = YEAR
+        assert await setup.works()
+        assert setup.issuer.token_requests() == 1
+        setup.issuer.end_access_tokens()
+        assert "/connect/notes" in str((await setup.ask()).message)
+        assert setup.issuer.discoveries == 0
 
 
 @pytest.mark.parametrize("provider", [GitHub, Slack], ids=lambda p: p.__name__)
 async def test_an_error_with_status_200_is_an_error(tmp_path: Path, provider: type[Provider]) -> None:
-    async with behind(provider, tmp_path) as it:
-        link = link_in((await it.ask()).message)
-        it.issuer.ledger.rules.token_seconds = 60
+    async with behind(provider, tmp_path) as setup:
+        link = link_in((await setup.ask()).message)
+        setup.issuer.ledger.rules.token_seconds = 60
         async with Browser() as browser:
             callback = await browser.stop_before(link)
-            it.issuer.ledger.codes.clear()
+            setup.issuer.ledger.codes.clear()
             page = await browser.open(callback)
         assert provider.errors["invalid_grant"] in page.text
-        assert it.issuer.token_requests() == 1
+        assert setup.issuer.token_requests() == 1
 
 
 # Okta, Auth0
 
 
 async def test_oktas_issuer_may_have_a_path(tmp_path: Path) -> None:
-    async with behind(Okta, tmp_path, grant="client_credentials") as it:
-        assert await it.works()
-        assert {request.path for request in it.issuer.seen("token")} == {"/oauth2/default/token"}
+    async with behind(Okta, tmp_path, grant="client_credentials") as setup:
+        assert await setup.works()
+        assert {request.path for request in setup.issuer.seen("token")} == {"/oauth2/default/token"}
 
 
 async def test_auth0s_audience_goes_into_the_token_request_where_nobody_is_asked(tmp_path: Path) -> None:
-    async with behind(Auth0, tmp_path, number=1) as it:
-        assert await it.works()
-        assert [request.form["audience"] for request in it.issuer.seen("token")] == [it.upstream.url]
+    async with behind(Auth0, tmp_path, number=1) as setup:
+        assert await setup.works()
+        assert [request.form["audience"] for request in setup.issuer.seen("token")] == [setup.upstream.url]
 
 
 async def test_auth0_without_an_audience_gives_a_token_that_is_reported(tmp_path: Path) -> None:
-    async with behind(Auth0, tmp_path, number=1, without=("token_params",)) as it:
-        message = (await it.ask()).error["message"]
+    async with behind(Auth0, tmp_path, number=1, without=("token_params",)) as setup:
+        message = (await setup.ask()).error["message"]
         assert "refuses a token that its authorization server has just issued" in message
         assert "token_params" in message
 
 
 async def test_token_params_go_with_code_and_refresh_too(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path, oauth={"token_params": {"organization": "a b&c"}}) as it:
-        await it.connect()
-        it.issuer.end_access_tokens()
-        assert (await it.ask("renewed")).text == "renewed"
-        assert [request.form["organization"] for request in it.issuer.seen("token")] == ["a b&c"] * 2
-        assert "organization" not in it.issuer.seen("authorize")[0].form
+    async with proxy_setup(servers, tmp_path, oauth={"token_params": {"organization": "a b&c"}}) as setup:
+        await setup.connect()
+        setup.issuer.end_access_tokens()
+        assert (await setup.ask("renewed")).text == "renewed"
+        assert [request.form["organization"] for request in setup.issuer.seen("token")] == ["a b&c"] * 2
+        assert "organization" not in setup.issuer.seen("authorize")[0].form
 
 
 # Keycloak
 
 
 async def test_a_realm_that_moves_is_another_issuer(tmp_path: Path) -> None:  # T11
-    async with behind(Keycloak, tmp_path) as it, Keycloak.running("/realms/RENAMED") as moved:
-        await it.consent()
-        assert await it.works()
-        it.upstream.authorization_servers[:] = [moved]
-        await it.consent()
-        assert await it.works()
-        assert (it.issuer.registrations, moved.registrations) == (1, 1)
+    async with behind(Keycloak, tmp_path) as setup, Keycloak.running("/realms/RENAMED") as moved:
+        await setup.consent()
+        assert await setup.works()
+        setup.upstream.authorization_servers[:] = [moved]
+        await setup.consent()
+        assert await setup.works()
+        assert (setup.issuer.registrations, moved.registrations) == (1, 1)
         sent = repr([(request.headers, request.body, request.query_string) for request in moved.requests])
-        assert not [secret for secret in it.issuer.secrets() | set(it.issuer.ledger.clients) if secret in sent]
+        assert not [secret for secret in setup.issuer.secrets() | set(setup.issuer.ledger.clients) if secret in sent]
 
 
 async def test_a_realm_that_moves_does_not_see_a_configured_client(tmp_path: Path) -> None:  # T11
     async with (
-        behind(Keycloak, tmp_path, number=1, without=("issuer",)) as it,
+        behind(Keycloak, tmp_path, number=1, without=("issuer",)) as setup,
         Keycloak.running("/realms/RENAMED") as moved,
     ):
-        await it.consent()
-        assert await it.works()
-        it.upstream.authorization_servers[:] = [moved]
-        message = (await it.ask()).error["message"]
+        await setup.consent()
+        assert await setup.works()
+        setup.upstream.authorization_servers[:] = [moved]
+        message = (await setup.ask()).error["message"]
         assert "servers.notes.oauth.issuer" in message
         assert {request.endpoint for request in moved.requests} <= {"metadata", "other"}
         assert {request.method for request in moved.requests} == {"GET"}
@@ -293,10 +293,10 @@ async def test_a_realm_that_moves_does_not_see_a_configured_client(tmp_path: Pat
 
 
 async def test_a_refresh_that_slack_refuses_for_good_ends_the_grant(tmp_path: Path) -> None:
-    async with behind(Slack, tmp_path) as it:
-        await it.consent()
-        it.issuer.end_grants()
-        assert "/connect/notes" in str((await it.ask()).message)
-        assert it.issuer.refreshes == 1
-        await it.consent()
-        assert await it.works()
+    async with behind(Slack, tmp_path) as setup:
+        await setup.consent()
+        setup.issuer.end_grants()
+        assert "/connect/notes" in str((await setup.ask()).message)
+        assert setup.issuer.refreshes == 1
+        await setup.consent()
+        assert await setup.works()

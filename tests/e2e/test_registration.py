@@ -11,13 +11,13 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import ABSENT, Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.hostile import assert_refused
+from fakes.http_exchange import ABSENT, FakeResponse, RecordedRequest
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import link_in, running_proxy
-from fakes.scene import scene
+from fakes.proxy_setup import proxy_setup
 from mcp_auth_proxy.cli.demo_servers.local_server import serve
 
 PUBLIC = "https://proxy.example"
@@ -44,15 +44,15 @@ async def test_a_client_of_the_configuration_authenticates_by_its_method(
     if configured:
         oauth["client_auth"] = method
     supported = {"token_endpoint_auth_methods_supported": [method]}
-    async with scene(servers, tmp_path, oauth=oauth, issuer={"metadata_changes": supported}) as it:
-        redirect_uri = f"{it.proxy.origin}/oauth/callback"
+    async with proxy_setup(servers, tmp_path, oauth=oauth, issuer={"metadata_changes": supported}) as setup:
+        redirect_uri = f"{setup.proxy.origin}/oauth/callback"
         secret = None if method == "none" else SECRET
-        it.issuer.add_client(client_id="by hand:1", auth=method, secret=secret, redirect_uris=(redirect_uri,))
-        await it.connect()
-        it.issuer.end_access_tokens()
-        assert (await it.ask("renewed")).text == "renewed"
-        assert it.issuer.registrations == 0
-        for request in it.issuer.seen("token"):
+        setup.issuer.add_client(client_id="by hand:1", auth=method, secret=secret, redirect_uris=(redirect_uri,))
+        await setup.connect()
+        setup.issuer.end_access_tokens()
+        assert (await setup.ask("renewed")).text == "renewed"
+        assert setup.issuer.registrations == 0
+        for request in setup.issuer.seen("token"):
             # RFC 6749 §2.3.1: form-encoded first, so that the colon in the id stays unambiguous.
             pair = f"{quote_plus('by hand:1')}:{quote_plus(SECRET)}".encode()
             basic = f"Basic {base64.b64encode(pair).decode()}" if method == "client_secret_basic" else None
@@ -66,40 +66,44 @@ async def test_the_reason_of_the_first_refusal_is_told_where_the_client_id_besid
 ) -> None:
     """Some servers take ``client_id`` in the form for a second way of authenticating (RFC 6749 §2.3)."""
 
-    def refuse(received: Received) -> Answer:
+    def refuse(received: RecordedRequest) -> FakeResponse:
         twice = "client_id" in received.form
         error = ("invalid_request", "two ways") if twice else ("invalid_client", "no such client")
-        return Answer.json({"error": error[0], "error_description": error[1]}, 401)
+        return FakeResponse.json({"error": error[0], "error_description": error[1]}, 401)
 
     oauth = {"client_id": "by-hand", "client_secret": secret_file(tmp_path), "client_auth": "client_secret_basic"}
-    async with scene(servers, tmp_path, oauth=oauth, issuer={"answers": {"token": refuse}}) as it:
-        it.issuer.add_client(client_id="by-hand", secret=SECRET, redirect_uris=(f"{it.proxy.origin}/oauth/callback",))
-        page = await consent(await it.link())
+    async with proxy_setup(servers, tmp_path, oauth=oauth, issuer={"answers": {"token": refuse}}) as setup:
+        setup.issuer.add_client(
+            client_id="by-hand", secret=SECRET, redirect_uris=(f"{setup.proxy.origin}/oauth/callback",)
+        )
+        page = await consent(await setup.link())
         assert page.status_code == 502
         assert "no such client" in page.text
-        assert ["client_id" in request.form for request in it.issuer.seen("token")] == [False, True]
+        assert ["client_id" in request.form for request in setup.issuer.seen("token")] == [False, True]
 
 
 async def test_a_configured_client_goes_before_a_metadata_document(servers: Servers, tmp_path: Path) -> None:
     options = {"client_id": "by-hand", "client_metadata_url": "https://elsewhere.example/client.json"}
-    async with scene(servers, tmp_path, oauth=options, issuer={"client_documents": True}) as it:
-        it.issuer.add_client(client_id="by-hand", auth="none", redirect_uris=(f"{it.proxy.origin}/oauth/callback",))
-        await it.connect()
-        assert it.issuer.seen("authorize")[0].form["client_id"] == "by-hand"
-        assert it.issuer.registrations == 0
+    async with proxy_setup(servers, tmp_path, oauth=options, issuer={"client_documents": True}) as setup:
+        setup.issuer.add_client(
+            client_id="by-hand", auth="none", redirect_uris=(f"{setup.proxy.origin}/oauth/callback",)
+        )
+        await setup.connect()
+        assert setup.issuer.seen("authorize")[0].form["client_id"] == "by-hand"
+        assert setup.issuer.registrations == 0
 
 
 # dynamic registration
 
 
 async def test_without_https_a_native_client_registers_once(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path, issuer={"client_documents": True}) as it:
-        await it.connect()
-        it.issuer.end_grants()
-        assert (await consent(await it.link())).status_code == 200
-        (request,) = it.issuer.seen("register")
+    async with proxy_setup(servers, tmp_path, issuer={"client_documents": True}) as setup:
+        await setup.connect()
+        setup.issuer.end_grants()
+        assert (await consent(await setup.link())).status_code == 200
+        (request,) = setup.issuer.seen("register")
         assert request.message["application_type"] == "native"
-        assert request.message["redirect_uris"] == [f"{it.proxy.origin}/oauth/callback"]
+        assert request.message["redirect_uris"] == [f"{setup.proxy.origin}/oauth/callback"]
         assert set(request.message["grant_types"]) == {"authorization_code", "refresh_token"}
         assert request.message["response_types"] == ["code"]
         assert request.message["client_name"]
@@ -143,24 +147,24 @@ async def test_a_method_of_the_configuration_that_the_server_does_not_list_is_re
     servers: Servers, tmp_path: Path
 ) -> None:
     listed = {"metadata_changes": {"token_endpoint_auth_methods_supported": ["client_secret_post"]}}
-    async with scene(servers, tmp_path, oauth={"client_auth": "client_secret_basic"}, issuer=listed) as it:
-        assert_refused(await it.ask(), "servers.notes.oauth.client_auth", "client_secret_post", it.issuer.issuer)
-        assert it.issuer.registrations == 0
+    async with proxy_setup(servers, tmp_path, oauth={"client_auth": "client_secret_basic"}, issuer=listed) as setup:
+        assert_refused(await setup.ask(), "servers.notes.oauth.client_auth", "client_secret_post", setup.issuer.issuer)
+        assert setup.issuer.registrations == 0
 
 
-@pytest.mark.parametrize("knobs", [{"registration": False}, {"metadata_changes": {"registration_endpoint": ABSENT}}])
+@pytest.mark.parametrize("options", [{"registration": False}, {"metadata_changes": {"registration_endpoint": ABSENT}}])
 async def test_without_registration_the_error_names_the_keys(
-    servers: Servers, tmp_path: Path, knobs: dict[str, Any]
+    servers: Servers, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    async with scene(servers, tmp_path, issuer=knobs) as it:
-        reply = await it.ask()
+    async with proxy_setup(servers, tmp_path, issuer=options) as setup:
+        reply = await setup.ask()
         assert reply.status == 200
         text = reply.error["message"]
         assert "servers.notes.oauth.client_id" in text
-        assert it.issuer.issuer in text
-        assert f"{it.proxy.origin}/oauth/callback" in text
+        assert setup.issuer.issuer in text
+        assert f"{setup.proxy.origin}/oauth/callback" in text
         assert "/connect/" not in str(reply.message)
-        assert it.issuer.registrations == 0
+        assert setup.issuer.registrations == 0
 
 
 @pytest.mark.parametrize("everywhere", [False, True], ids=["404 elsewhere", "401 everywhere"])
@@ -176,7 +180,7 @@ async def test_a_server_without_any_oauth_is_told_to_have_none(
     servers: Servers, tmp_path: Path, challenges: list[str], words: list[str], everywhere: bool
 ) -> None:
     upstream = await servers.mcp_server(challenges={401: challenges})
-    answer = Answer.html(status=401 if everywhere else 404)
+    answer = FakeResponse.html(status=401 if everywhere else 404)
     upstream.intercept = lambda received: answer if received.path != upstream.path else None
     config = {"notes": upstream.url}
     async with running_proxy(tmp_path, dict(config)) as proxy, proxy.client("notes") as client:
@@ -199,45 +203,45 @@ async def moved(servers: Servers, upstream: FakeMcpServer) -> FakeAuthorizationS
 
 async def test_a_configured_client_is_sent_to_its_first_issuer_only(servers: Servers, tmp_path: Path) -> None:  # T11
     oauth = {"client_id": "by-hand", "client_secret": secret_file(tmp_path)}
-    async with scene(servers, tmp_path, oauth=oauth) as it:
-        callback = f"{it.proxy.origin}/oauth/callback"
-        it.issuer.add_client(client_id="by-hand", secret=SECRET, redirect_uris=(callback,))
-        await it.connect()
-        other = await moved(servers, it.upstream)
-        replies = [await it.ask()]
-        it.issuer.end_grants()
-        replies.append(await it.ask())
+    async with proxy_setup(servers, tmp_path, oauth=oauth) as setup:
+        callback = f"{setup.proxy.origin}/oauth/callback"
+        setup.issuer.add_client(client_id="by-hand", secret=SECRET, redirect_uris=(callback,))
+        await setup.connect()
+        other = await moved(servers, setup.upstream)
+        replies = [await setup.ask()]
+        setup.issuer.end_grants()
+        replies.append(await setup.ask())
         for reply in replies:
             assert reply.status == 200
             assert other.issuer in reply.error["message"]
-            assert it.issuer.issuer in reply.error["message"]
+            assert setup.issuer.issuer in reply.error["message"]
             assert "servers.notes.oauth.issuer" in reply.error["message"]
         assert {request.endpoint for request in other.requests} <= {"metadata"}
         assert SECRET not in repr(other.requests)
 
 
 async def test_a_new_issuer_sees_nothing_of_the_old_one(servers: Servers, tmp_path: Path) -> None:  # T11
-    async with scene(servers, tmp_path) as it:
-        await it.connect()
-        other = await moved(servers, it.upstream)
-        page = await consent(await it.link())
+    async with proxy_setup(servers, tmp_path) as setup:
+        await setup.connect()
+        other = await moved(servers, setup.upstream)
+        page = await consent(await setup.link())
         assert page.status_code == 200
-        assert (await it.ask("in")).text == "in"
+        assert (await setup.ask("in")).text == "in"
         sent = repr([(request.headers, request.body, request.query_string) for request in other.requests])
-        assert not [secret for secret in it.issuer.secrets() if secret in sent]
+        assert not [secret for secret in setup.issuer.secrets() if secret in sent]
         assert other.registrations == 1
 
 
 async def test_a_pinned_issuer_is_the_only_one(servers: Servers, tmp_path: Path) -> None:
     pinned = await servers.authorization_server(auto_consent=True)
-    async with scene(servers, tmp_path, oauth={"issuer": pinned.issuer}) as it:
-        reply = await it.ask()
+    async with proxy_setup(servers, tmp_path, oauth={"issuer": pinned.issuer}) as setup:
+        reply = await setup.ask()
         assert pinned.issuer in reply.error["message"]
         assert "servers.notes.oauth.issuer" in reply.error["message"]
-        assert it.issuer.requests == []
-        it.upstream.authorization_servers.append(pinned)
-        await it.connect()
-        assert it.issuer.requests == []
+        assert setup.issuer.requests == []
+        setup.upstream.authorization_servers.append(pinned)
+        await setup.connect()
+        assert setup.issuer.requests == []
 
 
 # discovery done by hand, and servers that know nothing of it
@@ -269,8 +273,8 @@ async def test_static_metadata_skips_discovery(servers: Servers, tmp_path: Path)
 class OneOrigin:
     """A server of 2025-03-26: its origin is its own authorization server."""
 
-    def __init__(self, origin: str, **knobs: Any) -> None:
-        self.issuer = FakeAuthorizationServer(origin, auto_consent=True, **knobs)
+    def __init__(self, origin: str, **options: Any) -> None:
+        self.issuer = FakeAuthorizationServer(origin, auto_consent=True, **options)
         self.upstream = FakeMcpServer(origin, [self.issuer], metadata_at=set(), challenge_names_metadata=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -279,11 +283,11 @@ class OneOrigin:
 
 
 @asynccontextmanager
-async def one_origin(**knobs: Any) -> AsyncIterator[OneOrigin]:
+async def one_origin(**options: Any) -> AsyncIterator[OneOrigin]:
     made: list[OneOrigin] = []
 
     def make(origin: str) -> ASGIApp:
-        made.append(OneOrigin(origin, **knobs))
+        made.append(OneOrigin(origin, **options))
         return made[0]
 
     async with serve(make) as local:
@@ -291,21 +295,23 @@ async def one_origin(**knobs: Any) -> AsyncIterator[OneOrigin]:
         yield made[0]
 
 
-@pytest.mark.parametrize("knobs", [{}, {"serves_metadata": False, "iss": None}], ids=["metadata", "default endpoints"])
+@pytest.mark.parametrize(
+    "options", [{}, {"serves_metadata": False, "iss": None}], ids=["metadata", "default endpoints"]
+)
 async def test_without_resource_metadata_the_origin_is_the_authorization_server(
-    tmp_path: Path, knobs: dict[str, Any]
+    tmp_path: Path, options: dict[str, Any]
 ) -> None:
     async with (
-        one_origin(**knobs) as it,
-        running_proxy(tmp_path, {"notes": it.upstream.url}, authorization={"wait": "0s"}) as proxy,
+        one_origin(**options) as setup,
+        running_proxy(tmp_path, {"notes": setup.upstream.url}, authorization={"wait": "0s"}) as proxy,
         proxy.client("notes", version="2025-03-26") as client,
     ):
         page = await consent(link_in((await client.call("echo")).message))
         assert page.status_code == 200, page.text
         assert (await client.call("echo", text="in")).text == "in"
-        it.issuer.end_access_tokens()
+        setup.issuer.end_access_tokens()
         assert (await client.call("echo", text="renewed")).text == "renewed"
-        assert it.issuer.seen("authorize")[0].form["code_challenge_method"] == "S256"
+        assert setup.issuer.seen("authorize")[0].form["code_challenge_method"] == "S256"
 
 
 # what is asked for
@@ -317,42 +323,42 @@ async def test_without_resource_metadata_the_origin_is_the_authorization_server(
 async def test_the_resource_goes_on_every_request(
     servers: Servers, tmp_path: Path, resource: str, sent: str | None
 ) -> None:  # T49
-    knobs = {"checks_audience": False}
-    async with scene(servers, tmp_path, oauth={"resource": resource}, upstream=knobs) as it:
-        await it.connect()
-        it.issuer.end_access_tokens()
-        assert (await it.ask("renewed")).text == "renewed"
-        requests = [*it.issuer.seen("authorize"), *it.issuer.seen("token")]
+    options = {"checks_audience": False}
+    async with proxy_setup(servers, tmp_path, oauth={"resource": resource}, upstream=options) as setup:
+        await setup.connect()
+        setup.issuer.end_access_tokens()
+        assert (await setup.ask("renewed")).text == "renewed"
+        requests = [*setup.issuer.seen("authorize"), *setup.issuer.seen("token")]
         assert len(requests) == 3
-        expected = it.upstream.url if sent == "" else sent
+        expected = setup.upstream.url if sent == "" else sent
         assert {request.form.get("resource") for request in requests} == {expected}
 
 
 async def test_offline_access_is_asked_for_with_consent_where_it_is_offered(servers: Servers, tmp_path: Path) -> None:
-    knobs = {"scopes": ("read", "offline_access"), "refresh_needs_offline_access": True}
-    async with scene(servers, tmp_path, issuer=knobs, upstream={"scopes": ("read",)}) as it:
-        await it.connect()
-        asked = it.issuer.seen("authorize")[0].form
+    options = {"scopes": ("read", "offline_access"), "refresh_needs_offline_access": True}
+    async with proxy_setup(servers, tmp_path, issuer=options, upstream={"scopes": ("read",)}) as setup:
+        await setup.connect()
+        asked = setup.issuer.seen("authorize")[0].form
         assert asked["scope"].split() == ["read", "offline_access"]
         assert asked["prompt"] == "consent"
-        it.issuer.end_access_tokens()
-        assert (await it.ask("renewed")).text == "renewed"
+        setup.issuer.end_access_tokens()
+        assert (await setup.ask("renewed")).text == "renewed"
 
 
 async def test_where_it_is_not_offered_it_is_not_asked_for(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path, issuer={"scopes": ("read",)}, upstream={"scopes": ("read",)}) as it:
-        await it.connect()
-        asked = it.issuer.seen("authorize")[0].form
+    async with proxy_setup(servers, tmp_path, issuer={"scopes": ("read",)}, upstream={"scopes": ("read",)}) as setup:
+        await setup.connect()
+        asked = setup.issuer.seen("authorize")[0].form
         assert asked["scope"] == "read"
         assert "prompt" not in asked
 
 
 async def test_configured_parameters_take_the_place_of_ours(servers: Servers, tmp_path: Path) -> None:
     oauth = {"authorization_params": {"prompt": "login", "access_type": "offline", "audience": "a b&c"}}
-    knobs = {"scopes": ("read", "offline_access")}
-    async with scene(servers, tmp_path, oauth=oauth, issuer=knobs, upstream={"scopes": ("read",)}) as it:
-        await it.connect()
-        asked = it.issuer.seen("authorize")[0].query
+    options = {"scopes": ("read", "offline_access")}
+    async with proxy_setup(servers, tmp_path, oauth=oauth, issuer=options, upstream={"scopes": ("read",)}) as setup:
+        await setup.connect()
+        asked = setup.issuer.seen("authorize")[0].query
         assert asked["prompt"] == ["login"]
         assert asked["access_type"] == ["offline"]
         assert asked["audience"] == ["a b&c"]
@@ -360,13 +366,15 @@ async def test_configured_parameters_take_the_place_of_ours(servers: Servers, tm
 
 
 async def test_configured_scopes_go_before_those_of_the_challenge(servers: Servers, tmp_path: Path) -> None:
-    async with scene(servers, tmp_path, oauth={"scopes": ["mine"]}, upstream={"challenge_scopes": ("theirs",)}) as it:
-        await it.connect()
-        assert it.issuer.seen("authorize")[0].form["scope"] == "mine"
+    async with proxy_setup(
+        servers, tmp_path, oauth={"scopes": ["mine"]}, upstream={"challenge_scopes": ("theirs",)}
+    ) as setup:
+        await setup.connect()
+        assert setup.issuer.seen("authorize")[0].form["scope"] == "mine"
 
 
 async def test_without_a_challenged_scope_those_of_the_resource_are_asked_for(servers: Servers, tmp_path: Path) -> None:
-    knobs = {"metadata_changes": {"scopes_supported": ["a", "b"]}}
-    async with scene(servers, tmp_path, upstream=knobs) as it:
-        await it.connect()
-        assert it.issuer.seen("authorize")[0].form["scope"] == "a b"
+    options = {"metadata_changes": {"scopes_supported": ["a", "b"]}}
+    async with proxy_setup(servers, tmp_path, upstream=options) as setup:
+        await setup.connect()
+        assert setup.issuer.seen("authorize")[0].form["scope"] == "a b"

@@ -14,10 +14,10 @@ import httpx2
 import pytest
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import Answer, Received
 from fakes.fixtures import Servers
 from fakes.headless import Browser, consent
-from fakes.mcp_client import PlainClient, Reply
+from fakes.http_exchange import FakeResponse, RecordedRequest
+from fakes.mcp_client import McpResponse, PlainClient
 from fakes.proxy import ProxyProcess, link_in, proxy_process, run_command, running_proxy, until, write_config
 
 SECRET = "client-secret-canary/+"
@@ -47,12 +47,12 @@ async def log_in(client: PlainClient) -> None:
 # logs, answers, files
 
 
-def talkative(issuer: FakeAuthorizationServer) -> Callable[[Received], Answer | None]:
+def talkative(issuer: FakeAuthorizationServer) -> Callable[[RecordedRequest], FakeResponse | None]:
     """Repeats in its errors whatever it was sent."""
 
-    def refuse(received: Received) -> Answer | None:
+    def refuse(received: RecordedRequest) -> FakeResponse | None:
         said = " ".join(f"{name}={value}" for name, value in received.form.items())
-        return Answer.json({"error": "invalid_grant", "error_description": said}, 400)
+        return FakeResponse.json({"error": "invalid_grant", "error_description": said}, 400)
 
     return refuse
 
@@ -73,7 +73,7 @@ async def test_no_secret_is_logged_shown_or_stored_in_clear(  # T45
         {"dynamic": upstreams["dynamic"].url, "byhand": {"url": upstreams["byhand"].url, "oauth": oauth}},
         authorization=UNHELD,
     )
-    replies: list[Reply] = []
+    replies: list[McpResponse] = []
     pages: list[str] = []
     async with proxy_process(config, "--log-level", "debug", "--log-format", log_format) as proxy:
         by_hand.add_client(client_id="by-hand", secret=SECRET, redirect_uris=(f"{proxy.origin}/oauth/callback",))
@@ -120,9 +120,9 @@ QUERY = "k=query-canary-1&flag-canary-2&v=canary-3"
 async def test_what_stands_in_the_query_of_a_server_url_is_shown_nowhere(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server(auto_consent=True)
     good = await servers.mcp_server(issuer)
-    down = await servers.mcp_server(issuer, metadata_answer=Answer.html("down", 503))
+    down = await servers.mcp_server(issuer, metadata_answer=FakeResponse.html("down", 503))
     foreign = await servers.mcp_server(issuer, metadata_changes={"resource": "https://other.example/mcp"})
-    web = await servers.mcp_server(protected=False, intercept=lambda _: Answer.html("a web page", 404))
+    web = await servers.mcp_server(protected=False, intercept=lambda _: FakeResponse.html("a web page", 404))
     bare = await servers.mcp_server(issuer, metadata_at=set())
     upstreams = {"good": good, "down": down, "foreign": foreign, "web": web, "bare": bare}
     urls = {name: f"{upstream.url}?{QUERY}" for name, upstream in upstreams.items()}

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from mcp import Client
 
-from fakes.exchange import Answer, Channel, Received, sse
 from fakes.fixtures import Servers
+from fakes.http_exchange import Channel, FakeResponse, RecordedRequest, sse
 from fakes.mcp_client import MODERN
 from fakes.mcp_server import CHUNK
-from fakes.proxy import ProxyProcess, proxy_process, running_proxy, settled, until, write_config
+from fakes.proxy import ProxyProcess, proxy_process, running_proxy, until, wait_until_stable, write_config
 from fakes.raw_client import RawClient
 from fakes.unattended import connected, unattended
 
@@ -38,20 +38,20 @@ async def test_five_megabytes_pass_both_ways_unchanged(servers: Servers, tmp_pat
             yield answered[start : start + 10_007]
 
     binary = {"content-type": "application/octet-stream"}
-    async with connected(servers, tmp_path) as it:
-        for answer in (Answer(stream=stream), Answer(body=answered)):
-            it.upstream.answers["POST"] = answer
-            response = await it.client.http.post(it.client.url, content=sent, headers=binary)
+    async with connected(servers, tmp_path) as setup:
+        for answer in (FakeResponse(stream=stream), FakeResponse(body=answered)):
+            setup.upstream.answers["POST"] = answer
+            response = await setup.client.http.post(setup.client.url, content=sent, headers=binary)
             assert response.content == answered
-            assert it.upstream.calls()[-1].body == sent
+            assert setup.upstream.calls()[-1].body == sent
 
 
 async def test_a_compressed_answer_is_not_touched(servers: Servers, tmp_path: Path) -> None:
-    answer = Answer.gzipped({"jsonrpc": "2.0", "id": 1, "result": {}})
-    async with connected(servers, tmp_path, knobs={"answers": {"ping": answer}}) as it:  # T36
-        message = it.client.message("ping", id=1)
-        headers = it.client.headers(message) | {"accept-encoding": "gzip"}
-        async with it.client.http.stream("POST", it.client.url, json=message, headers=headers) as response:
+    answer = FakeResponse.gzipped({"jsonrpc": "2.0", "id": 1, "result": {}})
+    async with connected(servers, tmp_path, options={"answers": {"ping": answer}}) as setup:  # T36
+        message = setup.client.message("ping", id=1)
+        headers = setup.client.headers(message) | {"accept-encoding": "gzip"}
+        async with setup.client.http.stream("POST", setup.client.url, json=message, headers=headers) as response:
             raw = b"".join([part async for part in response.aiter_raw()])
     assert (raw, response.headers["content-encoding"]) == (answer.body, "gzip")
     assert response.headers["content-length"] == str(len(answer.body))
@@ -60,9 +60,9 @@ async def test_a_compressed_answer_is_not_touched(servers: Servers, tmp_path: Pa
 @pytest.mark.parametrize("version", ["2025-11-25", MODERN])
 async def test_events_of_a_call_arrive_one_by_one(servers: Servers, tmp_path: Path, version: str) -> None:
     channel = Channel()
-    async with connected(servers, tmp_path, version=version) as it:
-        it.upstream.answers["tools/call:count"] = Answer.events(channel)
-        async with it.client.stream("tools/call", {"name": "count"}) as (response, events), asyncio.timeout(10):
+    async with connected(servers, tmp_path, version=version) as setup:
+        setup.upstream.answers["tools/call:count"] = FakeResponse.events(channel)
+        async with setup.client.stream("tools/call", {"name": "count"}) as (response, events), asyncio.timeout(10):
             assert response.headers["content-type"] == "text/event-stream"
             for number in range(10):
                 channel.event(progress(number))
@@ -73,11 +73,11 @@ async def test_events_of_a_call_arrive_one_by_one(servers: Servers, tmp_path: Pa
 
 async def test_comments_and_half_events_pass_at_once(servers: Servers, tmp_path: Path) -> None:
     channel = Channel()
-    async with connected(servers, tmp_path, knobs={"sessions_on": True}) as it:
-        await it.client.initialize()
-        it.upstream.answers["GET"] = Answer.events(channel)
-        headers = SSE | {"mcp-session-id": it.client.session or ""}
-        async with it.client.http.stream("GET", it.client.url, headers=headers) as response, asyncio.timeout(10):
+    async with connected(servers, tmp_path, options={"sessions_on": True}) as setup:
+        await setup.client.initialize()
+        setup.upstream.answers["GET"] = FakeResponse.events(channel)
+        headers = SSE | {"mcp-session-id": setup.client.session or ""}
+        async with setup.client.http.stream("GET", setup.client.url, headers=headers) as response, asyncio.timeout(10):
             parts = response.aiter_raw()
             for part in (b": keep-alive\n\n", b"id: 1\ndata: {", b"}\n\n", b"\r\n", "data: é\n\n".encode()):
                 channel.put(part)
@@ -85,23 +85,26 @@ async def test_comments_and_half_events_pass_at_once(servers: Servers, tmp_path:
 
 
 async def test_pushed_events_come_on_the_get_stream_which_delete_ends(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path, knobs={"sessions_on": True}) as it:
-        await it.client.initialize()
-        it.client.http.headers["last-event-id"] = "event-41"
-        async with it.client.stream() as (_, events), asyncio.timeout(10):
+    async with connected(servers, tmp_path, options={"sessions_on": True}) as setup:
+        await setup.client.initialize()
+        setup.client.http.headers["last-event-id"] = "event-41"
+        async with setup.client.stream() as (_, events), asyncio.timeout(10):
             for number in range(5):
-                assert it.upstream.push(progress(number)) == 1
+                assert setup.upstream.push(progress(number)) == 1
                 assert (await anext(events))["params"]["progress"] == number
-            assert (await it.client.call("echo", text="beside it")).text == "beside it"
-            assert (await it.client.delete()).status == 200
+            assert (await setup.client.call("echo", text="beside it")).text == "beside it"
+            assert (await setup.client.delete()).status == 200
             assert [event async for event in events] == []
-        assert it.upstream.calls("GET")[-1].header("last-event-id") == "event-41"
-        async with it.client.stream() as (response, _):
+        assert setup.upstream.calls("GET")[-1].header("last-event-id") == "event-41"
+        async with setup.client.stream() as (response, _):
             assert response.status_code == 404
 
 
 async def test_a_get_stream_that_the_server_does_not_offer_is_405(servers: Servers, tmp_path: Path) -> None:
-    async with connected(servers, tmp_path, knobs={"get_stream": False}) as it, it.client.stream() as (response, _):
+    async with (
+        connected(servers, tmp_path, options={"get_stream": False}) as setup,
+        setup.client.stream() as (response, _),
+    ):
         assert (response.status_code, response.headers["allow"]) == (405, "POST")
 
 
@@ -115,21 +118,21 @@ async def test_a_slow_reader_holds_the_upstream_back(servers: Servers, tmp_path:
             given += len(CHUNK)
             yield CHUNK
 
-    async with connected(servers, tmp_path) as it:  # T39
-        await it.client.post("ping")
-        it.upstream.answers[method] = Answer.events(endless)
-        async with RawClient.to(it.proxy.origin, buffer=64 * 1024) as raw:
+    async with connected(servers, tmp_path) as setup:  # T39
+        await setup.client.post("ping")
+        setup.upstream.answers[method] = FakeResponse.events(endless)
+        async with RawClient.to(setup.proxy.origin, buffer=64 * 1024) as raw:
             if method == "GET":
                 raw.get()
             else:
                 raw.post(call("endless"))
             await raw.head()
-            stuck = await settled(lambda: given)
+            stuck = await wait_until_stable(lambda: given)
             assert stuck < 32 * MEGABYTE  # what kernels buffer on two loopback connections
             for _ in range(2 * stuck // len(CHUNK)):
                 await raw.reader.readexactly(len(CHUNK))
             assert given > stuck
-        await asyncio.wait_for(it.upstream.calls(method)[-1].gone.wait(), 1)
+        await asyncio.wait_for(setup.upstream.calls(method)[-1].gone.wait(), 1)
 
 
 def resident(proxy: ProxyProcess) -> int:
@@ -149,7 +152,7 @@ async def test_slow_readers_cost_bounded_memory(servers: Servers, tmp_path: Path
             yield CHUNK
 
     issuer = await servers.authorization_server()
-    upstream = await servers.mcp_server(issuer, answers={"GET": Answer.events(endless)})
+    upstream = await servers.mcp_server(issuer, answers={"GET": FakeResponse.events(endless)})
     config = write_config(tmp_path, {"notes": unattended(issuer, upstream.url, tmp_path)})
     async with proxy_process(config) as proxy, AsyncExitStack() as stack:  # T39
         async with proxy.client("notes") as client:
@@ -159,7 +162,7 @@ async def test_slow_readers_cost_bounded_memory(servers: Servers, tmp_path: Path
             raw = await stack.enter_async_context(RawClient.to(proxy.origin, buffer=64 * 1024))
             raw.get()
             await raw.head()
-        await settled(lambda: given)
+        await wait_until_stable(lambda: given)
         assert given > 20 * MEGABYTE
         assert resident(proxy) - before < 20 * MEGABYTE
 
@@ -167,7 +170,7 @@ async def test_slow_readers_cost_bounded_memory(servers: Servers, tmp_path: Path
 # A client that leaves
 
 
-def waiting(received: Received) -> bool:
+def waiting(received: RecordedRequest) -> bool:
     """A call or GET stream that is not answered yet and has its client."""
     return received.path == "/mcp" and (received.method == "GET" or bool(received.tool)) and not received.gone.is_set()
 
@@ -177,52 +180,54 @@ def waiting(received: Received) -> bool:
 async def test_a_client_that_leaves_closes_the_upstream_exchange(
     servers: Servers, tmp_path: Path, method: str, silent: str
 ) -> None:
-    answer = Answer.hang() if silent == "before the head" else Answer.events(Channel())
-    async with connected(servers, tmp_path) as it:  # T40
-        await it.client.post("ping")
-        it.upstream.answers[method] = answer
+    answer = FakeResponse.hang() if silent == "before the head" else FakeResponse.events(Channel())
+    async with connected(servers, tmp_path) as setup:  # T40
+        await setup.client.post("ping")
+        setup.upstream.answers[method] = answer
         for leaves in (RawClient.drop, lambda raw: raw.writer.close(), lambda raw: raw.writer.write_eof()):
-            async with RawClient.to(it.proxy.origin) as raw:
+            async with RawClient.to(setup.proxy.origin) as raw:
                 if method == "GET":
                     raw.get()
                 else:
                     raw.post(call("think"))
-                received = await it.upstream.log.wait_for(waiting)
+                received = await setup.upstream.log.wait_for(waiting)
                 if silent == "in a stream":
                     await raw.head()
                 leaves(raw)
                 await asyncio.wait_for(received.gone.wait(), 1)
-        assert it.proxy.application.forwarder.active_requests == 0
+        assert setup.proxy.application.forwarder.active_requests == 0
 
 
 async def test_many_clients_that_leave_at_once_are_all_noticed(servers: Servers, tmp_path: Path) -> None:
-    answers = {"tools/call:think": Answer.hang(), "GET": Answer.events(Channel())}
-    async with connected(servers, tmp_path, knobs={"answers": answers}) as it, AsyncExitStack() as stack:  # T40
-        await it.client.post("ping")
-        clients = [await stack.enter_async_context(RawClient.to(it.proxy.origin)) for _ in range(100)]
+    answers = {"tools/call:think": FakeResponse.hang(), "GET": FakeResponse.events(Channel())}
+    async with connected(servers, tmp_path, options={"answers": answers}) as setup, AsyncExitStack() as stack:  # T40
+        await setup.client.post("ping")
+        clients = [await stack.enter_async_context(RawClient.to(setup.proxy.origin)) for _ in range(100)]
         for number, raw in enumerate(clients):
             if number % 2:
                 raw.get()
             else:
                 raw.post(call("think"))
-        await until(lambda: len([*filter(waiting, it.upstream.requests)]) == 100)
+        await until(lambda: len([*filter(waiting, setup.upstream.requests)]) == 100)
         for raw in clients:
             raw.drop()
-        await until(lambda: not [*filter(waiting, it.upstream.requests)], timeout=1)
-        assert (await it.client.call("echo", text="on")).text == "on"
+        await until(lambda: not [*filter(waiting, setup.upstream.requests)], timeout=1)
+        assert (await setup.client.call("echo", text="on")).text == "on"
 
 
 async def test_one_call_is_cancelled_without_harm_to_the_others(servers: Servers, tmp_path: Path) -> None:
     gate = asyncio.Event()
     body = sse({"jsonrpc": "2.0", "id": 1, "result": {}})
-    async with connected(servers, tmp_path, version=MODERN) as it:
-        it.upstream.answers["tools/call:gated"] = Answer(
+    async with connected(servers, tmp_path, version=MODERN) as setup:
+        setup.upstream.answers["tools/call:gated"] = FakeResponse(
             headers=(("content-type", "text/event-stream"),), body=body, gate=gate
         )
-        calls = [asyncio.create_task(it.client.call("gated")) for _ in range(3)]
-        await until(lambda: len([r for r in it.upstream.calls("tools/call:gated") if r.bearer]) == 3)
+        calls = [asyncio.create_task(setup.client.call("gated")) for _ in range(3)]
+        await until(lambda: len([r for r in setup.upstream.calls("tools/call:gated") if r.bearer]) == 3)
         calls[1].cancel()
-        await until(lambda: len([r for r in it.upstream.calls("tools/call:gated") if r.gone.is_set()]) == 1, timeout=1)
+        await until(
+            lambda: len([r for r in setup.upstream.calls("tools/call:gated") if r.gone.is_set()]) == 1, timeout=1
+        )
         gate.set()
         assert [(await one).message["id"] for one in (calls[0], calls[2])] == [1, 1]
 

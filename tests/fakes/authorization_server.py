@@ -8,7 +8,15 @@ from urllib.parse import urlsplit
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fakes.exchange import Answer, Answers, Log, Received, changed, finished_before_leaving, resolve
+from fakes.http_exchange import (
+    FakeResponse,
+    FakeResponses,
+    RecordedRequest,
+    RequestLog,
+    changed,
+    finished_before_leaving,
+    resolve,
+)
 from mcp_auth_proxy.cli.demo_servers.authorization_server import AuthorizationRequest, AuthorizationServer
 from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued, Rules
 from mcp_auth_proxy.cli.demo_servers.local_server import LocalServer, serve
@@ -23,8 +31,8 @@ class FakeAuthorizationServer(AuthorizationServer):
     revoke); ``outage`` does so for all of them. ``gates`` holds requests to an endpoint until their event is set.
     """
 
-    def __init__(self, issuer: str, **knobs: Any) -> None:
-        self.log = Log()
+    def __init__(self, issuer: str, **options: Any) -> None:
+        self.log = RequestLog()
         self.local: LocalServer
         self.auto_consent = False
         self.serves_metadata = True
@@ -32,8 +40,8 @@ class FakeAuthorizationServer(AuthorizationServer):
         self.metadata_changes: dict[str, object] = {}
         self.token_changes: dict[str, object] = {}
         """Made to every successful token answer."""
-        self.answers: dict[str, Answers] = {}
-        self.outage: Answers | None = None
+        self.answers: dict[str, FakeResponses] = {}
+        self.outage: FakeResponses | None = None
         self.gates: dict[str, Any] = {}
         self.lost_responses: set[str] = set()
         """Endpoints that do what they are asked, and then break the connection without saying so."""
@@ -44,27 +52,27 @@ class FakeAuthorizationServer(AuthorizationServer):
         self.registration = True
         self.client_documents = False
         """Takes the URL of a Client ID Metadata Document for a client, and advertises it."""
-        rules = knobs.pop("rules", None) or Rules(scopes=None, default_scopes=())
+        rules = options.pop("rules", None) or Rules(scopes=None, default_scopes=())
         super().__init__(issuer, rules=rules)
-        self.configure(**knobs)
+        self.configure(**options)
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, path: str = "", *, port: int = 0, **knobs: Any) -> AsyncIterator[Self]:
+    async def running(cls, path: str = "", *, port: int = 0, **options: Any) -> AsyncIterator[Self]:
         """One that listens on loopback; its issuer is its origin and the path."""
         made: list[Self] = []
 
         def make(origin: str) -> ASGIApp:
-            made.append(cls(f"{origin}{path}", **knobs))
+            made.append(cls(f"{origin}{path}", **options))
             return made[0]
 
         async with serve(make, port=port) as local:
             made[0].local = local
             yield made[0]
 
-    def configure(self, **knobs: Any) -> None:
+    def configure(self, **options: Any) -> None:
         """Set several attributes; those of ``rules`` by their own names."""
-        for name, value in knobs.items():
+        for name, value in options.items():
             target = self.rules if name in Rules.__slots__ else self
             if not hasattr(target, name):
                 raise TypeError(f"no knob {name}")
@@ -73,10 +81,10 @@ class FakeAuthorizationServer(AuthorizationServer):
     # what was asked
 
     @property
-    def requests(self) -> list[Received]:
+    def requests(self) -> list[RecordedRequest]:
         return self.log.requests
 
-    def seen(self, endpoint: str, **form: str) -> list[Received]:
+    def seen(self, endpoint: str, **form: str) -> list[RecordedRequest]:
         """The requests to one endpoint, of which the form (the query of a GET) has these values."""
         return [
             received
@@ -142,7 +150,7 @@ class FakeAuthorizationServer(AuthorizationServer):
     # the ASGI application
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = await Received.read(scope, receive)
+        received = await RecordedRequest.read(scope, receive)
         received.endpoint = self._endpoint(received.path)
         self.log.add(received)
         gate = self.gates.get(received.endpoint)
@@ -154,15 +162,15 @@ class FakeAuthorizationServer(AuthorizationServer):
             await answer.deliver(received, receive, send, self.local.abort)
         elif received.endpoint in self.lost_responses:
             await super().__call__(scope, _body_again(received), _discard)
-            await Answer.drop().deliver(received, receive, send, self.local.abort)
+            await FakeResponse.drop().deliver(received, receive, send, self.local.abort)
         else:
             await super().__call__(scope, _body_again(received), send)
 
-    def _own_answer(self, received: Received) -> Answer | None:
+    def _own_answer(self, received: RecordedRequest) -> FakeResponse | None:
         if received.endpoint == "metadata" and not self.serves_metadata:
-            return Answer.html("not found", 404)
+            return FakeResponse.html("not found", 404)
         if received.endpoint == "register" and not self.registration:
-            return Answer.html("not found", 404)
+            return FakeResponse.html("not found", 404)
         return None
 
     def _endpoint(self, path: str) -> str:
@@ -208,8 +216,8 @@ class FakeAuthorizationServer(AuthorizationServer):
 class Tenants:
     """Several issuers on one origin, each with a path of its own."""
 
-    def __init__(self, origin: str, paths: tuple[str, ...], knobs: Mapping[str, Any]) -> None:
-        self.servers = [FakeAuthorizationServer(f"{origin}{path}", **knobs) for path in paths]
+    def __init__(self, origin: str, paths: tuple[str, ...], options: Mapping[str, Any]) -> None:
+        self.servers = [FakeAuthorizationServer(f"{origin}{path}", **options) for path in paths]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         owner = next((server for server in self.servers if server.owns(scope["path"])), self.servers[0])
@@ -217,12 +225,12 @@ class Tenants:
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, *paths: str, **knobs: Any) -> AsyncIterator[list[FakeAuthorizationServer]]:
+    async def running(cls, *paths: str, **options: Any) -> AsyncIterator[list[FakeAuthorizationServer]]:
         """Issuers with these paths, on one loopback origin."""
         made: list[Tenants] = []
 
         def make(origin: str) -> ASGIApp:
-            made.append(cls(origin, paths, knobs))
+            made.append(cls(origin, paths, options))
             return made[0]
 
         async with serve(make) as local:
@@ -231,7 +239,7 @@ class Tenants:
             yield made[0].servers
 
 
-def _body_again(received: Received) -> Callable[[], Any]:
+def _body_again(received: RecordedRequest) -> Callable[[], Any]:
     async def receive() -> Message:
         return {"type": "http.request", "body": received.body, "more_body": False}
 

@@ -13,14 +13,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import Answer, Received, changed
+from fakes.http_exchange import FakeResponse, RecordedRequest, changed
 from fakes.mcp_server import JSON, WELL_KNOWN, FakeMcpServer
 from mcp_auth_proxy.cli.demo_servers.authorization_server import AuthorizationRequest
 from mcp_auth_proxy.cli.demo_servers.client_requests import read_form
 from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued
 
 
-class ProofRefused(Exception):
+class InvalidProof(Exception):
     """Its text is the error code."""
 
 
@@ -28,7 +28,7 @@ def sha256(text: str) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
 
 
-class Proofs:
+class ProofChecker:
     """What one server remembers: every ``jti``, and its nonce. Without ``nonce`` it asks for none."""
 
     def __init__(self) -> None:
@@ -53,17 +53,17 @@ class Proofs:
         if nonce not in self.given:
             self.rotate()
             self.given.add(self.nonce)
-            raise ProofRefused("use_dpop_nonce")
+            raise InvalidProof("use_dpop_nonce")
         self.given.remove(nonce)
 
     def check(self, fields: Sequence[str], *, method: str, url: str, token: str = "") -> str:
         """Return the thumbprint of the proof's key. Raises ProofRefused."""
         if len(fields) != 1:
-            raise ProofRefused("invalid_dpop_proof")
+            raise InvalidProof("invalid_dpop_proof")
         header = jwt.get_unverified_header(fields[0])
         jwk = header["jwk"]
         if header["typ"] != "dpop+jwt" or header["alg"] != "ES256" or set(jwk) != {"kty", "crv", "x", "y"}:
-            raise ProofRefused("invalid_dpop_proof")
+            raise InvalidProof("invalid_dpop_proof")
         claims = jwt.decode(fields[0], jwt.PyJWK(jwk), algorithms=["ES256"], options={"verify_iat": False})
         sound = (
             claims["htm"] == method
@@ -73,12 +73,12 @@ class Proofs:
             and claims.get("ath", "") == (sha256(token) if token else "")
         )
         if not sound:
-            raise ProofRefused("invalid_dpop_proof")
+            raise InvalidProof("invalid_dpop_proof")
         self.seen.add(claims["jti"])
         if self.once:
             self._use_up(claims.get("nonce"))
         elif self.nonce and claims.get("nonce") not in {self.nonce, self.previous} - {""}:
-            raise ProofRefused("use_dpop_nonce")
+            raise InvalidProof("use_dpop_nonce")
         thumbprint = sha256(json.dumps(jwk, sort_keys=True, separators=(",", ":")))
         self.keys.append(thumbprint)
         return thumbprint
@@ -87,14 +87,14 @@ class Proofs:
 class DpopAuthorizationServer(FakeAuthorizationServer):
     """Binds codes, refresh tokens and access tokens to the key. ``bound`` has the key of each token."""
 
-    def __init__(self, issuer: str, **knobs: Any) -> None:
-        self.proofs = Proofs()
+    def __init__(self, issuer: str, **options: Any) -> None:
+        self.proofs = ProofChecker()
         self.token_type = "DPoP"
         self.algorithms: tuple[str, ...] | None = ("ES256", "EdDSA")
         self.bound: dict[str, str] = {}
         self._code_keys: dict[str, str] = {}
         self._key = ""
-        super().__init__(issuer, **knobs)
+        super().__init__(issuer, **options)
 
     def metadata(self) -> dict[str, object]:
         known = {} if self.algorithms is None else {"dpop_signing_alg_values_supported": list(self.algorithms)}
@@ -113,10 +113,10 @@ class DpopAuthorizationServer(FakeAuthorizationServer):
             self._key = self.proofs.check(fields, method="POST", url=f"{self.issuer}/token")
             code = self.ledger.codes.get(form.get("code", ""))
             if code is not None and self._code_keys[code.challenge] != self._key:
-                raise ProofRefused("invalid_dpop_proof")
+                raise InvalidProof("invalid_dpop_proof")
             if self.bound.get(form.get("refresh_token", ""), self._key) != self._key:
-                raise ProofRefused("invalid_grant")
-        except ProofRefused as refused:
+                raise InvalidProof("invalid_grant")
+        except InvalidProof as refused:
             return JSONResponse({"error": str(refused)}, 400, headers=self._nonce())
         response = await super()._token(request)
         if self.proofs.previous:
@@ -136,39 +136,39 @@ class DpopAuthorizationServer(FakeAuthorizationServer):
 class DpopMcpServer(FakeMcpServer):
     """Takes bound tokens of one authorization server, with a proof for each request."""
 
-    def __init__(self, origin: str, authorization_servers: Sequence[DpopAuthorizationServer], **knobs: Any) -> None:
+    def __init__(self, origin: str, authorization_servers: Sequence[DpopAuthorizationServer], **options: Any) -> None:
         self.issuer = authorization_servers[0]
-        self.proofs = Proofs()
+        self.proofs = ProofChecker()
         self.asks: Literal["metadata", "challenge", "nothing"] = "metadata"
         """Where it says that it wants DPoP."""
         self.endless_nonce = False
         self.refusals: list[str] = []
-        super().__init__(origin, authorization_servers, **knobs)
+        super().__init__(origin, authorization_servers, **options)
         if self.asks == "metadata":
             self.metadata_changes = {**self.metadata_changes, "dpop_bound_access_tokens_required": True}
 
-    def _challenge(self, received: Received) -> Answer | None:
+    def _challenge(self, received: RecordedRequest) -> FakeResponse | None:
         scheme, _, token = (received.header("authorization") or "").partition(" ")
         try:
             if scheme != "DPoP":
-                raise ProofRefused("invalid_token" if scheme else "")
+                raise InvalidProof("invalid_token" if scheme else "")
             key = self.proofs.check(received.all("dpop"), method=received.method, url=self.url, token=token)
             if self.endless_nonce:
-                raise ProofRefused("use_dpop_nonce")
+                raise InvalidProof("use_dpop_nonce")
             found = self.find_token(token)
             if found is None or self.issuer.bound.get(token) != key:
-                raise ProofRefused("invalid_token")
-        except ProofRefused as refused:
+                raise InvalidProof("invalid_token")
+        except InvalidProof as refused:
             return self._refuse_proof(str(refused))
         needed = self.step_up.get(f"tools/call:{received.tool}", ())
         if not set(needed) <= set(found.scopes):
             ours = f'Bearer error="insufficient_scope", scope="{" ".join(needed)}"'
-            return Answer(status=403, headers=(("www-authenticate", ours), *JSON), body=b"{}")
+            return FakeResponse(status=403, headers=(("www-authenticate", ours), *JSON), body=b"{}")
         # A nonce of which the request did not know yet goes out with the answer.
         self.response_headers = (("dpop-nonce", self.proofs.nonce),) if self.proofs.previous else ()
         return None
 
-    def _refuse_proof(self, error: str) -> Answer:
+    def _refuse_proof(self, error: str) -> FakeResponse:
         self.refusals.append(error)
         scheme = "Bearer" if self.asks == "nothing" and not error else "DPoP"
         params = {"error": error, "resource_metadata": f"{self.origin}{WELL_KNOWN}{self.path}"}
@@ -176,4 +176,6 @@ class DpopMcpServer(FakeMcpServer):
         if self.endless_nonce:
             self.proofs.rotate()
         nonce = (("dpop-nonce", self.proofs.nonce),) if error == "use_dpop_nonce" else ()
-        return Answer(status=401, headers=(("www-authenticate", challenge), *nonce, *JSON), body=b'{"error":"no"}')
+        return FakeResponse(
+            status=401, headers=(("www-authenticate", challenge), *nonce, *JSON), body=b'{"error":"no"}'
+        )

@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import changed
+from fakes.http_exchange import changed
 from mcp_auth_proxy.cli.demo_servers.client_requests import asked_scopes, read_form
 from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued, OAuthFault, refuse_grant, s256
 
@@ -67,7 +67,7 @@ class ExtensionServer(FakeAuthorizationServer):
     grant_types = (*FakeAuthorizationServer.grant_types, JWT_BEARER, TOKEN_EXCHANGE, DEVICE_CODE)
     auth_methods = (*FakeAuthorizationServer.auth_methods, "private_key_jwt")
 
-    def __init__(self, issuer: str, **knobs: Any) -> None:
+    def __init__(self, issuer: str, **options: Any) -> None:
         self.client_keys: dict[str, PublicKey] = {}
         self.trusted: dict[str, PublicKey] = {}
         self.subject_tokens: dict[str, str] = {}
@@ -82,7 +82,7 @@ class ExtensionServer(FakeAuthorizationServer):
         self.slow_downs = 0
         self.devices: dict[str, Device] = {}
         self._used: set[str] = set()
-        super().__init__(issuer, **knobs)
+        super().__init__(issuer, **options)
 
     @property
     def device_requests(self) -> int:

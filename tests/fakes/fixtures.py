@@ -31,14 +31,14 @@ class Servers:
     def __init__(self, stack: AsyncExitStack) -> None:
         self._stack = stack
 
-    async def authorization_server(self, path: str = "", **knobs: Any) -> FakeAuthorizationServer:
-        return await self._stack.enter_async_context(FakeAuthorizationServer.running(path, **knobs))
+    async def authorization_server(self, path: str = "", **options: Any) -> FakeAuthorizationServer:
+        return await self._stack.enter_async_context(FakeAuthorizationServer.running(path, **options))
 
-    async def tenants(self, *paths: str, **knobs: Any) -> list[FakeAuthorizationServer]:
-        return await self._stack.enter_async_context(Tenants.running(*paths, **knobs))
+    async def tenants(self, *paths: str, **options: Any) -> list[FakeAuthorizationServer]:
+        return await self._stack.enter_async_context(Tenants.running(*paths, **options))
 
-    async def mcp_server(self, *authorization_servers: AuthorizationServer, **knobs: Any) -> FakeMcpServer:
-        return await self._stack.enter_async_context(FakeMcpServer.running(*authorization_servers, **knobs))
+    async def mcp_server(self, *authorization_servers: AuthorizationServer, **options: Any) -> FakeMcpServer:
+        return await self._stack.enter_async_context(FakeMcpServer.running(*authorization_servers, **options))
 
     async def real_mcp_server(
         self, authorization_server: AuthorizationServer, *, scopes: tuple[str, ...] = ()

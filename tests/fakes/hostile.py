@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from fakes.mcp_client import Reply
+from fakes.mcp_client import McpResponse
 
 
 @dataclass
-class Trap:
+class Honeypot:
     """Listens on loopback, and counts who comes."""
 
     port: int = 0
@@ -17,8 +17,8 @@ class Trap:
 
 
 @asynccontextmanager
-async def trap() -> AsyncIterator[Trap]:
-    found = Trap()
+async def honeypot() -> AsyncIterator[Honeypot]:
+    found = Honeypot()
 
     def visited(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         found.visits.append(writer.get_extra_info("peername"))
@@ -30,7 +30,7 @@ async def trap() -> AsyncIterator[Trap]:
         yield found
 
 
-def assert_refused(reply: Reply, *words: str) -> None:
+def assert_refused(reply: McpResponse, *words: str) -> None:
     """An error that says why, that no client takes for a challenge, and that offers no link."""
     assert reply.status in (200, 400, 403, 404, 502, 503, 504)
     assert "www-authenticate" not in reply.headers

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fakes.exchange import Answer, Answers, Channel, Log, Received, changed, resolve, sse
+from fakes.http_exchange import Channel, FakeResponse, FakeResponses, RecordedRequest, RequestLog, changed, resolve, sse
 from mcp_auth_proxy.cli.demo_servers.authorization_server import AuthorizationServer
 from mcp_auth_proxy.cli.demo_servers.ledger import Token
 from mcp_auth_proxy.cli.demo_servers.local_server import LocalServer, serve
@@ -36,12 +36,12 @@ class FakeMcpServer:
     method, or by HTTP method; ``script`` the same for a few requests only. ``intercept`` comes before any check.
     """
 
-    def __init__(self, origin: str, authorization_servers: Sequence[AuthorizationServer], **knobs: Any) -> None:
+    def __init__(self, origin: str, authorization_servers: Sequence[AuthorizationServer], **options: Any) -> None:
         self.origin = origin
         self.authorization_servers = list(authorization_servers)
         """Asked, in process, whether a token is good; and named in the metadata."""
         self.local: LocalServer
-        self.log = Log()
+        self.log = RequestLog()
         self.path = "/mcp"
         self.protected = True
         self.checks_audience = True
@@ -60,7 +60,7 @@ class FakeMcpServer:
         self.challenge_names_metadata = True
         self.metadata_at: set[Literal["inserted", "root"]] = {"inserted"}
         self.metadata_changes: dict[str, object] = {}
-        self.metadata_answer: Answers | None = None
+        self.metadata_answer: FakeResponses | None = None
         self.answer_as: Literal["json", "sse"] = "json"
         self.sessions_on = False
         """True: ``initialize`` gives an Mcp-Session-Id, which then is demanded (2025 revisions)."""
@@ -69,12 +69,12 @@ class FakeMcpServer:
         """False: knows nothing of 2026-07-28."""
         self.response_headers: tuple[tuple[str, str], ...] = ()
         """Added to every JSON-RPC answer, such as Set-Cookie."""
-        self.intercept: Callable[[Received], Answer | None] | None = None
-        self.answers: dict[str, Answers] = {}
+        self.intercept: Callable[[RecordedRequest], FakeResponse | None] | None = None
+        self.answers: dict[str, FakeResponses] = {}
         self.sessions: dict[str, Session] = {}
-        self._scripts: dict[str, list[Answer]] = {}
+        self._scripts: dict[str, list[FakeResponse]] = {}
         self._refused = 0
-        for name, value in knobs.items():
+        for name, value in options.items():
             if not hasattr(self, name):
                 raise TypeError(f"no knob {name}")
             setattr(self, name, value)
@@ -82,13 +82,13 @@ class FakeMcpServer:
     @classmethod
     @asynccontextmanager
     async def running(
-        cls, *authorization_servers: AuthorizationServer, port: int = 0, **knobs: Any
+        cls, *authorization_servers: AuthorizationServer, port: int = 0, **options: Any
     ) -> AsyncIterator[Self]:
         """One that listens on loopback."""
         made: list[Self] = []
 
         def make(origin: str) -> ASGIApp:
-            made.append(cls(origin, authorization_servers, **knobs))
+            made.append(cls(origin, authorization_servers, **options))
             return made[0]
 
         async with serve(make, port=port) as local:
@@ -101,10 +101,10 @@ class FakeMcpServer:
         return f"{self.origin}{self.path}"
 
     @property
-    def requests(self) -> list[Received]:
+    def requests(self) -> list[RecordedRequest]:
         return self.log.requests
 
-    def calls(self, key: str = "") -> list[Received]:
+    def calls(self, key: str = "") -> list[RecordedRequest]:
         """The requests to the MCP endpoint; of one JSON-RPC method, ``tools/call:NAME`` or HTTP method only."""
         return [r for r in self.requests if r.path == self.path and (not key or key in _keys(r))]
 
@@ -114,10 +114,10 @@ class FakeMcpServer:
         return [received.bearer for received in self.calls()]
 
     @property
-    def metadata_requests(self) -> list[Received]:
+    def metadata_requests(self) -> list[RecordedRequest]:
         return [received for received in self.requests if received.path.startswith(WELL_KNOWN)]
 
-    def script(self, key: str, *answers: Answer) -> None:
+    def script(self, key: str, *answers: FakeResponse) -> None:
         """Answer the next requests of this kind so, one after another; then as ever."""
         self._scripts.setdefault(key, []).extend(answers)
 
@@ -136,21 +136,21 @@ class FakeMcpServer:
         self.sessions.clear()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = await Received.read(scope, receive)
+        received = await RecordedRequest.read(scope, receive)
         self.log.add(received)
         answer = self._answer(received)
         await answer.deliver(received, receive, send, self.local.abort)
 
-    def _answer(self, received: Received) -> Answer:
+    def _answer(self, received: RecordedRequest) -> FakeResponse:
         if self.intercept is not None and (intercepted := self.intercept(received)) is not None:
             return intercepted
         if received.path.startswith(WELL_KNOWN):
             return self._metadata(received)
         if received.path != self.path:
-            return Answer.json({"error": "not found"}, 404)
+            return FakeResponse.json({"error": "not found"}, 404)
         return self._challenge(received) or self._programmed(received) or self._speak(received)
 
-    def _programmed(self, received: Received) -> Answer | None:
+    def _programmed(self, received: RecordedRequest) -> FakeResponse | None:
         for key in _keys(received):
             if self._scripts.get(key):
                 return self._scripts[key].pop(0)
@@ -161,19 +161,19 @@ class FakeMcpServer:
 
     # protection
 
-    def _metadata(self, received: Received) -> Answer:
+    def _metadata(self, received: RecordedRequest) -> FakeResponse:
         """RFC 9728 §3."""
         places = {"inserted": f"{WELL_KNOWN}{self.path}", "root": WELL_KNOWN}
         answer = resolve(self.metadata_answer, received)
         if answer is not None:
             return answer
         if received.path not in {places[place] for place in self.metadata_at}:
-            return Answer.json({"error": "not found"}, 404)
+            return FakeResponse.json({"error": "not found"}, 404)
         document: dict[str, object] = {
             "resource": self.url,
             "authorization_servers": [server.issuer for server in self.authorization_servers],
         }
-        return Answer.json(changed(document, self.metadata_changes))
+        return FakeResponse.json(changed(document, self.metadata_changes))
 
     def find_token(self, bearer: str | None) -> Token | None:
         """The token, where one of the authorization servers finds it good and it is meant for this resource."""
@@ -183,7 +183,7 @@ class FakeMcpServer:
                 return token
         return None
 
-    def _challenge(self, received: Received) -> Answer | None:
+    def _challenge(self, received: RecordedRequest) -> FakeResponse | None:
         if not self.protected:
             return None
         token = None if self.endless_401 else self.find_token(received.bearer)
@@ -199,7 +199,7 @@ class FakeMcpServer:
             return None
         return self._refuse(403, "insufficient_scope", tuple(needed))
 
-    def _refuse(self, status: int, error: str, scopes: tuple[str, ...]) -> Answer:
+    def _refuse(self, status: int, error: str, scopes: tuple[str, ...]) -> FakeResponse:
         self._refused += 1
         params = {"error": error, "scope": " ".join(scopes)}
         if self.challenge_names_metadata:
@@ -208,43 +208,45 @@ class FakeMcpServer:
         ours = "Bearer " + ", ".join(f'{name}="{value}"' for name, value in params.items() if value)
         values = self.challenges.get(status, [ours.strip()])
         challenges = tuple(("www-authenticate", value) for value in values)
-        return Answer(status=status, headers=(*challenges, *JSON), body=b'{"error":"challenge of the upstream"}')
+        return FakeResponse(status=status, headers=(*challenges, *JSON), body=b'{"error":"challenge of the upstream"}')
 
     # MCP
 
-    def _speak(self, received: Received) -> Answer:
+    def _speak(self, received: RecordedRequest) -> FakeResponse:
         if received.method == "GET":
             return self._open_stream(received)
         if received.method == "DELETE":
             return self._end_session(received)
         message = received.message
         if received.method != "POST" or not message:
-            return Answer.json(_error(None, -32700, "not a JSON-RPC message"), 400)
+            return FakeResponse.json(_error(None, -32700, "not a JSON-RPC message"), 400)
         modern = received.header("mcp-protocol-version") == MODERN
         if modern and not self.modern:
-            return Answer.json(_error(message.get("id"), -32000, "Bad Request: Unsupported protocol version"), 400)
+            return FakeResponse.json(
+                _error(message.get("id"), -32000, "Bad Request: Unsupported protocol version"), 400
+            )
         if self.sessions_on and not modern and received.rpc_method != "initialize":
             refusal = self._session_refusal(received)
             if refusal is not None:
                 return refusal
         if "id" not in message or "method" not in message:
-            return Answer(status=202)
+            return FakeResponse(status=202)
         return self._respond(received, modern=modern)
 
-    def _session_refusal(self, received: Received) -> Answer | None:
+    def _session_refusal(self, received: RecordedRequest) -> FakeResponse | None:
         session = received.header("mcp-session-id")
         if session is None:
-            return Answer.json(_error(received.message.get("id"), -32600, "Bad Request: Missing session ID"), 400)
+            return FakeResponse.json(_error(received.message.get("id"), -32600, "Bad Request: Missing session ID"), 400)
         if session not in self.sessions:
-            return Answer.json(_error(received.message.get("id"), -32600, "Session not found"), 404)
+            return FakeResponse.json(_error(received.message.get("id"), -32600, "Session not found"), 404)
         return None
 
-    def _open_stream(self, received: Received) -> Answer:
+    def _open_stream(self, received: RecordedRequest) -> FakeResponse:
         session = self.sessions.get(received.header("mcp-session-id") or "")
         if not self.get_stream or not self.sessions_on:
-            return Answer(status=405, headers=(("allow", "POST"),))
+            return FakeResponse(status=405, headers=(("allow", "POST"),))
         if session is None:
-            return Answer.json(_error(None, -32600, "Session not found"), 404)
+            return FakeResponse.json(_error(None, -32600, "Session not found"), 404)
         stream = Channel()
         session.streams.append(stream)
 
@@ -255,19 +257,19 @@ class FakeMcpServer:
             finally:
                 session.streams.remove(stream)
 
-        return Answer.events(until_left)
+        return FakeResponse.events(until_left)
 
-    def _end_session(self, received: Received) -> Answer:
+    def _end_session(self, received: RecordedRequest) -> FakeResponse:
         if not self.sessions_on:
-            return Answer(status=405, headers=(("allow", "POST"),))
+            return FakeResponse(status=405, headers=(("allow", "POST"),))
         session = self.sessions.pop(received.header("mcp-session-id") or "", None)
         if session is None:
-            return Answer.json(_error(None, -32600, "Session not found"), 404)
+            return FakeResponse.json(_error(None, -32600, "Session not found"), 404)
         for stream in session.streams:
             stream.close()
-        return Answer()
+        return FakeResponse()
 
-    def _respond(self, received: Received, *, modern: bool) -> Answer:
+    def _respond(self, received: RecordedRequest, *, modern: bool) -> FakeResponse:
         message = received.message
         extra = self.response_headers
         if received.rpc_method == "initialize" and self.sessions_on:
@@ -277,17 +279,17 @@ class FakeMcpServer:
         result = self._result(received)
         if result is None:
             status = 404 if modern else 200
-            return Answer.json(_error(message["id"], -32601, f"Method not found: {received.rpc_method}"), status)
+            return FakeResponse.json(_error(message["id"], -32601, f"Method not found: {received.rpc_method}"), status)
         if modern:
             result = {"resultType": "complete", **result}
         response = {"jsonrpc": "2.0", "id": message["id"], "result": result}
         progress = self._progress(received)
         if self.answer_as == "sse" or progress:
             body = b"".join(sse(event) for event in (*progress, response))
-            return Answer(headers=(("content-type", "text/event-stream"), *extra), body=body)
-        return Answer(headers=(*JSON, *extra), body=json.dumps(response).encode())
+            return FakeResponse(headers=(("content-type", "text/event-stream"), *extra), body=body)
+        return FakeResponse(headers=(*JSON, *extra), body=json.dumps(response).encode())
 
-    def _result(self, received: Received) -> dict[str, object] | None:
+    def _result(self, received: RecordedRequest) -> dict[str, object] | None:
         info = {"name": "fake", "version": "1"}
         match received.rpc_method:
             case "initialize":
@@ -311,7 +313,7 @@ class FakeMcpServer:
             case _:
                 return None
 
-    def _call(self, received: Received) -> str:
+    def _call(self, received: RecordedRequest) -> str:
         arguments = received.message["params"].get("arguments") or {}
         match received.tool:
             case "whoami":
@@ -322,7 +324,7 @@ class FakeMcpServer:
             case _:
                 return str(arguments.get("text", received.tool))
 
-    def _progress(self, received: Received) -> tuple[dict[str, object], ...]:
+    def _progress(self, received: RecordedRequest) -> tuple[dict[str, object], ...]:
         """What the tool ``count`` tells on its way, where the client asked for it."""
         params = received.message.get("params") or {}
         token = (params.get("_meta") or {}).get("progressToken")
@@ -339,27 +341,27 @@ class FakeMcpServer:
         )
 
 
-def big(size: int, *, content_type: str = "application/octet-stream") -> Answer:
+def big(size: int, *, content_type: str = "application/octet-stream") -> FakeResponse:
     """A streamed, chunked answer of this many bytes."""
 
     async def stream() -> AsyncIterator[bytes]:
         for start in range(0, size, len(CHUNK)):
             yield CHUNK[: min(len(CHUNK), size - start)]
 
-    return Answer(headers=(("content-type", content_type),), stream=stream)
+    return FakeResponse(headers=(("content-type", content_type),), stream=stream)
 
 
-def endless(chunk: bytes = sse({"jsonrpc": "2.0", "method": "notifications/message"})) -> Answer:
+def endless(chunk: bytes = sse({"jsonrpc": "2.0", "method": "notifications/message"})) -> FakeResponse:
     """Server-sent events without an end, as fast as they are taken."""
 
     async def stream() -> AsyncIterator[bytes]:
         while True:
             yield chunk
 
-    return Answer.events(stream)
+    return FakeResponse.events(stream)
 
 
-def _keys(received: Received) -> tuple[str, ...]:
+def _keys(received: RecordedRequest) -> tuple[str, ...]:
     """What a request is known by, the narrowest first."""
     keys = [f"tools/call:{received.tool}"] if received.tool else []
     return (*keys, *filter(None, [received.rpc_method]), received.method)

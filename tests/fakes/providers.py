@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.exchange import ABSENT, Answer
+from fakes.http_exchange import ABSENT, FakeResponse
 from mcp_auth_proxy.cli.demo_servers.authorization_server import AuthorizationRequest
 from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued, OAuthFault
 
@@ -28,15 +28,15 @@ class Provider(FakeAuthorizationServer):
     appended_only = False
     """Serves OpenID discovery below its own path, and nothing at the root."""
     changes: ClassVar[Quirks] = {}
-    knobs: ClassVar[Quirks] = {}
+    options: ClassVar[Quirks] = {}
     errors: ClassVar[Quirks] = {}
     """Its own names for standard errors."""
 
-    def __init__(self, issuer: str, **knobs: Any) -> None:
+    def __init__(self, issuer: str, **options: Any) -> None:
         self.queries: list[dict[str, str]] = []
         changes = {"authorization_response_iss_parameter_supported": ABSENT, **self.changes}
-        ours = {"auto_consent": True, "registration": False, "iss": None, "metadata_changes": changes, **self.knobs}
-        super().__init__(issuer, **{**ours, **knobs})
+        ours = {"auto_consent": True, "registration": False, "iss": None, "metadata_changes": changes, **self.options}
+        super().__init__(issuer, **{**ours, **options})
 
     @classmethod
     def path(cls) -> str:
@@ -62,7 +62,7 @@ class EntraId(Provider):
         "code_challenge_methods_supported": ABSENT,
         "scopes_supported": ["openid", "profile", "email", "offline_access"],
     }
-    knobs: ClassVar[Quirks] = {
+    options: ClassVar[Quirks] = {
         "scopes": ("api://APPLICATION-ID/.default", "offline_access"),
         "refresh_needs_offline_access": True,
     }
@@ -89,7 +89,7 @@ class Google(Provider):
 
     name = "Google"
     address = "https://accounts.google.com"
-    knobs: ClassVar[Quirks] = {"rotate": False, "scopes": ("https://www.googleapis.com/auth/drive.readonly",)}
+    options: ClassVar[Quirks] = {"rotate": False, "scopes": ("https://www.googleapis.com/auth/drive.readonly",)}
 
     def _check_authorization(self, client: Client, redirect_uri: str, query: Mapping[str, str]) -> AuthorizationRequest:
         asks = not self.queries or query.get("prompt") == "consent"
@@ -102,7 +102,7 @@ class GitHub(Provider):
 
     name = "GitHub"
     address = "https://github.com/login/oauth"
-    knobs: ClassVar[Quirks] = {"serves_metadata": False, "refresh": False, "token_seconds": 1e9}
+    options: ClassVar[Quirks] = {"serves_metadata": False, "refresh": False, "token_seconds": 1e9}
     errors: ClassVar[Quirks] = {
         "invalid_grant": "bad_verification_code",
         "invalid_client": "incorrect_client_credentials",
@@ -134,17 +134,17 @@ class Okta(Provider):
     name = "Okta"
     address = "https://ORG.okta.com/oauth2/default"
     appended_only = True
-    knobs: ClassVar[Quirks] = {
+    options: ClassVar[Quirks] = {
         "registration": True,
         "scopes": ("notes.read", "offline_access"),
         "refresh_needs_offline_access": True,
     }
 
-    def __init__(self, issuer: str, **knobs: Any) -> None:
+    def __init__(self, issuer: str, **options: Any) -> None:
         self.audience = ""
-        super().__init__(issuer, **knobs)
+        super().__init__(issuer, **options)
         refusal = {"errorCode": "E0000005", "errorSummary": "Invalid session", "errorCauses": []}
-        self.answers["register"] = Answer.json(refusal, 401)
+        self.answers["register"] = FakeResponse.json(refusal, 401)
 
     def _resource(self, params: Mapping[str, str]) -> str:
         return self.audience
@@ -179,7 +179,7 @@ class Cognito(Provider):
     address = "https://cognito-idp.us-east-1.amazonaws.com/POOL-ID"
     appended_only = True
     changes: ClassVar[Quirks] = {"code_challenge_methods_supported": ABSENT}
-    knobs: ClassVar[Quirks] = {"rotate": False, "scopes": ("openid", "notes/read")}
+    options: ClassVar[Quirks] = {"rotate": False, "scopes": ("openid", "notes/read")}
 
     def _resource(self, params: Mapping[str, str]) -> str:
         if "resource" in params:
@@ -193,7 +193,7 @@ class Keycloak(Provider):
     name = "Keycloak"
     address = "https://KEYCLOAK-HOST/realms/REALM"
     appended_only = True
-    knobs: ClassVar[Quirks] = {"registration": True, "iss": "auto"}
+    options: ClassVar[Quirks] = {"registration": True, "iss": "auto"}
     changes: ClassVar[Quirks] = {"authorization_response_iss_parameter_supported": True}
 
 

@@ -237,7 +237,7 @@ async def until(condition: Callable[[], object], what: str = "the condition", ti
         await asyncio.sleep(0.01)
 
 
-async def settled(value: Callable[[], int]) -> int:
+async def wait_until_stable(value: Callable[[], int]) -> int:
     """Wait, bounded, until a number no longer changes; return it."""
     for _ in range(50):
         before = value()

@@ -12,7 +12,7 @@ SECONDS = 10
 
 
 @dataclass
-class RawAnswer:
+class RawResponse:
     """A response as it came in. ``ended`` tells a body that was complete from one that broke off."""
 
     status: int
@@ -68,19 +68,19 @@ class RawClient:
         """Send one GET that asks for events."""
         self.send("\n".join([f"GET {path} HTTP/1.1", "Host: HOST", "Accept: text/event-stream", *fields, "", ""]))
 
-    async def answer(self) -> RawAnswer:
+    async def answer(self) -> RawResponse:
         """Read one response to its end, or to where it breaks off."""
         status, headers = await self.head()
         named = dict(headers)
         try:
             async with asyncio.timeout(SECONDS):
                 if named.get("transfer-encoding") == "chunked":
-                    return RawAnswer(status, headers, *await self._chunks())
+                    return RawResponse(status, headers, *await self._chunks())
                 length = int(named.get("content-length", 0))
                 body = await self.reader.readexactly(length)
         except asyncio.IncompleteReadError as error:
-            return RawAnswer(status, headers, error.partial, False)
-        return RawAnswer(status, headers, body, True)
+            return RawResponse(status, headers, error.partial, False)
+        return RawResponse(status, headers, body, True)
 
     async def head(self) -> tuple[int, list[tuple[str, str]]]:
         """Read the head of a response; names in lower case."""

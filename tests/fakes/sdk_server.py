@@ -20,7 +20,7 @@ from mcp.shared.auth import OAuthClientInformationFull, OAuthToken
 from pydantic import AnyHttpUrl, AnyUrl
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fakes.exchange import Received
+from fakes.http_exchange import RecordedRequest
 from mcp_auth_proxy.cli.demo_servers.local_server import serve
 
 
@@ -95,7 +95,7 @@ class SdkServer:
     def __init__(self, origin: str) -> None:
         self.url = f"{origin}/mcp"
         self.provider = Provider()
-        self.requests: list[Received] = []
+        self.requests: list[RecordedRequest] = []
         server = MCPServer(
             "sdk",
             auth_server_provider=self.provider,
@@ -134,7 +134,7 @@ class SdkServer:
         if scope["type"] != "http" or scope["path"] == "/mcp":
             await self._app(scope, receive, send)
             return
-        received = await Received.read(scope, receive)
+        received = await RecordedRequest.read(scope, receive)
         received.endpoint = scope["path"].removeprefix("/")
         self.requests.append(received)
 
@@ -143,7 +143,7 @@ class SdkServer:
 
         await self._app(scope, again, send)
 
-    def seen(self, endpoint: str) -> list[Received]:
+    def seen(self, endpoint: str) -> list[RecordedRequest]:
         return [received for received in self.requests if received.endpoint == endpoint]
 
     def add_client(self, client_id: str, *, secret: str, auth: str, redirect_uri: str) -> None:

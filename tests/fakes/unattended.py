@@ -16,7 +16,7 @@ AGENT = "agent"
 
 
 @dataclass(kw_only=True)
-class Connected:
+class ConnectedProxy:
     """The proxy with one server ``notes``, and a client of it."""
 
     proxy: RunningProxy
@@ -40,13 +40,13 @@ async def connected(
     server: dict[str, Any] | None = None,
     version: str = "2025-11-25",
     query: str = "",
-    knobs: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
     **sections: Any,
-) -> AsyncIterator[Connected]:
-    """Run issuer, server and proxy; ``server`` and ``sections`` add to the configuration, ``knobs`` to the fake."""
+) -> AsyncIterator[ConnectedProxy]:
+    """Run issuer, server and proxy; ``server`` and ``sections`` add to the configuration, ``options`` to the fake."""
     issuer = await servers.authorization_server()
-    upstream = await servers.mcp_server(issuer, **{"checks_audience": False, **(knobs or {})})
+    upstream = await servers.mcp_server(issuer, **{"checks_audience": False, **(options or {})})
     settings = unattended(issuer, upstream.url + query, folder, **(server or {}))
     async with running_proxy(folder, {"notes": settings}, **sections) as proxy, proxy.client("notes") as client:
         client.version = version
-        yield Connected(proxy=proxy, upstream=upstream, client=client)
+        yield ConnectedProxy(proxy=proxy, upstream=upstream, client=client)

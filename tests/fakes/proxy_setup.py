@@ -11,7 +11,7 @@ from typing import Any
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import Servers
 from fakes.headless import consent
-from fakes.mcp_client import PlainClient, Reply
+from fakes.mcp_client import McpResponse, PlainClient
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import RunningProxy, link_in, running_proxy
 
@@ -27,7 +27,7 @@ class Clock:
 
 
 @dataclass(kw_only=True)
-class Scene:
+class ProxySetup:
     """Everything that runs. ``client`` speaks to the server ``notes``."""
 
     issuer: FakeAuthorizationServer
@@ -36,7 +36,7 @@ class Scene:
     client: PlainClient
     clock: Clock
 
-    async def ask(self, text: str = "x") -> Reply:
+    async def ask(self, text: str = "x") -> McpResponse:
         """One tool call, which answers with its text."""
         return await self.client.call("echo", text=text)
 
@@ -51,22 +51,22 @@ class Scene:
         assert (await self.ask("connected")).text == "connected"
 
 
-async def many(it: Scene, count: int) -> list[Reply]:
+async def ask_many(setup: ProxySetup, count: int) -> list[McpResponse]:
     """So many tool calls at once, each with its number."""
-    return await asyncio.gather(*(it.ask(str(number)) for number in range(count)))
+    return await asyncio.gather(*(setup.ask(str(number)) for number in range(count)))
 
 
-def texts(replies: list[Reply]) -> list[str]:
+def texts(replies: list[McpResponse]) -> list[str]:
     return [reply.text for reply in replies]
 
 
 def numbered(count: int) -> list[str]:
-    """What ``many`` is to be answered."""
+    """What ``ask_many`` is to be answered."""
     return [str(number) for number in range(count)]
 
 
 @asynccontextmanager
-async def scene(
+async def proxy_setup(
     servers: Servers,
     folder: Path,
     *,
@@ -76,7 +76,7 @@ async def scene(
     oauth: Mapping[str, Any] | None = None,
     client: Mapping[str, Any] | None = None,
     **sections: Any,
-) -> AsyncIterator[Scene]:
+) -> AsyncIterator[ProxySetup]:
     """Run it. The mappings are knobs of the fakes, the ``oauth`` section of the server, options of the client."""
     authority = await servers.authorization_server(**{"auto_consent": True, **(issuer or {})})
     server = await servers.mcp_server(authority, **(upstream or {}))
@@ -86,4 +86,4 @@ async def scene(
         running_proxy(folder, {"notes": config}, clock=clock, authorization={"wait": wait}, **sections) as proxy,
         proxy.client("notes", **(client or {})) as plain,
     ):
-        yield Scene(issuer=authority, upstream=server, proxy=proxy, client=plain, clock=clock)
+        yield ProxySetup(issuer=authority, upstream=server, proxy=proxy, client=plain, clock=clock)

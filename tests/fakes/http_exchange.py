@@ -30,7 +30,7 @@ def changed(document: Mapping[str, object], changes: Mapping[str, object]) -> di
 
 
 @dataclass(kw_only=True)
-class Received:
+class RecordedRequest:
     """One request as it came in. ``gone`` is set when the client leaves before the answer has ended."""
 
     method: str
@@ -134,7 +134,7 @@ class Channel:
 
 
 @dataclass(kw_only=True)
-class Answer:
+class FakeResponse:
     """A response. With ``stream`` the body comes from there and is chunked, else it has a Content-Length."""
 
     status: int = 200
@@ -188,7 +188,7 @@ class Answer:
         """The request was read, then the connection breaks without an answer."""
         return cls(head=False, reset=True)
 
-    async def deliver(self, received: Received, receive: Receive, send: Send, abort: Abort) -> None:
+    async def deliver(self, received: RecordedRequest, receive: Receive, send: Send, abort: Abort) -> None:
         """Send it, and notice a client that leaves meanwhile."""
         try:
             if self.stream is None and self.gate is None and self.head and not self.reset:
@@ -218,15 +218,15 @@ class Answer:
         await send({"type": "http.response.body", "body": self.body, "more_body": self.reset})
 
 
-Answers = Answer | Callable[[Received], Answer | None]
+FakeResponses = FakeResponse | Callable[[RecordedRequest], FakeResponse | None]
 """An answer, or what makes one for a request; None leaves the request to the fake."""
 
 
-def resolve(answers: Answers | None, received: Received) -> Answer | None:
+def resolve(answers: FakeResponses | None, received: RecordedRequest) -> FakeResponse | None:
     return answers(received) if callable(answers) else answers
 
 
-async def finished_before_leaving(work: Any, received: Received, receive: Receive) -> bool:
+async def finished_before_leaving(work: Any, received: RecordedRequest, receive: Receive) -> bool:
     """Runs the coroutine; False, with ``received.gone`` set and the work cancelled, where the client left first."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_left(receive))
@@ -258,19 +258,21 @@ def _named(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple((name.replace("_", "-"), value) for name, value in headers.items())
 
 
-class Log:
+class RequestLog:
     """The requests that a fake has had, in order, with a way to wait for one."""
 
     def __init__(self) -> None:
-        self.requests: list[Received] = []
+        self.requests: list[RecordedRequest] = []
         self._news = asyncio.Event()
 
-    def add(self, received: Received) -> None:
+    def add(self, received: RecordedRequest) -> None:
         self.requests.append(received)
         self._news.set()
         self._news = asyncio.Event()
 
-    async def wait_for(self, wanted: Callable[[Received], bool] = lambda _: True, *, count: int = 1) -> Received:
+    async def wait_for(
+        self, wanted: Callable[[RecordedRequest], bool] = lambda _: True, *, count: int = 1
+    ) -> RecordedRequest:
         """The ``count``-th request that is wanted, past or to come; TimeoutError after 5 seconds."""
         async with asyncio.timeout(5):
             while True:
