@@ -1,6 +1,6 @@
-"""Tests that need a part of the system which is not a Python package: skipped with a reason where it is missing.
+"""Skips tests that need a program which is not installed, such as chromium.
 
-With ``MCP_AUTH_PROXY_REQUIRE_ALL=1``, as in CI, they fail instead: nothing is left out unnoticed.
+With ``MCP_AUTH_PROXY_REQUIRE_ALL=1``, as in CI, those tests fail instead.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ pytest_plugins = ["fakes.fixtures"]
 
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
-"""Without a deadline per example, which fails on a busy machine; pytest's timeout bounds the whole test instead."""
+"""No deadline per example, because it fails on a busy machine; pytest's timeout bounds the whole test."""
 
 PARTS = {
     "chromium": ("chromium", "chromium-browser", "google-chrome"),
     "nginx": ("nginx",),
     "wrk": ("wrk",),
 }
-"""Marker → the commands, one of which must be there."""
+"""Marker → commands, one of which must be installed."""
 
 SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
 REQUIRE_ALL = os.environ.get("MCP_AUTH_PROXY_REQUIRE_ALL") == "1"
@@ -52,5 +52,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The loop that ``serve`` runs on: what passes on asyncio's own may fail there."""
+    """Return the loop that ``serve`` runs on: what passes on asyncio's own may fail there."""
     return {"uvloop": uvloop.new_event_loop}

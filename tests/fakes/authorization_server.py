@@ -1,4 +1,4 @@
-"""An authorization server that tests program: the demo's, with knobs and a record of all it is asked."""
+"""The demo's authorization server, with options that tests set and a log of every request."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -25,10 +25,11 @@ AUTO = "auto"
 
 
 class FakeAuthorizationServer(AuthorizationServer):
-    """Set the attributes at any time. ``rules`` holds lifetimes, scopes, rotation and refresh tokens.
+    """Behaves as its attributes say; a test may change them at any time.
 
-    ``answers`` puts an answer in the place of ours, by endpoint (metadata, register, authorize, consent, token,
-    revoke); ``outage`` does so for all of them. ``gates`` holds requests to an endpoint until their event is set.
+    ``rules`` has lifetimes, scopes, rotation and refresh tokens. ``answers`` replaces the response of an endpoint
+    (metadata, register, authorize, consent, token, revoke); ``outage`` that of all of them. ``gates`` holds requests to
+    an endpoint until their event is set.
     """
 
     def __init__(self, issuer: str, **options: Any) -> None:
@@ -36,22 +37,22 @@ class FakeAuthorizationServer(AuthorizationServer):
         self.local: LocalServer
         self.auto_consent = False
         self.serves_metadata = True
-        """False: as a server of 2025-03-26 without metadata, default endpoints only."""
+        """False: no metadata and only the default endpoints, as a server of MCP 2025-03-26 may have."""
         self.metadata_changes: dict[str, object] = {}
         self.token_changes: dict[str, object] = {}
-        """Made to every successful token answer."""
+        """Changes to every successful token response."""
         self.answers: dict[str, FakeResponses] = {}
         self.outage: FakeResponses | None = None
         self.gates: dict[str, Any] = {}
         self.lost_responses: set[str] = set()
-        """Endpoints that do what they are asked, and then break the connection without saying so."""
+        """Endpoints that process a request and then drop the connection without a response."""
         self.authorize_error: tuple[str, str] | None = None
-        """Error code and description that every authorization ends with."""
+        """Error code and description with which every authorization fails."""
         self.iss: str | None = AUTO
-        """The ``iss`` of authorization responses: AUTO is right, None leaves it out."""
+        """The ``iss`` of authorization responses: AUTO sends the issuer, None omits it."""
         self.registration = True
         self.client_documents = False
-        """Takes the URL of a Client ID Metadata Document for a client, and advertises it."""
+        """Whether a client may be the URL of a Client ID Metadata Document; advertised in the metadata."""
         rules = options.pop("rules", None) or Rules(scopes=None, default_scopes=())
         super().__init__(issuer, rules=rules)
         self.configure(**options)
@@ -59,7 +60,7 @@ class FakeAuthorizationServer(AuthorizationServer):
     @classmethod
     @asynccontextmanager
     async def running(cls, path: str = "", *, port: int = 0, **options: Any) -> AsyncIterator[Self]:
-        """One that listens on loopback; its issuer is its origin and the path."""
+        """Run a server on loopback until the block ends; its issuer is its origin followed by ``path``."""
         made: list[Self] = []
 
         def make(origin: str) -> ASGIApp:
@@ -71,21 +72,21 @@ class FakeAuthorizationServer(AuthorizationServer):
             yield made[0]
 
     def configure(self, **options: Any) -> None:
-        """Set several attributes; those of ``rules`` by their own names."""
+        """Set several attributes; a name that belongs to ``rules`` is set there."""
         for name, value in options.items():
             target = self.rules if name in Rules.__slots__ else self
             if not hasattr(target, name):
                 raise TypeError(f"no knob {name}")
             setattr(target, name, value)
 
-    # what was asked
+    # requests so far
 
     @property
     def requests(self) -> list[RecordedRequest]:
         return self.log.requests
 
     def seen(self, endpoint: str, **form: str) -> list[RecordedRequest]:
-        """The requests to one endpoint, of which the form (the query of a GET) has these values."""
+        """Return the requests to one endpoint whose form (the query of a GET) has these values."""
         return [
             received
             for received in self.requests
@@ -113,11 +114,11 @@ class FakeAuthorizationServer(AuthorizationServer):
         return self.token_requests("refresh_token")
 
     def token_requests(self, grant_type: str | None = None) -> int:
-        """How many token requests came, of one grant type or in all."""
+        """Return the number of token requests, of one grant type or in all."""
         return len(self.seen("token", **({} if grant_type is None else {"grant_type": grant_type})))
 
     def secrets(self) -> set[str]:
-        """Every secret that was issued or sent here: what must be found in no log and no file."""
+        """Return every secret that was issued or received here: none may appear in a log or a file."""
         ledger = self.ledger
         sent = {
             received.form[name]
@@ -128,22 +129,22 @@ class FakeAuthorizationServer(AuthorizationServer):
         clients = {client.secret for client in ledger.clients.values() if client.secret}
         return sent | clients | {*ledger.tokens, *ledger.refresh_tokens, *ledger.codes}
 
-    # what has happened to it
+    # events in its life
 
     def forget_clients(self) -> None:
-        """Every client is answered ``invalid_client`` from now on."""
+        """Forget all clients: each is answered ``invalid_client`` from now on."""
         self.ledger.clients.clear()
 
     def end_grants(self) -> None:
-        """Every refresh is answered ``invalid_grant`` from now on, and every access token is dead."""
+        """End all grants: access tokens are invalid, a refresh is answered ``invalid_grant``."""
         self.ledger.end_grants()
 
     def end_access_tokens(self) -> int:
-        """Every access token is dead at once; refresh tokens work. Returns how many were good."""
+        """Invalidate every access token, but no refresh token; return how many were valid."""
         return self.ledger.end_access_tokens()
 
     def issue(self, *, resource: str, scopes: tuple[str, ...] = (), client_id: str = "by-hand") -> str:
-        """A good access token, without a flow."""
+        """Issue a valid access token without a flow."""
         client = Client(id=client_id, auth="client_secret_post", secret="by-hand")
         return self.ledger.client_credentials(client, resource=resource, scopes=scopes).access_token
 
@@ -180,10 +181,10 @@ class FakeAuthorizationServer(AuthorizationServer):
         return name if name in ("register", "authorize", "consent", "token", "revoke") else "other"
 
     def owns(self, path: str) -> bool:
-        """True where this issuer, of several on one host, answers for the path."""
+        """Return whether this issuer, of several on one host, serves the path."""
         return self._endpoint(path) != "other"
 
-    # what the demo's server lets be changed
+    # hooks of the demo's server
 
     def metadata(self) -> dict[str, object]:
         document = super().metadata()
@@ -201,7 +202,7 @@ class FakeAuthorizationServer(AuthorizationServer):
 
     async def find_client(self, client_id: str, redirect_uri: str) -> Client | None:
         if self.client_documents and client_id.startswith("https://") and client_id not in self.ledger.clients:
-            # the document itself can't be fetched in tests: the proxy's public https URL is a name only
+            # The document can't be fetched in tests: nothing listens at the proxy's public https URL.
             self.add_client(client_id=client_id, auth="none", redirect_uris=(redirect_uri,))
         return await super().find_client(client_id, redirect_uri)
 
@@ -214,7 +215,7 @@ class FakeAuthorizationServer(AuthorizationServer):
 
 
 class Tenants:
-    """Several issuers on one origin, each with a path of its own."""
+    """Several issuers on one origin, each with its own path."""
 
     def __init__(self, origin: str, paths: tuple[str, ...], options: Mapping[str, Any]) -> None:
         self.servers = [FakeAuthorizationServer(f"{origin}{path}", **options) for path in paths]
@@ -226,7 +227,7 @@ class Tenants:
     @classmethod
     @asynccontextmanager
     async def running(cls, *paths: str, **options: Any) -> AsyncIterator[list[FakeAuthorizationServer]]:
-        """Issuers with these paths, on one loopback origin."""
+        """Run issuers with these paths on one loopback origin until the block ends."""
         made: list[Tenants] = []
 
         def make(origin: str) -> ASGIApp:
@@ -247,4 +248,4 @@ def _body_again(received: RecordedRequest) -> Callable[[], Any]:
 
 
 async def _discard(message: Message) -> None:
-    """Takes an answer that nobody is to see."""
+    """Discard an ASGI message."""

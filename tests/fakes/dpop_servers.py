@@ -1,4 +1,4 @@
-"""An authorization server and an MCP server that demand DPoP, and check every proof as RFC 9449 §4.3 says."""
+"""An authorization server and an MCP server that require DPoP and check every proof (RFC 9449 §4.3)."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ from mcp_auth_proxy.cli.demo_servers.ledger import Client, Issued
 
 
 class InvalidProof(Exception):
-    """Its text is the error code."""
+    """Raised with the OAuth error code as its text."""
 
 
 def sha256(text: str) -> str:
@@ -29,24 +29,24 @@ def sha256(text: str) -> str:
 
 
 class ProofChecker:
-    """What one server remembers: every ``jti``, and its nonce. Without ``nonce`` it asks for none."""
+    """Checks the proofs of one server, and remembers every ``jti``; a nonce is required if ``nonce`` is set."""
 
     def __init__(self) -> None:
         self.nonce = ""
         self.previous = ""
         self.once = False
-        """Each nonce is good for one request, and each refusal gives another one."""
+        """True: each nonce is valid for one request, and each refusal gives a new one."""
         self.given: set[str] = set()
         self.seen: set[str] = set()
         self.keys: list[str] = []
-        """The thumbprint of every proof that was good."""
+        """The key thumbprint of every valid proof, in order."""
 
     def rotate(self) -> None:
-        """A new nonce; the one before it is good no more."""
+        """Make a new nonce; the previous one becomes invalid."""
         self.nonce, self.previous = secrets.token_urlsafe(12), ""
 
     def rotate_gently(self) -> None:
-        """A new nonce; the one before it stays good, and its answer tells the new one."""
+        """Make a new nonce; the previous one stays valid, and a response to it carries the new one."""
         self.nonce, self.previous = secrets.token_urlsafe(12), self.nonce
 
     def _use_up(self, nonce: str | None) -> None:
@@ -57,7 +57,7 @@ class ProofChecker:
         self.given.remove(nonce)
 
     def check(self, fields: Sequence[str], *, method: str, url: str, token: str = "") -> str:
-        """Return the thumbprint of the proof's key. Raises ProofRefused."""
+        """Return the thumbprint of the proof's key. Raises InvalidProof."""
         if len(fields) != 1:
             raise InvalidProof("invalid_dpop_proof")
         header = jwt.get_unverified_header(fields[0])
@@ -85,7 +85,7 @@ class ProofChecker:
 
 
 class DpopAuthorizationServer(FakeAuthorizationServer):
-    """Binds codes, refresh tokens and access tokens to the key. ``bound`` has the key of each token."""
+    """Binds codes, refresh tokens and access tokens to the key; ``bound`` maps each token to its key."""
 
     def __init__(self, issuer: str, **options: Any) -> None:
         self.proofs = ProofChecker()
@@ -134,13 +134,13 @@ class DpopAuthorizationServer(FakeAuthorizationServer):
 
 
 class DpopMcpServer(FakeMcpServer):
-    """Takes bound tokens of one authorization server, with a proof for each request."""
+    """Accepts bound tokens of one authorization server, with a proof in each request."""
 
     def __init__(self, origin: str, authorization_servers: Sequence[DpopAuthorizationServer], **options: Any) -> None:
         self.issuer = authorization_servers[0]
         self.proofs = ProofChecker()
         self.asks: Literal["metadata", "challenge", "nothing"] = "metadata"
-        """Where it says that it wants DPoP."""
+        """Where it announces DPoP: in the challenge, in the metadata, or nowhere."""
         self.endless_nonce = False
         self.refusals: list[str] = []
         super().__init__(origin, authorization_servers, **options)
@@ -164,7 +164,7 @@ class DpopMcpServer(FakeMcpServer):
         if not set(needed) <= set(found.scopes):
             ours = f'Bearer error="insufficient_scope", scope="{" ".join(needed)}"'
             return FakeResponse(status=403, headers=(("www-authenticate", ours), *JSON), body=b"{}")
-        # A nonce of which the request did not know yet goes out with the answer.
+        # A nonce that the request did not use yet goes out with the response.
         self.response_headers = (("dpop-nonce", self.proofs.nonce),) if self.proofs.previous else ()
         return None
 

@@ -1,4 +1,4 @@
-"""An authorization server, or identity provider, that knows the extension grants; the rest is as of its base."""
+"""An authorization server or identity provider with device codes, assertions and token exchange."""
 
 import secrets
 import time
@@ -39,7 +39,7 @@ def pem(key: Any) -> str:
 
 
 def signed(key: ec.EllipticCurvePrivateKey, *, seconds: float = 300, typ: str = "JWT", **claims: object) -> str:
-    """A JWT that is good for so many seconds from now."""
+    """Return a signed JWT that expires in ``seconds``."""
     now = int(time.time())
     claims = {"iat": now, "exp": now + seconds, "jti": secrets.token_hex(8), **claims}
     return jwt.encode(claims, key, algorithm="ES256", headers={"typ": typ})
@@ -59,9 +59,11 @@ class Device:
 
 
 class ExtensionServer(FakeAuthorizationServer):
-    """``client_keys`` are public keys of clients by id, ``trusted`` those of issuers of assertions by issuer.
+    """Issues tokens for device codes, assertions and subject tokens.
 
-    ``device_changes`` are made to every device authorization response, ``slow_downs`` polls are told to slow down.
+    ``client_keys`` are the public keys of clients by id, ``trusted`` those of assertion issuers by issuer.
+    ``device_changes`` are made to every device authorization response; the first ``slow_downs`` polls are answered
+    ``slow_down``.
     """
 
     grant_types = (*FakeAuthorizationServer.grant_types, JWT_BEARER, TOKEN_EXCHANGE, DEVICE_CODE)
@@ -71,11 +73,11 @@ class ExtensionServer(FakeAuthorizationServer):
         self.client_keys: dict[str, PublicKey] = {}
         self.trusted: dict[str, PublicKey] = {}
         self.subject_tokens: dict[str, str] = {}
-        """Callers by the token that they are identified by."""
+        """Callers by the token that identifies them."""
         self.key = new_key()
-        """What this server signs ID tokens and ID-JAGs with, where it is an identity provider."""
+        """As an identity provider: the key that signs ID tokens and ID-JAGs."""
         self.resource_clients: dict[str, str] = {}
-        """As an identity provider: its clients' ids at other authorization servers."""
+        """As an identity provider: the ids of its clients at other authorization servers."""
         self.jag_scopes: tuple[str, ...] | None = None
         self.jag_changes: dict[str, object] = {}
         self.device_changes: dict[str, object] = {}
@@ -133,7 +135,7 @@ class ExtensionServer(FakeAuthorizationServer):
         return super().authenticate(request, form)
 
     def _by_assertion(self, form: Mapping[str, str]) -> Client:
-        """RFC 7523 §3, strictly: the audience is the issuer, nothing else; a jti is good once."""
+        """Authenticate a client by its assertion (RFC 7523 §3): its audience is the issuer alone, its jti is new."""
         if form.get("client_assertion_type") != ASSERTION_TYPE:
             raise OAuthFault("invalid_client", "unknown client_assertion_type", 401)
         try:
@@ -201,7 +203,7 @@ class ExtensionServer(FakeAuthorizationServer):
         return self.ledger.client_credentials(client, resource=resource, scopes=scopes)
 
     def _issue_id_jag(self, client: Client, form: Mapping[str, str]) -> Response:
-        """The identity provider's part: the subject token must be meant for the client that shows it."""
+        """Issue an ID-JAG as an identity provider; the subject token must be issued to this client."""
         if form.get("subject_token_type") == "urn:ietf:params:oauth:token-type:refresh_token":
             user = self.subject_tokens.get(form.get("subject_token", ""))
         else:
@@ -233,7 +235,7 @@ class ExtensionServer(FakeAuthorizationServer):
     # devices
 
     async def _authorize_device(self, request: Request) -> Response:
-        """RFC 8628 §3.2."""
+        """Answer a device authorization request (RFC 8628 §3.2)."""
         form = await read_form(request)
         client = self.authenticate(request, form)
         device_code, user_code = secrets.token_urlsafe(24), f"{secrets.token_hex(2)}-{secrets.token_hex(2)}".upper()
@@ -252,7 +254,7 @@ class ExtensionServer(FakeAuthorizationServer):
         return JSONResponse(changed(answer, self.device_changes))
 
     async def _device_page(self, request: Request) -> Response:
-        """Where the user enters the code, and decides."""
+        """Serve the page on which the user enters the code and decides."""
         if request.method == "GET":
             code = request.query_params.get("user_code", "")
             field = f'<input name="user_code" value="{code}">'
@@ -265,7 +267,7 @@ class ExtensionServer(FakeAuthorizationServer):
         return HTMLResponse("done" if decided else "unknown code", 200 if decided else 400)
 
     def decide_device(self, user_code: str, *, allowed: bool = True) -> bool:
-        """What the user does at the other device; False where the code is unknown."""
+        """Decide as the user does on another device; return False if the code is unknown."""
         found = next((device for device in self.devices.values() if device.user_code == user_code), None)
         if found is None:
             return False
@@ -277,7 +279,7 @@ class ExtensionServer(FakeAuthorizationServer):
         return True
 
     def _by_device_code(self, client: Client, device_code: str, resource: str) -> Issued:
-        """RFC 8628 §3.5. A device code that comes again after its tokens ends them, as the ledger does with codes."""
+        """Redeem a device code (RFC 8628 §3.5); a code that is used again ends its tokens."""
         found = self.devices.get(device_code)
         if found is None or found.client.id != client.id:
             refuse_grant("the device code is unknown")
@@ -292,16 +294,16 @@ class ExtensionServer(FakeAuthorizationServer):
 
 
 def audience_of(token: str) -> object:
-    """The ``aud`` of a JWT, unchecked."""
+    """Return the ``aud`` of a JWT without verifying it."""
     return jwt.decode(token, options={"verify_signature": False})["aud"]
 
 
 def header_of(token: str) -> dict[str, Any]:
-    """The header of a JWT, unchecked."""
+    """Return the header of a JWT without verifying it."""
     return dict(jwt.get_unverified_header(token))
 
 
 def claims_of(token: str) -> dict[str, Any]:
-    """The claims of a JWT, unchecked."""
+    """Return the claims of a JWT without verifying it."""
     claims: dict[str, Any] = jwt.decode(token, options={"verify_signature": False})
     return claims

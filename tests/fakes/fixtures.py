@@ -1,4 +1,4 @@
-"""Fixtures that start the fakes and stop them after the test; ``servers`` starts as many as a test wants."""
+"""Fixtures that start the fakes and stop them after the test; ``servers`` starts any number of them."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -17,7 +17,7 @@ from mcp_auth_proxy.cli.demo_servers.mcp_server import ProtectedMcpServer, Prote
 
 @dataclass(kw_only=True)
 class RealMcpServer:
-    """The SDK's MCP server behind the demo's bearer check. ``steps`` is what it announced, by name."""
+    """The SDK's MCP server behind the demo's bearer check; ``steps`` are the names of the steps that it announced."""
 
     url: str
     protection: Protection
@@ -26,7 +26,7 @@ class RealMcpServer:
 
 
 class Servers:
-    """Starts fakes; all of them stop when the test ends, the last first."""
+    """Starts fakes; all stop when the test ends, the last one first."""
 
     def __init__(self, stack: AsyncExitStack) -> None:
         self._stack = stack
@@ -70,17 +70,17 @@ async def servers() -> AsyncIterator[Servers]:
 
 @pytest.fixture
 async def authorization_server(servers: Servers) -> FakeAuthorizationServer:
-    """An authorization server that shows its consent page."""
+    """Run an authorization server that shows its consent page."""
     return await servers.authorization_server()
 
 
 @pytest.fixture
 async def mcp_server(servers: Servers, authorization_server: FakeAuthorizationServer) -> FakeMcpServer:
-    """A protected MCP server that accepts the tokens of ``authorization_server``."""
+    """Run a protected MCP server that accepts the tokens of ``authorization_server``."""
     return await servers.mcp_server(authorization_server)
 
 
 @pytest.fixture
 async def real_mcp_server(servers: Servers, authorization_server: FakeAuthorizationServer) -> RealMcpServer:
-    """The same with the SDK's MCP server."""
+    """Run the SDK's MCP server, which accepts the tokens of ``authorization_server``."""
     return await servers.real_mcp_server(authorization_server)

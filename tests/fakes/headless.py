@@ -1,4 +1,4 @@
-"""A user without a browser: opens a link, follows where it leads, and presses the button on the consent page."""
+"""A headless browser: opens a link, follows redirects, and submits the form on the consent page."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Form:
 
 
 class Page(HTMLParser):
-    """The forms of a page, and the links by which one goes on."""
+    """The forms and links of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Browser:
         await self.client.aclose()
 
     async def open(self, url: str) -> httpx2.Response:
-        """One GET, no redirect followed."""
+        """Send one GET; follow no redirect."""
         self.hops.append(url)
         return await self.client.get(url, headers={"accept": "text/html"})
 
@@ -81,10 +81,10 @@ class Browser:
         return await self.client.post(url, data=data, headers={"origin": f"{parts.scheme}://{parts.netloc}"})
 
     async def follow(self, link: str, *, allow: bool = True, until: str = CALLBACK) -> httpx2.Response:
-        """Go from the link to the first page on which there is nothing left to do, and return it.
+        """Return the first page, from the link on, that has no form to submit.
 
-        Redirects are followed, forms are submitted: by the button that allows, or by the one that declines. A page
-        at the path ``until`` is the end, whatever is on it.
+        Redirects are followed. Forms are submitted, with the button that allows or the one that declines. A page at
+        the path ``until`` is the last one, whatever is on it.
         """
         response = await self.open(link)
         for _ in range(MOST_STEPS):
@@ -105,7 +105,7 @@ class Browser:
         raise AssertionError(f"no end after {MOST_STEPS} pages: {[urlsplit(hop).path for hop in self.hops]}")
 
     async def stop_before(self, link: str, path: str = CALLBACK) -> str:
-        """Go on as ``follow`` does, but return the URL that leads to ``path`` instead of opening it."""
+        """Do as ``follow`` does, but return the URL at ``path`` instead of opening it."""
         response = await self.open(link)
         for _ in range(MOST_STEPS):
             here = str(response.url)

@@ -1,4 +1,4 @@
-"""What tests of hostile servers look at: who was visited, and whether the client was told why."""
+"""Checks for tests of hostile servers: whether an address was contacted, and whether the client is told why."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,7 +10,7 @@ from fakes.mcp_client import McpResponse
 
 @dataclass
 class Honeypot:
-    """Listens on loopback, and counts who comes."""
+    """A loopback port that records who connects."""
 
     port: int = 0
     visits: list[object] = field(default_factory=list)
@@ -31,7 +31,7 @@ async def honeypot() -> AsyncIterator[Honeypot]:
 
 
 def assert_refused(reply: McpResponse, *words: str) -> None:
-    """An error that says why, that no client takes for a challenge, and that offers no link."""
+    """Assert that it is an error with these words, not a challenge, and without a link."""
     assert reply.status in (200, 400, 403, 404, 502, 503, 504)
     assert "www-authenticate" not in reply.headers
     text = reply.error["message"]

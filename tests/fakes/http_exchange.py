@@ -1,4 +1,4 @@
-"""What the fakes have in common: a recorded request, and an answer that can be as odd as a test wants."""
+"""What the fakes share: a recorded request, a log of them, and a scripted response."""
 
 import asyncio
 import gzip
@@ -16,7 +16,7 @@ Abort = Callable[[tuple[str, int]], None]
 
 
 class Absent(Enum):
-    """As a value in a mapping of changes: the key is taken out."""
+    """A value that removes its key, in a mapping of changes."""
 
     ABSENT = "absent"
 
@@ -25,13 +25,13 @@ ABSENT = Absent.ABSENT
 
 
 def changed(document: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
-    """The document with the changes made; a value of ABSENT takes the key out."""
+    """Return the document with the changes; a value of ABSENT removes the key."""
     return {key: value for key, value in {**document, **changes}.items() if value is not ABSENT}
 
 
 @dataclass(kw_only=True)
 class RecordedRequest:
-    """One request as it came in. ``gone`` is set when the client leaves before the answer has ended."""
+    """One request as it was received. ``gone`` is set if the client disconnects before the response ends."""
 
     method: str
     path: str
@@ -40,13 +40,13 @@ class RecordedRequest:
     body: bytes
     client: tuple[str, int]
     endpoint: str = ""
-    """Of an authorization server: metadata, register, authorize, consent, token, revoke or other."""
+    """The endpoint of an authorization server: metadata, register, authorize, consent, token, revoke or other."""
     gone: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     done: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
     @classmethod
     async def read(cls, scope: Scope, receive: Receive) -> Self:
-        """Reads the whole body of a request."""
+        """Read a request with its whole body."""
         body = b""
         while True:
             message = await receive()
@@ -65,11 +65,11 @@ class RecordedRequest:
         )
 
     def header(self, name: str) -> str | None:
-        """The first field of this name, or None."""
+        """Return the first field of this name, or None."""
         return next(iter(self.all(name)), None)
 
     def all(self, name: str) -> list[str]:
-        """Every field of this name."""
+        """Return every field of this name."""
         return [value.decode("latin-1") for key, value in self.headers if key.decode("latin-1") == name.lower()]
 
     @property
@@ -78,13 +78,13 @@ class RecordedRequest:
 
     @property
     def form(self) -> dict[str, str]:
-        """The form in the body; the query of a GET."""
+        """Return the form in the body, or the query if there is no body."""
         source = self.body.decode("utf-8", "replace") if self.body else self.query_string
         return dict(parse_qsl(source, keep_blank_values=True))
 
     @property
     def message(self) -> dict[str, Any]:
-        """The JSON object in the body; empty where there is none."""
+        """Return the JSON object in the body; empty if it is not one."""
         try:
             found = json.loads(self.body)
         except ValueError:
@@ -93,7 +93,7 @@ class RecordedRequest:
 
     @property
     def bearer(self) -> str | None:
-        """The token of the Authorization header."""
+        """Return the bearer token of the Authorization header, or None."""
         scheme, _, token = (self.header("authorization") or "").partition(" ")
         return token if scheme.lower() == "bearer" else None
 
@@ -103,13 +103,13 @@ class RecordedRequest:
 
     @property
     def tool(self) -> str:
-        """The tool that is called, or empty."""
+        """Return the name of the tool that is called, or an empty string."""
         params = self.message.get("params")
         return str(params.get("name", "")) if self.rpc_method == "tools/call" and isinstance(params, dict) else ""
 
 
 class Channel:
-    """Chunks that a test hands out one by one: an endless stream until it is closed."""
+    """A stream whose chunks a test sends one by one, open until it is closed."""
 
     def __init__(self) -> None:
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -122,7 +122,7 @@ class Channel:
         self.put(sse(message))
 
     def close(self) -> None:
-        """End the stream after what was put before."""
+        """End the stream after the chunks put so far."""
         self._chunks.put_nowait(None)
 
     def __call__(self) -> AsyncIterator[bytes]:
@@ -135,18 +135,18 @@ class Channel:
 
 @dataclass(kw_only=True)
 class FakeResponse:
-    """A response. With ``stream`` the body comes from there and is chunked, else it has a Content-Length."""
+    """A response. With ``stream`` the body comes from there in chunks, else it has a Content-Length."""
 
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
     stream: Callable[[], AsyncIterator[bytes]] | None = None
     gate: asyncio.Event | None = None
-    """Nothing is sent until it is set."""
+    """If given, nothing is sent until it is set."""
     head: bool = True
-    """False: nothing is sent at all; with ``reset`` the connection breaks, else it stays silent."""
+    """False: nothing is sent; with ``reset`` the connection breaks, else it stays silent."""
     reset: bool = False
-    """The connection is reset in the place of the end of the body."""
+    """True: the connection is reset instead of ending the body."""
 
     @classmethod
     def json(cls, document: object, status: int = 200, **headers: str) -> Self:
@@ -159,13 +159,13 @@ class FakeResponse:
 
     @classmethod
     def gzipped(cls, document: object, content_type: str = "application/json") -> Self:
-        """A compressed body, as it must come through the proxy: byte by byte the same."""
+        """Return a compressed response, which the proxy must forward byte by byte."""
         body = gzip.compress(json.dumps(document).encode(), mtime=0)
         return cls(headers=(("content-type", content_type), ("content-encoding", "gzip")), body=body)
 
     @classmethod
     def events(cls, stream: Callable[[], AsyncIterator[bytes]], *, reset: bool = False, **headers: str) -> Self:
-        """A stream of server-sent events."""
+        """Return a stream of server-sent events."""
         return cls(headers=(("content-type", "text/event-stream"), *_named(headers)), stream=stream, reset=reset)
 
     @classmethod
@@ -180,16 +180,16 @@ class FakeResponse:
 
     @classmethod
     def hang(cls) -> Self:
-        """Nothing ever comes; ends when the client leaves."""
+        """Return a response that never comes, until the client disconnects."""
         return cls(head=False)
 
     @classmethod
     def drop(cls) -> Self:
-        """The request was read, then the connection breaks without an answer."""
+        """Return a response that is a closed connection, after the request was read."""
         return cls(head=False, reset=True)
 
     async def deliver(self, received: RecordedRequest, receive: Receive, send: Send, abort: Abort) -> None:
-        """Send it, and notice a client that leaves meanwhile."""
+        """Send it; notice if the client disconnects meanwhile."""
         try:
             if self.stream is None and self.gate is None and self.head and not self.reset:
                 await self._produce(send)
@@ -213,13 +213,13 @@ class FakeResponse:
         if self.stream is not None:
             async for chunk in self.stream():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                # uvicorn's send() to a client that has left returns at once: the loop must come round to say so
+                # uvicorn's send() to a disconnected client returns at once: yield, so that the loop can report it.
                 await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": self.body, "more_body": self.reset})
 
 
 FakeResponses = FakeResponse | Callable[[RecordedRequest], FakeResponse | None]
-"""An answer, or what makes one for a request; None leaves the request to the fake."""
+"""A response, or a function from request to response; None lets the fake answer."""
 
 
 def resolve(answers: FakeResponses | None, received: RecordedRequest) -> FakeResponse | None:
@@ -227,7 +227,7 @@ def resolve(answers: FakeResponses | None, received: RecordedRequest) -> FakeRes
 
 
 async def finished_before_leaving(work: Any, received: RecordedRequest, receive: Receive) -> bool:
-    """Runs the coroutine; False, with ``received.gone`` set and the work cancelled, where the client left first."""
+    """Await ``work`` and return True; if the client disconnects first, cancel it and return False."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_left(receive))
     try:
@@ -249,7 +249,7 @@ async def _left(receive: Receive) -> None:
 
 
 def sse(message: Mapping[str, object], event_id: str | None = None) -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     lines = [f"id: {event_id}"] if event_id is not None else []
     return "\n".join([*lines, "event: message", f"data: {json.dumps(message)}", "", ""]).encode()
 
@@ -259,7 +259,7 @@ def _named(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 class RequestLog:
-    """The requests that a fake has had, in order, with a way to wait for one."""
+    """The requests that a fake received, in order."""
 
     def __init__(self) -> None:
         self.requests: list[RecordedRequest] = []
@@ -273,7 +273,7 @@ class RequestLog:
     async def wait_for(
         self, wanted: Callable[[RecordedRequest], bool] = lambda _: True, *, count: int = 1
     ) -> RecordedRequest:
-        """The ``count``-th request that is wanted, past or to come; TimeoutError after 5 seconds."""
+        """Return the ``count``-th request that is wanted, past or future. Raises TimeoutError after 5 seconds."""
         async with asyncio.timeout(5):
             while True:
                 found = [received for received in self.requests if wanted(received)]

@@ -1,4 +1,4 @@
-"""A plain MCP client over real sockets: no OAuth, no SDK, and everything that came back can be looked at."""
+"""A plain MCP client over real sockets, without OAuth and without the SDK; responses are kept as they came."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ NAMED_BY = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"
 
 @dataclass
 class McpResponse:
-    """An HTTP response, and the JSON-RPC messages in it: one of JSON, or any number of server-sent events."""
+    """An HTTP response and its JSON-RPC messages: one if it is JSON, any number if it is an event stream."""
 
     status: int
     headers: httpx2.Headers
@@ -26,7 +26,7 @@ class McpResponse:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The last message, which is the answer; empty where there is none."""
+        """Return the last message, which is the response; empty if there is none."""
         return self.messages[-1] if self.messages else {}
 
     @property
@@ -41,12 +41,12 @@ class McpResponse:
 
     @property
     def text(self) -> str:
-        """The text of a tool's result."""
+        """Return the text of a tool's result."""
         return "".join(part.get("text", "") for part in self.result["content"])
 
 
 class PlainClient:
-    """Speaks one protocol revision to one URL. On 2026-07-28 each request carries its ``_meta`` and headers."""
+    """Speaks one protocol revision to one URL; with 2026-07-28 each request has its ``_meta`` and headers."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class PlainClient:
         await self.http.aclose()
 
     async def initialize(self) -> McpResponse:
-        """The handshake of the 2025 revisions; remembers the session id."""
+        """Do the handshake of the 2025 revisions, and keep the session id."""
         params = {
             "protocolVersion": self.version,
             "capabilities": self.capabilities,
@@ -96,7 +96,7 @@ class PlainClient:
         headers: Mapping[str, str] | None = None,
         session: str | None = None,
     ) -> McpResponse:
-        """One request, and everything it was answered."""
+        """Send one request and return the whole response."""
         message = self.message(method, params, id=next(self._ids) if id is None else id)
         response = await self.http.post(
             self.url, content=json.dumps(message), headers=self.headers(message, headers, session)
@@ -104,11 +104,11 @@ class PlainClient:
         return read(response)
 
     async def call(self, tool: str, /, **arguments: object) -> McpResponse:
-        """``tools/call``."""
+        """Call a tool (``tools/call``)."""
         return await self.post("tools/call", {"name": tool, "arguments": arguments})
 
     async def notify(self, method: str, params: Mapping[str, object] | None = None) -> McpResponse:
-        """One notification."""
+        """Send one notification."""
         message = self.message(method, params)
         return read(await self.http.post(self.url, content=json.dumps(message), headers=self.headers(message)))
 
@@ -120,7 +120,7 @@ class PlainClient:
     async def stream(
         self, method: str | None = None, params: Mapping[str, object] | None = None
     ) -> AsyncIterator[tuple[httpx2.Response, AsyncIterator[dict[str, Any]]]]:
-        """A response while it comes in, and its events; a GET stream where no method is given."""
+        """Yield a response while it is received, and its events; a GET stream if no method is given."""
         if method is None:
             request = self.http.build_request("GET", self.url, headers=self.headers({}))
         else:
@@ -137,7 +137,7 @@ class PlainClient:
     def message(
         self, method: str, params: Mapping[str, object] | None = None, *, id: int | str | None = None
     ) -> dict[str, Any]:
-        """The JSON-RPC message, as this revision wants it."""
+        """Return the JSON-RPC message in the form of this revision."""
         message: dict[str, Any] = {"jsonrpc": "2.0", "method": method}
         if id is not None:
             message["id"] = id
@@ -156,7 +156,7 @@ class PlainClient:
     def headers(
         self, message: Mapping[str, Any], more: Mapping[str, str] | None = None, session: str | None = None
     ) -> dict[str, str]:
-        """The header fields that go with a message."""
+        """Return the header fields for a message."""
         method = message.get("method", "")
         headers = {"accept": ACCEPT, "content-type": "application/json"}
         if method != "initialize":
@@ -171,7 +171,7 @@ class PlainClient:
 
 
 def read(response: httpx2.Response) -> McpResponse:
-    """The messages of a response that has come in whole."""
+    """Read the messages of a complete response."""
     kind = response.headers.get("content-type", "").partition(";")[0]
     messages: list[dict[str, Any]] = []
     if kind == "text/event-stream":
@@ -182,7 +182,7 @@ def read(response: httpx2.Response) -> McpResponse:
 
 
 async def events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON-RPC messages of an event stream, each as soon as its line is there; comments are left out."""
+    """Yield the JSON-RPC messages of an event stream as they are received, without comments."""
     async for line in response.aiter_lines():
         found = _data(line)
         if found is not None:
@@ -190,7 +190,7 @@ async def events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 def _data(line: str) -> dict[str, Any] | None:
-    """Every fake and the SDK put a message on one data line."""
+    """Read the message on one data line: the fakes and the SDK write no message on more than one."""
     if not line.startswith("data:") or not line[5:].strip():
         return None
     found: dict[str, Any] = json.loads(line[5:])

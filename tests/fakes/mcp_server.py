@@ -1,4 +1,4 @@
-"""A protected MCP server that tests program: plain ASGI, both protocol eras, and every oddity that a test needs."""
+"""A protected MCP server in plain ASGI that speaks all protocol revisions, with options that tests set."""
 
 import json
 import secrets
@@ -23,52 +23,52 @@ JSON = (("content-type", "application/json"),)
 
 @dataclass
 class Session:
-    """One ``Mcp-Session-Id``: the GET streams that are open for it."""
+    """One ``Mcp-Session-Id`` and its open GET streams."""
 
     id: str
     streams: list[Channel] = field(default_factory=list)
 
 
 class FakeMcpServer:
-    """Set the attributes at any time.
+    """Serves a few tools, and whatever its attributes say; a test may change them at any time.
 
-    ``answers`` puts an answer in the place of ours once the token was accepted, by ``tools/call:NAME``, by JSON-RPC
-    method, or by HTTP method; ``script`` the same for a few requests only. ``intercept`` comes before any check.
+    ``answers`` replaces the response to requests whose token is valid, by ``tools/call:NAME``, JSON-RPC method or HTTP
+    method; ``script`` does so for a few requests only. ``intercept`` is asked before any check.
     """
 
     def __init__(self, origin: str, authorization_servers: Sequence[AuthorizationServer], **options: Any) -> None:
         self.origin = origin
         self.authorization_servers = list(authorization_servers)
-        """Asked, in process, whether a token is good; and named in the metadata."""
+        """Named in the metadata, and asked in process whether a token is valid."""
         self.local: LocalServer
         self.log = RequestLog()
         self.path = "/mcp"
         self.protected = True
         self.checks_audience = True
-        """False: a token for another resource, or for none, is good too."""
+        """False: a token for another resource, or for none, is accepted too."""
         self.scopes: tuple[str, ...] = ()
-        """Demanded of every request."""
+        """Scopes that every request needs."""
         self.step_up: dict[str, tuple[str, ...]] = {}
-        """Demanded in addition, by ``tools/call:NAME`` or JSON-RPC method."""
+        """Scopes needed in addition, by ``tools/call:NAME`` or JSON-RPC method."""
         self.challenge_scopes: tuple[str, ...] | None = None
-        """The ``scope`` of a 401; None: ``scopes``, left out where there are none."""
+        """The ``scope`` of a 401; None: ``scopes``, omitted if there are none."""
         self.endless_401 = False
         self.endless_403: Literal["", "same", "growing"] = ""
-        """Always ``insufficient_scope``: for the same scope, or for another one each time."""
+        """Always answer ``insufficient_scope``: for the same scope, or for a new one each time."""
         self.challenges: dict[int, list[str]] = {}
-        """Raw WWW-Authenticate values by status (401, 403), in the place of ours; [] sends none."""
+        """Raw WWW-Authenticate values by status (401, 403), instead of the usual one; [] sends none."""
         self.challenge_names_metadata = True
         self.metadata_at: set[Literal["inserted", "root"]] = {"inserted"}
         self.metadata_changes: dict[str, object] = {}
         self.metadata_answer: FakeResponses | None = None
         self.answer_as: Literal["json", "sse"] = "json"
         self.sessions_on = False
-        """True: ``initialize`` gives an Mcp-Session-Id, which then is demanded (2025 revisions)."""
+        """True: ``initialize`` returns an Mcp-Session-Id, which later requests need (2025 revisions)."""
         self.get_stream = True
         self.modern = True
-        """False: knows nothing of 2026-07-28."""
+        """False: 2026-07-28 is not supported."""
         self.response_headers: tuple[tuple[str, str], ...] = ()
-        """Added to every JSON-RPC answer, such as Set-Cookie."""
+        """Fields added to every JSON-RPC response, such as Set-Cookie."""
         self.intercept: Callable[[RecordedRequest], FakeResponse | None] | None = None
         self.answers: dict[str, FakeResponses] = {}
         self.sessions: dict[str, Session] = {}
@@ -84,7 +84,7 @@ class FakeMcpServer:
     async def running(
         cls, *authorization_servers: AuthorizationServer, port: int = 0, **options: Any
     ) -> AsyncIterator[Self]:
-        """One that listens on loopback."""
+        """Run a server on loopback until the block ends."""
         made: list[Self] = []
 
         def make(origin: str) -> ASGIApp:
@@ -97,7 +97,7 @@ class FakeMcpServer:
 
     @property
     def url(self) -> str:
-        """The MCP endpoint, and the resource of its tokens."""
+        """Return the URL of the MCP endpoint, which is the resource of its tokens."""
         return f"{self.origin}{self.path}"
 
     @property
@@ -105,12 +105,12 @@ class FakeMcpServer:
         return self.log.requests
 
     def calls(self, key: str = "") -> list[RecordedRequest]:
-        """The requests to the MCP endpoint; of one JSON-RPC method, ``tools/call:NAME`` or HTTP method only."""
+        """Return requests to the MCP endpoint, all or of one JSON-RPC method, ``tools/call:NAME`` or HTTP method."""
         return [r for r in self.requests if r.path == self.path and (not key or key in _keys(r))]
 
     @property
     def bearers(self) -> list[str | None]:
-        """The token of every request to the MCP endpoint, in order."""
+        """Return the bearer token of every request to the MCP endpoint, in order."""
         return [received.bearer for received in self.calls()]
 
     @property
@@ -118,18 +118,18 @@ class FakeMcpServer:
         return [received for received in self.requests if received.path.startswith(WELL_KNOWN)]
 
     def script(self, key: str, *answers: FakeResponse) -> None:
-        """Answer the next requests of this kind so, one after another; then as ever."""
+        """Answer the next requests of this kind with these responses, in order; then as usual."""
         self._scripts.setdefault(key, []).extend(answers)
 
     def push(self, message: Mapping[str, object]) -> int:
-        """Send a server-sent event on every open GET stream; returns how many there are."""
+        """Send a server-sent event on every open GET stream; return their number."""
         streams = [stream for session in self.sessions.values() for stream in session.streams]
         for stream in streams:
             stream.event(message)
         return len(streams)
 
     def end_sessions(self) -> None:
-        """Every session is gone: its id is answered 404."""
+        """End every session: a request with its id is answered 404."""
         for session in self.sessions.values():
             for stream in session.streams:
                 stream.close()
@@ -162,7 +162,7 @@ class FakeMcpServer:
     # protection
 
     def _metadata(self, received: RecordedRequest) -> FakeResponse:
-        """RFC 9728 §3."""
+        """Serve the protected resource metadata (RFC 9728 §3)."""
         places = {"inserted": f"{WELL_KNOWN}{self.path}", "root": WELL_KNOWN}
         answer = resolve(self.metadata_answer, received)
         if answer is not None:
@@ -176,7 +176,7 @@ class FakeMcpServer:
         return FakeResponse.json(changed(document, self.metadata_changes))
 
     def find_token(self, bearer: str | None) -> Token | None:
-        """The token, where one of the authorization servers finds it good and it is meant for this resource."""
+        """Return the token if one of the authorization servers finds it valid and it is for this resource."""
         for server in self.authorization_servers:
             token = server.ledger.token(bearer or "")
             if token is not None and (token.resource == self.url or not self.checks_audience):
@@ -325,7 +325,7 @@ class FakeMcpServer:
                 return str(arguments.get("text", received.tool))
 
     def _progress(self, received: RecordedRequest) -> tuple[dict[str, object], ...]:
-        """What the tool ``count`` tells on its way, where the client asked for it."""
+        """Return the progress notifications of the tool ``count``, if the client asked for them."""
         params = received.message.get("params") or {}
         token = (params.get("_meta") or {}).get("progressToken")
         if received.tool != "count" or token is None:
@@ -342,7 +342,7 @@ class FakeMcpServer:
 
 
 def big(size: int, *, content_type: str = "application/octet-stream") -> FakeResponse:
-    """A streamed, chunked answer of this many bytes."""
+    """Return a streamed, chunked response of ``size`` bytes."""
 
     async def stream() -> AsyncIterator[bytes]:
         for start in range(0, size, len(CHUNK)):
@@ -352,7 +352,7 @@ def big(size: int, *, content_type: str = "application/octet-stream") -> FakeRes
 
 
 def endless(chunk: bytes = sse({"jsonrpc": "2.0", "method": "notifications/message"})) -> FakeResponse:
-    """Server-sent events without an end, as fast as they are taken."""
+    """Return an event stream without an end, sent as fast as it is read."""
 
     async def stream() -> AsyncIterator[bytes]:
         while True:
@@ -362,7 +362,7 @@ def endless(chunk: bytes = sse({"jsonrpc": "2.0", "method": "notifications/messa
 
 
 def _keys(received: RecordedRequest) -> tuple[str, ...]:
-    """What a request is known by, the narrowest first."""
+    """Return the keys that match a request, the narrowest first."""
     keys = [f"tools/call:{received.tool}"] if received.tool else []
     return (*keys, *filter(None, [received.rpc_method]), received.method)
 
@@ -372,6 +372,6 @@ def _error(request_id: object, code: int, message: str) -> dict[str, object]:
 
 
 def origin_of(url: str) -> str:
-    """Scheme, host and port of a URL."""
+    """Return scheme, host and port of a URL."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}"

@@ -1,4 +1,4 @@
-"""Authorization servers that behave as the known providers do, each with what sets it apart and nothing more."""
+"""Authorization servers with the peculiarities of well-known providers."""
 
 import json
 from collections.abc import Mapping
@@ -20,17 +20,17 @@ Quirks = Mapping[str, Any]
 
 
 class Provider(FakeAuthorizationServer):
-    """One that registers nobody, sends no ``iss`` and has consented already. ``name`` is its heading in the docs."""
+    """A server that registers nobody, sends no ``iss`` and consents at once; ``name`` is its heading in the docs."""
 
     name = ""
     address = ""
-    """What stands for its issuer in the recipe."""
+    """The issuer in the recipe, which the fake's issuer replaces."""
     appended_only = False
-    """Serves OpenID discovery below its own path, and nothing at the root."""
+    """Whether OpenID discovery is served only below the issuer's path."""
     changes: ClassVar[Quirks] = {}
     options: ClassVar[Quirks] = {}
     errors: ClassVar[Quirks] = {}
-    """Its own names for standard errors."""
+    """The provider's names for standard errors."""
 
     def __init__(self, issuer: str, **options: Any) -> None:
         self.queries: list[dict[str, str]] = []
@@ -53,7 +53,7 @@ class Provider(FakeAuthorizationServer):
 
 
 class EntraId(Provider):
-    """In a tenant whose users may not consent by themselves."""
+    """Microsoft Entra ID, in a tenant whose users may not consent."""
 
     name = "Entra ID"
     address = "https://login.microsoftonline.com/TENANT-ID/v2.0"
@@ -85,7 +85,7 @@ class EntraId(Provider):
 
 
 class Google(Provider):
-    """Refresh tokens for ``access_type=offline`` only, and without ``prompt=consent`` at the first consent only."""
+    """Issues refresh tokens for ``access_type=offline`` only; after the first consent only with ``prompt=consent``."""
 
     name = "Google"
     address = "https://accounts.google.com"
@@ -98,7 +98,7 @@ class Google(Provider):
 
 
 class GitHub(Provider):
-    """No discovery, form-encoded answers unless JSON is asked for, errors with HTTP 200, tokens without an end."""
+    """Has no discovery, form-encoded responses by default, errors with HTTP 200, and tokens that do not expire."""
 
     name = "GitHub"
     address = "https://github.com/login/oauth"
@@ -129,7 +129,7 @@ class GitHub(Provider):
 
 
 class Okta(Provider):
-    """A custom authorization server: ``audience`` is its setting, and its registration is for administrators."""
+    """A custom authorization server: ``audience`` is configured, and only administrators may register clients."""
 
     name = "Okta"
     address = "https://ORG.okta.com/oauth2/default"
@@ -151,7 +151,7 @@ class Okta(Provider):
 
 
 class Auth0(Provider):
-    """Without an ``audience`` its tokens are for nobody; ``resource`` is not looked at."""
+    """Reads ``audience`` and ignores ``resource``."""
 
     name = "Auth0"
     address = "https://TENANT.auth0.com/"
@@ -173,7 +173,7 @@ class Auth0(Provider):
 
 
 class Cognito(Provider):
-    """A pool without resource binding."""
+    """A user pool without resource binding."""
 
     name = "Cognito"
     address = "https://cognito-idp.us-east-1.amazonaws.com/POOL-ID"
@@ -188,7 +188,7 @@ class Cognito(Provider):
 
 
 class Keycloak(Provider):
-    """A realm that lets clients register."""
+    """A realm in which clients may register."""
 
     name = "Keycloak"
     address = "https://KEYCLOAK-HOST/realms/REALM"
@@ -198,7 +198,7 @@ class Keycloak(Provider):
 
 
 class Slack(Provider):
-    """Errors with HTTP 200, and users' tokens inside ``authed_user``."""
+    """Sends errors with HTTP 200, and the user's tokens inside ``authed_user``."""
 
     name = "Slack"
     address = "https://mcp.slack.com"
@@ -214,7 +214,7 @@ class Slack(Provider):
 
 
 async def _answer(answering: Any, errors: Mapping[str, str]) -> dict[str, Any]:
-    """The answer of the standard token endpoint as an object, errors too, under the provider's names."""
+    """Return the response of the standard token endpoint as an object; errors have the provider's names."""
     try:
         response = await answering
     except OAuthFault as fault:

@@ -1,4 +1,4 @@
-"""The subject: the proxy in this event loop, or as a process of its own, always behind a real socket."""
+"""The proxy under test, in this event loop or as a process, always behind a real socket."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 
 class Sections(TypedDict, total=False):
-    """What a configuration file has besides ``servers`` and ``listen``; the values are as in YAML."""
+    """The sections of a configuration file besides ``servers`` and ``listen``, with values as in YAML."""
 
     public_url: str
     upstream_timeout: str
@@ -38,7 +38,7 @@ class Sections(TypedDict, total=False):
 
 
 class RunningProxy:
-    """A proxy that serves. ``links`` are those that it has announced, in order."""
+    """A proxy that serves; ``links`` are the links that it has announced, in order."""
 
     def __init__(self, origin: str, links: list[str], application: Application | None = None) -> None:
         self.origin = origin
@@ -62,7 +62,7 @@ class RunningProxy:
 def write_config(
     folder: Path, servers: Mapping[str, str | Json], *, listen: str = "127.0.0.1:0", **sections: Unpack[Sections]
 ) -> Path:
-    """Write a configuration file. A server may be given as its URL alone. The store lies in ``folder``."""
+    """Write a configuration file, with the store in ``folder``. A server may be given as its URL alone."""
     document: dict[str, object] = {
         "listen": listen,
         "store": {"url": "sqlite:///proxy.db"},
@@ -86,9 +86,9 @@ async def running_proxy(
     listen: Address | None = None,
     **sections: Unpack[Sections],
 ) -> AsyncIterator[RunningProxy]:
-    """Run the proxy in this event loop until the block ends; started again on the same folder it has the same store.
+    """Run the proxy in this event loop until the block ends; the same ``folder`` means the same store.
 
-    ``listen`` keeps the port over a restart: a redirect URI names it.
+    ``listen`` keeps the port over a restart, because the redirect URI names it.
     """
     settings = load(write_config(folder, servers, **sections), environ=os.environ)
     links: list[str] = []
@@ -106,7 +106,7 @@ async def running_proxy(
 
 
 class ProxyProcess(RunningProxy):
-    """``mcp-auth-proxy serve`` as a user runs it. ``log`` is all that it has written to ``out`` and ``err``."""
+    """``mcp-auth-proxy serve`` as a process; ``log`` is all that it wrote, to stdout (``out``) and stderr (``err``)."""
 
     def __init__(self, process: asyncio.subprocess.Process, origin: str) -> None:
         super().__init__(origin, [])
@@ -135,13 +135,13 @@ class ProxyProcess(RunningProxy):
 
 
 Environment = Mapping[str, str | None]
-"""Variables to set besides those of the test run; None takes one away."""
+"""Environment variables to set; None removes one."""
 
 
 async def start_command(
     *arguments: str, env: Environment | None = None, cwd: Path | None = None
 ) -> asyncio.subprocess.Process:
-    """Start a command of ours, without a terminal."""
+    """Start a command of the proxy without a terminal."""
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -158,7 +158,7 @@ async def start_command(
 async def run_command(
     *arguments: str, env: Environment | None = None, cwd: Path | None = None, timeout: float = 30
 ) -> tuple[int, str, str]:
-    """Run a command of ours to its end; return exit code, stdout, stderr."""
+    """Run a command of the proxy to its end; return exit code, stdout and stderr."""
     process = await start_command(*arguments, env=env, cwd=cwd)
     try:
         out, err = await asyncio.wait_for(process.communicate(), timeout)
@@ -173,7 +173,7 @@ async def run_command(
 async def proxy_process(
     config: Path, *arguments: str, listen: str = "127.0.0.1:0", env: Environment | None = None
 ) -> AsyncIterator[ProxyProcess]:
-    """Run ``serve`` with this file until the block ends; yield it once it says that it is ready."""
+    """Run ``serve`` with this file until the block ends; yield the process once it is ready."""
     async with serving("--config", str(config), "--listen", listen, *arguments, env=env) as proxy:
         yield proxy
 
@@ -182,7 +182,7 @@ async def proxy_process(
 async def serving(
     *arguments: str, env: Environment | None = None, cwd: Path | None = None
 ) -> AsyncIterator[ProxyProcess]:
-    """Run ``serve`` with these arguments until the block ends; yield it once it says that it is ready."""
+    """Run ``serve`` with these arguments until the block ends; yield the process once it is ready."""
     process = await start_command("serve", *arguments, env=env, cwd=cwd)
     proxy = ProxyProcess(process, "")
     started = asyncio.Event()
@@ -229,11 +229,11 @@ async def ready(origin: str) -> None:
 
 
 async def until(condition: Callable[[], object], what: str = "the condition", timeout: float = 10) -> None:
-    """Wait, bounded, for a condition that something else brings about."""
+    """Wait, bounded, until the condition holds."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     while not condition():
-        assert loop.time() < deadline, f"{what} did not come about within {timeout} s"
+        assert loop.time() < deadline, f"{what} did not hold within {timeout} s"
         await asyncio.sleep(0.01)
 
 
@@ -244,11 +244,11 @@ async def wait_until_stable(value: Callable[[], int]) -> int:
         await asyncio.sleep(0.2)
         if value() == before:
             return before
-    raise AssertionError("it never came to rest")
+    raise AssertionError("the number keeps changing")
 
 
 def link_in(answer: Json) -> str:
-    """Return the authorization link that an answer of ours carries, wherever its form puts it."""
+    """Return the authorization link in a response of the proxy, in whatever form."""
     found = re.search(r"http://[^\s\"\\]+/connect/[^\s\"\\]+", json.dumps(answer))
     assert found, f"no link in {answer}"
     return found[0]

@@ -1,4 +1,4 @@
-"""One issuer, one server ``notes`` and the proxy before it, with a clock that a test may turn."""
+"""One issuer, one server ``notes`` and the proxy in front of it, with a clock that a test can advance."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ from fakes.proxy import RunningProxy, link_in, running_proxy
 
 
 class Clock:
-    """The proxy's clock: the machine's, and what a test adds to it."""
+    """The proxy's clock: the system time plus ``ahead`` seconds."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -28,7 +28,7 @@ class Clock:
 
 @dataclass(kw_only=True)
 class ProxySetup:
-    """Everything that runs. ``client`` speaks to the server ``notes``."""
+    """The running parts; ``client`` speaks to the server ``notes`` through the proxy."""
 
     issuer: FakeAuthorizationServer
     upstream: FakeMcpServer
@@ -37,22 +37,22 @@ class ProxySetup:
     clock: Clock
 
     async def ask(self, text: str = "x") -> McpResponse:
-        """One tool call, which answers with its text."""
+        """Call the tool that returns its text."""
         return await self.client.call("echo", text=text)
 
     async def link(self) -> str:
-        """The link that a request is answered with."""
+        """Return the link with which a request is answered."""
         return link_in((await self.ask()).message)
 
     async def connect(self) -> None:
-        """Authorize, as a user would, where requests are not held."""
+        """Authorize as a user would; for setups in which requests do not wait for consent."""
         page = await consent(await self.link())
         assert page.status_code == 200, page.text
         assert (await self.ask("connected")).text == "connected"
 
 
 async def ask_many(setup: ProxySetup, count: int) -> list[McpResponse]:
-    """So many tool calls at once, each with its number."""
+    """Make ``count`` tool calls at once, each with its number as text."""
     return await asyncio.gather(*(setup.ask(str(number)) for number in range(count)))
 
 
@@ -61,7 +61,7 @@ def texts(replies: list[McpResponse]) -> list[str]:
 
 
 def numbered(count: int) -> list[str]:
-    """What ``ask_many`` is to be answered."""
+    """Return the texts that ``ask_many`` should return."""
     return [str(number) for number in range(count)]
 
 
@@ -77,7 +77,11 @@ async def proxy_setup(
     client: Mapping[str, Any] | None = None,
     **sections: Any,
 ) -> AsyncIterator[ProxySetup]:
-    """Run it. The mappings are knobs of the fakes, the ``oauth`` section of the server, options of the client."""
+    """Run issuer, server and proxy until the block ends.
+
+    ``issuer``, ``upstream`` and ``client`` are options of the fakes; ``oauth`` is that section of the server;
+    ``sections`` are further sections of the configuration.
+    """
     authority = await servers.authorization_server(**{"auto_consent": True, **(issuer or {})})
     server = await servers.mcp_server(authority, **(upstream or {}))
     clock = Clock()

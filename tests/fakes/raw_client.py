@@ -1,4 +1,4 @@
-"""A client that says HTTP byte by byte: what no library would send, or would hide from its caller."""
+"""An HTTP client that sends bytes as they are, also what no library would send."""
 
 import asyncio
 import socket
@@ -13,7 +13,7 @@ SECONDS = 10
 
 @dataclass
 class RawResponse:
-    """A response as it came in. ``ended`` tells a body that was complete from one that broke off."""
+    """A response as it was received; ``ended`` is False if the body was cut off."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -34,7 +34,7 @@ class RawClient:
     @classmethod
     @asynccontextmanager
     async def to(cls, origin: str, *, buffer: int | None = None) -> AsyncIterator[Self]:
-        """Connect; ``buffer`` bounds in bytes what the kernel takes for us while we don't read."""
+        """Connect; ``buffer`` limits the kernel's receive buffer, in bytes."""
         parts = urlsplit(origin)
         sock = socket.socket()
         if buffer is not None:
@@ -53,7 +53,7 @@ class RawClient:
         return f"{name}:{port}"
 
     def send(self, data: bytes | str) -> None:
-        """Send as it is; ``HOST`` in a text stands for the proxy's address, and line feeds for CRLF."""
+        """Send bytes as they are; in a text, replace ``HOST`` by the proxy's address and line feeds by CRLF."""
         self.writer.write(
             data if isinstance(data, bytes) else data.replace("HOST", self.host).replace("\n", "\r\n").encode()
         )
@@ -65,11 +65,11 @@ class RawClient:
         self.send(body)
 
     def get(self, path: str = "/notes/mcp", *fields: str) -> None:
-        """Send one GET that asks for events."""
+        """Send one GET that accepts an event stream."""
         self.send("\n".join([f"GET {path} HTTP/1.1", "Host: HOST", "Accept: text/event-stream", *fields, "", ""]))
 
     async def answer(self) -> RawResponse:
-        """Read one response to its end, or to where it breaks off."""
+        """Read one response to its end, or until it is cut off."""
         status, headers = await self.head()
         named = dict(headers)
         try:
@@ -83,7 +83,7 @@ class RawClient:
         return RawResponse(status, headers, body, True)
 
     async def head(self) -> tuple[int, list[tuple[str, str]]]:
-        """Read the head of a response; names in lower case."""
+        """Read the head of a response: status, and fields with names in lower case."""
         async with asyncio.timeout(SECONDS):
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         pairs = [line.partition(":") for line in lines[1:] if line]
@@ -98,7 +98,7 @@ class RawClient:
                 return b""
 
     def drop(self) -> None:
-        """Be gone at once."""
+        """Close the connection at once."""
         self.writer.transport.abort()
 
     async def _chunks(self) -> tuple[bytes, bool]:

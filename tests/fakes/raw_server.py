@@ -1,4 +1,4 @@
-"""A TCP server that says what a script says, byte for byte: for responses that no HTTP server would give."""
+"""A TCP server that sends what a script sends, byte by byte, also what no HTTP server would send."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ from typing import Self
 
 
 class Peer:
-    """One connection of a client. ``gone`` is done when the client has closed or reset it."""
+    """One connection of a client; ``gone`` is done when the client has closed or reset it."""
 
     def __init__(self, server: "RawServer", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._server = server
@@ -39,7 +39,7 @@ class Peer:
 
     @property
     def alpn(self) -> str | None:
-        """The protocol agreed on in TLS."""
+        """Return the protocol negotiated in TLS (ALPN)."""
         tls = self._writer.get_extra_info("ssl_object")
         return tls.selected_alpn_protocol() if tls else None
 
@@ -78,7 +78,7 @@ Script = Callable[[Peer], Awaitable[None]]
 
 
 class RawServer:
-    """Runs the script for each connection; the connection is closed when its script ends."""
+    """Runs the script for each connection, and closes the connection when the script ends."""
 
     def __init__(self, script: Script, tls: ssl.SSLContext | None = None) -> None:
         self.peers: list[Peer] = []
@@ -121,7 +121,7 @@ class RawServer:
 
 
 def answers(*responses: bytes) -> Script:
-    """A script that gives each request the next response, and then waits until the client goes."""
+    """Return a script that answers each request with the next response, then waits until the client disconnects."""
 
     async def script(peer: Peer) -> None:
         for response in responses:

@@ -1,4 +1,4 @@
-"""The MCP SDK's own server with the SDK's own authorization server in it, as FastMCP and others serve them."""
+"""The MCP SDK's server with the SDK's authorization server in it, as FastMCP and others run them."""
 
 import secrets
 import time
@@ -25,7 +25,7 @@ from mcp_auth_proxy.cli.demo_servers.local_server import serve
 
 
 class Provider(OAuthAuthorizationServerProvider[AuthorizationCode, RefreshToken, AccessToken]):
-    """Keeps everything in memory, and consents to everything."""
+    """An in-memory provider that consents to everything."""
 
     def __init__(self) -> None:
         self.clients: dict[str, OAuthClientInformationFull] = {}
@@ -147,7 +147,7 @@ class SdkServer:
         return [received for received in self.requests if received.endpoint == endpoint]
 
     def add_client(self, client_id: str, *, secret: str, auth: str, redirect_uri: str) -> None:
-        """A client that was registered by hand."""
+        """Add a client that was registered by hand."""
         self.provider.clients[client_id] = OAuthClientInformationFull.model_validate(
             {
                 "client_id": client_id,

@@ -1,4 +1,4 @@
-"""A protected server that the proxy needs nobody for, so that a test of the data plane begins with a good token."""
+"""A setup with client credentials, so that a test of the data plane starts with a valid token."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +17,7 @@ AGENT = "agent"
 
 @dataclass(kw_only=True)
 class ConnectedProxy:
-    """The proxy with one server ``notes``, and a client of it."""
+    """The proxy with one server ``notes``, and a client of that server."""
 
     proxy: RunningProxy
     upstream: FakeMcpServer
@@ -25,7 +25,7 @@ class ConnectedProxy:
 
 
 def unattended(issuer: FakeAuthorizationServer, url: str, folder: Path, **server: Any) -> dict[str, Any]:
-    """The configuration of a server whose tokens are got with client credentials."""
+    """Return the configuration of a server whose grant is client credentials, and add the client to the issuer."""
     issuer.add_client(client_id=AGENT, secret="agent-secret")
     (folder / "agent-secret").write_text("agent-secret")
     oauth = {"grant": "client_credentials", "client_id": AGENT, "client_secret": "file:agent-secret"}
@@ -43,7 +43,10 @@ async def connected(
     options: dict[str, Any] | None = None,
     **sections: Any,
 ) -> AsyncIterator[ConnectedProxy]:
-    """Run issuer, server and proxy; ``server`` and ``sections`` add to the configuration, ``options`` to the fake."""
+    """Run issuer, server and proxy.
+
+    ``server`` and ``sections`` add to the configuration, ``options`` are those of the fake MCP server.
+    """
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer, **{"checks_audience": False, **(options or {})})
     settings = unattended(issuer, upstream.url + query, folder, **(server or {}))
