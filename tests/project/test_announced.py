@@ -1,4 +1,4 @@
-"""What the documentation calls announced is not there yet; what it says of it is so."""
+"""What the documentation announces does not exist yet, and answers as documented."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def announced() -> str:
 
 
 @pytest.mark.parametrize("what", [*MISSING_ROUTES, "keys rotate", "PostgreSQL", "inbound", "cold_start"])
-def test_the_list_is_whole(what: str) -> None:
+def test_the_list_is_complete(what: str) -> None:
     assert what in announced()
 
 

@@ -1,4 +1,4 @@
-"""Where the conformance run says that doctor agrees with the suite, it does, and no exception outlives its reason."""
+"""The conformance run judges ``doctor`` by the suite, and every listed exception still has its reason."""
 
 import asyncio
 import json
@@ -28,12 +28,12 @@ def outcome(folder: Path, said: Said | None, *, demanded: bool, listed: bool = F
 
 
 @pytest.mark.parametrize(("said", "demanded"), [(READY, True), (REFUSED, False)])
-def test_a_verdict_that_comes_true_passes(tmp_path: Path, said: Said, demanded: bool) -> None:
+def test_a_correct_verdict_passes(tmp_path: Path, said: Said, demanded: bool) -> None:
     assert outcome(tmp_path, said, demanded=demanded) == ("pass", "")
 
 
 @pytest.mark.parametrize(("said", "demanded"), [(READY, False), (REFUSED, True)])
-def test_a_verdict_that_does_not_come_true_fails_and_is_told(tmp_path: Path, said: Said, demanded: bool) -> None:
+def test_a_wrong_verdict_fails_and_is_reported(tmp_path: Path, said: Said, demanded: bool) -> None:
     found, why = outcome(tmp_path, said, demanded=demanded)
     assert found == "FAIL"
     assert said.summary in why
@@ -48,14 +48,14 @@ def test_a_listed_scenario_in_which_doctor_is_right_fails(tmp_path: Path, said: 
     assert outcome(tmp_path, said, demanded=demanded, listed=True)[0] == "UNEXPECTED PASS"
 
 
-def test_to_refuse_where_a_client_must_succeed_can_not_be_listed(tmp_path: Path) -> None:
+def test_a_refusal_if_a_client_must_succeed_can_not_be_listed(tmp_path: Path) -> None:
     assert outcome(tmp_path, REFUSED, demanded=True, listed=True)[0] == "FAIL"
 
 
 @pytest.mark.parametrize("demanded", [True, False])
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("said", [None, Said(1, "", "Traceback"), Said(0, "open", "No token."), Said(1, "ready", "")])
-def test_no_verdict_is_never_expected(tmp_path: Path, said: Said | None, demanded: bool, listed: bool) -> None:
+def test_an_invalid_verdict_always_fails(tmp_path: Path, said: Said | None, demanded: bool, listed: bool) -> None:
     assert outcome(tmp_path, said, demanded=demanded, listed=listed)[0] == "FAIL"
 
 
@@ -73,7 +73,7 @@ def test_every_exception_has_its_reason() -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "verdict"), [({}, 0, "ready"), ({"issuer": "https://attacker.example.com"}, 1, "refused")]
 )
-async def test_the_command_leaves_what_doctor_said(
+async def test_the_command_writes_what_doctor_said(
     servers: Servers, tmp_path: Path, changes: dict[str, object], code: int, verdict: str
 ) -> None:
     issuer = await servers.authorization_server(metadata_changes=changes)

@@ -1,4 +1,4 @@
-"""What is shipped: versions that agree, a lock that holds, an image and manifests that are locked down."""
+"""What is shipped: one version everywhere, complete locks, and an image and manifests with few privileges."""
 
 import json
 import re
@@ -21,13 +21,13 @@ def pins(lock: Path) -> dict[str, str]:
     return dict(PINNED.findall(lock.read_text()))
 
 
-def test_the_version_is_told_alike_everywhere() -> None:
+def test_image_manifest_and_changelog_name_the_version_of_the_package() -> None:
     assert f'image.version="{__version__}"' in (ROOT / "Dockerfile").read_text()
     assert f"image: mcp-auth-proxy:{__version__}" in (ROOT / "deploy/kubernetes/sidecar.yaml").read_text()
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_every_locked_package_carries_a_hash() -> None:
+def test_every_locked_package_has_a_hash() -> None:
     for lock in LOCKS:
         for entry in re.split(r"\n(?=\S)", lock.read_text()):
             assert entry.startswith("#") or "--hash=sha256:" in entry, f"{lock.name}: {entry[:60]}"
@@ -48,11 +48,16 @@ def test_every_dependency_is_locked_and_the_locks_agree() -> None:
         assert dev[name] == version, f"{name} differs between the locks: run `make lock`"
 
 
-def test_only_systems_that_it_runs_on_are_named() -> None:
-    """uvloop and the module resource are imported without a second thought: there is neither on Windows."""
+def test_only_systems_that_it_runs_on_are_classifiers() -> None:
+    """uvloop and the module resource, which the program needs, do not exist on Windows."""
     classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
     systems = {line.removeprefix("Operating System :: ") for line in classifiers if line.startswith("Operating")}
     assert systems == {"MacOS", "POSIX :: Linux"}
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    """A type checker reads the annotations of an installed package only if it has this file (PEP 561)."""
+    assert (ROOT / "src/mcp_auth_proxy/py.typed").is_file()
 
 
 def instructions() -> list[tuple[str, str]]:
