@@ -1,17 +1,20 @@
 """A reverse proxy that does OAuth on behalf of MCP clients.
 
-The package is a house with floors; each imports only from the floors below it:
+Each layer imports only from those below it; layers on one line do not import each other::
 
-    cli                 commands: serve, demo, check, login, logout, status
-    app                 composition root: one lifespan, the routes, errors turned into answers
-    proxy | web | observability
-                        the data plane; the pages a browser sees; logs
-    broker              token() · challenged() · complete(): all that the data plane knows of OAuth
-    oauth | store       one module for each OAuth step, without sockets; the encrypted database
+    cli                 commands
+    app                 composition root: builds every layer and closes it again
+    router              where each request goes
+    proxy | web         forwarding of MCP; pages and health endpoints
+    broker              which token a request may use, and what happens if there is none
+    oauth | store | servers
+                        one module for each OAuth step, without sockets; the encrypted database; the server map
     config              the settings and how they are read
-    models | errors     frozen values and the error tree, known to every floor
+    net                 sockets, HTTP/1.1 and URLs
+    rpc | observability | models | errors
+                        JSON-RPC; logs and metrics; frozen values; the error tree
 
-``docs/architecture.md`` tells the story of one request through these floors.
+``docs/architecture.md`` follows a call, a challenge, a refresh and a reload through them.
 """
 
 __version__ = "0.1.0"

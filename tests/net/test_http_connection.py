@@ -1,4 +1,4 @@
-"""One HTTP/1.1 exchange: what counts as a response, and what is refused as none (design §4.8).
+"""One HTTP/1.1 exchange: what counts as a response, and what is refused as none.
 
 The connection is driven through a transport in memory, which decides how the bytes are split on their way.
 """

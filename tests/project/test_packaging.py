@@ -3,7 +3,9 @@
 import json
 import re
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,16 @@ def test_every_dependency_is_locked_and_the_locks_agree() -> None:
         assert name in run, f"{name} is not in requirements/run.txt: run `make lock`"
     for name, version in {**run, **build}.items():
         assert dev[name] == version, f"{name} differs between the locks: run `make lock`"
+
+
+def test_the_wheel_has_the_type_marker_and_the_pages(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=50)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    templates = ROOT / "src/mcp_auth_proxy/web/templates"
+    assert "mcp_auth_proxy/py.typed" in names
+    assert {f"mcp_auth_proxy/web/templates/{page.name}" for page in templates.iterdir()} <= set(names)
 
 
 def test_only_systems_that_it_runs_on_are_classifiers() -> None:

@@ -1,1 +1,7 @@
-"""Sockets, addresses and URLs: knows neither MCP nor OAuth."""
+"""Sockets, HTTP/1.1 and URLs; knows neither MCP nor OAuth.
+
+Client side: ``http_server`` (one connection) with ``request_parser`` and ``client_timeouts`` → ``client_request``;
+``asgi`` is the bridge to Starlette. Upstream side: ``http_client`` → ``pool`` → ``http_connection`` →
+``http_response``. Below: ``dial`` (addresses, timeouts), ``forward_proxy``, ``tls``, ``addresses`` (which may be
+dialed), ``urls``, ``http_head``.
+"""

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, UpstreamUnreachable
 from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.http_head import encode_head
 from mcp_auth_proxy.net.urls import Origin
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class ForwardProxy:
         lines = [f"CONNECT {origin} HTTP/1.1", f"Host: {origin}"]
         if self.authorization:
             lines.append(f"Proxy-Authorization: {self.authorization}")
-        await loop.sock_sendall(sock, "\r\n".join([*lines, "", ""]).encode("ascii"))
+        await loop.sock_sendall(sock, encode_head([line.encode("ascii") for line in lines]))
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             data = await loop.sock_recv(sock, 4096)

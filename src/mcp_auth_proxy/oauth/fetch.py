@@ -22,6 +22,7 @@ from mcp_auth_proxy.net import http_response, urls
 from mcp_auth_proxy.net.addresses import AddressPolicy, AddressRefused
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_connection import READ_SIZE, HttpConnection
+from mcp_auth_proxy.net.http_head import encode_head
 from mcp_auth_proxy.net.urls import Origin, Url
 
 __all__ = ["AddressPolicy", "Fetcher", "Response"]
@@ -185,7 +186,7 @@ def _request_head(method: str, url: Url, headers: Sequence[tuple[str, str]], bod
         if not _FIELD_VALUE.fullmatch(value):
             raise ValueError(f"the value of {name} can't be sent in a header")
     lines = [f"{method} {url.target.decode('ascii')} HTTP/1.1", *(f"{name}: {value}" for name, value in fields)]
-    return "\r\n".join([*lines, "", ""]).encode("ascii")
+    return encode_head([line.encode("ascii") for line in lines])
 
 
 async def _read(response: http_response.Response, url: str, document: str) -> Response:

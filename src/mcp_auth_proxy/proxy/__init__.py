@@ -1,7 +1,7 @@
-"""The data plane: requests of MCP clients, carried to upstreams and back.
+"""Forwarding of MCP, and nothing else.
 
-Client side: ``inbound`` (the listener's bounds) · ``routes`` · ``body`` · ``consent`` (answers of our own).
-Between: ``exchange`` (send → 401/403 → broker → once more) · ``headers``.
-Upstream side: ``upstream`` (pool) → ``connection`` (one HTTP/1.1 exchange on llhttp) → ``response``;
-``dial`` (addresses, TLS) → ``forward_proxy`` · ``origin``.
+``forwarder`` takes each request, on the ``fast_path`` or by a ``handler`` (send, on 401 or 403 ask the broker, send
+again). A handler uses ``upstream_client`` (head, token, redirects), ``consent_wait`` (while a user authorizes) and
+``responder`` (what the client is sent). ``headers`` says which fields pass, ``routes`` which path leads to which
+server, ``sessions`` what clients declared. ``decoding`` and ``probe`` serve special cases.
 """

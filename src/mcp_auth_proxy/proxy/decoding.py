@@ -1,4 +1,4 @@
-"""Takes the encoding off a body that must go into a response whose head, without an encoding, is out already."""
+"""Decodes a body that has to go into a response whose head, without Content-Encoding, is out already."""
 
 import zlib
 from collections.abc import AsyncIterator, Sequence
@@ -7,7 +7,7 @@ from mcp_auth_proxy.errors import UpstreamProtocolError
 from mcp_auth_proxy.net.http_response import Response
 
 PIECE = 64 * 1024
-"""Bytes that come out at a time, however small what goes in: a bomb is met by whoever counts them."""
+"""Bytes decoded at a time, however few go in: so whoever counts them notices a decompression bomb."""
 
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 
@@ -15,7 +15,7 @@ _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 async def decoded(response: Response) -> AsyncIterator[bytes]:
     """Yield the body without its Content-Encoding (RFC 9110 §8.4), as it comes. Raises UpstreamBroken.
 
-    We ask for ``identity``; gzip and deflate are read all the same, since some servers compress whatever is asked.
+    The proxy asks for ``identity``; gzip and deflate are decoded too, because some servers compress regardless.
     """
     encoding = _encoding(response.headers)
     if encoding not in (b"", b"gzip", b"x-gzip", b"deflate"):

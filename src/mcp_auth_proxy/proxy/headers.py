@@ -1,14 +1,17 @@
-"""Heads on their way through: out to the upstream, and back to the client.
+"""Which header fields pass between client and upstream.
 
-Both are built anew from what may pass, so nothing that belongs to one hop reaches another (RFC 9110 §7.6.1).
+Heads are built from scratch, from the fields that may pass, so nothing that belongs to one hop reaches another (RFC
+9110 §7.6.1).
 """
 
 from collections.abc import Iterable
 
+from mcp_auth_proxy.net.http_head import encode_head
+
 _HOP_BY_HOP = frozenset(
     {b"connection", b"content-length", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 )
-"""Fields of one connection, and the framing, which is written anew. ``proxy-*`` comes on top."""
+"""Fields of one connection, and the framing, which the proxy writes itself. Also ``proxy-*``."""
 
 _NOT_OUT = _HOP_BY_HOP | {
     b"authorization",
@@ -22,10 +25,10 @@ _NOT_OUT = _HOP_BY_HOP | {
     b"origin",
     b"x-real-ip",
 }
-"""What a client says to us, and what it can't be believed about. ``x-forwarded-*`` comes on top."""
+"""Fields that are meant for the proxy, or that a client cannot be trusted with. Also ``x-forwarded-*``."""
 
 _NOT_OUT_UNSEEN = _NOT_OUT - {b"connection"}
-"""Those that need no closer look."""
+"""Those that are dropped without a look at their value."""
 
 _NOT_OUT_PREFIXES = (b"proxy-", b"x-forwarded-")
 
@@ -46,15 +49,15 @@ _OUT_UNSEEN = frozenset(
         b"user-agent",
     }
 )
-"""The usual fields, which pass without a closer look."""
+"""Usual fields: they pass after one look-up."""
 
 _NOT_BACK = (_HOP_BY_HOP - {b"content-length"}) | {
-    # For the client of the authorised exchange, which is us (design §4.2).
+    # For the OAuth client of this request, which is the proxy.
     b"dpop-nonce",
     b"set-cookie",
     b"set-cookie2",
     b"www-authenticate",
-    # Policies of the upstream's origin: a browser would apply them to the proxy's.
+    # Policies for the upstream's origin: a browser would apply them to the proxy's.
     b"alt-svc",
     b"clear-site-data",
     b"expect-ct",
@@ -70,19 +73,19 @@ _NOT_BACK = (_HOP_BY_HOP - {b"content-length"}) | {
 _NOT_BACK_PREFIX = b"proxy-"
 
 _BACK_UNSEEN = frozenset({b"content-length", b"content-encoding", b"date", b"mcp-session-id", b"server", b"vary"})
-"""The usual fields, which pass without a closer look."""
+"""Usual fields: they pass after one look-up."""
 
 _SIMPLE_CONNECTION = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
 
 _CANONICAL = bytes(ord(chr(byte).lower()) if byte < 128 and chr(byte).isalnum() else ord("-") for byte in range(256))
-"""Servers that hand fields on as environment variables (RFC 3875 §4.1.18) tell apart letters and digits only:
-to them ``x_forwarded_for`` is ``x-forwarded-for``."""
+"""Servers that pass fields on as environment variables (RFC 3875 §4.1.18) distinguish letters and digits only: for them
+``x_forwarded_for`` is ``x-forwarded-for``."""
 
 NO_STORE = (b"cache-control", b"no-store")
 
 INERT = (b"content-security-policy", b"default-src 'none'; sandbox")
-"""For answers that a browser could show as a page: its script would run in the proxy's origin, and so could call every
-other server. With a policy of the upstream's own, both hold."""
+"""For responses that a browser could show as a page: its script would run in the proxy's origin and could call every
+other server. If the upstream sends a policy too, both apply."""
 
 _NO_PAGES = frozenset({b"application/json", b"text/event-stream"})
 
@@ -96,14 +99,14 @@ def request_head(
     content_length: int | None,
     proof: bytes | None = None,
 ) -> bytes:
-    """Return the head of an upstream request, with the empty line that ends it.
+    """Return the head of an upstream request.
 
-    ``headers`` are the client's, names in lower case. Dropped of them: hop-by-hop fields and those that
-    ``Connection`` lists, framing, ``Expect``, and everything that speaks of who the client is or claims to be,
-    in any spelling that a server could take for it. The rest passes unchanged and in order, ``Via`` too.
-    ``content_length`` None means a request without a body; ``proof`` goes with a token that needs one (RFC 9449 §7).
+    ``headers`` are the client's, names in lower case. Dropped are hop-by-hop fields and those that ``Connection``
+    lists, framing, ``Expect``, and every field about who the client is or claims to be, in any spelling that a server
+    could read as one. The rest passes unchanged and in order, ``Via`` too. ``content_length`` is None for a request
+    without a body; ``proof`` belongs to a token that is bound to a key (RFC 9449 §7).
 
-    Raises ValueError on a part that would break out of its line; such never come from our parser.
+    Raises ValueError if a part would break out of its line; the request parser lets none through.
     """
     lines = [b"%s %s HTTP/1.1" % (method, target), b"host: " + host]
     listed: set[bytes] | None = None
@@ -124,23 +127,20 @@ def request_head(
         lines.append(b"dpop: " + proof)
     if content_length is not None:
         lines.append(b"content-length: %d" % content_length)
-    expected = len(lines) + 1
-    lines += (b"", b"")
-    head = b"\r\n".join(lines)
-    # One look at the whole costs less than one at each part, and sees names and the target too.
-    if head.count(b"\n") != expected or head.count(b"\r") != expected or b"\0" in head or lines[0].count(b" ") != 2:
-        raise ValueError("a field of the request holds a line break or NUL")
+    head = encode_head(lines)
+    if lines[0].count(b" ") != 2:
+        raise ValueError("the request target holds a space")
     return head
 
 
 def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return the fields of an upstream response that go back to the client, names in lower case.
+    """Return the fields of an upstream response that go to the client, names in lower case.
 
-    Dropped: hop-by-hop fields and those that ``Connection`` lists, challenges, cookies, and policies that hold
-    for a whole origin (HSTS, Alt-Svc, reporting). ``Content-Length`` stays, since it is only there when it frames
-    the body; CORS fields stay. ``Cache-Control: no-store`` is added where the upstream has no ``Cache-Control``:
-    the answer was given to our token, which no cache on the way to the client knows of (RFC 9111 §3.5). What is
-    neither JSON nor events is made inert, should a browser be led here.
+    Dropped are hop-by-hop fields and those that ``Connection`` lists, challenges, cookies, and policies for a whole
+    origin (HSTS, Alt-Svc, reporting). ``Content-Length`` stays, because it is there only if it frames the body; CORS
+    fields stay. ``Cache-Control: no-store`` is added if the upstream has no ``Cache-Control``: the response was made
+    for the proxy's token, of which caches between proxy and client know nothing (RFC 9111 §3.5). A response that is
+    neither JSON nor events is made inert, in case a browser was sent here.
     """
     kept: list[tuple[bytes, bytes]] = []
     listed: set[bytes] | None = None

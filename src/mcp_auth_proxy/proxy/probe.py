@@ -1,4 +1,4 @@
-"""Asks an upstream, without a token, whether it wants one."""
+"""Ask an upstream, without a token, whether it wants one."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from mcp_auth_proxy.rpc.encoding import encode
 
 PROTOCOL_VERSION = "2025-11-25"
 MODERN = "2026-07-28"
-"""The revision without sessions, in which each request says by itself what it is."""
+"""The revision without sessions: each request describes itself."""
 
 MAX_BODY = 16 * 1024
-"""Bytes of an answer that are read: enough to show what it is."""
+"""Bytes of a response that are read: enough to show what it is."""
 
 BODY_SECONDS = 5.0
 
@@ -27,13 +27,13 @@ _JSON = [(b"content-type", b"application/json"), (b"accept", b"application/json,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeResponse:
-    """What a server answered to one MCP method. Header names are in lower case."""
+    """The response of a server to one MCP method. Header names are in lower case."""
 
     method: str
     status: int
     headers: Sequence[tuple[bytes, bytes]] = field(repr=False)
     body: bytes = field(default=b"", repr=False)
-    """The first ``MAX_BODY`` bytes, in the encoding that they came in."""
+    """The first ``MAX_BODY`` bytes, still encoded."""
 
     def all(self, name: bytes) -> list[bytes]:
         return [value for field_name, value in self.headers if field_name == name]
@@ -76,7 +76,7 @@ async def ask(
 
 
 async def end_session(upstream: UpstreamClient, route: Route, answer: ProbeResponse) -> None:
-    """End the session that an ``initialize`` has begun; a server that does not do that will forget it by itself."""
+    """End the session that an ``initialize`` began. If the server fails to, the session will expire there."""
     for session in answer.all(b"mcp-session-id")[:1]:
         headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
         with suppress(UpstreamError):
@@ -84,7 +84,7 @@ async def end_session(upstream: UpstreamClient, route: Route, answer: ProbeRespo
 
 
 async def _beginning(response: Response) -> bytes:
-    """Return the first bytes of the body; a stream that stays open, or breaks off, is no fault here."""
+    """Return the first bytes of the body. A stream that stays open or breaks off is not an error here."""
     body = b""
     try:
         async with asyncio.timeout(BODY_SECONDS):

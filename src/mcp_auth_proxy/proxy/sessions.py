@@ -1,15 +1,15 @@
-"""What is remembered of MCP sessions."""
+"""What the proxy remembers of MCP sessions."""
 
 from collections import OrderedDict
 
 SESSIONS_REMEMBERED = 10_000
 
 LONGEST_ID = 256
-"""Bytes; a session with a longer id (most are UUIDs) counts as one that declared nothing."""
+"""Bytes. A session with a longer id (most are UUIDs) is treated as one that declared nothing."""
 
 
 class Sessions:
-    """Which MCP sessions declared URL elicitation when they were initialized; bounded, oldest forgotten first."""
+    """Remembers which sessions declared URL elicitation when they were initialized. Bounded: the oldest is dropped."""
 
     def __init__(self) -> None:
         self._elicits: OrderedDict[tuple[str, bytes], None] = OrderedDict()
