@@ -34,7 +34,7 @@ def render(results: Results, connections: int, stream_counts: list[int]) -> str:
     blocks = [
         speed_table(results, connections),
         workload_table(results, connections),
-        other_table(results, stream_counts),
+        *([other_table(results, stream_counts)] if results.ready or results.downloads else []),
         target_table(results, connections, stream_counts[-1]),
     ]
     lines = notes(results, connections)
