@@ -246,6 +246,11 @@ class TokenCache:
         except GrantEnded:
             self.evict(account)
             return await self._load(account)
+        except McpAuthProxyError:
+            # Before this task ends: as soon as no renewal is in progress, a request that finds the token still due
+            # would start the next one.
+            self._postpone(account, cached)
+            raise
         if before != self._invalidations:
             return await self._load(account)
         return self.put(account, renewed)
@@ -259,7 +264,6 @@ class TokenCache:
             await self.renew(account, cached)
         except McpAuthProxyError as error:
             logger.debug("background renewal for server %s: %s", account.server, error)
-            self._postpone(account, cached)
 
     def _renew_at(self, grant: Grant) -> float:
         """Return when to renew a grant in the background: when it is due, but not before a backoff has ended."""

@@ -1,0 +1,280 @@
+"""The token cache on a real store, with a clock of its own and a scripted token endpoint."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fakes.proxy import until
+from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.renewal import REQUEST_GATE, Renewer
+from mcp_auth_proxy.broker.token_cache import TokenCache
+from mcp_auth_proxy.broker.token_requests import TokenClient
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, TokenRefused
+from mcp_auth_proxy.models import Account, Grant, TokenSet
+from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.registrations import Registrations
+from store.builders import NOW, grant, store_settings, tokens
+
+ACCOUNT = Account("local", "linear")
+HOUR = 3600.0
+BUSY = AuthorizationServerUnavailable("slow down", server_retry_after=60.0)
+
+
+class Clock:
+    now: float = NOW + 10
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Endpoint(TokenClient):
+    """A scripted token endpoint: answers with ``outcome`` once ``gate`` is set, and counts."""
+
+    def __init__(self) -> None:
+        self.outcome: TokenSet | Exception = tokens("2")
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.refreshes = 0
+
+    async def refresh(self, server: ServerSettings, grant: Grant) -> TokenSet:
+        self.refreshes += 1
+        await self.gate.wait()
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+class WatchedGrants(Grants):
+    """Counts reads, and holds one between the store and the reader until ``gate`` is set."""
+
+    def __init__(self, database: Engine, clock: Clock) -> None:
+        super().__init__(database)
+        self.clock = clock
+        self.reads = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.release_takes = 0.0
+        """Seconds that ``release_refresh`` takes, by the clock of the test."""
+
+    async def current(self, account: Account) -> Grant | None:
+        self.reads += 1
+        found = await super().current(account)
+        await self.gate.wait()
+        return found
+
+    async def release_refresh(self, grant_id: int, *, version: int, owner: str) -> None:
+        await super().release_refresh(grant_id, version=version, owner=owner)
+        self.clock.now += self.release_takes
+
+
+class Setup:
+    def __init__(self, database: Engine) -> None:
+        self.clock = Clock()
+        self.grants = WatchedGrants(database, self.clock)
+        self.endpoint = Endpoint()
+        self.servers = {"linear": ServerSettings(name="linear", url="https://linear.example/mcp")}
+        registrar = ClientRegistrar(
+            fetcher=Fetcher(), registrations=Registrations(database), public_url="http://127.0.0.1", clock=self.clock
+        )
+        self.renewer = Renewer(token_client=self.endpoint, registrar=registrar, grants=self.grants, clock=self.clock)
+        self.cache = TokenCache(servers=self.servers, grants=self.grants, renewer=self.renewer, clock=self.clock)
+
+    async def text(self) -> str:
+        token = await self.cache.token(ACCOUNT)
+        return "" if token is None else token.header.decode()
+
+    async def in_the_background(self) -> None:
+        """Wait, bounded, for the renewal in the background."""
+        await until(lambda: not self.cache.is_renewing(ACCOUNT))
+
+
+@pytest.fixture
+async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
+    database = await open_store(store_settings(tmp_path))
+    setup = Setup(database)
+    yield setup
+    setup.endpoint.gate.set()
+    setup.grants.gate.set()
+    await setup.cache.aclose()
+    await database.close()
+
+
+# Loading
+
+
+async def test_a_grant_is_read_once_for_everyone_who_asks_at_once(setup: Setup) -> None:
+    await setup.grants.add(grant())
+    assert await asyncio.gather(*(setup.text() for _ in range(20))) == ["Bearer canary-access-1"] * 20
+    assert await setup.text() == "Bearer canary-access-1"
+    assert setup.grants.reads == 1
+
+
+async def test_that_there_is_no_grant_is_remembered_until_the_store_may_have_changed(setup: Setup) -> None:
+    assert (await setup.text(), await setup.text(), setup.grants.reads) == ("", "", 1)
+    await setup.grants.add(grant())
+    assert await setup.text() == ""
+    setup.cache.clear_negative()
+    assert await setup.text() == "Bearer canary-access-1"
+
+
+async def test_a_grant_stored_while_the_store_is_read_is_not_missed(setup: Setup) -> None:
+    setup.grants.gate.clear()
+    reading = asyncio.create_task(setup.text())
+    await until(lambda: setup.grants.reads == 1)
+    await setup.grants.add(grant())
+    setup.cache.clear_negative()
+    setup.grants.gate.set()
+    assert await reading == "Bearer canary-access-1"
+
+
+async def test_a_token_evicted_while_it_is_loaded_is_not_brought_back(setup: Setup) -> None:
+    await setup.grants.add(grant())
+    setup.grants.gate.clear()
+    reading = asyncio.create_task(setup.text())
+    await until(lambda: setup.grants.reads == 1)
+    await setup.grants.delete(ACCOUNT)
+    setup.cache.evict(ACCOUNT)
+    setup.grants.gate.set()
+    assert await reading == ""
+    assert setup.cache.get(ACCOUNT) is None
+
+
+async def test_a_grant_for_another_server_than_configured_is_not_used(setup: Setup) -> None:  # T49
+    await setup.grants.add(grant())
+    setup.servers["linear"] = replace(setup.servers["linear"], url="https://other.example/mcp")
+    assert await setup.text() == ""
+
+
+async def test_each_new_token_has_a_higher_generation_and_the_same_grant_has_one(setup: Setup) -> None:
+    stored = await setup.grants.add(grant())
+    first = setup.cache.put(ACCOUNT, stored)
+    assert setup.cache.put(ACCOUNT, stored) is first
+    second = setup.cache.put(ACCOUNT, replace(stored, version=2))
+    assert second.token.generation > first.token.generation
+    assert setup.cache.accounts() == {ACCOUNT}
+
+
+# Renewal
+
+
+async def test_a_token_that_is_due_is_used_while_it_is_renewed_once(setup: Setup) -> None:
+    await setup.grants.add(grant())
+    await setup.text()
+    setup.endpoint.gate.clear()
+    setup.clock.now = NOW + 0.95 * HOUR
+    assert setup.cache.token_nowait(ACCOUNT)[0] is False
+    for _ in range(10):
+        assert await setup.text() == "Bearer canary-access-1"
+    await until(lambda: setup.endpoint.refreshes == 1)
+    setup.endpoint.outcome = tokens("2", setup.clock.now)
+    setup.endpoint.gate.set()
+    await setup.in_the_background()
+    assert await setup.text() == "Bearer canary-access-2"
+    assert (setup.endpoint.refreshes, setup.cache.token_nowait(ACCOUNT)[0]) == (1, True)
+
+
+async def test_a_dead_token_is_waited_for_and_renewed_once_for_everyone(setup: Setup) -> None:
+    await setup.grants.add(grant())
+    setup.clock.now = NOW + 2 * HOUR
+    setup.endpoint.outcome = tokens("2", setup.clock.now)
+    assert await asyncio.gather(*(setup.text() for _ in range(20))) == ["Bearer canary-access-2"] * 20
+    assert setup.endpoint.refreshes == 1
+
+
+async def test_a_dead_token_that_can_not_be_renewed_is_tried_all_the_same(setup: Setup) -> None:
+    await setup.grants.add(replace(grant(), tokens=replace(tokens(), refresh_token=None)))
+    setup.clock.now = NOW + 2 * HOUR
+    assert await setup.text() == "Bearer canary-access-1"
+    assert setup.endpoint.refreshes == 0
+
+
+async def test_an_ended_grant_leaves_no_token(setup: Setup) -> None:
+    await setup.grants.add(grant())
+    setup.clock.now = NOW + 2 * HOUR
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "no")
+    assert await setup.text() == ""
+    assert (setup.cache.get(ACCOUNT), setup.cache.token_nowait(ACCOUNT)) == (None, (True, None))
+
+
+async def test_after_a_failure_no_request_renews_before_the_server_wants_it(setup: Setup) -> None:  # F1
+    """Requests come in every turn of the event loop, also in the one in which the failed renewal ends.
+
+    The renewal takes so long to end that a request with a dead token would be allowed to try again.
+    """
+    stored = await setup.grants.add(grant())
+    await setup.text()
+    setup.endpoint.outcome = BUSY
+    setup.grants.release_takes = REQUEST_GATE + 1
+    setup.clock.now = NOW + 0.95 * HOUR
+
+    async def request() -> None:
+        assert await setup.text() == "Bearer canary-access-1"
+        await asyncio.sleep(0)
+
+    async with asyncio.timeout(10):
+        while setup.renewer.retry_at(stored) is None or setup.cache.is_renewing(ACCOUNT):
+            await request()
+    for _ in range(100):
+        await request()
+    await setup.in_the_background()
+    assert setup.endpoint.refreshes == 1
+    assert setup.cache.token_nowait(ACCOUNT)[0] is True
+
+
+async def test_a_backoff_outlives_the_cached_token(setup: Setup) -> None:
+    stored = await setup.grants.add(grant())
+    setup.endpoint.outcome = BUSY
+    setup.clock.now = NOW + 0.95 * HOUR
+    cached = setup.cache.put(ACCOUNT, stored)
+    with pytest.raises(AuthorizationServerUnavailable):
+        await setup.cache.renew(ACCOUNT, cached)
+    setup.cache.evict(ACCOUNT)
+    setup.clock.now += REQUEST_GATE + 1
+    assert await setup.text() == "Bearer canary-access-1"
+    assert setup.cache.token_nowait(ACCOUNT)[0] is True
+    setup.clock.now += 90
+    assert setup.cache.token_nowait(ACCOUNT)[0] is False
+
+
+async def test_a_request_with_a_dead_token_tries_again_before_the_background_does(setup: Setup) -> None:
+    await setup.grants.add(grant())
+    setup.clock.now = NOW + 2 * HOUR
+    setup.endpoint.outcome = BUSY
+    for refreshes in (1, 1, 2):
+        with pytest.raises(AuthorizationServerUnavailable):
+            await setup.text()
+        assert setup.endpoint.refreshes == refreshes
+        setup.clock.now += 3
+    setup.clock.now += 3
+    setup.endpoint.outcome = tokens("2", setup.clock.now)
+    assert await setup.text() == "Bearer canary-access-2"
+
+
+async def test_a_renewal_that_a_crash_interrupted_is_taken_up(setup: Setup) -> None:
+    stored = await setup.grants.add(grant())
+    await setup.grants.begin_refresh(stored.id, version=1, owner="elsewhere:1:x", now=NOW - HOUR)
+    await setup.cache.resume_interrupted()
+    await until(lambda: setup.endpoint.refreshes == 1)
+    await setup.in_the_background()
+    assert await setup.text() == "Bearer canary-access-2"
+
+
+async def test_closing_waits_for_a_renewal_in_progress(setup: Setup) -> None:
+    stored = await setup.grants.add(grant())
+    setup.endpoint.gate.clear()
+    renewing = asyncio.create_task(setup.cache.renew(ACCOUNT, setup.cache.put(ACCOUNT, stored)))
+    await until(lambda: setup.endpoint.refreshes == 1)
+    closing = asyncio.create_task(setup.cache.aclose())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    setup.endpoint.gate.set()
+    await closing
+    renewed = await renewing
+    assert renewed is not None
+    assert renewed.grant.tokens.access_token == "canary-access-2"
