@@ -50,16 +50,6 @@ def test_every_dependency_is_locked_and_the_locks_agree() -> None:
         assert dev[name] == version, f"{name} differs between the locks: run `make lock`"
 
 
-def test_the_wheel_has_the_type_marker_and_the_pages(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=50)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    templates = ROOT / "src/mcp_auth_proxy/web/templates"
-    assert "mcp_auth_proxy/py.typed" in names
-    assert {f"mcp_auth_proxy/web/templates/{page.name}" for page in templates.iterdir()} <= set(names)
-
-
 def test_only_systems_that_it_runs_on_are_named() -> None:
     """uvloop and the module resource are imported without a second thought: there is neither on Windows."""
     classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
@@ -174,3 +164,13 @@ def test_the_ci_script_is_valid_and_can_be_started() -> None:
     script = ROOT / ".ci/run"
     assert script.stat().st_mode & 0o100
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
+
+
+def test_the_wheel_has_the_type_marker_and_the_pages(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=50)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    templates = ROOT / "src/mcp_auth_proxy/web/templates"
+    assert "mcp_auth_proxy/py.typed" in names
+    assert {f"mcp_auth_proxy/web/templates/{page.name}" for page in templates.iterdir()} <= set(names)
