@@ -19,9 +19,9 @@ def test_nothing_and_null_are_none() -> None:
     assert parse(b"a:\nb: ~\nc: null\n").content == {"a": None, "b": None, "c": None}
 
 
-def test_a_key_given_twice_is_a_fault_with_both_lines() -> None:
+def test_a_duplicate_key_is_an_error_with_both_lines() -> None:
     document = parse(b"a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n")
-    assert [str(fault) for fault in document.errors] == ["b.c: duplicate key: on line 5, first on line 3"]
+    assert [str(error) for error in document.errors] == ["b.c: duplicate key: on line 5, first on line 3"]
 
 
 def test_anchors_and_merges_are_no_duplicates() -> None:

@@ -24,11 +24,11 @@ def settings(folder: Path, text: str, environ: dict[str, str] | None = None, lis
     return load(path, environ=environ or {}, listen=listen)
 
 
-def faults(folder: Path, text: str, environ: dict[str, str] | None = None, listen: str | None = None) -> list[str]:
+def errors_of(folder: Path, text: str, environ: dict[str, str] | None = None, listen: str | None = None) -> list[str]:
     with pytest.raises(ConfigurationError) as caught:
         settings(folder, text, environ, listen)
     assert caught.value.source == str(folder / "config.yaml")
-    return [str(fault) for fault in caught.value.errors]
+    return [str(error) for error in caught.value.errors]
 
 
 def oauth(text: str) -> str:
@@ -116,8 +116,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert a.oauth.allow_missing_pkce
 
 
-def test_all_faults_come_at_once_in_file_order(tmp_path: Path) -> None:
-    found = faults(
+def test_all_errors_come_at_once_in_file_order(tmp_path: Path) -> None:
+    found = errors_of(
         tmp_path,
         """
 listen: 8787
@@ -132,7 +132,7 @@ listen: nowhere
 limits: [1]
 """,
     )
-    assert [fault.partition(": ")[0] for fault in found] == [
+    assert [error.partition(": ")[0] for error in found] == [
         "listen", "listen", "lissten", "store.url",
         "servers.beta.url", "servers.beta.typo", "servers.mcp", "servers.Bad_Name", "servers.Bad_Name.url",
         "authorization.wait", "authorization.open_browser", "authorization.cold_start", "authorization.allow_private",
@@ -156,7 +156,7 @@ limits: [1]
     ],
 )
 def test_a_server_url_is_refused_with_the_reason(tmp_path: Path, url: str, problem: str) -> None:
-    (found,) = faults(tmp_path, f"servers: {{a: {{url: '{url}'}}}}")
+    (found,) = errors_of(tmp_path, f"servers: {{a: {{url: '{url}'}}}}")
     assert found.startswith("servers.a.url: ")
     assert problem in found
     assert "hunter2" not in found
@@ -171,18 +171,18 @@ def test_http_to_loopback_needs_no_permission(tmp_path: Path, url: str) -> None:
     "text", ["", "# nothing\n", "---\n", "[a]", "just text", "servers:", "servers: {}", "listen: 127.0.0.1:1"]
 )
 def test_a_file_without_servers_is_refused(tmp_path: Path, text: str) -> None:
-    assert faults(tmp_path, text)
+    assert errors_of(tmp_path, text)
 
 
 def test_a_syntax_error_is_told_with_line_and_column(tmp_path: Path) -> None:
-    (found,) = faults(tmp_path, "servers:\n  a: {url: x\n  b: y\n")
+    (found,) = errors_of(tmp_path, "servers:\n  a: {url: x\n  b: y\n")
     assert "line 3" in found
     assert "column" in found
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
 def test_reserved_server_names_are_refused(tmp_path: Path, name: str) -> None:
-    (found,) = faults(tmp_path, f"servers: {{{name}: {{url: 'https://a.example'}}}}")
+    (found,) = errors_of(tmp_path, f"servers: {{{name}: {{url: 'https://a.example'}}}}")
     assert found.startswith(f"servers.{name}: ")
 
 
@@ -195,7 +195,7 @@ def test_every_name_of_the_contract_is_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["-a", "A", "a_b", "a.b", "é", "a" * 64, "a b"])
 def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
-    assert faults(tmp_path, f"servers: {{'{name}': {{url: 'https://a.example'}}}}")
+    assert errors_of(tmp_path, f"servers: {{'{name}': {{url: 'https://a.example'}}}}")
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,8 @@ def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
         ("client_id: ''", "client_id"),
     ],
 )
-def test_an_oauth_fault_names_its_key(tmp_path: Path, text: str, path: str) -> None:
-    assert any(fault.startswith(f"servers.a.oauth.{path}: ") for fault in faults(tmp_path, oauth(text)))
+def test_an_oauth_error_names_its_key(tmp_path: Path, text: str, path: str) -> None:
+    assert any(error.startswith(f"servers.a.oauth.{path}: ") for error in errors_of(tmp_path, oauth(text)))
 
 
 def test_client_credentials_without_a_secret_need_client_auth_none(tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def test_client_credentials_without_a_secret_need_client_auth_none(tmp_path: Pat
 @pytest.mark.parametrize(
     "secret", ["env:UNSET", "env:EMPTY", "file:missing", "file:empty", "file:.", "file:~nobody-x/y"]
 )
-def test_a_secret_that_cannot_be_read_is_a_fault(tmp_path: Path, secret: str) -> None:
+def test_a_secret_that_cannot_be_read_is_an_error(tmp_path: Path, secret: str) -> None:
     (tmp_path / "empty").write_text("\n")
-    (found,) = faults(tmp_path, oauth(f"client_id: a, client_secret: '{secret}'"), {"EMPTY": ""})
+    (found,) = errors_of(tmp_path, oauth(f"client_id: a, client_secret: '{secret}'"), {"EMPTY": ""})
     assert found.startswith("servers.a.oauth.client_secret: ")
 
 
@@ -257,7 +257,7 @@ def test_secrets_show_in_no_repr(tmp_path: Path) -> None:  # T45
     "url", ["mysql://x", "sqlite://x.db", "sqlite:///", "sqlite:///:memory:", "sqlite:////", "x.db", "sqlite:///a?b"]
 )
 def test_other_stores_are_refused(tmp_path: Path, url: str) -> None:
-    (found,) = faults(tmp_path, MINIMAL + f"store: {{url: '{url}'}}")
+    (found,) = errors_of(tmp_path, MINIMAL + f"store: {{url: '{url}'}}")
     assert found.startswith("store.url: ")
 
 
@@ -285,32 +285,32 @@ def test_only_the_secrets_that_are_asked_for_are_read(tmp_path: Path) -> None:
     assert load(path, environ={}, secrets_of=()).servers["notes"].oauth.client_secret is None
     with pytest.raises(ConfigurationError) as caught:
         load(path, environ={}, secrets_of=("notes",))
-    assert [fault.path for fault in caught.value.errors] == ["servers.notes.oauth.client_secret"]
+    assert [error.path for error in caught.value.errors] == ["servers.notes.oauth.client_secret"]
     with pytest.raises(ConfigurationError) as caught:
         load(path, environ=environ)
-    assert [fault.path.rpartition(".")[2] for fault in caught.value.errors] == [
+    assert [error.path.rpartition(".")[2] for error in caught.value.errors] == [
         "private_key",
         "client_secret",
         "id_token",
     ]
 
 
-def test_other_faults_are_told_where_no_secret_is_read(tmp_path: Path) -> None:
+def test_other_errors_are_reported_if_no_secret_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(oauth("client_secret: 'env:UNSET', nonsense: 1"))
     with pytest.raises(ConfigurationError) as caught:
         load(path, environ={}, secrets_of=())
-    assert [fault.path.rpartition(".")[2] for fault in caught.value.errors] == ["client_secret", "nonsense"]
+    assert [error.path.rpartition(".")[2] for error in caught.value.errors] == ["client_secret", "nonsense"]
 
 
 @pytest.mark.parametrize("key", ["env:UNSET", "file:other.key", "c2VjcmV0", "env:"])
-def test_a_store_key_that_is_not_there_is_a_fault(tmp_path: Path, key: str) -> None:
-    (found,) = faults(tmp_path, MINIMAL + f"store: {{keys: ['{key}']}}")
+def test_a_store_key_that_is_not_there_is_an_error(tmp_path: Path, key: str) -> None:
+    (found,) = errors_of(tmp_path, MINIMAL + f"store: {{keys: ['{key}']}}")
     assert found.startswith("store.keys[0]: ")
 
 
-def test_no_store_key_at_all_is_a_fault(tmp_path: Path) -> None:
-    (found,) = faults(tmp_path, MINIMAL + "store: {keys: []}")
+def test_no_store_key_at_all_is_an_error(tmp_path: Path) -> None:
+    (found,) = errors_of(tmp_path, MINIMAL + "store: {keys: []}")
     assert found.startswith("store.keys: ")
 
 
@@ -319,13 +319,13 @@ def test_the_default_key_may_be_written_out(tmp_path: Path) -> None:
     assert found.store.default_key
 
 
-def test_the_listen_flag_wins_and_its_faults_are_told(tmp_path: Path) -> None:
+def test_the_listen_flag_wins_and_its_errors_are_reported(tmp_path: Path) -> None:
     assert settings(tmp_path, MINIMAL + "listen: 127.0.0.1:1", listen="0.0.0.0:2").listen == Address("0.0.0.0", 2)
-    assert faults(tmp_path, MINIMAL, listen="nonsense")[0].startswith("--listen: ")
+    assert errors_of(tmp_path, MINIMAL, listen="nonsense")[0].startswith("--listen: ")
 
 
-def test_a_missing_ca_bundle_is_a_fault(tmp_path: Path) -> None:
-    (found,) = faults(tmp_path, MINIMAL + "outbound: {ca_bundle: nowhere.pem}")
+def test_a_missing_ca_bundle_is_an_error(tmp_path: Path) -> None:
+    (found,) = errors_of(tmp_path, MINIMAL + "outbound: {ca_bundle: nowhere.pem}")
     assert str(tmp_path / "nowhere.pem") in found
 
 
@@ -377,4 +377,4 @@ def test_a_single_server_needs_no_file() -> None:
 def test_a_single_url_is_held_to_the_same_rules(url: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         single(url, environ={})
-    assert [fault.path for fault in caught.value.errors] == ["URL"]
+    assert [error.path for error in caught.value.errors] == ["URL"]

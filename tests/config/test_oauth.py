@@ -27,10 +27,10 @@ def read(folder: Path, text: str) -> OAuthSettings:
     return load(path, environ={"KEY": pem(P256), "ENCRYPTED": pem(P256, b"x"), "S": "s"}).servers["a"].oauth
 
 
-def faults(folder: Path, text: str) -> list[str]:
+def errors_of(folder: Path, text: str) -> list[str]:
     with pytest.raises(ConfigurationError) as caught:
         read(folder, text)
-    return [str(fault).removeprefix("servers.a.oauth.") for fault in caught.value.errors]
+    return [str(error).removeprefix("servers.a.oauth.") for error in caught.value.errors]
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_a_private_key_is_read_and_shows_itself_nowhere(tmp_path: Path) -> None:
         ("signing_alg: ES256", "signing_alg: needs a private_key"),
     ],
 )
-def test_a_key_that_can_not_be_used_is_a_fault(tmp_path: Path, text: str, found: str) -> None:
-    assert [fault for fault in faults(tmp_path, text) if fault.startswith(found)]
+def test_a_key_that_cannot_be_used_is_an_error(tmp_path: Path, text: str, found: str) -> None:
+    assert [error for error in errors_of(tmp_path, text) if error.startswith(found)]
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,11 @@ def test_an_identity_provider_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_grant_needs_is_told(tmp_path: Path, text: str, found: str) -> None:
-    assert [fault for fault in faults(tmp_path, text) if fault.startswith(found)]
+    assert [error for error in errors_of(tmp_path, text) if error.startswith(found)]
 
 
-def test_a_fault_never_repeats_a_key_or_an_assertion(tmp_path: Path) -> None:
-    assert "eyJhbGciOi" not in "".join(faults(tmp_path, "grant: jwt_bearer, assertion: eyJhbGciOi"))  # T45
+def test_an_error_never_repeats_a_key_or_an_assertion(tmp_path: Path) -> None:
+    assert "eyJhbGciOi" not in "".join(errors_of(tmp_path, "grant: jwt_bearer, assertion: eyJhbGciOi"))  # T45
 
 
 def test_parameters_of_the_protocol_are_not_for_the_configuration(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_parameters_of_the_protocol_are_not_for_the_configuration(tmp_path: Path
         "organization": "o",
     }
     for name in ("grant_type", "scope", "resource", "client_secret", "refresh_token", "assertion", "device_code"):
-        found = faults(tmp_path, f"token_params: {{{name}: x}}")
+        found = errors_of(tmp_path, f"token_params: {{{name}: x}}")
         assert len(found) == 1
         assert found[0].startswith(f"token_params.{name}: is set by the proxy itself")
 
@@ -155,8 +155,10 @@ def test_parameters_of_the_protocol_are_not_for_the_configuration(tmp_path: Path
 def test_an_audience_of_assertions_needs_a_key(tmp_path: Path) -> None:
     client = "client_id: a, private_key: 'env:KEY', client_assertion_audience"
     assert read(tmp_path, f"{client}: endpoint").client_assertion_audience == "endpoint"
-    assert faults(tmp_path, f"{client}: other")[0].startswith("client_assertion_audience: must be one of")
-    assert faults(tmp_path, "client_assertion_audience: endpoint") == ["client_assertion_audience: needs a private_key"]
+    assert errors_of(tmp_path, f"{client}: other")[0].startswith("client_assertion_audience: must be one of")
+    assert errors_of(tmp_path, "client_assertion_audience: endpoint") == [
+        "client_assertion_audience: needs a private_key"
+    ]
 
 
 STATIC = "authorization_endpoint: https://as.example/a, token_endpoint: https://as.example/t"
@@ -180,11 +182,11 @@ STATIC = "authorization_endpoint: https://as.example/a, token_endpoint: https://
         ),
     ],
 )
-def test_http_elsewhere_than_on_loopback_is_a_fault_as_it_would_be_at_discovery(
+def test_http_elsewhere_than_on_loopback_is_an_error_as_it_would_be_at_discovery(
     tmp_path: Path, text: str, path: str | None
 ) -> None:
-    (fault,) = faults(tmp_path, text)
-    assert fault.startswith(f"{path or 'metadata.token_endpoint'}: must be https")
+    (error,) = errors_of(tmp_path, text)
+    assert error.startswith(f"{path or 'metadata.token_endpoint'}: must be https")
 
 
 def with_http(folder: Path, url: str, allow_http: str, oauth: str) -> Settings:
@@ -215,5 +217,5 @@ def test_the_origin_of_a_server_with_allow_http_may_be_its_issuer_and_no_other_m
         f"metadata: {{introspection_endpoint: 'http://10.0.0.1/i', {STATIC}}}",
     ],
 )
-def test_http_on_loopback_and_where_nobody_goes_is_no_fault(tmp_path: Path, text: str) -> None:
+def test_http_on_loopback_and_where_nobody_goes_is_not_an_error(tmp_path: Path, text: str) -> None:
     read(tmp_path, text)

@@ -114,4 +114,4 @@ def test_every_documented_key_is_known_to_the_loader(tmp_path: Path) -> None:
     path.write_text(str(tree))
     with pytest.raises(ConfigurationError) as caught:
         load(path, environ={})
-    assert not [fault for fault in caught.value.errors if "unknown key" in fault.problem]
+    assert not [error for error in caught.value.errors if "unknown key" in error.problem]

@@ -244,7 +244,7 @@ def test_an_error_does_not_repeat_what_was_sent() -> None:  # T45
         (200, b'{"ok": false}', True),
     ],
 )
-def test_what_is_no_oauth_answer_is_unavailable(status: int, body: bytes, maybe_processed: bool) -> None:  # F1
+def test_what_is_not_an_oauth_response_is_unavailable(status: int, body: bytes, maybe_processed: bool) -> None:  # F1
     with pytest.raises(AuthorizationServerUnavailable) as failed:
         read(status, body, headers={"retry-after": "17"})
 
@@ -322,7 +322,7 @@ def test_tokens_are_not_in_a_repr() -> None:
         (400, b'{"error": "temporarily_unavailable"}', "can't be used now: temporarily_unavailable."),
     ],
 )
-def test_what_is_no_oauth_answer_names_its_clause_and_promises_nothing_of_waiting(
+def test_what_is_not_an_oauth_response_names_its_clause_and_says_now_only_if_waiting_may_help(
     status: int, body: bytes, words: str
 ) -> None:
     with pytest.raises(AuthorizationServerUnavailable) as caught:

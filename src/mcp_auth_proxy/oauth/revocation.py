@@ -1,9 +1,9 @@
-"""Giving tokens back (RFC 7009)."""
+"""Token revocation (RFC 7009)."""
 
 
 def request(token: str, hint: str) -> list[tuple[str, str]]:
-    """Return the form that revokes a token, still without client authentication (RFC 7009 §2.1).
+    """Return the form that revokes a token (RFC 7009 §2.1), without client authentication. ``hint`` is its type.
 
-    Revoke the refresh token where there is one: JWT access tokens can't be revoked at many servers.
+    Revoke the refresh token if there is one: many servers can't revoke JWT access tokens.
     """
     return [("token", token), ("token_type_hint", hint)]
