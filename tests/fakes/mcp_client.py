@@ -16,7 +16,7 @@ NAMED_BY = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"
 
 
 @dataclass
-class ClientRequest:
+class Reply:
     """An HTTP response, and the JSON-RPC messages in it: one of JSON, or any number of server-sent events."""
 
     status: int
@@ -74,7 +74,7 @@ class PlainClient:
     async def __aexit__(self, *_: object) -> None:
         await self.http.aclose()
 
-    async def initialize(self) -> ClientRequest:
+    async def initialize(self) -> Reply:
         """The handshake of the 2025 revisions; remembers the session id."""
         params = {
             "protocolVersion": self.version,
@@ -95,7 +95,7 @@ class PlainClient:
         id: int | str | None = None,
         headers: Mapping[str, str] | None = None,
         session: str | None = None,
-    ) -> ClientRequest:
+    ) -> Reply:
         """One request, and everything it was answered."""
         message = self.message(method, params, id=next(self._ids) if id is None else id)
         response = await self.http.post(
@@ -103,16 +103,16 @@ class PlainClient:
         )
         return read(response)
 
-    async def call(self, tool: str, /, **arguments: object) -> ClientRequest:
+    async def call(self, tool: str, /, **arguments: object) -> Reply:
         """``tools/call``."""
         return await self.post("tools/call", {"name": tool, "arguments": arguments})
 
-    async def notify(self, method: str, params: Mapping[str, object] | None = None) -> ClientRequest:
+    async def notify(self, method: str, params: Mapping[str, object] | None = None) -> Reply:
         """One notification."""
         message = self.message(method, params)
         return read(await self.http.post(self.url, content=json.dumps(message), headers=self.headers(message)))
 
-    async def delete(self) -> ClientRequest:
+    async def delete(self) -> Reply:
         """End the session."""
         return read(await self.http.delete(self.url, headers=self.headers({})))
 
@@ -170,7 +170,7 @@ class PlainClient:
         return headers | dict(more or {})
 
 
-def read(response: httpx2.Response) -> ClientRequest:
+def read(response: httpx2.Response) -> Reply:
     """The messages of a response that has come in whole."""
     kind = response.headers.get("content-type", "").partition(";")[0]
     messages: list[dict[str, Any]] = []
@@ -178,7 +178,7 @@ def read(response: httpx2.Response) -> ClientRequest:
         messages = [found for line in response.text.splitlines() if (found := _data(line)) is not None]
     elif kind == "application/json" and response.content:
         messages = [response.json()]
-    return ClientRequest(response.status_code, response.headers, response.content, messages)
+    return Reply(response.status_code, response.headers, response.content, messages)
 
 
 async def events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
