@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mcp_auth_proxy.broker.broker import Broker
 from mcp_auth_proxy.broker.planning import Authorizer
+from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.net.http_client import HttpClient
@@ -46,16 +47,29 @@ def reachable(listening: Address) -> Address:
     return Address(host, listening.port)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Application:
     """A running proxy, without its listener."""
 
     settings: Settings
+    listening: Address
     public_url: str
     servers: ServerRegistry
+    announcer: "Announcer"
     broker: Broker
+    http: HttpClient
     forwarder: Forwarder
     router: Router
+
+    def apply(self, change: SettingsChange) -> None:
+        """Hand each section of a changed configuration to its owner. Requests that are active keep the old one."""
+        self.settings = settings = change.settings
+        self.servers.replace(settings.servers)
+        self.announcer.configure(settings)
+        self.broker.set_allow_private(settings.authorization.allow_private)
+        self.http.set_limit(settings.limits.upstream_connections)
+        self.forwarder.configure(body_limit=settings.limits.body, wait=settings.authorization.wait)
+        self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
 
     async def drain(self) -> None:
         """Become unready, let requests finish for a bounded time, then end those that are left."""
@@ -85,6 +99,7 @@ async def lifespan(
     """
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
+    announcer = Announcer(settings, listening)
     async with AsyncExitStack() as stack:
         database = await Database.open(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
@@ -102,10 +117,11 @@ async def lifespan(
             database=database,
             authorizer=authorizer,
             public_url=public_url,
-            announce=announce or Announcer(settings, listening),
+            announce=announce or announcer,
             clock=clock,
         )
         stack.push_async_callback(broker.aclose)
+        servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
         if background:
             await broker.start()
         http = HttpClient(
@@ -125,9 +141,12 @@ async def lifespan(
         router = Router(guard=guard, servers=servers, forwarder=forwarder, site=site.build())
         yield Application(
             settings=settings,
+            listening=listening,
             public_url=public_url,
             servers=servers,
+            announcer=announcer,
             broker=broker,
+            http=http,
             forwarder=forwarder,
             router=router,
         )
@@ -137,8 +156,13 @@ class Announcer:
     """Tells of a new flow, once: in the log, and by opening the browser if somebody is there to see it."""
 
     def __init__(self, settings: Settings, listening: Address) -> None:
+        self._on_loopback = is_loopback(listening.host)
+        self.configure(settings)
+
+    def configure(self, settings: Settings) -> None:
+        """Open a browser from now on as the settings say."""
         self._opens = browser.should_open(
-            settings.authorization.open_browser, loopback=is_loopback(listening.host), environ=os.environ
+            settings.authorization.open_browser, loopback=self._on_loopback, environ=os.environ
         )
 
     def __call__(self, flow: Flow, link: str) -> None:

@@ -7,7 +7,7 @@ In memory, for each (principal, server): the token in use (``TokenCache``) and t
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -266,6 +266,29 @@ class Broker:
             await self._authorizer.forget_clients(server)
             done.append(f"{server.name}: the next authorization registers anew")
         return done, failed
+
+    # Configuration
+
+    def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
+        """Drop the tokens and pending authorizations of servers that were removed or do not match any more."""
+        self._tokens.clear_negative()
+        for account in {*self._tokens.keys(), *self._pending}:
+            if account.server in removed or account.server in changed:
+                self._tokens.evict(account)
+        for account, pending in list(self._pending.items()):
+            server = self._servers.get(account.server)
+            if account.server in removed or server is None:
+                reason = "it is no longer in the configuration."
+            elif account.server in changed and not self._authorizer.fits(pending.flow, server):
+                reason = "its configuration has changed. Send the request again."
+            else:
+                continue
+            del self._pending[account]
+            pending.fail(AuthorizationError(reason))
+
+    def set_allow_private(self, hosts: tuple[str, ...]) -> None:
+        """Change the private hosts and networks that metadata documents may lead to."""
+        self._authorizer.set_allow_private(hosts)
 
     # Authorizations
 

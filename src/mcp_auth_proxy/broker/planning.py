@@ -83,6 +83,10 @@ class Authorizer:
         self._clock = clock
         self._without_offline_access: set[tuple[str, str]] = set()
 
+    def set_allow_private(self, hosts: tuple[str, ...]) -> None:
+        """Change the private hosts and networks that metadata documents may lead to."""
+        self._discoverer.allow_private = hosts
+
     def fits(self, flow: Flow, server: ServerSettings) -> bool:
         """Whether a stored flow can still end in what the server is configured for."""
         grant = server.oauth.grant

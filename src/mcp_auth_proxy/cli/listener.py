@@ -70,6 +70,10 @@ class Server(uvicorn.Server):
         """Begin to drain; a second signal ends what is under way, a third waits for nothing."""
         asyncio.get_running_loop().call_soon_threadsafe(self._on_signal)
 
+    def drain_and_exit(self) -> None:
+        """Do what the first SIGTERM does; called again, what the next ones do."""
+        self._on_signal()
+
     def _on_signal(self) -> None:
         self._signals += 1
         if self._signals == 1:

@@ -70,6 +70,12 @@ class HttpClient:
         """Return the connections to an origin, if there have been any."""
         return self._pools.get(origin)
 
+    def set_limit(self, connections_per_origin: int) -> None:
+        """Change how many connections an origin may have. Those over the limit are used until they close."""
+        self._limit = connections_per_origin
+        for pool in self._pools.values():
+            pool.limit = connections_per_origin
+
     async def aclose(self) -> None:
         """Close every connection at once; responses under way break off."""
         self._closed = True

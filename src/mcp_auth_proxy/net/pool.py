@@ -37,7 +37,7 @@ class ConnectionPool:
         self.buffer = buffer
         self._origin = origin
         self._dialer = dialer
-        self._limit = limit
+        self.limit = limit
         self._loop = asyncio.get_running_loop()
         self._slots = 0
         """Connections, and those being made."""
@@ -79,7 +79,7 @@ class ConnectionPool:
 
         Raises UpstreamUnreachable and UpstreamBusy.
         """
-        while self._slots >= self._limit:
+        while self._slots >= self.limit:
             connection = await self._wait()
             if connection is None:
                 break  # the place of a connection that is gone, counted already
@@ -162,7 +162,7 @@ class ConnectionPool:
             self._give_back(waiter)
             raise
         raise UpstreamPoolTimeout(
-            f"All {self._limit} connections to {self.name} are in use, and none came free within {BUSY_WAIT:g} s; "
+            f"All {self.limit} connections to {self.name} are in use, and none came free within {BUSY_WAIT:g} s; "
             "limits.upstream_connections allows more."
         )
 

@@ -26,21 +26,31 @@ class Forwarder:
         self._broker = broker
         self._body_limit = body_limit
         self.upstream = UpstreamClient(http)
-        sessions = Sessions()
-        draining: asyncio.Future[None] = self._loop.create_future()
-        self._context = ProxyContext(
-            broker=broker,
-            upstream=self.upstream,
-            sessions=sessions,
-            consent=ConsentWait(broker=broker, sessions=sessions, draining=draining, wait=wait),
-            outages=OutageLog(),
-            draining=draining,
-            body_limit=body_limit,
-        )
+        self._sessions = Sessions()
+        self._outages = OutageLog()
+        self._draining: asyncio.Future[None] = self._loop.create_future()
+        self._context = self._make_context(body_limit, wait)
         self._idle: asyncio.Future[None] | None = None
         self._ended = False
         self._fast: set[FastPathRequest] = set()
         self._handlers: set[RequestHandler] = set()
+
+    def configure(self, *, body_limit: int, wait: float) -> None:
+        """Change the limits for requests that begin from now on; the parameters are those of the constructor."""
+        self._body_limit = body_limit
+        self._context = self._make_context(body_limit, wait)
+
+    def _make_context(self, body_limit: int, wait: float) -> ProxyContext:
+        broker, sessions, draining = self._broker, self._sessions, self._draining
+        return ProxyContext(
+            broker=broker,
+            upstream=self.upstream,
+            sessions=sessions,
+            consent=ConsentWait(broker=broker, sessions=sessions, draining=draining, wait=wait),
+            outages=self._outages,
+            draining=draining,
+            body_limit=body_limit,
+        )
 
     # Requests
 
@@ -124,8 +134,8 @@ class Forwarder:
 
     def drain(self) -> None:
         """Let requests finish, but end those that only wait: streams for messages of the server, held requests."""
-        if not self._context.draining.done():
-            self._context.draining.set_result(None)
+        if not self._draining.done():
+            self._draining.set_result(None)
         for handler in list(self._handlers):
             if handler.listening:
                 handler.end("draining")
@@ -140,14 +150,16 @@ class Forwarder:
         for fast in list(self._fast):
             fast.end("the proxy is shutting down")
 
-    def end_servers(self, names: Collection[str]) -> None:
-        """End every active request to servers that were removed."""
+    def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
+        """End every active request to servers that were removed; those to changed servers go on as they began."""
         for handler in list(self._handlers):
-            if handler.route.server.name in names:
+            if handler.route.server.name in removed:
                 handler.end("removed")
         for fast in list(self._fast):
-            if fast.route.server.name in names:
+            if fast.route.server.name in removed:
                 fast.end("it is no longer configured")
+        for name in (*removed, *changed):
+            self._outages.forget(name)
 
     def _check_idle(self) -> None:
         if self._idle is not None and not self.active_requests and not self._idle.done():
