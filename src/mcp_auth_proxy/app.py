@@ -1,9 +1,10 @@
 """The composition root: builds every layer from the settings, and closes them in the opposite order."""
 
+import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
@@ -29,6 +31,9 @@ logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 Announce = Callable[[Flow, str], None]
 """Is told of each new flow, and its link."""
+
+FORGET_DELAY = 2.0
+"""Seconds until the series of a removed server go: its last requests have ended, and have been counted, by then."""
 
 DRAIN_SECONDS = 30.0
 """Seconds that active requests are given after SIGTERM."""
@@ -128,6 +133,8 @@ async def lifespan(
             ca_bundle=settings.outbound.ca_bundle, connections_per_origin=settings.limits.upstream_connections
         )
         stack.push_async_callback(http.aclose)
+        stack.callback(metrics.tokens.add_source(broker.token_states))
+        stack.callback(metrics.upstream_connections.add_source(http.connections))
         limits, wait = settings.limits, settings.authorization.wait
         forwarder = Forwarder(broker=broker, http=http, body_limit=limits.body, wait=wait)
         site = Site(
@@ -139,6 +146,7 @@ async def lifespan(
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(guard=guard, servers=servers, forwarder=forwarder, site=site.build())
+        servers.on_change(lambda change: _forget_series(servers, change.removed))
         yield Application(
             settings=settings,
             listening=listening,
@@ -150,6 +158,15 @@ async def lifespan(
             forwarder=forwarder,
             router=router,
         )
+
+
+def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:
+    def forget() -> None:
+        for name in removed:
+            if name not in servers:
+                metrics.registry.forget_server(name)
+
+    asyncio.get_running_loop().call_later(FORGET_DELAY, forget)
 
 
 class Announcer:

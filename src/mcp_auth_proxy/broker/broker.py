@@ -267,6 +267,10 @@ class Broker:
             done.append(f"{server.name}: the next authorization registers anew")
         return done, failed
 
+    def token_states(self) -> dict[tuple[str, ...], float]:
+        """Return how many cached tokens are valid, renewing or expired."""
+        return self._tokens.states()
+
     # Configuration
 
     def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:

@@ -103,6 +103,15 @@ class TokenCache:
 
     # For the broker
 
+    def states(self) -> dict[tuple[str, ...], float]:
+        """Return how many cached tokens are valid, renewing or expired."""
+        states: dict[tuple[str, ...], float] = {("valid",): 0, ("renewing",): 0, ("expired",): 0}
+        now = self._clock()
+        for account, held in self._held.items():
+            expired = now >= held.dead_at
+            states["renewing" if account in self._renewing else "expired" if expired else "valid",] += 1
+        return states
+
     def get(self, account: Account) -> CachedToken | None:
         """Return what is in use, without a look at the store."""
         return self._held.get(account)

@@ -14,6 +14,7 @@ from mcp_auth_proxy.app import Application
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.errors import AddressInUse, McpAuthProxyError
 from mcp_auth_proxy.net.http_server import HttpServerConnection
+from mcp_auth_proxy.observability import metrics
 
 BACKLOG = 2048
 FLUSH_SECONDS = 1.0
@@ -87,11 +88,18 @@ class Server(uvicorn.Server):
         await self._application.drain()
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept connections, and to count them."""
+        await super().startup(sockets)
+        connections = self.server_state.connections
+        self._stop_counting = metrics.inbound_connections.add_source(lambda: {(): len(connections)})
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close every connection; a client that does not take what was sent to it is waited for briefly."""
         late = asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._abort_connections)
         await super().shutdown(sockets)
         late.cancel()
+        self._stop_counting()
 
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):

@@ -76,6 +76,15 @@ class HttpClient:
         for pool in self._pools.values():
             pool.limit = connections_per_origin
 
+    def connections(self) -> dict[tuple[str, ...], float]:
+        """Return how many connections each origin has, by origin and state (active, idle)."""
+        numbers: dict[tuple[str, ...], float] = {}
+        for origin, pool in self._pools.items():
+            if pool.open:
+                numbers[str(origin), "active"] = pool.open - pool.idle
+                numbers[str(origin), "idle"] = pool.idle
+        return numbers
+
     async def aclose(self) -> None:
         """Close every connection at once; responses under way break off."""
         self._closed = True
