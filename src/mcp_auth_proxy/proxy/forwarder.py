@@ -8,7 +8,10 @@ from mcp_auth_proxy.broker.broker import Broker
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
+from mcp_auth_proxy.observability.access_log import AccessLog, Entry, method_of, method_token
+from mcp_auth_proxy.observability.metrics import CLIENT_GONE
 from mcp_auth_proxy.observability.outages import OutageLog
+from mcp_auth_proxy.observability.trace import trace_id_of
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_eligible
 from mcp_auth_proxy.proxy.handler import ProxyContext, RequestHandler
@@ -30,6 +33,7 @@ class Forwarder:
         self._outages = OutageLog()
         self._draining: asyncio.Future[None] = self._loop.create_future()
         self._context = self._make_context(body_limit, wait)
+        self._access_log = AccessLog()
         self._idle: asyncio.Future[None] | None = None
         self._ended = False
         self._fast: set[FastPathRequest] = set()
@@ -89,6 +93,32 @@ class Forwarder:
         if self._idle is not None:
             self._check_idle()
 
+    def record(self, route: Route, request: ClientRequest, started_at: float, mcp_method: str | None = None) -> None:
+        """Count and log a request whose response is complete, or whose client is gone."""
+        seconds = time.monotonic() - started_at
+        # A handler that failed with a defect is answered with 500 after this.
+        status = request.status or (CLIENT_GONE if request.disconnected else 500)
+        route.metrics.of_method(request.method).finished(status, seconds)
+        if self._access_log.enabled:
+            self._log_access(route, request, status, seconds, mcp_method)
+
+    def _log_access(
+        self, route: Route, request: ClientRequest, status: int, seconds: float, mcp_method: str | None
+    ) -> None:
+        account = route.account
+        self._access_log.write(
+            Entry(
+                server=account.server,
+                account=f"{account.principal}/{account.name}",
+                method=request.method.decode("ascii"),
+                mcp_method=method_token(mcp_method) if mcp_method is not None else method_of(request.headers),
+                status=status,
+                size=request.sent,
+                seconds=seconds,
+                trace_id=trace_id_of(request.headers),
+            )
+        )
+
     def fall_back(self, fast: FastPathRequest) -> None:
         """Have a handler go on with a request of the fast path."""
 
@@ -103,6 +133,7 @@ class Forwarder:
 
         ``sent``: the fast path has sent the request already.
         """
+        started_at = time.monotonic() if sent is None else sent.started_at
         handler = RequestHandler(self._context, route, request, sent)
         self._handlers.add(handler)
         if self._ended:
@@ -117,6 +148,7 @@ class Forwarder:
         finally:
             self._handlers.discard(handler)
             handler.close()
+            self.record(route, request, started_at, handler.mcp_method)
             self._check_idle()
 
     @property

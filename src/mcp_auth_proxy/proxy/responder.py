@@ -26,12 +26,12 @@ _EVENTS_HEAD = [
 class Responder:
     """Sends the response. Its head may go out early, as an event stream, to show that a held request is alive."""
 
-    __slots__ = ("_body_limit", "_relays_events", "_request", "_trace_id", "begun", "server", "streaming")
+    __slots__ = ("_body_limit", "_relays_events", "_request", "begun", "server", "streaming", "trace_id")
 
     def __init__(self, request: ClientRequest, *, server: str, body_limit: int, trace_id: str = "") -> None:
         self._request = request
         self._body_limit = body_limit
-        self._trace_id = trace_id
+        self.trace_id = trace_id
         self.server = server
         self.begun: Literal["", "relay", "events"] = ""
         """What has begun: nothing, a response of known form, or an event stream of the proxy's own."""
@@ -106,7 +106,7 @@ class Responder:
         """Answer every request of the body with a JSON-RPC error. ``retry_after`` is in seconds."""
 
         def failure(message: Message | None) -> dict[str, object]:
-            return answers.failure(message, text, code=code, server=self.server, link=link, trace_id=self._trace_id)
+            return answers.failure(message, text, code=code, server=self.server, link=link, trace_id=self.trace_id)
 
         headers = [] if retry_after is None else [(b"retry-after", b"%d" % max(1, math.ceil(retry_after)))]
         await self.answer(status, answers.answer_all(body, failure, lambda: failure(None)), headers)
