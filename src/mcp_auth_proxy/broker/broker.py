@@ -33,6 +33,7 @@ from mcp_auth_proxy.models import AccessToken, Account, Flow, FlowStatus, Grant
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
+from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store.database import Database
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
@@ -225,6 +226,7 @@ class Broker:
             self._fail_pending(account, flow.id, CANCELLED)
             raise AuthorizationDenied(CANCELLED)
         await self._activate(account, stored)
+        metrics.flows.labels(flow.key.account.server, "completed").inc()
         logger.info("server %s is connected", flow.key.account.server)
         return flow
 
@@ -320,6 +322,7 @@ class Broker:
 
     async def _start_flow(self, account: Account, flow: Flow) -> PendingAuthorization:
         await self._flows.save(flow)
+        metrics.flows.labels(account.server, "started").inc()
         pending = self._track(account, flow)
         self._announce(flow, pending.link)
         return pending
@@ -377,6 +380,7 @@ class Broker:
             grant = await self._devices.wait_for_decision(self._server_of(flow), flow)
             if grant is not None:
                 await self._activate(account, grant)
+                metrics.flows.labels(flow.key.account.server, "completed").inc()
                 logger.info("server %s is connected", flow.key.account.server)
         except AuthorizationError as error:
             logger.warning("server %s was not authorized: %s", flow.key.account.server, error)
@@ -386,6 +390,7 @@ class Broker:
             self._fail_pending(account, flow.id, str(error))
 
     async def _fail_flow(self, account: Account, flow: Flow, reason: str) -> None:
+        metrics.flows.labels(account.server, "failed").inc()
         await self._flows.finish(flow.id, FlowStatus.FAILED, reason)
         self._fail_pending(account, flow.id, reason)
 

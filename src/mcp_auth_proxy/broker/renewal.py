@@ -15,6 +15,7 @@ from mcp_auth_proxy.errors import (
     TokenRefused,
 )
 from mcp_auth_proxy.models import Grant, TokenSet
+from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.grants import Grants
 
@@ -109,6 +110,7 @@ class Renewer:
         if stored is None:
             # Fenced off: another process took the lease over. What it stored is what counts.
             return await self._renewed_by_another(current)
+        metrics.refreshes.labels(server.name, "renewed").inc()
         logger.info("renewed the grant of server %s", server.name)
         return stored
 
@@ -151,6 +153,7 @@ class Renewer:
         # Where the answer is missing, the intent stays: the refresh token may be spent, and the next try should know.
         if passing is None or not passing.maybe_processed:
             await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
+        metrics.refreshes.labels(grant.key.account.server, "failed").inc()
         logger.warning("the grant of server %s can't be renewed now: %s", grant.key.account.server, error)
         return error
 
@@ -168,6 +171,7 @@ class Renewer:
             newer = await self._grants.get(grant.id)
             if newer is not None and newer.ended_at is None:
                 return newer
+        metrics.refreshes.labels(grant.key.account.server, "ended").inc()
         logger.warning("the grant of server %s has ended: %s", grant.key.account.server, reason)
         raise GrantEnded
 

@@ -81,8 +81,9 @@ class HttpClient:
         numbers: dict[tuple[str, ...], float] = {}
         for origin, pool in self._pools.items():
             if pool.open:
-                numbers[str(origin), "active"] = pool.open - pool.idle
-                numbers[str(origin), "idle"] = pool.idle
+                name = f"{origin.scheme}://{origin.authority}"
+                numbers[name, "active"] = pool.open - pool.idle
+                numbers[name, "idle"] = pool.idle
         return numbers
 
     async def aclose(self) -> None:

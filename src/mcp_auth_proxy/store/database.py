@@ -14,6 +14,7 @@ import aiosqlite
 
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreUnavailable
+from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store.bootstrap import BUSY_SECONDS, inspect, obtain_keys, prepare, wal_files
 from mcp_auth_proxy.store.cipher import Cipher, load_key
 from mcp_auth_proxy.store.sqlite_errors import translated
@@ -172,6 +173,7 @@ class Database:
         """Logs, once, that a row is skipped because it does not open."""
         if (table, uid) not in self._reported:
             self._reported.add((table, uid))
+            metrics.store_failures.labels("decryption").inc()
             _log.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
 
     @asynccontextmanager

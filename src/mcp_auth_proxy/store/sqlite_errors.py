@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mcp_auth_proxy.errors import StoreUnavailable
+from mcp_auth_proxy.observability import metrics
 
 _LOCKED = "The store {path} is locked by another process: wait for that process or end it, then try again."
 _READ_ONLY = "The store {path} can't be written: make the file and its folder writable for this user."
@@ -45,6 +46,7 @@ def translated(path: Path) -> Iterator[None]:
         passing = unavailable(path, error)
         if passing is None:
             raise
+        metrics.store_failures.labels("unavailable").inc()
         raise passing from None
 
 
