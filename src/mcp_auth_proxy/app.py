@@ -1,19 +1,22 @@
 """The composition root: builds every layer from the settings, and closes them in the opposite order."""
 
+import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from mcp_auth_proxy.broker import Broker
+from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
@@ -27,6 +30,9 @@ logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 Announce = Callable[[Flow, str], None]
 """Is told of each new flow, and its link."""
+
+FORGET_DELAY = 2.0
+"""Seconds until the series of a removed server go: its last requests have ended, and have been counted, by then."""
 
 DRAIN_SECONDS = 30.0
 """Seconds that active requests are given after SIGTERM."""
@@ -45,16 +51,29 @@ def reachable(listening: Address) -> Address:
     return Address(host, listening.port)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Application:
     """A running proxy, without its listener."""
 
     settings: Settings
+    listening: Address
     public_url: str
     servers: ServerRegistry
+    announcer: "Announcer"
     broker: Broker
+    http: HttpClient
     forwarder: Forwarder
     router: Router
+
+    def apply(self, change: SettingsChange) -> None:
+        """Hand each section of a changed configuration to its owner. Requests that are active keep the old one."""
+        self.settings = settings = change.settings
+        self.servers.replace(settings.servers)
+        self.announcer.configure(settings)
+        self.broker.set_allow_private(settings.authorization.allow_private)
+        self.http.set_limit(settings.limits.upstream_connections)
+        self.forwarder.configure(body_limit=settings.limits.body, wait=settings.authorization.wait)
+        self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
 
     async def drain(self) -> None:
         """Become unready, let requests finish for a bounded time, then end those that are left."""
@@ -84,6 +103,7 @@ async def lifespan(
     """
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
+    announcer = Announcer(settings, listening)
     async with AsyncExitStack() as stack:
         database = await open_store(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
@@ -96,14 +116,17 @@ async def lifespan(
             fetcher=fetcher,
             allow_private=settings.authorization.allow_private,
             public_url=public_url,
-            announce=announce or Announcer(settings, listening),
+            announce=announce or announcer,
             clock=clock,
         )
         stack.push_async_callback(broker.aclose)
+        servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
         if background:
             await broker.start()
         http = HttpClient(dialer, connections_per_origin=settings.limits.upstream_connections)
         stack.push_async_callback(http.aclose)
+        stack.callback(metrics.tokens.add_source(broker.token_states))
+        stack.callback(metrics.upstream_connections.add_source(http.connections))
         limits, wait = settings.limits, settings.authorization.wait
         forwarder = Forwarder(broker=broker, http=http, body_limit=limits.body, wait=wait)
         site = Site(
@@ -115,22 +138,40 @@ async def lifespan(
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(guard=guard, servers=servers, forwarder=forwarder, site=site.build())
+        servers.on_change(lambda change: _forget_series(servers, change.removed))
         yield Application(
             settings=settings,
+            listening=listening,
             public_url=public_url,
             servers=servers,
+            announcer=announcer,
             broker=broker,
+            http=http,
             forwarder=forwarder,
             router=router,
         )
+
+
+def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:
+    def forget() -> None:
+        for name in removed:
+            if name not in servers:
+                metrics.registry.forget_server(name)
+
+    asyncio.get_running_loop().call_later(FORGET_DELAY, forget)
 
 
 class Announcer:
     """Tells of a new flow, once: in the log, and by opening the browser if somebody is there to see it."""
 
     def __init__(self, settings: Settings, listening: Address) -> None:
+        self._on_loopback = is_loopback(listening.host)
+        self.configure(settings)
+
+    def configure(self, settings: Settings) -> None:
+        """Open a browser from now on as the settings say."""
         self._opens = browser.should_open(
-            settings.authorization.open_browser, loopback=is_loopback(listening.host), environ=os.environ
+            settings.authorization.open_browser, loopback=self._on_loopback, environ=os.environ
         )
 
     def __call__(self, flow: Flow, link: str) -> None:

@@ -19,7 +19,8 @@ class Router:
     """What the listener hands requests to (``net.client_request.RequestServer``)."""
 
     def __init__(self, *, guard: Guard, servers: ServerRegistry, forwarder: Forwarder, site: App) -> None:
-        self._guard = guard
+        self.guard = guard
+        """May be replaced at any time."""
         self._servers = servers
         self._forwarder = forwarder
         self._site = site
@@ -32,7 +33,7 @@ class Router:
         if self.draining:
             # A client that always has another request would keep the proxy from its end.
             request.keep_alive = False
-        if request.method != b"POST" or not self._guard.knows(request.host):
+        if request.method != b"POST" or not self.guard.knows(request.host):
             return False
         route = self._routes.get(request.path)
         return route is not None and self._forwarder.try_fast_path(route, request)
@@ -41,7 +42,7 @@ class Router:
         """Answer any request."""
         path = request.path
         route = self._routes.get(path)
-        refused = self._guard.refusal(
+        refused = self.guard.refusal(
             path,
             request.headers,
             endpoint=route is not None,
@@ -67,7 +68,7 @@ class Router:
 
     def _servers_changed(self, change: ServerChange) -> None:
         self._routes = routes.build(self._servers)
-        self._forwarder.end_servers(change.removed)
+        self._forwarder.servers_changed(change.removed, change.changed)
 
 
 def _respond_text(request: ClientRequest, status: int, text: str) -> None:

@@ -1,6 +1,5 @@
 """Log lines: one for an event, in text or JSON, with the secrets masked and still of use to a reader."""
 
-import contextvars
 import json
 import logging
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mcp_auth_proxy.observability import logs, trace
+from mcp_auth_proxy.observability import logs
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +158,7 @@ def test_stderr_is_the_one_place(capsys: pytest.CaptureFixture[str]) -> None:
     assert handler.stream is sys.stderr
 
 
-# Fields and traces
+# Fields
 
 FIELDS = {"server": "notes", "status": 200, "duration_ms": 1.5}
 
@@ -188,24 +187,3 @@ def test_a_secret_in_a_field_is_masked(format: logs.Format, capsys: pytest.Captu
     err = capsys.readouterr().err
     assert CANARY not in err
     assert "code=****" in err
-
-
-@pytest.mark.parametrize("format", ["text", "json"])
-def test_every_line_about_a_traced_request_has_its_trace_id(
-    format: logs.Format, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trace_id = "0af7651916cd43dd8448eb211c80319c"
-    logs.configure("info", format)
-
-    def work() -> None:
-        trace.bind(trace_id)
-        OURS.warning("within")
-
-    contextvars.copy_context().run(work)
-    OURS.warning("outside")
-    within, outside = capsys.readouterr().err.splitlines()
-    assert trace_id not in outside
-    if format == "json":
-        assert json.loads(within)["trace_id"] == trace_id
-    else:
-        assert within.endswith(f"within trace_id={trace_id}")

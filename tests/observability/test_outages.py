@@ -26,6 +26,11 @@ def test_a_server_that_fails_is_warned_about_once_a_minute(now: list[float], cap
     assert caplog.messages == ["server a: refused at 0", "server b: refused at 1", "server a: refused at 60"]
 
 
+def test_a_warning_has_the_trace_id_of_the_request(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    OutageLog().warn("a", "refused", trace_id="0af7651916cd43dd8448eb211c80319c")
+    assert caplog.records[0].__dict__["fields"] == {"trace_id": "0af7651916cd43dd8448eb211c80319c"}
+
+
 def test_a_server_that_was_changed_is_warned_about_at_once(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
     outages = OutageLog()
     outages.warn("a", "refused")

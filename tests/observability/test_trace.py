@@ -1,8 +1,5 @@
 """The trace id of a request: taken from a valid ``traceparent``, and from nothing else (W3C Trace Context)."""
 
-import asyncio
-import contextvars
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,14 +83,6 @@ def test_two_values_are_none() -> None:
     assert trace.trace_id_of([(b"tracestate", VALID)]) is None
 
 
-async def test_a_bound_trace_id_is_that_of_its_task_and_those_that_it_starts() -> None:
-    async def read() -> str | None:
-        return trace.current()
-
-    async def bound() -> str | None:
-        trace.bind(TRACE)
-        return await asyncio.create_task(read())
-
-    assert await asyncio.create_task(bound()) == TRACE
-    assert await read() is None
-    assert contextvars.copy_context().run(trace.current) is None
+def test_a_log_line_has_it_as_a_field() -> None:
+    assert trace.log_extra(TRACE) == {"fields": {"trace_id": TRACE}}
+    assert trace.log_extra(None) == trace.log_extra("") == {}

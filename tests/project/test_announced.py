@@ -8,7 +8,7 @@ import pytest
 from fakes.proxy import running_proxy
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
-MISSING_ROUTES = ["/metrics", "/api/v1/", "/static/"]
+MISSING_ROUTES = ["/api/v1/", "/static/"]
 
 
 def announced() -> str:

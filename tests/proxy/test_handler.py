@@ -225,9 +225,9 @@ async def test_a_removed_server_ends_its_requests_in_words_and_its_streams_with_
         broker.waiting = pending_authorization()
         caller.post(CALL)
         await until(lambda: proxy.forwarder.active_requests == 2, "two active requests")
-        proxy.forwarder.end_servers({"other"})
+        proxy.forwarder.servers_changed({"other"}, ())
         assert proxy.forwarder.active_requests == 2
-        proxy.forwarder.end_servers({"notes"})
+        proxy.forwarder.servers_changed({"notes"}, ())
         assert await listener.reader.readexactly(5) == b"0\r\n\r\n"
         answer = await caller.answer()
     assert answer.status == 503

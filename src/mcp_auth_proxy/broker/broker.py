@@ -32,6 +32,7 @@ from mcp_auth_proxy.models import AccessToken, Account, Flow, Grant
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
@@ -64,7 +65,7 @@ class Broker:
         self._clock = clock
         self._grants = Grants(database)
         self._flows = Flows(database)
-        discoverer = Discoverer(fetcher=fetcher, allow_private=allow_private)
+        self._discoverer = discoverer = Discoverer(fetcher=fetcher, allow_private=allow_private)
         self._token_client = TokenClient(fetcher=fetcher, discoverer=discoverer, clock=clock)
         self._registrar = ClientRegistrar(
             fetcher=fetcher, registrations=Registrations(database), public_url=public_url, clock=clock
@@ -231,6 +232,7 @@ class Broker:
             self._pending.drop(flow, AuthorizationDenied(CANCELLED))
             raise AuthorizationDenied(CANCELLED)
         self._pending.activate(stored)
+        metrics.flows.labels(server.name, "completed").inc()
         logger.info("server %s is connected", server.name)
         return flow
 
@@ -285,6 +287,14 @@ class Broker:
         else:
             revocation = Revocation.REVOKED if revoked else Revocation.NOT_OFFERED
         return ForgottenGrant(issuer=grant.key.issuer, revocation=revocation, reason=reason)
+
+    def token_states(self) -> dict[tuple[str, ...], float]:
+        """Return how many cached tokens are valid, renewing or expired."""
+        return self._tokens.states()
+
+    def set_allow_private(self, hosts: tuple[str, ...]) -> None:
+        """Change the private hosts and networks that metadata documents may lead to."""
+        self._discoverer.allow_private = hosts
 
     def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
         """Adapt to a changed configuration. To be called after the mapping of servers was changed.

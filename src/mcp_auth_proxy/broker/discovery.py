@@ -41,12 +41,12 @@ class Discoverer:
 
     def __init__(self, *, fetcher: Fetcher, allow_private: tuple[str, ...], observe: Observer = ignore_lookup) -> None:
         self._fetcher = fetcher
-        self._allow_private = allow_private
+        self.allow_private = allow_private
         self._observe = observe
 
     def policy(self, url: str) -> AddressPolicy:
         """Return which addresses may be fetched in a discovery that starts from a configured URL."""
-        return AddressPolicy.for_upstream(url, self._allow_private)
+        return AddressPolicy.for_upstream(url, self.allow_private)
 
     async def discover(
         self, server: ServerSettings, challenge: BearerChallenge | None

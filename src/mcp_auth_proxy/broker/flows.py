@@ -20,6 +20,7 @@ from mcp_auth_proxy.models import Account, Flow, FlowStatus, Grant
 from mcp_auth_proxy.oauth import dpop
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart
+from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class PendingFlows:
         except AuthorizationError as error:
             await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
             raise
+        metrics.flows.labels(flow.key.account.server, "started").inc()
         pending = self._track(flow)
         self._announce(flow, pending.link)
         return pending
@@ -157,6 +159,7 @@ class PendingFlows:
             grant = await self._device_polls.wait_for_decision(flow)
             if grant is not None:
                 self.activate(grant)
+                metrics.flows.labels(server, "completed").inc()
                 logger.info("server %s is connected", server)
         except AuthorizationError as error:
             logger.warning("server %s was not authorized: %s", server, error)
@@ -193,6 +196,7 @@ class PendingFlows:
         pending = self._pending.get(account)
         if pending is not None and pending.flow.id == flow.id:
             del self._pending[account]
+            metrics.flows.labels(account.server, "failed").inc()
             pending.fail(AuthorizationDenied(str(error)))
 
     def cancel(self, account: Account) -> None:

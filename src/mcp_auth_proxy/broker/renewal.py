@@ -11,6 +11,7 @@ from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, StoreUnavailable, TokenRefused
 from mcp_auth_proxy.models import Grant, TokenSet
+from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.grants import Grants
 
@@ -113,6 +114,7 @@ class Renewer:
         if stored is None:
             # Fenced off: another process took the lease over. What that one stored counts.
             return await self._renewed_by_another(current)
+        metrics.refreshes.labels(server.name, "renewed").inc()
         logger.info("renewed the grant of server %s", server.name)
         return stored
 
@@ -164,6 +166,7 @@ class Renewer:
         # should know.
         if unavailable is None or not unavailable.maybe_processed:
             await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
+        metrics.refreshes.labels(grant.key.account.server, "failed").inc()
         logger.warning("the grant of server %s can't be renewed now: %s", grant.key.account.server, error)
         return error
 
@@ -181,6 +184,7 @@ class Renewer:
             newer = await self._grants.get(grant.id)
             if newer is not None and newer.ended_at is None:
                 return newer
+        metrics.refreshes.labels(grant.key.account.server, "ended").inc()
         logger.warning("the grant of server %s has ended: %s", grant.key.account.server, reason)
         raise GrantEnded
 

@@ -122,6 +122,15 @@ class TokenCache:
 
     # For the broker
 
+    def states(self) -> dict[tuple[str, ...], float]:
+        """Return how many cached tokens are valid, renewing or expired."""
+        states: dict[tuple[str, ...], float] = {("valid",): 0, ("renewing",): 0, ("expired",): 0}
+        now = self._clock()
+        for account, held in self._cached.items():
+            expired = now >= held.dead_at
+            states["renewing" if account in self._renewing else "expired" if expired else "valid",] += 1
+        return states
+
     def get(self, account: Account) -> CachedToken | None:
         """Return the cached token, without reading the store."""
         return self._cached.get(account)

@@ -14,6 +14,7 @@ from mcp_auth_proxy.app import Application
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.errors import AddressInUse, McpAuthProxyError
 from mcp_auth_proxy.net.http_server import HttpServerConnection
+from mcp_auth_proxy.observability import metrics
 
 BACKLOG = 2048
 FLUSH_TIMEOUT = 1.0
@@ -71,6 +72,10 @@ class Server(uvicorn.Server):
         """Drain; a second signal ends the active requests, a third exits at once."""
         asyncio.get_running_loop().call_soon_threadsafe(self._on_signal)
 
+    def drain_and_exit(self) -> None:
+        """Do what the first SIGTERM does; called again, what the next ones do."""
+        self._on_signal()
+
     def _on_signal(self) -> None:
         self._signals += 1
         if self._signals == 1:
@@ -84,11 +89,18 @@ class Server(uvicorn.Server):
         await self._application.drain()
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept connections, and to count them."""
+        await super().startup(sockets)
+        connections = self.server_state.connections
+        self._stop_counting = metrics.inbound_connections.add_source(lambda: {(): len(connections)})
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close every connection; abort those whose clients have not read everything within ``FLUSH_TIMEOUT``."""
         abort = asyncio.get_running_loop().call_later(FLUSH_TIMEOUT, self._abort_connections)
         await super().shutdown(sockets)
         abort.cancel()
+        self._stop_counting()
 
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Coroutine
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -39,7 +40,7 @@ def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
         level = log_level or os.environ.get(LEVEL_VARIABLE, "info").lower()
         if level not in logs.LEVELS:
             raise click.UsageError(f"${LEVEL_VARIABLE} is {level!r}; it must be one of {', '.join(logs.LEVELS)}.")
-        logs.configure(level, log_format)
+        logs.configure(level, log_format, access_log=kwargs.pop("access_log", False))
         return command(*args, **kwargs)
 
     return configured
@@ -60,17 +61,22 @@ def settings_from(
         if config_file is not None:
             raise click.UsageError("Give a URL or --config, not both.")
         return config.single(url, environ=os.environ, listen=listen)
+    return config.load(config_path(config_file), environ=os.environ, listen=listen, secrets_of=secrets_of)
+
+
+def config_path(config_file: str | None) -> Path:
+    """Return the configuration file to read. Raises ConfigurationError if there is none."""
     path = config.find(config_file, os.environ)
-    if path is None:
-        ways = "Use --config FILE, create mcp-auth-proxy.yaml in this folder"
-        command = click.get_current_context().info_name
-        last = (
-            "set $MCP_AUTH_PROXY_CONFIG."
-            if command == "check"
-            else f"give the URL of a server: mcp-auth-proxy {command} {EXAMPLE}"
-        )
-        raise ConfigurationError([ConfigError("", f"No configuration was found. {ways}, or {last}")])
-    return config.load(path, environ=os.environ, listen=listen, secrets_of=secrets_of)
+    if path is not None:
+        return path
+    ways = "Use --config FILE, create mcp-auth-proxy.yaml in this folder"
+    command = click.get_current_context().info_name
+    last = (
+        "set $MCP_AUTH_PROXY_CONFIG."
+        if command == "check"
+        else f"give the URL of a server: mcp-auth-proxy {command} {EXAMPLE}"
+    )
+    raise ConfigurationError([ConfigError("", f"No configuration was found. {ways}, or {last}")])
 
 
 def run(work: Coroutine[Any, Any, int]) -> None:
@@ -90,12 +96,18 @@ def cli() -> None:
 @click.argument("url", required=False)
 @config_option
 @click.option("--listen", metavar="HOST:PORT", help="Address to listen on. Overrides the configuration.")
+@click.option("--access-log", is_flag=True, help="Log each finished request. At level debug it is always on.")
 @log_options
 def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
     """Run the proxy for the configured servers, or for the server at URL."""
     from mcp_auth_proxy.cli.serve import serve_forever
+    from mcp_auth_proxy.config.reload import ConfigFile
 
-    run(serve_forever(settings_from(config_file, url, listen)))
+    if url is not None:
+        run(serve_forever(settings_from(config_file, url, listen), None))
+        return
+    file = ConfigFile(config_path(config_file), environ=os.environ, listen=listen)
+    run(serve_forever(file.read(), file))
 
 
 @cli.command()

@@ -9,23 +9,30 @@ import click
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.app import Application, lifespan
 from mcp_auth_proxy.cli.listener import Server, bind
+from mcp_auth_proxy.cli.reloading import reloading
+from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import without_query_values
 
 MAX_SHOWN = 20
 
 
-async def serve_forever(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT, then drain. Returns the exit code; raises ProxyError."""
+async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
+    """Serve until SIGTERM or SIGINT, then drain. Return the exit code. Raises McpAuthProxyError.
+
+    ``file`` is what ``settings`` were read from, and is read again when it changes; None if there is no file.
+    """
     _raise_file_limit()
     sock, address = bind(settings.listen)
     with sock:
         async with lifespan(settings, address, announce_key=lambda line: click.echo(line, err=True)) as application:
-            _say_what_is_served(application)
-            # What start-up has built stays for good: the collector need not look at it again.
-            gc.collect()
-            gc.freeze()
-            await Server(application).serve(sockets=[sock])
+            server = Server(application)
+            async with reloading(application, file, stop=server.drain_and_exit):
+                _say_what_is_served(application)
+                # What start-up has built stays for good: the collector need not look at it again.
+                gc.collect()
+                gc.freeze()
+                await server.serve(sockets=[sock])
     return 0
 
 

@@ -81,7 +81,9 @@ class ClientRequest:
         "path",
         "query",
         "received",
+        "sent",
         "started",
+        "status",
     )
 
     method: bytes
@@ -112,6 +114,10 @@ class ClientRequest:
         self.received = False
         """Whether the whole body is here."""
         self.started = False
+        self.status = 0
+        """Of the response; 0 until it is started."""
+        self.sent = 0
+        """Bytes of the response's body that were sent, without their framing."""
         self.complete = False
         self.disconnected = False
         self.on_disconnect: Callable[[], None] | None = None
@@ -280,6 +286,7 @@ class ClientRequest:
         if self.started:
             raise RuntimeError("the response has been started already")
         self.started = True
+        self.status = status
         self.expects_continue = False
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d " % status]
         length = None
@@ -312,6 +319,7 @@ class ClientRequest:
         """Return the bytes that carry a part of the body."""
         if self.method == b"HEAD":
             return b""
+        self.sent += len(data)
         if self._chunked:
             if data:
                 data = b"%x\r\n%b\r\n" % (len(data), data)

@@ -62,6 +62,22 @@ class HttpClient:
         """Return the pool of an origin, or None before the first request to it."""
         return self._pools.get(origin)
 
+    def set_limit(self, connections_per_origin: int) -> None:
+        """Change how many connections an origin may have. Those over the limit are used until they close."""
+        self._limit = connections_per_origin
+        for pool in self._pools.values():
+            pool.limit = connections_per_origin
+
+    def connections(self) -> dict[tuple[str, ...], float]:
+        """Return how many connections each origin has, by origin and state (active, idle)."""
+        numbers: dict[tuple[str, ...], float] = {}
+        for origin, pool in self._pools.items():
+            if pool.open:
+                name = f"{origin.scheme}://{origin.authority}"
+                numbers[name, "active"] = pool.open - pool.idle
+                numbers[name, "idle"] = pool.idle
+        return numbers
+
     async def aclose(self) -> None:
         """Close every connection at once; responses under way break off."""
         self._closed = True

@@ -44,7 +44,7 @@ class ConnectionPool:
         self.buffer = buffer
         self._origin = origin
         self._dialer = dialer
-        self._limit = limit
+        self.limit = limit
         self._connect_timeout = connect_timeout
         self._loop = asyncio.get_running_loop()
         self._slots = 0
@@ -89,7 +89,7 @@ class ConnectionPool:
 
         Raises UpstreamUnreachable, and UpstreamPoolTimeout if none is released in time.
         """
-        while self._slots >= self._limit:
+        while self._slots >= self.limit:
             connection = await self._wait()
             if connection is None:
                 break  # the slot of a closed connection, which is counted already
@@ -181,7 +181,7 @@ class ConnectionPool:
             self._return_unused(waiter)
             raise
         raise UpstreamPoolTimeout(
-            f"All {self._limit} connections to {self.name} are in use, and none was released within "
+            f"All {self.limit} connections to {self.name} are in use, and none was released within "
             f"{POOL_TIMEOUT:g} s; limits.upstream_connections allows more."
         )
 

@@ -6,6 +6,7 @@ the form that MCP gives them: the HTTP method, which the parser knows, and the M
 
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mcp_auth_proxy.observability.logs import ACCESS_LOGGER
@@ -53,6 +54,14 @@ class AccessLog:
         if entry.trace_id is not None:
             fields["trace_id"] = entry.trace_id
         logger.info("request", extra={"fields": fields})
+
+
+def method_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """Return the method in ``Mcp-Method`` (MCP 2026-07-28) as it may be logged; None if there is none."""
+    for name, value in headers:
+        if name == b"mcp-method":
+            return method_token(value.decode("latin-1"))
+    return None
 
 
 def method_token(value: str) -> str | None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from typing import Literal
 
-from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.redaction import redact
 
 Format = Literal["text", "json"]
@@ -69,13 +68,9 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _fields(record: logging.LogRecord) -> dict[str, str | int | float]:
-    """Return the fields of a line, texts redacted, and the trace id of the request that it is about."""
+    """Return the fields of a line, texts redacted."""
     given: Fields = getattr(record, "fields", {})
-    fields = {name: redact(value) if isinstance(value, str) else value for name, value in given.items()}
-    trace_id = trace.current()
-    if trace_id is not None:
-        fields["trace_id"] = trace_id
-    return fields
+    return {name: redact(value) if isinstance(value, str) else value for name, value in given.items()}
 
 
 def _bare_or_quoted(value: str | float) -> str:

@@ -3,6 +3,8 @@
 import logging
 import time
 
+from mcp_auth_proxy.observability.trace import log_extra
+
 logger = logging.getLogger(__name__)
 
 INTERVAL = 60.0
@@ -15,14 +17,17 @@ class OutageLog:
     def __init__(self) -> None:
         self._warned_at: dict[str, float] = {}
 
-    def warn(self, server: str, reason: str) -> None:
-        """Log a warning about a configured server, unless the last one is less than ``INTERVAL`` seconds old."""
+    def warn(self, server: str, reason: str, *, trace_id: str | None = None) -> None:
+        """Log a warning about a configured server, unless the last one is less than ``INTERVAL`` seconds old.
+
+        ``trace_id`` is that of the request that failed.
+        """
         now = time.monotonic()
         last = self._warned_at.get(server)
         if last is not None and now - last < INTERVAL:
             return
         self._warned_at[server] = now
-        logger.warning("server %s: %s", server, reason)
+        logger.warning("server %s: %s", server, reason, extra=log_extra(trace_id))
 
     def forget(self, server: str) -> None:
         """Forget a server that was removed or changed: the next failure is logged at once."""

@@ -1,19 +1,19 @@
-"""Read the trace id that a client sends along (W3C Trace Context, §3.2), and keep it for the log lines of its request.
+"""Read the trace id that a client sends along (W3C Trace Context, §3.2), for what the proxy says about its request.
 
-``traceparent`` itself goes to the upstream unchanged: the proxy takes part in a trace, it starts none.
+``traceparent`` itself goes to the upstream unchanged: the proxy takes part in a trace, it starts none. The id is passed
+to log calls explicitly, not by a context variable: callbacks of a connection and timers run in the context of the
+request that made them, and serve others later.
 """
 
 import re
 from collections.abc import Iterable
-from contextvars import ContextVar
+from typing import Any
 
 _TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?", re.DOTALL)
 
 _INVALID_VERSION = b"ff"
 _NO_TRACE = b"0" * 32
 _NO_PARENT = b"0" * 16
-
-_current: ContextVar[str | None] = ContextVar("trace_id", default=None)
 
 
 def parse_trace_id(traceparent: bytes) -> str | None:
@@ -36,11 +36,6 @@ def trace_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
     return parse_trace_id(values[0]) if len(values) == 1 else None
 
 
-def bind(trace_id: str | None) -> None:
-    """Add a trace id to every log line that the current task, and the tasks it starts, will write."""
-    _current.set(trace_id)
-
-
-def current() -> str | None:
-    """Return the trace id that is bound in this context."""
-    return _current.get()
+def log_extra(trace_id: str | None) -> dict[str, Any]:
+    """Return what to give a log call as ``extra``, so that its line has the trace id."""
+    return {"fields": {"trace_id": trace_id}} if trace_id else {}

@@ -83,7 +83,12 @@ class ConsentWait:
         document = answers.answer_all(
             body,
             lambda message: answers.authorization_needed(
-                message, server=server, link=link, elicitation_id=pending.flow.id, session_elicits=elicits
+                message,
+                server=server,
+                link=link,
+                elicitation_id=pending.flow.id,
+                session_elicits=elicits,
+                trace_id=responder.trace_id,
             ),
             dict,
         )

@@ -14,9 +14,10 @@ from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.http_response import Response
+from mcp_auth_proxy.observability.trace import log_extra, trace_id_of
 from mcp_auth_proxy.proxy.headers import response_headers
 from mcp_auth_proxy.proxy.routes import Route
-from mcp_auth_proxy.proxy.upstream_client import build_head, is_redirect, note_nonce
+from mcp_auth_proxy.proxy.upstream_client import build_head, failure_kind, is_redirect, note_nonce
 from mcp_auth_proxy.rpc import events
 from mcp_auth_proxy.rpc.messages import needs_inspection
 
@@ -32,6 +33,9 @@ class FastPathOwner(Protocol):
     def finished(self, request: "FastPathRequest") -> None:
         """The request has its response, or its client is gone."""
 
+    def record(self, route: Route, request: ClientRequest, started_at: float) -> None:
+        """Count and log a request whose response is complete, or whose client is gone."""
+
     def fall_back(self, request: "FastPathRequest") -> None:
         """The response needs more than forwarding: a handler has to go on."""
 
@@ -44,13 +48,26 @@ def is_eligible(content: bytes, limit: int) -> bool:
 class FastPathRequest:
     """One POST on the fast path: what its upstream connection hands the response to (a ``ResponseWaiter``)."""
 
-    __slots__ = ("_connection", "_owner", "_streaming", "error", "request", "response", "route", "started_at", "token")
+    __slots__ = (
+        "_connection",
+        "_events",
+        "_owner",
+        "_streaming",
+        "error",
+        "request",
+        "response",
+        "route",
+        "started_at",
+        "token",
+    )
 
     _connection: HttpConnection
 
     def __init__(self, owner: FastPathOwner, route: Route, request: ClientRequest, token: AccessToken | None) -> None:
         self._owner = owner
         self._streaming = False
+        self._events = False
+        """The response is an event stream, counted as open."""
         self.route = route
         self.request = request
         self.token = token
@@ -103,6 +120,7 @@ class FastPathRequest:
         if response.whole:
             self._owner.finished(self)
             self.request.respond(status, response_headers(response.headers), response.take())
+            self._owner.record(self.route, self.request, self.started_at)
         else:
             self._stream(response)
 
@@ -120,7 +138,10 @@ class FastPathRequest:
         headers = response_headers(response.headers)
         names = dict(headers)
         self._streaming = b"content-length" not in names
-        if not names.get(b"content-type", b"").lower().startswith(events.CONTENT_TYPE):
+        if names.get(b"content-type", b"").lower().startswith(events.CONTENT_TYPE):
+            self._events = True
+            self.route.metrics.open_streams.inc()
+        else:
             # Events may be far apart; anything else has to come to its end.
             response.expire_after(self.route.server.upstream_timeout)
         request = self.request
@@ -145,17 +166,26 @@ class FastPathRequest:
             self._finish()
             return
         # The head is out. All that is left is to end without a final chunk, so that the client notices.
-        logger.warning("server %s: the response broke off: %s", self.route.server.name, error)
+        extra = log_extra(trace_id_of(self.request.headers))
+        logger.warning("server %s: the response broke off: %s", self.route.server.name, error, extra=extra)
+        self.route.metrics.upstream_failed(failure_kind(error))
         self._abort()
 
     def _abort(self) -> None:
         self._owner.finished(self)
         self.request.abort()
+        self._record()
 
     def _finish(self, data: bytes = b"") -> None:
         if not self.request.complete:
             self._owner.finished(self)
             self.request.write_nowait(data, last=True)
+            self._record()
+
+    def _record(self) -> None:
+        if self._events:
+            self.route.metrics.open_streams.dec()
+        self._owner.record(self.route, self.request, self.started_at)
 
     def _on_disconnect(self) -> None:
         if self.response is None:
@@ -165,3 +195,4 @@ class FastPathRequest:
         else:
             self.response.close()
         self._owner.finished(self)
+        self._record()

@@ -8,7 +8,10 @@ from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
+from mcp_auth_proxy.observability.access_log import AccessLog, Entry, method_of, method_token
+from mcp_auth_proxy.observability.metrics import CLIENT_GONE
 from mcp_auth_proxy.observability.outages import OutageLog
+from mcp_auth_proxy.observability.trace import trace_id_of
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_eligible
 from mcp_auth_proxy.proxy.handler import ProxyContext, RequestHandler
@@ -26,21 +29,32 @@ class Forwarder:
         self._broker = broker
         self._body_limit = body_limit
         self.upstream = UpstreamClient(http)
-        sessions = Sessions()
-        draining: asyncio.Future[None] = self._loop.create_future()
-        self._context = ProxyContext(
-            broker=broker,
-            upstream=self.upstream,
-            sessions=sessions,
-            consent=ConsentWait(broker=broker, sessions=sessions, draining=draining, wait=wait),
-            outages=OutageLog(),
-            draining=draining,
-            body_limit=body_limit,
-        )
+        self._sessions = Sessions()
+        self._outages = OutageLog()
+        self._draining: asyncio.Future[None] = self._loop.create_future()
+        self._context = self._make_context(body_limit, wait)
+        self._access_log = AccessLog()
         self._idle: asyncio.Future[None] | None = None
         self._ended = False
         self.fast_requests: set[FastPathRequest] = set()
         self._handlers: set[RequestHandler] = set()
+
+    def configure(self, *, body_limit: int, wait: float) -> None:
+        """Change the limits for requests that begin from now on; the parameters are those of the constructor."""
+        self._body_limit = body_limit
+        self._context = self._make_context(body_limit, wait)
+
+    def _make_context(self, body_limit: int, wait: float) -> ProxyContext:
+        broker, sessions, draining = self._broker, self._sessions, self._draining
+        return ProxyContext(
+            broker=broker,
+            upstream=self.upstream,
+            sessions=sessions,
+            consent=ConsentWait(broker=broker, sessions=sessions, draining=draining, wait=wait),
+            outages=self._outages,
+            draining=draining,
+            body_limit=body_limit,
+        )
 
     # Requests
 
@@ -79,6 +93,32 @@ class Forwarder:
         if self._idle is not None:
             self._check_idle()
 
+    def record(self, route: Route, request: ClientRequest, started_at: float, mcp_method: str | None = None) -> None:
+        """Count and log a request whose response is complete, or whose client is gone."""
+        seconds = time.monotonic() - started_at
+        # A handler that failed with a defect is answered with 500 after this.
+        status = request.status or (CLIENT_GONE if request.disconnected else 500)
+        route.metrics.of_method(request.method).finished(status, seconds)
+        if self._access_log.enabled:
+            self._log_access(route, request, status, seconds, mcp_method)
+
+    def _log_access(
+        self, route: Route, request: ClientRequest, status: int, seconds: float, mcp_method: str | None
+    ) -> None:
+        account = route.account
+        self._access_log.write(
+            Entry(
+                server=account.server,
+                account=f"{account.principal}/{account.name}",
+                method=request.method.decode("ascii"),
+                mcp_method=method_token(mcp_method) if mcp_method is not None else method_of(request.headers),
+                status=status,
+                size=request.sent,
+                seconds=seconds,
+                trace_id=trace_id_of(request.headers),
+            )
+        )
+
     def fall_back(self, fast: FastPathRequest) -> None:
         """Have a handler go on with a request of the fast path."""
 
@@ -93,6 +133,7 @@ class Forwarder:
 
         ``sent``: the fast path has sent the request already.
         """
+        started_at = time.monotonic() if sent is None else sent.started_at
         handler = RequestHandler(self._context, route, request, sent)
         self._handlers.add(handler)
         if self._ended:
@@ -107,6 +148,7 @@ class Forwarder:
         finally:
             self._handlers.discard(handler)
             handler.close()
+            self.record(route, request, started_at, handler.mcp_method)
             self._check_idle()
 
     @property
@@ -124,8 +166,8 @@ class Forwarder:
 
     def drain(self) -> None:
         """Let requests finish, but end those that only wait: streams for messages of the server, held requests."""
-        if not self._context.draining.done():
-            self._context.draining.set_result(None)
+        if not self._draining.done():
+            self._draining.set_result(None)
         for handler in list(self._handlers):
             if handler.listening:
                 handler.end("draining")
@@ -140,14 +182,16 @@ class Forwarder:
         for fast in list(self.fast_requests):
             fast.end("the proxy is shutting down")
 
-    def end_servers(self, names: Collection[str]) -> None:
-        """End every active request to servers that were removed."""
+    def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
+        """End every active request to servers that were removed; those to changed servers go on as they began."""
         for handler in list(self._handlers):
-            if handler.route.server.name in names:
+            if handler.route.server.name in removed:
                 handler.end("removed")
         for fast in list(self.fast_requests):
-            if fast.route.server.name in names:
+            if fast.route.server.name in removed:
                 fast.end("it is no longer configured")
+        for name in (*removed, *changed):
+            self._outages.forget(name)
 
     def _check_idle(self) -> None:
         if self._idle is not None and not self.active_requests and not self._idle.done():

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mcp_auth_proxy.broker import Broker, ChallengeHistory, PendingAuthorization
 from mcp_auth_proxy.errors import (
@@ -17,6 +17,7 @@ from mcp_auth_proxy.errors import (
     ClientDisconnected,
     McpAuthProxyError,
     StoreError,
+    UpstreamError,
     UpstreamPoolTimeout,
     UpstreamProtocolError,
     UpstreamTimeout,
@@ -24,6 +25,7 @@ from mcp_auth_proxy.errors import (
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_response import Response
+from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest
@@ -31,7 +33,7 @@ from mcp_auth_proxy.proxy.headers import response_headers
 from mcp_auth_proxy.proxy.responder import Responder
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
-from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient, failure_kind
 from mcp_auth_proxy.rpc import answers, events
 from mcp_auth_proxy.rpc.messages import RequestBody, needs_inspection
 
@@ -84,7 +86,10 @@ class RequestHandler:
         """``sent``: the fast path has sent the request already, with this outcome."""
         self._context = context
         self._request = request
-        self._responder = Responder(request, server=route.server.name, body_limit=context.body_limit)
+        trace_id = trace.trace_id_of(request.headers)
+        self._responder = Responder(
+            request, server=route.server.name, body_limit=context.body_limit, trace_id=trace_id or ""
+        )
         self._body = RequestBody(b"")
         self._sent = sent
         self._response = sent.response if sent is not None else None
@@ -96,6 +101,11 @@ class RequestHandler:
         self.listening = False
         """Whether the request only waits for messages of the server: it need not be waited for at shutdown."""
         request.when_disconnected(lambda: self.end("disconnected"))
+
+    @property
+    def mcp_method(self) -> str | None:
+        """The MCP method, if the body had to be read."""
+        return self._body.method_if_parsed
 
     async def run(self) -> None:
         """Forward the request and answer it; errors become answers by their kind."""
@@ -109,7 +119,10 @@ class RequestHandler:
                 await self._fail(error)
                 return
             # The head is out. All that is left is to end without a final chunk, so that the client notices.
-            logger.warning("server %s: the response broke off: %s", self.route.server.name, error)
+            logger.warning(
+                "server %s: the response broke off: %s", self.route.server.name, error, extra=self._log_extra
+            )
+            self.route.metrics.upstream_failed(failure_kind(error))
         except McpAuthProxyError as error:
             await self._fail(error)
 
@@ -151,7 +164,12 @@ class RequestHandler:
         raise AuthorizationError(f"Server {account.server} refuses every token that is renewed for it.")
 
     async def _wait_for_consent(self, pending: PendingAuthorization) -> AccessToken | None:
-        return await self._context.consent.token(pending, self._request, self._body, self._responder)
+        waiting = self.route.metrics.waiting_for_consent
+        waiting.inc()
+        try:
+            return await self._context.consent.token(pending, self._request, self._body, self._responder)
+        finally:
+            waiting.dec()
 
     async def _send(self, token: AccessToken | None) -> Response:
         """Send the request, or take over what the fast path has sent. Raises UpstreamError."""
@@ -176,10 +194,19 @@ class RequestHandler:
         return response
 
     async def _relay(self, response: Response) -> None:
-        is_events = _is_event_stream(response)
-        if not is_events:
+        if not _is_event_stream(response):
             # Events may be far apart; anything else has to come to its end.
             response.expire_after(self.route.server.upstream_timeout)
+            await self._relay_as_begun(response, is_events=False)
+            return
+        open_streams = self.route.metrics.open_streams
+        open_streams.inc()
+        try:
+            await self._relay_as_begun(response, is_events=True)
+        finally:
+            open_streams.dec()
+
+    async def _relay_as_begun(self, response: Response, *, is_events: bool) -> None:
         if self._responder.begun == "events":
             self.listening = response.status == 200 and is_events and self._listens()
             await self._responder.relay_as_events(response, is_events=is_events, body=self._body)
@@ -214,19 +241,25 @@ class RequestHandler:
         """Answer with the error, and log it."""
         server = self.route.server.name
         if isinstance(error, AuthorizationError) and not isinstance(error, AuthorizationServerUnavailable):
-            logger.warning("server %s: %s", server, error)
+            logger.warning("server %s: %s", server, error, extra=self._log_extra)
             # HTTP 200, because a 4xx means other things to MCP clients.
             status = 200 if self._body.requests else 502
             text = f"Server {server} can't be authorized: {error}"
             await self._responder.fail(self._body, status, text, answers.AUTHORIZATION_REQUIRED)
             return
         if isinstance(error, StoreError):
-            logger.error("server %s: %s", server, error)
+            logger.error("server %s: %s", server, error, extra=self._log_extra)
         elif not isinstance(error, BodyTooLarge):
-            self._context.outages.warn(server, str(error))
+            self._context.outages.warn(server, str(error), trace_id=self._responder.trace_id)
+        if isinstance(error, UpstreamError):
+            self.route.metrics.upstream_failed(failure_kind(error))
         status, retry_after = _status_of(error)
         text = str(error) if isinstance(error, BodyTooLarge) else f"Server {server}: {error}"
         await self._responder.fail(self._body, status, text, answers.UPSTREAM_FAILED, retry_after=retry_after)
+
+    @property
+    def _log_extra(self) -> dict[str, Any]:
+        return trace.log_extra(self._responder.trace_id)
 
     # Ends from outside
 

@@ -26,15 +26,17 @@ _EVENTS_HEAD = [
 class Responder:
     """Sends the response. Its head may go out early, as an event stream, to show that a held request is alive."""
 
-    __slots__ = ("_body_limit", "_request", "_trace_id", "begun", "server", "streaming")
+    __slots__ = ("_body_limit", "_relays_events", "_request", "begun", "server", "streaming", "trace_id")
 
     def __init__(self, request: ClientRequest, *, server: str, body_limit: int, trace_id: str = "") -> None:
         self._request = request
         self._body_limit = body_limit
-        self._trace_id = trace_id
+        self.trace_id = trace_id
         self.server = server
         self.begun: Literal["", "relay", "events"] = ""
         """What has begun: nothing, a response of known form, or an event stream of the proxy's own."""
+        self._relays_events = False
+        """The event stream holds what the upstream sent: nothing may be put into it any more."""
         self.streaming = False
         """The response has begun and has no length, so it can end early with a final chunk."""
 
@@ -59,6 +61,7 @@ class Responder:
     async def relay_as_events(self, response: Response, *, is_events: bool, body: RequestBody) -> None:
         """Pass a response on in the event stream that has begun. Raises UpstreamProtocolError."""
         if response.status == 200 and is_events:
+            self._relays_events = True
             async for data in decoded(response):
                 await self._write_events(data)
             await self._write_events(b"", last=True)
@@ -103,7 +106,7 @@ class Responder:
         """Answer every request of the body with a JSON-RPC error. ``retry_after`` is in seconds."""
 
         def failure(message: Message | None) -> dict[str, object]:
-            return answers.failure(message, text, code=code, server=self.server, link=link, trace_id=self._trace_id)
+            return answers.failure(message, text, code=code, server=self.server, link=link, trace_id=self.trace_id)
 
         headers = [] if retry_after is None else [(b"retry-after", b"%d" % max(1, math.ceil(retry_after)))]
         await self.answer(status, answers.answer_all(body, failure, lambda: failure(None)), headers)
@@ -113,10 +116,13 @@ class Responder:
         await self._write_events(events.comment(text))
 
     async def finish_early(self, body: RequestBody, text: str) -> None:
-        """End the response: a stream gets its final chunk, so that the client sees an end and not a fault."""
+        """End the response: with an error as long as it is the proxy's own, else with a final chunk if it can have one.
+
+        The client then sees an end, and not a fault.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_TIMEOUT):
-                if not self.begun:
+                if not self.begun or (self.begun == "events" and not self._relays_events):
                     await self.fail(body, 503, text, answers.UPSTREAM_FAILED, retry_after=5.0)
                 elif self.streaming and not self._request.complete:
                     await self._request.write(b"", last=True)

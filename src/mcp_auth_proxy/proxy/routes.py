@@ -8,6 +8,7 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.models import LOCAL, Account
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.urls import Origin
+from mcp_auth_proxy.observability.metrics import ServerMetrics
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
 
@@ -21,6 +22,7 @@ class Route:
     target: bytes
     host: bytes
     account: Account
+    metrics: ServerMetrics
 
 
 def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
@@ -33,7 +35,14 @@ def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
 
 def _route(name: str, server: ServerSettings) -> Route:
     url = urls.parse(server.url)
-    return Route(server, url.origin, url.target, url.origin.authority.encode("ascii"), Account(LOCAL, name))
+    return Route(
+        server,
+        url.origin,
+        url.target,
+        url.origin.authority.encode("ascii"),
+        Account(LOCAL, name),
+        ServerMetrics(name),
+    )
 
 
 def is_endpoint(path: bytes) -> bool:

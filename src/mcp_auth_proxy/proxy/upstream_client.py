@@ -3,7 +3,13 @@
 from collections.abc import Iterable
 from urllib.parse import urljoin
 
-from mcp_auth_proxy.errors import UpstreamProtocolError
+from mcp_auth_proxy.errors import (
+    UpstreamError,
+    UpstreamPoolTimeout,
+    UpstreamProtocolError,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.http_client import HttpClient
@@ -86,6 +92,19 @@ def note_nonce(token: AccessToken | None, response: Response) -> None:
 def is_redirect(status: int) -> bool:
     """Return whether a status sends the request elsewhere (RFC 9110 §15.4)."""
     return 300 <= status < 400 and status != 304
+
+
+def failure_kind(error: UpstreamError) -> str:
+    """Return the kind of a failure, as metrics have it."""
+    match error:
+        case UpstreamUnreachable():
+            return "unreachable"
+        case UpstreamTimeout():
+            return "timeout"
+        case UpstreamPoolTimeout():
+            return "pool"
+        case _:
+            return "protocol"
 
 
 def _redirect_target(route: Route, response: Response) -> bytes:

@@ -32,7 +32,7 @@ def authorization_text(server: str, link: str) -> str:
 
 
 def authorization_needed(
-    message: Message, *, server: str, link: str, elicitation_id: str, session_elicits: bool
+    message: Message, *, server: str, link: str, elicitation_id: str, session_elicits: bool, trace_id: str = ""
 ) -> Json:
     """Return the answer to one request while a user has to authorize.
 
@@ -45,11 +45,12 @@ def authorization_needed(
         return _result(message, _input_required(prompt, link))
     if elicits and not message.modern:
         elicitation = {"mode": "url", "url": link, "elicitationId": elicitation_id, "message": prompt}
-        data = {"elicitations": [elicitation], "authorization_url": link}
-        return _error(message.id, URL_ELICITATION_REQUIRED, text, data)
+        data: Json = {"elicitations": [elicitation], "authorization_url": link}
+        return _error(message.id, URL_ELICITATION_REQUIRED, text, _traced(data, trace_id))
     if message.method == "tools/call":
         return _result(message, _tool_error(text, link, modern=message.modern))
-    return _error(message.id, AUTHORIZATION_REQUIRED, text, {"authorization_url": link, "server": server})
+    data = {"authorization_url": link, "server": server}
+    return _error(message.id, AUTHORIZATION_REQUIRED, text, _traced(data, trace_id))
 
 
 def _input_required(text: str, link: str) -> Json:
@@ -77,9 +78,11 @@ def failure(
     data: Json = {"server": server, "reason": text}
     if link is not None:
         data["authorization_url"] = link
-    if trace_id:
-        data["trace_id"] = trace_id
-    return _error(message.id if message else None, code, text, data)
+    return _error(message.id if message else None, code, text, _traced(data, trace_id))
+
+
+def _traced(data: Json, trace_id: str) -> Json:
+    return {**data, "trace_id": trace_id} if trace_id else data
 
 
 def answer_all(body: RequestBody, answer: Callable[[Message], Json], fallback: Callable[[], Json]) -> bytes:

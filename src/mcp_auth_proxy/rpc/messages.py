@@ -103,6 +103,11 @@ class RequestBody:
         self._parse()
         return self._action
 
+    @property
+    def method_if_parsed(self) -> str | None:
+        """The method of the only message, if the body was parsed for another reason; else None."""
+        return self._messages[0].method if len(self._messages) == 1 else None
+
     def release(self) -> None:
         """Drop the bytes once they will not be sent again; what was parsed stays."""
         self.content = b""

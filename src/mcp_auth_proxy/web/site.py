@@ -14,6 +14,8 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import StoreError
 from mcp_auth_proxy.models import GrantType
 from mcp_auth_proxy.oauth.registration import client_metadata_document
+from mcp_auth_proxy.observability import metrics
+from mcp_auth_proxy.observability.instruments import CONTENT_TYPE
 from mcp_auth_proxy.store import Engine
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect
@@ -47,6 +49,7 @@ class Site:
                 Route("/", self._index),
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
+                Route("/metrics", _metrics),
                 Route("/connect/{server}", self._connect),
                 Route("/oauth/callback", self._callback),
                 Route("/oauth/client-metadata.json", self._client_metadata),
@@ -82,6 +85,10 @@ class Site:
         device = any(server.oauth.grant is GrantType.DEVICE_CODE for server in self._servers.values())
         document = client_metadata_document(self._public_url, device=device)
         return JSONResponse(document, headers={"cache-control": "public, max-age=3600"})
+
+
+async def _metrics(request: Request) -> Response:
+    return Response(metrics.registry.render(), headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

@@ -14,6 +14,7 @@ import aiosqlite
 
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreUnavailable
+from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store.cipher import Cipher, load_key
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
 from mcp_auth_proxy.store.sqlite import schema
@@ -137,6 +138,7 @@ class SqliteEngine:
         """Log, once for each row, that it is skipped because it cannot be decrypted or decoded."""
         if (table, uid) not in self._reported:
             self._reported.add((table, uid))
+            metrics.store_failures.labels("decryption").inc()
             _log.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
 
     @asynccontextmanager

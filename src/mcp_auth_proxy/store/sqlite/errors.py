@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mcp_auth_proxy.errors import StoreUnavailable
+from mcp_auth_proxy.observability import metrics
 
 _LOCKED = "The store {path} is locked by another process. Wait for that process or end it, then try again."
 _READ_ONLY = "The store {path} cannot be written. Make the file and its folder writable for this user."
@@ -46,6 +47,7 @@ def translated(path: Path) -> Iterator[None]:
         translation = unavailable(path, error)
         if translation is None:
             raise
+        metrics.store_failures.labels("unavailable").inc()
         raise translation from None
 
 
