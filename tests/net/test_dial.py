@@ -185,13 +185,13 @@ async def test_connecting_has_one_deadline_that_includes_tls(get: Get, authority
 
 async def test_a_cancelled_tls_handshake_closes_the_socket(get: Get, authority: Authority) -> None:
     async def script(peer: Peer) -> None:
-        begun.set()
+        started.set()
         await peer.until_gone()
 
-    begun = asyncio.Event()
+    started = asyncio.Event()
     async with RawServer(script) as server:
         asking = asyncio.ensure_future(get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle))
-        await begun.wait()
+        await started.wait()
         asking.cancel()
         async with asyncio.timeout(1):
             await server.peers[0].gone.wait()

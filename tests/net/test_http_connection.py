@@ -70,7 +70,7 @@ class Wire(asyncio.Transport):
 
 
 class Home:
-    """A place for connections that only counts."""
+    """An owner of connections that notes what it is told."""
 
     name = "up.example:80"
 
@@ -91,7 +91,7 @@ class Home:
 
 
 class Line:
-    """A connection, its transport and its home."""
+    """A connection, its transport and its owner."""
 
     def __init__(self) -> None:
         self.home = Home()
@@ -118,7 +118,7 @@ class Line:
 
 @dataclass
 class Outcome:
-    """What became of an exchange. ``error`` is about the head where ``status`` is 0, else about the body."""
+    """What became of an exchange. ``error`` is about the head if ``status`` is 0, else about the body."""
 
     status: int = 0
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
@@ -150,7 +150,7 @@ async def play(pieces: Iterable[bytes], method: bytes = b"POST", *, end: bool = 
 
 
 def h11_outcome(raw: bytes, method: bytes = b"POST") -> tuple[int, bytes] | None:
-    """What h11 makes of the same bytes: status and body, or None where it refuses them."""
+    """Return what h11 reads in the same bytes: status and body, or None if it refuses them."""
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method=method, target="/", headers=[("host", "h"), ("content-length", "0")]))
     client.send(h11.EndOfMessage())
@@ -184,8 +184,8 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
 HI = b"2\r\nhi\r\n0\r\n\r\n"
 THEN_OK = OK + CL2 + b"\r\nhi"
 
-# Name, bytes, what we make of them (status and body, or BROKEN), and h11's verdict where it is another: each such
-# line says where we are stricter or laxer than another client.
+# Name, bytes, what we read in them (status and body, or BROKEN), and h11's verdict if it differs: these lines show
+# how we are stricter or laxer than another client.
 ODD: list[tuple[str, bytes, tuple[int, bytes] | None, tuple[int, bytes] | str | None]] = [
     ("length", OK + CL2 + b"\r\nhi", (200, b"hi"), SAME),
     ("chunked", OK + CHUNKED + b"\r\n" + HI, (200, b"hi"), SAME),

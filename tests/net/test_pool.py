@@ -140,7 +140,7 @@ def test_a_close_that_the_event_loop_has_not_yet_seen_is_noticed_before_use(end:
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize(("method", "again"), [(b"GET", True), (b"DELETE", True), (b"HEAD", True), (b"POST", False)])
-async def test_a_kept_connection_that_dies_under_a_request_is_replaced_only_where_repeating_is_safe(
+async def test_a_reused_connection_that_dies_under_a_request_is_replaced_only_if_repeating_is_safe(
     client: Client, reset: bool, method: bytes, again: bool
 ) -> None:
     # F5: it may have been acted upon.
@@ -332,7 +332,7 @@ async def test_connections_to_an_origin_are_bounded_and_so_is_waiting_for_one() 
 
 @pytest.mark.usefixtures("short_wait")
 @pytest.mark.parametrize("end", ["abandoned", "broken", "cancelled"])
-async def test_a_place_comes_free_however_the_connection_ends(end: str) -> None:
+async def test_a_slot_is_released_however_the_connection_ends(end: str) -> None:
     async def script(peer: Peer) -> None:
         if len(server.peers) == 1:
             await peer.request()
@@ -362,14 +362,16 @@ async def test_a_place_comes_free_however_the_connection_ends(end: str) -> None:
         await client.upstream.aclose()
 
 
-async def test_a_connection_whose_announced_life_is_over_is_not_used(client: Client) -> None:
+async def test_a_connection_is_not_used_after_its_announced_idle_timeout(client: Client) -> None:
     response = b"HTTP/1.1 200 OK\r\nKeep-Alive: timeout=1\r\nContent-Length: 1\r\n\r\na"
     async with RawServer(answers(response, response)) as server:
         assert [await client.ask(server), await client.ask(server)] == [b"a", b"a"]
         assert len(server.peers) == 2
 
 
-async def test_shorter_lives_are_learnt_and_forgotten_again(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_shorter_idle_timeouts_are_learned_and_forgotten_again(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with RawServer(answers(ok(), ok(), ok())) as server:
         await client.ask(server)
         client.pool(server).learn_idle_timeout(0.0)
@@ -381,7 +383,7 @@ async def test_shorter_lives_are_learnt_and_forgotten_again(client: Client, monk
         assert len(server.peers) == 2
 
 
-async def test_idle_connections_are_closed_when_their_life_is_over(
+async def test_idle_connections_are_closed_after_their_idle_timeout(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "REAP_INTERVAL", 0.02)

@@ -183,7 +183,7 @@ async def test_no_packet_is_sent_to_a_refused_address() -> None:  # T1
     assert server.connections == 0
 
 
-async def test_the_name_is_resolved_once_and_the_checked_address_is_dialled() -> None:  # T3
+async def test_the_name_is_resolved_once_and_the_checked_address_is_dialed() -> None:  # T3
     asked: list[str] = []
 
     async def rebinding(host: str, port: int) -> Sequence[str]:
@@ -199,7 +199,7 @@ async def test_the_name_is_resolved_once_and_the_checked_address_is_dialled() ->
     assert (len(asked), server.connections) == (2, 1)
 
 
-async def test_the_next_address_is_tried_where_one_refuses() -> None:
+async def test_the_next_address_is_tried_if_one_refuses() -> None:
     async with running(Server()) as server:
         fetcher = Fetcher(Dialer(resolve=answering("127.0.0.2", "127.0.0.1")))
         assert (await fetch(f"http://localhost:{server.port}/x", LOCAL, fetcher)).status == 200
