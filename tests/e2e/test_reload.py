@@ -18,9 +18,12 @@ from fakes.fixtures import Servers
 from fakes.http_exchange import Channel, FakeResponse
 from fakes.mcp_client import MODERN
 from fakes.mcp_server import FakeMcpServer
-from fakes.proxy import ProxyProcess, proxy_process, serving, until, write_config
+from fakes.proxy import ProxyProcess, proxy_process, running_proxy, serving, until, write_config
 from fakes.raw_client import RawClient
 from fakes.unattended import unattended
+from mcp_auth_proxy.config.changes import compare
+from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.net import urls
 
 
 def rewrite(config: Path, servers: dict[str, Any], **sections: Any) -> None:
@@ -185,6 +188,26 @@ async def test_what_needs_a_restart_is_named_and_the_rest_applied(servers: Serve
             assert (await http.get(f"{proxy.origin}/healthz", headers=headers)).status_code == 421
             big = {"jsonrpc": "2.0", "id": 1, "method": "x", "params": {"text": "x" * 2000}}
             assert (await http.post(f"{proxy.origin}/alpha/mcp", json=big)).status_code == 413
+
+
+async def test_sections_are_handed_to_their_owners(servers: Servers, tmp_path: Path) -> None:
+    alpha = await servers.mcp_server()
+    served = {"alpha": open_server(alpha)}
+    async with running_proxy(tmp_path, served) as proxy, proxy.client("alpha") as client:
+        await client.call("echo", text="a connection")
+        application = proxy.application
+        sections: dict[str, Any] = {
+            "authorization": {"wait": "0s", "allow_private": ["10.0.0.1"], "open_browser": "always"},
+            "limits": {"upstream_connections": 7},
+        }
+        settings = load(write_config(tmp_path, served, **sections))
+        change = compare(application.settings, settings)
+        application.apply(change)
+        assert (application.settings, change.needs_restart) == (settings, ())
+        pool = application.http.pool(urls.parse(alpha.url).origin)
+        assert pool is not None
+        assert pool.limit == 7
+        assert (await client.call("echo", text="on")).text == "on"
 
 
 async def test_the_flag_still_wins_and_is_no_change(servers: Servers, tmp_path: Path) -> None:
