@@ -150,10 +150,6 @@ async def test_clients_that_always_have_another_request_do_not_keep_it_running(
         busy = [asyncio.create_task(ask_for_ever()) for _ in range(8)]
         await asyncio.sleep(0)
         proxy.process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(proxy.process.wait(), 0.5)
-        if proxy.process.returncode is None:
-            proxy.process.send_signal(signal.SIGTERM)
         assert await exit_code(proxy, 8) == 0
         await asyncio.gather(*busy)
 
