@@ -65,7 +65,7 @@ async def stored(folder: Path, url: str = "http://127.0.0.1:9/mcp") -> Path:
         (["serve", "ftp://a.example/mcp"], "http:// or https://"),
         (["serve", "http://a.example/mcp"], "allow_http"),
         (["serve", "https://a.example/mcp", "--listen", "nowhere"], "HOST:PORT"),
-        (["serve", "--config", "gone.yaml"], "gone.yaml (given by --config) is not there"),
+        (["serve", "--config", "gone.yaml"], "gone.yaml (from --config) does not exist"),
         (["serve"], "mcp-auth-proxy serve https://"),
         (["status"], "No configuration was found"),
         (["status", "notes"], "No configuration was found"),
@@ -122,13 +122,13 @@ async def test_check_looks_at_the_store_key_too(tmp_path: Path) -> None:
     assert "env:KEY_OF_THE_STORE is not a key" in err
 
 
-async def test_check_says_that_a_good_file_is_good(tmp_path: Path) -> None:
+async def test_check_says_that_a_valid_file_is_valid(tmp_path: Path) -> None:
     config = write_config(tmp_path, {"a": "https://a.example/mcp", "b": "https://b.example/mcp"})
-    assert await run_command("check", "--config", str(config)) == (0, f"{config}: good, 2 servers\n", "")
+    assert await run_command("check", "--config", str(config)) == (0, f"{config}: valid, 2 servers\n", "")
     assert [file.name for file in tmp_path.iterdir()] == [config.name]
 
 
-async def test_the_example_configuration_is_good() -> None:
+async def test_the_example_configuration_is_valid() -> None:
     example = Path(__file__).parents[2] / "config.example.yaml"
     code, out, err = await run_command("check", "--config", str(example))
     assert (code, err) == (0, ""), out
@@ -152,7 +152,7 @@ async def test_configuration_is_looked_for_in_the_order_that_is_documented(tmp_p
         env["MCP_AUTH_PROXY_CONFIG"] = str(places["variable"]) if name in ("flag", "variable") else None
         cwd = tmp_path if name == "platform" else tmp_path / "here"
         code, out, _ = await run_command("check", *arguments, env=env, cwd=cwd)
-        assert (code, out) == (0, f"{path}: good, 1 server\n"), name
+        assert (code, out) == (0, f"{path}: valid, 1 server\n"), name
 
 
 async def test_a_port_that_is_taken_is_one_line_and_exit_1(tmp_path: Path) -> None:
