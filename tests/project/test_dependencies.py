@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 
 NOT_IMPORTED: dict[str, str] = {}
@@ -46,12 +44,10 @@ def imported() -> set[str]:
     return {normalized(distributions[module][0]) for module in foreign}
 
 
-@pytest.mark.xfail(reason="httpcore2 is imported by oauth/fetch.py and not declared", strict=True)
 def test_every_import_is_declared() -> None:
     assert imported() - declared() == set()
 
 
-@pytest.mark.xfail(reason="rich is declared and imported nowhere in the package", strict=True)
 def test_every_declared_dependency_is_imported() -> None:
     assert declared() - imported() - set(NOT_IMPORTED) == set()
 
