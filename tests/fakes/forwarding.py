@@ -116,7 +116,7 @@ async def forwarding(
     forwarder = Forwarder(broker=cast(Broker, broker), http=http, body_limit=body_limit, wait=wait)
     server = ServerSettings(name="notes", url=url, upstream_timeout=timeout)
     running = ForwardingServer(forwarder, routes.build({"notes": server})[b"/notes/mcp"])
-    config, state = Config(cast(Any, running), interface="asgi3"), ServerState()
+    config, state = Config(cast(Any, running), interface="asgi3", log_config=None), ServerState()
     listener = await asyncio.get_running_loop().create_server(
         lambda: HttpServerConnection(config, state, {}), "127.0.0.1", 0
     )
