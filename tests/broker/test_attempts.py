@@ -39,10 +39,10 @@ class Scene:
         self.attempts = AuthorizationAttempts(flows=self.flows, clock=self.clock)
 
     async def open(self) -> tuple[AuthorizationRedirect, str]:
-        """Visit the link; return the visit and its state."""
-        visit = await self.attempts.open("linear", "flow-1")
-        assert isinstance(visit, AuthorizationRedirect)
-        return visit, query(visit)["state"]
+        """Open the link; return the redirect and its state."""
+        redirect = await self.attempts.open("linear", "flow-1")
+        assert isinstance(redirect, AuthorizationRedirect)
+        return redirect, query(redirect)["state"]
 
     async def refused(self, state: str | list[str] | None, cookies: dict[str, str]) -> int:
         """The status with which a callback is refused."""
@@ -61,23 +61,23 @@ async def it(tmp_path: Path) -> AsyncIterator[Scene]:
     await database.close()
 
 
-def query(visit: AuthorizationRedirect) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(urlsplit(visit.authorization_url).query).items()}
+def query(redirect: AuthorizationRedirect) -> dict[str, str]:
+    return {name: values[0] for name, values in parse_qs(urlsplit(redirect.authorization_url).query).items()}
 
 
-def cookies_of(*visits: AuthorizationRedirect) -> dict[str, str]:
-    return {visit.cookie_name: visit.cookie_value for visit in visits}
+def cookies_of(*redirects: AuthorizationRedirect) -> dict[str, str]:
+    return {redirect.cookie_name: redirect.cookie_value for redirect in redirects}
 
 
 async def test_the_browser_that_opened_the_link_is_accepted(it: Scene) -> None:
-    visit, state = await it.open()
-    found, attempt = await it.attempts.accept({"state": [state], "code": ["x"]}, cookies_of(visit))
+    redirect, state = await it.open()
+    found, attempt = await it.attempts.accept({"state": [state], "code": ["x"]}, cookies_of(redirect))
     assert found.id == "flow-1"
-    assert challenge_s256(attempt.code_verifier) == query(visit)["code_challenge"]
-    assert query(visit)["code_challenge_method"] == "S256"
+    assert challenge_s256(attempt.code_verifier) == query(redirect)["code_challenge"]
+    assert query(redirect)["code_challenge_method"] == "S256"
 
 
-async def test_each_visit_has_secrets_of_its_own_and_spoils_no_other(it: Scene) -> None:
+async def test_each_attempt_has_secrets_of_its_own_and_spoils_no_other(it: Scene) -> None:
     (first, state), (second, other) = await it.open(), await it.open()
     assert state != other
     assert query(first)["code_challenge"] != query(second)["code_challenge"]
@@ -87,38 +87,38 @@ async def test_each_visit_has_secrets_of_its_own_and_spoils_no_other(it: Scene) 
 
 
 async def test_a_callback_is_good_once(it: Scene) -> None:  # T12
-    visit, state = await it.open()
-    await it.attempts.accept({"state": [state]}, cookies_of(visit))
-    assert await it.refused(state, cookies_of(visit)) == 400
+    redirect, state = await it.open()
+    await it.attempts.accept({"state": [state]}, cookies_of(redirect))
+    assert await it.refused(state, cookies_of(redirect)) == 400
 
 
 async def test_a_callback_after_the_flows_time_is_refused(it: Scene) -> None:  # T12
-    visit, state = await it.open()
+    redirect, state = await it.open()
     it.clock.now = NOW + 600
-    assert await it.refused(state, cookies_of(visit)) == 400
+    assert await it.refused(state, cookies_of(redirect)) == 400
 
 
-async def test_another_browser_is_refused_and_does_not_use_the_visit_up(it: Scene) -> None:  # T13
-    visit, state = await it.open()
+async def test_another_browser_is_refused_and_does_not_use_the_attempt_up(it: Scene) -> None:  # T13
+    redirect, state = await it.open()
     other, _ = await it.open()
     wrong = [
         {},
-        {visit.cookie_name: ""},
-        {visit.cookie_name: "x"},
-        {visit.cookie_name: digest(visit.cookie_value)},
-        {visit.cookie_name: "\udcff"},
-        {visit.cookie_name: other.cookie_value},
+        {redirect.cookie_name: ""},
+        {redirect.cookie_name: "x"},
+        {redirect.cookie_name: digest(redirect.cookie_value)},
+        {redirect.cookie_name: "\udcff"},
+        {redirect.cookie_name: other.cookie_value},
         cookies_of(other),
-        {cookie_name("x"): visit.cookie_value},
+        {cookie_name("x"): redirect.cookie_value},
     ]
     for cookies in wrong:
         assert await it.refused(state, cookies) == 403
-    await it.attempts.accept({"state": [state]}, cookies_of(visit))
+    await it.attempts.accept({"state": [state]}, cookies_of(redirect))
 
 
 @pytest.mark.parametrize("kind", ["none", "empty", "unknown", "two", "hash", "prefix", "odd"])
 async def test_a_bad_state_is_refused_whatever_the_cookie(it: Scene, kind: str) -> None:  # T14
-    visit, state = await it.open()
+    redirect, state = await it.open()
     bad: dict[str, str | list[str] | None] = {
         "none": None,
         "empty": "",
@@ -128,15 +128,15 @@ async def test_a_bad_state_is_refused_whatever_the_cookie(it: Scene, kind: str) 
         "prefix": state[:-1],
         "odd": "\udcff\x00" * 1000,
     }
-    assert await it.refused(bad[kind], cookies_of(visit)) == 400
-    await it.attempts.accept({"state": [state]}, cookies_of(visit))
+    assert await it.refused(bad[kind], cookies_of(redirect)) == 400
+    await it.attempts.accept({"state": [state]}, cookies_of(redirect))
 
 
 @pytest.mark.parametrize("status", [FlowStatus.DONE, FlowStatus.FAILED])
 async def test_a_callback_for_a_flow_that_has_ended_is_refused(it: Scene, status: FlowStatus) -> None:
-    visit, state = await it.open()
+    redirect, state = await it.open()
     assert await it.flows.finish("flow-1", status)
-    assert await it.refused(state, cookies_of(visit)) == 400
+    assert await it.refused(state, cookies_of(redirect)) == 400
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ async def test_a_link_that_has_ended_says_so(it: Scene, status: FlowStatus) -> N
 
 
 class EndedMeanwhile(Flows):
-    """Has the flow end between the look at it and the visit that is written down."""
+    """Ends the flow after it was read and before the attempt is stored."""
 
     def __init__(self, database: Database, end: Callable[[Flows], Awaitable[object]]) -> None:
         super().__init__(database)
@@ -181,9 +181,9 @@ class EndedMeanwhile(Flows):
 async def test_a_link_that_ends_while_it_is_opened_says_so(
     it: Scene, end: Callable[[Flows], Awaitable[object]], status: int, told: str
 ) -> None:
-    visits = AuthorizationAttempts(flows=EndedMeanwhile(it.database, end), clock=it.clock)
+    attempts = AuthorizationAttempts(flows=EndedMeanwhile(it.database, end), clock=it.clock)
     with pytest.raises(CallbackRefused, match=told) as refused:
-        await visits.open("linear", "flow-1")
+        await attempts.open("linear", "flow-1")
     assert refused.value.status == status
 
 
@@ -195,38 +195,38 @@ async def test_a_link_that_is_too_old_says_so(it: Scene) -> None:
 
 
 async def test_the_cookie_lives_no_longer_than_the_flow(it: Scene) -> None:
-    visit, _ = await it.open()
-    assert visit.max_age == 599
+    redirect, _ = await it.open()
+    assert redirect.max_age == 599
     it.clock.now = NOW + 599.9
-    visit, _ = await it.open()
-    assert visit.max_age == 1
+    redirect, _ = await it.open()
+    assert redirect.max_age == 1
 
 
-async def test_many_visits_leave_the_newest_usable(it: Scene) -> None:
+async def test_many_attempts_leave_the_newest_usable(it: Scene) -> None:
     opened = []
     for _ in range(30):
         it.clock.now += 1
         opened.append(await it.open())
-    visit, state = opened[-1]
-    await it.attempts.accept({"state": [state]}, cookies_of(visit))
-    visit, state = opened[0]
-    assert await it.refused(state, cookies_of(visit)) == 400
+    redirect, state = opened[-1]
+    await it.attempts.accept({"state": [state]}, cookies_of(redirect))
+    redirect, state = opened[0]
+    assert await it.refused(state, cookies_of(redirect)) == 400
 
 
 async def test_nothing_secret_shows_in_a_repr(it: Scene) -> None:  # T45
-    visit, state = await it.open()
-    assert state not in repr(visit)
-    assert visit.cookie_value not in repr(visit)
-    assert state not in visit.cookie_name
+    redirect, state = await it.open()
+    assert state not in repr(redirect)
+    assert redirect.cookie_value not in repr(redirect)
+    assert state not in redirect.cookie_name
 
 
 async def test_a_flow_on_another_device_shows_its_code_until_it_is_done(it: Scene) -> None:
     device = DeviceAuthorization(device_code="d", user_code="WXYZ", verification_uri="https://as.example/device")
     await it.flows.save(replace(flow("flow-2"), device=device))
-    visit = await it.attempts.open("linear", "flow-2")
-    assert isinstance(visit, DevicePrompt)
-    assert visit.device == device
+    redirect = await it.attempts.open("linear", "flow-2")
+    assert isinstance(redirect, DevicePrompt)
+    assert redirect.device == device
     await it.flows.finish("flow-2", FlowStatus.DONE)
-    visit = await it.attempts.open("linear", "flow-2")
-    assert isinstance(visit, DevicePrompt)
-    assert visit.device is None
+    redirect = await it.attempts.open("linear", "flow-2")
+    assert isinstance(redirect, DevicePrompt)
+    assert redirect.device is None

@@ -177,7 +177,7 @@ async def test_a_configured_client_comes_first(it: Scene) -> None:
 async def test_configured_credentials_go_to_the_first_issuer_and_to_no_other(
     it: Scene, authorization_server: FakeAuthorizationServer
 ) -> None:
-    credentials = {"client_id": "mine", "client_secret": Secret("canary")}
+    credentials: dict[str, Any] = {"client_id": "mine", "client_secret": Secret("canary")}
     await it.client(it.settings(**credentials))
     moved = it.settings(authorization_server, **credentials)
     for preview in (False, True):
@@ -191,7 +191,7 @@ async def test_configured_credentials_go_to_the_first_issuer_and_to_no_other(
 
 
 async def test_a_preview_binds_nothing(it: Scene, authorization_server: FakeAuthorizationServer) -> None:
-    credentials = {"client_id": "mine", "client_secret": Secret("canary")}
+    credentials: dict[str, Any] = {"client_id": "mine", "client_secret": Secret("canary")}
     await it.client(it.settings(**credentials), preview=True)
     assert (await it.client(it.settings(authorization_server, **credentials))).issuer == authorization_server.issuer
 

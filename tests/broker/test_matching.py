@@ -1,6 +1,7 @@
 """Which stored grants and flows may be used, once the configuration has changed."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,8 @@ SERVER = ServerSettings(name="linear", url="https://linear.example/mcp")
 DEVICE = DeviceAuthorization(device_code="d", user_code="u", verification_uri="https://as.example/device")
 
 
-def settings(url: str = SERVER.url, **oauth: object) -> ServerSettings:
-    return replace(SERVER, url=url, oauth=OAuthSettings(**oauth))  # type: ignore[arg-type]
+def settings(url: str = SERVER.url, **oauth: Any) -> ServerSettings:
+    return replace(SERVER, url=url, oauth=OAuthSettings(**oauth))
 
 
 def a_flow() -> Flow:
@@ -62,7 +63,7 @@ def test_a_grant_from_before_origins_were_stored_is_still_used() -> None:
 )
 @pytest.mark.parametrize("stored", [grant(), a_flow()], ids=["grant", "flow"])
 def test_issuer_resource_grant_and_binding_must_be_those_configured(
-    stored: Grant | Flow, oauth: dict[str, object], same: bool
+    stored: Grant | Flow, oauth: dict[str, Any], same: bool
 ) -> None:
     assert matches(stored, settings(**oauth)) is same
 
@@ -88,5 +89,5 @@ def test_a_removed_server_is_named_in_the_error() -> None:
 
 def test_a_flow_of_a_changed_server_is_refused() -> None:
     assert configured_for({"linear": SERVER}, a_flow()) is SERVER
-    with pytest.raises(AuthorizationError, match="configuration of server linear was changed"):
+    with pytest.raises(AuthorizationError, match="Server linear was reconfigured"):
         configured_for({"linear": settings("https://other.example/mcp")}, a_flow())
