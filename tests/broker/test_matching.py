@@ -89,5 +89,5 @@ def test_a_removed_server_is_named_in_the_error() -> None:
 
 def test_a_flow_of_a_changed_server_is_refused() -> None:
     assert configured_for({"linear": SERVER}, a_flow()) is SERVER
-    with pytest.raises(AuthorizationError, match="configuration of server linear was changed"):
+    with pytest.raises(AuthorizationError, match="Server linear was reconfigured"):
         configured_for({"linear": settings("https://other.example/mcp")}, a_flow())

@@ -20,7 +20,7 @@ from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, Callb
 from mcp_auth_proxy.models import LOCAL, Account, FlowStatus, GrantType
 
 GONE = r"^Server notes is no longer configured\.$"
-CHANGED = "configuration of server notes was changed"
+CHANGED = "Server notes was reconfigured"
 
 
 def remove(setup: BrokerSetup, name: str = "notes") -> None:
@@ -91,6 +91,15 @@ async def test_what_waits_for_a_removed_server_is_told_and_its_link_is_dead(setu
     with pytest.raises((CallbackRefused, AuthorizationError)):
         await setup.broker.complete(*callback)
     assert await setup.broker.fresh_link(pending) is pending
+
+
+async def test_a_link_of_another_run_says_that_its_server_was_removed(it: BrokerScene, tmp_path: Path) -> None:
+    pending = await it.pending()
+    async with broker_scene(tmp_path) as another:
+        with pytest.raises(AuthorizationError, match=GONE):
+            await another.broker.open_link("notes", pending.flow.id)
+        with pytest.raises(CallbackRefused):
+            await another.broker.open_link("none", "unknown")
 
 
 async def test_a_callback_for_a_server_removed_meanwhile_stores_no_token_in_use(

@@ -207,8 +207,13 @@ class Broker:
     # For browsers
 
     async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
-        """Return what to show to the browser that opened a link. Raises CallbackRefused."""
-        return await self._attempts.open(server, flow_id)
+        """Return what to show to the browser that opened a link.
+
+        Raises CallbackRefused if the link can't be used, AuthorizationError if its server was removed.
+        """
+        opened = await self._attempts.open(server, flow_id)
+        configured(self._servers, server)
+        return opened
 
     async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
         """Complete the flow that a callback belongs to, and let everyone who waits for it continue.

@@ -49,8 +49,8 @@ def server_removed(name: str) -> AuthorizationError:
 def server_reconfigured(name: str) -> AuthorizationError:
     """Return the error for an authorization that the server's new configuration makes useless."""
     return AuthorizationError(
-        f"The configuration of server {name} was changed after this authorization was started: its url, issuer, "
-        f"resource, grant or dpop. Try again: a new authorization will be started."
+        f"Server {name} was reconfigured after this authorization was started: the name now stands for another server, "
+        f"issuer, resource, grant or use of DPoP. Try again: a new authorization will be started."
     )
 
 
