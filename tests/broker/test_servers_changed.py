@@ -93,9 +93,9 @@ async def test_what_waits_for_a_removed_server_is_told_and_its_link_is_dead(setu
     assert await setup.broker.fresh_link(pending) is pending
 
 
-async def test_a_link_of_another_run_says_that_its_server_was_removed(it: BrokerScene, tmp_path: Path) -> None:
-    pending = await it.pending()
-    async with broker_scene(tmp_path) as another:
+async def test_a_link_of_another_run_says_that_its_server_was_removed(setup: BrokerSetup, tmp_path: Path) -> None:
+    pending = await setup.pending()
+    async with broker_setup(tmp_path) as another:
         with pytest.raises(AuthorizationError, match=GONE):
             await another.broker.open_link("notes", pending.flow.id)
         with pytest.raises(CallbackRefused):

@@ -18,7 +18,7 @@ from fakes.mcp_client import MODERN, McpResponse, PlainClient, read
 from fakes.proxy import link_in, running_proxy, until
 from fakes.proxy_setup import ProxySetup, proxy_setup
 from fakes.unattended import unattended
-from mcp_auth_proxy.proxy import handler
+from mcp_auth_proxy.proxy import consent_wait
 
 LINK = re.compile(r"http://127\.0\.0\.1:\d+/connect/notes\?flow=[\w-]+")
 LINK_KEY = "io.mcp-auth-proxy/authorization_url"
@@ -350,7 +350,7 @@ def gzipped_events(received: RecordedRequest) -> FakeResponse:
 async def test_after_comments_the_answer_of_our_own_comes_as_an_event(
     servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declined: bool
 ) -> None:
-    monkeypatch.setattr(handler, "COMMENT_INTERVAL", 0.1)  # the length of it is tested once, below
+    monkeypatch.setattr(consent_wait, "COMMENT_INTERVAL", 0.1)  # the length of it is tested once, below
     async with proxy_setup(
         servers, tmp_path, wait="20s" if declined else "0.5s", issuer={"auto_consent": False}
     ) as setup:
