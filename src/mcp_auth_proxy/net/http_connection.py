@@ -32,7 +32,6 @@ JOINED_BODY = 64 * 1024
 BUSY_POLL_THRESHOLD = 0.00015
 """Seconds. A response that comes sooner is here before a process that went to sleep for it is awake again."""
 
-_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"keep-alive"})
 
 # The states. Plain numbers, since a member of an enumeration costs a look-up at each of ten comparisons per request.
 _IDLE: Final = 0
@@ -91,7 +90,6 @@ class HttpConnection(asyncio.BufferedProtocol):
         "_head_left",
         "_head_started",
         "_headers",
-        "_length",
         "_loop",
         "_new_response",
         "_new_response_waiter",
@@ -201,7 +199,6 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._bodiless = bodiless
         self._head_left = HEAD_LIMIT
         self._headers = []
-        self._length = b""
         self._until_close = True
         self._surplus = False
         self._head_started = False
@@ -412,22 +409,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         if self._state != _HEAD:
             # A trailer, which may be discarded (RFC 9110 §6.5.1), or a field of what follows the response.
             return
-        headers = self._headers
-        if len(headers) >= FIELD_LIMIT:
-            raise self._refusal(f"its head has over {FIELD_LIMIT} fields")
-        name = name.lower()
-        value = value.rstrip(b" \t")
-        if name in _FRAMING:
-            if name == b"keep-alive":
-                self._read_keep_alive(value)
-            elif name == b"content-length":
-                self._length = value
-                self._until_close = False
-            elif value.lower() != b"chunked" or not self._until_close:
-                raise self._refusal("its transfer coding is not just chunked")
-            else:
-                self._until_close = False
-        headers.append((name, value))
+        self._headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         if self._state != _HEAD:
@@ -438,9 +420,18 @@ class HttpConnection(asyncio.BufferedProtocol):
             return
         version: str = self._parser.get_http_version()
         headers = self._headers
-        if version != "1.1":
-            self._check_version(version)
+        if len(headers) > FIELD_LIMIT:
+            raise self._refusal(f"its head has over {FIELD_LIMIT} fields")
+        fields = dict(headers)
+        coding = fields.get(b"transfer-encoding")
+        if coding is not None:
+            self._check_coding(coding, version)
+        self._until_close = coding is None and b"content-length" not in fields
+        if version != "1.1" and version != "1.0":
+            raise self._refusal(f"its version is HTTP/{version}")
         self._reusable = version == "1.1"
+        if b"keep-alive" in fields:
+            self._read_keep_alive(fields[b"keep-alive"])
         if status in {204, 304}:
             # These have no body whatever the fields say (RFC 9112 §6.3); our own server would wait for one.
             headers = [pair for pair in headers if pair[0] != b"content-length"]
@@ -475,14 +466,12 @@ class HttpConnection(asyncio.BufferedProtocol):
         if not 100 <= status < 200:
             raise self._refusal(f"its status is {status}")
         self._headers = []
-        self._length = b""
-        self._until_close = True
 
-    def _check_version(self, version: str) -> None:
-        if version != "1.0":
-            raise self._refusal(f"its version is HTTP/{version}")
-        if not self._until_close and not self._length:
-            # RFC 9112 §6.1: the framing of such a message is faulty.
+    def _check_coding(self, coding: bytes, version: str) -> None:
+        """Accept one Transfer-Encoding field that says "chunked", in HTTP/1.1 (RFC 9112 §6.1)."""
+        if coding.lower() != b"chunked" or sum(name == b"transfer-encoding" for name, _ in self._headers) != 1:
+            raise self._refusal("its transfer coding is not just chunked")
+        if version == "1.0":
             raise self._refusal("it has a transfer coding in HTTP/1.0")
 
     def _read_keep_alive(self, value: bytes) -> None:
