@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcp_auth_proxy.errors import RequestRejected
+from mcp_auth_proxy.net.http_head import Fields
 from mcp_auth_proxy.net.request_parser import MAX_FIELDS, MAX_HEAD, RequestHead, RequestParser
 
 END = "end"
@@ -90,22 +91,25 @@ def chunks(*parts: bytes, trailers: bytes = b"") -> bytes:
 
 def test_a_request_without_a_body() -> None:
     request = b"GET //a/%2e%2e/%2F;x?q=%20&q HTTP/1.1\r\nHOST: a:1\r\nX-A:  b c\r\nX-Empty:\r\nx-a: d\r\n\r\n"
+    fields = [(b"host", b"a:1"), (b"x-a", b"b c"), (b"x-empty", b""), (b"x-a", b"d")]
     head = RequestHead(
         method=b"GET",
         path=b"//a/%2e%2e/%2F;x",
         query=b"q=%20&q",
-        headers=[(b"host", b"a:1"), (b"x-a", b"b c"), (b"x-empty", b""), (b"x-a", b"d")],
+        headers=fields,
         host=b"a:1",
         http_version="1.1",
         keep_alive=True,
         expects_continue=False,
+        content_length=None,
+        fields=Fields(fields),
     )
     assert events_of(request) == [head, END]
 
 
 def test_a_body_with_content_length() -> None:
     head = head_of(post(b"hello"))
-    assert (head.method, head.headers) == (b"POST", [(b"host", b"a"), (b"content-length", b"5")])
+    assert (head.method, head.headers, head.content_length) == (b"POST", [(b"host", b"a")], 5)
     assert events_of(post(b"hello")) == [head, b"hello", END]
 
 
@@ -113,6 +117,30 @@ def test_a_body_in_chunks() -> None:
     head = head_of(CHUNKED)
     assert events_of(CHUNKED + chunks(b"he", b"llo")) == [head, b"hello", END]
     assert events_of(CHUNKED + chunks()) == [head, END]
+
+
+def heads_of(*parts: bytes) -> list[RequestHead]:
+    return [event for event in events_of(*parts) if isinstance(event, RequestHead)]
+
+
+def test_requests_with_the_same_fields_share_them_whatever_their_length() -> None:
+    first, second, other, third = heads_of(post(b"a"), post(b"bcd"), post(b"", b"X: y"), post(b"e"))
+    assert first.fields is second.fields
+    assert (first.content_length, second.content_length) == (1, 3)
+    assert other.headers == [(b"host", b"a"), (b"x", b"y")]
+    assert third.headers == first.headers
+
+
+def test_fields_that_are_not_usual_are_checked_each_time() -> None:
+    page = b"GET / HTTP/1.1\r\nHost: a\r\nOrigin: http://a\r\n\r\n"
+    usual, first, second, again = heads_of(GET, page, page, GET)
+    assert (usual.host, first.host, second.host, again.host) == (b"a", b"", b"", b"a")
+    assert parse([GET, b"GET / HTTP/1.1\r\n\r\n"])[1] == 400
+    assert parse([GET, b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n"])[1] == 400
+
+
+def test_a_head_does_not_show_its_fields() -> None:
+    assert "secret" not in repr(head_of(GET[:-2] + b"Authorization: secret\r\n\r\n"))
 
 
 def test_pipelined_requests() -> None:
@@ -362,7 +390,7 @@ UPGRADE = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Sett
 def test_a_request_that_asks_for_an_upgrade_is_read_as_any_other() -> None:
     head, body, end, *rest = events_of(post(b"hello", *UPGRADE) + GET)
     assert isinstance(head, RequestHead)
-    assert [name for name, _ in head.headers] == [b"host", b"content-length", b"connection", b"http2-settings"]
+    assert [name for name, _ in head.headers] == [b"host", b"connection", b"http2-settings"]
     assert (body, end) == (b"hello", END)
     assert rest == events_of(GET)
 
@@ -375,7 +403,7 @@ def test_an_upgrade_without_a_body_or_with_chunks() -> None:
 
 def test_an_upgrade_field_alone_changes_nothing() -> None:
     head = head_of(post(b"", b"Upgrade: websocket"))
-    assert head.headers == [(b"host", b"a"), (b"content-length", b"0")]
+    assert (head.headers, head.content_length) == ([(b"host", b"a")], 0)
 
 
 def test_very_many_upgrades_in_one_read() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError
+from mcp_auth_proxy.net.http_head import Fields
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.decoding import PIECE, decoded
 
@@ -26,7 +27,7 @@ class BodySource:
 
 
 def response(body: bytes, *encodings: bytes) -> Response:
-    found = Response(BodySource(), 200, [(b"content-encoding", encoding) for encoding in encodings])
+    found = Response(BodySource(), 200, Fields([(b"content-encoding", encoding) for encoding in encodings]))
     found.feed(body)
     found.finish(None)
     return found

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mcp_auth_proxy.net.http_head import Fields
 from mcp_auth_proxy.proxy.headers import request_head, response_headers
 
 TOKEN = b"Bearer ours"
@@ -16,7 +17,7 @@ def fields(head: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def sent(*headers: tuple[bytes, bytes], length: int | None = None) -> list[tuple[bytes, bytes]]:
-    return fields(request_head(b"POST", b"/mcp", b"up.example", headers, TOKEN, length))
+    return fields(request_head(b"POST", b"/mcp", b"up.example", Fields(list(headers)), TOKEN, length))
 
 
 def test_a_request_head_is_written_from_scratch() -> None:
@@ -24,7 +25,7 @@ def test_a_request_head_is_written_from_scratch() -> None:
         b"POST",
         b"/mcp?a=b",
         b"up.example:8443",
-        [(b"host", b"127.0.0.1:8787"), (b"content-length", b"9"), (b"accept", b"application/json")],
+        Fields([(b"host", b"127.0.0.1:8787"), (b"content-length", b"9"), (b"accept", b"application/json")]),
         TOKEN,
         5,
     )
@@ -35,7 +36,7 @@ def test_a_request_head_is_written_from_scratch() -> None:
 
 
 def test_without_token_and_body_there_is_neither_authorization_nor_length() -> None:
-    head = request_head(b"GET", b"/", b"h", [(b"authorization", b"Bearer theirs")], None, None)
+    head = request_head(b"GET", b"/", b"h", Fields([(b"authorization", b"Bearer theirs")]), None, None)
     assert head == b"GET / HTTP/1.1\r\nhost: h\r\n\r\n"
 
 
@@ -95,16 +96,16 @@ def test_fields_listed_in_connection_stay_behind_wherever_they_stand() -> None:
 @pytest.mark.parametrize("bad", [b"a\r\nx: y", b"a\nx: y", b"a\rb", b"a\0b", b"\r\n\r\n"])
 def test_a_value_that_breaks_its_line_is_refused(bad: bytes) -> None:
     with pytest.raises(ValueError, match="line break"):
-        request_head(b"GET", b"/", b"h", [(b"x-a", bad)], None, None)
+        request_head(b"GET", b"/", b"h", Fields([(b"x-a", bad)]), None, None)
     with pytest.raises(ValueError, match="line break"):
-        request_head(b"GET", b"/", b"h", [], b"Bearer " + bad, None)
+        request_head(b"GET", b"/", b"h", Fields([]), b"Bearer " + bad, None)
     with pytest.raises(ValueError, match="line break"):
-        request_head(b"GET", b"/" + bad, b"h", [], None, None)
+        request_head(b"GET", b"/" + bad, b"h", Fields([]), None, None)
 
 
 def test_a_target_with_a_space_is_refused() -> None:
     with pytest.raises(ValueError, match="space"):
-        request_head(b"GET", b"/ HTTP/1.1", b"h", [], None, None)
+        request_head(b"GET", b"/ HTTP/1.1", b"h", Fields([]), None, None)
 
 
 names = st.from_regex(rb"\A[a-z0-9_-]{1,12}\Z") | st.sampled_from([b"authorization", b"connection", b"cookie", b"te"])

@@ -6,6 +6,7 @@ from urllib.parse import unquote
 
 from mcp_auth_proxy.errors import ClientDisconnected
 from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.net.http_head import Headers
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,8 +32,14 @@ def scope_of(request: ClientRequest) -> dict[str, Any]:
         "path": unquote(request.path.decode("ascii")),
         "raw_path": request.path,
         "query_string": request.query,
-        "headers": request.headers,
+        "headers": _headers(request),
     }
+
+
+def _headers(request: ClientRequest) -> Headers:
+    if request.content_length is None:
+        return request.headers
+    return [*request.headers, (b"content-length", b"%d" % request.content_length)]
 
 
 class _Bridge:

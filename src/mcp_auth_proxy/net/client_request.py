@@ -11,13 +11,13 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from mcp_auth_proxy.errors import BodyTooLarge, ClientDisconnected
-from mcp_auth_proxy.net.http_head import encode_head
-from mcp_auth_proxy.net.request_parser import Headers, RequestHead
+from mcp_auth_proxy.net.http_head import Fields, Headers, encode_fields
+from mcp_auth_proxy.net.request_parser import RequestHead
 
 logger = logging.getLogger(__name__)
 
 _NO_BODY = frozenset({204, 304})
-_STATUS_LINES = {status.value: b"HTTP/1.1 %d %s" % (status, status.phrase.encode()) for status in http.HTTPStatus}
+_STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
 
 Serve = Callable[["ClientRequest"], Awaitable[None]]
 
@@ -69,8 +69,10 @@ class ClientRequest:
         "_parts",
         "_size",
         "complete",
+        "content_length",
         "disconnected",
         "expects_continue",
+        "fields",
         "headers",
         "host",
         "http_version",
@@ -91,13 +93,16 @@ class ClientRequest:
     """As it was sent, without the query."""
     query: bytes
     headers: Headers
-    """In the order they came, names in lower case."""
+    """In the order they came, names in lower case, without Content-Length."""
     host: bytes
     """Empty if a web page may have sent the request: the whole head has to be checked then (see RequestHead)."""
     http_version: str
     keep_alive: bool
     """May be set to False: the connection closes after this response."""
     expects_continue: bool
+    content_length: int | None
+    fields: Fields
+    """``headers``, in an object that the connection's requests share while they stay the same."""
 
     def __init__(self, connection: ClientConnection, head: RequestHead) -> None:
         self._connection = connection
@@ -110,6 +115,8 @@ class ClientRequest:
             self.http_version,
             self.keep_alive,
             self.expects_continue,
+            self.content_length,
+            self.fields,
         ) = head
         self.received = False
         """Whether the whole body is here."""
@@ -148,11 +155,8 @@ class ClientRequest:
 
         A Content-Length over the limit is refused before anything is read. Raises BodyTooLarge, ClientDisconnected.
         """
-        if not self.received:
-            for name, value in self.headers:
-                # The parser has checked that the value is a number (RFC 9110 §8.6).
-                if name == b"content-length" and int(value) > limit:
-                    raise BodyTooLarge(limit)
+        if not self.received and self.content_length is not None and self.content_length > limit:
+            raise BodyTooLarge(limit)
         parts: list[bytes] = []
         size = 0
         while part := await self.read():
@@ -233,8 +237,10 @@ class ClientRequest:
         self.keep_alive = False
         self.respond(500, [(b"content-type", b"text/plain; charset=utf-8")], b"Internal Server Error")
 
-    def respond(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+    def respond(self, status: int, headers: Iterable[tuple[bytes, bytes]] | bytes, body: bytes) -> None:
         """Send a whole response without waiting; Content-Length is added if ``headers`` has none.
+
+        ``headers`` may be encoded already (``encode_fields``), without Connection and the fields of the framing.
 
         Does not raise, since it is called by callbacks of other connections: a response that can't be sent is logged
         and costs the client its connection.
@@ -250,11 +256,11 @@ class ClientRequest:
             return
         self._send(data, last=True)
 
-    async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]] | bytes) -> None:
         """Set the head of the response; it is sent with the first bytes of the body."""
         self.start_nowait(status, headers)
 
-    def start_nowait(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def start_nowait(self, status: int, headers: Iterable[tuple[bytes, bytes]] | bytes) -> None:
         """Set the head of the response; it is sent with the first bytes of the body."""
         if not self.disconnected:
             self._start(status, headers, None)
@@ -278,7 +284,7 @@ class ClientRequest:
         self.on_disconnect = self.on_writable = None
         self._connection.transport.close()
 
-    def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]], whole: int | None) -> None:
+    def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]] | bytes, whole: int | None) -> None:
         """Encode the head and choose how the body is framed (RFC 9112 §6).
 
         ``whole`` is the length of the body if all of it is known.
@@ -288,30 +294,35 @@ class ClientRequest:
         self.started = True
         self.status = status
         self.expects_continue = False
-        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d " % status]
+        fields, length = (headers, None) if isinstance(headers, bytes) else self._encode(headers)
+        if not self.received:
+            # Many clients send all of their request before they read. The connection does not wait for the rest.
+            self.keep_alive = False
+        framing = b""
+        if length is None and status not in _NO_BODY:
+            if whole is not None:
+                length = whole
+                framing = b"content-length: %d\r\n" % whole
+            elif self.http_version != "1.0" and self.method != b"HEAD":  # 1.0 has no chunks (RFC 9112 §6.1)
+                self._chunked = True
+                framing = b"transfer-encoding: chunked\r\n"
+        self._length = 0 if status in _NO_BODY else length
+        first = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+        self._head = b"".join((first, fields, b"" if self.keep_alive else b"connection: close\r\n", framing, b"\r\n"))
+
+    def _encode(self, headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, int | None]:
+        """Return the encoded fields, and Content-Length if it is among them."""
         length = None
+        sent: Headers = []
         for name, value in headers:
             if name == b"connection":
                 self.keep_alive = self.keep_alive and value.lower() != b"close"
                 continue
             if name == b"content-length":
                 length = int(value)
-            lines.append(name + b": " + value)
-        if not self.received:
-            # Many clients send all of their request before they read. The connection does not wait for the rest.
-            self.keep_alive = False
-        if not self.keep_alive:
-            lines.append(b"connection: close")
-        if length is None and status not in _NO_BODY:
-            if whole is not None:
-                length = whole
-                lines.append(b"content-length: %d" % whole)
-            elif self.http_version != "1.0" and self.method != b"HEAD":  # 1.0 has no chunks (RFC 9112 §6.1)
-                self._chunked = True
-                lines.append(b"transfer-encoding: chunked")
-        self._length = 0 if status in _NO_BODY else length
+            sent.append((name, value))
         try:
-            self._head = encode_head(lines)
+            return encode_fields(sent), length
         except ValueError as error:
             raise RuntimeError(str(error)) from None
 

@@ -8,6 +8,7 @@ status codes, bytes before the status line, and heads and trailers that do not e
 
 import asyncio
 import contextlib
+import select
 import socket
 import time
 from typing import Final, Protocol, cast
@@ -15,6 +16,7 @@ from typing import Final, Protocol, cast
 import httptools
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError, UpstreamTimeout
+from mcp_auth_proxy.net.http_head import Fields, Headers
 from mcp_auth_proxy.net.http_response import READ_AHEAD, Response
 
 HEAD_LIMIT = 64 * 1024
@@ -83,9 +85,12 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_bodiless",
+        "_chunked",
         "_consumed",
+        "_content_length",
         "_deadline",
         "_fault",
+        "_fields",
         "_framing_bytes",
         "_head_left",
         "_head_started",
@@ -95,6 +100,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         "_new_response_waiter",
         "_parser",
         "_paused",
+        "_poller",
         "_progress",
         "_response",
         "_reusable",
@@ -116,6 +122,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         "uses",
     )
 
+    _content_length: int | None
     _parser: httptools.HttpResponseParser
     _transport: asyncio.Transport
 
@@ -132,6 +139,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         than ``BUSY_POLL_THRESHOLD``."""
         self._sent_at = 0.0
         self._socket = sock
+        self._poller: select.poll | None = None
+        """Of the socket; made when the connection is first reused."""
         self._loop = asyncio.get_running_loop()
         self._state = _IDLE
         self._waiter: ResponseWaiter | None = None
@@ -145,7 +154,10 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._timeout = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._headers: list[tuple[bytes, bytes]] = []
+        self._headers: Headers = []
+        self._fields = Fields([])
+        """Those of the last response, checked. Most responses of a server have the same."""
+        self._chunked = False
         self._fault = ""
         self._paused = False
 
@@ -161,13 +173,12 @@ class HttpConnection(asyncio.BufferedProtocol):
         """
         if self._state != _IDLE or self._transport.is_closing():
             return False
-        try:
-            self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        # A poll without a wait: peeking costs twice as much, because nothing to read is an exception there.
+        poller = self._poller
+        if poller is None:
+            self._poller = poller = select.poll()
+            poller.register(self._socket, select.POLLIN)
+        return not poller.poll(0)
 
     # Requests
 
@@ -199,6 +210,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._bodiless = bodiless
         self._head_left = HEAD_LIMIT
         self._headers = []
+        self._content_length = None
         self._until_close = True
         self._surplus = False
         self._head_started = False
@@ -409,7 +421,12 @@ class HttpConnection(asyncio.BufferedProtocol):
         if self._state != _HEAD:
             # A trailer, which may be discarded (RFC 9110 §6.5.1), or a field of what follows the response.
             return
-        self._headers.append((name.lower(), value.rstrip(b" \t")))
+        name = name.lower()
+        if name == b"content-length":
+            # llhttp has checked that it is a number, and the only one (RFC 9112 §6.3).
+            self._content_length = int(value)
+        else:
+            self._headers.append((name, value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         if self._state != _HEAD:
@@ -419,26 +436,19 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._skip_interim(status)
             return
         version: str = self._parser.get_http_version()
-        headers = self._headers
-        if len(headers) > FIELD_LIMIT:
-            raise self._refusal(f"its head has over {FIELD_LIMIT} fields")
-        fields = dict(headers)
-        coding = fields.get(b"transfer-encoding")
-        if coding is not None:
-            self._check_coding(coding, version)
-        self._until_close = coding is None and b"content-length" not in fields
         if version != "1.1" and version != "1.0":
             raise self._refusal(f"its version is HTTP/{version}")
         self._reusable = version == "1.1"
-        if b"keep-alive" in fields:
-            self._read_keep_alive(fields[b"keep-alive"])
+        if self._headers != self._fields.headers or not self._reusable:
+            self._check_fields(version)
+        length: int | None = self._content_length
+        self._until_close = length is None and not self._chunked
         if status in {204, 304}:
             # These have no body whatever the fields say (RFC 9112 §6.3); our own server would wait for one.
-            headers = [pair for pair in headers if pair[0] != b"content-length"]
+            length = None
             self._until_close = False
-        self._headers = []
         self._state = _BODY
-        self._response = self._new_response = Response(self, status, headers)
+        self._response = self._new_response = Response(self, status, self._fields, length)
         self._new_response_waiter = self._waiter
         self._waiter = None
         took = time.monotonic() - self._sent_at
@@ -466,13 +476,24 @@ class HttpConnection(asyncio.BufferedProtocol):
         if not 100 <= status < 200:
             raise self._refusal(f"its status is {status}")
         self._headers = []
+        self._content_length = None
 
-    def _check_coding(self, coding: bytes, version: str) -> None:
-        """Accept one Transfer-Encoding field that says "chunked", in HTTP/1.1 (RFC 9112 §6.1)."""
-        if coding.lower() != b"chunked" or sum(name == b"transfer-encoding" for name, _ in self._headers) != 1:
+    def _check_fields(self, version: str) -> None:
+        """Check fields that are not those of the response before, and keep them."""
+        headers = self._headers
+        if len(headers) + (self._content_length is not None) > FIELD_LIMIT:
+            raise self._refusal(f"its head has over {FIELD_LIMIT} fields")
+        codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+        if codings and codings != [b"chunked"]:
             raise self._refusal("its transfer coding is not just chunked")
-        if version == "1.0":
+        if codings and version == "1.0":
+            # RFC 9112 §6.1: the framing of such a message is faulty.
             raise self._refusal("it has a transfer coding in HTTP/1.0")
+        for name, value in headers:
+            if name == b"keep-alive":
+                self._read_keep_alive(value)
+        self._chunked = bool(codings)
+        self._fields = Fields(headers)
 
     def _read_keep_alive(self, value: bytes) -> None:
         """Read ``timeout`` of ``Keep-Alive`` (RFC 2068 §19.7.1.1), less a second for requests on their way."""

@@ -1,4 +1,31 @@
-"""The one place that puts the head of an HTTP/1.1 message together."""
+"""Heads of HTTP/1.1 messages: the one place that encodes them, and what is kept of those that come again."""
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Fields:
+    """The header fields of a message, without Content-Length.
+
+    The messages of a connection mostly have the same fields, one after the other. They then share this object, so that
+    the fields are checked and encoded once.
+    """
+
+    __slots__ = ("forwarded", "headers")
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+        self.forwarded: bytes | None = None
+        """What whoever forwards the message has made of the fields; None until then."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fields) and self.headers == other.headers
+
+    __hash__ = None  # type: ignore[assignment]  # the list can't be hashed either
+
+
+def encode_fields(headers: Headers) -> bytes:
+    """Return ``name: value`` lines, each with its line end. Raises ValueError as ``encode_head`` does."""
+    return check_lines(b"".join([b"%b: %b\r\n" % field for field in headers]), len(headers))
 
 
 def encode_head(lines: list[bytes]) -> bytes:
@@ -6,9 +33,12 @@ def encode_head(lines: list[bytes]) -> bytes:
 
     Raises ValueError if a line holds a line break or NUL: it would become two (RFC 9110 §5.5).
     """
-    expected = len(lines) + 1
-    head = b"\r\n".join((*lines, b"", b""))
+    return check_lines(b"\r\n".join((*lines, b"", b"")), len(lines) + 1)
+
+
+def check_lines(data: bytes, count: int) -> bytes:
+    """Return data that has just ``count`` line ends. Raises ValueError if it has another line break, or NUL."""
     # One check of the whole costs less than one of each part.
-    if head.count(b"\n") != expected or head.count(b"\r") != expected or b"\0" in head:
+    if len(data.translate(None, b"\r\n\0")) != len(data) - 2 * count:
         raise ValueError("a header field holds a line break or NUL")
-    return head
+    return data

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError
+from mcp_auth_proxy.net.http_head import Fields, Headers
 
 READ_AHEAD = 64 * 1024
 """Bytes of unread body at which the connection stops reading."""
@@ -46,14 +47,16 @@ class Response:
         "_on_end",
         "_timer",
         "_waiter",
-        "headers",
+        "content_length",
+        "fields",
         "status",
     )
 
-    def __init__(self, connection: BodySource, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, connection: BodySource, status: int, fields: Fields, content_length: int | None = None) -> None:
         self.status = status
-        self.headers = headers
-        """In the order they came, names in lower case."""
+        self.fields = fields
+        """The header fields without Content-Length, in the order they came, names in lower case."""
+        self.content_length = content_length
         self._connection: BodySource | None = connection
         self._chunks: list[bytes] = []
         self._buffered = 0
@@ -63,6 +66,13 @@ class Response:
         self._on_data: Callable[[bytes], None] | None = None
         self._on_end: Callable[[UpstreamError | None], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def headers(self) -> Headers:
+        """All header fields, with Content-Length at the end."""
+        if self.content_length is None:
+            return self.fields.headers
+        return [*self.fields.headers, (b"content-length", b"%d" % self.content_length)]
 
     @property
     def complete(self) -> bool:

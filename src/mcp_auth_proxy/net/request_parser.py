@@ -10,13 +10,12 @@ from typing import NamedTuple, Protocol
 import httptools
 
 from mcp_auth_proxy.errors import RequestRejected
+from mcp_auth_proxy.net.http_head import Fields, Headers
 
 MAX_HEAD = 64 * 1024
 """Bytes of request line and header fields; also of trailers, and of framing between two parts of a body."""
 
 MAX_FIELDS = 200
-
-Headers = list[tuple[bytes, bytes]]
 
 _NOT_SERVED = frozenset({b"CONNECT", b"TRACE"})
 """RFC 9110 §9.3.6: CONNECT would start a tunnel; §9.3.8: TRACE echoes the request, and our token with it."""
@@ -35,7 +34,7 @@ class RequestHead(NamedTuple):
     """As it was sent, without the query."""
     query: bytes
     headers: Headers
-    """In the order they came, names in lower case, without ``Upgrade``."""
+    """In the order they came, names in lower case, without ``Upgrade`` and ``Content-Length``."""
     host: bytes
     """Empty if a web page may have sent the request (it has Origin or Sec-Fetch-Site). The host of such a request
     is not enough to trust it, so a look-up by ``host`` alone fails."""
@@ -45,6 +44,13 @@ class RequestHead(NamedTuple):
     """Whether the client keeps the connection after the response (RFC 9112 §9.3); never with 1.0."""
     expects_continue: bool
     """Whether the client waits for 100 Continue before it sends the body (RFC 9110 §10.1.1)."""
+    content_length: int | None
+    fields: Fields
+    """``headers``, in the same object as in the request before if they are the same."""
+
+    def __repr__(self) -> str:
+        """Leave out the fields: they may hold credentials."""
+        return f"RequestHead({self.method!r}, {self.path!r})"
 
 
 class RequestEvents(Protocol):
@@ -67,9 +73,12 @@ class RequestParser:
     """
 
     __slots__ = (
+        "_content_length",
         "_events",
+        "_fields",
         "_head_bytes",
         "_headers",
+        "_host",
         "_maybe_long",
         "_overhead",
         "_parser",
@@ -92,6 +101,12 @@ class RequestParser:
         """Whether the head is complete and the body is not."""
         self._url = b""
         self._headers: Headers = []
+        """Without Content-Length."""
+        self._content_length: int | None = None
+        self._fields: Fields | None = None
+        """Those of the last request that had nothing special about it: they are checked."""
+        self._host = b""
+        """The Host of ``_fields``."""
         self._head_bytes = 0
         """Bytes of the head so far, and of empty lines before it; without those of the read in which another request
         ended before it."""
@@ -157,13 +172,19 @@ class RequestParser:
         self.in_head = True
         self._url = b""
         self._headers = []
+        self._content_length = None
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.in_head:
-            self._headers.append((name.lower(), value))
+            name = name.lower()
+            if name == b"content-length":
+                # llhttp has checked that it is a number, and the only one (RFC 9112 §6.3).
+                self._content_length = int(value)
+            else:
+                self._headers.append((name, value))
             return
         # Trailers must not be merged into the header fields (RFC 9110 §6.5.1). Nobody needs them: they are dropped.
         self._trailer_bytes += len(name) + len(value) + 4
@@ -171,17 +192,12 @@ class RequestParser:
             raise RequestRejected(400, "the trailers are too long")
 
     def on_headers_complete(self) -> None:
-        headers = self._headers
-        url = self._url
+        headers, url = self._headers, self._url
         if len(headers) > MAX_FIELDS or (self._maybe_long and len(url) + _size_of(headers) > MAX_HEAD):
             raise RequestRejected(431, "the head is too long")
         self.in_head = False
         self.in_body = True
         self._head_bytes = self._overhead = self._trailer_bytes = 0
-        fields = dict(headers)
-        host = fields.get(b"host")
-        if host is None or (len(fields) != len(headers) and len(_values(headers, b"host")) != 1):
-            raise RequestRejected(400, "not exactly one Host (RFC 9112 §3.2)")
         if url != self._split_url:
             self._split(url)
         method: bytes = self._parser.get_method()
@@ -191,20 +207,49 @@ class RequestParser:
         if method in _NOT_SERVED:
             raise RequestRejected(501, "a method that is not served")
         expects_continue = False
-        if not _SPECIAL.isdisjoint(fields):
-            if b"transfer-encoding" in fields:
-                _check_coding(_values(headers, b"transfer-encoding"), version)
-            if b"upgrade" in fields:
-                if self._parser.should_upgrade():
-                    self._upgrade = _framing(headers)
-                headers = [field for field in headers if field[0] != b"upgrade"]
-            if not _BROWSER.isdisjoint(fields):
-                host = b""
-            expects_continue = version == "1.1" and fields.get(b"expect", b"").lower() == b"100-continue"
+        fields, host = self._fields, self._host
+        if fields is None or headers != fields.headers:
+            by_name = dict(headers)
+            host = _host_of(by_name, headers)
+            if _SPECIAL.isdisjoint(by_name):
+                self._fields = fields = Fields(headers)
+                self._host = host
+            else:
+                expects_continue = version == "1.1" and by_name.get(b"expect", b"").lower() == b"100-continue"
+                if not _BROWSER.isdisjoint(by_name):
+                    host = b""
+                fields = Fields(self._without_upgrade(by_name, headers, version))
         keep_alive = version == "1.1" and self._parser.should_keep_alive()
         self._events.on_request(
-            RequestHead(method, self._path, self._query, headers, host, version, keep_alive, expects_continue)
+            RequestHead(
+                method,
+                self._path,
+                self._query,
+                fields.headers,
+                host,
+                version,
+                keep_alive,
+                expects_continue,
+                self._content_length,
+                fields,
+            )
         )
+
+    def _without_upgrade(self, by_name: dict[bytes, bytes], headers: Headers, version: str) -> Headers:
+        """Check the framing, and return the fields without Upgrade. Raises RequestRejected."""
+        if b"transfer-encoding" in by_name:
+            _check_coding(_values(headers, b"transfer-encoding"), version)
+        if b"upgrade" not in by_name:
+            return headers
+        if self._parser.should_upgrade():
+            self._upgrade = self._framing(by_name)
+        return [field for field in headers if field[0] != b"upgrade"]
+
+    def _framing(self, by_name: dict[bytes, bytes]) -> bytes:
+        """Return the line of the field that says where the body ends."""
+        if b"transfer-encoding" in by_name:
+            return b"transfer-encoding: %b\r\n" % by_name[b"transfer-encoding"]
+        return b"" if self._content_length is None else b"content-length: %d\r\n" % self._content_length
 
     def _split(self, url: bytes) -> None:
         # An origin server is asked in origin-form only (RFC 9112 §3.2.1).
@@ -270,11 +315,11 @@ def _check_coding(codings: list[bytes], version: str) -> None:
         raise RequestRejected(501, "a transfer coding that is not known")
 
 
-def _framing(headers: Headers) -> bytes:
-    """Return the lines of the fields that say where the body ends."""
-    return b"".join(
-        b"%s: %s\r\n" % (name, value) for name, value in headers if name in (b"content-length", b"transfer-encoding")
-    )
+def _host_of(by_name: dict[bytes, bytes], headers: Headers) -> bytes:
+    host = by_name.get(b"host")
+    if host is None or (len(by_name) != len(headers) and len(_values(headers, b"host")) != 1):
+        raise RequestRejected(400, "not exactly one Host (RFC 9112 §3.2)")
+    return host
 
 
 def _values(headers: Headers, name: bytes) -> list[bytes]:

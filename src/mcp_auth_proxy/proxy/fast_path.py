@@ -15,7 +15,7 @@ from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.observability.trace import log_extra, trace_id_of
-from mcp_auth_proxy.proxy.headers import response_headers
+from mcp_auth_proxy.proxy.headers import encoded_response_fields, response_headers
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream_client import build_head, failure_kind, is_redirect, note_nonce
 from mcp_auth_proxy.rpc import events
@@ -79,7 +79,7 @@ class FastPathRequest:
     def head(self, length: int) -> bytes:
         """Return the head of the upstream request, for a body of ``length`` bytes."""
         route = self.route
-        return build_head(route, b"POST", route.target, self.request.headers, self.token, length)
+        return build_head(route, b"POST", route.target, self.request.fields, self.token, length)
 
     def send(self, connection: HttpConnection, head: bytes, body: bytes) -> None:
         """Send the request on a connection that is ready."""
@@ -119,7 +119,7 @@ class FastPathRequest:
             note_nonce(self.token, response)
         if response.whole:
             self._owner.finished(self)
-            self.request.respond(status, response_headers(response.headers), response.take())
+            self.request.respond(status, encoded_response_fields(response.fields), response.take())
             self._owner.record(self.route, self.request, self.started_at)
         else:
             self._stream(response)
@@ -135,17 +135,18 @@ class FastPathRequest:
     # A response that comes in parts
 
     def _stream(self, response: Response) -> None:
-        headers = response_headers(response.headers)
-        names = dict(headers)
-        self._streaming = b"content-length" not in names
-        if names.get(b"content-type", b"").lower().startswith(events.CONTENT_TYPE):
+        self._streaming = response.content_length is None
+        if events.is_stream(response.fields.headers):
             self._events = True
             self.route.metrics.open_streams.inc()
         else:
             # Events may be far apart; anything else has to come to its end.
             response.expire_after(self.route.server.upstream_timeout)
         request = self.request
-        request.start_nowait(response.status, headers)
+        if self._streaming:
+            request.start_nowait(response.status, encoded_response_fields(response.fields))
+        else:
+            request.start_nowait(response.status, response_headers(response.headers))
         if not response.ready:
             request.write_nowait(b"")
         response.consume(self._on_data, self._on_end)

@@ -98,7 +98,8 @@ class Forwarder:
         seconds = time.monotonic() - started_at
         # A handler that failed with a defect is answered with 500 after this.
         status = request.status or (CLIENT_GONE if request.disconnected else 500)
-        route.metrics.of_method(request.method).finished(status, seconds)
+        metrics = route.metrics
+        (metrics.post if request.method == b"POST" else metrics.of_method(request.method)).finished(status, seconds)
         if self._access_log.enabled:
             self._log_access(route, request, status, seconds, mcp_method)
 

@@ -24,6 +24,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.net.http_head import Fields
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
@@ -177,15 +178,16 @@ class RequestHandler:
         if sent is not None and sent.error is not None:
             raise sent.error
         request = self._request
-        headers: Sequence[tuple[bytes, bytes]] = request.headers
+        fields = request.fields
         if self._responder.begun == "events":
             # The head of the response is out already, without a Content-Encoding.
-            headers = [*((n, v) for n, v in headers if n != b"accept-encoding"), (b"accept-encoding", b"identity")]
+            kept = [field for field in fields.headers if field[0] != b"accept-encoding"]
+            fields = Fields([*kept, (b"accept-encoding", b"identity")])
         self.listening = request.method == b"GET"
         self._response = response = await self._context.upstream.send(
             self.route,
             method=request.method,
-            headers=headers,
+            fields=fields,
             body=self._body.content,
             token=token,
             received=sent.response if sent is not None else None,
@@ -303,4 +305,4 @@ def _fields(response: Response, name: bytes) -> list[bytes]:
 
 
 def _is_event_stream(response: Response) -> bool:
-    return dict(response.headers).get(b"content-type", b"").lower().startswith(events.CONTENT_TYPE)
+    return events.is_stream(response.fields.headers)

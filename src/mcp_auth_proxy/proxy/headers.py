@@ -6,7 +6,7 @@ Heads are built from scratch, from the fields that may pass, so nothing that bel
 
 from collections.abc import Iterable
 
-from mcp_auth_proxy.net.http_head import encode_head
+from mcp_auth_proxy.net.http_head import Fields, Headers, check_lines, encode_fields
 
 _HOP_BY_HOP = frozenset(
     {b"connection", b"content-length", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
@@ -94,46 +94,68 @@ def request_head(
     method: bytes,
     target: bytes,
     host: bytes,
-    headers: Iterable[tuple[bytes, bytes]],
+    fields: Fields,
     authorization: bytes | None,
     content_length: int | None,
     proof: bytes | None = None,
 ) -> bytes:
-    """Return the head of an upstream request.
+    """Return the head of an upstream request, with the client's ``fields`` (see ``request_headers``).
 
-    ``headers`` are the client's, names in lower case. Dropped are hop-by-hop fields and those that ``Connection``
-    lists, framing, ``Expect``, and every field about who the client is or claims to be, in any spelling that a server
-    could read as one. The rest passes unchanged and in order, ``Via`` too. ``content_length`` is None for a request
-    without a body; ``proof`` belongs to a token that is bound to a key (RFC 9449 §7).
-
-    Raises ValueError if a part would break out of its line; the request parser lets none through.
+    ``content_length`` is None for a request without a body; ``proof`` belongs to a token that is bound to a key (RFC
+    9449 §7). Raises ValueError if a part would break out of its line; the request parser lets none through.
     """
-    lines = [b"%s %s HTTP/1.1" % (method, target), b"host: " + host]
+    forwarded = fields.forwarded
+    if forwarded is None:
+        fields.forwarded = forwarded = encode_fields(request_headers(fields.headers))
+    start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, target, host)
+    end = b"\r\n" if content_length is None else b"content-length: %d\r\n\r\n" % content_length
+    count = 3 if content_length is None else 4
+    if proof is not None:
+        end = b"dpop: %b\r\n%b" % (proof, end)
+        count += 1
+    if authorization is not None:
+        end = b"authorization: %b\r\n%b" % (authorization, end)
+        count += 1
+    check_lines(start + end, count)
+    if b" " in target:
+        raise ValueError("the request target holds a space")
+    return start + forwarded + end
+
+
+def request_headers(headers: Headers) -> Headers:
+    """Return the fields of a client's request that go to the upstream, names in lower case as they came.
+
+    Dropped are hop-by-hop fields and those that ``Connection`` lists, framing, ``Expect``, and every field about who
+    the client is or claims to be, in any spelling that a server could read as one. The rest passes unchanged and in
+    order, ``Via`` too.
+    """
+    kept: Headers = []
     listed: set[bytes] | None = None
-    for name, value in headers:
+    for field in headers:
+        name = field[0]
         if name in _OUT_UNSEEN:
-            lines.append(name + b": " + value)
+            kept.append(field)
         elif name not in _NOT_OUT_UNSEEN:
             key = name.translate(_CANONICAL).strip(b"-")
             if key not in _NOT_OUT and not key.startswith(_NOT_OUT_PREFIXES):
-                lines.append(name + b": " + value)
-            elif key == b"connection" and value not in _SIMPLE_CONNECTION:
-                listed = _list_names(listed, value)
-    if listed:
-        lines[2:] = [line for line in lines[2:] if line.partition(b":")[0].lower() not in listed]
-    if authorization is not None:
-        lines.append(b"authorization: " + authorization)
-    if proof is not None:
-        lines.append(b"dpop: " + proof)
-    if content_length is not None:
-        lines.append(b"content-length: %d" % content_length)
-    head = encode_head(lines)
-    if lines[0].count(b" ") != 2:
-        raise ValueError("the request target holds a space")
-    return head
+                kept.append(field)
+            elif key == b"connection" and field[1] not in _SIMPLE_CONNECTION:
+                listed = _list_names(listed, field[1])
+    return [field for field in kept if field[0] not in listed] if listed else kept
 
 
-def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+def encoded_response_fields(fields: Fields) -> bytes:
+    """Return the fields of an upstream response that go to the client, encoded, without Content-Length.
+
+    Raises ValueError if a field holds a line break; the parser lets none through.
+    """
+    forwarded = fields.forwarded
+    if forwarded is None:
+        fields.forwarded = forwarded = encode_fields(response_headers(fields.headers))
+    return forwarded
+
+
+def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
     """Return the fields of an upstream response that go to the client, names in lower case.
 
     Dropped are hop-by-hop fields and those that ``Connection`` lists, challenges, cookies, and policies for a whole
@@ -142,7 +164,7 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, by
     for the proxy's token, of which caches between proxy and client know nothing (RFC 9111 §3.5). A response that is
     neither JSON nor events is made inert, in case a browser was sent here.
     """
-    kept: list[tuple[bytes, bytes]] = []
+    kept: Headers = []
     listed: set[bytes] | None = None
     cacheable = False
     types = 0

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError
+from mcp_auth_proxy.net.http_head import Fields
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
@@ -67,7 +68,7 @@ async def ask(
         headers.append((b"mcp-method", method.encode()))
     if session:
         headers.append((b"mcp-session-id", session))
-    response = await upstream.send(route, method=b"POST", headers=headers, body=encode(message))
+    response = await upstream.send(route, method=b"POST", fields=Fields(headers), body=encode(message))
     try:
         body = await _beginning(response)
     finally:
@@ -80,7 +81,7 @@ async def end_session(upstream: UpstreamClient, route: Route, answer: ProbeRespo
     for session in answer.all(b"mcp-session-id")[:1]:
         headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
         with suppress(UpstreamError):
-            (await upstream.send(route, method=b"DELETE", headers=headers, body=b"")).close()
+            (await upstream.send(route, method=b"DELETE", fields=Fields(headers), body=b"")).close()
 
 
 async def _beginning(response: Response) -> bytes:

@@ -1,6 +1,5 @@
 """Requests to the upstream of a route: head, token and proof, and the redirects that may be followed."""
 
-from collections.abc import Iterable
 from urllib.parse import urljoin
 
 from mcp_auth_proxy.errors import (
@@ -14,6 +13,7 @@ from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import HttpConnection
+from mcp_auth_proxy.net.http_head import Fields
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.headers import request_head
 from mcp_auth_proxy.proxy.routes import Route
@@ -38,7 +38,7 @@ class UpstreamClient:
         route: Route,
         *,
         method: bytes,
-        headers: Iterable[tuple[bytes, bytes]],
+        fields: Fields,
         body: bytes,
         token: AccessToken | None = None,
         received: Response | None = None,
@@ -53,7 +53,7 @@ class UpstreamClient:
         response = received
         for _ in range(MAX_REDIRECTS + 1):
             if response is None:
-                head = build_head(route, method, target, headers, token, length)
+                head = build_head(route, method, target, fields, token, length)
                 response = await self._http.send(
                     route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
                 )
@@ -72,15 +72,15 @@ def build_head(
     route: Route,
     method: bytes,
     target: bytes,
-    headers: Iterable[tuple[bytes, bytes]],
+    fields: Fields,
     token: AccessToken | None,
     content_length: int | None,
 ) -> bytes:
     """Return the head of an upstream request, with the token and, if it is bound to a key, a proof (RFC 9449 §7)."""
     if token is None:
-        return request_head(method, target, route.host, headers, None, content_length)
+        return request_head(method, target, route.host, fields, None, content_length)
     proof = token.signer.prove(method, target) if token.signer is not None else None
-    return request_head(method, target, route.host, headers, token.header, content_length, proof)
+    return request_head(method, target, route.host, fields, token.header, content_length, proof)
 
 
 def note_nonce(token: AccessToken | None, response: Response) -> None:

@@ -1,6 +1,13 @@
 """Server-sent events (WHATWG HTML §9.2)."""
 
+from collections.abc import Iterable
+
 CONTENT_TYPE = b"text/event-stream"
+
+
+def is_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Return whether header fields, names in lower case, are those of an event stream."""
+    return any(name == b"content-type" and value.lower().startswith(CONTENT_TYPE) for name, value in headers)
 
 
 def message_event(document: bytes) -> bytes:
