@@ -30,6 +30,21 @@ def configured(servers: Mapping[str, ServerSettings], name: str) -> ServerSettin
     return server
 
 
+def configured_at(servers: Mapping[str, ServerSettings], sent_to: ServerSettings) -> ServerSettings:
+    """Return the settings of a server that a request was sent to, or is about to be, as ``sent_to`` says.
+
+    Raises AuthorizationError if the server was removed, or if its url now has another origin: its token must not be
+    sent to the old one, and what the old one answers says nothing about the new one.
+    """
+    server = configured(servers, sent_to.name)
+    if server.url != sent_to.url and urls.parse(server.url).origin != urls.parse(sent_to.url).origin:
+        raise AuthorizationError(
+            f"The configuration of server {server.name} was changed after this request began: its url leads elsewhere "
+            f"now. Try again."
+        )
+    return server
+
+
 def configured_for(servers: Mapping[str, ServerSettings], flow: Flow) -> ServerSettings:
     """Return the settings of a flow's server.
 

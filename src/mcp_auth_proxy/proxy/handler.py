@@ -148,6 +148,7 @@ class RequestHandler:
                 return
             verdict = await broker.challenged(
                 account,
+                sent_to=self.route.server,
                 status=response.status,
                 challenge=_fields(response, b"www-authenticate"),
                 nonce=_fields(response, b"dpop-nonce"),
@@ -176,6 +177,9 @@ class RequestHandler:
         sent, self._sent = self._sent, None
         if sent is not None and sent.error is not None:
             raise sent.error
+        if token is not None and sent is None:
+            # The token is for the server as it is configured now, and the route was found when the request began.
+            self._context.broker.check_origin(self.route.server)
         request = self._request
         headers: Sequence[tuple[bytes, bytes]] = request.headers
         if self._responder.begun == "events":
