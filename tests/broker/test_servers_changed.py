@@ -171,7 +171,8 @@ async def test_the_timer_of_a_removed_server_is_stopped(
         await setup.connect(other)
         remove(setup)
         await until(lambda: issuer.refreshes == 1)
-    assert fired == [other]
+    # A timer may fire some microseconds early by the clock of the broker, and is then set again.
+    assert set(fired) == {other}
 
 
 async def test_polling_for_a_removed_server_stops(servers: Servers, tmp_path: Path) -> None:

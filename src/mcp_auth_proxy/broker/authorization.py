@@ -53,8 +53,9 @@ class Authorizations:
     ) -> AccessToken | PendingAuthorization:
         """Return a token if no user has to be asked, otherwise the flow to wait for.
 
-        ``server``: the settings that ``challenge`` is an answer to. ``already``: scopes granted before a step-up; None if this is not a step-up. ``schemes``: authentication
-        schemes other than Bearer that the server asked for. Raises AuthorizationError and StoreError.
+        ``server``: the settings of the server that sent the challenge. ``already``: scopes granted before a step-up;
+        None if this is not a step-up. ``schemes``: authentication schemes other than Bearer that the server asked for.
+        Raises AuthorizationError and StoreError.
         """
         return await self._running.run(account, lambda: self._authorize(account, server, challenge, already, schemes))
 

@@ -10,6 +10,7 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import DpopUse, Flow, Grant, GrantKey, GrantType
 from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.urls import Origin
 from mcp_auth_proxy.oauth import dpop
 
 
@@ -89,9 +90,17 @@ def _key_matches(key: GrantKey, server: ServerSettings) -> bool:
         case "omit":
             return not key.resource
         case "auto":
-            return bool(key.resource) and urls.parse(key.resource).origin == urls.parse(server.url).origin
+            return _origin(key.resource) == urls.parse(server.url).origin
         case exact:
             return key.resource == exact
+
+
+def _origin(resource: str) -> Origin | None:
+    """Return the origin of a resource; None if it has none: a configured one may be any URI, such as ``api://…``."""
+    try:
+        return urls.parse(resource).origin
+    except ValueError:
+        return None
 
 
 def _binding_matches(stored: Grant | Flow, use: DpopUse) -> bool:
