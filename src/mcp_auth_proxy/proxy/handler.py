@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from mcp_auth_proxy.broker import Broker, ChallengeHistory, PendingAuthorization
 from mcp_auth_proxy.errors import (
@@ -28,7 +28,7 @@ from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
-from mcp_auth_proxy.proxy.fast_path import FastPathRequest
+from mcp_auth_proxy.proxy.fast_path import End, FastPathRequest
 from mcp_auth_proxy.proxy.headers import response_headers
 from mcp_auth_proxy.proxy.responder import Responder
 from mcp_auth_proxy.proxy.routes import Route
@@ -41,9 +41,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SENDS = 10
 """How often one request is sent at most, whatever the other bounds say."""
-
-End = Literal["disconnected", "draining", "removed"]
-"""Why a request is ended early: its client is gone, the proxy shuts down, its server was removed."""
 
 _END_TEXTS = {"draining": "the proxy is shutting down", "removed": "it is no longer configured"}
 
