@@ -33,6 +33,8 @@ class Router:
         if self.draining:
             # A client that always has another request would keep the proxy from its end.
             request.keep_alive = False
+            if self._forwarder.ended:
+                return False
         if request.method != b"POST" or not self.guard.knows(request.host):
             return False
         route = self._routes.get(request.path)
@@ -40,6 +42,8 @@ class Router:
 
     async def serve(self, request: ClientRequest) -> None:
         """Answer any request."""
+        if self.draining:
+            request.keep_alive = False
         path = request.path
         route = self._routes.get(path)
         refused = self.guard.refusal(

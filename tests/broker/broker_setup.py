@@ -55,9 +55,15 @@ class BrokerSetup:
         self, used: AccessToken | None = None, *, history: ChallengeHistory | None = None, account: Account = NOTES
     ) -> AccessToken | PendingAuthorization | None:
         """Send a request, and let the broker decide how to go on after the response."""
+        sent_to = self.servers[account.server]
         status, challenge = await self.ask(used, account)
         return await self.broker.challenged(
-            account, status=status, challenge=challenge, used=used, history=history or ChallengeHistory()
+            account,
+            sent_to=sent_to,
+            status=status,
+            challenge=challenge,
+            used=used,
+            history=history or ChallengeHistory(),
         )
 
     async def pending(self, account: Account = NOTES) -> PendingAuthorization:

@@ -59,7 +59,9 @@ async def test_a_401_to_an_older_token_is_answered_with_the_newer_one(
 
 async def test_a_403_for_another_reason_belongs_to_the_client(setup: BrokerSetup) -> None:
     token = await setup.connect()
-    outcome = await setup.broker.challenged(NOTES, status=403, challenge=[], used=token, history=ChallengeHistory())
+    outcome = await setup.broker.challenged(
+        NOTES, sent_to=setup.servers["notes"], status=403, challenge=[], used=token, history=ChallengeHistory()
+    )
     assert outcome is None
 
 
@@ -69,7 +71,12 @@ async def test_a_step_up_keeps_the_scopes_that_were_granted(setup: BrokerSetup, 
     upstream.scopes = ("write",)
     status, challenge = await setup.ask(token)
     pending = await setup.broker.challenged(
-        NOTES, status=status, challenge=challenge, used=token, history=ChallengeHistory()
+        NOTES,
+        sent_to=setup.servers["notes"],
+        status=status,
+        challenge=challenge,
+        used=token,
+        history=ChallengeHistory(),
     )
     assert status == 403
     assert isinstance(pending, PendingAuthorization)

@@ -44,6 +44,14 @@ def test_a_grant_from_before_origins_were_stored_is_still_used() -> None:
     assert matches(old, settings("https://any.example/mcp", resource="omit"))
 
 
+def test_a_resource_that_is_not_an_url_is_for_no_server_that_is_not_configured_with_it() -> None:
+    exact = "api://notes"
+    stored = replace(grant(), key=replace(grant().key, resource=exact, upstream="https://linear.example"))
+    assert matches(stored, settings(resource=exact))
+    assert not matches(stored, settings())
+    assert not matches(stored, settings(resource="omit"))
+
+
 @pytest.mark.parametrize(
     ("oauth", "same"),
     [

@@ -52,12 +52,15 @@ async def ended(setup: BrokerSetup, pending: PendingAuthorization) -> str:
 async def test_requests_for_a_removed_server_get_a_clean_error(setup: BrokerSetup) -> None:
     token = await setup.connect()
     status, challenge = await setup.ask()
+    before = setup.servers["notes"]
     remove(setup)
     assert setup.broker.token_nowait(NOTES) == (False, None)
     with pytest.raises(AuthorizationError, match=GONE):
         await setup.broker.token(NOTES)
     with pytest.raises(AuthorizationError, match=GONE):
-        await setup.broker.challenged(NOTES, status=status, challenge=challenge, used=token, history=ChallengeHistory())
+        await setup.broker.challenged(
+            NOTES, sent_to=before, status=status, challenge=challenge, used=token, history=ChallengeHistory()
+        )
     with pytest.raises(AuthorizationError, match=GONE):
         await setup.broker.authorize(NOTES, status=status, challenge=challenge)
     assert await setup.broker.connections() == []
@@ -139,7 +142,14 @@ async def test_a_renewal_in_progress_is_stored_but_its_token_is_not_used(
     issuer.gates["token"] = gate = asyncio.Event()
     status, challenge = await setup.ask(token)
     renewing = asyncio.create_task(
-        setup.broker.challenged(NOTES, status=status, challenge=challenge, used=token, history=ChallengeHistory())
+        setup.broker.challenged(
+            NOTES,
+            sent_to=setup.servers["notes"],
+            status=status,
+            challenge=challenge,
+            used=token,
+            history=ChallengeHistory(),
+        )
     )
     await issuer.log.wait_for(lambda received: received.form.get("grant_type") == "refresh_token")
     remove(setup)
@@ -170,7 +180,8 @@ async def test_the_timer_of_a_removed_server_is_stopped(
         await setup.connect(other)
         remove(setup)
         await until(lambda: issuer.refreshes == 1)
-    assert fired == [other]
+    # A timer may fire some microseconds early by the clock of the broker, and is then set again.
+    assert set(fired) == {other}
 
 
 async def test_polling_for_a_removed_server_stops(servers: Servers, tmp_path: Path) -> None:
@@ -278,6 +289,25 @@ async def test_a_renewal_in_progress_does_not_bring_the_token_to_another_url(
         await renewing
     assert await setup.broker.token(NOTES) is None
     assert (await setup.ask(await setup.connect()))[0] == 200
+
+
+async def test_the_challenge_of_the_old_url_starts_no_discovery_for_the_new_one(
+    setup: BrokerSetup, issuer: FakeAuthorizationServer, upstream: FakeMcpServer, servers: Servers
+) -> None:  # T49
+    token = await setup.connect()
+    status, challenge = await setup.ask()
+    seen = len(upstream.requests), len(issuer.log.requests)
+    elsewhere = await servers.mcp_server(issuer)
+    before = change(setup, url=elsewhere.url)
+    with pytest.raises(AuthorizationError, match="its url leads elsewhere now"):
+        await setup.broker.challenged(
+            NOTES, sent_to=before, status=status, challenge=challenge, used=token, history=ChallengeHistory()
+        )
+    with pytest.raises(AuthorizationError, match="its url leads elsewhere now"):
+        setup.broker.check_origin(before)
+    assert (len(upstream.requests), len(issuer.log.requests), elsewhere.requests) == (*seen, [])
+    change(setup, url=before.url + "?another=query")
+    setup.broker.check_origin(before)
 
 
 async def test_other_servers_are_left_alone(servers: Servers, issuer: FakeAuthorizationServer, tmp_path: Path) -> None:

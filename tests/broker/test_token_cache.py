@@ -13,7 +13,7 @@ from mcp_auth_proxy.broker.renewal import REQUEST_GATE, Renewer
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable, TokenRefused
+from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, TokenRefused
 from mcp_auth_proxy.models import Account, Grant, TokenSet
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.store import Engine, open_store
@@ -191,6 +191,20 @@ async def test_a_dead_token_that_can_not_be_renewed_is_tried_all_the_same(setup:
     await setup.grants.add(replace(grant(), tokens=replace(tokens(), refresh_token=None)))
     setup.clock.now = NOW + 2 * HOUR
     assert await setup.text() == "Bearer canary-access-1"
+    assert setup.endpoint.refreshes == 0
+
+
+async def test_a_renewal_that_starts_as_its_server_changes_sends_nothing(setup: Setup) -> None:  # T49
+    await setup.grants.add(grant())
+    cached = await setup.cache.load(ACCOUNT)
+    assert cached is not None
+    renewing = asyncio.ensure_future(setup.cache.renew(ACCOUNT, cached))
+    await asyncio.sleep(0)  # the renewal is a task now, which has not run yet
+    assert setup.cache.is_renewing(ACCOUNT)
+    setup.servers["linear"] = ServerSettings(name="linear", url="https://other.example/mcp")
+    setup.cache.servers_changed({"linear"})
+    with pytest.raises(AuthorizationError, match="changed"):
+        await renewing
     assert setup.endpoint.refreshes == 0
 
 

@@ -62,6 +62,19 @@ def test_what_is_no_yaml_is_refused_with_its_place(data: bytes, where: str) -> N
         parse(data)
 
 
+@pytest.mark.parametrize("value", ["*{}", "!{} x", "!<{}> x", "!!{} x", "!{}", "&{} a\n  other: &{} b", "!a!{} x"])
+def test_a_secret_that_yaml_takes_for_an_alias_an_anchor_or_a_tag_is_not_repeated(value: str) -> None:  # T45
+    secret = "canary-'secret'" if value.startswith("!") and "<" not in value else "canary"
+    text = f"client:\n  client_secret: {value.replace('{}', secret)}\n"
+    try:
+        parse(text.encode())
+    except ConfigurationError as error:
+        assert "canary" not in str(error)
+        assert "line " in str(error)
+    else:
+        assert value.startswith("&")
+
+
 @pytest.mark.parametrize("data", [b"[" * 300_000, b"{a: " * 100_000, b"- " * 100_000, b"[" * 5000 + b"]" * 5000])
 def test_deep_nesting_is_refused_and_no_crash(data: bytes) -> None:
     with pytest.raises(ConfigurationError, match="nested too deeply"):

@@ -21,7 +21,9 @@ from fakes.mcp_client import MODERN
 from fakes.mcp_server import CHUNK, FakeMcpServer
 from fakes.proxy import ProxyProcess, link_in, proxy_process, until, wait_until_stable, write_config
 from fakes.raw_client import RawClient
-from fakes.unattended import unattended
+from fakes.unattended import connected, unattended
+
+CALL = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": {"name": "echo"}}).encode()
 
 
 @asynccontextmanager
@@ -152,6 +154,31 @@ async def test_clients_that_always_have_another_request_do_not_keep_it_running(
         proxy.process.send_signal(signal.SIGTERM)
         assert await exit_code(proxy, 8) == 0
         await asyncio.gather(*busy)
+
+
+async def test_a_new_call_is_not_sent_once_all_requests_were_ended(servers: Servers, tmp_path: Path) -> None:
+    """Its client is told to try again, so it must not have been acted upon."""
+    async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:
+        await setup.client.call("echo", text="warm")  # a token, and a kept connection to the upstream
+        before = len(setup.upstream.calls())
+        setup.proxy.application.router.draining = True
+        setup.proxy.application.end()
+        raw.post(CALL)
+        answer = await raw.answer()
+        assert (answer.status, answer.all("connection")) == (503, ["close"])
+        assert len(setup.upstream.calls()) == before
+
+
+async def test_a_connection_whose_requests_come_in_pieces_is_not_kept_while_draining(
+    servers: Servers, tmp_path: Path
+) -> None:
+    async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:
+        setup.proxy.application.router.draining = True
+        raw.send(f"POST /notes/mcp HTTP/1.1\nHost: HOST\nContent-Length: {len(CALL)}\n\n")
+        await until(lambda: setup.proxy.application.forwarder.active_requests == 1)
+        raw.send(CALL)
+        answer = await raw.answer()
+        assert (answer.status, answer.all("connection")) == (200, ["close"])
 
 
 async def test_streams_that_clients_open_again_do_not_keep_it_running(servers: Servers, tmp_path: Path) -> None:

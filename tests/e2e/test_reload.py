@@ -5,10 +5,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 import pytest
@@ -18,7 +18,7 @@ from fakes.fixtures import Servers
 from fakes.http_exchange import Channel, FakeResponse
 from fakes.mcp_client import MODERN
 from fakes.mcp_server import FakeMcpServer
-from fakes.proxy import ProxyProcess, proxy_process, running_proxy, serving, until, write_config
+from fakes.proxy import ProxyProcess, RunningProxy, proxy_process, running_proxy, serving, until, write_config
 from fakes.raw_client import RawClient
 from fakes.unattended import unattended
 from mcp_auth_proxy.config.changes import compare
@@ -53,6 +53,13 @@ async def status(proxy: ProxyProcess, path: str) -> tuple[int, str]:
     async with httpx2.AsyncClient(trust_env=False) as http:
         response = await http.post(proxy.origin + path, json={"jsonrpc": "2.0", "id": 1, "method": "ping"})
         return response.status_code, response.text
+
+
+class Moving(NamedTuple):
+    proxy: RunningProxy
+    old: FakeMcpServer
+    new: FakeMcpServer
+    move: Callable[[], Awaitable[None]]
 
 
 @asynccontextmanager
@@ -106,6 +113,65 @@ async def test_a_changed_server_is_used_for_new_requests_and_running_ones_end_as
         assert len(beta.calls("tools/call:echo")) == 1
         gate.set()
         assert (await running).text == "old"
+
+
+@asynccontextmanager
+async def moving(servers: Servers, folder: Path) -> AsyncIterator[Moving]:
+    """A proxy before ``old``, with a token for it; ``move`` gives its name to ``new`` and gets a token for that."""
+    issuer = await servers.authorization_server()
+    old, new = await servers.mcp_server(issuer), await servers.mcp_server(issuer)
+    async with (
+        running_proxy(folder, {"notes": unattended(issuer, old.url, folder)}) as proxy,
+        proxy.client("notes") as client,
+    ):
+        assert (await client.call("echo", text="old")).text == "old"
+
+        async def move() -> None:
+            settings = load(write_config(folder, {"notes": unattended(issuer, new.url, folder)}))
+            application = proxy.application
+            application.apply(compare(application.settings, settings))
+            assert (await client.call("echo", text="new")).text == "new"
+
+        yield Moving(proxy, old, new, move)
+
+
+async def test_a_request_that_began_before_its_server_moved_does_not_bring_the_new_token_to_the_old_place(
+    servers: Servers, tmp_path: Path
+) -> None:  # T49
+    async with moving(servers, tmp_path) as (proxy, old, new, move), RawClient.to(proxy.origin) as raw:
+        body = b'{"jsonrpc": "2.0", "id": 9, "method": "tools/list"}'
+        raw.send(f"POST /notes/mcp HTTP/1.1\nHost: HOST\nContent-Length: {len(body)}\n\n")
+        await until(lambda: proxy.application.forwarder.active_requests == 1)
+        before = len(old.requests)
+        await move()
+        raw.send(body)
+        answer = await raw.answer()
+        assert (answer.status, "configuration of server notes was changed" in answer.body.decode()) == (200, True)
+        assert len(old.requests) == before
+        raw.post(body)
+        assert (await raw.answer()).status == 200
+        assert new.calls("tools/list")
+
+
+async def test_a_challenge_of_the_old_place_of_a_server_is_nothing_to_the_new_one(
+    servers: Servers, tmp_path: Path
+) -> None:  # T49
+    gate = asyncio.Event()
+    async with moving(servers, tmp_path) as (proxy, old, new, move), proxy.client("notes") as client:
+        metadata = f"{old.origin}/hostile-metadata"
+        refusal = FakeResponse.json({}, 401)
+        refusal.headers = (("www-authenticate", f'Bearer resource_metadata="{metadata}"'),)
+        refusal.gate = gate
+        old.answers["tools/call:slow"] = refusal
+        asked = asyncio.create_task(client.call("slow"))
+        await until(lambda: old.calls("tools/call:slow"))
+        before = len(old.requests)
+        await move()
+        gate.set()
+        reply = await asked
+        assert "configuration of server notes was changed" in reply.error["message"]
+        assert len(old.requests) == before
+        assert not new.calls("tools/call:slow")
 
 
 @pytest.mark.parametrize("version", ["2025-11-25", MODERN])

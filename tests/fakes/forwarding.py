@@ -76,6 +76,9 @@ class ScriptedBroker:
         ready = self.waiting is None and not isinstance(self.current, McpAuthProxyError)
         return ready, cast("AccessToken | None", self.current if ready else None)
 
+    def check_origin(self, sent_to: ServerSettings) -> None:
+        """No server moves."""
+
     def pending(self, account: Account) -> PendingAuthorization | None:
         return self.waiting
 

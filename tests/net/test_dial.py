@@ -183,6 +183,46 @@ async def test_connecting_has_one_deadline_that_includes_tls(get: Get, authority
             await server.peers[0].gone.wait()
 
 
+async def test_the_look_up_is_part_of_the_one_deadline(get: Get, authority: Authority) -> None:
+    async def slow(host: str, port: int) -> Sequence[str]:
+        await asyncio.sleep(0.4)
+        return ("127.0.0.1",)
+
+    async def silent(peer: Peer) -> None:
+        await peer.until_gone()
+
+    async with RawServer(silent) as server:
+        origin = Origin("https", "slow.example", server.port)
+        async with asyncio.timeout(0.7):
+            with pytest.raises(UpstreamUnreachable, match=r"no connection within 0\.5 s"):
+                await get(origin, ca=authority.bundle, timeout=0.5, resolve=slow)
+        # A look-up that takes all of the time is named as the reason.
+        async with asyncio.timeout(0.35):
+            with pytest.raises(UpstreamUnreachable, match=r"the name slow\.example can't be looked up now"):
+                await get(origin, ca=authority.bundle, timeout=0.1, resolve=slow)
+
+
+async def test_connecting_may_have_a_share_of_the_deadline_that_begins_after_the_look_up() -> None:
+    async def slow(host: str, port: int) -> Sequence[str]:
+        await asyncio.sleep(0.3)
+        return ("127.0.0.1",)
+
+    async def open_tls(server: RawServer, timeout: float) -> asyncio.Protocol:
+        dialer = Dialer(environ={}, resolve=slow)
+        origin = Origin("https", "slow.example", server.port)
+        return await dialer.open(origin, lambda _: asyncio.Protocol(), timeout=timeout, connect_timeout=0.2)
+
+    async def silent(peer: Peer) -> None:
+        await peer.until_gone()
+
+    async with RawServer(silent) as server, asyncio.timeout(5):
+        with pytest.raises(UpstreamUnreachable, match=r"no connection within 0\.2 s"):
+            await open_tls(server, 5)
+        assert len(server.peers) == 1  # the look-up did not use up the time to connect
+        with pytest.raises(UpstreamUnreachable, match=r"no connection within 0\.4 s"):
+            await open_tls(server, 0.4)
+
+
 async def test_a_cancelled_tls_handshake_closes_the_socket(get: Get, authority: Authority) -> None:
     async def script(peer: Peer) -> None:
         started.set()

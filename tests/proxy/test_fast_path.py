@@ -11,7 +11,9 @@ from fakes.forwarding import ForwardingServer, ScriptedBroker, access_token, for
 from fakes.proxy import until
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, Script, ok
-from mcp_auth_proxy.proxy.fast_path import MAX_BODY, is_eligible
+from mcp_auth_proxy.observability import metrics
+from mcp_auth_proxy.proxy.fast_path import MAX_BODY, FastPathRequest, is_eligible
+from mcp_auth_proxy.proxy.forwarder import Forwarder
 
 CALL = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": {"name": "pay"}}).encode()
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -174,3 +176,74 @@ async def test_shutdown_ends_a_stream_with_a_final_chunk_and_a_silent_call_with_
         answer = await client.answer()
         assert answer.status == 503
         assert "shutting down" in answer.body.decode()
+
+
+async def test_a_silent_call_ends_in_words_if_its_server_is_removed_and_is_no_failure_of_the_upstream(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def silent(peer: Peer) -> None:
+        await peer.request()
+        await peer.until_gone()
+
+    before = failures()
+    async with warm(silent) as (upstream, proxy, client):
+        client.post(CALL)
+        await until(lambda: len(upstream.requests) == 2, "two requests")
+        proxy.forwarder.servers_changed({"notes"}, ())
+        answer = await client.answer()
+        assert (answer.status, answer.all("retry-after")) == (503, ["5"])
+        assert "Server notes: it is no longer configured." in answer.body.decode()
+        await asyncio.wait_for(upstream.peers[0].gone.wait(), 5)
+    assert (failures(), caplog.text) == (before, "")
+
+
+@pytest.mark.parametrize("removed", [True, False])
+async def test_a_challenged_call_that_is_ended_before_a_handler_has_it_is_answered_and_counted_once(
+    monkeypatch: pytest.MonkeyPatch, removed: bool
+) -> None:
+    async def challenge(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+        await peer.until_gone()
+
+    fall_back = Forwarder.fall_back
+
+    def ended_at_once(forwarder: Forwarder, fast: FastPathRequest) -> None:
+        fall_back(forwarder, fast)
+        if removed:
+            forwarder.servers_changed({"notes"}, ())
+        else:
+            forwarder.end_all()
+
+    monkeypatch.setattr(Forwarder, "fall_back", ended_at_once)
+    async with warm(challenge) as (upstream, proxy, client):
+        before = finished()
+        client.post(CALL)
+        answer = await client.answer()
+        assert answer.status == 503
+        assert ("no longer configured" if removed else "shutting down") in answer.body.decode()
+        assert (len(upstream.requests), finished() - before) == (2, 1)
+        assert proxy.forwarder.active_requests == 0
+
+
+async def test_a_stream_does_not_keep_the_body_of_its_request() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENTS + chunk(EVENT))
+        await peer.until_gone()
+
+    async with warm(script) as (_, proxy, client):
+        client.post(b"x" * 60_000)
+        await client.head()
+        (fast,) = proxy.forwarder.fast_requests
+        assert fast.request.peek_body() == b""
+
+
+def failures() -> list[str]:
+    return list(metrics.upstream_failures.lines())
+
+
+def finished() -> int:
+    """Return how many POSTs to the server were counted."""
+    buckets, _ = metrics.requests.labels("notes", "post").buckets()
+    return buckets[-1]

@@ -1,10 +1,9 @@
 """Authorize an account: from a challenge to a token, or to a flow that waits for the user."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.flows import PendingFlows, clone_flow, new_flow
-from mcp_auth_proxy.broker.matching import configured
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.planning import Planner
@@ -24,7 +23,6 @@ class Authorizations:
     def __init__(
         self,
         *,
-        servers: Mapping[str, ServerSettings],
         planner: Planner,
         registrar: ClientRegistrar,
         token_client: TokenClient,
@@ -32,7 +30,6 @@ class Authorizations:
         pending: PendingFlows,
         clock: Callable[[], float],
     ) -> None:
-        self._servers = servers
         self._planner = planner
         self._registrar = registrar
         self._token_client = token_client
@@ -48,6 +45,7 @@ class Authorizations:
     async def authorize(
         self,
         account: Account,
+        server: ServerSettings,
         challenge: BearerChallenge | None,
         *,
         already: tuple[str, ...] | None = None,
@@ -55,10 +53,11 @@ class Authorizations:
     ) -> AccessToken | PendingAuthorization:
         """Return a token if no user has to be asked, otherwise the flow to wait for.
 
-        ``already``: scopes granted before a step-up; None if this is not a step-up. ``schemes``: authentication
-        schemes other than Bearer that the server asked for. Raises AuthorizationError and StoreError.
+        ``server``: the settings of the server that sent the challenge. ``already``: scopes granted before a step-up;
+        None if this is not a step-up. ``schemes``: authentication schemes other than Bearer that the server asked for.
+        Raises AuthorizationError and StoreError.
         """
-        return await self._running.run(account, lambda: self._authorize(account, challenge, already, schemes))
+        return await self._running.run(account, lambda: self._authorize(account, server, challenge, already, schemes))
 
     async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
         """Return a pending authorization whose link can be used for a while, a new one if necessary.
@@ -81,11 +80,11 @@ class Authorizations:
     async def _authorize(
         self,
         account: Account,
+        server: ServerSettings,
         challenge: BearerChallenge | None,
         already: tuple[str, ...] | None,
         schemes: tuple[str, ...],
     ) -> AccessToken | PendingAuthorization:
-        server = configured(self._servers, account.server)
         pending = self._pending.usable(account) or await self._pending.resume(account, challenge)
         if pending is not None:
             return pending

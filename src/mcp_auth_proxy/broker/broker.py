@@ -13,7 +13,7 @@ from mcp_auth_proxy.broker.connections import Connection, Disconnected, Forgotte
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows
-from mcp_auth_proxy.broker.matching import configured, configured_for, server_removed
+from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, server_removed
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
@@ -90,7 +90,6 @@ class Broker:
             clock=clock,
         )
         self._authorizations = Authorizations(
-            servers=servers,
             planner=Planner(discoverer=discoverer, registrar=self._registrar, token_client=self._token_client),
             registrar=self._registrar,
             token_client=self._token_client,
@@ -133,6 +132,13 @@ class Broker:
         ready, token = self._tokens.token_nowait(account)
         return ready and (token is not None or account not in self._pending), token
 
+    def check_origin(self, sent_to: ServerSettings) -> None:
+        """Check that a token may still be sent where these settings say, right before that is done.
+
+        Raises AuthorizationError if the server was removed, or has moved to another origin.
+        """
+        configured_at(self._servers, sent_to)
+
     def pending(self, account: Account) -> PendingAuthorization | None:
         """Return the authorization that waits for the user, if its link can be used for a while."""
         return self._pending.usable(account)
@@ -148,6 +154,7 @@ class Broker:
         self,
         account: Account,
         *,
+        sent_to: ServerSettings,
         status: int,
         challenge: Sequence[bytes],
         used: AccessToken | None,
@@ -156,14 +163,15 @@ class Broker:
     ) -> AccessToken | PendingAuthorization | None:
         """Decide how to go on after a 401 or 403: with a token to try again, or a pending authorization to wait for.
 
-        None: the response is not a challenge (a 403 for another reason) and belongs to the client. ``challenge`` and
-        ``nonce`` are the WWW-Authenticate and DPoP-Nonce fields of the response, ``used`` the token of the request.
-        Raises AuthorizationError, AuthorizationServerUnavailable and StoreError.
+        None: the response is not a challenge (a 403 for another reason) and belongs to the client. ``sent_to`` are the
+        settings that the request began with. ``challenge`` and ``nonce`` are the WWW-Authenticate and DPoP-Nonce fields
+        of the response, ``used`` the token of the request. Call ``check_origin`` before a token that this returns is
+        sent. Raises AuthorizationError, AuthorizationServerUnavailable and StoreError.
         """
-        server = configured(self._servers, account.server)
         bearer = challenges.bearer(challenge)
         if not challenges.demands_authorization(status, bearer):
             return None
+        server = configured_at(self._servers, sent_to)
         cached = self._tokens.get(account) or await self._tokens.load(account)
         if cached is not None and (used is None or cached.token.generation > used.generation):
             cached.used = True
@@ -179,6 +187,7 @@ class Broker:
             bearer = replace(bearer, dpop=True)
         return await self._authorizations.authorize(
             account,
+            server,
             bearer,
             already=cached.grant.scopes if cached is not None and status == 403 else None,
             schemes=challenges.other_schemes(challenge),
@@ -258,7 +267,9 @@ class Broker:
         bearer = challenges.bearer(challenge)
         if not challenges.demands_authorization(status, bearer):
             return None
-        return await self._authorizations.authorize(account, bearer, schemes=challenges.other_schemes(challenge))
+        server = configured(self._servers, account.server)
+        schemes = challenges.other_schemes(challenge)
+        return await self._authorizations.authorize(account, server, bearer, schemes=schemes)
 
     async def connections(self) -> list[Connection]:
         """Return what is connected, for each configured server and account. Raises StoreError."""

@@ -10,6 +10,7 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import DpopUse, Flow, Grant, GrantKey, GrantType
 from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.urls import Origin
 from mcp_auth_proxy.oauth import dpop
 
 
@@ -27,6 +28,21 @@ def configured(servers: Mapping[str, ServerSettings], name: str) -> ServerSettin
     server = servers.get(name)
     if server is None:
         raise server_removed(name)
+    return server
+
+
+def configured_at(servers: Mapping[str, ServerSettings], sent_to: ServerSettings) -> ServerSettings:
+    """Return the settings of a server that a request was sent to, or is about to be, as ``sent_to`` says.
+
+    Raises AuthorizationError if the server was removed, or if its url now has another origin: its token must not be
+    sent to the old one, and what the old one answers says nothing about the new one.
+    """
+    server = configured(servers, sent_to.name)
+    if server.url != sent_to.url and urls.parse(server.url).origin != urls.parse(sent_to.url).origin:
+        raise AuthorizationError(
+            f"The configuration of server {server.name} was changed after this request began: its url leads elsewhere "
+            f"now. Try again."
+        )
     return server
 
 
@@ -74,9 +90,17 @@ def _key_matches(key: GrantKey, server: ServerSettings) -> bool:
         case "omit":
             return not key.resource
         case "auto":
-            return bool(key.resource) and urls.parse(key.resource).origin == urls.parse(server.url).origin
+            return _origin(key.resource) == urls.parse(server.url).origin
         case exact:
             return key.resource == exact
+
+
+def _origin(resource: str) -> Origin | None:
+    """Return the origin of a resource; None if it has none: a configured one may be any URI, such as ``api://…``."""
+    try:
+        return urls.parse(resource).origin
+    except ValueError:
+        return None
 
 
 def _binding_matches(stored: Grant | Flow, use: DpopUse) -> bool:

@@ -249,9 +249,13 @@ class TokenCache:
         current = self._cached.get(account)
         if current is not None and current.token.generation > cached.token.generation:
             return current
+        server = configured(self._servers, account.server)
+        if not matches(cached.grant, server):
+            # The new secrets of the server must not go to the authorization server of the old one.
+            raise server_reconfigured(server.name)
         before = self._invalidations
         try:
-            renewed = await self._renewer.renew(configured(self._servers, account.server), cached.grant)
+            renewed = await self._renewer.renew(server, cached.grant)
         except GrantEnded:
             self.evict(account)
             return await self._load(account)

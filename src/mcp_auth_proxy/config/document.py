@@ -16,6 +16,7 @@ from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 _NULL = ("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z"))
 _MERGE = ("tag:yaml.org,2002:merge", re.compile(r"<<\Z"))
 
+_QUOTED = re.compile(r"(alias|anchor|tag handle|tag) ['\"].*['\"]", re.DOTALL)
 
 # All other tags, such as !!int or !!python/…, are refused with line and column.
 _TAGS = (*(f"tag:yaml.org,2002:{kind}" for kind in ("null", "str", "seq", "map")), None)
@@ -67,6 +68,10 @@ def parse(data: bytes) -> Document:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = " ".join(part for part in (error.context, error.problem) if part)
+        # What PyYAML quotes here may be an unquoted secret that begins with *, & or !.
+        problem, quoted = _QUOTED.subn(r"\1", problem)
+        if quoted:
+            problem += " (put a value that begins with *, & or ! in quotes)"
         if error.context_mark and mark and error.context_mark.line != mark.line:
             problem += f" (it begins on line {error.context_mark.line + 1})"
         if mark and text[mark.index : mark.index + 1] == "\t":

@@ -150,6 +150,11 @@ class ClientRequest:
         parts = self._parts
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def release_body(self) -> None:
+        """Drop what is here of the body: nobody will read it."""
+        self._parts = []
+        self._size = 0
+
     async def body(self, limit: int) -> bytes:
         """Return the whole body, of ``limit`` bytes at most; to be called once.
 

@@ -72,24 +72,30 @@ class Dialer:
         protocol_factory: Callable[[socket.socket], Protocol],
         *,
         timeout: float,
+        connect_timeout: float | None = None,
         policy: AddressPolicy | None = None,
     ) -> Protocol:
         """Connect to the origin and return the protocol that ``protocol_factory`` made for the socket.
 
-        ``timeout`` is in seconds and counts from the end of the look-up: forward proxy and TLS are included. Raises
-        UpstreamUnreachable, whose text is the reason and no more, and AddressRefused if ``policy`` is against it.
+        ``timeout`` is in seconds, for everything: look-up, forward proxy, TCP and TLS. ``connect_timeout`` bounds what
+        comes after the look-up. Raises UpstreamUnreachable, whose text is the reason and no more, and AddressRefused if
+        ``policy`` is against it.
         """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
         proxy = self._proxies.towards(origin)
         if proxy is None:
-            addresses = await self._look_up(origin.host, origin.port)
+            addresses = await self._look_up(origin.host, origin.port, timeout)
             if policy is not None:
                 policy.check(origin, addresses)
         else:
             if policy is not None:
                 policy.check_literal(origin)
-            addresses = await self._look_up(proxy.host, proxy.port)
+            addresses = await self._look_up(proxy.host, proxy.port, timeout)
+        if connect_timeout is not None and loop.time() + connect_timeout < deadline:
+            timeout, deadline = connect_timeout, loop.time() + connect_timeout
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(deadline):
                 if proxy is None:
                     sock = await _connect_first(addresses, origin.port)
                 else:
@@ -103,9 +109,9 @@ class Dialer:
             reason = _reason(error)
         raise UpstreamUnreachable(reason)
 
-    async def _look_up(self, host: str, port: int) -> Sequence[str]:
+    async def _look_up(self, host: str, port: int, timeout: float) -> Sequence[str]:
         try:
-            async with asyncio.timeout(LOOKUP_TIMEOUT):
+            async with asyncio.timeout(min(timeout, LOOKUP_TIMEOUT)):
                 return await self._resolve(host, port)
         except TimeoutError:
             temporary = True

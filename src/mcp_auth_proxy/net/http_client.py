@@ -22,7 +22,8 @@ _REPEATABLE = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 class HttpClient:
     """Sends requests to upstreams. Belongs to one event loop.
 
-    ``connections_per_origin`` bounds each pool; ``connect_timeout`` is in seconds and includes a forward proxy and TLS.
+    ``connections_per_origin`` bounds each pool; ``connect_timeout`` is in seconds and includes the look-up of the
+    name, a forward proxy and TLS.
     """
 
     def __init__(

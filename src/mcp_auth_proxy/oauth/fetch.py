@@ -132,7 +132,11 @@ class Fetcher:
 
     async def _connect(self, origin: Origin, policy: AddressPolicy) -> HttpConnection:
         connection = await self._dialer.open(
-            origin, lambda sock: HttpConnection(self._owner, sock), timeout=CONNECT_TIMEOUT, policy=policy
+            origin,
+            lambda sock: HttpConnection(self._owner, sock),
+            timeout=self._deadline,
+            connect_timeout=CONNECT_TIMEOUT,
+            policy=policy,
         )
         if connection.closed:
             raise UpstreamUnreachable("it closed the connection at once")

@@ -7,7 +7,7 @@ on from there: nothing is sent twice.
 
 import logging
 import time
-from typing import Protocol
+from typing import Literal, Protocol
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamPoolTimeout
 from mcp_auth_proxy.models import AccessToken
@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024
 """Bytes of request body. A larger one takes its time anyway."""
+
+
+End = Literal["disconnected", "draining", "removed"]
+"""Why a request is ended early: its client is gone, the proxy shuts down, its server was removed."""
 
 
 class FastPathOwner(Protocol):
@@ -53,6 +57,7 @@ class FastPathRequest:
         "_events",
         "_owner",
         "_streaming",
+        "ending",
         "error",
         "request",
         "response",
@@ -74,6 +79,8 @@ class FastPathRequest:
         self.response: Response | None = None
         self.error: UpstreamError | None = None
         """Why there is no response."""
+        self.ending: End | None = None
+        """Why the handler that goes on from here has to end the request."""
         self.started_at = time.monotonic()
 
     def head(self, length: int) -> bytes:
@@ -92,13 +99,16 @@ class FastPathRequest:
         """Whether the upstream has not answered yet."""
         return self.response is None and self.error is None
 
-    def end(self, reason: str) -> None:
-        """End the request early: with an error if there is no response yet, else with a final chunk if possible."""
-        if self.response is None:
-            if self.error is None:
-                self._connection.fail(UpstreamPoolTimeout(f"{reason}."))
+    def end(self, reason: End) -> None:
+        """End the request early: with an error if its response has not begun, else with a final chunk if possible."""
+        if not self.request.started:
+            # A handler answers, if none is about to do so already.
+            self.ending = reason
+            if self.waiting:
+                self._connection.fail(UpstreamPoolTimeout("The request was ended."))
             return
-        self.response.close()
+        if self.response is not None:
+            self.response.close()
         if self._streaming:
             self._finish()
         else:
@@ -143,6 +153,7 @@ class FastPathRequest:
             # Events may be far apart; anything else has to come to its end.
             response.expire_after(self.route.server.upstream_timeout)
         request = self.request
+        request.release_body()
         if self._streaming:
             request.start_nowait(response.status, encoded_response_fields(response.fields))
         else:

@@ -35,7 +35,8 @@ class Forwarder:
         self._context = self._make_context(body_limit, wait)
         self._access_log = AccessLog()
         self._idle: asyncio.Future[None] | None = None
-        self._ended = False
+        self.ended = False
+        """Whether new requests are ended at once."""
         self.fast_requests: set[FastPathRequest] = set()
         self._handlers: set[RequestHandler] = set()
 
@@ -137,9 +138,13 @@ class Forwarder:
         started_at = time.monotonic() if sent is None else sent.started_at
         handler = RequestHandler(self._context, route, request, sent)
         self._handlers.add(handler)
-        if self._ended:
-            handler.end("draining")
+        ending = "draining" if self.ended else sent.ending if sent is not None else None
+        if ending is not None:
+            handler.end(ending)
         try:
+            if ending is not None:
+                # Raises CancelledError: nothing may be sent to the upstream any more.
+                await asyncio.sleep(0)
             await handler.run()
         except asyncio.CancelledError:
             if handler.ending is None:
@@ -175,13 +180,13 @@ class Forwarder:
 
     def end_all(self) -> None:
         """End every active request, each stream with a final chunk if it can have one, and every new one."""
-        self._ended = True
+        self.ended = True
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
         for handler in list(self._handlers):
             handler.end("draining")
         for fast in list(self.fast_requests):
-            fast.end("the proxy is shutting down")
+            fast.end("draining")
 
     def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
         """End every active request to servers that were removed; those to changed servers go on as they began."""
@@ -190,7 +195,7 @@ class Forwarder:
                 handler.end("removed")
         for fast in list(self.fast_requests):
             if fast.route.server.name in removed:
-                fast.end("it is no longer configured")
+                fast.end("removed")
         for name in (*removed, *changed):
             self._outages.forget(name)
 

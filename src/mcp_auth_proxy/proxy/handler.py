@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from mcp_auth_proxy.broker import Broker, ChallengeHistory, PendingAuthorization
 from mcp_auth_proxy.errors import (
@@ -29,7 +29,7 @@ from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
-from mcp_auth_proxy.proxy.fast_path import FastPathRequest
+from mcp_auth_proxy.proxy.fast_path import End, FastPathRequest
 from mcp_auth_proxy.proxy.headers import response_headers
 from mcp_auth_proxy.proxy.responder import Responder
 from mcp_auth_proxy.proxy.routes import Route
@@ -42,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SENDS = 10
 """How often one request is sent at most, whatever the other bounds say."""
-
-End = Literal["disconnected", "draining", "removed"]
-"""Why a request is ended early: its client is gone, the proxy shuts down, its server was removed."""
 
 _END_TEXTS = {"draining": "the proxy is shutting down", "removed": "it is no longer configured"}
 
@@ -149,6 +146,7 @@ class RequestHandler:
                 return
             verdict = await broker.challenged(
                 account,
+                sent_to=self.route.server,
                 status=response.status,
                 challenge=_fields(response, b"www-authenticate"),
                 nonce=_fields(response, b"dpop-nonce"),
@@ -177,6 +175,9 @@ class RequestHandler:
         sent, self._sent = self._sent, None
         if sent is not None and sent.error is not None:
             raise sent.error
+        if token is not None and sent is None:
+            # The token is for the server as it is configured now, and the route was found when the request began.
+            self._context.broker.check_origin(self.route.server)
         request = self._request
         fields = request.fields
         if self._responder.begun == "events":
