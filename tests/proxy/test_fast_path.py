@@ -11,6 +11,7 @@ from fakes.forwarding import ForwardingServer, ScriptedBroker, access_token, for
 from fakes.proxy import until
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, Script, ok
+from fakes.tasks import tasks_of_requests
 from mcp_auth_proxy.proxy.fast_path import MAX_BODY, is_eligible
 
 CALL = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": {"name": "pay"}}).encode()
@@ -20,10 +21,6 @@ EVENT = b"event: message\r\ndata: {}\r\n\r\n"
 
 def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def tasks_of_requests() -> int:
-    return sum("run_to_end" in repr(task.get_coro()) for task in asyncio.all_tasks())
 
 
 @asynccontextmanager
