@@ -51,6 +51,7 @@ class FastPathRequest:
     __slots__ = (
         "_connection",
         "_events",
+        "_handed_over",
         "_owner",
         "_streaming",
         "error",
@@ -68,6 +69,8 @@ class FastPathRequest:
         self._streaming = False
         self._events = False
         """The response is an event stream, counted as open."""
+        self._handed_over = False
+        """A handler goes on as soon as its task runs."""
         self.route = route
         self.request = request
         self.token = token
@@ -97,6 +100,8 @@ class FastPathRequest:
         if self.response is None:
             if self.error is None:
                 self._connection.fail(UpstreamPoolTimeout(f"{reason}."))
+            return
+        if self._handed_over:
             return
         self.response.close()
         if self._streaming:
@@ -129,6 +134,7 @@ class FastPathRequest:
         self._fall_back()
 
     def _fall_back(self) -> None:
+        self._handed_over = True
         self.request.on_disconnect = None
         self._owner.fall_back(self)
 
