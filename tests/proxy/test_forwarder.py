@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,9 @@ from fakes.proxy import until
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, Script, answers, ok
 from fakes.tasks import tasks_of_requests
+from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest
+from mcp_auth_proxy.proxy.routes import Route
 
 CALL = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": {"name": "pay"}}).encode()
 CHALLENGE = b"HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Bearer\r\nContent-Length: 0\r\n\r\n"
@@ -264,9 +267,13 @@ async def test_an_end_between_a_401_and_the_handler_that_goes_on_leaves_nobody_w
             fall_back(fast)
             end(proxy)
 
+        def note(route: Route, request: ClientRequest, *rest: Any) -> None:
+            recorded.append(request.status)
+            record(route, request, *rest)
+
         record = proxy.forwarder.record
         monkeypatch.setattr(proxy.forwarder, "fall_back", fall_back_then_end)
-        monkeypatch.setattr(proxy.forwarder, "record", lambda *args: (recorded.append(args[1].status), record(*args)))
+        monkeypatch.setattr(proxy.forwarder, "record", note)
         client.post(CALL)
         answer = await client.answer()
         await until(lambda: proxy.forwarder.active_requests == 0, "no active request")

@@ -6,13 +6,8 @@ from typing import Any
 import pytest
 
 from mcp_auth_proxy.rpc import messages
-from mcp_auth_proxy.rpc.messages import (
-    INPUT_KEY,
-    MAX_BATCH,
-    MAX_INSPECTED,
-    RequestBody,
-    needs_inspection,
-)
+from mcp_auth_proxy.rpc.encoding import decode
+from mcp_auth_proxy.rpc.messages import INPUT_KEY, MAX_BATCH, MAX_INSPECTED, RequestBody, needs_inspection
 
 
 def rpc(method: object = "tools/call", **members: object) -> dict[str, Any]:
@@ -45,7 +40,7 @@ def test_a_body_that_may_concern_the_proxy_is_found_by_its_markers(content: byte
 
 
 def test_nothing_is_parsed_until_it_is_asked_for_and_then_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    decode, count = messages.decode, 0
+    count = 0
 
     def counting(data: bytes) -> Any:
         nonlocal count
