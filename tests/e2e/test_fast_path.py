@@ -15,13 +15,10 @@ from fakes.http_exchange import Channel, FakeResponse
 from fakes.proxy import RunningProxy, proxy_process, running_proxy, until, write_config
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, ok
+from fakes.tasks import tasks_of_requests
 from fakes.unattended import connected, unattended
 
 CALL = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": {"name": "pay"}}).encode()
-
-
-def tasks_of_requests() -> int:
-    return sum("ClientRequest.run_to_end" in repr(task.get_coro()) for task in asyncio.all_tasks())
 
 
 @contextlib.asynccontextmanager

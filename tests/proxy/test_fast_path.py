@@ -11,6 +11,7 @@ from fakes.forwarding import ForwardingServer, ScriptedBroker, access_token, for
 from fakes.proxy import until
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, Script, ok
+from fakes.tasks import tasks_of_requests
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.proxy.fast_path import MAX_BODY, FastPathRequest, is_eligible
 from mcp_auth_proxy.proxy.forwarder import Forwarder
@@ -22,10 +23,6 @@ EVENT = b"event: message\r\ndata: {}\r\n\r\n"
 
 def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def tasks_of_requests() -> int:
-    return sum("run_to_end" in repr(task.get_coro()) for task in asyncio.all_tasks())
 
 
 @asynccontextmanager

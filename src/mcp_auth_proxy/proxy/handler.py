@@ -113,7 +113,7 @@ class RequestHandler:
         except ClientDisconnected:
             return
         except UpstreamProtocolError as error:
-            if self._responder.begun != "relay":
+            if not self._responder.relaying:
                 await self._fail(error)
                 return
             # The head is out. All that is left is to end without a final chunk, so that the client notices.

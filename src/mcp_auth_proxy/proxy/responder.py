@@ -36,9 +36,14 @@ class Responder:
         self.begun: Literal["", "relay", "events"] = ""
         """What has begun: nothing, a response of known form, or an event stream of the proxy's own."""
         self._relays_events = False
-        """The event stream holds what the upstream sent: nothing may be put into it any more."""
+        """The event stream holds what the upstream sent."""
         self.streaming = False
         """The response has begun and has no length, so it can end early with a final chunk."""
+
+    @property
+    def relaying(self) -> bool:
+        """Whether the response holds what the upstream sent: nothing may be put into it any more."""
+        return self.begun == "relay" or self._relays_events
 
     # What the upstream answered
 
@@ -122,7 +127,7 @@ class Responder:
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_TIMEOUT):
-                if not self.begun or (self.begun == "events" and not self._relays_events):
+                if not self.relaying:
                     await self.fail(body, 503, text, answers.UPSTREAM_FAILED, retry_after=5.0)
                 elif self.streaming and not self._request.complete:
                     await self._request.write(b"", last=True)

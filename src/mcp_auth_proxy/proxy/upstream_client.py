@@ -111,6 +111,9 @@ def _redirect_target(route: Route, response: Response) -> bytes:
     """Return the request target that a redirect leads to (RFC 9110 §15.4.8, §15.4.9). Raises UpstreamProtocolError."""
     location = next((value for name, value in response.headers if name == b"location"), b"")
     try:
+        if not location:
+            # As a reference it would be this very URL (RFC 3986 §4.4): the request would be repeated, for nothing.
+            raise ValueError("no Location")
         url = urls.parse(urljoin(route.server.url, location.decode("ascii")))
     except ValueError:
         raise UpstreamProtocolError(f"it answers {response.status} without a usable Location.") from None

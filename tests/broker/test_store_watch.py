@@ -1,0 +1,120 @@
+"""What other processes write to the store, noticed by a running one."""
+
+from pathlib import Path
+
+import pytest
+
+from broker.broker_setup import NOTES, BrokerSetup, broker_setup
+from fakes.authorization_server import FakeAuthorizationServer
+from fakes.proxy import until
+from mcp_auth_proxy.broker import store_watch
+from mcp_auth_proxy.errors import AuthorizationDenied, StoreUnavailable
+from mcp_auth_proxy.models import FlowStatus
+from mcp_auth_proxy.store.flows import Flows
+from mcp_auth_proxy.store.sqlite.engine import SqliteEngine
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look every 20 ms."""
+    monkeypatch.setattr(store_watch, "WATCH_INTERVAL", 0.02)
+
+
+async def test_a_login_in_another_process_is_noticed_though_there_was_no_grant_before(
+    setup: BrokerSetup, tmp_path: Path
+) -> None:
+    assert await setup.broker.token(NOTES) is None
+    async with broker_setup(tmp_path, *setup.servers.values()) as another:
+        await another.connect()
+    await until(lambda: setup.broker.token_nowait(NOTES)[0] is False, "what is known to be out of date")
+    assert await setup.broker.token(NOTES) is not None
+
+
+async def test_a_logout_in_another_process_takes_the_token_away(setup: BrokerSetup, tmp_path: Path) -> None:
+    await setup.connect()
+    async with broker_setup(tmp_path, *setup.servers.values()) as another:
+        await another.broker.disconnect(NOTES)
+    await until(lambda: setup.broker.token_nowait(NOTES)[1] is None, "the token to go")
+    assert await setup.broker.token(NOTES) is None
+
+
+async def test_a_renewal_in_another_process_replaces_the_token(
+    setup: BrokerSetup, issuer: FakeAuthorizationServer, tmp_path: Path
+) -> None:
+    old = await setup.connect()
+    async with broker_setup(tmp_path, *setup.servers.values()) as another:
+        token = await another.broker.token(NOTES)
+        issuer.end_access_tokens()
+        assert await another.challenged(token) is not None
+    await until(lambda: setup.broker.token_nowait(NOTES)[1] != old, "another token")
+    new = await setup.broker.token(NOTES)
+    assert (await setup.ask(new))[0] == 200
+    assert issuer.refreshes == 1
+
+
+async def test_what_waits_is_told_of_a_flow_that_failed_elsewhere(setup: BrokerSetup, tmp_path: Path) -> None:
+    pending = await setup.pending()
+    async with broker_setup(tmp_path) as another:
+        await another.flows.finish(pending.flow.id, FlowStatus.FAILED, "The user said no.")
+    with pytest.raises(AuthorizationDenied, match="said no"):
+        await pending.wait(5)
+    assert setup.broker.pending(NOTES) is None
+
+
+async def test_what_waits_is_told_of_a_flow_that_was_deleted(setup: BrokerSetup, tmp_path: Path) -> None:
+    pending = await setup.pending()
+    async with broker_setup(tmp_path) as another, another.database.transaction() as transaction:
+        await transaction.execute("DELETE FROM flows")
+    with pytest.raises(AuthorizationDenied, match="cancelled"):
+        await pending.wait(5)
+
+
+async def test_a_store_that_fails_for_a_while_does_not_end_the_watch(
+    setup: BrokerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    async def broken(self: SqliteEngine) -> bool:
+        nonlocal looks
+        looks += 1
+        raise StoreUnavailable("It is locked.")
+
+    pending = await setup.pending()
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteEngine, "changed", broken)
+        await until(lambda: looks >= 2, "two looks")
+    async with broker_setup(tmp_path) as another:
+        await another.flows.cancel(NOTES)
+    with pytest.raises(AuthorizationDenied):
+        await pending.wait(5)
+
+
+async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
+    setup: BrokerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purges: list[float] = []
+    purge, changed = Flows.purge, SqliteEngine.changed
+    failing = [True]
+    looks = 0
+
+    async def look(self: SqliteEngine) -> bool:
+        nonlocal looks
+        looks += 1
+        return await changed(self)
+
+    async def note(self: Flows, now: float) -> None:
+        purges.append(now)
+        if failing[0]:
+            raise StoreUnavailable("It is locked.")
+        await purge(self, now)
+
+    monkeypatch.setattr(Flows, "purge", note)
+    monkeypatch.setattr(SqliteEngine, "changed", look)
+    for number, ahead in enumerate((3601, 0, 3601), 1):
+        setup.clock.ahead = ahead
+        await until(lambda n=number: len(purges) == n, f"purge {number}")  # type: ignore[misc]
+        failing[0] = False
+    setup.clock.ahead += 3000
+    looks = 0
+    await until(lambda: looks == 3, "three looks")
+    assert len(purges) == 3

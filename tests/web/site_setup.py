@@ -1,0 +1,101 @@
+"""The site alone, behind a real listener: its broker and its store follow a script."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import httpx2
+
+from fakes.forwarding import pending_authorization
+from fakes.listener import listener
+from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, DevicePrompt
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import McpAuthProxyError
+from mcp_auth_proxy.models import Flow
+from mcp_auth_proxy.net.asgi import run_asgi
+from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.store import Engine
+from mcp_auth_proxy.web.site import Site
+
+REDIRECT = AuthorizationRedirect(
+    authorization_url='https://as.example/authorize?state=S&x="><script>',
+    cookie_name="mcp_auth_flow_x",
+    cookie_value="tied",
+    max_age=600,
+)
+
+
+class ScriptedVisits:
+    """A broker that shows ``visit`` for each link, and answers each callback with ``outcome``."""
+
+    def __init__(self) -> None:
+        self.visit: AuthorizationRedirect | DevicePrompt | McpAuthProxyError = REDIRECT
+        self.outcome: Flow | McpAuthProxyError = pending_authorization().flow
+        self.opened: list[tuple[str, str]] = []
+        self.callbacks: list[tuple[dict[str, list[str]], dict[str, str]]] = []
+
+    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
+        self.opened.append((server, flow_id))
+        if isinstance(self.visit, McpAuthProxyError):
+            raise self.visit
+        return self.visit
+
+    async def complete(self, params: dict[str, list[str]], cookies: dict[str, str]) -> Flow:
+        self.callbacks.append((params, cookies))
+        if isinstance(self.outcome, McpAuthProxyError):
+            raise self.outcome
+        return self.outcome
+
+
+@dataclass
+class ScriptedStore:
+    """A store that can be written unless it has a ``problem``."""
+
+    problem: McpAuthProxyError | None = None
+
+    async def check_writable(self) -> None:
+        if self.problem is not None:
+            raise self.problem
+
+
+@dataclass
+class SiteSetup:
+    """``client`` is at the site; it follows no redirects."""
+
+    client: httpx2.AsyncClient
+    broker: ScriptedVisits = field(default_factory=ScriptedVisits)
+    store: ScriptedStore = field(default_factory=ScriptedStore)
+    servers: dict[str, ServerSettings] = field(default_factory=dict)
+    draining: bool = False
+
+
+class Pages:
+    """A RequestServer that leaves everything to the site."""
+
+    def __init__(self, site: Site) -> None:
+        self._app = site.build()
+
+    def try_fast_path(self, request: ClientRequest) -> bool:
+        return False
+
+    async def serve(self, request: ClientRequest) -> None:
+        await run_asgi(self._app, request)
+
+
+@asynccontextmanager
+async def site_setup(
+    public_url: str = "http://127.0.0.1:8787", servers: Mapping[str, ServerSettings] | None = None
+) -> AsyncIterator[SiteSetup]:
+    async with httpx2.AsyncClient(trust_env=False, follow_redirects=False) as client:
+        setup = SiteSetup(client, servers=dict(servers or {}))
+        site = Site(
+            broker=cast(Broker, setup.broker),
+            servers=setup.servers,
+            database=cast(Engine, setup.store),
+            public_url=public_url,
+            draining=lambda: setup.draining,
+        )
+        async with listener(Pages(site)) as port:
+            client.base_url = httpx2.URL(f"http://127.0.0.1:{port}")
+            yield setup
