@@ -265,7 +265,7 @@ async def test_connections_follow_a_grant_from_consent_to_its_end(
     async def only() -> tuple[ConnectionState, str]:
         (connection,) = await setup.broker.connections()
         assert connection.account == NOTES
-        return connection.state, connection.word
+        return connection.state, connection.label
 
     assert await only() == (ConnectionState.NOT_CONNECTED, "needs consent")
     pending = await setup.pending()
@@ -290,7 +290,7 @@ async def test_every_server_has_a_connection_in_the_order_of_the_configuration(
     async with broker_setup(tmp_path, *(server(url, name) for name, url in urls.items())) as setup:
         await setup.connect(Account(LOCAL, "a"))
         found = await setup.broker.connections()
-        assert [(c.account.server, c.word) for c in found] == [
+        assert [(c.account.server, c.label) for c in found] == [
             ("b", "needs consent"),
             ("a", "connected"),
             ("c", "needs consent"),

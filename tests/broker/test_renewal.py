@@ -205,7 +205,7 @@ async def test_a_refusal_after_a_crash_says_that_there_was_one(setup: Setup) -> 
     setup.endpoint.outcome = TokenRefused("invalid_grant", "no")
     with pytest.raises(GrantEnded):
         await setup.renew()
-    assert "cut short" in (await setup.stored()).ended_reason
+    assert "interrupted" in (await setup.stored()).ended_reason
     assert len(setup.endpoint.asked) == 1
 
 

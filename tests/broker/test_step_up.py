@@ -30,7 +30,7 @@ def exhausted(clock: Clock) -> StepUpLimiter:
 def test_the_same_scopes_are_asked_for_three_times_in_all() -> None:  # T19
     step_ups = exhausted(Clock())
 
-    with pytest.raises(AuthorizationError, match=r"Server files goes on asking .*RFC 6750 §3\.1.*: write\."):
+    with pytest.raises(AuthorizationError, match=r"Server files keeps asking .*RFC 6750 §3\.1.*: write\."):
         count(step_ups, "write")
 
 

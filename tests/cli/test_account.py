@@ -40,8 +40,8 @@ def test_logout_says_what_was_revoked_and_what_could_not_be() -> None:
     )
     assert done == [
         f"notes: forgotten here and revoked at {ISSUER}",
-        f"notes: forgotten here; no revocation is offered by {ISSUER}",
-        "notes: the next authorization registers anew",
+        f"notes: forgotten here; {ISSUER} does not support revocation",
+        "notes: the next authorization registers a new client",
     ]
     (line,) = failed
     assert line.startswith(f"notes: forgotten here, but not revoked at {ISSUER}: It answered 500. Its tokens are good")
@@ -99,7 +99,7 @@ def test_the_words_of_a_state() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "authorizing", "word"),
+    ("state", "authorizing", "label"),
     [
         (ConnectionState.CONNECTED, False, "connected"),
         (ConnectionState.CONNECTED, True, "connected"),
@@ -109,5 +109,5 @@ def test_the_words_of_a_state() -> None:
         (ConnectionState.NOT_CONNECTED, True, "authorizing"),
     ],
 )
-def test_there_is_one_word_for_each_situation(state: ConnectionState, authorizing: bool, word: str) -> None:
-    assert Connection(account=NOTES, url="u", state=state, authorizing=authorizing).word == word
+def test_each_situation_has_its_own_label(state: ConnectionState, authorizing: bool, label: str) -> None:
+    assert Connection(account=NOTES, url="u", state=state, authorizing=authorizing).label == label

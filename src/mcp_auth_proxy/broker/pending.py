@@ -1,4 +1,4 @@
-"""What requests wait for while a user authorizes."""
+"""The pending authorization that requests wait for while a user authorizes."""
 
 import asyncio
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mcp_auth_proxy.models import AccessToken, Flow
 class PendingAuthorization:
     """A flow that waits for its user. All requests of the account wait for the same one.
 
-    Shortly before a flow expires it is replaced by another; whoever waits for the first then waits for both.
+    Shortly before a flow expires it is replaced by another; requests that wait for the first then wait for both.
     """
 
     flow: Flow

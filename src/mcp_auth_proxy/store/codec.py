@@ -1,4 +1,4 @@
-"""Turns the frozen values of ``models`` into rows and back, sealing and opening their secrets."""
+"""Turn the frozen values of ``models`` into rows and back, sealing and opening their secrets."""
 
 import json
 import secrets

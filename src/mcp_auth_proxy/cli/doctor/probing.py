@@ -71,7 +71,7 @@ def _demands(answer: ProbeResponse) -> bool:
 
 
 def _is_result(answer: ProbeResponse) -> bool:
-    """Whether the request was served. An error with HTTP 200 does not count; an event stream does."""
+    """Return whether the request was served. An error with HTTP 200 does not count; an event stream does."""
     if not 200 <= answer.status < 300:
         return False
     try:
