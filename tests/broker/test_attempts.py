@@ -77,7 +77,7 @@ async def test_the_browser_that_opened_the_link_is_accepted(setup: Setup) -> Non
     assert query(visit)["code_challenge_method"] == "S256"
 
 
-async def test_each_visit_has_secrets_of_its_own_and_spoils_no_other(setup: Setup) -> None:
+async def test_each_attempt_has_its_own_secrets_and_does_not_affect_others(setup: Setup) -> None:
     (first, state), (second, other) = await setup.open(), await setup.open()
     assert state != other
     assert query(first)["code_challenge"] != query(second)["code_challenge"]
@@ -86,19 +86,19 @@ async def test_each_visit_has_secrets_of_its_own_and_spoils_no_other(setup: Setu
     await setup.attempts.accept({"state": [other]}, cookies_of(second))
 
 
-async def test_a_callback_is_good_once(setup: Setup) -> None:  # T12
+async def test_a_callback_is_accepted_once(setup: Setup) -> None:  # T12
     visit, state = await setup.open()
     await setup.attempts.accept({"state": [state]}, cookies_of(visit))
     assert await setup.refused(state, cookies_of(visit)) == 400
 
 
-async def test_a_callback_after_the_flows_time_is_refused(setup: Setup) -> None:  # T12
+async def test_a_callback_after_the_flow_has_expired_is_refused(setup: Setup) -> None:  # T12
     visit, state = await setup.open()
     setup.clock.now = NOW + 600
     assert await setup.refused(state, cookies_of(visit)) == 400
 
 
-async def test_another_browser_is_refused_and_does_not_use_the_visit_up(setup: Setup) -> None:  # T13
+async def test_another_browser_is_refused_and_does_not_use_up_the_attempt(setup: Setup) -> None:  # T13
     visit, state = await setup.open()
     other, _ = await setup.open()
     wrong = [
@@ -143,9 +143,7 @@ async def test_a_callback_for_a_flow_that_has_ended_is_refused(setup: Setup, sta
     ("server", "flow_id", "status"),
     [("linear", "flow-2", 404), ("linear", "", 404), ("other", "flow-1", 404), ("", "flow-1", 404)],
 )
-async def test_a_link_that_was_never_given_out_is_not_known(
-    setup: Setup, server: str, flow_id: str, status: int
-) -> None:
+async def test_an_unknown_link_is_refused(setup: Setup, server: str, flow_id: str, status: int) -> None:
     with pytest.raises(CallbackRefused) as refused:
         await setup.attempts.open(server, flow_id)
     assert refused.value.status == status
@@ -204,7 +202,7 @@ async def test_the_cookie_lives_no_longer_than_the_flow(setup: Setup) -> None:
     assert visit.max_age == 1
 
 
-async def test_many_visits_leave_the_newest_usable(setup: Setup) -> None:
+async def test_after_many_attempts_the_newest_are_usable(setup: Setup) -> None:
     opened = []
     for _ in range(30):
         setup.clock.now += 1
@@ -215,7 +213,7 @@ async def test_many_visits_leave_the_newest_usable(setup: Setup) -> None:
     assert await setup.refused(state, cookies_of(visit)) == 400
 
 
-async def test_nothing_secret_shows_in_a_repr(setup: Setup) -> None:  # T45
+async def test_no_secret_is_shown_in_a_repr(setup: Setup) -> None:  # T45
     visit, state = await setup.open()
     assert state not in repr(visit)
     assert visit.cookie_value not in repr(visit)

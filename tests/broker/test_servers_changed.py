@@ -76,7 +76,7 @@ async def test_a_server_that_comes_back_has_its_grant_again(
     assert issuer.authorizations == 1
 
 
-async def test_what_waits_for_a_removed_server_is_told_and_its_link_is_dead(setup: BrokerSetup) -> None:
+async def test_requests_that_wait_for_a_removed_server_get_the_reason_and_its_link_ends(setup: BrokerSetup) -> None:
     pending = await setup.pending()
     callback = await setup.callback(pending)
     waiting = asyncio.create_task(pending.wait(5))
@@ -233,7 +233,7 @@ async def test_a_change_that_does_not_concern_the_grant_keeps_token_and_flow(
     assert setup.broker.token_nowait(NOTES) == (True, token)
 
 
-async def test_what_waits_for_a_changed_server_is_told_and_may_try_again(
+async def test_requests_that_wait_for_a_changed_server_get_the_reason_and_may_try_again(
     setup: BrokerSetup, servers: Servers, issuer: FakeAuthorizationServer
 ) -> None:
     pending = await setup.pending()
@@ -246,7 +246,7 @@ async def test_what_waits_for_a_changed_server_is_told_and_may_try_again(
     assert {request.bearer for request in elsewhere.calls()} == {None, token.header.decode().removeprefix("Bearer ")}
 
 
-async def test_a_pinned_issuer_ends_what_waits_for_another(setup: BrokerSetup) -> None:
+async def test_a_pinned_issuer_ends_flows_of_another(setup: BrokerSetup) -> None:
     pending = await setup.pending()
     change(setup, oauth=OAuthSettings(issuer="https://as.example"))
     with pytest.raises(AuthorizationDenied, match=CHANGED):

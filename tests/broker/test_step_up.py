@@ -41,13 +41,13 @@ def test_a_challenge_without_scopes_asks_for_nothing_new() -> None:
         count(step_ups, "", already="")
 
 
-def test_another_server_has_a_count_of_its_own() -> None:
+def test_each_server_has_its_own_count() -> None:
     step_ups = exhausted(Clock())
 
     count(step_ups, "write", key=("local", "mail"))
 
 
-def test_a_new_scope_begins_the_count_anew() -> None:
+def test_a_new_scope_resets_the_count() -> None:
     step_ups = exhausted(Clock())
 
     count(step_ups, "write admin")

@@ -72,7 +72,7 @@ def refused(reply: McpResponse) -> bool:
     return bool(reply.message.get("result", {}).get("isError"))
 
 
-async def test_a_grant_is_durable_when_the_page_says_so(machine: Machine) -> None:
+async def test_a_grant_is_durable_once_the_page_confirms_it(machine: Machine) -> None:
     async with machine.proxy() as (proxy, client):
         await machine.log_in(client)
         await proxy.stop(signal.SIGKILL)
@@ -81,7 +81,7 @@ async def test_a_grant_is_durable_when_the_page_says_so(machine: Machine) -> Non
     assert machine.issuer.authorizations == 1
 
 
-async def test_an_open_link_outlives_a_crash(machine: Machine) -> None:
+async def test_an_open_link_survives_a_crash(machine: Machine) -> None:
     async with machine.proxy() as (proxy, client):
         link = link_in((await client.call("echo")).message)
         await proxy.stop(signal.SIGKILL)

@@ -50,7 +50,7 @@ def free_address() -> Address:
 
 
 @pytest.mark.parametrize("supported", [True, False])
-async def test_behind_https_our_metadata_document_is_the_client_where_it_may_be(
+async def test_behind_https_our_metadata_document_is_the_client_if_supported(
     servers: Servers, tmp_path: Path, supported: bool
 ) -> None:
     address = free_address()

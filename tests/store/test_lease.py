@@ -18,7 +18,7 @@ def test_a_living_process_holds() -> None:
     assert is_held(f"{HOST}:{os.getpid()}:random", NOW, NOW)
 
 
-def test_names_differ() -> None:
+def test_owner_names_differ() -> None:
     assert new_owner() != new_owner()
 
 
