@@ -1,4 +1,4 @@
-"""Texts of errors: what never stands in them."""
+"""Texts of errors never contain query values."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The fakes enforce what they claim: else the tests that lean on them would prove nothing."""
+"""The fakes enforce what they claim: otherwise the tests that use them would prove nothing."""
 
 import asyncio
 import contextlib

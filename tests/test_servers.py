@@ -1,4 +1,4 @@
-"""The server map has one owner, who tells what changes."""
+"""The server map has one owner, which reports every change."""
 
 from collections.abc import Callable
 
@@ -49,41 +49,41 @@ def test_a_secret_that_was_read_again_is_a_change() -> None:
 
 def test_without_a_change_no_callback_is_called_and_the_new_order_is_used() -> None:
     registry = ServerRegistry(servers("a", "b"))
-    registry.on_change(lambda change: pytest.fail(f"told of {change}"))
+    registry.on_change(lambda change: pytest.fail(f"called with {change}"))
     assert not registry.replace(servers("b", "a"))
     assert list(registry) == ["b", "a"]
 
 
 def test_callbacks_are_called_in_order_until_they_unsubscribe() -> None:
     registry = ServerRegistry({})
-    told: list[str] = []
+    calls: list[str] = []
 
     def first(change: ServerChange) -> None:
-        told.append("first")
+        calls.append("first")
 
     end_once = registry.on_change(first)
     registry.on_change(first)
-    registry.on_change(lambda change: told.append("last"))
+    registry.on_change(lambda change: calls.append("last"))
     end_once()
     end_once()  # which ends only its own subscription
     registry.replace(servers("a"))
-    assert told == ["first", "last"]
+    assert calls == ["first", "last"]
 
 
 def test_a_callback_may_unsubscribe_while_it_is_called() -> None:
     registry = ServerRegistry({})
-    told: list[str] = []
+    calls: list[str] = []
     ends: list[Callable[[], None]] = []
 
     def once(change: ServerChange) -> None:
-        told.append("once")
+        calls.append("once")
         ends[0]()
 
     ends.append(registry.on_change(once))
-    registry.on_change(lambda change: told.append("always"))
+    registry.on_change(lambda change: calls.append("always"))
     registry.replace(servers("a"))
     registry.replace(servers("b"))
-    assert told == ["once", "always", "always"]
+    assert calls == ["once", "always", "always"]
 
 
 def test_a_change_is_described_in_words() -> None:

@@ -1,4 +1,4 @@
-"""The broker's verbs: tokens, challenges, callbacks, and what the commands ask of it."""
+"""The broker's methods: tokens, challenges, callbacks, and those for the commands."""
 
 import asyncio
 from dataclasses import replace

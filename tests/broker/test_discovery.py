@@ -1,4 +1,4 @@
-"""From a server to its authorization server: which documents are asked for, and what is made of them."""
+"""Discovery of the authorization server: which documents are fetched, and what follows from them."""
 
 from collections.abc import AsyncIterator, Callable
 from typing import Any

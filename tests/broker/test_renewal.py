@@ -1,4 +1,4 @@
-"""When and how a grant is renewed, on a real store, with a clock of our own and a scripted token endpoint."""
+"""When and how a grant is renewed, on a real store, with a fake clock and a scripted token endpoint."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -301,7 +301,7 @@ async def test_a_clock_that_is_set_back_does_not_prolong_the_backoff(setup: Setu
 
 
 class Watched(Grants):
-    """Tells when somebody was turned away."""
+    """Report when a second owner was refused the lease."""
 
     def __init__(self, database: Engine) -> None:
         super().__init__(database)
@@ -330,7 +330,7 @@ async def test_a_second_renewer_waits_for_the_first_and_sends_nothing(setup: Set
 
 
 async def test_a_late_result_is_fenced_off(setup: Setup) -> None:  # F13
-    """The first is stopped for so long that another takes over; what the other stored counts."""
+    """The first is stopped for so long that another takes over, whose result is the one to keep."""
     second = setup.another_renewer()
 
     async def taken_over() -> None:

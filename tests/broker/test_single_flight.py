@@ -1,4 +1,4 @@
-"""One piece of work per key, however many want it and whatever becomes of them."""
+"""One piece of work per key, however many callers there are and even if they are cancelled."""
 
 import asyncio
 import gc

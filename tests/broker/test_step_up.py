@@ -1,4 +1,4 @@
-"""Asking again for what was asked for already is bounded, over all requests."""
+"""Repeated authorizations for the same scopes are bounded, over all requests."""
 
 import pytest
 

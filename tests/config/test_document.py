@@ -1,4 +1,4 @@
-"""YAML, read so that nothing is guessed."""
+"""Reading YAML without guessing types."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What the oauth section of a server may say, grant by grant."""
+"""The oauth section of a server, grant by grant."""
 
 from pathlib import Path
 

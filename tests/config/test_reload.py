@@ -114,8 +114,8 @@ async def test_a_file_with_errors_changes_nothing_and_each_error_is_logged_on_it
         await folder.next_change()
     start = f"configuration not reloaded: {folder.config}: "
     assert all(message.startswith(start) for message in caplog.messages[:4])
-    told = [message.removeprefix(start) for message in caplog.messages[:4]]
-    assert [line.split(":")[0] for line in told] == ["nonsense", "servers.a.url", "servers.b.url", "line 2, column 1"]
+    logged = [message.removeprefix(start) for message in caplog.messages[:4]]
+    assert [line.split(":")[0] for line in logged] == ["nonsense", "servers.a.url", "servers.b.url", "line 2, column 1"]
     assert {record.levelname for record in caplog.records[:4]} == {"ERROR"}
     assert metrics.last_reload_successful.labels().value == 1
 
@@ -199,7 +199,7 @@ async def test_secret_files_are_still_watched_while_the_configuration_is_broken(
         folder.replace("servers: [")
         await until(lambda: len(caplog.messages) == 1)
         write_secret(folder, "new")
-        await until(lambda: len(caplog.messages) == 2)  # told again, since something changed
+        await until(lambda: len(caplog.messages) == 2)  # logged again, because something changed
         folder.replace(WITH_SECRET)
         assert secret_of((await folder.next_change()).settings) == Secret("new")
 
@@ -221,7 +221,7 @@ async def test_a_swapped_symbolic_link_is_a_change(folder: Folder) -> None:
 
 
 async def test_a_file_is_not_read_while_it_is_being_saved(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
-    """Each state on the way is valid; only the last one is meant."""
+    """Each intermediate state is valid, but only the last one is intended."""
     folder.write("a")
     folder.start(settle_time=0.5)
     text = "servers:\n" + "".join(f"  s{n}: {{url: https://s{n}.example/mcp}}\n" for n in range(8))

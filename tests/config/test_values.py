@@ -1,4 +1,4 @@
-"""What the texts of a configuration mean."""
+"""Parsing the values of the configuration."""
 
 from collections.abc import Callable
 

@@ -26,7 +26,7 @@ CANARY = "cAnArY-of-an-argument"
 async def logging_proxy(
     servers: Servers, folder: Path, *arguments: str, **server: Any
 ) -> AsyncIterator[tuple[ProxyProcess, FakeMcpServer]]:
-    """A proxy process with a token at hand, started with these arguments."""
+    """A proxy process that has a token already, started with these arguments."""
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
     config = write_config(folder, {"notes": unattended(issuer, upstream.url, folder, **server)})

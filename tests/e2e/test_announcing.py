@@ -1,4 +1,4 @@
-"""How a user hears that an authorization is needed: the link in the log at once, and a browser opened once."""
+"""How a user learns that an authorization is needed: the link in the log at once, and a browser opened once."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ CANARY = "$(touch canary)`touch canary`;touch canary&|touch canary"
 
 
 class BrowserScript:
-    """What ``$BROWSER`` names: it records how it is called, and then does ``more``."""
+    """The program in ``$BROWSER``: it records how it is called, and then does ``more``."""
 
     def __init__(self, folder: Path, more: str = "") -> None:
         self._record = folder / "opened"
@@ -65,7 +65,7 @@ async def test_with_json_logs_each_line_on_stderr_is_json_and_one_has_the_link(
     servers: Servers, tmp_path: Path
 ) -> None:
     config = await configured(servers, tmp_path, wait="0s")
-    assert (await run_command("logout", "notes", "--config", str(config)))[0] == 0  # the key is made and told
+    assert (await run_command("logout", "notes", "--config", str(config)))[0] == 0  # the key is created and announced
     async with proxy_process(config, "--log-format", "json") as proxy, proxy.client("notes") as client:
         link = link_in((await client.call("echo", text="x")).message)
         await until(lambda: link in proxy.err)

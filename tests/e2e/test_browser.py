@@ -1,4 +1,4 @@
-"""The pages in a real browser: consent to its end, what other pages can't do to the proxy, and how it looks."""
+"""The pages in a real browser: a complete consent, attacks by other pages, and how the pages look."""
 
 import asyncio
 import shutil

@@ -1,4 +1,4 @@
-"""The link and the callback: what a browser may bring back, from whom, how often, and what it is then shown."""
+"""The link and the callback: which responses are accepted, from which browser, how often, and the pages shown."""
 
 import asyncio
 import socket
@@ -170,7 +170,7 @@ async def test_an_error_is_shown_escaped_and_sent_to_waiting_requests(servers: S
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "text"),
     [
         (FakeResponse.json({"error": "invalid_grant", "error_description": "<b>no</b>"}, 400), "invalid_grant"),
         (FakeResponse.html(status=500), "500"),
@@ -180,16 +180,16 @@ async def test_an_error_is_shown_escaped_and_sent_to_waiting_requests(servers: S
     ids=["refused", "broken", "dropped", "unusable"],
 )
 async def test_a_failed_token_request_is_shown_to_browser_and_client(
-    servers: Servers, tmp_path: Path, answer: FakeResponse, told: str
+    servers: Servers, tmp_path: Path, answer: FakeResponse, text: str
 ) -> None:
     async with proxy_setup(servers, tmp_path, wait="20s", issuer={"answers": {"token": answer}}) as setup:
         call = asyncio.create_task(setup.ask())
         page = await consent(await setup.proxy.next_link())
         assert page.status_code >= 400
-        assert told in page.text
+        assert text in page.text
         assert "<b>" not in page.text
         reply = await call
-        assert told in reply.error["message"]
+        assert text in reply.error["message"]
         assert reply.status not in (401, 500)
         assert "/connect/" not in str(reply.message)
 

@@ -1,4 +1,4 @@
-"""The commands as a user runs them: exit codes, what goes to which stream, and one line for each fault."""
+"""The commands as a user runs them: exit codes, what goes to which stream, and one line for each error."""
 
 import hashlib
 import json
@@ -88,8 +88,8 @@ async def test_all_errors_of_the_file_are_reported_at_once(tmp_path: Path, comma
     config.write_text(FAULTY)
     code, out, err = await run_command(command, "--config", str(config))
     assert (code, out) == (2, "")
-    told = re.findall(rf"^error: {re.escape(str(config))}: ([\w.]+): \S", err, re.MULTILINE)
-    assert [path for path in FAULTY_PATHS if path not in told] == []
+    reported = re.findall(rf"^error: {re.escape(str(config))}: ([\w.]+): \S", err, re.MULTILINE)
+    assert [path for path in FAULTY_PATHS if path not in reported] == []
     # Only what goes on to use a secret needs it.
     secret_missing = command != "status"
     assert ("NOT_SET_ANYWHERE" in err) is secret_missing

@@ -1,4 +1,4 @@
-"""What an MCP client is answered while a human is needed: the table of the contract, by kind of client."""
+"""The answers to an MCP client while a user is needed: the table in docs/architecture.md, by kind of client."""
 
 import asyncio
 import gzip

@@ -1,4 +1,4 @@
-"""kill -9 at the worst moments: what was acknowledged is there after the restart, and what was lost is explained."""
+"""kill -9 at the worst moments: acknowledged data is there after the restart, and a loss is explained."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ class Machine:
         return row
 
     def process_but_never_answer(self, received: RecordedRequest) -> FakeResponse:
-        """The refresh is done: the old token is spent; the answer is on its way for ever."""
+        """The refresh is processed and the old token used up, but the response never arrives."""
         form = received.form
         client = self.issuer.ledger.clients[form["client_id"]]
         self.issuer.ledger.refresh(client, refresh_token=form["refresh_token"], resource=form["resource"], scopes=())

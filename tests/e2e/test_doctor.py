@@ -1,4 +1,4 @@
-"""``doctor``: its verdict is what the proxy then does, in the proxy's own words, and nothing is done on the way."""
+"""``doctor``: its verdict matches what the proxy does, in the proxy's own words, and it changes nothing."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Ordinary calls, which are passed on without a task of their own, and all that can still become of them."""
+"""Ordinary calls on the fast path, and all the ways in which they can end."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ def tasks_of_requests() -> int:
 
 @contextlib.asynccontextmanager
 async def warm(folder: Path, upstream: RawServer, timeout: str = "5s") -> AsyncIterator[tuple[RunningProxy, RawClient]]:
-    """A client of a server that demands no token. Its first call is over: what follows is passed on."""
+    """A client of a server that requires no token. Its first call is over: the next ones take the fast path."""
     server = {"url": upstream.url, "upstream_timeout": timeout}
     async with running_proxy(folder, {"notes": server}) as proxy, RawClient.to(proxy.origin) as raw:
         raw.post(CALL)
@@ -215,7 +215,7 @@ async def test_pipelined_calls_are_answered_in_their_order(tmp_path: Path) -> No
 
 
 async def settled_at(value: Callable[[], int], wanted: int) -> int:
-    """Wait, bounded, for a number to become what is wanted; return what it is in the end."""
+    """Wait, bounded, for a number to become the wanted one; return the last number."""
     with contextlib.suppress(AssertionError):
         await until(lambda: value() >= wanted, timeout=1)
     return value()

@@ -1,4 +1,4 @@
-"""Authorization servers that forgot our registration, or list more than they give."""
+"""Authorization servers that forgot our registration, or list more than they grant."""
 
 import asyncio
 import json

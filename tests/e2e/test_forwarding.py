@@ -174,9 +174,9 @@ async def test_an_outage_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptur
     url = "http://127.0.0.1:9/mcp"
     async with running_proxy(tmp_path, {"notes": url}) as proxy, proxy.client("notes") as client:
         assert [(await client.call("x")).status for _ in range(3)] == [502, 502, 502]
-    told = [message for message in caplog.messages if "server notes: " in message]
-    assert len(told) == 1
-    assert "connection refused" in told[0]
+    logged = [message for message in caplog.messages if "server notes: " in message]
+    assert len(logged) == 1
+    assert "connection refused" in logged[0]
 
 
 async def test_body_limit_counts_announced_and_chunked_bytes(servers: Servers, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Clients that mean harm: paths that are not plain, broken framing, foreign Hosts and Origins, and endless patience."""
+"""Hostile clients: paths that are not canonical, broken framing, foreign Hosts and Origins, and slow requests."""
 
 import asyncio
 import json

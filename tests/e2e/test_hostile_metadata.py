@@ -1,4 +1,4 @@
-"""Hostile servers and authorization servers: each document is refused by name and rule, and nothing goes astray."""
+"""Hostile servers and authorization servers: each document is refused by name and rule, and no secret is sent."""
 
 import asyncio
 import gzip
@@ -119,10 +119,10 @@ async def test_a_relative_resource_metadata_is_ignored_and_logged(
     async with proxy_setup(servers, tmp_path, upstream={"challenges": challenge_naming(value)}) as setup:
         await setup.connect()
         assert setup.issuer.registrations == 1
-    told = [record.getMessage() for record in caplog.records if "RFC 9728 §5.1" in record.getMessage()]
-    assert len(told) == 1
-    assert "notes" in told[0]
-    assert value in told[0]
+    logged = [record.getMessage() for record in caplog.records if "RFC 9728 §5.1" in record.getMessage()]
+    assert len(logged) == 1
+    assert "notes" in logged[0]
+    assert value in logged[0]
 
 
 @pytest.mark.parametrize("url", ["javascript:alert(1)", "file:///etc/passwd", "https://", "ftp://as.example/x"])

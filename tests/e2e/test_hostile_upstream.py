@@ -50,7 +50,7 @@ BROKEN = {
 
 @contextlib.asynccontextmanager
 async def open_proxy(folder: Path, upstream: RawServer) -> AsyncIterator[tuple[RunningProxy, httpx2.AsyncClient]]:
-    """The proxy before a server that demands no token."""
+    """The proxy in front of a server that requires no token."""
     async with (
         running_proxy(folder, {"notes": {"url": upstream.url, "upstream_timeout": "5s"}}) as proxy,
         httpx2.AsyncClient(base_url=proxy.origin, trust_env=False, timeout=10) as http,

@@ -1,4 +1,4 @@
-"""``login``, ``logout`` and ``status`` from a terminal, beside a running proxy and without one."""
+"""``login``, ``logout`` and ``status`` from a terminal, with and without a running proxy."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ class Login:
         self.out = ""
 
     async def link(self) -> str:
-        """The link, as soon as it stands on stdout."""
+        """The link, as soon as it is printed."""
         assert self.process.stdout is not None
         async with asyncio.timeout(15):
             async for raw in self.process.stdout:
@@ -207,7 +207,7 @@ async def test_a_failed_login_is_one_line_and_exit_1(servers: Servers, tmp_path:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         closed = sock.getsockname()[1]
     config = write_config(tmp_path, {"page": web.url, "dead": f"http://127.0.0.1:{closed}/mcp"})
-    await run_command("logout", "dead", "--config", str(config))  # the key is made and told
+    await run_command("logout", "dead", "--config", str(config))  # the key is created and announced
     for name, words in {"page": f"Is {web.url} its MCP endpoint?", "dead": "connection refused"}.items():
         code, _, err = await run_command("login", name, "--config", str(config))
         assert (code, len(err.splitlines())) == (1, 1), err

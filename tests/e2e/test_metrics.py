@@ -71,7 +71,7 @@ WAITING = of_server("mcp_auth_proxy_requests_waiting_for_consent")
 
 
 async def until_scraped(proxy: RunningProxy, expected: Mapping[str, float]) -> Numbers:
-    """Scrape, bounded, until the samples have these values: some are counted just behind the answer."""
+    """Scrape, bounded, until the samples have these values: some are counted just after the response."""
     for _ in range(100):
         numbers = await scrape(proxy)
         found = {name: numbers.get(name) for name in expected}

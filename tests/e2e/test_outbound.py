@@ -1,4 +1,4 @@
-"""How a running proxy reads its environment for what it sends out: forward proxies, and what it imports for it."""
+"""Outbound requests of a running proxy: forward proxies in its environment, and one HTTP client."""
 
 import asyncio
 import subprocess

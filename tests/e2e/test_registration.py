@@ -1,4 +1,4 @@
-"""Becoming a client, in the order of the contract, and what is sent to which authorization server under which name."""
+"""Client registration in the documented order, and which credentials are sent to which authorization server."""
 
 import base64
 from collections.abc import AsyncIterator

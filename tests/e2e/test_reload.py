@@ -1,4 +1,4 @@
-"""A configuration that changes while the proxy serves: what is new is served, what is gone ends cleanly."""
+"""A configuration that changes while the proxy serves: new servers are served, removed ones end cleanly."""
 
 import asyncio
 import os
@@ -152,8 +152,8 @@ async def test_an_invalid_file_changes_nothing_and_says_why_each_time(servers: S
         good = open_server(alpha)
         rewrite(config, {"alpha": {"url": "ftp://x"}, "beta": {}}, nonsense=1)
         await until(lambda: proxy.err.count("configuration not reloaded") == 3)
-        told = re.findall(r"error   configuration not reloaded: \S+: (\S+): ", proxy.err)
-        assert sorted(told) == ["nonsense", "servers.alpha.url", "servers.beta.url"]
+        logged = re.findall(r"error   configuration not reloaded: \S+: (\S+): ", proxy.err)
+        assert sorted(logged) == ["nonsense", "servers.alpha.url", "servers.beta.url"]
         rewrite(config, {"alpha": good, "beta": {}})
         await until(lambda: proxy.err.count("configuration not reloaded") == 5)
         async with proxy.client("alpha") as client:

@@ -1,4 +1,4 @@
-"""The life of a grant: renewed ahead of time, once for all who need it, and kept through every failure that passes."""
+"""The life of a grant: renewed ahead of time, once for all requests, and kept through temporary failures."""
 
 import asyncio
 from pathlib import Path

@@ -30,7 +30,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The same without SQLite's index of the log: scratch memory, made anew by whoever opens first after a crash."""
+    """The same without SQLite's index of the log: shared memory that is rebuilt after a crash."""
     return {name: content for name, content in files(folder).items() if not name.endswith("-shm")}
 
 
@@ -48,7 +48,7 @@ async def log_in(client: PlainClient) -> None:
 
 
 def talkative(issuer: FakeAuthorizationServer) -> Callable[[RecordedRequest], FakeResponse | None]:
-    """Repeats in its errors whatever it was sent."""
+    """Repeat everything that was sent in the errors."""
 
     def refuse(received: RecordedRequest) -> FakeResponse | None:
         said = " ".join(f"{name}={value}" for name, value in received.form.items())

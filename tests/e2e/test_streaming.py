@@ -1,4 +1,4 @@
-"""Bytes on their way: large bodies, events one by one, slow readers, clients that leave, and the SDK's own client."""
+"""Streaming: large bodies, events one by one, slow readers, clients that disconnect, and the SDK's own client."""
 
 import asyncio
 import json

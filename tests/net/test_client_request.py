@@ -1,4 +1,4 @@
-"""What a handler sees of a request, and how its response reaches the client: over real sockets."""
+"""A request as a handler sees it, and how its response reaches the client: over real sockets."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -34,7 +34,7 @@ class Requests:
 
 class Client(RawClient):
     async def piece(self) -> bytes:
-        """Return what is here of a response as soon as something is; ``b""`` at the end of the connection."""
+        """Return the next bytes of a response as soon as there are some; ``b""`` at the end of the connection."""
         return await asyncio.wait_for(self.reader.read(65536), 5)
 
 
@@ -46,7 +46,7 @@ async def never(request: ClientRequest) -> None:
 async def client_of(
     serve: Serve = never, fast_path: Callable[[ClientRequest], bool] = lambda request: False, buffer: int | None = None
 ) -> AsyncIterator[Client]:
-    """Connect to a listener whose requests are served as told."""
+    """Connect to a listener whose requests are served by ``serve``."""
     async with (
         listener(Requests(serve, fast_path)) as port,
         Client.to(f"http://127.0.0.1:{port}", buffer=buffer) as client,
@@ -431,10 +431,10 @@ async def test_a_client_that_leaves_is_reported_once() -> None:
     served: list[ClientRequest] = []
 
     async def serve(request: ClientRequest) -> None:
-        request.when_disconnected(lambda: lost.append("told"))
+        request.when_disconnected(lambda: lost.append("called"))
         served.append(request)
         await request.wait_closed()
-        request.when_disconnected(lambda: lost.append("told at once"))
+        request.when_disconnected(lambda: lost.append("called at once"))
         await request.write(b"dropped")
         request.respond(200, [], b"dropped")
         lost.append("end")
@@ -444,7 +444,7 @@ async def test_a_client_that_leaves_is_reported_once() -> None:
         await until(lambda: served)
         client.drop()
         await until(lambda: len(lost) == 3)
-    assert lost == ["told", "told at once", "end"]
+    assert lost == ["called", "called at once", "end"]
     assert (served[0].disconnected, served[0].complete) == (True, False)
 
 
@@ -453,7 +453,7 @@ async def test_a_client_that_leaves_after_its_response_is_not_reported() -> None
     served: list[ClientRequest] = []
 
     def respond(request: ClientRequest) -> bool:
-        request.when_disconnected(lambda: lost.append("told"))
+        request.when_disconnected(lambda: lost.append("called"))
         request.respond(204, [], b"")
         served.append(request)
         return True

@@ -1,4 +1,4 @@
-"""How connections are opened: addresses, TLS, forward proxies, and what an error says if none can be."""
+"""How connections are opened: addresses, TLS, forward proxies, and the errors if none can be opened."""
 
 import asyncio
 import contextlib

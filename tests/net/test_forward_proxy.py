@@ -1,4 +1,4 @@
-"""How the environment names a forward proxy, and what goes direct: one reading for upstreams and OAuth documents."""
+"""The forward proxy of the environment and NO_PROXY: one reading for upstreams and OAuth documents."""
 
 import logging
 

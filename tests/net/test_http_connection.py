@@ -1,4 +1,4 @@
-"""One HTTP/1.1 exchange: what counts as a response, and what is refused as none.
+"""One HTTP/1.1 request and its response: which bytes are a response, and which are refused.
 
 The connection is driven through a transport in memory, which decides how the bytes are split on their way.
 """
@@ -69,8 +69,8 @@ class Wire(asyncio.Transport):
         self._reading = True
 
 
-class Home:
-    """An owner of connections that notes what it is told."""
+class RecordingOwner:
+    """An owner of connections that records its callbacks."""
 
     name = "up.example:80"
 
@@ -94,9 +94,9 @@ class Line:
     """A connection, its transport and its owner."""
 
     def __init__(self) -> None:
-        self.home = Home()
+        self.owner = RecordingOwner()
         self.wire = Wire()
-        self.connection = HttpConnection(self.home, None)  # type: ignore[arg-type]  # the transport here has no socket
+        self.connection = HttpConnection(self.owner, None)  # type: ignore[arg-type]  # the transport here has no socket
         self.connection.connection_made(self.wire)
 
     def ask(self, method: bytes = b"POST", timeout: float = 60.0) -> asyncio.Future[Response]:
@@ -118,7 +118,7 @@ class Line:
 
 @dataclass
 class Outcome:
-    """What became of an exchange. ``error`` is about the head if ``status`` is 0, else about the body."""
+    """The outcome of a request. ``error`` is about the head if ``status`` is 0, else about the body."""
 
     status: int = 0
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
@@ -132,7 +132,7 @@ async def play(pieces: Iterable[bytes], method: bytes = b"POST", *, end: bool = 
     answer = line.ask(method)
     for piece in pieces:
         line.receive(piece)
-    reused = line.home.back == [line.connection] and not line.wire.closed
+    reused = line.owner.back == [line.connection] and not line.wire.closed
     if end:
         line.end()
     assert answer.done()
@@ -327,7 +327,7 @@ async def test_a_connection_with_part_of_the_request_unsent_is_not_used_again() 
     line.wire.unsent = 1
     line.ask()
     line.receive(THEN_OK)
-    assert (line.wire.closed, line.home.back) == ("closed", [])
+    assert (line.wire.closed, line.owner.back) == ("closed", [])
 
 
 async def test_unsolicited_bytes_close_an_idle_connection() -> None:
@@ -335,7 +335,7 @@ async def test_unsolicited_bytes_close_an_idle_connection() -> None:
     line.ask()
     line.receive(THEN_OK)
     line.receive(THEN_OK)
-    assert (line.wire.closed, line.home.lost) == ("closed", [True])
+    assert (line.wire.closed, line.owner.lost) == ("closed", [True])
 
 
 async def test_a_connection_carries_one_request_after_another() -> None:
@@ -354,7 +354,7 @@ async def test_a_close_before_the_response_is_stale_on_a_reused_connection() -> 
     answer = line.ask()
     line.end()
     assert isinstance(answer.exception(), StaleConnection)
-    assert line.home.stale_after == [0.0]
+    assert line.owner.stale_after == [0.0]
 
 
 @pytest.mark.parametrize("size", [HEAD_LIMIT - 1, HEAD_LIMIT, HEAD_LIMIT + 1, 3 * HEAD_LIMIT])
@@ -425,7 +425,7 @@ async def test_a_response_that_ends_while_reading_is_paused_frees_the_connection
     line.receive(b"x" * READ_AHEAD)
     line.receive(b"x" * READ_AHEAD)
     assert line.wire.is_reading()
-    assert line.home.back == [line.connection]
+    assert line.owner.back == [line.connection]
     assert len(await response.read()) == 2 * READ_AHEAD
     assert response.complete
 
@@ -435,7 +435,7 @@ async def test_closing_an_incomplete_response_aborts_only_its_connection() -> No
     response = await _head(line, OK + b"Content-Length: 9\r\n\r\nhello")
     response.close()
     response.close()
-    assert (line.wire.closed, line.home.lost) == ("aborted", [False])
+    assert (line.wire.closed, line.owner.lost) == ("aborted", [False])
     line = Line()
     response = await _head(line, THEN_OK)
     response.close()
@@ -484,7 +484,7 @@ async def test_a_consumer_gets_what_has_arrived_at_once_and_the_rest_read_by_rea
     assert consumer.events == [b"ab", b"cd"]
     line.receive(b"e\r\n0\r\n\r\n")
     assert consumer.events == [b"ab", b"cd", b"e", None]
-    assert line.home.back == [line.connection]
+    assert line.owner.back == [line.connection]
     assert response.complete
 
 
@@ -509,7 +509,7 @@ async def test_the_connection_can_be_reused_as_soon_as_the_consumer_gets_the_end
     line = Line()
     response = await _head(line, OK + CHUNKED + b"\r\n")
     seen: list[list[HttpConnection]] = []
-    response.consume(lambda _: seen.append(list(line.home.back)), lambda _: seen.append(list(line.home.back)))
+    response.consume(lambda _: seen.append(list(line.owner.back)), lambda _: seen.append(list(line.owner.back)))
     line.receive(b"1\r\na\r\n0\r\n\r\n")
     assert seen == [[line.connection], [line.connection]]
 
@@ -552,7 +552,7 @@ async def test_a_consumer_that_closes_the_response_is_not_called_again() -> None
     response.consume(on_data, consumer.on_end)
     line.receive(b"1\r\nb\r\n0\r\n\r\n")
     assert consumer.events == [b"a"]
-    assert (line.wire.closed, line.home.lost) == ("aborted", [False])
+    assert (line.wire.closed, line.owner.lost) == ("aborted", [False])
 
 
 async def test_a_consumer_may_pause_reading() -> None:  # T39
@@ -580,7 +580,7 @@ async def test_a_paused_body_that_ends_frees_a_connection_that_reads() -> None:
     line.receive(b"0\r\n\r\n")
     assert consumer.events == [None]
     assert line.wire.is_reading()
-    assert line.home.back == [line.connection]
+    assert line.owner.back == [line.connection]
 
 
 async def test_a_consumer_takes_over_a_body_that_paused_its_connection() -> None:

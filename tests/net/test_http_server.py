@@ -589,7 +589,7 @@ def mutations(request: bytes) -> Iterable[bytes]:
 async def test_no_mutation_of_a_request_leaves_an_error_behind(
     impatient: Listener, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each gets a response with a head; nothing is logged as an error, and the listener goes on."""
+    """Each gets a response with a head; nothing is logged as an error, and the listener continues."""
     requests = list(mutations(chunked(b"hello")))
 
     async def ask(request: bytes) -> None:

@@ -1,4 +1,4 @@
-"""private_key_jwt: the assertion that stands in for a secret."""
+"""private_key_jwt: the assertion that replaces a secret."""
 
 import dataclasses
 

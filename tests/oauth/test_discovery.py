@@ -1,4 +1,4 @@
-"""Discovery: where to ask, and what the answers must be."""
+"""Discovery: the URLs of metadata, and the rules for the documents."""
 
 import contextlib
 import json

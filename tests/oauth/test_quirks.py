@@ -1,4 +1,4 @@
-"""Token answers of providers that have a form of their own."""
+"""Token responses of providers that deviate from the standard."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which scopes are asked for."""
+"""Which scopes are requested."""
 
 import pytest
 

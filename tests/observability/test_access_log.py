@@ -1,4 +1,4 @@
-"""The access log: one line for a request, and nothing in it that a client could hide a secret in."""
+"""The access log: one line for each request, without anything that could contain a secret."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Log lines: one for an event, in text or JSON, with the secrets masked and still of use to a reader."""
+"""Log lines: one for each event, as text or JSON, with secrets masked and still readable."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""No secret gets through, whatever wrote it, and what holds none can still be read."""
+"""Secrets are masked whatever wrote them, and text without secrets stays readable."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Taking an encoding off: piece by piece, bounded, and with an error for what does not hold what it says."""
+"""Decoding a body: piece by piece, bounded, and with an error if it does not match its encoding."""
 
 import gzip
 import zlib

@@ -1,4 +1,4 @@
-"""Requests that are forwarded without a task, whatever their response turns out to be."""
+"""Requests on the fast path, with every kind of response."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ def tasks_of_requests() -> int:
 
 @asynccontextmanager
 async def warm(script: Script, timeout: float = 5.0) -> AsyncIterator[tuple[RawServer, ForwardingServer, RawClient]]:
-    """A client whose first call is over: the upstream connection is kept, and the script goes on with the next."""
+    """A client whose first call is over: the upstream connection is kept, and the script continues with the next."""
 
     async def answer_first(peer: Peer) -> None:
         await peer.request()

@@ -1,4 +1,4 @@
-"""From a raw path to a server: one look-up, and nothing that could mean two things."""
+"""Mapping a raw path to a server: one look-up, and no ambiguous paths."""
 
 from urllib.parse import unquote
 

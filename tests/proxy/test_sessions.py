@@ -1,4 +1,4 @@
-"""What is remembered of sessions, and how much."""
+"""What the proxy remembers of sessions, within bounds."""
 
 from mcp_auth_proxy.proxy.sessions import LONGEST_ID, SESSIONS_REMEMBERED, Sessions
 

@@ -1,4 +1,4 @@
-"""What an MCP client is answered in the place of a 401, held against the SDK's models in both eras."""
+"""The answers to an MCP client instead of a 401, checked against the SDK's models in both eras."""
 
 import json
 from collections.abc import Mapping
@@ -81,7 +81,7 @@ def ask(document: object, *, session_elicits: bool = False) -> Any:
 
 
 def strictly(data: bytes) -> Any:
-    """Read JSON without Python's extensions: NaN and the infinities are none."""
+    """Read JSON without Python's extensions: NaN and the infinities are not JSON."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
@@ -90,7 +90,7 @@ def strictly(data: bytes) -> Any:
 
 
 def link_of(answer: Json) -> object:
-    """The link, wherever the form of the answer puts it for programs to find."""
+    """The link in any form of answer, as a program finds it."""
     if "error" in answer:
         return answer["error"]["data"].get("authorization_url")
     return answer["result"]["_meta"].get(answers.LINK_KEY)
@@ -408,22 +408,22 @@ def spell(document: object, *, escape_slashes: bool = False) -> bytes:
 def test_our_entry_is_removed_and_the_users_action_returned(action: str, escape_slashes: bool) -> None:
     body = spell(retry(**{INPUT_KEY: {"action": action}}), escape_slashes=escape_slashes)
     assert needs_inspection(body)
-    left, told = without_our_input(body)
-    assert told == action
+    left, action_found = without_our_input(body)
+    assert action_found == action
     assert strictly(left) == request(version=MODERN, name="t", arguments={"x": 1})
 
 
 def test_entries_that_the_upstream_asked_for_stay() -> None:
     theirs = {"action": "accept", "content": {"é": 1.5, "\u2028": None}}
-    left, told = without_our_input(spell(retry(**{INPUT_KEY: {"action": "accept"}, "q": theirs})))
-    assert told == "accept"
+    left, action_found = without_our_input(spell(retry(**{INPUT_KEY: {"action": "accept"}, "q": theirs})))
+    assert action_found == "accept"
     assert strictly(left) == retry(q=theirs)
 
 
 @pytest.mark.parametrize("entry", [None, 1, "accept", {}, {"action": 1}, []])
 def test_an_entry_without_an_action_counts_as_accepted(entry: object) -> None:
-    left, told = without_our_input(spell(retry(**{INPUT_KEY: entry})))
-    assert told == "accept"
+    left, action_found = without_our_input(spell(retry(**{INPUT_KEY: entry})))
+    assert action_found == "accept"
     assert b"inputResponses" not in left
 
 
@@ -451,8 +451,8 @@ def test_looking_for_a_retry_never_raises(body: bytes) -> None:
 @given(messages)
 def test_a_body_without_our_entry_is_json_as_before(message: Json) -> None:
     body = json.dumps(message).encode()
-    left, told = without_our_input(body)
-    if told:
+    left, action_found = without_our_input(body)
+    if action_found:
         assert INPUT_KEY not in strictly(left).get("params", {}).get("inputResponses", {})
     else:
         assert left == body
@@ -466,8 +466,8 @@ def test_nesting_up_to_the_limit_of_the_parser_is_handled() -> None:
             b"[" * depth,
             b"]" * depth,
         )
-        left, told = without_our_input(nested)
-        assert told == "" or strictly_shallow(left)
+        left, action_found = without_our_input(nested)
+        assert action_found == "" or strictly_shallow(left)
 
 
 def strictly_shallow(data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Which leases still hold."""
+"""Which leases are still held."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""When a browser is opened, and that nothing of a link is ever run; with real commands as browsers."""
+"""When a browser is opened, and that no shell ever runs a part of a link; with real commands as browsers."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Host and Origin: which names the proxy answers to, and which pages may ask it for anything."""
+"""Host and Origin: which names of the proxy are accepted, and which pages may send requests."""
 
 import string
 
@@ -34,7 +34,7 @@ def status(
     fetch_site: bytes | None = None,
     page_write: bool = False,
 ) -> int:
-    """The status of the refusal; 200 where there is none."""
+    """The status of the refusal; 200 if there is none."""
     headers = [(b"accept", b"*/*")]
     if host is not None:
         headers.append((b"host", host))

@@ -25,7 +25,7 @@ from store.builders import NOW, grant, registration, sha256, store_settings
 
 CALLBACK = registration().redirect_uri
 SMALL_FILES = 40_000
-"""Bytes: more than SQLite needs beside a store (-shm has 32 KiB), less than a copy of the smallest store."""
+"""Bytes: more than the other files of SQLite need (-shm has 32 KiB), less than a copy of the smallest store."""
 OPENING = """
 import asyncio, pathlib, resource, sys
 from mcp_auth_proxy.errors import StoreUnavailable
