@@ -215,7 +215,7 @@ class Attempt:
 
 
 class DPoPSigner(Protocol):
-    """Signs the proof that each request with a DPoP-bound token needs (RFC 9449 §4)."""
+    """Sign the proof that each request with a DPoP-bound token needs (RFC 9449 §4)."""
 
     def prove(self, method: bytes, target: bytes) -> bytes:
         """Return the proof for one request to the token's server. It can be used only once."""

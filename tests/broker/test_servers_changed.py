@@ -197,7 +197,7 @@ async def test_a_change_in_the_store_is_noticed_while_a_server_is_gone(
 ) -> None:
     await setup.connect()
     async with broker_setup(tmp_path, *setup.servers.values()) as another:
-        # This time the broker is not told.
+        # This time servers_changed is not called.
         del setup.servers["notes"]
         await another.broker.disconnect(NOTES)
         await until(lambda: setup.broker.token_nowait(NOTES) == (False, None))

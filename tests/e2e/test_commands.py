@@ -90,7 +90,7 @@ async def test_all_errors_of_the_file_are_reported_at_once(tmp_path: Path, comma
     assert (code, out) == (2, "")
     reported = re.findall(rf"^error: {re.escape(str(config))}: ([\w.]+): \S", err, re.MULTILINE)
     assert [path for path in FAULTY_PATHS if path not in reported] == []
-    # Only what goes on to use a secret needs it.
+    # Only commands that use a secret need it.
     secret_missing = command != "status"
     assert ("NOT_SET_ANYWHERE" in err) is secret_missing
     assert len(err.splitlines()) == len(FAULTY_PATHS) + secret_missing

@@ -48,7 +48,7 @@ async def test_a_registration_that_the_login_page_does_not_know_can_be_forgotten
         config = str(tmp_path / "mcp-auth-proxy.yaml")
         assert (await run_command("logout", "notes", "--forget-client", "--config", config))[0] == 0
         async with asyncio.timeout(3):
-            # What another process writes is noticed within a second; the request that meets it is told of the end.
+            # Changes by another process are noticed within a second; the next request gets the reason.
             while link in (text := json.dumps((await setup.ask()).message)) or "/connect/" not in text:
                 pass
         await setup.connect()

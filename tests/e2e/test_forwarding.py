@@ -266,6 +266,6 @@ async def test_a_redirect_to_another_origin_is_never_followed(servers: Servers, 
         for place in (other.url, other.url.replace("http://", "//"), f"http://localhost:{port}/mcp", "javascript:x"):
             setup.upstream.answers["ping"] = FakeResponse.redirect(place, status)
             assert (await setup.client.post("ping")).status == 502
-        setup.upstream.answers["ping"] = FakeResponse.redirect(setup.upstream.url, status)  # for ever
+        setup.upstream.answers["ping"] = FakeResponse.redirect(setup.upstream.url, status)  # forever
         assert (await setup.client.post("ping")).status == 502
     assert other.peers == []

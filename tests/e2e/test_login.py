@@ -275,7 +275,7 @@ async def test_status_of_one_server_shows_only_that_one(tmp_path: Path) -> None:
 async def test_logout_revokes_the_refresh_token_and_a_running_proxy_notices(
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
-    # What is revoked goes on working here: only the proxy itself can make the request below ask for a login.
+    # Revoked tokens still work here: only the proxy itself can make the request below ask for a login.
     authorization_server.answers["revoke"] = FakeResponse()
     async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
         call = asyncio.create_task(client.initialize())

@@ -120,7 +120,7 @@ async def test_the_recipe_connects_and_renews(tmp_path: Path, provider: type[Pro
         assert setup.issuer.authorizations == 1
 
 
-# what is said where a key is missing
+# errors that name a missing key
 
 
 @pytest.mark.parametrize("provider", [EntraId, Google, GitHub, Okta, Auth0, Cognito, Slack], ids=lambda p: p.__name__)

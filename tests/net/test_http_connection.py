@@ -207,7 +207,7 @@ ODD: list[tuple[str, bytes, tuple[int, bytes] | None, tuple[int, bytes] | str | 
     ("304 with a length", b"HTTP/1.1 304 x\r\n" + CL2 + b"\r\n", (304, b""), SAME),
     ("second response behind", THEN_OK + THEN_OK, (200, b"hi"), SAME),
     ("rubbish behind", THEN_OK + b"xx", (200, b"hi"), SAME),
-    # Where nobody differs: refused.
+    # Refused by both.
     ("switching protocols", b"HTTP/1.1 101 x\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", BROKEN, SAME),
     ("lengths differ", OK + CL2 + b"Content-Length: 3\r\n\r\nhi!", BROKEN, SAME),
     ("length with sign", OK + b"Content-Length: +2\r\n\r\nhi", BROKEN, SAME),
@@ -244,7 +244,7 @@ ODD: list[tuple[str, bytes, tuple[int, bytes] | None, tuple[int, bytes] | str | 
     ("status 99", b"HTTP/1.1 99 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
     ("status 1000", b"HTTP/1.1 1000 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
     ("status 000", b"HTTP/1.1 000 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
-    # Where we are stricter. Framing that two readers may read in two ways is nobody's to guess (T37).
+    # Only we refuse: framing that two parsers may read differently must not be guessed (T37).
     ("length and coding", OK + CL2 + CHUNKED + b"\r\n" + HI, BROKEN, (200, b"hi")),
     ("coding and length", OK + CHUNKED + CL2 + b"\r\n" + HI, BROKEN, (200, b"hi")),
     ("length twice, the same", OK + CL2 + CL2 + b"\r\nhi", BROKEN, (200, b"hi")),

@@ -39,7 +39,7 @@ WORDS = {
 
 
 class Story:
-    """Prints each step when it happens, and remembers the steps."""
+    """Print each step when it happens, and remembers the steps."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []

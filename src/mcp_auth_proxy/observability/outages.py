@@ -12,7 +12,7 @@ INTERVAL = 60.0
 
 
 class OutageLog:
-    """Remembers when it last warned about each server."""
+    """Remember when it last warned about each server."""
 
     def __init__(self) -> None:
         self._warned_at: dict[str, float] = {}

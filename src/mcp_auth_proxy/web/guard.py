@@ -1,4 +1,4 @@
-"""Checks Host and Origin of every request, so that no web page can reach the proxy through a browser."""
+"""Check Host and Origin of every request, so that no web page can reach the proxy through a browser."""
 
 from mcp_auth_proxy.config.settings import Address, InboundSettings
 from mcp_auth_proxy.net import urls

@@ -207,7 +207,7 @@ async def test_without_disk_space_for_the_copy_nothing_changes(tmp_path: Path) -
 
 
 async def test_if_the_folder_is_not_writable_nothing_changes(tmp_path: Path) -> None:
-    # The longest name that a file may have leaves no room for that of a copy.
+    # With the longest name that a file may have, the name of a copy is too long.
     settings = replace(samples.copy(4, tmp_path), path=tmp_path / ("s" * 240))
     (tmp_path / "store.db").rename(settings.path)
     before = digests(tmp_path)
@@ -227,7 +227,7 @@ async def test_a_store_that_is_opened_by_several_at_once_is_copied_and_migrated_
 
 
 @pytest.mark.parametrize(
-    ("beside", "named"),
+    ("copies", "named"),
     [
         ((), None),
         (("store.db.schema-3.bak", "store.db.schema-4.bak"), "store.db.schema-4.bak"),
@@ -236,12 +236,12 @@ async def test_a_store_that_is_opened_by_several_at_once_is_copied_and_migrated_
     ],
 )
 async def test_a_newer_store_is_rejected_and_the_copy_to_go_back_to_is_named(
-    tmp_path: Path, beside: tuple[str, ...], named: str | None
+    tmp_path: Path, copies: tuple[str, ...], named: str | None
 ) -> None:
     settings = samples.copy(samples.NEWEST, tmp_path)
     with closing(sqlite3.connect(settings.path)) as connection:
         connection.execute(f"PRAGMA user_version = {samples.NEWEST + 1}")
-    for name in beside:
+    for name in copies:
         (tmp_path / name).touch()
     before = digests(tmp_path)
     with pytest.raises(StoreRejected, match="newer version") as caught:

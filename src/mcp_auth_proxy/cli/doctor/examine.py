@@ -1,4 +1,4 @@
-"""Examines one server with the proxy's own steps, in order. None of them registers, starts or stores anything."""
+"""Examine one server with the proxy's own steps, in order. None of them registers, starts or stores anything."""
 
 import time
 from collections.abc import AsyncIterator
