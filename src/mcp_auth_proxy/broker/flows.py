@@ -191,7 +191,7 @@ class PendingFlows:
         self.drop(flow, error)
 
     def drop(self, flow: Flow, error: McpAuthProxyError) -> None:
-        """Raise an error for everyone who waits for a flow. The caller ends the flow in the store."""
+        """Raise an error for everyone who waits for a flow. The store is not changed."""
         account = flow.key.account
         pending = self._pending.get(account)
         if pending is not None and pending.flow.id == flow.id:

@@ -39,7 +39,7 @@ WORDS = {
 
 
 class Story:
-    """Print each step when it happens, and remembers the steps."""
+    """Print each step when it happens, and remember the steps."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []

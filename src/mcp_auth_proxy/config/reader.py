@@ -1,4 +1,4 @@
-"""Read the mappings of the configuration and collects all errors."""
+"""Read the mappings of the configuration and collect all errors."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping

@@ -89,7 +89,7 @@ def generate_key_file(path: Path) -> bool:
 
 
 class Cipher:
-    """Seal with the first key, opens with any of them."""
+    """Seal with the first key, open with any of them."""
 
     def __init__(self, keys: Sequence[Key]) -> None:
         self._first = keys[0].id

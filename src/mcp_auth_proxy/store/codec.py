@@ -35,7 +35,7 @@ def new_uid() -> str:
 
 
 class RowCipher:
-    """Seal and opens the columns of one row."""
+    """Seal and open the columns of one row."""
 
     def __init__(self, cipher: Cipher, table: str, uid: str) -> None:
         self._cipher = cipher
