@@ -17,7 +17,7 @@ NODE := $(CONFORMANCE_VENV)/node/bin/node
 LOCK_VENV := .venv-lock
 UV_VERSION := 0.13.8
 
-# Two: the tests start servers and browsers of their own beside each worker.
+# Two: each worker also starts servers and browsers of its own.
 TEST_WORKERS ?= 2
 PYTEST := pytest -n $(TEST_WORKERS) --dist worksteal
 PIP := -m pip --disable-pip-version-check -qq
@@ -44,11 +44,11 @@ endif
 
 check: $(STAMP) ## lint, format, types of sources and tests, import contract
 	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check . || { echo "make format puts it right"; exit 1; }
+	@$(BIN)/ruff format --check . || { echo "run make format"; exit 1; }
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-format: $(STAMP) ## put the code in its format
+format: $(STAMP) ## format the code
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format --quiet .
 

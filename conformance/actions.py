@@ -1,4 +1,4 @@
-"""What the MCP client does in a scenario once it is connected."""
+"""The calls that the MCP client makes in a scenario once it is connected."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -12,14 +12,14 @@ from conformance.scenarios import Scenario
 
 
 async def fill_defaults(context: ClientRequestContext, params: types.ElicitRequestParams) -> types.ElicitResult:
-    """The user accepts a form as it is: every field gets the default of its schema (SEP-1034)."""
+    """Accept a form as it is: every field gets the default of its schema (SEP-1034)."""
     properties = getattr(params, "requested_schema", {}).get("properties", {})
     content = {name: schema["default"] for name, schema in properties.items() if "default" in schema}
     return types.ElicitResult(action="accept", content=content)
 
 
 async def act(client: Client, scenario: Scenario) -> None:
-    """Do with a connected client what the scenario looks at. Raises where the server's answer is an error."""
+    """Make the calls that the scenario checks. Raises RuntimeError if the server's answer is an error."""
     await _ACTIONS.get(scenario.name, _use_every_tool)(client, scenario)
 
 
@@ -58,7 +58,7 @@ async def _return_the_schema(client: Client, scenario: Scenario) -> None:
 
 
 async def _answer_what_is_asked(client: Client, scenario: Scenario) -> None:
-    """The SDK refuses a result without ``resultType``, where the revision has clients take it as complete."""
+    """Answer the requests for input. The SDK refuses a result without ``resultType``; the revision accepts it."""
     await client.list_tools()
     for name in ("test_mrtr_echo_state", "test_mrtr_unrelated", "test_mrtr_no_state", "test_mrtr_unrelated"):
         await _call(client, name, {})
@@ -80,4 +80,4 @@ _ACTIONS: Mapping[str, Callable[[Client, Scenario], Awaitable[None]]] = {
     "json-schema-ref-no-deref": _list_only,
     "json-schema-2020-12-preservation": _return_the_schema,
 }
-"""Scenarios in which it matters what the client does; in all others it lists the tools and calls each."""
+"""The scenarios that need certain calls; in all others the client lists the tools and calls each."""

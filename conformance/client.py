@@ -1,9 +1,9 @@
-"""The command that the suite tests: the proxy before the scenario's server, and a plain MCP client through it.
+"""The command that the suite tests: the proxy in front of the scenario's server, and a plain MCP client.
 
-``python -m conformance.client [--direct | --unheld] URL``. The client is the SDK's, without its OAuth; links are
-followed as a user would who has consented before: the suite's authorization servers redirect at once. Exit code 0 when
-all went well. ``--direct`` leaves the proxy out, to tell a fault of the client from one of the proxy. ``--unheld`` has
-the proxy answer with the link at once, where it otherwise holds requests for the consent; the client then begins anew.
+``python -m conformance.client [--direct | --unheld] URL``. The client is the SDK's, without its OAuth. Links are
+followed automatically; the suite's authorization servers redirect at once. The exit code is 0 if everything succeeded.
+``--direct`` omits the proxy, to distinguish errors of the client from those of the proxy. ``--unheld`` makes the proxy
+answer with the link at once instead of holding requests; the client then starts again.
 """
 
 import asyncio
@@ -21,16 +21,16 @@ from conformance.actions import act, fill_defaults
 from conformance.scenarios import SERVER, Scenario, write_configuration
 
 DEADLINE = 25.0
-"""Seconds; under the suite's 30, whose time-out ends the shell only and then waits for the pipes."""
+"""Seconds; less than the suite's 30, whose time-out ends only the shell and then waits for the pipes."""
 
 HELD, UNHELD = "20s", "0s"
-"""How long the proxy holds a request for the consent."""
+"""How long the proxy holds a request while the user authorizes."""
 
 MOST_STARTS = 6
-"""How often a client that is answered with links begins anew."""
+"""Maximum number of starts of a client that is answered with links."""
 
-VISIT = 3.0
-"""Seconds in which a link is found in the proxy's output and followed to its end."""
+LINK_TIMEOUT = 3.0
+"""Seconds within which a link must be found in the proxy's output and followed to its end."""
 
 _LISTENING = re.compile(r"is listening at (http\S+)")
 _LINK = re.compile(r"http://\S+/connect/\S+")
@@ -54,20 +54,20 @@ async def run(scenario: Scenario, options: set[str]) -> None:
 
 
 async def use(url: str, scenario: Scenario) -> None:
-    """Connect a plain client to the URL, and do what the scenario asks for."""
+    """Connect a plain client to the URL, and make the calls of the scenario."""
     async with Client(url, mode=scenario.mode, elicitation_callback=fill_defaults) as client:
         await act(client, scenario)
 
 
 async def use_until_connected(proxy: "Proxy", scenario: Scenario) -> None:
-    """The same, begun anew after each link that the user has followed."""
+    """Do as ``use`` does, again after each link that was followed."""
     for _ in range(MOST_STARTS - 1):
         proxy.visited.clear()
         try:
             return await use(await proxy.url, scenario)
         except Exception as error:
             sys.stderr.write(f"client: {error!r}\n")
-            await asyncio.wait_for(proxy.visited.wait(), VISIT)
+            await asyncio.wait_for(proxy.visited.wait(), LINK_TIMEOUT)
     return await use(await proxy.url, scenario)
 
 
@@ -93,13 +93,13 @@ async def proxy_before(scenario: Scenario, wait: str) -> AsyncIterator["Proxy"]:
 
 
 class Proxy:
-    """A proxy that runs. What it prints goes to stderr, where the suite keeps it, and is watched for links."""
+    """A running proxy. Its output is searched for links and copied to stderr, which the suite keeps."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.visited = asyncio.Event()
         self._process = process
-        self._visits: set[asyncio.Task[None]] = set()
+        self._browsers: set[asyncio.Task[None]] = set()
         self._reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
@@ -110,23 +110,23 @@ class Proxy:
             if not self.url.done() and (found := _LISTENING.search(line)):
                 self.url.set_result(f"{found[1]}/{SERVER}/mcp")
             for link in _LINK.findall(line):
-                self._visits.add(asyncio.create_task(self._visit(link)))
+                self._browsers.add(asyncio.create_task(self._follow(link)))
         if not self.url.done():
             self.url.set_exception(RuntimeError("the proxy did not start"))
 
-    async def _visit(self, link: str) -> None:
-        """Open a link and follow where it leads, to the callback's page."""
+    async def _follow(self, link: str) -> None:
+        """Open a link and follow its redirects to the callback's page."""
         async with httpx2.AsyncClient(follow_redirects=True, trust_env=False, timeout=10) as browser:
             page = await browser.get(link)
         sys.stderr.write(f"browser: {page.url.path} answered {page.status_code}\n")
         self.visited.set()
 
     async def close(self) -> None:
-        """Wait for all that was printed; give up the visits that are not over."""
+        """Wait for the end of the output; cancel the browsers that have not finished."""
         await self._reading
-        for visit in self._visits:
-            visit.cancel()
-        await asyncio.gather(*self._visits, return_exceptions=True)
+        for browser in self._browsers:
+            browser.cancel()
+        await asyncio.gather(*self._browsers, return_exceptions=True)
 
 
 if __name__ == "__main__":

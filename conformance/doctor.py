@@ -1,7 +1,7 @@
-"""The command that has ``mcp-auth-proxy doctor`` examine a scenario's server: ``python -m conformance.doctor URL``.
+"""The command that runs ``mcp-auth-proxy doctor`` against a scenario's server: ``python -m conformance.doctor URL``.
 
-Leaves what doctor said in ``doctor.json``, where it is run. The exit code is always 1: for that the suite says whether
-it demands that a client succeeds.
+It writes doctor's verdict to ``doctor.json`` in the current folder. The exit code is always 1: the suite then reports
+whether it requires that a client succeeds.
 """
 
 import json
@@ -18,7 +18,7 @@ SAID = "doctor.json"
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """The exit code; verdict and summary of the JSON, or an empty verdict and what went wrong."""
+    """Doctor's exit code, and verdict and summary of its JSON; if it failed, an empty verdict and the error."""
 
     code: int
     verdict: str
@@ -26,7 +26,7 @@ class Said:
 
     @classmethod
     def read(cls, folder: Path) -> "Said | None":
-        """Return what doctor has left in the folder; None where it did not come that far."""
+        """Return what was written to the folder; None if doctor did not get that far."""
         path = folder / SAID
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 

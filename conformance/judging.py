@@ -1,4 +1,4 @@
-"""What a run has come to, and whether that was expected."""
+"""Judge the result of a run, and whether it was expected."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -12,10 +12,10 @@ import yaml
 from conformance.doctor import Said
 
 OUTPUT = "output.txt"
-"""Where all goes that the suite and the command under test print."""
+"""The file with all output of the suite and of the command under test."""
 
 DEMANDS_SUCCESS = "CLIENT EXITED WITH ERROR"
-"""What the suite prints of a command that has failed, except where a correct client must refuse."""
+"""What the suite prints if a command failed, unless a correct client must refuse."""
 
 Outcome = Literal["pass", "FAIL", "expected failure", "UNEXPECTED PASS"]
 
@@ -30,13 +30,13 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where its results are, in those of the part."""
+        """The folder of its results, below that of the part."""
         return Path(self.suite) / (self.wire or "default") / self.scenario.replace("/", "-")
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """``why``: what failed, in lines; empty where nothing did."""
+    """The result of a run. ``why``: what failed, in lines; empty if nothing did."""
 
     run: Run
     passed: bool
@@ -47,7 +47,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Expectations:
-    """Reasons by scenario name, in which a * stands for anything."""
+    """The expected failures: reasons by scenario name, in which a * matches anything."""
 
     failing: Mapping[str, str]
     left_out: Mapping[str, str]
@@ -63,7 +63,7 @@ class Expectations:
         return "pass" if result.passed else "FAIL"
 
     def stale(self, scenarios: Iterable[str]) -> list[str]:
-        """Entries that fit none of the scenarios."""
+        """Return the entries that match none of the scenarios."""
         known = list(scenarios)
         return [name for name in (*self.failing, *self.left_out) if not any(fnmatchcase(it, name) for it in known)]
 
@@ -73,11 +73,11 @@ def match(scenario: str, names: Iterable[str]) -> bool:
 
 
 Judge = Callable[[Run, Path, int], Result]
-"""Of a run, its folder and the suite's exit code."""
+"""Called with a run, its folder and the suite's exit code."""
 
 
 def judge_proxy(run: Run, folder: Path, code: int) -> Result:
-    """The suite's own verdict, but a scenario that has checked nothing has not passed."""
+    """Return the suite's own verdict; a scenario without a single check has not passed."""
     found = [check for path in folder.rglob("checks.json") for check in json.loads(path.read_text(encoding="utf-8"))]
     bad = [check for check in found if check["status"] in ("FAILURE", "WARNING")]
     why = [f"{check['status']} {check['id']}: {check.get('errorMessage') or check['description']}" for check in bad]
@@ -89,9 +89,9 @@ def judge_proxy(run: Run, folder: Path, code: int) -> Result:
 
 
 def judge_doctor(run: Run, folder: Path, code: int) -> Result:
-    """Whether doctor foretold what the suite demands of a client. The checks do not count: no client has run.
+    """Judge whether doctor predicted what the suite requires of a client. The checks do not count: no client has run.
 
-    What may be expected is only that it does not see a fault.
+    The only failure that may be expected is that doctor does not notice a fault.
     """
     demanded = DEMANDS_SUCCESS in (folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
     match said := Said.read(folder):

@@ -1,8 +1,8 @@
 """``python -m conformance.run``: every client scenario of the official suite, in both versions, through the proxy.
 
-Then ``doctor`` before the server of each scenario about authorization: it must foretell whether a client succeeds.
-Prints a table of each, and for what was not expected why. Exit code 1 where a result is not the one that
-``expected-failures.yaml`` names, 2 where the suite is not installed.
+Then ``doctor`` against the server of each scenario about authorization: it must predict whether a client succeeds.
+Prints a table of each, and the reasons for unexpected results. The exit code is 1 if a result differs from
+``expected-failures.yaml``, 2 if the suite is not installed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SUITES = ("conformance-0.1", "conformance-0.2")
 
 MODERN = "2026-07-28"
 TIMEOUT = 30.0
-"""Seconds that the suite gives to the command under test."""
+"""Seconds after which the suite ends the command under test."""
 
 GRACE = 30.0
 """Seconds more until a run that does not end is killed."""
@@ -57,7 +57,7 @@ def scenarios(listing: str) -> dict[str, tuple[str, ...]]:
 
 
 def runs(suite: str, found: Mapping[str, tuple[str, ...]]) -> list[Run]:
-    """Each scenario as the suite runs it by default, and where it has an older one, at the newest revision too."""
+    """Return a run for each scenario at its default revision and, if that is an older one, at the newest too."""
     planned = []
     for name, revisions in found.items():
         planned.append(Run(suite, name))
@@ -76,7 +76,7 @@ def list_scenarios(node: str, suite: str) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """``command`` is what the suite tests, a module and its options; ``judge`` looks at what it left in the folder."""
+    """Run scenarios. ``command`` is the module under test with its options; ``judge`` reads the results."""
 
     node: str
     command: tuple[str, ...]
@@ -119,7 +119,7 @@ class Runner:
 
 
 def end(process: asyncio.subprocess.Process) -> None:
-    """Kill what is left of a run: the suite's time-out ends a shell, not what the shell has started."""
+    """Kill the remaining processes of a run: the suite's time-out ends only the shell, not its children."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -136,7 +136,7 @@ async def run_all(runner: Runner, planned: Sequence[Run], workers: int) -> list[
     return await asyncio.gather(*(one(run) for run in planned))
 
 
-# Telling
+# Reporting
 
 
 def entry(suite: str) -> Path:
@@ -149,7 +149,7 @@ def version(suite: str) -> str:
 
 
 def table(title: str, results: Sequence[Result], expectations: Expectations) -> Table:
-    """Scenario by version; the later of two columns of one version is the run at the newest revision."""
+    """Return a table of scenarios by version; a second column of a version is the run at the newest revision."""
     columns = list(dict.fromkeys((result.run.suite, result.run.wire) for result in results))
     columns.sort(key=lambda column: (column[0], column[1] or ""))
     shown = Table(title=title)
@@ -163,7 +163,7 @@ def table(title: str, results: Sequence[Result], expectations: Expectations) -> 
 
 
 def report(part: "Part", results: Sequence[Result], stale: Sequence[str], seconds: float) -> bool:
-    """Print table, reasons and sum. Returns whether everything was as expected."""
+    """Print table, reasons and totals. Return whether everything was as expected."""
     console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     expectations = part.expectations
     console.print(table(part.title, results, expectations))
@@ -177,7 +177,7 @@ def report(part: "Part", results: Sequence[Result], stale: Sequence[str], second
             why = result.why or "take it out of expected-failures.yaml"
             console.print(f"\n{outcome}: {result.run.scenario} ({version(result.run.suite)}{wire})\n{why}")
     for name in stale:
-        console.print(f"\nexpected-failures.yaml: {name} fits no scenario")
+        console.print(f"\nexpected-failures.yaml: {name} matches no scenario")
     passed, unexpected = outcomes.count("pass"), outcomes.count("FAIL") + outcomes.count("UNEXPECTED PASS")
     console.print(
         f"\n{len(results)} runs in {seconds:.0f} s: {passed} passed, "
@@ -211,7 +211,7 @@ class Part:
         ]
 
     def run(self, found: Found, only: str, workers: int) -> bool:
-        """Run what there is of it, and report. Returns whether everything was as expected."""
+        """Run its scenarios and report. Return whether everything was as expected."""
         begun = time.monotonic()
         results = asyncio.run(run_all(self.runner, self.planned(found, only), workers))
         stale = self.expectations.stale(name for _, names in self.known(found) for name in names)
@@ -228,7 +228,7 @@ def parts(node: str, arguments: argparse.Namespace) -> list[Part]:
         "*",
     )
     doctor = Part(
-        "What doctor foretells, against what the suite demands",
+        "What doctor predicts, against what the suite requires",
         Runner(node, ("conformance.doctor",), RESULTS / "doctor", judge_doctor),
         Expectations.read(expected, "doctor"),
         "auth/*",
@@ -240,7 +240,7 @@ def parts(node: str, arguments: argparse.Namespace) -> list[Part]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m conformance.run", description=__doc__)
-    parser.add_argument("--only", default="*", metavar="NAME", help="scenarios to run; * stands for anything")
+    parser.add_argument("--only", default="*", metavar="NAME", help="scenarios to run; * matches anything")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--direct", action="store_true", help="without the proxy: what the plain client does alone")
     way.add_argument("--unheld", action="store_true", help="requests are answered with the link at once (wait: 0s)")

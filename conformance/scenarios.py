@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 SERVER = "conformance"
-"""The name under which the scenario's server stands in the proxy's configuration."""
+"""The name of the scenario's server in the proxy's configuration."""
 
 OLDER = "2025-11-25"
-"""The protocol revision where none is asked for."""
+"""The protocol revision if none is requested."""
 
 CLIENT_METADATA_URL = "https://conformance-test.local/client-metadata.json"
 """The one Client ID Metadata Document that the suite accepts; nobody fetches it."""
@@ -40,7 +40,7 @@ class Scenario:
 
     @property
     def mode(self) -> str:
-        """How the client negotiates: as clients of the revision do."""
+        """The client's mode of negotiation, as clients of the revision use it."""
         return "auto" if self.version >= "2026-07-28" else "legacy"
 
 
@@ -48,7 +48,7 @@ class Scenario:
 
 
 def write_configuration(scenario: Scenario, folder: Path, wait: str) -> Path:
-    """Write the proxy's configuration, and the files that it names; return where it is."""
+    """Write the proxy's configuration and the files that it names; return its path."""
     oauth, files = _oauth(scenario.name, scenario.context)
     server: dict[str, Any] = {"url": scenario.url}
     if oauth:
@@ -67,7 +67,7 @@ def write_configuration(scenario: Scenario, folder: Path, wait: str) -> Path:
 
 
 def _oauth(name: str, context: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a user would write who was told what the context tells: the ``oauth`` section, and files by name."""
+    """Return the ``oauth`` section that a user would write who knows the context, and files by name."""
     files: dict[str, str] = {}
     oauth: dict[str, Any] = {key: context[key] for key in ("client_id", "client_secret", "issuer") if key in context}
     match name:

@@ -1,4 +1,4 @@
-"""Texts of errors: what never stands in them."""
+"""Texts of errors never contain query values."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_values_in_the_query_of_a_url_are_masked(text: str, shown: str) -> None:
     assert without_query_values(text) == shown
 
 
-def test_no_error_tells_a_value_in_a_query() -> None:
+def test_no_error_shows_a_query_value() -> None:
     url = "https://a.example/mcp?k=s3cret"
     errors = [McpAuthProxyError(f"It is {url}."), DocumentRefused("metadata", url, f"it is for another than {url}")]
     assert [str(error) for error in errors if "s3cret" in f"{error} {error!r}"] == []

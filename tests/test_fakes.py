@@ -1,4 +1,4 @@
-"""The fakes enforce what they claim: else the tests that lean on them would prove nothing."""
+"""The fakes enforce what they claim: otherwise the tests that use them would prove nothing."""
 
 import asyncio
 import contextlib
@@ -126,7 +126,7 @@ async def test_registration_refuses_a_redirect_uri_that_does_not_suit_the_applic
     )
 
 
-async def test_code_is_redeemed_once_and_a_second_use_ends_what_it_brought(oauth: OAuthClient) -> None:
+async def test_code_is_redeemed_once_and_a_second_use_ends_its_grant(oauth: OAuthClient) -> None:
     code = await oauth.code()
     tokens = (await oauth.redeem(code)).json()
     assert tokens["scope"] == "a b"
@@ -145,7 +145,7 @@ async def test_code_is_redeemed_once_and_a_second_use_ends_what_it_brought(oauth
         ({"client_secret": "guessed"}, "invalid_client"),
     ],
 )
-async def test_code_is_refused_with_anything_else_than_it_was_asked_with(
+async def test_code_is_refused_if_a_parameter_differs_from_the_authorization_request(
     oauth: OAuthClient, changes: dict[str, str], expected: str
 ) -> None:
     response = await oauth.redeem(await oauth.code(), **changes)
@@ -172,7 +172,7 @@ async def test_refresh_may_not_widen_scope_or_change_resource(oauth: OAuthClient
     assert (await oauth.refresh(tokens["refresh_token"], scope="a")).json()["scope"] == "a"
 
 
-async def test_tokens_end_by_time_by_revocation_and_all_at_once(oauth: OAuthClient) -> None:
+async def test_tokens_expire_and_can_be_revoked_alone_or_all_at_once(oauth: OAuthClient) -> None:
     ledger = oauth.server.ledger
     tokens = (await oauth.redeem(await oauth.code())).json()
     now = ledger.clock()
@@ -246,7 +246,7 @@ async def test_nothing_is_redirected_to_an_unregistered_uri(oauth: OAuthClient) 
     assert "location" not in response.headers
 
 
-async def test_knobs_change_documents_and_answers(oauth: OAuthClient) -> None:
+async def test_options_change_documents_and_answers(oauth: OAuthClient) -> None:
     server = oauth.server
     server.configure(
         metadata_changes={"issuer": "https://other", "revocation_endpoint": ABSENT},
@@ -337,7 +337,7 @@ async def test_fake_mcp_server_has_sessions_and_pushes_events(servers: Servers) 
         assert (await client.post("ping")).status == 404
 
 
-async def test_events_come_one_by_one_and_a_leaving_client_is_noticed(servers: Servers) -> None:
+async def test_events_arrive_one_by_one_and_a_disconnect_is_noticed(servers: Servers) -> None:
     channel = Channel()
     server = await servers.mcp_server(protected=False, answers={"tools/call": FakeResponse.events(channel)})
     async with PlainClient(server.url) as client:
@@ -349,7 +349,7 @@ async def test_events_come_one_by_one_and_a_leaving_client_is_noticed(servers: S
             await server.calls()[0].gone.wait()
 
 
-async def test_stream_breaks_and_requests_are_dropped_when_told(servers: Servers) -> None:
+async def test_streams_break_and_requests_are_dropped_on_request(servers: Servers) -> None:
     channel = Channel()
     server = await servers.mcp_server(protected=False, answers={"tools/call": FakeResponse.events(channel, reset=True)})
     server.script("ping", FakeResponse.drop(), FakeResponse.json({"id": 1, "result": {}}, 500))

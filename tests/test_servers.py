@@ -1,4 +1,4 @@
-"""The server map has one owner, who tells what changes."""
+"""The server map has one owner, which reports every change."""
 
 from collections.abc import Callable
 
@@ -24,14 +24,14 @@ def test_it_is_the_mapping_that_it_was_given() -> None:
         registry["c"]
 
 
-def test_what_happens_to_the_mapping_it_was_given_does_not_concern_it() -> None:
+def test_changes_to_the_mapping_it_was_given_have_no_effect() -> None:
     given = servers("a")
     registry = ServerRegistry(given)
     given.clear()
     assert list(registry) == ["a"]
 
 
-def test_a_replacement_tells_what_was_added_removed_and_changed() -> None:
+def test_a_replacement_reports_what_was_added_removed_and_changed() -> None:
     registry = ServerRegistry(servers("a", "b", "c"))
     seen: list[tuple[ServerChange, list[str]]] = []
     registry.on_change(lambda change: seen.append((change, list(registry))))
@@ -47,46 +47,46 @@ def test_a_secret_that_was_read_again_is_a_change() -> None:
     assert registry.replace({"a": server("a", client_secret=Secret("new"))}).changed == ("a",)
 
 
-def test_without_a_change_nobody_is_told_and_the_order_is_taken_over() -> None:
+def test_without_a_change_no_callback_is_called_and_the_new_order_is_used() -> None:
     registry = ServerRegistry(servers("a", "b"))
-    registry.on_change(lambda change: pytest.fail(f"told of {change}"))
+    registry.on_change(lambda change: pytest.fail(f"called with {change}"))
     assert not registry.replace(servers("b", "a"))
     assert list(registry) == ["b", "a"]
 
 
-def test_all_are_told_in_order_until_they_unsubscribe() -> None:
+def test_callbacks_are_called_in_order_until_they_unsubscribe() -> None:
     registry = ServerRegistry({})
-    told: list[str] = []
+    calls: list[str] = []
 
     def first(change: ServerChange) -> None:
-        told.append("first")
+        calls.append("first")
 
     end_once = registry.on_change(first)
     registry.on_change(first)
-    registry.on_change(lambda change: told.append("last"))
+    registry.on_change(lambda change: calls.append("last"))
     end_once()
     end_once()  # which ends only its own subscription
     registry.replace(servers("a"))
-    assert told == ["first", "last"]
+    assert calls == ["first", "last"]
 
 
-def test_who_unsubscribes_while_being_told_disturbs_nobody() -> None:
+def test_a_callback_may_unsubscribe_while_it_is_called() -> None:
     registry = ServerRegistry({})
-    told: list[str] = []
+    calls: list[str] = []
     ends: list[Callable[[], None]] = []
 
     def once(change: ServerChange) -> None:
-        told.append("once")
+        calls.append("once")
         ends[0]()
 
     ends.append(registry.on_change(once))
-    registry.on_change(lambda change: told.append("always"))
+    registry.on_change(lambda change: calls.append("always"))
     registry.replace(servers("a"))
     registry.replace(servers("b"))
-    assert told == ["once", "always", "always"]
+    assert calls == ["once", "always", "always"]
 
 
-def test_a_change_is_told_in_words() -> None:
+def test_a_change_is_described_in_words() -> None:
     change = ServerChange(added=("a", "b"), removed=("c",))
     assert (str(change), bool(change), str(ServerChange()), bool(ServerChange())) == (
         "added a, b; removed c",

@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 Announce = Callable[[Flow, str], None]
-"""Is told of each new flow, and its link."""
+"""Called with each new flow and its link."""
 
 FORGET_DELAY = 2.0
-"""Seconds until the series of a removed server go: its last requests have ended, and have been counted, by then."""
+"""Seconds until the metrics of a removed server are dropped: its last requests have been counted by then."""
 
 DRAIN_SECONDS = 30.0
 """Seconds that active requests are given after SIGTERM."""
@@ -46,7 +46,7 @@ def effective_public_url(settings: Settings, listening: Address) -> str:
 
 
 def reachable(listening: Address) -> Address:
-    """Return the address at which this machine reaches what listens there: a wildcard cannot be called."""
+    """Return the address to connect to from this machine: a wildcard address becomes loopback."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listening.host, listening.host)
     return Address(host, listening.port)
 
@@ -66,7 +66,7 @@ class Application:
     router: Router
 
     def apply(self, change: SettingsChange) -> None:
-        """Hand each section of a changed configuration to its owner. Requests that are active keep the old one."""
+        """Hand each section of a changed configuration to its owner. Active requests keep the old one."""
         self.settings = settings = change.settings
         self.servers.replace(settings.servers)
         self.announcer.configure(settings)
@@ -97,7 +97,7 @@ async def lifespan(
     announce_key: Callable[[str], None] = logger.warning,
     background: bool = True,
 ) -> AsyncIterator[Application]:
-    """Open all that a running proxy needs, and close it again. Raises StoreError.
+    """Open everything that a running proxy needs, and close it again. Raises StoreError.
 
     ``background``: renew tokens, and watch the store for what other processes write.
     """
@@ -162,14 +162,14 @@ def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:
 
 
 class Announcer:
-    """Tells of a new flow, once: in the log, and by opening the browser if somebody is there to see it."""
+    """Announce each new flow once: in the log, and in a browser if there is a desktop."""
 
     def __init__(self, settings: Settings, listening: Address) -> None:
         self._on_loopback = is_loopback(listening.host)
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
-        """Open a browser from now on as the settings say."""
+        """Apply changed settings to the flows that are announced from now on."""
         self._opens = browser.should_open(
             settings.authorization.open_browser, loopback=self._on_loopback, environ=os.environ
         )
@@ -179,7 +179,7 @@ class Announcer:
         logger.warning("server %s needs your authorization, open this link: %s", server, link)
         if flow.device is not None:
             # The link may lead to a machine that no browser reaches; this address works on any device.
-            where, code = flow.device.verification_uri, flow.device.user_code
-            logger.warning("server %s: or open %s on any device, and enter %s", server, where, code)
+            url, code = flow.device.verification_uri, flow.device.user_code
+            logger.warning("server %s: or open %s on any device, and enter %s", server, url, code)
         if self._opens:
             browser.open_link(link)

@@ -3,8 +3,8 @@
 ::
 
     McpAuthProxyError
-    ├── AddressInUse                   something else listens on the address already
-    ├── RequestRejected                a client's request breaks HTTP or a limit, or asks for what is never served
+    ├── AddressInUse                   another program listens on the address already
+    ├── RequestRejected                a client's request breaks HTTP or a limit, or uses a method that is not served
     ├── BodyTooLarge                   a client's request has a larger body than allowed
     ├── ClientDisconnected             the client went away before its request was complete
     ├── ConfigurationError             the configuration is invalid; lists all errors at once
@@ -15,7 +15,7 @@
     ├── AuthorizationError             an authorization can't continue
     │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
     │   ├── RegistrationImpossible     no way to become a client of this authorization server
-    │   ├── AuthorizationDenied        the authorization server or the user said no
+    │   ├── AuthorizationDenied        the authorization server or the user refused
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
     ├── CallbackRefused                a callback request that matches no pending flow
@@ -53,11 +53,11 @@ class McpAuthProxyError(Exception):
 
 
 class AddressInUse(McpAuthProxyError):
-    """Something else listens on the address already."""
+    """Another program listens on the address already."""
 
 
 class RequestRejected(McpAuthProxyError):
-    """A client's request breaks HTTP or a bound, or asks for what is never served; ``status`` is the answer."""
+    """A client's request breaks HTTP or a limit, or uses a method that is not served; ``status`` is the answer."""
 
     def __init__(self, status: int, message: str) -> None:
         self.status = status
@@ -159,7 +159,7 @@ class RegistrationImpossible(AuthorizationError):
 
 
 class AuthorizationDenied(AuthorizationError):
-    """The authorization server or its user said no. ``error`` is the OAuth error code."""
+    """The authorization server or its user refused. ``error`` is the OAuth error code."""
 
     def __init__(self, message: str, error: str = "", *, hint: ConfigHint | None = None) -> None:
         self.error = error

@@ -16,7 +16,7 @@ DEFAULT_ACCOUNT = "default"
 
 
 class Account(NamedTuple):
-    """Whose grant of which server: the key of token cache, flows, single flight and store.
+    """One account of a principal at a server: the key of token cache, flows, single flight and store.
 
     A named tuple, because it is hashed for every request.
     """
@@ -200,7 +200,7 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One visit of a browser to the link of a flow: the authorization response is checked against it.
+    """A browser that has opened the link of a flow: the authorization response is checked against it.
 
     ``state_hash`` and ``browser_hash`` are the SHA-256 (hex) of the state and of the cookie that binds the
     browser; the values themselves are never stored.
@@ -215,7 +215,7 @@ class Attempt:
 
 
 class DPoPSigner(Protocol):
-    """Signs the proof that each request with a DPoP-bound token needs (RFC 9449 §4)."""
+    """Sign the proof that each request with a DPoP-bound token needs (RFC 9449 §4)."""
 
     def prove(self, method: bytes, target: bytes) -> bytes:
         """Return the proof for one request to the token's server. It can be used only once."""

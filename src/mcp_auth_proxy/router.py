@@ -1,4 +1,4 @@
-"""Where each request goes: past the guard, then to the forwarder if it is for an MCP endpoint, else to the site."""
+"""Route each request: check it with the guard, then pass it to the forwarder (MCP endpoints) or to the site."""
 
 from mcp_auth_proxy.net.asgi import App, run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
@@ -16,7 +16,7 @@ _SAFE_METHODS = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 
 
 class Router:
-    """What the listener hands requests to (``net.client_request.RequestServer``)."""
+    """The ``net.client_request.RequestServer`` that the listener calls with each request."""
 
     def __init__(self, *, guard: Guard, servers: ServerRegistry, forwarder: Forwarder, site: App) -> None:
         self.guard = guard
@@ -31,7 +31,7 @@ class Router:
     def try_fast_path(self, request: ClientRequest) -> bool:
         """Forward a usual request at once and return True; return False if it is for ``serve``."""
         if self.draining:
-            # A client that always has another request would keep the proxy from its end.
+            # Otherwise a client that always has another request would delay the shutdown.
             request.keep_alive = False
             if self._forwarder.ended:
                 return False

@@ -1,4 +1,4 @@
-"""The servers that are configured now: one mapping that everybody reads, and that a reload replaces."""
+"""The servers that are configured now: one mapping that all layers read and a reload replaces."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -30,12 +30,12 @@ class ServerRegistry(Mapping[str, ServerSettings]):
         return len(self._servers)
 
     def replace(self, servers: Mapping[str, ServerSettings]) -> ServerChange:
-        """Put other servers in the place of all; return what that changes.
+        """Replace all servers; return what has changed.
 
-        The mapping is complete before the first callback is called. If nothing changes, none is called.
+        The mapping is replaced before the first callback is called. If nothing has changed, none is called.
         """
         change = compare_servers(self._servers, servers)
-        # Also if nothing changes: the order may be another.
+        # Even if no server has changed, their order may be different.
         self._servers = dict(servers)
         if change:
             for callback in tuple(self._callbacks.values()):
@@ -43,9 +43,9 @@ class ServerRegistry(Mapping[str, ServerSettings]):
         return change
 
     def on_change(self, callback: Callback) -> Callable[[], None]:
-        """Call ``callback`` after each change, in the order of subscription; return what ends that.
+        """Call ``callback`` after each change, in the order of subscription; return a function that unsubscribes it.
 
-        A callback must not raise and must not block: the next one waits for it.
+        A callback must not raise or block: the next one waits for it.
         """
         key = object()
         self._callbacks[key] = callback

@@ -54,7 +54,7 @@ class BrokerSetup:
     async def challenged(
         self, used: AccessToken | None = None, *, history: ChallengeHistory | None = None, account: Account = NOTES
     ) -> AccessToken | PendingAuthorization | None:
-        """Send a request, and let the broker decide how to go on after the response."""
+        """Send a request, and let the broker decide how to continue after the response."""
         sent_to = self.servers[account.server]
         status, challenge = await self.ask(used, account)
         return await self.broker.challenged(

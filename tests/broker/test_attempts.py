@@ -39,10 +39,10 @@ class Setup:
         self.attempts = AuthorizationAttempts(flows=self.flows, clock=self.clock)
 
     async def open(self) -> tuple[AuthorizationRedirect, str]:
-        """Visit the link; return the visit and its state."""
-        visit = await self.attempts.open("linear", "flow-1")
-        assert isinstance(visit, AuthorizationRedirect)
-        return visit, query(visit)["state"]
+        """Open the link; return the redirect and its state."""
+        opened = await self.attempts.open("linear", "flow-1")
+        assert isinstance(opened, AuthorizationRedirect)
+        return opened, query(opened)["state"]
 
     async def refused(self, state: str | list[str] | None, cookies: dict[str, str]) -> int:
         """The status with which a callback is refused."""
@@ -61,23 +61,23 @@ async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
     await database.close()
 
 
-def query(visit: AuthorizationRedirect) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(urlsplit(visit.authorization_url).query).items()}
+def query(opened: AuthorizationRedirect) -> dict[str, str]:
+    return {name: values[0] for name, values in parse_qs(urlsplit(opened.authorization_url).query).items()}
 
 
-def cookies_of(*visits: AuthorizationRedirect) -> dict[str, str]:
-    return {visit.cookie_name: visit.cookie_value for visit in visits}
+def cookies_of(*attempts: AuthorizationRedirect) -> dict[str, str]:
+    return {opened.cookie_name: opened.cookie_value for opened in attempts}
 
 
 async def test_the_browser_that_opened_the_link_is_accepted(setup: Setup) -> None:
-    visit, state = await setup.open()
-    found, attempt = await setup.attempts.accept({"state": [state], "code": ["x"]}, cookies_of(visit))
+    opened, state = await setup.open()
+    found, attempt = await setup.attempts.accept({"state": [state], "code": ["x"]}, cookies_of(opened))
     assert found.id == "flow-1"
-    assert challenge_s256(attempt.code_verifier) == query(visit)["code_challenge"]
-    assert query(visit)["code_challenge_method"] == "S256"
+    assert challenge_s256(attempt.code_verifier) == query(opened)["code_challenge"]
+    assert query(opened)["code_challenge_method"] == "S256"
 
 
-async def test_each_visit_has_secrets_of_its_own_and_spoils_no_other(setup: Setup) -> None:
+async def test_each_attempt_has_its_own_secrets_and_does_not_affect_others(setup: Setup) -> None:
     (first, state), (second, other) = await setup.open(), await setup.open()
     assert state != other
     assert query(first)["code_challenge"] != query(second)["code_challenge"]
@@ -86,39 +86,39 @@ async def test_each_visit_has_secrets_of_its_own_and_spoils_no_other(setup: Setu
     await setup.attempts.accept({"state": [other]}, cookies_of(second))
 
 
-async def test_a_callback_is_good_once(setup: Setup) -> None:  # T12
-    visit, state = await setup.open()
-    await setup.attempts.accept({"state": [state]}, cookies_of(visit))
-    assert await setup.refused(state, cookies_of(visit)) == 400
+async def test_a_callback_is_accepted_once(setup: Setup) -> None:  # T12
+    opened, state = await setup.open()
+    await setup.attempts.accept({"state": [state]}, cookies_of(opened))
+    assert await setup.refused(state, cookies_of(opened)) == 400
 
 
-async def test_a_callback_after_the_flows_time_is_refused(setup: Setup) -> None:  # T12
-    visit, state = await setup.open()
+async def test_a_callback_after_the_flow_has_expired_is_refused(setup: Setup) -> None:  # T12
+    opened, state = await setup.open()
     setup.clock.now = NOW + 600
-    assert await setup.refused(state, cookies_of(visit)) == 400
+    assert await setup.refused(state, cookies_of(opened)) == 400
 
 
-async def test_another_browser_is_refused_and_does_not_use_the_visit_up(setup: Setup) -> None:  # T13
-    visit, state = await setup.open()
+async def test_another_browser_is_refused_and_does_not_use_up_the_attempt(setup: Setup) -> None:  # T13
+    opened, state = await setup.open()
     other, _ = await setup.open()
     wrong = [
         {},
-        {visit.cookie_name: ""},
-        {visit.cookie_name: "x"},
-        {visit.cookie_name: digest(visit.cookie_value)},
-        {visit.cookie_name: "\udcff"},
-        {visit.cookie_name: other.cookie_value},
+        {opened.cookie_name: ""},
+        {opened.cookie_name: "x"},
+        {opened.cookie_name: digest(opened.cookie_value)},
+        {opened.cookie_name: "\udcff"},
+        {opened.cookie_name: other.cookie_value},
         cookies_of(other),
-        {cookie_name("x"): visit.cookie_value},
+        {cookie_name("x"): opened.cookie_value},
     ]
     for cookies in wrong:
         assert await setup.refused(state, cookies) == 403
-    await setup.attempts.accept({"state": [state]}, cookies_of(visit))
+    await setup.attempts.accept({"state": [state]}, cookies_of(opened))
 
 
 @pytest.mark.parametrize("kind", ["none", "empty", "unknown", "two", "hash", "prefix", "odd"])
 async def test_a_bad_state_is_refused_whatever_the_cookie(setup: Setup, kind: str) -> None:  # T14
-    visit, state = await setup.open()
+    opened, state = await setup.open()
     bad: dict[str, str | list[str] | None] = {
         "none": None,
         "empty": "",
@@ -128,24 +128,22 @@ async def test_a_bad_state_is_refused_whatever_the_cookie(setup: Setup, kind: st
         "prefix": state[:-1],
         "odd": "\udcff\x00" * 1000,
     }
-    assert await setup.refused(bad[kind], cookies_of(visit)) == 400
-    await setup.attempts.accept({"state": [state]}, cookies_of(visit))
+    assert await setup.refused(bad[kind], cookies_of(opened)) == 400
+    await setup.attempts.accept({"state": [state]}, cookies_of(opened))
 
 
 @pytest.mark.parametrize("status", [FlowStatus.DONE, FlowStatus.FAILED])
 async def test_a_callback_for_a_flow_that_has_ended_is_refused(setup: Setup, status: FlowStatus) -> None:
-    visit, state = await setup.open()
+    opened, state = await setup.open()
     assert await setup.flows.finish("flow-1", status)
-    assert await setup.refused(state, cookies_of(visit)) == 400
+    assert await setup.refused(state, cookies_of(opened)) == 400
 
 
 @pytest.mark.parametrize(
     ("server", "flow_id", "status"),
     [("linear", "flow-2", 404), ("linear", "", 404), ("other", "flow-1", 404), ("", "flow-1", 404)],
 )
-async def test_a_link_that_was_never_given_out_is_not_known(
-    setup: Setup, server: str, flow_id: str, status: int
-) -> None:
+async def test_an_unknown_link_is_refused(setup: Setup, server: str, flow_id: str, status: int) -> None:
     with pytest.raises(CallbackRefused) as refused:
         await setup.attempts.open(server, flow_id)
     assert refused.value.status == status
@@ -160,7 +158,7 @@ async def test_a_link_that_has_ended_says_so(setup: Setup, status: FlowStatus) -
 
 
 class EndedMeanwhile(Flows):
-    """Has the flow end between the look at it and the visit that is written down."""
+    """End the flow after it was read and before the attempt is stored."""
 
     def __init__(self, database: Engine, end: Callable[[Flows], Awaitable[object]]) -> None:
         super().__init__(database)
@@ -172,7 +170,7 @@ class EndedMeanwhile(Flows):
 
 
 @pytest.mark.parametrize(
-    ("end", "status", "told"),
+    ("end", "status", "text"),
     [
         (lambda flows: flows.finish("flow-1", FlowStatus.DONE), 410, "connected"),
         (lambda flows: flows.cancel(Account("local", "linear")), 410, "new one"),
@@ -181,11 +179,11 @@ class EndedMeanwhile(Flows):
     ids=["done", "cancelled", "purged"],
 )
 async def test_a_link_that_ends_while_it_is_opened_says_so(
-    setup: Setup, end: Callable[[Flows], Awaitable[object]], status: int, told: str
+    setup: Setup, end: Callable[[Flows], Awaitable[object]], status: int, text: str
 ) -> None:
-    visits = AuthorizationAttempts(flows=EndedMeanwhile(setup.database, end), clock=setup.clock)
-    with pytest.raises(CallbackRefused, match=told) as refused:
-        await visits.open("linear", "flow-1")
+    attempts = AuthorizationAttempts(flows=EndedMeanwhile(setup.database, end), clock=setup.clock)
+    with pytest.raises(CallbackRefused, match=text) as refused:
+        await attempts.open("linear", "flow-1")
     assert refused.value.status == status
 
 
@@ -197,38 +195,38 @@ async def test_a_link_that_is_too_old_says_so(setup: Setup) -> None:
 
 
 async def test_the_cookie_lives_no_longer_than_the_flow(setup: Setup) -> None:
-    visit, _ = await setup.open()
-    assert visit.max_age == 599
+    opened, _ = await setup.open()
+    assert opened.max_age == 599
     setup.clock.now = NOW + 599.9
-    visit, _ = await setup.open()
-    assert visit.max_age == 1
+    opened, _ = await setup.open()
+    assert opened.max_age == 1
 
 
-async def test_many_visits_leave_the_newest_usable(setup: Setup) -> None:
-    opened = []
+async def test_after_many_attempts_the_newest_are_usable(setup: Setup) -> None:
+    attempts = []
     for _ in range(30):
         setup.clock.now += 1
-        opened.append(await setup.open())
-    visit, state = opened[-1]
-    await setup.attempts.accept({"state": [state]}, cookies_of(visit))
-    visit, state = opened[0]
-    assert await setup.refused(state, cookies_of(visit)) == 400
+        attempts.append(await setup.open())
+    opened, state = attempts[-1]
+    await setup.attempts.accept({"state": [state]}, cookies_of(opened))
+    opened, state = attempts[0]
+    assert await setup.refused(state, cookies_of(opened)) == 400
 
 
-async def test_nothing_secret_shows_in_a_repr(setup: Setup) -> None:  # T45
-    visit, state = await setup.open()
-    assert state not in repr(visit)
-    assert visit.cookie_value not in repr(visit)
-    assert state not in visit.cookie_name
+async def test_no_secret_is_shown_in_a_repr(setup: Setup) -> None:  # T45
+    opened, state = await setup.open()
+    assert state not in repr(opened)
+    assert opened.cookie_value not in repr(opened)
+    assert state not in opened.cookie_name
 
 
 async def test_a_flow_on_another_device_shows_its_code_until_it_is_done(setup: Setup) -> None:
     device = DeviceAuthorization(device_code="d", user_code="WXYZ", verification_uri="https://as.example/device")
     await setup.flows.save(replace(flow("flow-2"), device=device))
-    visit = await setup.attempts.open("linear", "flow-2")
-    assert isinstance(visit, DevicePrompt)
-    assert visit.device == device
+    opened = await setup.attempts.open("linear", "flow-2")
+    assert isinstance(opened, DevicePrompt)
+    assert opened.device == device
     await setup.flows.finish("flow-2", FlowStatus.DONE)
-    visit = await setup.attempts.open("linear", "flow-2")
-    assert isinstance(visit, DevicePrompt)
-    assert visit.device is None
+    opened = await setup.attempts.open("linear", "flow-2")
+    assert isinstance(opened, DevicePrompt)
+    assert opened.device is None

@@ -1,4 +1,4 @@
-"""The broker's verbs: tokens, challenges, callbacks, and what the commands ask of it."""
+"""The broker's methods: tokens, challenges, callbacks, and those for the commands."""
 
 import asyncio
 from dataclasses import replace
@@ -18,7 +18,7 @@ from mcp_auth_proxy.models import LOCAL, AccessToken, Account, FlowStatus
 # Challenges
 
 
-async def test_a_first_401_starts_an_authorization_and_the_consent_brings_a_good_token(setup: BrokerSetup) -> None:
+async def test_a_first_401_starts_an_authorization_and_the_consent_brings_a_valid_token(setup: BrokerSetup) -> None:
     assert setup.broker.token_nowait(NOTES) == (False, None)
     assert await setup.broker.token(NOTES) is None
     assert setup.broker.token_nowait(NOTES) == (True, None)
@@ -57,7 +57,7 @@ async def test_a_401_to_an_older_token_is_answered_with_the_newer_one(
     assert (issuer.refreshes, (await setup.ask(new))[0]) == (1, 200)
 
 
-async def test_a_403_for_another_reason_belongs_to_the_client(setup: BrokerSetup) -> None:
+async def test_a_403_for_another_reason_is_for_the_client(setup: BrokerSetup) -> None:
     token = await setup.connect()
     outcome = await setup.broker.challenged(
         NOTES, sent_to=setup.servers["notes"], status=403, challenge=[], used=token, history=ChallengeHistory()
@@ -223,14 +223,16 @@ async def test_disconnect_says_what_could_not_be_revoked_and_deletes_it_all_the_
     assert await setup.grants.all() == []
 
 
-async def test_disconnect_where_no_revocation_is_offered(setup: BrokerSetup, issuer: FakeAuthorizationServer) -> None:
+async def test_disconnect_without_revocation_support_says_so(
+    setup: BrokerSetup, issuer: FakeAuthorizationServer
+) -> None:
     issuer.metadata_changes = {"revocation_endpoint": ABSENT}
     await setup.connect()
     (grant,) = (await setup.broker.disconnect(NOTES)).grants
     assert (grant.revocation, grant.reason, issuer.revocations) == (Revocation.NOT_OFFERED, "", 0)
 
 
-async def test_disconnect_of_what_is_not_connected_lists_nothing(setup: BrokerSetup) -> None:
+async def test_disconnect_without_a_grant_lists_nothing(setup: BrokerSetup) -> None:
     assert (await setup.broker.disconnect(NOTES)).grants == ()
     await setup.connect()
     (stored,) = await setup.grants.all()
@@ -272,7 +274,7 @@ async def test_connections_follow_a_grant_from_consent_to_its_end(
     async def only() -> tuple[ConnectionState, str]:
         (connection,) = await setup.broker.connections()
         assert connection.account == NOTES
-        return connection.state, connection.word
+        return connection.state, connection.label
 
     assert await only() == (ConnectionState.NOT_CONNECTED, "needs consent")
     pending = await setup.pending()
@@ -297,14 +299,14 @@ async def test_every_server_has_a_connection_in_the_order_of_the_configuration(
     async with broker_setup(tmp_path, *(server(url, name) for name, url in urls.items())) as setup:
         await setup.connect(Account(LOCAL, "a"))
         found = await setup.broker.connections()
-        assert [(c.account.server, c.word) for c in found] == [
+        assert [(c.account.server, c.label) for c in found] == [
             ("b", "needs consent"),
             ("a", "connected"),
             ("c", "needs consent"),
         ]
 
 
-async def test_a_grant_for_what_is_configured_no_longer_is_no_connection(setup: BrokerSetup) -> None:
+async def test_a_grant_for_an_earlier_configuration_is_not_a_connection(setup: BrokerSetup) -> None:
     await setup.connect()
     before = setup.servers["notes"]
     setup.servers["notes"] = replace(before, url=f"{before.url}?key=canary-in-url", oauth=before.oauth)

@@ -111,7 +111,7 @@ async def test_a_client_with_another_authentication_than_configured_is_registere
     assert setup.issuer.registrations == 2
 
 
-async def test_a_server_that_registers_nobody_is_an_error_that_says_what_to_do(setup: Setup) -> None:
+async def test_a_server_without_registration_is_an_error_that_says_what_to_do(setup: Setup) -> None:
     setup.issuer.metadata_changes = {"registration_endpoint": ABSENT}
     for preview in (False, True):
         with pytest.raises(RegistrationImpossible, match=r"servers\.notes\.oauth\.client_id") as refused:
@@ -174,7 +174,7 @@ async def test_a_configured_client_comes_first(setup: Setup) -> None:
     assert setup.issuer.requests == []
 
 
-async def test_configured_credentials_go_to_the_first_issuer_and_to_no_other(
+async def test_configured_credentials_go_only_to_the_first_issuer(
     setup: Setup, authorization_server: FakeAuthorizationServer
 ) -> None:
     credentials: dict[str, Any] = {"client_id": "mine", "client_secret": Secret("canary")}

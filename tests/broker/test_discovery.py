@@ -1,4 +1,4 @@
-"""From a server to its authorization server: which documents are asked for, and what is made of them."""
+"""Discovery of the authorization server: which documents are fetched, and what follows from them."""
 
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -86,7 +86,7 @@ async def test_broken_json_at_a_guessed_url_is_refused(discoverer: Watched, upst
         await discoverer.resource_metadata(server(upstream.url), None)
 
 
-async def test_a_server_in_trouble_is_not_a_server_without_metadata(
+async def test_a_server_that_fails_is_not_a_server_without_metadata(
     discoverer: Watched, upstream: FakeMcpServer
 ) -> None:
     upstream.metadata_answer = FakeResponse.html(status=503)
@@ -94,9 +94,7 @@ async def test_a_server_in_trouble_is_not_a_server_without_metadata(
         await discoverer.discover(server(upstream.url), None)
 
 
-async def test_what_is_not_an_absolute_url_in_the_challenge_is_ignored(
-    discoverer: Watched, upstream: FakeMcpServer
-) -> None:
+async def test_a_relative_url_in_the_challenge_is_ignored(discoverer: Watched, upstream: FakeMcpServer) -> None:
     assert await discoverer.resource_metadata(server(upstream.url), naming("/elsewhere")) is not None
     ignored, found = discoverer.lookups
     assert "not an absolute URL" in str(ignored.error)
@@ -153,7 +151,7 @@ def failing(status: int, path: str) -> Callable[[RecordedRequest], FakeResponse 
     return lambda received: FakeResponse.html(status=status) if received.path.startswith(path) else None
 
 
-async def test_one_well_known_url_in_trouble_does_not_hide_the_other(
+async def test_a_well_known_url_that_fails_does_not_hide_the_other(
     discoverer: Watched, upstream: FakeMcpServer, issuer: FakeAuthorizationServer
 ) -> None:
     issuer.answers["metadata"] = failing(500, "/.well-known/oauth-authorization-server")
@@ -182,7 +180,7 @@ async def test_without_any_metadata_the_server_itself_has_the_default_endpoints(
     assert (metadata.issuer, metadata.token_endpoint) == (upstream.origin, f"{upstream.origin}/token")
 
 
-async def test_configured_metadata_asks_nobody(
+async def test_with_configured_metadata_nothing_is_fetched(
     discoverer: Watched, upstream: FakeMcpServer, issuer: FakeAuthorizationServer
 ) -> None:
     document = {
@@ -205,7 +203,7 @@ async def test_configured_metadata_asks_nobody(
     ],
     ids=str,
 )
-async def test_pkce_is_required_of_those_that_redirect(
+async def test_pkce_is_required_for_grants_with_a_redirect(
     discoverer: Watched,
     upstream: FakeMcpServer,
     issuer: FakeAuthorizationServer,
@@ -223,7 +221,7 @@ async def test_pkce_is_required_of_those_that_redirect(
 # Identity providers, and what may be watched
 
 
-async def test_an_identity_provider_is_asked_only_if_its_endpoint_is_not_configured(
+async def test_metadata_of_an_identity_provider_is_fetched_only_if_its_endpoint_is_not_configured(
     discoverer: Watched, issuer: FakeAuthorizationServer
 ) -> None:
     configured = IdpSettings(client_id="c", token_endpoint="https://idp.example/token")

@@ -1,4 +1,4 @@
-"""When and how a grant is renewed, on a real store, with a clock of our own and a scripted token endpoint."""
+"""When and how a grant is renewed, on a real store, with a fake clock and a scripted token endpoint."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -120,19 +120,19 @@ def test_a_token_is_renewed_a_fifth_ahead_and_at_most_four_minutes(lifetime: flo
     assert due >= NOW - 1e-3
 
 
-def test_the_moment_is_jittered() -> None:
+def test_the_time_of_renewal_is_jittered() -> None:
     assert len({renew_at(tokens()) for _ in range(20)}) > 1
 
 
-def test_a_token_of_unknown_life_is_not_renewed_by_the_clock() -> None:
+def test_a_token_of_unknown_lifetime_is_not_renewed_ahead() -> None:
     assert renew_at(TokenSet(access_token="x", obtained_at=NOW)) is None
 
 
-def test_what_expired_before_it_came_is_due_at_once() -> None:
+def test_a_token_that_is_expired_on_arrival_is_due_at_once() -> None:
     assert renew_at(TokenSet(access_token="x", obtained_at=NOW, expires_at=NOW - 100)) == NOW - 100
 
 
-def test_renewable_is_what_needs_no_user() -> None:
+def test_a_grant_is_renewable_if_it_needs_no_user() -> None:
     without = replace(grant(), tokens=replace(tokens(), refresh_token=None))
     assert renewable(grant())
     assert not renewable(without)
@@ -164,7 +164,7 @@ async def test_the_intent_is_stored_before_anything_is_sent(setup: Setup) -> Non
     assert during.tokens.access_token == "canary-access-1"
 
 
-async def test_a_grant_that_was_renewed_meanwhile_is_returned_without_asking(setup: Setup) -> None:
+async def test_a_grant_that_was_renewed_meanwhile_is_returned_without_a_request(setup: Setup) -> None:
     newer = await setup.renew()
     assert await setup.renew() == newer
     assert len(setup.endpoint.asked) == 1
@@ -205,7 +205,7 @@ async def test_a_refusal_after_a_crash_says_that_there_was_one(setup: Setup) -> 
     setup.endpoint.outcome = TokenRefused("invalid_grant", "no")
     with pytest.raises(GrantEnded):
         await setup.renew()
-    assert "cut short" in (await setup.stored()).ended_reason
+    assert "interrupted" in (await setup.stored()).ended_reason
     assert len(setup.endpoint.asked) == 1
 
 
@@ -223,7 +223,7 @@ PASSING = [
 
 
 @pytest.mark.parametrize("failure", PASSING, ids=lambda failure: type(failure).__name__)
-async def test_what_passes_ends_nothing(setup: Setup, failure: Exception) -> None:  # F1
+async def test_temporary_failures_end_no_grant(setup: Setup, failure: Exception) -> None:  # F1
     setup.endpoint.outcome = failure
     with pytest.raises(AuthorizationServerUnavailable) as raised:
         await setup.renew()
@@ -234,7 +234,7 @@ async def test_what_passes_ends_nothing(setup: Setup, failure: Exception) -> Non
     assert stored.refresh_begun_at is None
 
 
-async def test_a_refresh_whose_answer_is_lost_counts_as_begun(setup: Setup) -> None:
+async def test_a_refresh_whose_response_is_lost_stays_recorded(setup: Setup) -> None:
     setup.endpoint.outcome = AuthorizationServerUnavailable("timed out", maybe_processed=True)
     with pytest.raises(AuthorizationServerUnavailable):
         await setup.renew()
@@ -288,7 +288,7 @@ async def test_a_server_that_asks_for_less_than_the_backoff_does_not_shorten_it(
     assert_jittered(wait, 16)
 
 
-async def test_a_clock_that_is_set_back_does_not_prolong_the_pause(setup: Setup) -> None:  # F9
+async def test_a_clock_that_is_set_back_does_not_prolong_the_backoff(setup: Setup) -> None:  # F9
     setup.endpoint.outcome = AuthorizationServerUnavailable("down")
     with pytest.raises(AuthorizationServerUnavailable):
         await setup.renew()
@@ -301,7 +301,7 @@ async def test_a_clock_that_is_set_back_does_not_prolong_the_pause(setup: Setup)
 
 
 class Watched(Grants):
-    """Tells when somebody was turned away."""
+    """Report when a second owner was refused the lease."""
 
     def __init__(self, database: Engine) -> None:
         super().__init__(database)
@@ -314,7 +314,7 @@ class Watched(Grants):
         return begun
 
 
-async def test_whoever_comes_second_waits_for_the_first_and_sends_nothing(setup: Setup) -> None:
+async def test_a_second_renewer_waits_for_the_first_and_sends_nothing(setup: Setup) -> None:
     grants = Watched(setup.database)
     second = setup.another_renewer(grants)
     waiting: list[asyncio.Task[Grant]] = []
@@ -330,7 +330,7 @@ async def test_whoever_comes_second_waits_for_the_first_and_sends_nothing(setup:
 
 
 async def test_a_late_result_is_fenced_off(setup: Setup) -> None:  # F13
-    """The first is stopped for so long that another takes over; what the other stored counts."""
+    """The first is stopped for so long that another takes over, whose result is the one to keep."""
     second = setup.another_renewer()
 
     async def taken_over() -> None:
@@ -359,7 +359,7 @@ async def test_a_late_refusal_does_not_end_what_another_has_renewed(setup: Setup
     assert (await setup.stored()).ended_at is None
 
 
-async def test_a_store_that_can_not_be_written_sends_nothing(setup: Setup) -> None:  # F8
+async def test_nothing_is_sent_if_the_store_is_not_writable(setup: Setup) -> None:  # F8
     await setup.database.close()
     with pytest.raises(StoreUnavailable):
         await setup.renew()

@@ -79,7 +79,7 @@ async def test_a_server_that_comes_back_has_its_grant_again(
     assert issuer.authorizations == 1
 
 
-async def test_what_waits_for_a_removed_server_is_told_and_its_link_is_dead(setup: BrokerSetup) -> None:
+async def test_requests_that_wait_for_a_removed_server_get_the_reason_and_its_link_ends(setup: BrokerSetup) -> None:
     pending = await setup.pending()
     callback = await setup.callback(pending)
     waiting = asyncio.create_task(pending.wait(5))
@@ -217,7 +217,7 @@ async def test_a_change_in_the_store_is_noticed_while_a_server_is_gone(
 ) -> None:
     await setup.connect()
     async with broker_setup(tmp_path, *setup.servers.values()) as another:
-        # This time the broker is not told.
+        # This time servers_changed is not called.
         del setup.servers["notes"]
         await another.broker.disconnect(NOTES)
         await until(lambda: setup.broker.token_nowait(NOTES) == (False, None))
@@ -253,7 +253,7 @@ async def test_a_change_that_does_not_concern_the_grant_keeps_token_and_flow(
     assert setup.broker.token_nowait(NOTES) == (True, token)
 
 
-async def test_what_waits_for_a_changed_server_is_told_and_may_try_again(
+async def test_requests_that_wait_for_a_changed_server_get_the_reason_and_may_try_again(
     setup: BrokerSetup, servers: Servers, issuer: FakeAuthorizationServer
 ) -> None:
     pending = await setup.pending()
@@ -266,7 +266,7 @@ async def test_what_waits_for_a_changed_server_is_told_and_may_try_again(
     assert {request.bearer for request in elsewhere.calls()} == {None, token.header.decode().removeprefix("Bearer ")}
 
 
-async def test_a_pinned_issuer_ends_what_waits_for_another(setup: BrokerSetup) -> None:
+async def test_a_pinned_issuer_ends_flows_of_another(setup: BrokerSetup) -> None:
     pending = await setup.pending()
     change(setup, oauth=OAuthSettings(issuer="https://as.example"))
     with pytest.raises(AuthorizationDenied, match=CHANGED):

@@ -1,4 +1,4 @@
-"""One piece of work per key, however many want it and whatever becomes of them."""
+"""One piece of work per key, however many callers there are and even if they are cancelled."""
 
 import asyncio
 import gc
@@ -58,7 +58,7 @@ async def test_keys_do_not_wait_for_each_other() -> None:
     assert await waiting == 1
 
 
-async def test_every_caller_hears_of_a_failure_and_the_next_one_starts_anew() -> None:
+async def test_every_caller_gets_the_failure_and_the_next_one_starts_again() -> None:
     flight: SingleFlight[str, int] = SingleFlight()
     work = Work()
     callers = [asyncio.create_task(flight.run("key", work)) for _ in range(3)]
@@ -71,7 +71,7 @@ async def test_every_caller_hears_of_a_failure_and_the_next_one_starts_anew() ->
     assert await flight.run("key", again) == 2
 
 
-async def test_a_caller_that_gives_up_does_not_take_the_work_down() -> None:
+async def test_a_cancelled_caller_does_not_cancel_the_work() -> None:
     flight: SingleFlight[str, int] = SingleFlight()
     work = Work()
     leaver, stayer = (asyncio.create_task(flight.run("key", work)) for _ in range(2))
@@ -84,7 +84,7 @@ async def test_a_caller_that_gives_up_does_not_take_the_work_down() -> None:
     assert (work.runs, work.cancelled) == (1, 0)
 
 
-async def test_the_work_goes_on_when_everybody_has_given_up() -> None:
+async def test_the_work_continues_if_every_caller_is_cancelled() -> None:
     flight: SingleFlight[str, int] = SingleFlight()
     work = Work()
     leaver = asyncio.create_task(flight.run("key", work))
@@ -117,7 +117,7 @@ async def test_a_failure_that_nobody_waits_for_is_not_reported_by_asyncio() -> N
     assert "key" not in flight
 
 
-async def test_what_has_just_ended_is_not_under_way() -> None:
+async def test_work_that_has_just_ended_is_not_shared() -> None:
     """Between the end of a task and its callbacks, others get a turn: they must not be handed the old outcome."""
     flight: SingleFlight[str, int] = SingleFlight()
     begun = asyncio.Event()
@@ -139,7 +139,7 @@ async def test_what_has_just_ended_is_not_under_way() -> None:
     assert "key" not in flight
 
 
-async def test_closing_cancels_what_is_under_way_and_waits_for_its_end() -> None:
+async def test_closing_cancels_running_work_and_waits_for_its_end() -> None:
     flight: SingleFlight[str, int] = SingleFlight()
     work = Work()
     caller = asyncio.create_task(flight.run("key", work))
@@ -152,7 +152,7 @@ async def test_closing_cancels_what_is_under_way_and_waits_for_its_end() -> None
     await flight.aclose()
 
 
-async def test_settling_waits_for_the_end_but_not_for_ever() -> None:
+async def test_settling_waits_for_the_end_for_a_bounded_time() -> None:
     flight: SingleFlight[str, int] = SingleFlight()
     await flight.settle(timeout=10)
     work = Work()

@@ -1,4 +1,4 @@
-"""Asking again for what was asked for already is bounded, over all requests."""
+"""Repeated authorizations for the same scopes are bounded, over all requests."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def exhausted(clock: Clock) -> StepUpLimiter:
 def test_the_same_scopes_are_asked_for_three_times_in_all() -> None:  # T19
     step_ups = exhausted(Clock())
 
-    with pytest.raises(AuthorizationError, match=r"Server files goes on asking .*RFC 6750 §3\.1.*: write\."):
+    with pytest.raises(AuthorizationError, match=r"Server files keeps asking .*RFC 6750 §3\.1.*: write\."):
         count(step_ups, "write")
 
 
@@ -41,13 +41,13 @@ def test_a_challenge_without_scopes_asks_for_nothing_new() -> None:
         count(step_ups, "", already="")
 
 
-def test_another_server_has_a_count_of_its_own() -> None:
+def test_each_server_has_its_own_count() -> None:
     step_ups = exhausted(Clock())
 
     count(step_ups, "write", key=("local", "mail"))
 
 
-def test_a_new_scope_begins_the_count_anew() -> None:
+def test_a_new_scope_resets_the_count() -> None:
     step_ups = exhausted(Clock())
 
     count(step_ups, "write admin")

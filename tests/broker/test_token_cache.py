@@ -115,7 +115,7 @@ async def test_a_grant_is_read_once_for_everyone_who_asks_at_once(setup: Setup) 
     assert setup.grants.reads == 1
 
 
-async def test_that_there_is_no_grant_is_remembered_until_the_store_may_have_changed(setup: Setup) -> None:
+async def test_a_missing_grant_is_remembered_until_the_store_may_have_changed(setup: Setup) -> None:
     assert (await setup.text(), await setup.text(), setup.grants.reads) == ("", "", 1)
     await setup.grants.add(grant())
     assert await setup.text() == ""
@@ -179,7 +179,7 @@ async def test_a_token_that_is_due_is_used_while_it_is_renewed_once(setup: Setup
     assert (setup.endpoint.refreshes, setup.cache.token_nowait(ACCOUNT)[0]) == (1, True)
 
 
-async def test_a_dead_token_is_waited_for_and_renewed_once_for_everyone(setup: Setup) -> None:
+async def test_requests_wait_while_an_expired_token_is_renewed_once(setup: Setup) -> None:
     await setup.grants.add(grant())
     setup.clock.now = NOW + 2 * HOUR
     setup.endpoint.outcome = tokens("2", setup.clock.now)
@@ -187,7 +187,7 @@ async def test_a_dead_token_is_waited_for_and_renewed_once_for_everyone(setup: S
     assert setup.endpoint.refreshes == 1
 
 
-async def test_a_dead_token_that_can_not_be_renewed_is_tried_all_the_same(setup: Setup) -> None:
+async def test_an_expired_token_that_can_not_be_renewed_is_used_anyway(setup: Setup) -> None:
     await setup.grants.add(replace(grant(), tokens=replace(tokens(), refresh_token=None)))
     setup.clock.now = NOW + 2 * HOUR
     assert await setup.text() == "Bearer canary-access-1"
@@ -256,7 +256,7 @@ async def test_a_backoff_outlives_the_cached_token(setup: Setup) -> None:
     assert setup.cache.token_nowait(ACCOUNT)[0] is False
 
 
-async def test_a_request_with_a_dead_token_tries_again_before_the_background_does(setup: Setup) -> None:
+async def test_a_request_with_an_expired_token_tries_again_before_the_background_does(setup: Setup) -> None:
     await setup.grants.add(grant())
     setup.clock.now = NOW + 2 * HOUR
     setup.endpoint.outcome = BUSY
@@ -270,7 +270,7 @@ async def test_a_request_with_a_dead_token_tries_again_before_the_background_doe
     assert await setup.text() == "Bearer canary-access-2"
 
 
-async def test_a_renewal_that_a_crash_interrupted_is_taken_up(setup: Setup) -> None:
+async def test_a_renewal_that_a_crash_interrupted_is_started_again(setup: Setup) -> None:
     stored = await setup.grants.add(grant())
     await setup.grants.begin_refresh(stored.id, version=1, owner="elsewhere:1:x", now=NOW - HOUR)
     await setup.cache.resume_interrupted()

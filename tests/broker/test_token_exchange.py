@@ -110,7 +110,7 @@ async def test_without_a_caller_nothing_is_sent(servers: Servers, issuer: Extens
         (b"x" * 70_000, "too large"),
     ],
 )
-async def test_a_file_without_a_token_is_told_by_key_and_path_only(
+async def test_an_error_about_a_file_without_a_token_has_only_key_and_path(
     tmp_path: Path, content: bytes | None, problem: str
 ) -> None:
     path = tmp_path / "token"
@@ -123,7 +123,7 @@ async def test_a_file_without_a_token_is_told_by_key_and_path_only(
     assert "Evil" not in str(caught.value)
 
 
-async def test_a_token_is_read_as_it_is_now(tmp_path: Path) -> None:
+async def test_a_token_file_is_read_at_each_use(tmp_path: Path) -> None:
     path = tmp_path / "token"
     for text in ("one", "two"):
         await asyncio.to_thread(path.write_text, f"{text}\n")

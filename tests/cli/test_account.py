@@ -18,7 +18,7 @@ ISSUER = "https://as.example"
         (TimeoutError(), "TimeoutError"),
     ],
 )
-def test_an_error_is_told_on_one_line(error: Exception, text: str) -> None:
+def test_an_error_is_shown_on_one_line(error: Exception, text: str) -> None:
     assert _first(error) == text
 
 
@@ -40,15 +40,17 @@ def test_logout_says_what_was_revoked_and_what_could_not_be() -> None:
     )
     assert done == [
         f"notes: forgotten here and revoked at {ISSUER}",
-        f"notes: forgotten here; no revocation is offered by {ISSUER}",
-        "notes: the next authorization registers anew",
+        f"notes: forgotten here; {ISSUER} does not support revocation",
+        "notes: the next authorization registers a new client",
     ]
     (line,) = failed
-    assert line.startswith(f"notes: forgotten here, but not revoked at {ISSUER}: It answered 500. Its tokens are good")
+    assert line.startswith(
+        f"notes: forgotten here, but not revoked at {ISSUER}: It answered 500. Its tokens stay valid"
+    )
     assert "withdraw the access at the provider" in line
 
 
-def test_logout_of_what_was_not_connected_has_no_lines() -> None:
+def test_logout_without_a_grant_has_no_lines() -> None:
     assert _logout_lines(disconnected()) == ([], [])
 
 
@@ -90,7 +92,7 @@ def test_a_server_without_a_grant_has_three_keys(authorizing: bool) -> None:
     assert _row(connection) == {"server": "notes", "url": "https://mcp.example/mcp", "state": "not connected"}
 
 
-def test_the_words_of_a_state() -> None:
+def test_a_state_is_described_in_words() -> None:
     assert _in_words(_row(CONNECTED)).startswith("connected since 20")
     assert _in_words(_row(CONNECTED)).endswith(", renews itself, scopes read write")
     ended = Connection(account=NOTES, url="u", state=ConnectionState.ENDED, issuer=ISSUER, reason="invalid_grant")
@@ -99,7 +101,7 @@ def test_the_words_of_a_state() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "authorizing", "word"),
+    ("state", "authorizing", "label"),
     [
         (ConnectionState.CONNECTED, False, "connected"),
         (ConnectionState.CONNECTED, True, "connected"),
@@ -109,5 +111,5 @@ def test_the_words_of_a_state() -> None:
         (ConnectionState.NOT_CONNECTED, True, "authorizing"),
     ],
 )
-def test_there_is_one_word_for_each_situation(state: ConnectionState, authorizing: bool, word: str) -> None:
-    assert Connection(account=NOTES, url="u", state=state, authorizing=authorizing).word == word
+def test_each_situation_has_its_own_label(state: ConnectionState, authorizing: bool, label: str) -> None:
+    assert Connection(account=NOTES, url="u", state=state, authorizing=authorizing).label == label

@@ -59,7 +59,7 @@ def proposal(folder: Path, server: dict[str, Any]) -> tuple[Proposal, Settings]:
 
 
 @pytest.mark.parametrize(("issuer", "name"), ISSUERS.items())
-def test_a_provider_is_recognised_by_its_issuer(issuer: str, name: str) -> None:
+def test_a_provider_is_recognized_by_its_issuer(issuer: str, name: str) -> None:
     found = known(issuer)
     assert found is not None
     assert found.name == name
@@ -76,7 +76,7 @@ def test_a_provider_is_recognised_by_its_issuer(issuer: str, name: str) -> None:
         "https://as.example.com",
     ],
 )
-def test_a_stranger_is_not_taken_for_a_provider(issuer: str) -> None:
+def test_an_unknown_issuer_is_no_known_provider(issuer: str) -> None:
     assert known(issuer) is None
 
 

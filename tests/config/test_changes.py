@@ -71,7 +71,7 @@ def test_another_key_is_applied(key: str) -> None:
     assert (change.applied, change.needs_restart, change.settings) == ((key,), (), APPLIED[key])
 
 
-def test_what_needs_no_restart_is_applied_beside_what_does() -> None:
+def test_other_keys_are_applied_even_if_one_needs_a_restart() -> None:
     new = replace(RESTART["listen"], servers={}, limits=LimitSettings(body=1))
     change = compare(BASE, new)
     assert (change.servers.removed, change.applied, change.needs_restart) == (("a",), ("limits.body",), ("listen",))
@@ -99,7 +99,7 @@ def test_every_setting_is_either_applied_or_needs_a_restart() -> None:
 @pytest.mark.parametrize(
     "make", [lambda: ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey.generate], ids=["EC", "Ed25519"]
 )
-def test_a_signing_key_that_was_read_again_is_no_change(make: Callable[[], signing_key.PrivateKey]) -> None:
+def test_a_signing_key_that_is_read_again_unchanged_is_not_a_change(make: Callable[[], signing_key.PrivateKey]) -> None:
     pem, other = (make().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode() for _ in range(2))
     assert signing_key.read(pem) == signing_key.read(pem)
     assert hash(signing_key.read(pem)) == hash(signing_key.read(pem))

@@ -1,4 +1,4 @@
-"""YAML, read so that nothing is guessed."""
+"""Reading YAML without guessing types."""
 
 import pytest
 from hypothesis import given
@@ -24,13 +24,13 @@ def test_a_duplicate_key_is_an_error_with_both_lines() -> None:
     assert [str(error) for error in document.errors] == ["b.c: duplicate key: on line 5, first on line 3"]
 
 
-def test_anchors_and_merges_are_no_duplicates() -> None:
+def test_anchors_and_merges_are_not_duplicates() -> None:
     document = parse(b"x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\nz: *x\n")
     assert document.errors == ()
     assert document.content == {"x": {"a": "1", "b": "2"}, "y": {"a": "1", "b": "3"}, "z": {"a": "1", "b": "2"}}
 
 
-def test_a_path_without_a_line_takes_that_of_its_surroundings() -> None:
+def test_a_path_without_a_line_has_that_of_its_parent() -> None:
     document = parse(b"a: 1\nb:\n  c: [x,\n    y]\n")
     assert [document.line(path) for path in ("a", "b.c", "b.c[1]", "b.zzz", "b.c[1].q", "", "q")] == [
         1,
@@ -57,7 +57,7 @@ def test_a_path_without_a_line_takes_that_of_its_surroundings() -> None:
         (b"a: 1\n---\nb: 2\n", "line 2"),
     ],
 )
-def test_what_is_no_yaml_is_refused_with_its_place(data: bytes, where: str) -> None:
+def test_invalid_yaml_is_refused_with_its_position(data: bytes, where: str) -> None:
     with pytest.raises(ConfigurationError, match=where):
         parse(data)
 
@@ -76,13 +76,13 @@ def test_a_secret_that_yaml_takes_for_an_alias_an_anchor_or_a_tag_is_not_repeate
 
 
 @pytest.mark.parametrize("data", [b"[" * 300_000, b"{a: " * 100_000, b"- " * 100_000, b"[" * 5000 + b"]" * 5000])
-def test_deep_nesting_is_refused_and_no_crash(data: bytes) -> None:
+def test_deep_nesting_is_refused_without_a_crash(data: bytes) -> None:
     with pytest.raises(ConfigurationError, match="nested too deeply"):
         parse(data)
 
 
 @pytest.mark.parametrize("data", [b"&a [*a]", b"a: &a {<<: *a, b: 1}", b"a: &a {b: *a}"])
-def test_a_document_that_holds_itself_does_not_hang(data: bytes) -> None:
+def test_a_document_that_contains_itself_does_not_hang(data: bytes) -> None:
     try:
         parse(data)
     except ConfigurationError as error:

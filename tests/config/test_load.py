@@ -174,7 +174,7 @@ def test_a_file_without_servers_is_refused(tmp_path: Path, text: str) -> None:
     assert errors_of(tmp_path, text)
 
 
-def test_a_syntax_error_is_told_with_line_and_column(tmp_path: Path) -> None:
+def test_a_syntax_error_is_reported_with_line_and_column(tmp_path: Path) -> None:
     (found,) = errors_of(tmp_path, "servers:\n  a: {url: x\n  b: y\n")
     assert "line 3" in found
     assert "column" in found
@@ -187,7 +187,7 @@ def test_reserved_server_names_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @given(st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True).filter(lambda name: name not in RESERVED))
-def test_every_name_of_the_contract_is_accepted(name: str) -> None:
+def test_every_valid_server_name_is_accepted(name: str) -> None:
     with TemporaryDirectory() as folder:
         found = settings(Path(folder), f"servers: {{'{name}': {{url: 'https://a.example'}}}}")
     assert set(found.servers) == {name}
@@ -247,7 +247,7 @@ def test_a_secret_that_cannot_be_read_is_an_error(tmp_path: Path, secret: str) -
     assert found.startswith("servers.a.oauth.client_secret: ")
 
 
-def test_secrets_show_in_no_repr(tmp_path: Path) -> None:  # T45
+def test_secrets_are_shown_in_no_repr(tmp_path: Path) -> None:  # T45
     found = settings(tmp_path, oauth("client_id: a, client_secret: 'env:S'"), {"S": "canary-4711"})
     assert "canary-4711" not in repr(found)
     assert "canary-4711" not in str(found.servers["a"].oauth.client_secret)
@@ -304,7 +304,7 @@ def test_other_errors_are_reported_if_no_secret_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["env:UNSET", "file:other.key", "c2VjcmV0", "env:"])
-def test_a_store_key_that_is_not_there_is_an_error(tmp_path: Path, key: str) -> None:
+def test_a_missing_store_key_is_an_error(tmp_path: Path, key: str) -> None:
     (found,) = errors_of(tmp_path, MINIMAL + f"store: {{keys: ['{key}']}}")
     assert found.startswith("store.keys[0]: ")
 
@@ -329,7 +329,7 @@ def test_a_missing_ca_bundle_is_an_error(tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere.pem") in found
 
 
-def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"gone\.yaml"):
         load(tmp_path / "gone.yaml", environ={})
 
@@ -342,7 +342,7 @@ def test_ten_thousand_servers_load_in_seconds(tmp_path: Path) -> None:
     assert time.process_time() - before < 20
 
 
-def test_find_looks_in_the_order_of_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_looks_in_the_documented_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     user = tmp_path / "user"
     monkeypatch.setattr(platformdirs, "user_config_path", lambda *_, **__: user)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What the oauth section of a server may say, grant by grant."""
+"""The oauth section of a server, grant by grant."""
 
 from pathlib import Path
 
@@ -43,17 +43,17 @@ def errors_of(folder: Path, text: str) -> list[str]:
         (rsa.generate_private_key(65537, 2048), "RS256"),
     ],
 )
-def test_a_key_signs_with_the_first_algorithm_that_it_can_serve(key: PrivateKey, algorithm: str) -> None:
+def test_a_key_signs_with_the_first_algorithm_that_it_supports(key: PrivateKey, algorithm: str) -> None:
     found = signing_key.read(pem(key))
     assert found.algorithm == algorithm
     assert signing_key.read(pem(key), algorithm) == found or found.key is not key
 
 
-def test_an_rsa_key_signs_with_what_is_asked() -> None:
+def test_an_rsa_key_signs_with_the_configured_algorithm() -> None:
     assert signing_key.read(pem(rsa.generate_private_key(65537, 2048)), "PS384").algorithm == "PS384"
 
 
-def test_a_private_key_is_read_and_shows_itself_nowhere(tmp_path: Path) -> None:
+def test_a_private_key_is_read_and_never_shown(tmp_path: Path) -> None:
     (tmp_path / "client.pem").write_text(pem(P256))
     found = read(tmp_path, "client_id: a, client_auth: private_key_jwt, private_key: 'file:client.pem'")
     assert found.client_auth is ClientAuth.PRIVATE_KEY_JWT
@@ -92,7 +92,7 @@ def test_weak_and_unsuitable_keys_are_refused(key: PrivateKey | dsa.DSAPrivateKe
         signing_key.read(pem(key))
 
 
-def test_the_assertion_of_a_workload_is_a_file_that_need_not_be_there_yet(tmp_path: Path) -> None:
+def test_the_assertion_file_of_a_workload_need_not_exist_yet(tmp_path: Path) -> None:
     found = read(tmp_path, "grant: jwt_bearer, assertion: 'file:tokens/mcp'")
     assert (found.grant, found.assertion) == (GrantType.JWT_BEARER, tmp_path / "tokens/mcp")
     assert read(tmp_path, "grant: jwt_bearer, assertion: 'env:S'").assertion == Secret("s")
@@ -133,7 +133,7 @@ def test_an_identity_provider_is_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_a_grant_needs_is_told(tmp_path: Path, text: str, found: str) -> None:
+def test_a_missing_key_that_the_grant_needs_is_an_error(tmp_path: Path, text: str, found: str) -> None:
     assert [error for error in errors_of(tmp_path, text) if error.startswith(found)]
 
 
@@ -141,7 +141,7 @@ def test_an_error_never_repeats_a_key_or_an_assertion(tmp_path: Path) -> None:
     assert "eyJhbGciOi" not in "".join(errors_of(tmp_path, "grant: jwt_bearer, assertion: eyJhbGciOi"))  # T45
 
 
-def test_parameters_of_the_protocol_are_not_for_the_configuration(tmp_path: Path) -> None:
+def test_parameters_of_the_protocol_can_not_be_configured(tmp_path: Path) -> None:
     assert read(tmp_path, "token_params: {audience: x, organization: o}").token_params == {
         "audience": "x",
         "organization": "o",
@@ -217,5 +217,5 @@ def test_the_origin_of_a_server_with_allow_http_may_be_its_issuer_and_no_other_m
         f"metadata: {{introspection_endpoint: 'http://10.0.0.1/i', {STATIC}}}",
     ],
 )
-def test_http_on_loopback_and_where_nobody_goes_is_not_an_error(tmp_path: Path, text: str) -> None:
+def test_http_on_loopback_and_for_unused_urls_is_not_an_error(tmp_path: Path, text: str) -> None:
     read(tmp_path, text)

@@ -72,7 +72,7 @@ def reloads(outcome: str) -> float:
     return metrics.reloads.labels(outcome).value
 
 
-async def test_a_changed_file_is_read_and_what_differs_handed_over(
+async def test_a_changed_file_is_read_and_the_differences_applied(
     folder: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
     applied = reloads("applied")
@@ -98,7 +98,7 @@ async def test_each_change_is_compared_with_the_one_before(folder: Folder) -> No
         assert (await folder.next_change(2)).servers.removed == ("b",)
 
 
-async def test_a_file_with_faults_changes_nothing_and_each_is_told_on_a_line_of_its_own(
+async def test_a_file_with_errors_changes_nothing_and_each_error_is_logged_on_its_own_line(
     folder: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder.write("a")
@@ -114,13 +114,13 @@ async def test_a_file_with_faults_changes_nothing_and_each_is_told_on_a_line_of_
         await folder.next_change()
     start = f"configuration not reloaded: {folder.config}: "
     assert all(message.startswith(start) for message in caplog.messages[:4])
-    told = [message.removeprefix(start) for message in caplog.messages[:4]]
-    assert [line.split(":")[0] for line in told] == ["nonsense", "servers.a.url", "servers.b.url", "line 2, column 1"]
+    logged = [message.removeprefix(start) for message in caplog.messages[:4]]
+    assert [line.split(":")[0] for line in logged] == ["nonsense", "servers.a.url", "servers.b.url", "line 2, column 1"]
     assert {record.levelname for record in caplog.records[:4]} == {"ERROR"}
     assert metrics.last_reload_successful.labels().value == 1
 
 
-async def test_what_needs_a_restart_is_named_and_the_rest_applied(
+async def test_keys_that_need_a_restart_are_named_and_the_rest_applied(
     folder: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder.write("a")
@@ -137,7 +137,9 @@ async def test_what_needs_a_restart_is_named_and_the_rest_applied(
     assert caplog.records[1].levelname == "WARNING"
 
 
-async def test_the_flag_of_the_command_line_still_wins(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_flag_of_the_command_line_still_overrides_the_file(
+    folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
     folder.write("a")
     folder.start(listen="127.0.0.1:7")
     async with folder.watched():
@@ -175,7 +177,9 @@ async def test_a_secret_file_that_changed_alone_is_read_again(folder: Folder) ->
     assert secret_of(change.settings) == Secret("new")
 
 
-async def test_a_secret_file_that_was_missing_is_waited_for(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_missing_secret_file_is_noticed_when_it_appears(
+    folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
     folder.write("a")
     folder.start()
     async with folder.watched():
@@ -185,7 +189,7 @@ async def test_a_secret_file_that_was_missing_is_waited_for(folder: Folder, capl
         assert secret_of((await folder.next_change()).settings) == Secret("here")
 
 
-async def test_a_broken_file_does_not_make_the_secrets_of_the_last_one_forgotten(
+async def test_secret_files_are_still_watched_while_the_configuration_is_broken(
     folder: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_secret(folder, "old")
@@ -195,7 +199,7 @@ async def test_a_broken_file_does_not_make_the_secrets_of_the_last_one_forgotten
         folder.replace("servers: [")
         await until(lambda: len(caplog.messages) == 1)
         write_secret(folder, "new")
-        await until(lambda: len(caplog.messages) == 2)  # told again, since something changed
+        await until(lambda: len(caplog.messages) == 2)  # logged again, because something changed
         folder.replace(WITH_SECRET)
         assert secret_of((await folder.next_change()).settings) == Secret("new")
 
@@ -216,8 +220,8 @@ async def test_a_swapped_symbolic_link_is_a_change(folder: Folder) -> None:
     assert (change.servers.added, change.servers.removed) == (("b",), ("a",))
 
 
-async def test_a_file_that_is_being_saved_is_waited_out(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
-    """Each state on the way is valid; only the last one is meant."""
+async def test_a_file_is_not_read_while_it_is_being_saved(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    """Each intermediate state is valid, but only the last one is intended."""
     folder.write("a")
     folder.start(settle_time=0.5)
     text = "servers:\n" + "".join(f"  s{n}: {{url: https://s{n}.example/mcp}}\n" for n in range(8))
@@ -233,7 +237,7 @@ async def test_a_file_that_is_being_saved_is_waited_out(folder: Folder, caplog: 
     assert len(caplog.messages) == 1
 
 
-async def test_a_request_is_answered_also_if_nothing_has_changed(
+async def test_a_requested_reload_happens_even_if_nothing_has_changed(
     folder: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder.write("a")
@@ -245,7 +249,7 @@ async def test_a_request_is_answered_also_if_nothing_has_changed(
     assert folder.changes == []
 
 
-async def test_a_file_of_the_same_size_and_time_is_told_by_its_inode(folder: Folder) -> None:
+async def test_a_replaced_file_of_the_same_size_and_time_is_noticed_by_its_inode(folder: Folder) -> None:
     folder.write("a")
     folder.start()
     before = folder.config.stat()
@@ -281,7 +285,7 @@ async def test_a_missing_file_changes_nothing(folder: Folder, caplog: pytest.Log
     assert folder.changes == []
 
 
-async def test_a_defect_does_not_end_the_watch(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_exception_does_not_end_the_watch(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     folder.write("a")
     folder.start()
     calls: list[SettingsChange] = []

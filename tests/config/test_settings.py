@@ -1,4 +1,4 @@
-"""The settings know how their keys are called in the file."""
+"""The settings know the names of their keys in the file."""
 
 from mcp_auth_proxy.config.settings import ServerSettings, server_key
 

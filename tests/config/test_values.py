@@ -1,4 +1,4 @@
-"""What the texts of a configuration mean."""
+"""Parsing the values of the configuration."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def test_every_whole_number_with_a_unit_is_a_duration(number: int, unit: str) ->
 @pytest.mark.parametrize(
     "text", ["", "s", "-1s", "1d", "1e3", "inf", "nan", "1s2m", " 1s", "1s\n", "٣s", "9" * 400, "400h" * 9]
 )
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_an_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must be"):
         values.duration(text)
 
@@ -48,7 +48,7 @@ def test_binary_sizes_are_powers_of_two(number: int, unit: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "16mib", "16M", "0.1B", "9" * 400, "2000GiB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must be"):
         values.size(text)
 
@@ -84,7 +84,7 @@ def test_address_is_host_and_port(text: str, address: Address) -> None:
 @pytest.mark.parametrize(
     "text", ["8787", ":8787", "::1:8787", "host:", "host:70000", "host:-1", "a b:1", "[::1%eth0]:1"]
 )
-def test_what_is_no_address_is_refused(text: str) -> None:
+def test_an_invalid_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         values.address(text)
 
@@ -96,7 +96,7 @@ def test_what_is_no_address_is_refused(text: str) -> None:
      "https://example.com:99999", "https://[::1", "https://[fe80::1%25eth0]/", "https://bücher.example", "https://a%2eb/",
      "https://example.com/\n", "javascript:alert(1)"],
 )  # fmt: skip
-def test_what_is_no_plain_url_is_refused_without_repeating_it(text: str) -> None:
+def test_an_invalid_url_is_refused_without_repeating_it(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         values.url(text)
     assert "hunter2" not in str(caught.value)
@@ -133,7 +133,7 @@ def test_allowed_host_is_host_with_or_without_port(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["http://a", "a:b", "a/b", "*", ""])
-def test_what_no_host_header_says_is_refused(text: str) -> None:
+def test_an_invalid_allowed_host_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         values.allowed_host(text)
 

@@ -26,7 +26,7 @@ CANARY = "cAnArY-of-an-argument"
 async def logging_proxy(
     servers: Servers, folder: Path, *arguments: str, **server: Any
 ) -> AsyncIterator[tuple[ProxyProcess, FakeMcpServer]]:
-    """A proxy process with a token at hand, started with these arguments."""
+    """A proxy process that has a token already, started with these arguments."""
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
     config = write_config(folder, {"notes": unattended(issuer, upstream.url, folder, **server)})
@@ -65,7 +65,7 @@ async def test_each_finished_request_is_one_line(servers: Servers, tmp_path: Pat
         assert not re.search("readyz|nobody", proxy.err)
 
 
-async def test_without_the_flag_there_is_none_and_at_debug_there_is_always(servers: Servers, tmp_path: Path) -> None:
+async def test_it_is_off_by_default_and_always_on_at_debug(servers: Servers, tmp_path: Path) -> None:
     for arguments, count in (((), 0), (("--log-level", "debug"), 1), (("--log-level", "warning", "--access-log"), 1)):
         async with logging_proxy(servers, tmp_path, *arguments) as (proxy, _), proxy.client("notes") as client:
             await client.call("echo", text="x")
@@ -111,7 +111,7 @@ async def test_as_json_the_names_are_members(servers: Servers, tmp_path: Path) -
 # Traces
 
 
-async def test_traceparent_goes_on_unchanged_whatever_it_is(servers: Servers, tmp_path: Path) -> None:
+async def test_traceparent_is_forwarded_unchanged_whatever_its_value(servers: Servers, tmp_path: Path) -> None:
     """The requests share an upstream connection, which the first one made: its trace is not that of the others."""
     async with logging_proxy(servers, tmp_path, "--access-log") as (proxy, upstream):
         for value in (TRACEPARENT, "00-NOT-A-TRACE", f"00-{'0' * 32}-b7ad6b7169203331-01"):
@@ -140,7 +140,7 @@ async def test_an_error_of_the_proxy_has_the_trace_id_in_its_data_and_in_the_log
 
 
 @pytest.mark.parametrize("capabilities", [{}, {"elicitation": {"url": {}}}], ids=["plain", "elicitation"])
-async def test_the_answer_of_a_request_that_needs_a_user_has_it_too(
+async def test_an_answer_with_the_link_has_the_trace_id_too(
     servers: Servers, tmp_path: Path, capabilities: dict[str, Any]
 ) -> None:
     issuer = await servers.authorization_server()

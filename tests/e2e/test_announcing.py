@@ -1,4 +1,4 @@
-"""How a user hears that an authorization is needed: the link in the log at once, and a browser opened once."""
+"""How a user learns that an authorization is needed: the link in the log at once, and a browser opened once."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ CANARY = "$(touch canary)`touch canary`;touch canary&|touch canary"
 
 
 class BrowserScript:
-    """What ``$BROWSER`` names: it records how it is called, and then does ``more``."""
+    """The program in ``$BROWSER``: it records how it is called, and then does ``more``."""
 
     def __init__(self, folder: Path, more: str = "") -> None:
         self._record = folder / "opened"
@@ -48,7 +48,7 @@ async def configured(servers: Servers, folder: Path, **authorization: Any) -> Pa
 
 
 @pytest.mark.parametrize("level", ["warning", "info"])
-async def test_the_link_is_in_the_log_the_moment_the_flow_begins(servers: Servers, tmp_path: Path, level: str) -> None:
+async def test_the_link_is_logged_as_soon_as_the_flow_starts(servers: Servers, tmp_path: Path, level: str) -> None:
     config = await configured(servers, tmp_path, wait="30s")
     async with proxy_process(config, "--log-level", level) as proxy, proxy.client("notes") as client:
         call = asyncio.create_task(client.call("echo", text="held"))
@@ -65,7 +65,7 @@ async def test_with_json_logs_each_line_on_stderr_is_json_and_one_has_the_link(
     servers: Servers, tmp_path: Path
 ) -> None:
     config = await configured(servers, tmp_path, wait="0s")
-    assert (await run_command("logout", "notes", "--config", str(config)))[0] == 0  # the key is made and told
+    assert (await run_command("logout", "notes", "--config", str(config)))[0] == 0  # the key is created and announced
     async with proxy_process(config, "--log-format", "json") as proxy, proxy.client("notes") as client:
         link = link_in((await client.call("echo", text="x")).message)
         await until(lambda: link in proxy.err)
@@ -77,7 +77,7 @@ async def test_with_json_logs_each_line_on_stderr_is_json_and_one_has_the_link(
 
 
 @pytest.mark.parametrize("choice", ["auto", "always"])
-async def test_the_browser_is_opened_once_for_a_flow_with_its_link_alone(
+async def test_the_browser_is_opened_once_for_each_flow_with_only_the_link(
     servers: Servers, tmp_path: Path, choice: str
 ) -> None:
     script = BrowserScript(tmp_path)
@@ -97,7 +97,7 @@ async def test_the_browser_is_opened_once_for_a_flow_with_its_link_alone(
     ("choice", "env"),
     [("never", {}), ("auto", {"SSH_CONNECTION": "10.0.0.1 1 10.0.0.2 22"}), ("auto", {"BROWSER": None})],
 )
-async def test_no_browser_is_opened_where_nobody_would_see_it(
+async def test_no_browser_is_opened_if_nobody_would_see_it(
     servers: Servers, tmp_path: Path, choice: str, env: dict[str, str | None]
 ) -> None:
     script = BrowserScript(tmp_path)
@@ -110,7 +110,9 @@ async def test_no_browser_is_opened_where_nobody_would_see_it(
     assert script.calls == []
 
 
-async def test_a_browser_that_does_not_start_is_told_and_the_link_still_works(servers: Servers, tmp_path: Path) -> None:
+async def test_a_browser_that_does_not_start_is_logged_and_the_link_still_works(
+    servers: Servers, tmp_path: Path
+) -> None:
     config = await configured(servers, tmp_path, wait="5s", open_browser="always")
     env = {**BrowserScript(tmp_path).env, "BROWSER": "/nonexistent/browser", "TERM": None}
     async with proxy_process(config, env=env) as proxy, proxy.client("notes") as client:
@@ -120,7 +122,7 @@ async def test_a_browser_that_does_not_start_is_told_and_the_link_still_works(se
         assert (await call).text == "by hand"
 
 
-async def test_a_browser_that_stays_in_the_foreground_does_not_keep_serve_from_ending(
+async def test_a_browser_that_stays_in_the_foreground_does_not_delay_the_end_of_serve(
     servers: Servers, tmp_path: Path
 ) -> None:
     script = BrowserScript(tmp_path, "exec sleep 25 >/dev/null 2>&1")

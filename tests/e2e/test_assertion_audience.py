@@ -1,4 +1,4 @@
-"""Whom the client's own assertion is for (RFC 7523 §3): the issuer, or where the operator says so the endpoint."""
+"""The audience of client assertions (RFC 7523 §3): the issuer, or the endpoint if the operator says so."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The pages in a real browser: consent to its end, what other pages can't do to the proxy, and how it looks."""
+"""The pages in a real browser: a complete consent, attacks by other pages, and how the pages look."""
 
 import asyncio
 import shutil
@@ -78,7 +78,7 @@ async def website(html: str) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("script", [True, False], ids=["with-script", "without-script"])
-async def test_consent_in_a_browser_ends_on_a_page_that_says_so(
+async def test_consent_in_a_browser_ends_on_a_page_that_confirms_it(
     servers: Servers, tmp_path: Path, browser: Browser, script: bool
 ) -> None:
     async with notes(servers, tmp_path) as (proxy, client):
@@ -152,7 +152,7 @@ async def test_a_reload_of_the_last_page_is_refused_and_the_grant_stays(
         assert (await client.call("echo", text="still")).text == "still"
 
 
-async def test_declining_in_a_browser_is_told_in_plain_words(
+async def test_declining_in_a_browser_is_shown_in_plain_words(
     servers: Servers, tmp_path: Path, browser: Browser
 ) -> None:
     async with notes(servers, tmp_path) as (proxy, client):
@@ -166,7 +166,7 @@ async def test_declining_in_a_browser_is_told_in_plain_words(
         assert "access_denied" in (await call).error["message"]
 
 
-async def test_two_flows_at_once_in_one_browser_do_not_spoil_each_other(
+async def test_two_flows_at_once_in_one_browser_do_not_affect_each_other(
     servers: Servers, tmp_path: Path, browser: Browser
 ) -> None:
     upstreams = [await servers.mcp_server(await servers.authorization_server()) for _ in range(2)]
@@ -261,7 +261,7 @@ async def post_form(page: Page, target: str) -> int:
     return response.status
 
 
-async def test_an_opener_hears_nothing_of_the_authorization(
+async def test_an_opener_learns_nothing_about_the_authorization(
     servers: Servers, tmp_path: Path, browser: Browser
 ) -> None:  # T16
     async with notes(servers, tmp_path) as (proxy, client), website("<p>opener</p>") as port:

@@ -1,4 +1,4 @@
-"""The link and the callback: what a browser may bring back, from whom, how often, and what it is then shown."""
+"""The link and the callback: which responses are accepted, from which browser, how often, and the pages shown."""
 
 import asyncio
 import socket
@@ -129,7 +129,7 @@ BAD_ISSUERS: dict[str, Change] = {
 
 @pytest.mark.parametrize("change", BAD_ISSUERS.values(), ids=BAD_ISSUERS)
 @pytest.mark.parametrize("error", [None, ("server_error", "MUST NOT BE SHOWN")], ids=["code", "error"])
-async def test_a_wrong_issuer_is_refused_unread(  # T9
+async def test_a_wrong_issuer_is_refused_before_anything_else_is_read(  # T9
     servers: Servers, tmp_path: Path, change: Change, error: tuple[str, str] | None
 ) -> None:
     async with (
@@ -152,7 +152,7 @@ async def test_an_issuer_that_promises_no_iss_need_not_send_it(servers: Servers,
         await setup.connect()
 
 
-async def test_an_error_is_shown_inert_and_told_to_who_waits(servers: Servers, tmp_path: Path) -> None:  # T15
+async def test_an_error_is_shown_escaped_and_sent_to_waiting_requests(servers: Servers, tmp_path: Path) -> None:  # T15
     error = ("access_denied", "<script>alert(1)</script><img src=x onerror=alert(2)>")
     async with proxy_setup(servers, tmp_path, wait="20s", issuer={"authorize_error": error}) as setup:
         call = asyncio.create_task(setup.ask())
@@ -170,7 +170,7 @@ async def test_an_error_is_shown_inert_and_told_to_who_waits(servers: Servers, t
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "text"),
     [
         (FakeResponse.json({"error": "invalid_grant", "error_description": "<b>no</b>"}, 400), "invalid_grant"),
         (FakeResponse.html(status=500), "500"),
@@ -179,17 +179,17 @@ async def test_an_error_is_shown_inert_and_told_to_who_waits(servers: Servers, t
     ],
     ids=["refused", "broken", "dropped", "unusable"],
 )
-async def test_a_code_that_brings_no_token_is_told_to_browser_and_client(
-    servers: Servers, tmp_path: Path, answer: FakeResponse, told: str
+async def test_a_failed_token_request_is_shown_to_browser_and_client(
+    servers: Servers, tmp_path: Path, answer: FakeResponse, text: str
 ) -> None:
     async with proxy_setup(servers, tmp_path, wait="20s", issuer={"answers": {"token": answer}}) as setup:
         call = asyncio.create_task(setup.ask())
         page = await consent(await setup.proxy.next_link())
         assert page.status_code >= 400
-        assert told in page.text
+        assert text in page.text
         assert "<b>" not in page.text
         reply = await call
-        assert told in reply.error["message"]
+        assert text in reply.error["message"]
         assert reply.status not in (401, 500)
         assert "/connect/" not in str(reply.message)
 
@@ -197,7 +197,7 @@ async def test_a_code_that_brings_no_token_is_told_to_browser_and_client(
 # the link
 
 
-async def test_a_link_says_what_became_of_it(servers: Servers, tmp_path: Path) -> None:
+async def test_a_link_that_has_ended_says_how(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
         link = await setup.link()
         assert_page(await browser.open(f"{link}x"), 404)
@@ -241,7 +241,7 @@ async def link_under(servers: Servers, folder: Path, public: str) -> AsyncIterat
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST", "[::1]", "127.0.0.2"])
 @pytest.mark.parametrize("public", ["http://127.0.0.1:{}", "http://localhost:{}", "http://[::1]:{}"])
-async def test_the_browser_is_led_to_the_loopback_name_that_the_callback_has(
+async def test_the_browser_is_redirected_to_the_loopback_name_of_the_callback(
     servers: Servers, tmp_path: Path, name: str, public: str
 ) -> None:
     async with link_under(servers, tmp_path, public) as (address, public_url, path), Browser() as browser:
@@ -264,7 +264,7 @@ async def test_the_browser_is_led_to_the_loopback_name_that_the_callback_has(
 @pytest.mark.parametrize(
     "path", ["/connect/a%0d%0aset-cookie:%20x=1?flow=b%0d%0ac", "/connect/%e2%82%ac?flow=%e2%82%ac"]
 )
-async def test_nothing_in_a_link_gets_out_of_the_address_that_the_browser_is_led_to(
+async def test_nothing_in_a_link_can_change_the_host_of_the_redirect(
     servers: Servers, tmp_path: Path, path: str
 ) -> None:  # T18
     async with link_under(servers, tmp_path, "http://localhost:{}") as (address, public_url, _), Browser() as browser:
@@ -273,13 +273,13 @@ async def test_nothing_in_a_link_gets_out_of_the_address_that_the_browser_is_led
         assert page.headers["location"].lower().startswith(f"{public_url}{path.partition('=')[0].replace(':', '%3a')}")
 
 
-async def test_a_browser_is_led_to_no_other_machine(servers: Servers, tmp_path: Path) -> None:
+async def test_a_browser_is_not_redirected_to_another_machine(servers: Servers, tmp_path: Path) -> None:
     async with link_under(servers, tmp_path, "https://proxy.example:{}") as (address, _, path), Browser() as browser:
         page = await browser.open(f"{address}{path}")
         assert "/authorize?" in page.headers["location"]
 
 
-async def test_a_link_of_one_server_is_not_good_for_another(servers: Servers, tmp_path: Path) -> None:
+async def test_a_link_of_one_server_is_not_valid_for_another(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     config = {name: (await servers.mcp_server(issuer)).url for name in ("one", "two")}
     async with (
@@ -305,7 +305,7 @@ async def test_connecting_needs_no_script(servers: Servers, tmp_path: Path) -> N
         assert "close this tab" in finished.text
 
 
-async def test_a_visit_leaves_one_cookie_that_only_the_callback_gets(servers: Servers, tmp_path: Path) -> None:
+async def test_an_attempt_sets_one_cookie_that_only_the_callback_gets(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
         page = await browser.open(await setup.link())
         (cookie,) = page.headers.get_list("set-cookie")
@@ -328,7 +328,7 @@ async def test_no_parameter_leads_elsewhere(servers: Servers, tmp_path: Path, na
 
 
 @pytest.mark.parametrize(("left", "used"), [(40, 1), (40, 2), (0, 2), (-40, 2)])
-async def test_near_its_end_a_link_is_followed_by_another_and_either_lets_all_go_on(
+async def test_near_its_end_a_link_is_replaced_and_either_lets_all_requests_continue(
     servers: Servers, tmp_path: Path, left: int, used: int
 ) -> None:
     async with proxy_setup(servers, tmp_path, wait="20s") as setup:
@@ -365,9 +365,7 @@ async def test_a_link_is_given_out_again_while_it_has_a_minute_left(servers: Ser
         assert await setup.link() != first
 
 
-async def test_two_processes_let_go_of_what_waits_whichever_of_their_links_is_used(
-    servers: Servers, tmp_path: Path
-) -> None:
+async def test_requests_of_two_processes_continue_whichever_link_is_used(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path, wait="20s") as setup:
         first = asyncio.create_task(setup.ask("1"))
         await setup.proxy.next_link()
@@ -383,7 +381,7 @@ async def test_two_processes_let_go_of_what_waits_whichever_of_their_links_is_us
             assert setup.issuer.authorizations == 1
 
 
-async def test_a_second_visit_does_not_spoil_the_first(servers: Servers, tmp_path: Path) -> None:
+async def test_a_second_attempt_does_not_affect_the_first(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
         link = await setup.link()
         first = await browser.stop_before(link)
@@ -410,7 +408,7 @@ async def test_a_callback_after_a_restart_finishes_the_flow(servers: Servers, tm
     assert issuer.token_requests() == 1
 
 
-async def test_a_link_of_long_ago_is_forgotten_while_the_proxy_runs(servers: Servers, tmp_path: Path) -> None:
+async def test_old_flows_are_deleted_while_the_proxy_runs(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path) as setup, Browser() as browser, asyncio.timeout(10):
         link = await setup.link()
         setup.clock.ahead += 3601

@@ -1,4 +1,4 @@
-"""The commands as a user runs them: exit codes, what goes to which stream, and one line for each fault."""
+"""The commands as a user runs them: exit codes, what goes to which stream, and one line for each error."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ async def stored(folder: Path, url: str = "http://127.0.0.1:9/mcp") -> Path:
         (["check"], "$MCP_AUTH_PROXY_CONFIG"),
     ],
 )
-async def test_usage_and_configuration_that_is_wrong_exits_2(tmp_path: Path, arguments: list[str], words: str) -> None:
+async def test_wrong_usage_or_configuration_exits_with_2(tmp_path: Path, arguments: list[str], words: str) -> None:
     env = {"MCP_AUTH_PROXY_CONFIG": None, "XDG_CONFIG_HOME": str(tmp_path)}
     code, out, err = await run_command(*arguments, env=env, cwd=tmp_path)
     assert (code, out) == (2, "")
@@ -83,14 +83,14 @@ async def test_usage_and_configuration_that_is_wrong_exits_2(tmp_path: Path, arg
 
 
 @pytest.mark.parametrize("command", ["check", "serve", "status"])
-async def test_every_fault_of_the_file_is_told_at_once(tmp_path: Path, command: str) -> None:
+async def test_all_errors_of_the_file_are_reported_at_once(tmp_path: Path, command: str) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(FAULTY)
     code, out, err = await run_command(command, "--config", str(config))
     assert (code, out) == (2, "")
-    told = re.findall(rf"^error: {re.escape(str(config))}: ([\w.]+): \S", err, re.MULTILINE)
-    assert [path for path in FAULTY_PATHS if path not in told] == []
-    # Only what goes on to use a secret needs it.
+    reported = re.findall(rf"^error: {re.escape(str(config))}: ([\w.]+): \S", err, re.MULTILINE)
+    assert [path for path in FAULTY_PATHS if path not in reported] == []
+    # Only commands that use a secret need it.
     secret_missing = command != "status"
     assert ("NOT_SET_ANYWHERE" in err) is secret_missing
     assert len(err.splitlines()) == len(FAULTY_PATHS) + secret_missing
@@ -107,14 +107,14 @@ async def test_every_fault_of_the_file_is_told_at_once(tmp_path: Path, command: 
         ("- a", "mapping"),
     ],
 )
-async def test_a_file_that_is_no_configuration_is_told_in_one_line(tmp_path: Path, content: str, words: str) -> None:
+async def test_an_invalid_configuration_is_reported_in_one_line(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "mcp-auth-proxy.yaml").write_text(content)
     code, _, err = await run_command("check", cwd=tmp_path)
     assert code == 2
     assert words in one_line(err)
 
 
-async def test_check_looks_at_the_store_key_too(tmp_path: Path) -> None:
+async def test_check_validates_the_store_key_too(tmp_path: Path) -> None:
     config = write_config(tmp_path, {"notes": "http://127.0.0.1:9/mcp"}, store={"keys": ["env:KEY_OF_THE_STORE"]})
     code, out, err = await run_command("check", "--config", str(config), env={"KEY_OF_THE_STORE": "no key"})
     assert (code, out) == (2, "")
@@ -198,7 +198,7 @@ async def test_a_damaged_store_is_refused_and_left_as_it_is(tmp_path: Path, dama
     assert digests(tmp_path) == before
 
 
-async def test_the_first_start_tells_of_the_key_it_made_and_the_second_does_not(tmp_path: Path) -> None:
+async def test_only_the_first_start_announces_the_key_that_it_created(tmp_path: Path) -> None:
     config = write_config(tmp_path, {"a": "https://a.example/mcp"})
     async with proxy_process(config) as first:
         assert await first.stop() == 0
@@ -209,7 +209,7 @@ async def test_the_first_start_tells_of_the_key_it_made_and_the_second_does_not(
     assert second.err == ""
 
 
-async def test_serve_tells_on_stdout_what_it_serves_and_how_to_point_a_client_at_it(tmp_path: Path) -> None:
+async def test_serve_prints_what_it_serves_and_how_to_configure_a_client(tmp_path: Path) -> None:
     config = write_config(tmp_path, {"a": "https://a.example/mcp", "b": "https://b.example/mcp"})
     async with proxy_process(config) as proxy:
         assert await proxy.stop() == 0
@@ -232,7 +232,7 @@ async def test_serve_with_a_url_serves_one_server_at_mcp_and_under_its_name(serv
     assert list(tmp_path.rglob("*.db"))
 
 
-async def test_a_running_proxy_does_without_mcp(tmp_path: Path) -> None:
+async def test_a_running_proxy_does_not_import_mcp(tmp_path: Path) -> None:
     config = write_config(tmp_path, {"a": "https://a.example/mcp"})
     async with proxy_process(config, env={"PYTHONPROFILEIMPORTTIME": "1"}) as proxy:
         async with PlainClient(f"{proxy.origin}/readyz") as client:
@@ -262,7 +262,7 @@ async def test_the_demo_shows_each_step_and_exits_0() -> None:
     assert "echo: hello" in out
 
 
-async def test_an_interrupt_ends_serve_without_a_word_of_complaint(tmp_path: Path) -> None:
+async def test_an_interrupt_ends_serve_without_an_error(tmp_path: Path) -> None:
     config = write_config(tmp_path, {"a": "https://a.example/mcp"})
     async with proxy_process(config) as proxy:
         await until(lambda: KEY_LINE in proxy.err)

@@ -1,4 +1,4 @@
-"""What an MCP client is answered while a human is needed: the table of the contract, by kind of client."""
+"""The answers to an MCP client while a user is needed: the table in docs/architecture.md, by kind of client."""
 
 import asyncio
 import gzip
@@ -77,7 +77,9 @@ async def test_the_elicitation_error_is_never_sent_on_the_stateless_revision(ser
 # 2026-07-28 with URL elicitation in _meta
 
 
-async def test_the_stateless_revision_is_asked_for_input_where_it_may_be(servers: Servers, tmp_path: Path) -> None:
+async def test_the_stateless_revision_gets_input_required_if_the_method_allows_it(
+    servers: Servers, tmp_path: Path
+) -> None:
     async with proxy_setup(servers, tmp_path, client={"version": MODERN, "capabilities": URLS}) as setup:
         for method, params in ASKABLE:
             result = (await setup.client.post(method, params)).result
@@ -126,7 +128,9 @@ async def test_a_retry_is_held_and_goes_upstream_without_our_entry(
     [*({"version": version} for version in (*OLD, MODERN)), {"capabilities": FORMS_ONLY}],
     ids=str,
 )
-async def test_any_other_client_reads_the_link(servers: Servers, tmp_path: Path, options: dict[str, Any]) -> None:
+async def test_any_other_client_gets_the_link_as_text(
+    servers: Servers, tmp_path: Path, options: dict[str, Any]
+) -> None:
     async with proxy_setup(servers, tmp_path, client=options) as setup:
         call = await setup.client.post("tools/call", {"name": "echo", "arguments": {}}, id="a")
         link = call.result["_meta"][LINK_KEY]
@@ -157,7 +161,7 @@ async def test_every_request_of_a_batch_is_answered(servers: Servers, tmp_path: 
         assert (second["id"], second["error"]["data"]["authorization_url"]) == ("two", link_in(first))
 
 
-async def test_what_is_no_request_is_never_answered_401(servers: Servers, tmp_path: Path) -> None:
+async def test_other_messages_are_never_answered_with_401(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path) as setup:
         headers = {"accept": "text/event-stream"}
         replies = [
@@ -174,7 +178,7 @@ async def test_what_is_no_request_is_never_answered_401(servers: Servers, tmp_pa
 @pytest.mark.parametrize(
     "body", [b'{"jsonrpc":"2.0","method":"notifications/initialized"}', b'{"jsonrpc":"2.0","id":1,"result":{}}', None]
 )
-async def test_what_asks_for_no_answer_is_told_to_come_again(
+async def test_messages_without_a_request_get_503_with_retry_after(
     servers: Servers, tmp_path: Path, body: bytes | None
 ) -> None:
     async with proxy_setup(servers, tmp_path) as setup:
@@ -188,7 +192,9 @@ async def test_what_asks_for_no_answer_is_told_to_come_again(
 @pytest.mark.parametrize(
     ("body", "code"), [(b'{"jsonrpc":', -32700), (b"", -32700), (b"17", -32600), (b"[1]", -32600), (b"[]", -32600)]
 )
-async def test_what_is_no_json_rpc_is_refused_at_once(servers: Servers, tmp_path: Path, body: bytes, code: int) -> None:
+async def test_a_body_that_is_not_json_rpc_is_refused_at_once(
+    servers: Servers, tmp_path: Path, body: bytes, code: int
+) -> None:
     async with proxy_setup(servers, tmp_path, wait="20s") as setup:
         for _ in range(2):
             async with asyncio.timeout(5):
@@ -251,7 +257,7 @@ def messages_in(error: BaseException) -> list[str]:
     return [str(error)]
 
 
-async def test_the_sdks_client_goes_on_after_consent(servers: Servers, tmp_path: Path) -> None:
+async def test_the_sdks_client_continues_after_consent(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server(auto_consent=True)
     upstream = await servers.real_mcp_server(issuer)
     async with running_proxy(tmp_path, {"notes": upstream.url}, authorization={"wait": "20s"}) as proxy:
@@ -268,7 +274,7 @@ async def list_tools(url: str) -> list[str]:
 # grants that need no human
 
 
-async def test_without_a_human_a_token_is_had_and_stepped_up_within_the_request(
+async def test_without_a_user_a_token_is_obtained_and_stepped_up_within_the_request(
     servers: Servers, tmp_path: Path
 ) -> None:
     issuer = await servers.authorization_server()
@@ -347,7 +353,7 @@ def gzipped_events(received: RecordedRequest) -> FakeResponse:
 
 
 @pytest.mark.parametrize("declined", [False, True], ids=["nobody comes", "declined"])
-async def test_after_comments_the_answer_of_our_own_comes_as_an_event(
+async def test_after_comments_the_proxys_own_answer_is_an_event(
     servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declined: bool
 ) -> None:
     monkeypatch.setattr(consent_wait, "COMMENT_INTERVAL", 0.1)  # the length of it is tested once, below

@@ -1,4 +1,4 @@
-"""kill -9 at the worst moments: what was acknowledged is there after the restart, and what was lost is explained."""
+"""kill -9 at the worst moments: acknowledged data is there after the restart, and a loss is explained."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ class Machine:
         return row
 
     def process_but_never_answer(self, received: RecordedRequest) -> FakeResponse:
-        """The refresh is done: the old token is spent; the answer is on its way for ever."""
+        """The refresh is processed and the old token used up, but the response never arrives."""
         form = received.form
         client = self.issuer.ledger.clients[form["client_id"]]
         self.issuer.ledger.refresh(client, refresh_token=form["refresh_token"], resource=form["resource"], scopes=())
@@ -72,7 +72,7 @@ def refused(reply: McpResponse) -> bool:
     return bool(reply.message.get("result", {}).get("isError"))
 
 
-async def test_a_grant_is_durable_when_the_page_says_so(machine: Machine) -> None:
+async def test_a_grant_is_durable_once_the_page_confirms_it(machine: Machine) -> None:
     async with machine.proxy() as (proxy, client):
         await machine.log_in(client)
         await proxy.stop(signal.SIGKILL)
@@ -81,7 +81,7 @@ async def test_a_grant_is_durable_when_the_page_says_so(machine: Machine) -> Non
     assert machine.issuer.authorizations == 1
 
 
-async def test_an_open_link_outlives_a_crash(machine: Machine) -> None:
+async def test_an_open_link_survives_a_crash(machine: Machine) -> None:
     async with machine.proxy() as (proxy, client):
         link = link_in((await client.call("echo")).message)
         await proxy.stop(signal.SIGKILL)
@@ -108,7 +108,7 @@ async def test_a_refresh_whose_answer_was_lost_costs_one_login_and_says_why(mach
         assert issuer.refreshes == 2
         row = await machine.status()
         assert row["state"] == "ended"
-        assert "cut short" in str(row["reason"])
+        assert "interrupted" in str(row["reason"])
         await machine.log_in(client)
         assert (await client.call("echo", text="in")).text == "in"
     assert issuer.authorizations == 2
@@ -149,7 +149,7 @@ async def test_no_acknowledged_grant_is_lost_to_kills_at_any_moment(machine: Mac
                 if not needs_login:
                     newest = next(reversed(issuer.ledger.tokens))
                     assert newest not in upstream.bearers, "a renewal that was in use is lost"
-                    assert "cut short" in str((await machine.status())["reason"])
+                    assert "interrupted" in str((await machine.status())["reason"])
                     lost += 1
                 await machine.log_in(client)
             else:

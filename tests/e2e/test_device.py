@@ -44,7 +44,7 @@ async def connected(url: str) -> str:
     raise AssertionError("the page did not change")
 
 
-async def test_the_page_shows_the_code_and_the_held_request_goes_on(
+async def test_the_page_shows_the_code_and_the_held_request_continues(
     servers: Servers, issuer: ExtensionServer, tmp_path: Path
 ) -> None:
     upstream = await servers.mcp_server(issuer, scopes=("read",))
@@ -99,7 +99,7 @@ async def test_a_device_code_is_never_sent_again_after_its_tokens(
     assert not issuer.ledger.grants[-1].ended
 
 
-async def test_a_flow_survives_a_restart_and_needs_no_request_to_go_on(
+async def test_a_flow_survives_a_restart_and_continues_without_a_request(
     servers: Servers, issuer: ExtensionServer, tmp_path: Path
 ) -> None:
     upstream = await servers.mcp_server(issuer)
@@ -117,9 +117,7 @@ async def test_a_flow_survives_a_restart_and_needs_no_request_to_go_on(
     assert (issuer.device_requests, proxy.links) == (1, [])
 
 
-async def test_a_restart_gives_the_same_link_while_the_user_is_still_at_it(
-    servers: Servers, issuer: ExtensionServer, tmp_path: Path
-) -> None:
+async def test_after_a_restart_the_link_is_the_same(servers: Servers, issuer: ExtensionServer, tmp_path: Path) -> None:
     upstream = await servers.mcp_server(issuer)
     flows = []
     for _ in range(2):
@@ -129,7 +127,7 @@ async def test_a_restart_gives_the_same_link_while_the_user_is_still_at_it(
     assert issuer.device_requests == 1
 
 
-async def test_near_the_end_of_a_code_another_is_made_and_either_lets_all_go_on(
+async def test_near_its_end_a_code_is_replaced_and_either_lets_all_requests_continue(
     servers: Servers, issuer: ExtensionServer, tmp_path: Path
 ) -> None:
     issuer.device_changes = {"expires_in": 30}
@@ -149,7 +147,7 @@ async def test_near_the_end_of_a_code_another_is_made_and_either_lets_all_go_on(
     assert (issuer.device_requests, len(proxy.links)) == (2, 2)
 
 
-async def test_a_slow_down_makes_the_polls_rarer_by_five_seconds(
+async def test_a_slow_down_adds_five_seconds_between_polls(
     servers: Servers, issuer: ExtensionServer, tmp_path: Path
 ) -> None:
     upstream = await servers.mcp_server(issuer)
@@ -163,7 +161,7 @@ async def test_a_slow_down_makes_the_polls_rarer_by_five_seconds(
     assert loop.time() - begun > 5.5
 
 
-async def test_a_refusal_is_told_and_a_new_request_gets_a_new_code(
+async def test_a_refusal_is_reported_and_a_new_request_gets_a_new_code(
     servers: Servers, issuer: ExtensionServer, tmp_path: Path
 ) -> None:
     upstream = await servers.mcp_server(issuer)
@@ -183,9 +181,7 @@ async def test_a_refusal_is_told_and_a_new_request_gets_a_new_code(
         assert (await call).text == "y"
 
 
-async def test_an_authorization_server_that_is_down_for_a_while_is_asked_again(
-    servers: Servers, issuer: ExtensionServer, tmp_path: Path
-) -> None:
+async def test_polling_continues_after_an_outage(servers: Servers, issuer: ExtensionServer, tmp_path: Path) -> None:
     upstream = await servers.mcp_server(issuer)
     wait = {"wait": "20s"}
     async with (
@@ -223,7 +219,7 @@ async def test_a_hostile_answer_is_refused_by_its_rule(
     assert (issuer.polls, proxy.links) == (0, [])
 
 
-async def test_a_server_without_device_codes_is_told_with_the_key_to_set(
+async def test_the_error_for_a_server_without_device_codes_names_the_key(
     servers: Servers, issuer: ExtensionServer, tmp_path: Path
 ) -> None:
     issuer.metadata_changes = {"device_authorization_endpoint": ABSENT}
@@ -262,7 +258,7 @@ async def test_login_prints_the_code_for_any_device(servers: Servers, issuer: Ex
     assert "notes is connected." in out
 
 
-async def test_login_beside_a_running_proxy_shares_its_code_and_one_of_them_polls(
+async def test_login_shares_the_code_of_a_running_proxy_and_only_one_polls(
     servers: Servers, issuer: ExtensionServer, tmp_path: Path
 ) -> None:
     upstream = await servers.real_mcp_server(issuer)

@@ -1,4 +1,4 @@
-"""``doctor``: its verdict is what the proxy then does, in the proxy's own words, and nothing is done on the way."""
+"""``doctor``: its verdict matches what the proxy does, in the proxy's own words, and it changes nothing."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def untouched(issuer: FakeAuthorizationServer) -> bool:
     return {(request.method, request.endpoint) for request in issuer.requests} <= {("GET", "metadata")}
 
 
-async def test_a_good_server_is_ready_and_its_configuration_works(servers: Servers, tmp_path: Path) -> None:
+async def test_a_valid_server_is_ready_and_its_configuration_works(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer, scopes=("read",))
     report = await diagnose(tmp_path, upstream.url)
@@ -112,7 +112,7 @@ async def test_what_the_proxy_refuses_is_refused_in_the_same_words(
     assert first.split(" with the redirect URI ")[0] in said
 
 
-async def test_an_unavailable_metadata_server_is_told_as_the_proxy_tells_it(servers: Servers, tmp_path: Path) -> None:
+async def test_an_unavailable_metadata_server_is_reported_as_by_the_proxy(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server(outage=FakeResponse.html(status=503))
     upstream = await servers.mcp_server(issuer)
     report = await diagnose(tmp_path, upstream.url)
@@ -120,7 +120,7 @@ async def test_an_unavailable_metadata_server_is_told_as_the_proxy_tells_it(serv
     assert refused(report)[0] in await refusal(tmp_path, upstream.url)
 
 
-async def test_an_unreachable_server_is_told_as_the_proxy_tells_it(tmp_path: Path) -> None:
+async def test_an_unreachable_server_is_reported_as_by_the_proxy(tmp_path: Path) -> None:
     report = await diagnose(tmp_path, "http://127.0.0.1:9/mcp")
     assert (report.outcome, report.config, report.preview) == (Outcome.REFUSED, None, None)
     assert refused(report) == [await refusal(tmp_path, "http://127.0.0.1:9/mcp")]
@@ -137,7 +137,7 @@ async def test_a_server_without_protection_needs_no_authorization(
     assert upstream.sessions == {}
 
 
-async def test_a_server_of_2026_alone_is_asked_in_its_own_terms(servers: Servers, tmp_path: Path) -> None:
+async def test_a_server_of_2026_only_is_probed_with_that_revision(servers: Servers, tmp_path: Path) -> None:
     def modern_only(received: RecordedRequest) -> FakeResponse | None:
         old = received.method == "POST" and received.header("mcp-protocol-version") != MODERN
         return (
@@ -154,7 +154,7 @@ async def test_a_server_of_2026_alone_is_asked_in_its_own_terms(servers: Servers
 
 
 @pytest.mark.parametrize("method", ["tools/list", "tools/call"])
-async def test_a_server_that_protects_some_methods_only_is_seen_through(
+async def test_a_server_that_protects_only_some_methods_is_noticed(
     servers: Servers, tmp_path: Path, method: str
 ) -> None:
     issuer = await servers.authorization_server()
@@ -173,7 +173,7 @@ async def test_a_server_that_protects_some_methods_only_is_seen_through(
     assert untouched(issuer)
 
 
-async def test_a_forbidden_server_is_no_demand_for_authorization(servers: Servers, tmp_path: Path) -> None:
+async def test_a_plain_403_is_not_a_demand_for_authorization(servers: Servers, tmp_path: Path) -> None:
     upstream = await servers.mcp_server(intercept=lambda received: FakeResponse(status=403))
     report = await diagnose(tmp_path, upstream.url)
     assert (report.outcome, report.config) == (Outcome.REFUSED, None)
@@ -236,7 +236,7 @@ async def test_a_server_without_any_oauth_is_refused_in_the_words_of_the_proxy(
     ],
     ids=["asks for a token", "registered by hand", "an error of OAuth"],
 )
-async def test_a_401_that_may_still_be_oauth_s_is_no_refusal(
+async def test_a_401_that_may_be_from_oauth_is_not_a_refusal(
     servers: Servers, tmp_path: Path, oauth: Json, challenges: list[str], answer: FakeResponse
 ) -> None:
     upstream = await servers.mcp_server(metadata_at=set(), challenges={401: challenges})
@@ -259,7 +259,7 @@ async def test_the_json_has_the_members_that_programs_rely_on(servers: Servers, 
     assert names == list(dict.fromkeys(names)), "each once, for a server without a detour"
 
 
-async def test_what_a_server_says_can_do_nothing_to_the_terminal(servers: Servers, tmp_path: Path) -> None:
+async def test_text_from_a_server_can_not_control_the_terminal(servers: Servers, tmp_path: Path) -> None:
     nasty = "\x1b]0;owned\x07\x1b[2J"
     issuer = await servers.authorization_server(answers={"metadata": FakeResponse.html(nasty, 404)})
     upstream = await servers.mcp_server(issuer, challenges={401: [f'Bearer realm="a", nasty="{chr(0x9B)}2J"']})
@@ -268,7 +268,7 @@ async def test_what_a_server_says_can_do_nothing_to_the_terminal(servers: Server
     assert "owned" in as_json(report)
 
 
-async def test_a_relative_resource_metadata_is_noted_and_passed_over(servers: Servers, tmp_path: Path) -> None:
+async def test_a_relative_resource_metadata_is_noted_and_ignored(servers: Servers, tmp_path: Path) -> None:
     upstream = await servers.mcp_server(await servers.authorization_server())
     upstream.challenges = {401: ['Bearer resource_metadata="/elsewhere"']}
     report = await diagnose(tmp_path, upstream.url)

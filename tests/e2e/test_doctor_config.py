@@ -89,7 +89,7 @@ async def test_a_missing_pkce_alone_leaves_nothing_to_fill_in(servers: Servers, 
 
 
 @pytest.mark.parametrize("listed", [["none"], ["private_key_jwt", "client_secret_post"]])
-async def test_a_client_auth_that_is_not_listed_gives_way_to_one_that_is(
+async def test_a_client_auth_that_is_not_listed_is_replaced_by_a_listed_one(
     servers: Servers, tmp_path: Path, listed: list[str]
 ) -> None:
     issuer = await servers.authorization_server(metadata_changes={"token_endpoint_auth_methods_supported": listed})
@@ -114,7 +114,7 @@ async def test_a_client_auth_that_is_not_listed_gives_way_to_one_that_is(
     ],
     ids=["none to register for", "another reason"],
 )
-async def test_another_client_auth_is_not_proposed_where_it_would_not_help(
+async def test_another_client_auth_is_not_proposed_if_it_would_not_help(
     servers: Servers, tmp_path: Path, changes: Json
 ) -> None:
     issuer = await servers.authorization_server(metadata_changes=changes)
@@ -185,7 +185,7 @@ async def test_what_a_configured_grant_lacks_is_refused(
     assert (issuer.token_requests(), issuer.registrations) == (0, 0)
 
 
-async def test_static_metadata_takes_the_place_of_discovery(servers: Servers, tmp_path: Path) -> None:
+async def test_static_metadata_replaces_discovery(servers: Servers, tmp_path: Path) -> None:
     upstream = await servers.mcp_server()
     metadata = {
         "authorization_endpoint": "https://as.example/authorize",
@@ -254,7 +254,7 @@ async def test_a_client_that_belongs_to_another_issuer_is_refused_as_by_the_prox
     assert "issuer" not in proposed(report, tmp_path)["notes"]["oauth"]
 
 
-async def test_a_store_that_does_not_open_is_told(servers: Servers, tmp_path: Path) -> None:
+async def test_a_store_that_can_not_be_opened_is_reported(servers: Servers, tmp_path: Path) -> None:
     (tmp_path / "proxy.db").write_bytes(b"not a database")
     (tmp_path / "proxy.key").write_text("A" * 43 + "=")
     issuer = await servers.authorization_server()
@@ -278,7 +278,9 @@ async def test_the_command_works_by_name_while_serve_runs(servers: Servers, tmp_
     assert "other.example" not in out
 
 
-async def test_the_command_by_url_prints_json_and_exits_1_where_it_would_fail(servers: Servers, tmp_path: Path) -> None:
+async def test_the_command_by_url_prints_json_and_exits_with_1_if_it_would_fail(
+    servers: Servers, tmp_path: Path
+) -> None:
     env = {"XDG_DATA_HOME": str(tmp_path), "MCP_AUTH_PROXY_CONFIG": None}
     upstream = await servers.mcp_server(metadata_at=set(), challenges={401: []})
     code, out, err = await run_command("doctor", upstream.url, "--json", env=env, cwd=tmp_path)
@@ -299,7 +301,7 @@ async def test_the_command_by_url_prints_json_and_exits_1_where_it_would_fail(se
         (["notes", "--config", "gone.yaml"], "gone.yaml"),
     ],
 )
-async def test_wrong_usage_exits_2(tmp_path: Path, arguments: list[str], words: str) -> None:
+async def test_wrong_usage_exits_with_2(tmp_path: Path, arguments: list[str], words: str) -> None:
     write_config(tmp_path, {"notes": "https://a.example/mcp"})
     code, out, err = await run_command("doctor", *arguments, env={"MCP_AUTH_PROXY_CONFIG": None}, cwd=tmp_path)
     assert (code, out) == (2, "")

@@ -66,7 +66,7 @@ async def test_every_request_has_a_fresh_proof_of_the_one_key(tmp_path: Path, us
         assert set(setup.upstream.refusals) == {""}
 
 
-async def test_nonces_of_both_servers_are_taken_up_and_their_rotation_followed(tmp_path: Path) -> None:
+async def test_nonces_of_both_servers_and_their_rotation_are_followed(tmp_path: Path) -> None:
     async with proxy_setup(tmp_path) as setup, setup.proxy("required") as proxy, proxy.client("notes") as client:
         setup.issuer.proofs.rotate()
         setup.upstream.proofs.rotate()
@@ -88,7 +88,7 @@ async def test_nonces_of_both_servers_are_taken_up_and_their_rotation_followed(t
         assert len(proxy.links) == 1
 
 
-async def test_nonces_that_are_good_once_serve_requests_at_the_same_time(tmp_path: Path) -> None:
+async def test_single_use_nonces_work_for_concurrent_requests(tmp_path: Path) -> None:
     async with proxy_setup(tmp_path) as setup, setup.proxy("required") as proxy, proxy.client("notes") as client:
         await log_in(client)
         setup.upstream.proofs.once = True
@@ -97,7 +97,7 @@ async def test_nonces_that_are_good_once_serve_requests_at_the_same_time(tmp_pat
         assert (setup.issuer.refreshes, setup.issuer.authorizations) == (0, 1)
 
 
-async def test_a_server_that_is_never_content_with_a_nonce_is_asked_twice(tmp_path: Path) -> None:
+async def test_a_server_that_refuses_every_nonce_is_asked_twice(tmp_path: Path) -> None:
     async with proxy_setup(tmp_path) as setup, setup.proxy("required") as proxy, proxy.client("notes") as client:
         await log_in(client)
         before = len(setup.upstream.calls())
@@ -109,7 +109,7 @@ async def test_a_server_that_is_never_content_with_a_nonce_is_asked_twice(tmp_pa
         assert (setup.issuer.refreshes, setup.issuer.authorizations) == (0, 1)
 
 
-async def test_the_key_outlives_restart_and_rotation_and_lies_nowhere_in_clear(  # T45
+async def test_the_key_survives_restart_and_rotation_and_is_never_stored_in_clear(  # T45
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
@@ -133,7 +133,7 @@ async def test_the_key_outlives_restart_and_rotation_and_lies_nowhere_in_clear( 
             assert secret not in caplog.text
 
 
-async def test_a_bearer_token_is_refused_where_dpop_is_required(tmp_path: Path) -> None:  # T22
+async def test_a_bearer_token_is_refused_if_dpop_is_required(tmp_path: Path) -> None:  # T22
     async with proxy_setup(tmp_path) as setup, setup.proxy("required") as proxy, proxy.client("notes") as client:
         setup.issuer.token_type = "Bearer"
         page = await consent(link_in((await client.call("echo")).message))
@@ -152,7 +152,7 @@ async def test_a_renewal_without_the_binding_is_refused(tmp_path: Path) -> None:
         assert not any((r.header("authorization") or "").startswith("Bearer") for r in setup.upstream.calls())
 
 
-async def test_off_sends_no_proof_and_takes_no_bound_token(tmp_path: Path) -> None:  # T22
+async def test_off_sends_no_proof_and_accepts_no_bound_token(tmp_path: Path) -> None:  # T22
     async with (
         proxy_setup(tmp_path, {"asks": "nothing"}, token_type="Bearer", token_changes={"token_type": "DPoP"}) as setup,
         setup.proxy("off") as proxy,
@@ -163,7 +163,7 @@ async def test_off_sends_no_proof_and_takes_no_bound_token(tmp_path: Path) -> No
         assert setup.jwts() == []
 
 
-async def test_off_says_which_key_would_help_where_the_server_takes_bound_tokens_only(tmp_path: Path) -> None:
+async def test_off_names_the_key_if_the_server_accepts_only_bound_tokens(tmp_path: Path) -> None:
     async with proxy_setup(tmp_path) as setup, setup.proxy("off") as proxy, proxy.client("notes") as client:
         answer = await client.call("echo")
         assert "servers.notes.oauth.dpop is off" in str(answer.message)
@@ -204,7 +204,7 @@ async def test_client_credentials_are_bound_too(tmp_path: Path, monkeypatch: pyt
         assert len({*setup.issuer.proofs.keys, *setup.upstream.proofs.keys}) == 1
 
 
-async def test_a_step_up_stays_bound_with_a_key_of_its_own(tmp_path: Path) -> None:
+async def test_a_step_up_stays_bound_with_its_own_key(tmp_path: Path) -> None:
     options = {"asks": "challenge", "step_up": {"tools/call:write": ("write",)}}
     async with proxy_setup(tmp_path, options) as setup, setup.proxy("auto") as proxy, proxy.client("notes") as client:
         await log_in(client)

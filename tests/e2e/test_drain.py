@@ -93,7 +93,7 @@ async def test_a_running_call_completes_while_probes_see_503(servers: Servers, t
     assert len(upstream.calls("tools/call:slow")) == 1
 
 
-async def test_a_stream_of_progress_goes_on_to_its_result(servers: Servers, tmp_path: Path) -> None:
+async def test_a_stream_of_progress_continues_to_its_result(servers: Servers, tmp_path: Path) -> None:
     channel = Channel()
     async with serving(servers, tmp_path) as (proxy, upstream), proxy.client("notes") as client:
         upstream.answers["tools/call:count"] = FakeResponse.events(channel)

@@ -92,7 +92,7 @@ def with_idp(issuer: ExtensionServer, idp: ExtensionServer, folder: Path, **chan
 
 
 @pytest.mark.parametrize("kind", ["EC", "RSA"])
-async def test_a_client_proves_itself_by_signatures_that_are_never_used_twice(
+async def test_a_client_authenticates_with_assertions_that_are_never_used_twice(
     servers: Servers, issuer: ExtensionServer, tmp_path: Path, kind: str
 ) -> None:
     upstream = await servers.mcp_server(issuer, scopes=("read",))
@@ -130,7 +130,7 @@ async def test_a_user_logs_in_through_a_client_with_a_key(
     assert all("client_assertion" in request.form for request in issuer.seen("token"))
 
 
-async def test_a_signature_that_the_server_does_not_take_is_told_before_anything_is_sent(
+async def test_an_unsupported_signature_is_reported_before_anything_is_sent(
     servers: Servers, issuer: ExtensionServer, tmp_path: Path
 ) -> None:
     issuer.metadata_changes = {"token_endpoint_auth_signing_alg_values_supported": ["RS256"]}
@@ -166,7 +166,7 @@ async def test_the_token_of_a_workload_is_read_again_at_each_use(
     assert (len(asked), issuer.registrations) == (3, 0)
 
 
-async def test_a_refused_workload_is_asked_for_once_and_told(
+async def test_a_refused_workload_is_tried_once_and_reported(
     servers: Servers, issuer: ExtensionServer, tmp_path: Path
 ) -> None:
     upstream = await servers.mcp_server(issuer)
@@ -181,7 +181,7 @@ async def test_a_refused_workload_is_asked_for_once_and_told(
     assert [request.form["client_id"] for request in issuer.seen("token")] == ["workload"]
 
 
-async def test_the_token_of_a_workload_goes_to_no_other_issuer(  # T11
+async def test_the_token_of_a_workload_is_not_sent_to_another_issuer(  # T11
     servers: Servers, issuer: ExtensionServer, tmp_path: Path
 ) -> None:
     upstream = await servers.mcp_server(issuer)
@@ -200,7 +200,7 @@ async def test_the_token_of_a_workload_goes_to_no_other_issuer(  # T11
 
 
 @pytest.mark.parametrize("endpoint", ["discovered", "configured"])
-async def test_an_identity_provider_lets_a_user_in_without_asking(
+async def test_an_identity_provider_authorizes_without_asking_the_user(
     servers: Servers, issuer: ExtensionServer, idp: ExtensionServer, tmp_path: Path, endpoint: str
 ) -> None:
     upstream = await servers.mcp_server(issuer, scopes=("read",))
@@ -223,7 +223,7 @@ async def test_an_identity_provider_lets_a_user_in_without_asking(
     assert not [request for request in idp.requests if b"as-secret" in request.body]
 
 
-async def test_scopes_that_the_identity_provider_cuts_down_are_not_asked_for(
+async def test_scopes_that_the_identity_provider_removes_are_not_requested(
     servers: Servers, issuer: ExtensionServer, idp: ExtensionServer, tmp_path: Path
 ) -> None:
     upstream = await servers.mcp_server(issuer, challenge_scopes=("read", "write"))
@@ -245,7 +245,7 @@ async def test_scopes_that_the_identity_provider_cuts_down_are_not_asked_for(
         {"access_token": ""},
     ],
 )
-async def test_what_is_no_id_jag_is_not_sent_on(
+async def test_a_token_that_is_not_an_id_jag_is_not_sent_on(
     servers: Servers, issuer: ExtensionServer, idp: ExtensionServer, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     idp.jag_changes = changes
@@ -257,7 +257,7 @@ async def test_what_is_no_id_jag_is_not_sent_on(
     assert issuer.token_requests() == 0
 
 
-async def test_an_expired_id_token_is_told_and_a_new_one_is_taken(
+async def test_an_expired_id_token_is_reported_and_a_new_one_is_used(
     servers: Servers, issuer: ExtensionServer, idp: ExtensionServer, tmp_path: Path
 ) -> None:
     upstream = await servers.mcp_server(issuer)

@@ -1,4 +1,4 @@
-"""Ordinary calls, which are passed on without a task of their own, and all that can still become of them."""
+"""Ordinary calls on the fast path, and all the ways in which they can end."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ CALL = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": 
 
 @contextlib.asynccontextmanager
 async def warm(folder: Path, upstream: RawServer, timeout: str = "5s") -> AsyncIterator[tuple[RunningProxy, RawClient]]:
-    """A client of a server that demands no token. Its first call is over: what follows is passed on."""
+    """A client of a server that requires no token. Its first call is over: the next ones take the fast path."""
     server = {"url": upstream.url, "upstream_timeout": timeout}
     async with running_proxy(folder, {"notes": server}) as proxy, RawClient.to(proxy.origin) as raw:
         raw.post(CALL)
@@ -83,7 +83,7 @@ async def test_a_redirect_within_the_origin_is_followed(servers: Servers, tmp_pa
         assert len(setup.upstream.calls("tools/call:pay")) == 2
 
 
-async def test_events_that_come_one_by_one_are_not_kept_back(servers: Servers, tmp_path: Path) -> None:
+async def test_events_that_come_one_by_one_are_not_delayed(servers: Servers, tmp_path: Path) -> None:
     channel = Channel()
     async with connected(servers, tmp_path) as setup:
         await setup.client.post("ping")
@@ -108,7 +108,7 @@ async def test_events_that_come_one_by_one_are_not_kept_back(servers: Servers, t
         (b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n", 429),
     ],
 )
-async def test_whatever_comes_for_it_a_call_is_sent_once(tmp_path: Path, response: bytes, status: int) -> None:
+async def test_a_call_is_sent_once_whatever_its_response(tmp_path: Path, response: bytes, status: int) -> None:
     async with first_then(response) as upstream, warm(tmp_path, upstream) as (_, raw):
         raw.post(CALL)
         answer = await raw.answer()
@@ -151,7 +151,7 @@ async def test_a_silent_upstream_is_a_timeout_counted_from_the_call(tmp_path: Pa
         assert 0.39 <= loop.time() - begun < 5
 
 
-async def test_a_server_that_falls_silent_after_many_quick_answers_is_not_watched_for_long(tmp_path: Path) -> None:
+async def test_busy_polling_ends_if_a_quick_server_falls_silent(tmp_path: Path) -> None:
     async def script(peer: Peer) -> None:
         for _ in range(200):
             await peer.request()
@@ -171,7 +171,7 @@ async def test_a_server_that_falls_silent_after_many_quick_answers_is_not_watche
         assert time.process_time() - before < 0.3
 
 
-async def test_a_client_that_leaves_takes_its_call_with_it(servers: Servers, tmp_path: Path) -> None:
+async def test_a_client_that_disconnects_ends_its_call(servers: Servers, tmp_path: Path) -> None:
     async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:
         await setup.client.post("ping")
         setup.upstream.answers["tools/call:pay"] = FakeResponse.hang()
@@ -212,13 +212,13 @@ async def test_pipelined_calls_are_answered_in_their_order(tmp_path: Path) -> No
 
 
 async def settled_at(value: Callable[[], int], wanted: int) -> int:
-    """Wait, bounded, for a number to become what is wanted; return what it is in the end."""
+    """Wait, bounded, for a number to become the wanted one; return the last number."""
     with contextlib.suppress(AssertionError):
         await until(lambda: value() >= wanted, timeout=1)
     return value()
 
 
-async def test_a_client_that_takes_no_answers_is_asked_nothing_more_for(tmp_path: Path) -> None:
+async def test_no_call_is_sent_for_a_client_that_does_not_read(tmp_path: Path) -> None:
     async def script(peer: Peer) -> None:
         while True:
             await peer.request()

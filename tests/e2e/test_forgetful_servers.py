@@ -1,4 +1,4 @@
-"""Authorization servers that forgot our registration, or list more than they give."""
+"""Authorization servers that forgot our registration, or list more than they grant."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ async def test_a_client_that_the_authorization_response_calls_unknown_registers_
         assert setup.issuer.registrations == 2
 
 
-async def test_where_the_login_page_does_not_know_us_the_registration_can_be_forgotten(
+async def test_a_registration_that_the_login_page_does_not_know_can_be_forgotten(
     servers: Servers, tmp_path: Path
 ) -> None:
     async with proxy_setup(servers, tmp_path) as setup:
@@ -48,14 +48,14 @@ async def test_where_the_login_page_does_not_know_us_the_registration_can_be_for
         config = str(tmp_path / "mcp-auth-proxy.yaml")
         assert (await run_command("logout", "notes", "--forget-client", "--config", config))[0] == 0
         async with asyncio.timeout(3):
-            # What another process writes is noticed within a second; the request that meets it is told of the end.
+            # Changes by another process are noticed within a second; the next request gets the reason.
             while link in (text := json.dumps((await setup.ask()).message)) or "/connect/" not in text:
                 pass
         await setup.connect()
         assert setup.issuer.registrations == 2
 
 
-async def test_offline_access_that_is_refused_is_left_out_the_next_time(servers: Servers, tmp_path: Path) -> None:
+async def test_refused_offline_access_is_not_requested_again(servers: Servers, tmp_path: Path) -> None:
     listed = {"metadata_changes": {"scopes_supported": ["read", "offline_access"]}, "scopes": ("read",)}
     async with proxy_setup(servers, tmp_path, issuer=listed, upstream={"scopes": ("read",)}) as setup:
         page = await consent(await setup.link())
@@ -66,7 +66,9 @@ async def test_offline_access_that_is_refused_is_left_out_the_next_time(servers:
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])
-async def test_a_page_in_the_place_of_a_token_is_said_to_be_one(servers: Servers, tmp_path: Path, status: int) -> None:
+async def test_a_web_page_instead_of_a_token_response_is_reported(
+    servers: Servers, tmp_path: Path, status: int
+) -> None:
     async with proxy_setup(servers, tmp_path) as setup:
         setup.issuer.answers["token"] = FakeResponse.html(status=status)
         page = await consent(await setup.link())

@@ -75,7 +75,7 @@ async def test_status_headers_and_body_pass_unchanged(servers: Servers, tmp_path
     assert len(setup.upstream.calls("ping")) == 1 + len(PASSING)  # the first of all without a token
 
 
-async def test_client_fields_pass_but_those_of_identity_and_connection(servers: Servers, tmp_path: Path) -> None:
+async def test_client_fields_pass_except_those_of_identity_and_connection(servers: Servers, tmp_path: Path) -> None:
     passing = {
         "mcp-session-id": "s-1",
         "mcp-protocol-version": "2025-11-25",
@@ -113,7 +113,7 @@ async def test_client_fields_pass_but_those_of_identity_and_connection(servers: 
 
 
 @pytest.mark.parametrize("listed", ["authorization", "Authorization, host, content-length", "mcp-session-id, close"])
-async def test_our_fields_arrive_though_connection_lists_them(servers: Servers, tmp_path: Path, listed: str) -> None:
+async def test_our_fields_arrive_even_if_connection_lists_them(servers: Servers, tmp_path: Path, listed: str) -> None:
     async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:  # T32
         raw.post(PING, f"Connection: {listed}", "Authorization: Bearer x", "Mcp-Session-Id: s")
         assert (await raw.answer()).status == 200
@@ -170,13 +170,13 @@ async def test_an_upstream_that_does_not_answer_is_a_504(servers: Servers, tmp_p
     assert len([request for request in slow if request.bearer]) == 1
 
 
-async def test_an_outage_is_told_in_the_log_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_outage_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = "http://127.0.0.1:9/mcp"
     async with running_proxy(tmp_path, {"notes": url}) as proxy, proxy.client("notes") as client:
         assert [(await client.call("x")).status for _ in range(3)] == [502, 502, 502]
-    told = [message for message in caplog.messages if "server notes: " in message]
-    assert len(told) == 1
-    assert "connection refused" in told[0]
+    logged = [message for message in caplog.messages if "server notes: " in message]
+    assert len(logged) == 1
+    assert "connection refused" in logged[0]
 
 
 async def test_body_limit_counts_announced_and_chunked_bytes(servers: Servers, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ async def test_chunked_request_bodies_arrive_whole(servers: Servers, tmp_path: P
     assert (seen.body, seen.header("content-length"), seen.header("x-trailer")) == (PING, str(len(PING)), None)
 
 
-async def test_other_methods_are_for_the_upstream_to_answer(servers: Servers, tmp_path: Path) -> None:
+async def test_other_methods_are_answered_by_the_upstream(servers: Servers, tmp_path: Path) -> None:
     methods = {"PUT": b"{}", "PATCH": b"{}", "OPTIONS": b"", "HEAD": b""}
     answer = FakeResponse(status=405, headers=(("allow", "GET, POST"),), body=b"not here")
     async with connected(servers, tmp_path, options={"answers": dict.fromkeys(methods, answer)}) as setup:
@@ -266,6 +266,6 @@ async def test_a_redirect_to_another_origin_is_never_followed(servers: Servers, 
         for place in (other.url, other.url.replace("http://", "//"), f"http://localhost:{port}/mcp", "javascript:x"):
             setup.upstream.answers["ping"] = FakeResponse.redirect(place, status)
             assert (await setup.client.post("ping")).status == 502
-        setup.upstream.answers["ping"] = FakeResponse.redirect(setup.upstream.url, status)  # for ever
+        setup.upstream.answers["ping"] = FakeResponse.redirect(setup.upstream.url, status)  # forever
         assert (await setup.client.post("ping")).status == 502
     assert other.peers == []

@@ -25,7 +25,7 @@ TRICKS = [
 
 
 @pytest.mark.parametrize("challenge", TRICKS, ids=lambda challenge: challenge[:30])
-async def test_nothing_is_read_from_inside_quotes_and_garbage_means_nothing(  # T20
+async def test_nothing_is_read_from_inside_quotes_or_from_garbage(  # T20
     servers: Servers, tmp_path: Path, challenge: str
 ) -> None:
     async with honeypot() as target, proxy_setup(servers, tmp_path) as setup:
@@ -35,13 +35,13 @@ async def test_nothing_is_read_from_inside_quotes_and_garbage_means_nothing(  # 
         assert target.visits == []
 
 
-async def test_a_401_without_a_challenge_is_one_all_the_same(servers: Servers, tmp_path: Path) -> None:
+async def test_a_401_without_a_challenge_starts_an_authorization_too(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path) as setup:
         setup.upstream.challenges = {401: []}
         await setup.connect()
 
 
-async def test_two_challenges_in_one_field_or_two_are_told_apart(servers: Servers, tmp_path: Path) -> None:  # T20
+async def test_two_challenges_in_one_field_or_two_are_distinguished(servers: Servers, tmp_path: Path) -> None:  # T20
     async with proxy_setup(servers, tmp_path) as setup:
         setup.upstream.challenges = {401: ['Basic realm="a, b", Bearer scope="read"', 'Digest scope="evil"']}
         await setup.connect()

@@ -1,4 +1,4 @@
-"""Clients that mean harm: paths that are not plain, broken framing, foreign Hosts and Origins, and endless patience."""
+"""Hostile clients: paths that are not canonical, broken framing, foreign Hosts and Origins, and slow requests."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ async def status_of(proxy: RunningProxy, request: str | bytes) -> int:
         return (await raw.head())[0]
 
 
-async def test_paths_that_are_not_plain_are_400(servers: Servers, tmp_path: Path) -> None:
+async def test_paths_that_are_not_canonical_are_400(servers: Servers, tmp_path: Path) -> None:
     async with connected(servers, tmp_path) as setup:  # T27
         for target in (
             "//evil/mcp",
@@ -102,7 +102,7 @@ async def test_requests_that_break_http_are_400_and_close_the_connection(servers
         assert (await setup.client.post("ping")).status == 200
 
 
-async def test_heads_over_the_bounds_are_431(servers: Servers, tmp_path: Path) -> None:
+async def test_heads_over_the_limits_are_431(servers: Servers, tmp_path: Path) -> None:
     start = "POST /notes/mcp HTTP/1.1\nHost: HOST\n"
     async with connected(servers, tmp_path) as setup:  # T28
         for fields in (f"X-A: {'a' * 70_000}\n", "X-A: b\n" * 5000, f"{'x' * 70_000}: a\n"):
@@ -150,7 +150,7 @@ async def test_a_method_that_echoes_the_token_is_refused(servers: Servers, tmp_p
     assert len(setup.upstream.requests) == before
 
 
-async def test_upgrades_are_not_offered(servers: Servers, tmp_path: Path) -> None:
+async def test_upgrades_are_not_supported(servers: Servers, tmp_path: Path) -> None:
     upgrade = "Connection: Upgrade, HTTP2-Settings\nUpgrade: {}\nHTTP2-Settings: AAMAAABkAAQ\n"
     async with connected(servers, tmp_path) as setup:
         for protocol in ("websocket", "h2c"):
@@ -220,7 +220,7 @@ async def test_on_other_addresses_hosts_are_listed_and_probes_exempt(servers: Se
         assert await status_of(proxy, "GET /healthz HTTP/1.1\nHost: x\nOrigin: http://evil.example\n\n") in (200, 403)
 
 
-async def test_decisions_rest_on_the_body_not_on_mirrored_headers(servers: Servers, tmp_path: Path) -> None:
+async def test_decisions_are_based_on_the_body_not_on_mirrored_headers(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
     async with (

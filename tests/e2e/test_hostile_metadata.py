@@ -1,4 +1,4 @@
-"""Hostile servers and authorization servers: each document is refused by name and rule, and nothing goes astray."""
+"""Hostile servers and authorization servers: each document is refused by name and rule, and no secret is sent."""
 
 import asyncio
 import gzip
@@ -79,7 +79,7 @@ SPELLINGS = ["127.0.0.1", "0x7f.1", "2130706433", "0177.0.0.1", "localhost", "[:
 
 @pytest.mark.parametrize("host", SPELLINGS)
 @pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_a_server_elsewhere_leads_nobody_to_loopback(  # T1, T2
+async def test_a_server_elsewhere_can_not_lead_to_loopback(  # T1, T2
     servers: Servers, tmp_path: Path, host: str, scheme: str
 ) -> None:
     """0.0.0.0 reaches this machine, but is not a loopback address: to the rules it is a server elsewhere."""
@@ -113,20 +113,22 @@ async def test_no_document_redirects(servers: Servers, tmp_path: Path, status: i
 
 
 @pytest.mark.parametrize("value", [WELL_KNOWN, f"//elsewhere.example{WELL_KNOWN}", "metadata.json", "?x=1", "%"])
-async def test_a_resource_metadata_that_is_no_absolute_url_is_passed_over_and_told(
+async def test_a_relative_resource_metadata_is_ignored_and_logged(
     servers: Servers, tmp_path: Path, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with proxy_setup(servers, tmp_path, upstream={"challenges": challenge_naming(value)}) as setup:
         await setup.connect()
         assert setup.issuer.registrations == 1
-    told = [record.getMessage() for record in caplog.records if "RFC 9728 §5.1" in record.getMessage()]
-    assert len(told) == 1
-    assert "notes" in told[0]
-    assert value in told[0]
+    logged = [record.getMessage() for record in caplog.records if "RFC 9728 §5.1" in record.getMessage()]
+    assert len(logged) == 1
+    assert "notes" in logged[0]
+    assert value in logged[0]
 
 
 @pytest.mark.parametrize("url", ["javascript:alert(1)", "file:///etc/passwd", "https://", "ftp://as.example/x"])
-async def test_an_absolute_url_that_must_not_be_asked_stays_refused(servers: Servers, tmp_path: Path, url: str) -> None:
+async def test_an_absolute_url_that_must_not_be_fetched_stays_refused(
+    servers: Servers, tmp_path: Path, url: str
+) -> None:
     async with proxy_setup(servers, tmp_path, upstream={"challenges": challenge_naming(url)}) as setup:
         await refused_quickly(setup, RESOURCE, url)
         assert setup.issuer.requests == []
@@ -225,7 +227,7 @@ async def test_an_issuer_is_compared_by_its_characters(
 
 
 @pytest.mark.parametrize("methods", [ABSENT, ["plain"], [], ["s256"]], ids=str)
-async def test_without_s256_there_is_no_authorization_but_by_the_operators_word(  # T10
+async def test_without_s256_there_is_no_authorization_unless_the_operator_allows_it(  # T10
     servers: Servers, tmp_path: Path, methods: object
 ) -> None:
     options = {"metadata_changes": {"code_challenge_methods_supported": methods}}
@@ -274,7 +276,7 @@ NOT_OBJECTS = {
 
 @pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "Application/OAuth+JSON"])
 @pytest.mark.parametrize("body", NOT_OBJECTS.values(), ids=NOT_OBJECTS)
-async def test_what_says_that_it_is_json_and_is_no_object_is_named_where_it_lies(
+async def test_json_that_is_not_an_object_is_reported_with_its_url(
     servers: Servers, tmp_path: Path, body: bytes, kind: str
 ) -> None:
     answer = FakeResponse(headers=(("content-type", kind),), body=body)
@@ -289,7 +291,7 @@ async def test_what_says_that_it_is_json_and_is_no_object_is_named_where_it_lies
         await setup.connect()
 
 
-async def test_a_page_at_an_address_that_was_guessed_is_no_document(servers: Servers, tmp_path: Path) -> None:
+async def test_a_page_at_a_guessed_address_is_not_a_document(servers: Servers, tmp_path: Path) -> None:
     def page(received: RecordedRequest) -> FakeResponse | None:
         return FakeResponse.html() if "openid" not in received.path else None
 

@@ -50,7 +50,7 @@ BROKEN = {
 
 @contextlib.asynccontextmanager
 async def open_proxy(folder: Path, upstream: RawServer) -> AsyncIterator[tuple[RunningProxy, httpx2.AsyncClient]]:
-    """The proxy before a server that demands no token."""
+    """The proxy in front of a server that requires no token."""
     async with (
         running_proxy(folder, {"notes": {"url": upstream.url, "upstream_timeout": "5s"}}) as proxy,
         httpx2.AsyncClient(base_url=proxy.origin, trust_env=False, timeout=10) as http,
@@ -95,7 +95,7 @@ GOOD = {
 }
 
 
-async def test_unusual_but_good_responses_pass(tmp_path: Path) -> None:
+async def test_unusual_but_valid_responses_pass(tmp_path: Path) -> None:
     said = {"now": b""}
 
     async def script(peer: Peer) -> None:
@@ -115,7 +115,7 @@ async def test_unusual_but_good_responses_pass(tmp_path: Path) -> None:
     "framing", [CHUNKED + b"5\r\nhello\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nhello"]
 )
 @pytest.mark.parametrize("then", ["reset", "close", "garbage"])
-async def test_a_response_that_breaks_off_ends_unfinished_and_is_not_asked_for_again(
+async def test_a_response_that_breaks_off_is_incomplete_for_the_client_and_not_requested_again(
     tmp_path: Path, framing: bytes, then: str
 ) -> None:
     async def script(peer: Peer) -> None:  # F4
@@ -189,7 +189,7 @@ async def test_connections_reset_while_idle_never_fail_a_request(servers: Server
             await setup.upstream.local.drop_connections()
 
 
-async def test_bytes_that_nobody_asked_for_are_no_answer_to_the_next_request(tmp_path: Path) -> None:  # T37
+async def test_unsolicited_bytes_are_not_the_response_to_the_next_request(tmp_path: Path) -> None:  # T37
     async def script(peer: Peer) -> None:
         while True:
             await peer.request()
@@ -219,7 +219,7 @@ async def test_a_head_that_trickles_is_ended_by_the_time_out(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
-async def test_only_event_streams_may_be_silent_for_ever(servers: Servers, tmp_path: Path, kind: str) -> None:
+async def test_only_event_streams_may_be_silent_forever(servers: Servers, tmp_path: Path, kind: str) -> None:
     channel = Channel()
     answer = FakeResponse(headers=(("content-type", kind),), stream=channel)
     async with connected(servers, tmp_path, server={"upstream_timeout": "400ms"}) as setup:
@@ -237,7 +237,7 @@ async def test_only_event_streams_may_be_silent_for_ever(servers: Servers, tmp_p
                 assert await raw.reader.readexactly(5) == b"0\r\n\r\n"
 
 
-async def test_cookies_challenges_and_policies_of_the_upstream_stay_here(servers: Servers, tmp_path: Path) -> None:
+async def test_cookies_challenges_and_policies_of_the_upstream_are_dropped(servers: Servers, tmp_path: Path) -> None:
     secret = (
         ("set-cookie", "session=first; Path=/"),
         ("set-cookie", "b=2"),
@@ -263,7 +263,7 @@ async def test_cookies_challenges_and_policies_of_the_upstream_stay_here(servers
     assert [request for request in setup.upstream.requests if request.header("cookie")] == []
 
 
-async def test_no_store_is_added_where_the_upstream_says_nothing(servers: Servers, tmp_path: Path) -> None:
+async def test_no_store_is_added_if_the_upstream_has_no_cache_control(servers: Servers, tmp_path: Path) -> None:
     async with connected(servers, tmp_path) as setup:  # T38
         assert (await setup.client.post("ping")).headers.get_list("cache-control") == ["no-store"]
         setup.upstream.response_headers = (("cache-control", "private, max-age=5"),)

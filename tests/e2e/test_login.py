@@ -1,4 +1,4 @@
-"""``login``, ``logout`` and ``status`` from a terminal, beside a running proxy and without one."""
+"""``login``, ``logout`` and ``status`` from a terminal, with and without a running proxy."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ class Login:
         self.out = ""
 
     async def link(self) -> str:
-        """The link, as soon as it stands on stdout."""
+        """The link, as soon as it is printed."""
         assert self.process.stdout is not None
         async with asyncio.timeout(15):
             async for raw in self.process.stdout:
@@ -109,7 +109,7 @@ async def test_login_without_a_running_proxy_ends_by_listing_the_tools(
     assert authorization_server.authorizations == 1
 
 
-async def test_login_beside_a_running_proxy_leaves_the_callback_to_it(
+async def test_login_with_a_running_proxy_leaves_the_callback_to_it(
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
     async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
@@ -146,7 +146,7 @@ async def test_login_again_says_that_it_is_done_already(config: Path) -> None:
     assert "It offers 6 tools" in out
 
 
-async def test_login_to_a_server_that_asks_for_nothing_says_so(servers: Servers, tmp_path: Path) -> None:
+async def test_login_to_an_open_server_says_so(servers: Servers, tmp_path: Path) -> None:
     upstream = await servers.mcp_server(protected=False)
     config = write_config(tmp_path, {"open": upstream.url})
     code, out, _ = await run_command("login", "open", "--config", str(config))
@@ -202,12 +202,12 @@ async def test_login_can_be_interrupted_without_a_traceback(config: Path) -> Non
     assert "Traceback" not in err
 
 
-async def test_a_login_that_can_not_succeed_is_one_line_and_exit_1(servers: Servers, tmp_path: Path) -> None:
+async def test_a_failed_login_is_one_line_and_exit_1(servers: Servers, tmp_path: Path) -> None:
     web = await servers.mcp_server(protected=False, intercept=lambda _: FakeResponse.html("a web page", 404))
     with socket.create_server(("127.0.0.1", 0)) as sock:
         closed = sock.getsockname()[1]
     config = write_config(tmp_path, {"page": web.url, "dead": f"http://127.0.0.1:{closed}/mcp"})
-    await run_command("logout", "dead", "--config", str(config))  # the key is made and told
+    await run_command("logout", "dead", "--config", str(config))  # the key is created and announced
     for name, words in {"page": f"Is {web.url} its MCP endpoint?", "dead": "connection refused"}.items():
         code, _, err = await run_command("login", name, "--config", str(config))
         assert (code, len(err.splitlines())) == (1, 1), err
@@ -216,7 +216,7 @@ async def test_a_login_that_can_not_succeed_is_one_line_and_exit_1(servers: Serv
     assert (code, err) == (2, "error: There is no server 'nope'. Configured: dead, page.\n")
 
 
-async def test_login_does_not_send_a_user_to_a_stranger_on_its_port(servers: Servers, config: Path) -> None:
+async def test_login_refuses_if_another_program_has_its_port(servers: Servers, config: Path) -> None:
     host, _, port = listen_of(config).partition(":")
     with socket.create_server((host, int(port))):
         code, out, err = await run_command("login", "notes", "--config", str(config))
@@ -253,7 +253,7 @@ async def test_a_secret_of_another_server_need_not_be_known_to_the_terminal(conf
 # status
 
 
-async def test_status_of_one_server_shows_that_one_alone(tmp_path: Path) -> None:
+async def test_status_of_one_server_shows_only_that_one(tmp_path: Path) -> None:
     servers = {"alpha": "https://a.example/mcp", "beta": "https://b.example/mcp"}
     config = str(write_config(tmp_path, servers))
     code, out, err = await run_command("status", "beta", "--config", config)
@@ -275,7 +275,7 @@ async def test_status_of_one_server_shows_that_one_alone(tmp_path: Path) -> None
 async def test_logout_revokes_the_refresh_token_and_a_running_proxy_notices(
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
-    # What is revoked goes on working here: only the proxy itself can make the request below ask for a login.
+    # Revoked tokens still work here: only the proxy itself can make the request below ask for a login.
     authorization_server.answers["revoke"] = FakeResponse()
     async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
         call = asyncio.create_task(client.initialize())
@@ -312,12 +312,12 @@ async def test_logout_with_the_authorization_server_down_forgets_and_says_what_i
     assert await states(config) == {"notes": "not connected"}
 
 
-async def test_logout_of_what_is_not_connected_is_no_failure(config: Path) -> None:
+async def test_logout_without_a_grant_is_not_a_failure(config: Path) -> None:
     code, out, _ = await run_command("logout", "notes", "--config", str(config))
     assert (code, out) == (0, "notes: nothing was connected.\n")
 
 
-async def test_logout_can_forget_the_registration_even_where_no_grant_is_left(
+async def test_logout_can_forget_the_registration_even_without_a_grant(
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
     await log_in(config)
@@ -363,7 +363,7 @@ async def test_a_logout_is_not_undone_by_a_code_that_is_just_being_redeemed(serv
         assert (await again).text == "again"
 
 
-async def test_a_logout_is_not_undone_by_a_poll_that_is_under_way(servers: Servers, tmp_path: Path) -> None:
+async def test_a_logout_is_not_undone_by_a_poll_in_progress(servers: Servers, tmp_path: Path) -> None:
     async with ExtensionServer.running() as issuer:
         gate = issuer.gates["token"] = asyncio.Event()
         upstream = await servers.mcp_server(issuer)
@@ -399,7 +399,7 @@ async def test_status_does_not_call_a_server_unconnected_that_asks_for_no_author
         assert await states(config) == {"notes": "not connected"}
 
 
-async def test_status_tells_what_is_connected_since_when_until_when(
+async def test_status_shows_what_is_connected_since_when_and_until_when(
     config: Path, authorization_server: FakeAuthorizationServer
 ) -> None:
     async with proxy_process(config, listen=listen_of(config)) as proxy, proxy.client("notes") as client:
@@ -436,7 +436,7 @@ async def test_status_says_why_a_login_is_needed_again(
         assert link_in((await call).message)
 
 
-async def test_status_reads_a_store_that_is_not_there_as_nothing_and_makes_none(config: Path) -> None:
+async def test_status_without_a_store_shows_nothing_and_creates_none(config: Path) -> None:
     before = sorted(config.parent.iterdir())
     assert await states(config) == {"notes": "not connected"}
     assert sorted(config.parent.iterdir()) == before

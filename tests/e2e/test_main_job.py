@@ -21,7 +21,7 @@ def address_of(origin: str) -> Address:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_a_held_request_goes_on_after_consent(servers: Servers, tmp_path: Path, version: str) -> None:
+async def test_a_held_request_continues_after_consent(servers: Servers, tmp_path: Path, version: str) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
     async with (
@@ -38,7 +38,7 @@ async def test_a_held_request_goes_on_after_consent(servers: Servers, tmp_path: 
     assert len(proxy.links) == 1
 
 
-async def test_one_flow_however_many_ask(servers: Servers, tmp_path: Path) -> None:
+async def test_many_requests_share_one_flow(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
     async with running_proxy(tmp_path, {"notes": upstream.url}, authorization={"wait": "20s"}) as proxy:
@@ -54,7 +54,7 @@ async def test_one_flow_however_many_ask(servers: Servers, tmp_path: Path) -> No
     assert (len(proxy.links), issuer.authorizations, issuer.registrations) == (1, 1, 1)
 
 
-async def test_unheld_consent_answers_with_the_link_and_the_next_request_goes_through(
+async def test_without_a_wait_the_link_is_answered_and_the_next_request_succeeds(
     servers: Servers, tmp_path: Path
 ) -> None:
     issuer = await servers.authorization_server()
@@ -154,7 +154,7 @@ async def test_three_servers_with_three_issuers_never_see_each_others_tokens(ser
             assert request.form["resource"] == upstream.url
 
 
-async def test_client_credentials_need_nobody(servers: Servers, tmp_path: Path) -> None:
+async def test_client_credentials_need_no_user(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     issuer.add_client(client_id="agent", secret="s3cret/+ with space")
     upstream = await servers.mcp_server(issuer)
@@ -174,7 +174,7 @@ async def test_client_credentials_need_nobody(servers: Servers, tmp_path: Path) 
     assert issuer.token_requests("client_credentials") == 2
 
 
-async def test_a_declined_consent_is_told_and_a_new_request_may_try_again(servers: Servers, tmp_path: Path) -> None:
+async def test_a_declined_consent_is_reported_and_a_new_request_may_try_again(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
     async with running_proxy(tmp_path, {"notes": upstream.url}) as proxy, proxy.client("notes") as client:
@@ -189,7 +189,7 @@ async def test_a_declined_consent_is_told_and_a_new_request_may_try_again(server
         assert (await call).text == "x"
 
 
-async def test_a_name_given_to_another_server_takes_no_token_there(servers: Servers, tmp_path: Path) -> None:  # T49
+async def test_a_name_given_to_another_server_brings_no_token_there(servers: Servers, tmp_path: Path) -> None:  # T49
     issuer = await servers.authorization_server()
     first, second = await servers.mcp_server(issuer), await servers.mcp_server(issuer)
     async with running_proxy(tmp_path, {"notes": first.url}, **NO_WAIT) as proxy, proxy.client("notes") as client:
@@ -206,7 +206,7 @@ async def test_a_name_given_to_another_server_takes_no_token_there(servers: Serv
 
 
 @pytest.mark.parametrize("resource", ["omit", "https://exact.example/api"])
-async def test_a_name_given_to_another_server_takes_no_token_there_where_the_resource_does_not_tell_them_apart(
+async def test_a_name_given_to_another_server_brings_no_token_there_even_without_a_resource(
     servers: Servers, tmp_path: Path, resource: str
 ) -> None:  # T49
     issuer = await servers.authorization_server(auto_consent=True)
@@ -225,7 +225,7 @@ async def test_a_name_given_to_another_server_takes_no_token_there_where_the_res
 
 
 @pytest.mark.parametrize("resource", ["omit", "auto"])
-async def test_a_consent_given_for_another_server_takes_no_token_to_the_one_of_that_name_now(
+async def test_a_consent_for_another_server_brings_no_token_to_the_server_that_has_its_name_now(
     servers: Servers, tmp_path: Path, resource: str
 ) -> None:  # T49
     issuer = await servers.authorization_server(auto_consent=True)

@@ -1,4 +1,4 @@
-"""Behind a public https name the proxy is a client by its Client ID Metadata Document, where the server takes one."""
+"""With a public https name the proxy uses its Client ID Metadata Document, if the server supports them."""
 
 import socket
 from pathlib import Path
@@ -18,7 +18,7 @@ DOCUMENT = f"{PUBLIC}/oauth/client-metadata.json"
 
 
 class PublicBrowser(Browser):
-    """A browser for which the proxy's public name leads to where the proxy listens, as a TLS terminator would."""
+    """A browser that reaches the proxy under its public name, as through a TLS terminator."""
 
     def __init__(self, address: Address) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def free_address() -> Address:
 
 
 @pytest.mark.parametrize("supported", [True, False])
-async def test_behind_https_our_metadata_document_is_the_client_where_it_may_be(
+async def test_behind_https_our_metadata_document_is_the_client_if_supported(
     servers: Servers, tmp_path: Path, supported: bool
 ) -> None:
     address = free_address()

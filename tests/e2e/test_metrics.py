@@ -71,7 +71,7 @@ WAITING = of_server("mcp_auth_proxy_requests_waiting_for_consent")
 
 
 async def until_scraped(proxy: RunningProxy, expected: Mapping[str, float]) -> Numbers:
-    """Scrape, bounded, until the samples have these values: some are counted just behind the answer."""
+    """Scrape, bounded, until the samples have these values: some are counted just after the response."""
     for _ in range(100):
         numbers = await scrape(proxy)
         found = {name: numbers.get(name) for name in expected}
@@ -134,7 +134,7 @@ async def test_an_unknown_server_is_not_a_label(servers: Servers, tmp_path: Path
         assert not [name for name in await scrape(setup.proxy) if "nobody" in name]
 
 
-async def test_an_authorization_is_seen_from_its_beginning_to_the_refresh(servers: Servers, tmp_path: Path) -> None:
+async def test_an_authorization_is_counted_from_its_start_to_the_refresh(servers: Servers, tmp_path: Path) -> None:
     def flows(outcome: str) -> str:
         return f'mcp_auth_proxy_flows_total{{server="notes",outcome="{outcome}"}}'
 
@@ -194,14 +194,14 @@ async def test_connections_are_counted_on_both_sides(servers: Servers, tmp_path:
         await until_scraped(setup.proxy, {idle: 1, active: 0, "mcp_auth_proxy_inbound_connections": 3})
 
 
-async def test_a_closed_listener_is_not_asked_any_more(servers: Servers, tmp_path: Path) -> None:
+async def test_a_closed_listener_is_no_longer_counted(servers: Servers, tmp_path: Path) -> None:
     async with connected(servers, tmp_path):
         assert "\nmcp_auth_proxy_inbound_connections 0\n" in metrics.registry.render()
     for name in ("inbound_connections", "upstream_connections", "tokens"):
         assert f"\nmcp_auth_proxy_{name}" not in metrics.registry.render()
 
 
-async def test_the_series_of_a_removed_server_end(
+async def test_the_series_of_a_removed_server_are_dropped(
     servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app, "FORGET_DELAY", 0.1)
@@ -229,7 +229,7 @@ async def test_a_scrape_with_a_foreign_host_is_refused_with_a_clear_line(
         assert response.status_code == 403
 
 
-async def test_away_from_loopback_a_scraper_comes_with_the_address_of_the_pod(tmp_path: Path) -> None:
+async def test_away_from_loopback_a_scraper_may_use_the_address_of_the_pod(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     config, public = {"notes": "http://127.0.0.1:9/mcp"}, "https://proxy.example"
@@ -241,7 +241,7 @@ async def test_away_from_loopback_a_scraper_comes_with_the_address_of_the_pod(tm
             assert (await http.get(f"{origin}/", headers={"Host": "10.1.2.3:8787"})).status_code == 421
 
 
-async def test_only_reading_is_allowed(servers: Servers, tmp_path: Path) -> None:
+async def test_only_get_is_allowed(servers: Servers, tmp_path: Path) -> None:
     async with connected(servers, tmp_path) as setup, httpx2.AsyncClient(trust_env=False) as http:
         assert (await http.post(f"{setup.proxy.origin}/metrics")).status_code == 405
         assert (await http.head(f"{setup.proxy.origin}/metrics")).status_code == 200

@@ -1,4 +1,4 @@
-"""How a running proxy reads its environment for what it sends out: forward proxies, and what it imports for it."""
+"""Outbound requests of a running proxy: forward proxies in its environment, and one HTTP client."""
 
 import asyncio
 import subprocess
@@ -27,7 +27,7 @@ async def test_odd_entries_of_no_proxy_are_named_at_start_and_change_nothing(ser
         assert await proxy.stop() == 0
 
 
-async def test_a_proxy_in_the_environment_that_can_not_be_used_is_a_fault(tmp_path: Path) -> None:
+async def test_an_unusable_proxy_in_the_environment_is_a_configuration_error(tmp_path: Path) -> None:
     config = write_config(tmp_path, {"notes": "http://127.0.0.1:9/mcp"})
     env = {"HTTPS_PROXY": "socks5://me:hidden@127.0.0.1:9", "https_proxy": None}
     code, _, err = await run_command("serve", "--config", str(config), env=env)

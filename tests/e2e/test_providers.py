@@ -120,7 +120,7 @@ async def test_the_recipe_connects_and_renews(tmp_path: Path, provider: type[Pro
         assert setup.issuer.authorizations == 1
 
 
-# what is said where a key is missing
+# errors that name a missing key
 
 
 @pytest.mark.parametrize("provider", [EntraId, Google, GitHub, Okta, Auth0, Cognito, Slack], ids=lambda p: p.__name__)
@@ -166,7 +166,7 @@ async def test_entra_is_sent_the_scope_at_each_refresh(tmp_path: Path) -> None:
         assert all("resource" not in request.form for request in setup.issuer.requests)
 
 
-async def test_a_server_that_takes_no_scope_at_a_refresh_is_asked_without(servers: Servers, tmp_path: Path) -> None:
+async def test_a_server_that_refuses_scope_at_a_refresh_is_asked_without(servers: Servers, tmp_path: Path) -> None:
     oauth = {"resource": "omit", "scopes": ["a"]}
     async with proxy_setup(servers, tmp_path, oauth=oauth, upstream={"checks_audience": False}) as setup:
         await setup.connect()
@@ -188,7 +188,7 @@ async def test_entra_unattended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["consent", "select_account"])
-async def test_a_second_consent_brings_a_refresh_token_only_when_asked_for(tmp_path: Path, prompt: str) -> None:
+async def test_a_second_consent_brings_a_refresh_token_only_if_requested(tmp_path: Path, prompt: str) -> None:
     params = {"access_type": "offline", "prompt": prompt}
     async with behind(Google, tmp_path, authorization_params=params) as setup:
         await setup.consent()
@@ -238,7 +238,7 @@ async def test_oktas_issuer_may_have_a_path(tmp_path: Path) -> None:
         assert {request.path for request in setup.issuer.seen("token")} == {"/oauth2/default/token"}
 
 
-async def test_auth0s_audience_goes_into_the_token_request_where_nobody_is_asked(tmp_path: Path) -> None:
+async def test_auth0s_audience_is_in_the_token_request_of_unattended_grants(tmp_path: Path) -> None:
     async with behind(Auth0, tmp_path, number=1) as setup:
         assert await setup.works()
         assert [request.form["audience"] for request in setup.issuer.seen("token")] == [setup.upstream.url]
@@ -251,7 +251,7 @@ async def test_auth0_without_an_audience_gives_a_token_that_is_reported(tmp_path
         assert "token_params" in message
 
 
-async def test_token_params_go_with_code_and_refresh_too(servers: Servers, tmp_path: Path) -> None:
+async def test_token_params_are_sent_with_code_and_refresh_too(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path, oauth={"token_params": {"organization": "a b&c"}}) as setup:
         await setup.connect()
         setup.issuer.end_access_tokens()
@@ -292,7 +292,7 @@ async def test_a_realm_that_moves_does_not_see_a_configured_client(tmp_path: Pat
 # Slack
 
 
-async def test_a_refresh_that_slack_refuses_for_good_ends_the_grant(tmp_path: Path) -> None:
+async def test_a_permanent_refusal_by_slack_ends_the_grant(tmp_path: Path) -> None:
     async with behind(Slack, tmp_path) as setup:
         await setup.consent()
         setup.issuer.end_grants()

@@ -36,7 +36,7 @@ async def echo(client: Client, text: str) -> str:
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_the_sdks_client_is_held_and_goes_on_after_consent(
+async def test_the_sdks_client_is_held_and_continues_after_consent(
     real_mcp_server: RealMcpServer, authorization_server: FakeAuthorizationServer, tmp_path: Path, mode: Any
 ) -> None:
     async with proxy_before(real_mcp_server, tmp_path, wait="20s") as proxy:
@@ -72,7 +72,7 @@ async def test_the_sdks_client_steps_up_in_the_middle_of_its_work(
             await consenting
 
 
-async def test_the_modern_client_shows_the_link_to_its_user_by_elicitation_and_goes_on(
+async def test_the_modern_client_shows_the_link_by_elicitation_and_continues(
     real_mcp_server: RealMcpServer, tmp_path: Path
 ) -> None:
     asked: list[str] = []
@@ -90,7 +90,7 @@ async def test_the_modern_client_shows_the_link_to_its_user_by_elicitation_and_g
     assert len(asked) == 1
 
 
-async def test_the_2025_client_is_told_to_show_the_link_by_its_own_error(
+async def test_the_2025_client_shows_the_link_from_the_elicitation_error(
     real_mcp_server: RealMcpServer, authorization_server: FakeAuthorizationServer, tmp_path: Path
 ) -> None:
     async def show(context: ClientRequestContext, params: ElicitRequestParams) -> ElicitResult:

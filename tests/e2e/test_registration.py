@@ -1,4 +1,4 @@
-"""Becoming a client, in the order of the contract, and what is sent to which authorization server under which name."""
+"""Client registration in the documented order, and which credentials are sent to which authorization server."""
 
 import base64
 from collections.abc import AsyncIterator
@@ -61,7 +61,7 @@ async def test_a_client_of_the_configuration_authenticates_by_its_method(
             assert ("client_id" in request.form) == (method != "client_secret_basic")
 
 
-async def test_the_reason_of_the_first_refusal_is_told_where_the_client_id_beside_basic_is_refused_too(
+async def test_the_first_refusal_is_reported_if_client_id_with_basic_is_refused_too(
     servers: Servers, tmp_path: Path
 ) -> None:
     """Some servers take ``client_id`` in the form for a second way of authenticating (RFC 6749 §2.3)."""
@@ -82,7 +82,7 @@ async def test_the_reason_of_the_first_refusal_is_told_where_the_client_id_besid
         assert ["client_id" in request.form for request in setup.issuer.seen("token")] == [False, True]
 
 
-async def test_a_configured_client_goes_before_a_metadata_document(servers: Servers, tmp_path: Path) -> None:
+async def test_a_configured_client_takes_precedence_over_a_metadata_document(servers: Servers, tmp_path: Path) -> None:
     options = {"client_id": "by-hand", "client_metadata_url": "https://elsewhere.example/client.json"}
     async with proxy_setup(servers, tmp_path, oauth=options, issuer={"client_documents": True}) as setup:
         setup.issuer.add_client(
@@ -120,9 +120,7 @@ async def test_each_server_has_a_client_of_its_own(servers: Servers, tmp_path: P
     assert len({request.form["client_id"] for request in issuer.seen("token")}) == 2
 
 
-async def test_another_method_in_the_configuration_is_registered_anew_and_used(
-    servers: Servers, tmp_path: Path
-) -> None:
+async def test_another_method_in_the_configuration_is_registered_and_used(servers: Servers, tmp_path: Path) -> None:
     methods = ["none", "client_secret_basic", "client_secret_post"]
     issuer = await servers.authorization_server(
         auto_consent=True, metadata_changes={"token_endpoint_auth_methods_supported": methods}
@@ -176,7 +174,7 @@ async def test_without_registration_the_error_names_the_keys(
         ([], []),
     ],
 )
-async def test_a_server_without_any_oauth_is_told_to_have_none(
+async def test_a_server_without_any_oauth_is_reported_as_such(
     servers: Servers, tmp_path: Path, challenges: list[str], words: list[str], everywhere: bool
 ) -> None:
     upstream = await servers.mcp_server(challenges={401: challenges})
@@ -201,7 +199,7 @@ async def moved(servers: Servers, upstream: FakeMcpServer) -> FakeAuthorizationS
     return other
 
 
-async def test_a_configured_client_is_sent_to_its_first_issuer_only(servers: Servers, tmp_path: Path) -> None:  # T11
+async def test_a_configured_client_is_sent_only_to_its_first_issuer(servers: Servers, tmp_path: Path) -> None:  # T11
     oauth = {"client_id": "by-hand", "client_secret": secret_file(tmp_path)}
     async with proxy_setup(servers, tmp_path, oauth=oauth) as setup:
         callback = f"{setup.proxy.origin}/oauth/callback"
@@ -320,7 +318,7 @@ async def test_without_resource_metadata_the_origin_is_the_authorization_server(
 @pytest.mark.parametrize(
     ("resource", "sent"), [("omit", None), ("https://exact.example/api", "https://exact.example/api"), ("auto", "")]
 )
-async def test_the_resource_goes_on_every_request(
+async def test_the_resource_is_sent_with_every_request(
     servers: Servers, tmp_path: Path, resource: str, sent: str | None
 ) -> None:  # T49
     options = {"checks_audience": False}
@@ -334,7 +332,7 @@ async def test_the_resource_goes_on_every_request(
         assert {request.form.get("resource") for request in requests} == {expected}
 
 
-async def test_offline_access_is_asked_for_with_consent_where_it_is_offered(servers: Servers, tmp_path: Path) -> None:
+async def test_offline_access_is_requested_with_consent_if_it_is_listed(servers: Servers, tmp_path: Path) -> None:
     options = {"scopes": ("read", "offline_access"), "refresh_needs_offline_access": True}
     async with proxy_setup(servers, tmp_path, issuer=options, upstream={"scopes": ("read",)}) as setup:
         await setup.connect()
@@ -345,7 +343,7 @@ async def test_offline_access_is_asked_for_with_consent_where_it_is_offered(serv
         assert (await setup.ask("renewed")).text == "renewed"
 
 
-async def test_where_it_is_not_offered_it_is_not_asked_for(servers: Servers, tmp_path: Path) -> None:
+async def test_offline_access_is_not_requested_if_it_is_not_listed(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path, issuer={"scopes": ("read",)}, upstream={"scopes": ("read",)}) as setup:
         await setup.connect()
         asked = setup.issuer.seen("authorize")[0].form
@@ -353,7 +351,7 @@ async def test_where_it_is_not_offered_it_is_not_asked_for(servers: Servers, tmp
         assert "prompt" not in asked
 
 
-async def test_configured_parameters_take_the_place_of_ours(servers: Servers, tmp_path: Path) -> None:
+async def test_configured_parameters_replace_ours(servers: Servers, tmp_path: Path) -> None:
     oauth = {"authorization_params": {"prompt": "login", "access_type": "offline", "audience": "a b&c"}}
     options = {"scopes": ("read", "offline_access")}
     async with proxy_setup(servers, tmp_path, oauth=oauth, issuer=options, upstream={"scopes": ("read",)}) as setup:
@@ -365,7 +363,7 @@ async def test_configured_parameters_take_the_place_of_ours(servers: Servers, tm
         assert all(len(values) == 1 for values in asked.values())
 
 
-async def test_configured_scopes_go_before_those_of_the_challenge(servers: Servers, tmp_path: Path) -> None:
+async def test_configured_scopes_take_precedence_over_those_of_the_challenge(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(
         servers, tmp_path, oauth={"scopes": ["mine"]}, upstream={"challenge_scopes": ("theirs",)}
     ) as setup:
@@ -373,7 +371,7 @@ async def test_configured_scopes_go_before_those_of_the_challenge(servers: Serve
         assert setup.issuer.seen("authorize")[0].form["scope"] == "mine"
 
 
-async def test_without_a_challenged_scope_those_of_the_resource_are_asked_for(servers: Servers, tmp_path: Path) -> None:
+async def test_without_a_challenged_scope_those_of_the_resource_are_requested(servers: Servers, tmp_path: Path) -> None:
     options = {"metadata_changes": {"scopes_supported": ["a", "b"]}}
     async with proxy_setup(servers, tmp_path, upstream=options) as setup:
         await setup.connect()

@@ -1,4 +1,4 @@
-"""A configuration that changes while the proxy serves: what is new is served, what is gone ends cleanly."""
+"""A configuration that changes while the proxy serves: new servers are served, removed ones end cleanly."""
 
 import asyncio
 import os
@@ -213,13 +213,13 @@ async def test_requests_held_for_a_removed_server_are_answered_at_once(
         assert reply.status == (200 if "event-stream" in accept else 503)
 
 
-async def test_a_faulty_file_changes_nothing_and_says_why_each_time(servers: Servers, tmp_path: Path) -> None:
+async def test_an_invalid_file_changes_nothing_and_says_why_each_time(servers: Servers, tmp_path: Path) -> None:
     async with two_servers(servers, tmp_path) as (proxy, config, alpha, _):
         good = open_server(alpha)
         rewrite(config, {"alpha": {"url": "ftp://x"}, "beta": {}}, nonsense=1)
         await until(lambda: proxy.err.count("configuration not reloaded") == 3)
-        told = re.findall(r"error   configuration not reloaded: \S+: (\S+): ", proxy.err)
-        assert sorted(told) == ["nonsense", "servers.alpha.url", "servers.beta.url"]
+        logged = re.findall(r"error   configuration not reloaded: \S+: (\S+): ", proxy.err)
+        assert sorted(logged) == ["nonsense", "servers.alpha.url", "servers.beta.url"]
         rewrite(config, {"alpha": good, "beta": {}})
         await until(lambda: proxy.err.count("configuration not reloaded") == 5)
         async with proxy.client("alpha") as client:
@@ -230,7 +230,7 @@ async def test_a_faulty_file_changes_nothing_and_says_why_each_time(servers: Ser
         await until(lambda: "configuration reloaded: nothing has changed" in proxy.err)
 
 
-async def test_what_needs_a_restart_is_named_and_the_rest_applied(servers: Servers, tmp_path: Path) -> None:
+async def test_keys_that_need_a_restart_are_named_and_the_rest_applied(servers: Servers, tmp_path: Path) -> None:
     alpha = await servers.mcp_server()
     config = write_config(tmp_path, {"alpha": open_server(alpha)}, inbound={"allowed_hosts": ["old.example"]})
     async with serving("--config", str(config)) as proxy:
@@ -256,7 +256,7 @@ async def test_what_needs_a_restart_is_named_and_the_rest_applied(servers: Serve
             assert (await http.post(f"{proxy.origin}/alpha/mcp", json=big)).status_code == 413
 
 
-async def test_sections_are_handed_to_their_owners(servers: Servers, tmp_path: Path) -> None:
+async def test_changed_sections_are_applied(servers: Servers, tmp_path: Path) -> None:
     alpha = await servers.mcp_server()
     served = {"alpha": open_server(alpha)}
     async with running_proxy(tmp_path, served) as proxy, proxy.client("alpha") as client:
@@ -276,14 +276,14 @@ async def test_sections_are_handed_to_their_owners(servers: Servers, tmp_path: P
         assert (await client.call("echo", text="on")).text == "on"
 
 
-async def test_the_flag_still_wins_and_is_no_change(servers: Servers, tmp_path: Path) -> None:
+async def test_the_flag_still_overrides_the_file_and_is_not_a_change(servers: Servers, tmp_path: Path) -> None:
     async with two_servers(servers, tmp_path) as (proxy, config, alpha, _):  # with --listen
         rewrite(config, {"alpha": open_server(alpha)}, listen="127.0.0.1:1")
         assert (await hangup(proxy)).endswith("nothing has changed")
         assert "restart" not in proxy.err
 
 
-async def test_a_secret_file_that_changes_alone_is_used_from_then_on(servers: Servers, tmp_path: Path) -> None:
+async def test_a_changed_secret_file_is_used_from_then_on(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     alpha = await servers.mcp_server(issuer)
     server = unattended(issuer, alpha.url, tmp_path)

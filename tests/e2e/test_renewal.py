@@ -1,4 +1,4 @@
-"""The life of a grant: renewed ahead of time, once for all who need it, and kept through every failure that passes."""
+"""The life of a grant: renewed ahead of time, once for all requests, and kept through temporary failures."""
 
 import asyncio
 from pathlib import Path
@@ -19,7 +19,7 @@ MINUTE = 60.0
 # ahead of time
 
 
-async def test_a_token_is_renewed_in_time_by_itself(servers: Servers, tmp_path: Path) -> None:
+async def test_a_token_is_renewed_in_time_in_the_background(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path, issuer={"token_seconds": 2.0}) as setup:
         await setup.connect()
         first = setup.upstream.bearers[-1]
@@ -42,7 +42,7 @@ async def test_a_long_lived_token_is_renewed_when_it_is_due_and_not_when_a_timer
         await until(lambda: setup.issuer.refreshes == 1, "a renewal while nobody asks")
 
 
-async def test_requests_go_on_with_the_old_token_while_it_is_renewed(servers: Servers, tmp_path: Path) -> None:
+async def test_requests_use_the_old_token_while_it_is_renewed(servers: Servers, tmp_path: Path) -> None:
     gate = asyncio.Event()
     async with proxy_setup(servers, tmp_path) as setup:
         await setup.connect()
@@ -65,7 +65,9 @@ async def until_the_token_is_another(setup: ProxySetup, before: str | None) -> N
     raise AssertionError("the new token was never used")
 
 
-async def test_a_thousand_requests_meet_a_dead_token(servers: Servers, tmp_path: Path) -> None:  # F3
+async def test_a_thousand_requests_with_an_expired_token_share_one_renewal(
+    servers: Servers, tmp_path: Path
+) -> None:  # F3
     async with proxy_setup(servers, tmp_path) as setup:
         await setup.connect()
         setup.issuer.end_access_tokens()
@@ -73,9 +75,7 @@ async def test_a_thousand_requests_meet_a_dead_token(servers: Servers, tmp_path:
         assert (setup.issuer.refreshes, setup.issuer.authorizations) == (1, 1)
 
 
-async def test_requests_wait_for_one_renewal_where_the_token_is_known_to_be_dead(
-    servers: Servers, tmp_path: Path
-) -> None:
+async def test_requests_wait_for_one_renewal_if_the_token_has_expired(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path) as setup:
         await setup.connect()
         setup.clock.ahead += 2 * MINUTE
@@ -85,7 +85,7 @@ async def test_requests_wait_for_one_renewal_where_the_token_is_known_to_be_dead
         assert len(set(setup.upstream.bearers[before:])) == 1
 
 
-async def test_a_401_for_a_token_of_before_is_answered_with_the_new_one(servers: Servers, tmp_path: Path) -> None:
+async def test_a_401_for_an_older_token_is_answered_with_the_new_one(servers: Servers, tmp_path: Path) -> None:
     gate = asyncio.Event()
     async with proxy_setup(servers, tmp_path) as setup:
         await setup.connect()
@@ -161,7 +161,7 @@ def assert_unavailable(reply: McpResponse) -> None:
 
 
 @pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES)
-async def test_an_outage_is_felt_only_when_the_token_dies_and_the_grant_outlives_it(  # F1
+async def test_an_outage_is_noticed_only_after_expiry_and_the_grant_survives_it(  # F1
     servers: Servers, tmp_path: Path, outage: FakeResponse | None
 ) -> None:
     async with proxy_setup(servers, tmp_path, issuer={"rotate": False}) as setup:
@@ -186,7 +186,7 @@ async def test_an_outage_is_felt_only_when_the_token_dies_and_the_grant_outlives
         assert (setup.issuer.authorizations, len(setup.proxy.links)) == (1, 1)
 
 
-async def test_in_the_background_a_server_is_left_alone_for_as_long_as_it_asks(  # F1
+async def test_background_renewal_respects_retry_after(  # F1
     servers: Servers, tmp_path: Path
 ) -> None:
     # Of ten minutes, more than one is left when the token is due: no request comes near the end of its life.
@@ -218,7 +218,9 @@ async def test_a_server_that_hangs_costs_a_bounded_wait(servers: Servers, tmp_pa
         assert setup.issuer.authorizations == 1
 
 
-async def test_a_401_while_the_server_is_down_is_503_and_passes(servers: Servers, tmp_path: Path) -> None:  # F1
+async def test_a_401_while_the_authorization_server_is_down_is_a_temporary_503(
+    servers: Servers, tmp_path: Path
+) -> None:  # F1
     async with proxy_setup(servers, tmp_path) as setup:
         await setup.connect()
         await setup.issuer.local.down()
@@ -231,7 +233,7 @@ async def test_a_401_while_the_server_is_down_is_503_and_passes(servers: Servers
 
 
 @pytest.mark.parametrize("rotates", [True, False])
-async def test_a_renewal_whose_answer_is_lost_costs_a_login_only_where_the_old_token_is_spent(
+async def test_a_lost_renewal_response_costs_a_login_only_if_the_old_token_is_used_up(
     servers: Servers, tmp_path: Path, rotates: bool
 ) -> None:
     async with proxy_setup(servers, tmp_path, issuer={"rotate": rotates}) as setup:
@@ -252,7 +254,7 @@ async def test_a_renewal_whose_answer_is_lost_costs_a_login_only_where_the_old_t
 # the end of a grant
 
 
-async def test_an_ended_grant_is_tried_once_and_asked_for_once(servers: Servers, tmp_path: Path) -> None:  # F2
+async def test_an_ended_grant_is_tried_once_and_authorized_once(servers: Servers, tmp_path: Path) -> None:  # F2
     async with proxy_setup(servers, tmp_path) as setup:
         await setup.connect()
         setup.issuer.end_grants()
@@ -264,7 +266,7 @@ async def test_an_ended_grant_is_tried_once_and_asked_for_once(servers: Servers,
         assert (setup.issuer.refreshes, setup.issuer.authorizations) == (1, 2)
 
 
-async def test_an_ended_grant_leaves_others_alone(servers: Servers, tmp_path: Path) -> None:  # F2
+async def test_an_ended_grant_does_not_affect_others(servers: Servers, tmp_path: Path) -> None:  # F2
     issuer = await servers.authorization_server(auto_consent=True)
     config = {name: (await servers.mcp_server(issuer)).url for name in ("one", "two")}
     async with (
@@ -293,7 +295,7 @@ async def test_a_forgotten_client_registers_once_more(servers: Servers, tmp_path
         assert (await setup.ask("in")).text == "in"
 
 
-async def test_a_server_that_never_knows_its_clients_is_not_asked_for_ever(servers: Servers, tmp_path: Path) -> None:
+async def test_registration_is_bounded_if_a_server_never_knows_its_clients(servers: Servers, tmp_path: Path) -> None:
     async with proxy_setup(servers, tmp_path) as setup:
         await setup.connect()
         setup.issuer.answers["token"] = FakeResponse.json({"error": "invalid_client"}, 401)

@@ -24,7 +24,9 @@ HOUR = 3600.0
 @pytest.mark.parametrize(
     "value", ["-5", "0", "true", '"abc"', "1e400", "9" * 400, f'"{"9" * 400}"', "null", "[]", "0.5e-300", "-1e999"]
 )
-async def test_an_odd_lifetime_neither_breaks_nor_storms(servers: Servers, tmp_path: Path, value: str) -> None:  # T21
+async def test_an_odd_lifetime_causes_neither_errors_nor_a_storm(
+    servers: Servers, tmp_path: Path, value: str
+) -> None:  # T21
     async with proxy_setup(servers, tmp_path) as setup:
         token = setup.issuer.issue(resource=setup.upstream.url)
         body = f'{{"access_token": "{token}", "token_type": "Bearer", "refresh_token": "rt", "expires_in": {value}}}'
@@ -39,7 +41,7 @@ async def test_an_odd_lifetime_neither_breaks_nor_storms(servers: Servers, tmp_p
 
 
 @pytest.mark.parametrize("jump", [HOUR, -HOUR])
-async def test_a_clock_that_jumps_starts_no_storm(servers: Servers, tmp_path: Path, jump: float) -> None:  # F9
+async def test_a_clock_that_jumps_causes_no_storm(servers: Servers, tmp_path: Path, jump: float) -> None:  # F9
     async with proxy_setup(servers, tmp_path) as setup:
         await setup.connect()
         for ahead in (jump, 0.0, jump):
@@ -53,7 +55,7 @@ async def test_a_clock_that_jumps_starts_no_storm(servers: Servers, tmp_path: Pa
         assert (setup.issuer.refreshes, setup.issuer.authorizations) == (before + 1, 1)
 
 
-async def test_a_token_that_only_looks_dead_is_used_where_it_can_not_be_renewed(  # F9
+async def test_a_token_that_seems_expired_is_used_if_it_can_not_be_renewed(  # F9
     servers: Servers, tmp_path: Path
 ) -> None:
     async with proxy_setup(servers, tmp_path, issuer={"refresh": False}) as setup:
@@ -114,7 +116,7 @@ async def test_an_endless_challenge_ends_in_an_error(  # T19
 @pytest.mark.parametrize(
     "options", [{"endless_401": True}, {"endless_403": "same"}, {"endless_403": "growing"}], ids=str
 )
-async def test_an_endless_challenge_ends_without_a_human_too(  # T19
+async def test_an_endless_challenge_ends_without_a_user_too(  # T19
     servers: Servers, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     issuer = await servers.authorization_server()

@@ -54,7 +54,7 @@ async def test_a_client_registered_by_hand_for_basic_connects_and_renews(tmp_pat
         )
         await connect_and_renew(proxy, server)
         first, *others = server.seen("token")
-        # Some refuse the id beside Basic, so it is not sent before a server has asked for it, once.
+        # Some refuse the id together with Basic, so it is sent only after a server has required it once.
         assert "client_id" not in first.form
         assert [(request.form["grant_type"], request.form["client_id"]) for request in others] == [
             ("authorization_code", "by-hand"),

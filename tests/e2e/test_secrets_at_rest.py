@@ -30,7 +30,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The same without SQLite's index of the log: scratch memory, made anew by whoever opens first after a crash."""
+    """The same without SQLite's index of the log: shared memory that is rebuilt after a crash."""
     return {name: content for name, content in files(folder).items() if not name.endswith("-shm")}
 
 
@@ -48,7 +48,7 @@ async def log_in(client: PlainClient) -> None:
 
 
 def talkative(issuer: FakeAuthorizationServer) -> Callable[[RecordedRequest], FakeResponse | None]:
-    """Repeats in its errors whatever it was sent."""
+    """Repeat everything that was sent in the errors."""
 
     def refuse(received: RecordedRequest) -> FakeResponse | None:
         said = " ".join(f"{name}={value}" for name, value in received.form.items())
@@ -117,7 +117,7 @@ async def test_no_secret_is_logged_shown_or_stored_in_clear(  # T45
 QUERY = "k=query-canary-1&flag-canary-2&v=canary-3"
 
 
-async def test_what_stands_in_the_query_of_a_server_url_is_shown_nowhere(servers: Servers, tmp_path: Path) -> None:
+async def test_query_values_of_a_server_url_are_never_shown(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server(auto_consent=True)
     good = await servers.mcp_server(issuer)
     down = await servers.mcp_server(issuer, metadata_answer=FakeResponse.html("down", 503))
@@ -171,7 +171,7 @@ async def test_every_file_is_private_whatever_the_umask(servers: Servers, tmp_pa
             assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
 
 
-async def test_swapped_values_fail_alone(servers: Servers, tmp_path: Path) -> None:  # T47
+async def test_swapped_values_fail_without_affecting_others(servers: Servers, tmp_path: Path) -> None:  # T47
     issuer = await servers.authorization_server(auto_consent=True)
     upstreams = {name: await servers.mcp_server(issuer) for name in ("one", "two", "three")}
     config = {name: upstream.url for name, upstream in upstreams.items()}
@@ -275,7 +275,7 @@ def limit_files(proxy: ProxyProcess, size: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-async def test_with_a_store_that_can_not_be_written_good_tokens_are_served_and_none_is_renewed(  # F8
+async def test_with_a_read_only_store_valid_tokens_are_used_and_none_is_renewed(  # F8
     servers: Servers, tmp_path: Path
 ) -> None:
     issuer = await servers.authorization_server(auto_consent=True, token_seconds=4.0)
@@ -311,7 +311,7 @@ async def until_answered(client: PlainClient) -> None:
     raise AssertionError("it did not come back")
 
 
-async def test_a_locked_store_is_waited_for_then_told_while_good_tokens_go_on(  # F11
+async def test_a_locked_store_is_reported_after_a_wait_and_valid_tokens_still_work(  # F11
     servers: Servers, tmp_path: Path
 ) -> None:
     issuer = await servers.authorization_server(auto_consent=True)

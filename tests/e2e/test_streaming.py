@@ -1,4 +1,4 @@
-"""Bytes on their way: large bodies, events one by one, slow readers, clients that leave, and the SDK's own client."""
+"""Streaming: large bodies, events one by one, slow readers, clients that disconnect, and the SDK's own client."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ async def test_five_megabytes_pass_both_ways_unchanged(servers: Servers, tmp_pat
             assert setup.upstream.calls()[-1].body == sent
 
 
-async def test_a_compressed_answer_is_not_touched(servers: Servers, tmp_path: Path) -> None:
+async def test_a_compressed_response_is_not_changed(servers: Servers, tmp_path: Path) -> None:
     answer = FakeResponse.gzipped({"jsonrpc": "2.0", "id": 1, "result": {}})
     async with connected(servers, tmp_path, options={"answers": {"ping": answer}}) as setup:  # T36
         message = setup.client.message("ping", id=1)
@@ -71,7 +71,7 @@ async def test_events_of_a_call_arrive_one_by_one(servers: Servers, tmp_path: Pa
             assert [event async for event in events] == []
 
 
-async def test_comments_and_half_events_pass_at_once(servers: Servers, tmp_path: Path) -> None:
+async def test_comments_and_incomplete_events_pass_at_once(servers: Servers, tmp_path: Path) -> None:
     channel = Channel()
     async with connected(servers, tmp_path, options={"sessions_on": True}) as setup:
         await setup.client.initialize()
@@ -84,7 +84,7 @@ async def test_comments_and_half_events_pass_at_once(servers: Servers, tmp_path:
                 assert await anext(parts) == part
 
 
-async def test_pushed_events_come_on_the_get_stream_which_delete_ends(servers: Servers, tmp_path: Path) -> None:
+async def test_pushed_events_arrive_on_the_get_stream_until_delete(servers: Servers, tmp_path: Path) -> None:
     async with connected(servers, tmp_path, options={"sessions_on": True}) as setup:
         await setup.client.initialize()
         setup.client.http.headers["last-event-id"] = "event-41"
@@ -100,7 +100,7 @@ async def test_pushed_events_come_on_the_get_stream_which_delete_ends(servers: S
             assert response.status_code == 404
 
 
-async def test_a_get_stream_that_the_server_does_not_offer_is_405(servers: Servers, tmp_path: Path) -> None:
+async def test_a_get_stream_that_the_server_does_not_support_is_405(servers: Servers, tmp_path: Path) -> None:
     async with (
         connected(servers, tmp_path, options={"get_stream": False}) as setup,
         setup.client.stream() as (response, _),
@@ -177,7 +177,7 @@ def waiting(received: RecordedRequest) -> bool:
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("silent", ["before the head", "in a stream"])
-async def test_a_client_that_leaves_closes_the_upstream_exchange(
+async def test_a_client_that_disconnects_closes_the_upstream_connection(
     servers: Servers, tmp_path: Path, method: str, silent: str
 ) -> None:
     answer = FakeResponse.hang() if silent == "before the head" else FakeResponse.events(Channel())
@@ -198,7 +198,7 @@ async def test_a_client_that_leaves_closes_the_upstream_exchange(
         assert setup.proxy.application.forwarder.active_requests == 0
 
 
-async def test_many_clients_that_leave_at_once_are_all_noticed(servers: Servers, tmp_path: Path) -> None:
+async def test_many_clients_that_disconnect_at_once_are_all_noticed(servers: Servers, tmp_path: Path) -> None:
     answers = {"tools/call:think": FakeResponse.hang(), "GET": FakeResponse.events(Channel())}
     async with connected(servers, tmp_path, options={"answers": answers}) as setup, AsyncExitStack() as stack:  # T40
         await setup.client.post("ping")
@@ -215,7 +215,7 @@ async def test_many_clients_that_leave_at_once_are_all_noticed(servers: Servers,
         assert (await setup.client.call("echo", text="on")).text == "on"
 
 
-async def test_one_call_is_cancelled_without_harm_to_the_others(servers: Servers, tmp_path: Path) -> None:
+async def test_cancelling_one_call_does_not_affect_the_others(servers: Servers, tmp_path: Path) -> None:
     gate = asyncio.Event()
     body = sse({"jsonrpc": "2.0", "id": 1, "result": {}})
     async with connected(servers, tmp_path, version=MODERN) as setup:

@@ -1,4 +1,4 @@
-"""The data plane alone: its listener and its upstream are real sockets, its broker follows a script."""
+"""The data plane alone: its listener and its upstream are real sockets, its broker is scripted."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence

@@ -1,4 +1,4 @@
-"""Checks for tests of hostile servers: whether an address was contacted, and whether the client is told why."""
+"""Checks for tests of hostile servers: whether an address was contacted, and whether the client gets the reason."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -131,5 +131,5 @@ def test_entries_of_allow_private_are_allowed(entry: str, host: str, address: st
 
 
 @pytest.mark.parametrize("entry", ["127.0.0.1", "127.0.0.0/8"])
-def test_http_to_loopback_is_open_where_allow_private_lists_it(entry: str) -> None:
+def test_http_to_loopback_is_allowed_if_allow_private_lists_it(entry: str) -> None:
     assert AddressPolicy.for_upstream("https://mcp.example.com/mcp", [entry]).allows_http("127.0.0.1", 9000)

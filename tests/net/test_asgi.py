@@ -44,7 +44,7 @@ async def empty(send: Any, status: int = 204) -> None:
     await send({"type": "http.response.body"})
 
 
-async def test_the_scope_tells_what_was_sent() -> None:
+async def test_the_scope_describes_the_request() -> None:
     scopes: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

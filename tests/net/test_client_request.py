@@ -1,4 +1,4 @@
-"""What a handler sees of a request, and how its response reaches the client: over real sockets."""
+"""A request as a handler sees it, and how its response reaches the client: over real sockets."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -34,7 +34,7 @@ class Requests:
 
 class Client(RawClient):
     async def piece(self) -> bytes:
-        """Return what is here of a response as soon as something is; ``b""`` at the end of the connection."""
+        """Return the next bytes of a response as soon as there are some; ``b""`` at the end of the connection."""
         return await asyncio.wait_for(self.reader.read(65536), 5)
 
 
@@ -46,7 +46,7 @@ async def never(request: ClientRequest) -> None:
 async def client_of(
     serve: Serve = never, fast_path: Callable[[ClientRequest], bool] = lambda request: False, buffer: int | None = None
 ) -> AsyncIterator[Client]:
-    """Connect to a listener whose requests are served as told."""
+    """Connect to a listener whose requests are served by ``serve``."""
     async with (
         listener(Requests(serve, fast_path)) as port,
         Client.to(f"http://127.0.0.1:{port}", buffer=buffer) as client,
@@ -119,7 +119,7 @@ async def test_a_response_that_has_no_body_gets_no_framing(status: int) -> None:
             assert head.count(b"\r\n") == 2
 
 
-async def test_a_304_may_tell_the_length_of_what_it_does_not_send() -> None:
+async def test_a_304_may_have_the_length_of_a_body_that_it_does_not_send() -> None:
     async with client_of(responding(b"", headers=[(b"content-length", b"700")], status=304)) as client:
         for _ in range(2):
             client.send(GET)
@@ -159,7 +159,7 @@ async def test_a_handler_may_close_the_connection() -> None:
     ],
     ids=["too long", "too short", "line break", "line break in a name", "NUL"],
 )
-async def test_nothing_of_a_faulty_response_reaches_the_client(parts: list[bytes], headers: Headers) -> None:
+async def test_nothing_of_an_invalid_response_reaches_the_client(parts: list[bytes], headers: Headers) -> None:
     async with client_of(responding(*parts, headers=headers)) as client:
         client.send(GET)
         assert await client.rest() == b""
@@ -216,7 +216,7 @@ async def test_very_many_pipelined_requests_may_be_answered_at_once() -> None:
 
 
 @pytest.mark.parametrize("headers", [[(b"x", b"a\r\nset-cookie: b")], [(b"content-length", b"3")]])
-async def test_a_faulty_response_at_once_costs_the_connection_and_raises_nothing(headers: Headers) -> None:
+async def test_an_invalid_whole_response_closes_the_connection_and_raises_nothing(headers: Headers) -> None:
     def respond(request: ClientRequest) -> bool:
         request.respond(200, headers, b"ok")
         return True
@@ -289,7 +289,7 @@ async def test_a_response_that_is_left_unfinished_is_cut_off(then: Serve) -> Non
         assert await client.rest() == b""
 
 
-async def test_a_handler_that_is_cancelled_costs_the_connection() -> None:
+async def test_a_cancelled_handler_closes_the_connection() -> None:
     tasks: list[asyncio.Task[None] | None] = []
 
     async def serve(request: ClientRequest) -> None:
@@ -353,7 +353,7 @@ async def test_a_request_without_a_body_has_an_empty_one() -> None:
     assert await body_within([GET], 0) == b""
 
 
-async def test_a_large_body_is_read_though_reading_pauses() -> None:
+async def test_a_large_body_is_read_even_if_reading_pauses() -> None:
     body = bytes(range(256)) * 20_000
     assert await body_within([sized(len(body), body)], len(body)) == body
 
@@ -376,7 +376,7 @@ async def test_a_body_over_the_limit_is_refused(sent: list[bytes]) -> None:  # T
 
 
 @pytest.mark.parametrize("sent", [[sized(3), b""], [sized(3, b"ab"), b""], [CHUNKED, b"1\r\na\r\n", b""]])
-async def test_a_client_that_goes_away_amid_its_body_is_told_apart(sent: list[bytes]) -> None:
+async def test_a_client_that_disconnects_within_its_body_is_reported(sent: list[bytes]) -> None:
     assert isinstance(await body_within(sent, 3), ClientDisconnected)
 
 
@@ -399,7 +399,7 @@ async def test_a_body_may_be_read_in_parts() -> None:
 EXPECT = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
 
 
-async def test_a_client_that_waits_to_be_asked_for_its_body_is_asked() -> None:
+async def test_a_client_that_expects_100_continue_gets_it() -> None:
     async def serve(request: ClientRequest) -> None:
         request.respond(200, [], await request.body(5))
 
@@ -412,7 +412,7 @@ async def test_a_client_that_waits_to_be_asked_for_its_body_is_asked() -> None:
         assert (await client.answer()).body == b"hello"
 
 
-async def test_a_client_is_not_asked_for_a_body_over_the_limit() -> None:
+async def test_100_continue_is_not_sent_for_a_body_over_the_limit() -> None:
     async def serve(request: ClientRequest) -> None:
         with pytest.raises(BodyTooLarge):
             await request.body(4)
@@ -431,10 +431,10 @@ async def test_a_client_that_leaves_is_reported_once() -> None:
     served: list[ClientRequest] = []
 
     async def serve(request: ClientRequest) -> None:
-        request.when_disconnected(lambda: lost.append("told"))
+        request.when_disconnected(lambda: lost.append("called"))
         served.append(request)
         await request.wait_closed()
-        request.when_disconnected(lambda: lost.append("told at once"))
+        request.when_disconnected(lambda: lost.append("called at once"))
         await request.write(b"dropped")
         request.respond(200, [], b"dropped")
         lost.append("end")
@@ -444,7 +444,7 @@ async def test_a_client_that_leaves_is_reported_once() -> None:
         await until(lambda: served)
         client.drop()
         await until(lambda: len(lost) == 3)
-    assert lost == ["told", "told at once", "end"]
+    assert lost == ["called", "called at once", "end"]
     assert (served[0].disconnected, served[0].complete) == (True, False)
 
 
@@ -453,7 +453,7 @@ async def test_a_client_that_leaves_after_its_response_is_not_reported() -> None
     served: list[ClientRequest] = []
 
     def respond(request: ClientRequest) -> bool:
-        request.when_disconnected(lambda: lost.append("told"))
+        request.when_disconnected(lambda: lost.append("called"))
         request.respond(204, [], b"")
         served.append(request)
         return True

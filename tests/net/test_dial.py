@@ -1,4 +1,4 @@
-"""How connections are opened: addresses, TLS, forward proxies, and what an error says if none can be."""
+"""How connections are opened: addresses, TLS, forward proxies, and the errors if none can be opened."""
 
 import asyncio
 import contextlib
@@ -111,9 +111,7 @@ async def get() -> AsyncIterator[Get]:
         await upstream.aclose()
 
 
-async def test_an_upstream_with_a_trusted_certificate_is_spoken_to_over_http_1_1(
-    authority: Authority, get: Get
-) -> None:
+async def test_an_upstream_with_a_trusted_certificate_is_used_over_http_1_1(authority: Authority, get: Get) -> None:
     spoken: list[str | None] = []
 
     async def script(peer: Peer) -> None:
@@ -239,7 +237,7 @@ async def test_a_cancelled_tls_handshake_closes_the_socket(get: Get, authority: 
             await asking
 
 
-def test_a_ca_bundle_that_can_not_be_used_is_a_fault_of_the_configuration(tmp_path: Path) -> None:
+def test_an_unusable_ca_bundle_is_a_configuration_error(tmp_path: Path) -> None:
     empty = tmp_path / "empty.pem"
     empty.write_text("")
     for path, reason in ((tmp_path / "absent.pem", "No such file"), (empty, "no PEM certificate")):
@@ -263,7 +261,7 @@ async def test_the_next_address_is_tried_if_one_refuses(get: Get, dead: str) -> 
         assert found == b"hi"
 
 
-async def test_an_address_that_does_not_answer_is_overtaken_by_the_next(get: Get) -> None:
+async def test_the_next_address_is_tried_while_one_does_not_answer(get: Get) -> None:
     async with RawServer(answers(ok())) as server:
         with socket.socket() as full:
             # A listener with a full backlog drops what comes: connecting hangs.
@@ -294,7 +292,7 @@ async def test_a_name_without_addresses_says_so(get: Get) -> None:
         (socket.gaierror(socket.EAI_AGAIN, "try again"), "the name x.example can't be looked up now"),
     ],
 )
-async def test_a_look_up_that_fails_is_told_with_the_name(get: Get, failure: Exception, reason: str) -> None:
+async def test_a_failed_look_up_names_the_host(get: Get, failure: Exception, reason: str) -> None:
     async def resolve(host: str, port: int) -> Sequence[str]:
         raise failure
 
@@ -302,7 +300,7 @@ async def test_a_look_up_that_fails_is_told_with_the_name(get: Get, failure: Exc
         await get(Origin("https", "x.example", 443), resolve=resolve)
 
 
-async def test_a_look_up_has_a_deadline_of_its_own(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_look_up_has_its_own_deadline(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     async def hang(host: str, port: int) -> Sequence[str]:
         await asyncio.Event().wait()
         return ()
@@ -312,7 +310,7 @@ async def test_a_look_up_has_a_deadline_of_its_own(get: Get, monkeypatch: pytest
         await get(Origin("https", "x.example", 443), resolve=hang)
 
 
-def test_families_alternate_beginning_with_that_of_the_first_address() -> None:  # RFC 8305 §4
+def test_families_alternate_starting_with_that_of_the_first_address() -> None:  # RFC 8305 §4
     assert dial._alternate_families(["::1", "::2", "::3", "10.0.0.1", "10.0.0.2"]) == [
         "::1",
         "10.0.0.1",
@@ -422,7 +420,7 @@ async def test_a_proxy_that_does_not_connect_is_named_without_its_password(
     assert "hidden" not in str(caught.value)
 
 
-async def test_plain_http_and_loopback_go_direct(authority: Authority, get: Get) -> None:
+async def test_plain_http_and_loopback_are_reached_directly(authority: Authority, get: Get) -> None:
     environ = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
     async with RawServer(answers(ok()), authority.server("127.0.0.1")) as server:
         assert await get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle, environ=environ) == b"hi"

@@ -1,4 +1,4 @@
-"""How the environment names a forward proxy, and what goes direct: one reading for upstreams and OAuth documents."""
+"""The forward proxy of the environment and NO_PROXY: one reading for upstreams and OAuth documents."""
 
 import logging
 
@@ -70,7 +70,7 @@ from mcp_auth_proxy.net.urls import Origin
         ("", "0x7f.1", False),
     ],
 )
-def test_no_proxy_names_what_goes_direct(
+def test_no_proxy_lists_hosts_that_are_reached_directly(
     no_proxy: str, host: str, direct: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxies = forward_proxy.from_environment({"https_proxy": "http://p:3128", "no_proxy": no_proxy})
@@ -130,7 +130,7 @@ def test_all_odd_entries_are_named_in_one_line_without_a_password(caplog: pytest
 
 
 @given(st.text(max_size=40), st.sampled_from(["a.example", "10.1.2.3", "2001:db8::1"]))
-def test_no_entry_is_too_odd_to_be_read(entry: str, host: str) -> None:
+def test_reading_an_entry_never_raises(entry: str, host: str) -> None:
     logging.disable()
     try:
         proxies = forward_proxy.from_environment({"https_proxy": "http://p:3128", "no_proxy": entry})
@@ -139,19 +139,19 @@ def test_no_entry_is_too_odd_to_be_read(entry: str, host: str) -> None:
     assert proxies.towards(Origin("https", host, 443)) in (None, proxies.https)
 
 
-def test_plain_http_goes_direct() -> None:
+def test_plain_http_is_reached_directly() -> None:
     proxies = forward_proxy.from_environment({"HTTPS_PROXY": "p:3128", "HTTP_PROXY": "p:3128"})
     assert proxies.towards(Origin("http", "a.example", 80)) is None
     assert proxies.towards(Origin("https", "a.example", 443)) == forward_proxy.ForwardProxy("p", 3128)
 
 
-def test_lower_case_names_come_first() -> None:
+def test_lower_case_names_take_precedence() -> None:
     proxies = forward_proxy.from_environment({"https_proxy": "lower:1", "HTTPS_PROXY": "upper:1"})
     assert proxies.https == forward_proxy.ForwardProxy("lower", 1)
 
 
 @pytest.mark.parametrize("url", ["socks5://p:1", "http://", "http://p:x", "http://[", "https://user:hidden@p:1"])
-def test_a_proxy_url_that_can_not_be_used_is_a_fault_without_its_password(url: str) -> None:
+def test_the_error_for_an_unusable_proxy_url_does_not_show_its_password(url: str) -> None:
     with pytest.raises(ConfigurationError, match="HTTPS_PROXY") as caught:
         forward_proxy.from_environment({"HTTPS_PROXY": url})
     assert "hidden" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""One HTTP/1.1 exchange: what counts as a response, and what is refused as none.
+"""One HTTP/1.1 request and its response: which bytes are a response, and which are refused.
 
 The connection is driven through a transport in memory, which decides how the bytes are split on their way.
 """
@@ -69,8 +69,8 @@ class Wire(asyncio.Transport):
         self._reading = True
 
 
-class Home:
-    """An owner of connections that notes what it is told."""
+class RecordingOwner:
+    """An owner of connections that records its callbacks."""
 
     name = "up.example:80"
 
@@ -94,9 +94,9 @@ class Line:
     """A connection, its transport and its owner."""
 
     def __init__(self) -> None:
-        self.home = Home()
+        self.owner = RecordingOwner()
         self.wire = Wire()
-        self.connection = HttpConnection(self.home, None)  # type: ignore[arg-type]  # the transport here has no socket
+        self.connection = HttpConnection(self.owner, None)  # type: ignore[arg-type]  # the transport here has no socket
         self.connection.connection_made(self.wire)
 
     def ask(self, method: bytes = b"POST", timeout: float = 60.0) -> asyncio.Future[Response]:
@@ -118,7 +118,7 @@ class Line:
 
 @dataclass
 class Outcome:
-    """What became of an exchange. ``error`` is about the head if ``status`` is 0, else about the body."""
+    """The outcome of a request. ``error`` is about the head if ``status`` is 0, else about the body."""
 
     status: int = 0
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
@@ -132,7 +132,7 @@ async def play(pieces: Iterable[bytes], method: bytes = b"POST", *, end: bool = 
     answer = line.ask(method)
     for piece in pieces:
         line.receive(piece)
-    reused = line.home.back == [line.connection] and not line.wire.closed
+    reused = line.owner.back == [line.connection] and not line.wire.closed
     if end:
         line.end()
     assert answer.done()
@@ -207,7 +207,7 @@ ODD: list[tuple[str, bytes, tuple[int, bytes] | None, tuple[int, bytes] | str | 
     ("304 with a length", b"HTTP/1.1 304 x\r\n" + CL2 + b"\r\n", (304, b""), SAME),
     ("second response behind", THEN_OK + THEN_OK, (200, b"hi"), SAME),
     ("rubbish behind", THEN_OK + b"xx", (200, b"hi"), SAME),
-    # Where nobody differs: refused.
+    # Refused by both.
     ("switching protocols", b"HTTP/1.1 101 x\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", BROKEN, SAME),
     ("lengths differ", OK + CL2 + b"Content-Length: 3\r\n\r\nhi!", BROKEN, SAME),
     ("length with sign", OK + b"Content-Length: +2\r\n\r\nhi", BROKEN, SAME),
@@ -244,7 +244,7 @@ ODD: list[tuple[str, bytes, tuple[int, bytes] | None, tuple[int, bytes] | str | 
     ("status 99", b"HTTP/1.1 99 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
     ("status 1000", b"HTTP/1.1 1000 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
     ("status 000", b"HTTP/1.1 000 x\r\n" + CL2 + b"\r\nhi", BROKEN, SAME),
-    # Where we are stricter. Framing that two readers may read in two ways is nobody's to guess (T37).
+    # Only we refuse: framing that two parsers may read differently must not be guessed (T37).
     ("length and coding", OK + CL2 + CHUNKED + b"\r\n" + HI, BROKEN, (200, b"hi")),
     ("coding and length", OK + CHUNKED + CL2 + b"\r\n" + HI, BROKEN, (200, b"hi")),
     ("length twice, the same", OK + CL2 + CL2 + b"\r\nhi", BROKEN, (200, b"hi")),
@@ -281,7 +281,7 @@ async def test_an_odd_response_is_read_or_refused_however_it_is_split(
     assert h11_outcome(raw) == (ours if theirs is SAME else theirs)
 
 
-def test_the_table_says_where_the_verdicts_differ() -> None:
+def test_the_table_lists_every_difference_from_h11() -> None:
     assert [name for name, _, ours, theirs in ODD if theirs != SAME and ours == theirs] == []
 
 
@@ -294,7 +294,7 @@ async def test_the_response_to_head_has_no_body_and_is_not_waited_for(raw: bytes
     assert (outcome.status in (200, 204), outcome.body, outcome.error) == (True, b"", None)
 
 
-async def test_a_response_without_body_loses_the_length_that_a_server_of_ours_would_wait_for() -> None:
+async def test_a_response_without_body_loses_its_content_length() -> None:
     outcome = await play([b"HTTP/1.1 304 x\r\nContent-Length: 100\r\nETag: a\r\n\r\n"])
     assert response_headers(outcome.headers)[0] == (b"etag", b"a")
     assert b"content-length" not in dict(outcome.headers)
@@ -317,7 +317,7 @@ async def test_a_response_without_body_loses_the_length_that_a_server_of_ours_wo
         (b"HTTP/1.1 204 x\r\nContent-Length: 2\r\n\r\nhi", False),
     ],
 )
-async def test_a_connection_goes_back_only_after_a_complete_exchange(raw: bytes, reused: bool) -> None:
+async def test_a_connection_is_released_only_after_a_complete_response(raw: bytes, reused: bool) -> None:
     outcome = await play([raw], end=False)
     assert (outcome.error, outcome.reused) == (None, reused)
 
@@ -327,18 +327,18 @@ async def test_a_connection_with_part_of_the_request_unsent_is_not_used_again() 
     line.wire.unsent = 1
     line.ask()
     line.receive(THEN_OK)
-    assert (line.wire.closed, line.home.back) == ("closed", [])
+    assert (line.wire.closed, line.owner.back) == ("closed", [])
 
 
-async def test_bytes_that_nobody_asked_for_end_an_idle_connection() -> None:
+async def test_unsolicited_bytes_close_an_idle_connection() -> None:
     line = Line()
     line.ask()
     line.receive(THEN_OK)
     line.receive(THEN_OK)
-    assert (line.wire.closed, line.home.lost) == ("closed", [True])
+    assert (line.wire.closed, line.owner.lost) == ("closed", [True])
 
 
-async def test_a_connection_carries_one_exchange_after_another() -> None:
+async def test_a_connection_carries_one_request_after_another() -> None:
     line = Line()
     for body in (b"a", b"bc", b""):
         answer = line.ask()
@@ -347,14 +347,14 @@ async def test_a_connection_carries_one_exchange_after_another() -> None:
     assert line.wire.written == b"headbody" * 3
 
 
-async def test_the_end_before_an_answer_is_told_apart_on_a_used_connection() -> None:
+async def test_a_close_before_the_response_is_stale_on_a_reused_connection() -> None:
     line = Line()
     line.ask()
     line.receive(THEN_OK)
     answer = line.ask()
     line.end()
     assert isinstance(answer.exception(), StaleConnection)
-    assert line.home.stale_after == [0.0]
+    assert line.owner.stale_after == [0.0]
 
 
 @pytest.mark.parametrize("size", [HEAD_LIMIT - 1, HEAD_LIMIT, HEAD_LIMIT + 1, 3 * HEAD_LIMIT])
@@ -379,7 +379,7 @@ async def test_a_head_has_a_bounded_number_of_fields(count: int) -> None:
 
 
 @pytest.mark.parametrize("filler", [b"1;" + b"a" * 4 * HEAD_LIMIT, b"0\r\nX: " + b"a" * 4 * HEAD_LIMIT])
-async def test_chunk_extensions_and_trailers_without_end_are_cut_off(filler: bytes) -> None:
+async def test_endless_chunk_extensions_and_trailers_are_refused(filler: bytes) -> None:
     line = Line()
     response = await _head(line, OK + CHUNKED + b"\r\n")
     line.receive(filler)
@@ -394,7 +394,7 @@ async def _head(line: Line, raw: bytes) -> Response:
     return await answer
 
 
-async def test_what_came_before_a_break_is_delivered_first() -> None:
+async def test_bytes_before_a_break_are_delivered_first() -> None:
     # F4
     line = Line()
     response = await _head(line, OK + b"Content-Length: 9\r\n\r\nhello")
@@ -407,7 +407,7 @@ async def test_what_came_before_a_break_is_delivered_first() -> None:
         await response.read()
 
 
-async def test_reading_pauses_at_the_limit_and_goes_on_when_the_body_is_taken() -> None:
+async def test_reading_pauses_at_the_limit_and_resumes_when_the_body_is_read() -> None:
     # T39
     line = Line()
     response = await _head(line, OK + b"Content-Length: 1000000\r\n\r\n")
@@ -425,17 +425,17 @@ async def test_a_response_that_ends_while_reading_is_paused_frees_the_connection
     line.receive(b"x" * READ_AHEAD)
     line.receive(b"x" * READ_AHEAD)
     assert line.wire.is_reading()
-    assert line.home.back == [line.connection]
+    assert line.owner.back == [line.connection]
     assert len(await response.read()) == 2 * READ_AHEAD
     assert response.complete
 
 
-async def test_closing_a_response_under_way_aborts_its_connection_and_no_other() -> None:
+async def test_closing_an_incomplete_response_aborts_only_its_connection() -> None:
     line = Line()
     response = await _head(line, OK + b"Content-Length: 9\r\n\r\nhello")
     response.close()
     response.close()
-    assert (line.wire.closed, line.home.lost) == ("aborted", [False])
+    assert (line.wire.closed, line.owner.lost) == ("aborted", [False])
     line = Line()
     response = await _head(line, THEN_OK)
     response.close()
@@ -484,7 +484,7 @@ async def test_a_consumer_gets_what_has_arrived_at_once_and_the_rest_read_by_rea
     assert consumer.events == [b"ab", b"cd"]
     line.receive(b"e\r\n0\r\n\r\n")
     assert consumer.events == [b"ab", b"cd", b"e", None]
-    assert line.home.back == [line.connection]
+    assert line.owner.back == [line.connection]
     assert response.complete
 
 
@@ -496,7 +496,7 @@ async def test_a_consumer_of_a_whole_body_gets_it_with_its_end_at_once(body: byt
     assert consumer.events == [*([body] if body else []), None]
 
 
-async def test_the_last_part_is_known_as_such_when_it_is_pushed() -> None:
+async def test_whole_is_true_when_the_last_part_is_pushed() -> None:
     line = Line()
     response = await _head(line, OK + CHUNKED + b"\r\n1\r\na\r\n")
     last: list[bool] = []
@@ -505,11 +505,11 @@ async def test_the_last_part_is_known_as_such_when_it_is_pushed() -> None:
     assert last == [False, True]
 
 
-async def test_the_connection_can_be_used_again_as_soon_as_the_end_is_told() -> None:
+async def test_the_connection_can_be_reused_as_soon_as_the_consumer_gets_the_end() -> None:
     line = Line()
     response = await _head(line, OK + CHUNKED + b"\r\n")
     seen: list[list[HttpConnection]] = []
-    response.consume(lambda _: seen.append(list(line.home.back)), lambda _: seen.append(list(line.home.back)))
+    response.consume(lambda _: seen.append(list(line.owner.back)), lambda _: seen.append(list(line.owner.back)))
     line.receive(b"1\r\na\r\n0\r\n\r\n")
     assert seen == [[line.connection], [line.connection]]
 
@@ -522,7 +522,7 @@ async def test_a_body_until_close_ends_with_the_connection() -> None:
 
 
 @pytest.mark.parametrize("how", ["closed", "not HTTP", "expired", "shut down"])
-async def test_a_consumer_is_told_once_that_a_body_broke_off(how: str) -> None:
+async def test_a_consumer_gets_the_error_of_a_broken_body_once(how: str) -> None:
     line, consumer = Line(), Consumer()
     response = await _head(line, OK + CHUNKED + b"\r\n1\r\na\r\n")
     consumer.follow(response)
@@ -541,7 +541,7 @@ async def test_a_consumer_is_told_once_that_a_body_broke_off(how: str) -> None:
     assert str(error).startswith("up.example:80: ")
 
 
-async def test_a_consumer_that_closes_the_response_hears_no_more() -> None:
+async def test_a_consumer_that_closes_the_response_is_not_called_again() -> None:
     line, consumer = Line(), Consumer()
     response = await _head(line, OK + CHUNKED + b"\r\n1\r\na\r\n")
 
@@ -552,7 +552,7 @@ async def test_a_consumer_that_closes_the_response_hears_no_more() -> None:
     response.consume(on_data, consumer.on_end)
     line.receive(b"1\r\nb\r\n0\r\n\r\n")
     assert consumer.events == [b"a"]
-    assert (line.wire.closed, line.home.lost) == ("aborted", [False])
+    assert (line.wire.closed, line.owner.lost) == ("aborted", [False])
 
 
 async def test_a_consumer_may_pause_reading() -> None:  # T39
@@ -580,7 +580,7 @@ async def test_a_paused_body_that_ends_frees_a_connection_that_reads() -> None:
     line.receive(b"0\r\n\r\n")
     assert consumer.events == [None]
     assert line.wire.is_reading()
-    assert line.home.back == [line.connection]
+    assert line.owner.back == [line.connection]
 
 
 async def test_a_consumer_takes_over_a_body_that_paused_its_connection() -> None:
@@ -593,7 +593,7 @@ async def test_a_consumer_takes_over_a_body_that_paused_its_connection() -> None
     assert consumer.events == [b"x" * (READ_AHEAD + 1)]
 
 
-async def test_the_head_latency_averages_brief_answers_and_follows_a_slow_one_at_once(
+async def test_the_head_latency_averages_quick_responses_and_follows_a_slow_one_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
@@ -611,7 +611,7 @@ async def test_the_head_latency_averages_brief_answers_and_follows_a_slow_one_at
     assert latencies[110] > BUSY_POLL_THRESHOLD > latencies[-1]
 
 
-async def test_each_exchange_has_its_full_time_on_one_timer() -> None:
+async def test_each_request_has_its_full_time_on_one_timer() -> None:
     line = Line()
     loop = asyncio.get_running_loop()
     for timeout in (0.3, 60.0, 0.2):
@@ -648,13 +648,13 @@ async def test_a_body_may_be_given_a_deadline() -> None:
     [(b"timeout=5, max=100", 4.0), (b"Timeout = 1", 0.0), (b"timeout=0", 0.0), (b"max=3", None), (b"timeout=-1", None),
      (b"timeout=99999999999999", None), (b"", None)],
 )  # fmt: skip
-async def test_the_announced_life_of_a_connection_is_kept_a_second_short(value: bytes, life: float | None) -> None:
+async def test_the_announced_idle_timeout_is_shortened_by_a_second(value: bytes, life: float | None) -> None:
     line = Line()
     await _head(line, OK + CL2 + b"Keep-Alive: " + value + b"\r\n\r\nhi")
     assert line.connection.idle_timeout == (float("inf") if life is None else life)
 
 
-async def test_a_large_body_leaves_beside_its_head() -> None:
+async def test_a_large_body_is_sent_whole() -> None:
     got: list[bytes] = []
 
     async def script(peer: Peer) -> None:
@@ -744,7 +744,7 @@ def test_any_bytes_end_in_a_response_or_an_upstream_error(runner: asyncio.Runner
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 3), st.sampled_from(b"\r\n\0 :;,\t0f\xffHT") ), max_size=3),
     places,
 )  # fmt: skip
-def test_a_damaged_response_is_judged_the_same_whatever_the_split(
+def test_a_damaged_response_has_the_same_outcome_whatever_the_split(
     runner: asyncio.Runner, response: tuple[bytes, int, bytes], damage: list[tuple[int, int, int]], at: list[int]
 ) -> None:
     raw = bytearray(response[0])

@@ -207,7 +207,7 @@ async def test_many_small_fields_in_many_packets_are_refused(listener: Listener)
     assert not listener.app.answered
 
 
-async def test_a_client_that_sends_on_can_still_read_the_refusal(listener: Listener) -> None:
+async def test_a_client_that_keeps_sending_can_still_read_the_refusal(listener: Listener) -> None:
     """A reset by unread bytes would take the answer with it (RFC 9112 §9.6)."""
     client = await listener.connect(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70_000)
     await until(lambda: not client.reader.at_eof() and bool(client.reader._buffer), "an answer")  # type: ignore[attr-defined]  # private
@@ -217,7 +217,7 @@ async def test_a_client_that_sends_on_can_still_read_the_refusal(listener: Liste
     assert await client.is_closed()
 
 
-async def test_a_request_whose_body_turns_out_bad_is_refused_while_it_is_served(listener: Listener) -> None:
+async def test_a_request_whose_body_is_invalid_is_refused_while_it_is_served(listener: Listener) -> None:
     client = await listener.connect(b"POST /good HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
     await until(lambda: listener.app.served == 1)
     await client.send(b"xyz\r\n")
@@ -279,7 +279,7 @@ async def test_a_body_that_stops_coming_is_closed(impatient: Listener, body: byt
     await until(lambda: impatient.app.disconnects == 1, "its handler is told that its client is lost")
 
 
-async def test_a_body_that_trickles_is_closed(impatient: Listener) -> None:  # T29
+async def test_a_body_below_the_minimum_rate_is_closed(impatient: Listener) -> None:  # T29
     client = await impatient.connect(b"POST /good HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n\r\n")
 
     async def trickle() -> None:
@@ -303,7 +303,7 @@ async def test_a_slow_but_steady_body_passes(impatient: Listener) -> None:
     assert (await client.echo())["length"] == part * 10
 
 
-async def test_a_body_that_begins_late_after_connect_has_its_full_time(impatient: Listener) -> None:
+async def test_a_body_that_starts_late_after_connect_has_its_full_time(impatient: Listener) -> None:
     client = await impatient.connect()
     await asyncio.sleep(HEADER_TIMEOUT * 0.7)
     await client.send(b"POST /good HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nab")
@@ -320,7 +320,7 @@ async def test_a_client_whose_request_is_held_is_not_slow(impatient: Listener) -
     assert (await client.echo())["path"] == "/held"
 
 
-async def test_a_body_after_the_response_is_not_read_for_ever(impatient: Listener) -> None:  # T30
+async def test_a_body_after_the_response_is_read_for_a_bounded_time(impatient: Listener) -> None:  # T30
     client = await impatient.connect(b"POST /early HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
     assert (await client.echo())["path"] == "/early"
 
@@ -348,7 +348,7 @@ async def test_a_client_that_sends_all_of_its_body_before_it_reads_gets_the_resp
     assert impatient.app.served == 1
 
 
-async def test_pipelined_requests_are_bounded_though_reads_end_within_them(listener: Listener) -> None:  # T30
+async def test_pipelined_requests_are_bounded_even_if_reads_end_within_them(listener: Listener) -> None:  # T30
     client = await listener.connect(post(b"", path=b"/held") + GOOD[:10])
     await until(lambda: listener.app.served == 1)
     for _ in range(100):
@@ -493,7 +493,7 @@ async def test_a_request_that_is_refused_just_before_its_turn_is_not_served() ->
         assert listener.app.served == 1
 
 
-async def test_a_bad_pipelined_request_does_not_spoil_the_responses_before_it(listener: Listener) -> None:
+async def test_an_invalid_pipelined_request_does_not_affect_the_responses_before_it(listener: Listener) -> None:
     client = await listener.connect(post(b"", path=b"/held") + GOOD + TWO_HOSTS + GOOD)
     await until(lambda: listener.app.served == 1)
     listener.app.release.set()
@@ -504,7 +504,9 @@ async def test_a_bad_pipelined_request_does_not_spoil_the_responses_before_it(li
     assert listener.app.served == 2
 
 
-async def test_a_bad_body_of_a_pipelined_request_does_not_spoil_the_responses_before_it(listener: Listener) -> None:
+async def test_an_invalid_body_of_a_pipelined_request_does_not_affect_the_responses_before_it(
+    listener: Listener,
+) -> None:
     client = await listener.connect(post(b"", path=b"/held") + chunked(b"x")[:-5] + b"nonsense\r\n")
     await until(lambda: listener.app.served == 1)
     listener.app.release.set()
@@ -555,7 +557,7 @@ async def test_a_client_that_goes_away_is_noticed_behind_a_large_pipelined_reque
 
 
 @pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
-async def test_an_upgrade_is_ignored_and_the_connection_goes_on(
+async def test_an_upgrade_is_ignored_and_the_connection_continues(
     listener: Listener, protocol: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     fields = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: " + protocol, b"HTTP2-Settings: AAMAAABkAAQAAP__")
@@ -587,7 +589,7 @@ def mutations(request: bytes) -> Iterable[bytes]:
 async def test_no_mutation_of_a_request_leaves_an_error_behind(
     impatient: Listener, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each gets a response with a head; nothing is logged as an error, and the listener goes on."""
+    """Each gets a response with a head; nothing is logged as an error, and the listener continues."""
     requests = list(mutations(chunked(b"hello")))
 
     async def ask(request: bytes) -> None:

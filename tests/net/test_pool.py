@@ -81,7 +81,7 @@ async def test_requests_at_once_have_connections_of_their_own_and_the_latest_is_
         assert await client.ask(server) == first
 
 
-async def test_a_connection_closed_while_idle_harms_nobody(client: Client) -> None:
+async def test_a_connection_closed_while_idle_fails_no_request(client: Client) -> None:
     # F14
     async def script(peer: Peer) -> None:
         await peer.request()
@@ -140,7 +140,7 @@ def test_a_close_that_the_event_loop_has_not_yet_seen_is_noticed_before_use(end:
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize(("method", "again"), [(b"GET", True), (b"DELETE", True), (b"HEAD", True), (b"POST", False)])
-async def test_a_reused_connection_that_dies_under_a_request_is_replaced_only_if_repeating_is_safe(
+async def test_a_reused_connection_that_closes_during_a_request_is_replaced_only_if_repeating_is_safe(
     client: Client, reset: bool, method: bytes, again: bool
 ) -> None:
     # F5: it may have been acted upon.
@@ -181,7 +181,7 @@ async def test_a_request_on_a_new_connection_is_never_repeated(client: Client, m
         assert client.pool(server).open == 0
 
 
-async def test_a_response_that_is_reset_in_the_middle_ends_in_an_error_after_what_came(client: Client) -> None:
+async def test_a_response_that_is_reset_ends_in_an_error_after_the_bytes_that_arrived(client: Client) -> None:
     # F4
     async def script(peer: Peer) -> None:
         await peer.request()
@@ -207,7 +207,7 @@ async def test_smuggled_bytes_never_answer_another_request(client: Client) -> No
         assert len(server.peers) == 2
 
 
-async def test_events_are_passed_on_as_they_come(client: Client) -> None:
+async def test_events_are_passed_on_as_they_arrive(client: Client) -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -229,7 +229,7 @@ async def test_events_are_passed_on_as_they_come(client: Client) -> None:
         assert client.pool(server).idle == 1
 
 
-async def test_a_slow_reader_keeps_what_is_buffered_bounded(client: Client) -> None:
+async def test_the_buffer_for_a_slow_reader_is_bounded(client: Client) -> None:
     # T39
     pushed = 0
 

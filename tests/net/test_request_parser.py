@@ -285,7 +285,7 @@ def test_the_requests_before_a_malformed_one_are_complete(status: int, request_b
     assert (events.count(END), refused) == (2, status)
 
 
-def test_an_error_of_the_handler_is_not_taken_for_a_bad_request() -> None:
+def test_an_error_of_the_handler_is_not_taken_for_an_invalid_request() -> None:
     class Broken(Events):
         def on_request(self, head: RequestHead) -> None:
             raise KeyError("a bug")
@@ -315,7 +315,7 @@ TOO_LONG = {
 
 @pytest.mark.parametrize("request_bytes", TOO_LONG.values(), ids=TOO_LONG.keys())
 @pytest.mark.parametrize("before", [b"", GET, CHUNKED + chunks(b"x" * 1000)], ids=["first", "second", "after chunks"])
-def test_a_head_over_the_bounds_is_refused_however_it_is_split(request_bytes: bytes, before: bytes) -> None:  # T28
+def test_a_head_over_the_limits_is_refused_however_it_is_split(request_bytes: bytes, before: bytes) -> None:  # T28
     stream = before + request_bytes
     for size in (len(stream), 100, 20_000):
         events, status = parse(stream[start : start + size] for start in range(0, len(stream), size))
@@ -328,7 +328,7 @@ def test_a_head_without_end_is_refused_before_it_is_complete() -> None:  # T28
     assert parse([b"\r\n" * 1000] * 100 + [GET[:-2]])[1] == 431
 
 
-def test_a_head_that_begins_behind_a_body_is_bounded() -> None:  # T28
+def test_a_head_that_starts_after_a_body_is_bounded() -> None:  # T28
     fields = b"".join(b"X-%d: %s\r\n" % (n, b"a" * 1000) for n in range(60))
     more = fields[:20_000].rpartition(b"X-")[0]
     events, status = parse([post(b"hi")[:-1], b"i" + GET[:-2] + fields, more + b"\r\n"])
@@ -462,7 +462,7 @@ def test_any_split_of_a_damaged_request_gives_the_same_events_and_refusal(
 
 
 @given(st.lists(st.binary(max_size=50), max_size=5))
-def test_garbage_is_refused_or_waited_out(parts: list[bytes]) -> None:
+def test_garbage_is_refused_or_incomplete(parts: list[bytes]) -> None:
     events, status = parse(parts)
     assert events == []
     assert status in (0, 400)

@@ -241,7 +241,7 @@ def test_acceptable_urls_are_parsed(url: str) -> None:
     assert urls.check(url, http_loopback=True).origin.scheme in url
 
 
-def test_http_needs_leave() -> None:
+def test_http_must_be_allowed() -> None:
     for url in ("http://127.0.0.1/", "http://mcp.internal/"):
         with pytest.raises(ValueError, match="must be https"):
             urls.check(url, http_loopback=False)

@@ -52,7 +52,7 @@ def test_verifiers_and_states_are_fresh() -> None:
     assert len(values) == 100 and {len(value) for value in values} == {43}
 
 
-def test_the_link_has_all_that_the_request_needs() -> None:
+def test_the_link_has_every_required_parameter() -> None:
     assert query(flow()) == [
         ("response_type", "code"),
         ("client_id", "client"),
@@ -65,7 +65,7 @@ def test_the_link_has_all_that_the_request_needs() -> None:
     ]
 
 
-def test_scope_and_resource_are_left_out_where_there_are_none() -> None:
+def test_scope_and_resource_are_left_out_if_empty() -> None:
     assert {name for name, _ in query(flow(scopes=(), resource=""))}.isdisjoint({"scope", "resource", "prompt"})
 
 
@@ -126,7 +126,7 @@ def test_a_wrong_or_missing_iss_is_refused_before_anything_is_shown(
     assert "canary" not in str(refused.value) and "evil" not in str(refused.value)
 
 
-def test_an_error_response_is_told_in_plain_text() -> None:  # T15
+def test_an_error_response_is_shown_as_plain_text() -> None:  # T15
     params = {"error": ["access_denied"], "error_description": ["no\r\nway " + "x " * 1000], "iss": [ISSUER]}
 
     with pytest.raises(AuthorizationDenied) as denied:

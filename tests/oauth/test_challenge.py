@@ -54,7 +54,7 @@ def test_the_forms_that_the_grammar_allows_are_read(value: str, params: dict[str
     assert one(value) == Challenge("bearer", params)
 
 
-def test_several_challenges_in_one_field_are_told_apart() -> None:  # T20
+def test_several_challenges_in_one_field_are_distinguished() -> None:  # T20
     value = b'Negotiate abc==, Basic realm="a, Bearer scope=evil", Bearer scope="good", error=x, Digest'
 
     assert parse([value]) == (
@@ -89,7 +89,7 @@ def test_nothing_is_read_from_inside_quotes_or_out_of_garbage(value: str) -> Non
     assert bearer([value.encode("latin-1")]) == BearerChallenge()
 
 
-def test_a_broken_challenge_does_not_take_an_earlier_one_with_it() -> None:
+def test_a_broken_challenge_does_not_affect_an_earlier_one() -> None:
     assert bearer([b'Bearer scope="a", Basic realm="unterminated']) == BearerChallenge(scopes=("a",))
 
 
@@ -164,7 +164,7 @@ def _escaped(value: str) -> str:
         st.tuples(TOKENS, st.dictionaries(TOKENS.map(str.lower), TEXTS, min_size=1, max_size=4)), min_size=1, max_size=4
     )
 )
-def test_what_is_written_by_the_grammar_is_read_back(challenges: list[tuple[str, dict[str, str]]]) -> None:
+def test_a_valid_challenge_is_read_back(challenges: list[tuple[str, dict[str, str]]]) -> None:
     expected = [(scheme.lower(), params) for scheme, params in challenges]
 
     together = parse([", ".join(map(_written, challenges)).encode("latin-1")])
@@ -203,7 +203,7 @@ def test_only_a_dpop_challenge_asks_for_a_nonce(field: bytes, expected: bool) ->
         ([b"a" * 21], ()),
     ],
 )
-def test_schemes_that_no_token_answers_are_named_once_and_few(fields: list[bytes], expected: tuple[str, ...]) -> None:
+def test_other_schemes_are_listed_once_and_at_most_three(fields: list[bytes], expected: tuple[str, ...]) -> None:
     assert other_schemes(fields) == expected
 
 

@@ -1,4 +1,4 @@
-"""private_key_jwt: the assertion that stands in for a secret."""
+"""private_key_jwt: the assertion that replaces a secret."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def test_no_two_assertions_share_a_jti() -> None:
     assert len({jwt.decode(text, options={"verify_signature": False})["jti"] for text in made}) == 50
 
 
-def test_the_audience_is_the_issuer_as_it_is_spelt_and_no_client_id_goes_along() -> None:
+def test_the_audience_is_the_issuer_as_spelled_and_no_client_id_is_sent() -> None:
     fields, headers = client_auth.authenticate(CLIENT, [("grant_type", "x")], key=KEY, now=NOW)
     sent = dict(fields)
     assert (headers, set(sent)) == ([], {"grant_type", "client_assertion_type", "client_assertion"})
@@ -64,11 +64,11 @@ def test_a_missing_key_is_an_error_that_names_the_setting() -> None:
         client_auth.authenticate(CLIENT, [])
 
 
-def test_a_client_with_a_key_and_no_secret_proves_itself_by_it() -> None:
+def test_a_client_with_a_key_and_no_secret_uses_private_key_jwt() -> None:
     assert client_auth.choose(None, configured=None, has_secret=False, has_key=True) is ClientAuth.PRIVATE_KEY_JWT
     assert client_auth.choose(None, configured=None, has_secret=True, has_key=True) is ClientAuth.BASIC
 
 
-def test_a_workload_without_an_identity_of_its_own_sends_none() -> None:
+def test_a_workload_without_a_client_id_sends_none() -> None:
     nobody = dataclasses.replace(CLIENT, client_id="", client_auth=ClientAuth.NONE)
     assert client_auth.authenticate(nobody, [("a", "b")]) == ([("a", "b")], [])

@@ -63,7 +63,7 @@ def test_basic_form_encodes_id_and_secret_first() -> None:
     assert decoded == "https%3A%2F%2Fc%3A1%2F%C3%A9:p%3Aw+d%2F%C3%BC"
 
 
-def test_basic_names_the_client_in_the_form_where_that_is_wanted_and_never_its_secret() -> None:
+def test_basic_can_include_client_id_in_the_form_but_never_the_secret() -> None:
     fields, headers = client_auth.authenticate(client(ClientAuth.BASIC), FORM, include_client_id=True)
 
     assert fields == [*FORM, ("client_id", "https://c:1/é")]
@@ -81,7 +81,7 @@ def test_basic_names_the_client_in_the_form_where_that_is_wanted_and_never_its_s
         (401, b"<html>", False),
     ],
 )
-def test_only_a_structured_refusal_of_the_client_is_one(status: int, body: bytes, expected: bool) -> None:
+def test_only_a_structured_error_counts_as_a_refusal_of_the_client(status: int, body: bytes, expected: bool) -> None:
     assert client_auth.is_error_response(status, body, "invalid_client") is expected
 
 

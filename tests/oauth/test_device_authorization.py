@@ -72,7 +72,7 @@ def test_the_answer_is_read_and_an_absent_interval_is_five_seconds() -> None:
     assert "device-canary" not in repr(begun)  # T45
 
 
-def test_the_name_that_google_gives_to_the_address_is_known() -> None:
+def test_googles_name_for_the_verification_uri_is_accepted() -> None:
     assert read(verification_uri=None, verification_url="https://google.example/device").device.verification_uri
 
 
@@ -98,7 +98,7 @@ def test_an_interval_is_kept_within_bounds(value: object, seconds: float) -> Non
         ({"verification_uri_complete": "data:text/html,x"}, "verification_uri_complete"),
     ],
 )
-def test_what_breaks_the_rules_is_refused(changes: dict[str, object], rule: str) -> None:
+def test_an_invalid_response_is_refused(changes: dict[str, object], rule: str) -> None:
     with pytest.raises(DocumentRefused, match=r"RFC 8628 §3\.2") as caught:
         read(200, **changes)
     assert rule in str(caught.value)
@@ -132,13 +132,13 @@ def test_a_poll_after_the_decision_brings_tokens() -> None:
 
 
 @pytest.mark.parametrize("error", ["access_denied", "expired_token", "invalid_grant", "invalid_client"])
-def test_other_errors_end_it(error: str) -> None:
+def test_other_errors_end_the_flow(error: str) -> None:
     with pytest.raises(TokenRefused) as caught:
         poll(400, {"error": error})
     assert caught.value.error == error
 
 
-def test_a_server_in_trouble_is_to_be_asked_later() -> None:
+def test_a_server_that_fails_is_temporarily_unavailable() -> None:
     for status, body in ((503, b"{}"), (200, b"<html>"), (429, b'{"error": "slow_down"}')):
         if status == 429:
             assert poll(status, body) is Poll.SLOW_DOWN
@@ -148,6 +148,6 @@ def test_a_server_in_trouble_is_to_be_asked_later() -> None:
 
 
 @given(st.binary(max_size=60), st.sampled_from([200, 400, 401, 500]))
-def test_no_answer_at_all_crashes_a_poll(body: bytes, status: int) -> None:
+def test_reading_a_poll_never_crashes(body: bytes, status: int) -> None:
     with pytest.raises((AuthorizationServerUnavailable, TokenRefused, DocumentRefused)):
         poll(status, body)

@@ -1,4 +1,4 @@
-"""Discovery: where to ask, and what the answers must be."""
+"""Discovery: the URLs of metadata, and the rules for the documents."""
 
 import contextlib
 import json
@@ -116,7 +116,7 @@ RESOURCES = [
 
 
 @pytest.mark.parametrize("spelled", RESOURCES)
-def test_a_resource_is_accepted_where_the_sdk_accepts_it(spelled: str) -> None:  # T7
+def test_a_resource_is_accepted_if_the_sdk_accepts_it(spelled: str) -> None:  # T7
     if check_resource_allowed(SERVER, spelled):
         assert resource(resource=spelled).resource == spelled
     else:
@@ -166,7 +166,7 @@ def test_issuers_that_can_be_used_remain() -> None:
     )
 
 
-def test_an_http_issuer_on_loopback_is_fine_for_a_server_on_loopback() -> None:
+def test_an_http_issuer_on_loopback_is_accepted_for_a_server_on_loopback() -> None:
     issuer = "http://127.0.0.1:9000"
 
     assert resource("http://localhost:3000/mcp", authorization_servers=[issuer]).authorization_servers == (issuer,)
@@ -274,7 +274,7 @@ def test_a_shell_in_an_endpoint_is_refused_or_inert() -> None:  # T6
         metadata(authorization_endpoint="https://as/`calc`|x")
 
 
-def test_http_endpoints_on_loopback_are_fine_where_loopback_is_open() -> None:
+def test_http_endpoints_on_loopback_are_accepted_if_loopback_is_allowed() -> None:
     assert metadata("http://localhost:1", loopback=True, token_endpoint="http://localhost:1/token").token_endpoint
 
 
@@ -293,7 +293,7 @@ def test_server_metadata_of_wrong_types_is_refused(members: dict[str, Any]) -> N
         metadata(**members)
 
 
-def test_the_sdk_reads_what_is_read_and_the_same() -> None:
+def test_the_sdk_reads_the_same_documents_the_same_way() -> None:
     corpus: list[dict[str, Any]] = [
         {},
         {"registration_endpoint": f"{ISSUER}/register", "scopes_supported": ["a", "b"]},
@@ -315,7 +315,7 @@ def test_the_sdk_reads_what_is_read_and_the_same() -> None:
         assert ours.client_id_metadata_document_supported == bool(theirs.client_id_metadata_document_supported)
 
 
-def test_what_the_sdk_refuses_is_refused() -> None:
+def test_documents_that_the_sdk_refuses_are_refused() -> None:
     corpus: list[dict[str, Any]] = [
         {"resource": "not a url"},
         {"authorization_servers": []},
@@ -347,7 +347,7 @@ def test_arbitrary_members_raise_nothing_but_document_refused(members: dict[str,
 # Without discovery
 
 
-def test_configured_metadata_stands_in_for_discovery() -> None:
+def test_configured_metadata_replaces_discovery() -> None:
     endpoints = {"authorization_endpoint": "https://h/a", "token_endpoint": "https://h:8443/t"}
 
     assert discovery.configured_server_metadata(endpoints, issuer=None).issuer == "https://h:8443"

@@ -32,14 +32,14 @@ def read(body: bytes) -> Document:
         b'{"a":' * 50_000,
     ],
 )
-def test_what_is_no_json_object_is_refused_with_document_url_and_clause(body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused_with_document_url_and_clause(body: bytes) -> None:
     with pytest.raises(DocumentRefused) as refused:
         read(body)
 
     assert all(part in str(refused.value) for part in ("paper", "https://h/x", "RFC 1 §2"))
 
 
-def test_a_key_given_twice_is_refused_where_it_is_read() -> None:
+def test_a_key_given_twice_is_refused_when_it_is_read() -> None:
     document = read(b'{"a": "x", "b": "y", "b": "z"}')
 
     assert document.string("a") == "x"

@@ -50,7 +50,7 @@ def test_each_proof_has_a_jti_of_its_own_and_no_claim_that_is_empty() -> None:
     assert proofs[0]["htu"] == "https://h/"
 
 
-def test_a_key_comes_back_from_its_text_and_does_not_show_itself() -> None:  # T45
+def test_a_key_is_loaded_from_its_text_and_not_shown() -> None:  # T45
     again = dpop.Key.load(KEY.text)
     assert (again.public, again.thumbprint, again.text) == (KEY.public, KEY.thumbprint, KEY.text)
     assert KEY.text.splitlines()[1] not in repr(KEY) + repr(again)
@@ -63,12 +63,12 @@ def test_the_thumbprint_is_that_of_rfc_7638() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", 'a"b', "a b", "a\\b", "é", "a\r\nb", "x" * 1025])
-def test_a_nonce_that_breaks_its_grammar_is_none(value: str | None) -> None:
+def test_an_invalid_nonce_is_ignored(value: str | None) -> None:
     assert dpop.read_nonce(value) == ""
 
 
 @given(st.text())
-def test_reading_a_nonce_never_raises_and_lets_only_its_grammar_through(value: str) -> None:
+def test_reading_a_nonce_never_raises_and_returns_only_valid_ones(value: str) -> None:
     assert all(" " < character <= "~" and character not in '"\\' for character in dpop.read_nonce(value))
 
 
@@ -82,7 +82,7 @@ def test_reading_a_nonce_never_raises_and_lets_only_its_grammar_through(value: s
         (200, b'{"error":"use_dpop_nonce"}', ""),
     ],
 )
-def test_only_use_dpop_nonce_asks_for_the_request_again(status: int, body: bytes, expected: str) -> None:
+def test_only_use_dpop_nonce_requires_a_retry(status: int, body: bytes, expected: str) -> None:
     assert dpop.required_nonce(status, {"dpop-nonce": "n1"}, body) == expected
     assert dpop.required_nonce(status, {}, body) == ""
 
@@ -100,14 +100,14 @@ def test_only_use_dpop_nonce_asks_for_the_request_again(status: int, body: bytes
         (DpopUse.REQUIRED, ("ES256",), False, False, True),
     ],
 )
-def test_tokens_are_bound_where_both_sides_and_the_configuration_want_it(
+def test_tokens_are_bound_if_both_servers_and_the_configuration_want_it(
     use: DpopUse, algorithms: tuple[str, ...], challenged: bool, demanded: bool, expected: bool
 ) -> None:
     found = dpop.decide(use, metadata(*algorithms), challenged=challenged, demanded=demanded, server="s")
     assert found is expected
 
 
-def test_what_cannot_work_is_refused_and_names_the_way_out() -> None:
+def test_a_configuration_that_cannot_work_is_refused_and_names_the_key() -> None:
     with pytest.raises(AuthorizationError, match=r"servers\.s\.oauth\.dpop is off") as caught:
         dpop.decide(DpopUse.OFF, metadata("ES256"), challenged=True, demanded=True, server="s")
     assert caught.value.hint is not None
@@ -116,7 +116,7 @@ def test_what_cannot_work_is_refused_and_names_the_way_out() -> None:
         dpop.decide(DpopUse.REQUIRED, metadata("RS256"), challenged=False, demanded=False, server="s")
 
 
-def test_a_bound_grant_stays_bound_and_a_proof_never_brings_less_than_was_required() -> None:  # T22
+def test_a_bound_grant_stays_bound_and_required_binding_is_enforced() -> None:  # T22
     assert dpop.token_types(DpopUse.OFF, bound=False, proved=False) == ("Bearer",)
     assert dpop.token_types(DpopUse.AUTO, bound=False, proved=True) == ("DPoP", "Bearer")
     assert dpop.token_types(DpopUse.AUTO, bound=True, proved=True) == ("DPoP",)

@@ -237,7 +237,7 @@ async def test_an_endless_document_is_refused(framing: bytes) -> None:  # T24
             await fetch(server.url())
 
 
-async def test_a_document_of_just_the_limit_is_read() -> None:
+async def test_a_document_of_exactly_the_limit_is_read() -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % MAX_BODY + b" " * MAX_BODY
     async with running(Server(answer)) as server:
         assert len((await fetch(server.url())).body) == MAX_BODY
@@ -258,7 +258,7 @@ async def test_a_body_is_read_however_it_is_framed(framing: bytes, body: bytes) 
         assert (await fetch(server.url())).body == b"{}"
 
 
-async def test_each_exchange_has_a_connection_of_its_own() -> None:
+async def test_each_request_has_its_own_connection() -> None:
     async def keep_open(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
         async with asyncio.timeout(5):
@@ -330,7 +330,7 @@ async def test_a_resolver_that_hangs_meets_the_total_deadline() -> None:
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n{}"])
-async def test_an_answer_that_is_broken_or_cut_short_is_unavailable(answer: bytes) -> None:
+async def test_an_invalid_or_truncated_response_is_unavailable(answer: bytes) -> None:
     async with running(Server(answer)) as server:
         with pytest.raises(AuthorizationServerUnavailable, match=str(server.port)):
             await fetch(server.url())
@@ -451,7 +451,7 @@ async def test_https_goes_through_the_proxy_of_the_environment(certificate: Path
     assert b"proxy-authorization" not in target.requests[0].lower()
 
 
-async def test_what_no_proxy_names_is_fetched_directly(certificate: Path, tls: ssl.SSLContext) -> None:
+async def test_hosts_in_no_proxy_are_fetched_directly(certificate: Path, tls: ssl.SSLContext) -> None:
     async with running(Server(), tls) as target:
         for no_proxy in ("*.test", f"as.test:{target.port}", "a.example,as.test"):
             environ = {"HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": no_proxy}

@@ -1,4 +1,4 @@
-"""Token answers of providers that have a form of their own."""
+"""Token responses of providers that deviate from the standard."""
 
 import json
 from typing import Any
@@ -29,18 +29,18 @@ def read(answer: dict[str, Any], status: int = 200, context: TokenRequestContext
         ("something_else", "something_else"),
     ],
 )
-def test_an_own_name_for_a_standard_error_counts_as_that_one_and_is_shown(own: str, standard: str) -> None:
+def test_a_providers_name_for_a_standard_error_counts_as_that_error_and_is_shown(own: str, standard: str) -> None:
     with pytest.raises(TokenRefused, match=own) as caught:
         read({"ok": False, "error": own})
     assert caught.value.error == standard
 
 
-def test_an_error_that_passes_is_tried_again() -> None:
+def test_a_temporary_error_is_tried_again() -> None:
     with pytest.raises(AuthorizationServerUnavailable, match="ratelimited"):
         read({"ok": False, "error": "ratelimited"})
 
 
-def test_a_users_token_is_found_where_it_lies() -> None:
+def test_a_users_token_is_found_in_authed_user() -> None:
     user = {"id": "U1", "access_token": "xoxp-1", "token_type": "user", "scope": "a,b", "refresh_token": "xoxe-1"}
     tokens = read({"ok": True, "authed_user": user})
     assert (tokens.access_token, tokens.token_type, tokens.refresh_token) == ("xoxp-1", "Bearer", "xoxe-1")
@@ -64,7 +64,7 @@ def test_scopes_are_taken_from_the_same_users_token_only() -> None:
         {"ok": 1, "access_token": "at", "token_type": "user"},
     ],
 )
-def test_nothing_else_is_let_through(answer: dict[str, Any]) -> None:  # T22 T23
+def test_other_responses_are_unchanged(answer: dict[str, Any]) -> None:  # T22 T23
     with pytest.raises(DocumentRefused):
         read(answer)
 

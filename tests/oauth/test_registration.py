@@ -64,14 +64,14 @@ def test_a_request_has_what_a_client_needs_and_no_scope() -> None:
         (WEB, ("none",), "none"),
     ],
 )
-def test_an_authentication_method_is_asked_for_that_the_server_lists(
+def test_an_authentication_method_that_the_server_lists_is_requested(
     redirect_uri: str, methods: tuple[str, ...], expected: str | None
 ) -> None:
     assert request(redirect_uri, methods).get("token_endpoint_auth_method") == expected
 
 
 @pytest.mark.parametrize("methods", [None, (), ("none", "client_secret_basic", "client_secret_post")])
-def test_a_request_asks_for_what_is_configured(methods: tuple[str, ...] | None) -> None:
+def test_the_configured_authentication_method_is_requested(methods: tuple[str, ...] | None) -> None:
     assert chosen(methods, ClientAuth.BASIC) is ClientAuth.BASIC
 
 
@@ -136,7 +136,7 @@ def test_a_response_without_method_follows_what_the_server_lists() -> None:
 
 
 @pytest.mark.parametrize("asked", [ClientAuth.BASIC, ClientAuth.POST])
-def test_a_response_without_method_means_the_one_that_was_asked_for(asked: ClientAuth) -> None:
+def test_a_response_without_method_means_the_requested_one(asked: ClientAuth) -> None:
     found = registration.read_response(
         201,
         b'{"client_id": "c", "client_secret": "s"}',
@@ -198,7 +198,7 @@ def test_a_malformed_registration_is_refused(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_registration_that_fails_for_now_is_unavailable(status: int) -> None:
+def test_a_temporary_failure_of_registration_is_unavailable(status: int) -> None:
     with pytest.raises(AuthorizationServerUnavailable):
         response(status)
 
@@ -229,5 +229,5 @@ def test_the_client_metadata_document_names_its_own_url() -> None:
         (503, b"", False),
     ],
 )
-def test_an_answer_that_is_none_of_oauths_is_told_from_a_refusal(status: int, body: bytes, expected: bool) -> None:
+def test_a_response_that_is_not_oauth_is_distinguished_from_a_refusal(status: int, body: bytes, expected: bool) -> None:
     assert registration.is_not_oauth(status, body) is expected

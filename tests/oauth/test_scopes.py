@@ -1,4 +1,4 @@
-"""Which scopes are asked for."""
+"""Which scopes are requested."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from mcp_auth_proxy.oauth import scopes
 from mcp_auth_proxy.oauth.scopes import choose
 
 
-def test_a_scope_list_loses_repeats_and_what_breaks_the_grammar() -> None:
+def test_duplicates_and_invalid_scopes_are_dropped() -> None:
     assert scopes.parse('a  b a c"d e\\f \x00 é g') == ("a", "b", "g")
 
 
@@ -20,7 +20,7 @@ def test_a_scope_list_loses_repeats_and_what_breaks_the_grammar() -> None:
         (None, None, None, ()),
     ],
 )
-def test_configured_goes_before_challenge_before_resource_metadata(
+def test_configuration_then_challenge_then_resource_metadata(
     configured: tuple[str, ...] | None,
     challenged: tuple[str, ...] | None,
     resource: tuple[str, ...] | None,
@@ -34,7 +34,7 @@ def test_configured_goes_before_challenge_before_resource_metadata(
 
 
 @pytest.mark.parametrize(("configured", "expected"), [(None, ("a", "b", "c")), (("d",), ("a", "b", "d", "c"))])
-def test_a_step_up_asks_for_old_and_new_scopes_in_order(
+def test_a_step_up_requests_old_and_new_scopes_in_order(
     configured: tuple[str, ...] | None, expected: tuple[str, ...]
 ) -> None:  # T19
     chosen = choose(
@@ -59,7 +59,7 @@ def test_a_step_up_asks_for_old_and_new_scopes_in_order(
         ((), ("offline_access",), True, ()),
     ],
 )
-def test_offline_access_is_added_where_the_server_lists_it(
+def test_offline_access_is_added_if_the_server_lists_it(
     asked: tuple[str, ...], listed: tuple[str, ...] | None, offline: bool, expected: tuple[str, ...]
 ) -> None:
     chosen = choose(

@@ -71,7 +71,7 @@ def grant(resource: str, tokens: TokenSet = PREVIOUS) -> Grant:
     )
 
 
-def test_requests_carry_the_resource_where_there_is_one() -> None:  # T49
+def test_requests_have_the_resource_if_there_is_one() -> None:  # T49
     held = grant("https://h/mcp")
     flow = Flow(
         id="f",
@@ -178,7 +178,7 @@ def test_a_lifetime_is_clamped_or_ignored(value: object, expected: float | None)
 
 
 @pytest.mark.parametrize("literal", [b"-5", b"true", b'"abc"', b"1e400", b"9" * 400, b"9" * 9000, b"{}"])
-def test_no_lifetime_crashes_the_reading(literal: bytes) -> None:  # T21
+def test_reading_a_lifetime_never_raises(literal: bytes) -> None:  # T21
     found = read(200, b'{"access_token": "at", "token_type": "Bearer", "expires_in": %b}' % literal)
 
     assert found.expires_at is None
@@ -253,7 +253,7 @@ def test_what_is_not_an_oauth_response_is_unavailable(status: int, body: bytes, 
     assert URL in str(failed.value)
 
 
-def test_a_server_that_names_no_pause_asks_for_none() -> None:
+def test_without_retry_after_there_is_no_server_retry_after() -> None:
     with pytest.raises(AuthorizationServerUnavailable) as failed:
         read(503, b"")
     assert (failed.value.retry_after, failed.value.server_retry_after) == (5.0, 0.0)
@@ -334,6 +334,6 @@ def test_what_is_not_an_oauth_response_names_its_clause_and_says_now_only_if_wai
     ("token_type", "words"),
     [(None, "it has no token_type"), ("", "it has no token_type"), ("mac", "its token_type is not Bearer")],
 )
-def test_a_missing_token_type_is_told_from_another_one(token_type: str | None, words: str) -> None:
+def test_a_missing_token_type_is_distinguished_from_a_wrong_one(token_type: str | None, words: str) -> None:
     with pytest.raises(DocumentRefused, match=rf"{words} \(RFC 6749 §5\.1\)"):
         read(token_type=token_type)

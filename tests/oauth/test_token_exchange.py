@@ -19,7 +19,7 @@ def read(status: int = 200, **changes: object) -> IdJag:
     return token_exchange.read_id_jag(status, {}, json.dumps({**GOOD, **changes}).encode(), url=IDP)
 
 
-def test_a_caller_is_acted_for_at_one_resource() -> None:
+def test_a_callers_token_is_exchanged_for_one_resource() -> None:
     form = token_exchange.request(SubjectToken("caller"), resource="https://mcp.example/mcp", scopes=("a", "b"))
     assert form == [
         ("grant_type", "urn:ietf:params:oauth:grant-type:token-exchange"),
@@ -36,7 +36,7 @@ def test_a_caller_is_acted_for_at_one_resource() -> None:
     )
 
 
-def test_an_id_jag_is_asked_for_with_the_issuer_as_audience() -> None:
+def test_an_id_jag_is_requested_with_the_issuer_as_audience() -> None:
     user = SubjectToken("id", TokenType.ID_TOKEN)
     form = dict(token_exchange.id_jag_request(user, audience="https://as", resource="https://mcp", scopes=("a",)))
     assert (form["audience"], form["resource"], form["scope"]) == ("https://as", "https://mcp", "a")
@@ -91,7 +91,7 @@ def test_an_assertion_is_sent_with_resource_and_scopes() -> None:
 
 
 @given(st.text(max_size=40))
-def test_what_passes_for_a_jwt_is_safe_in_a_header_and_has_parts(text: str) -> None:
+def test_a_text_that_passes_as_a_jwt_is_safe_in_a_header_and_has_parts(text: str) -> None:
     if jwt_bearer.is_jwt(text):
         assert text.isascii()
         assert text.isprintable()

@@ -1,4 +1,4 @@
-"""The access log: one line for a request, and nothing in it that a client could hide a secret in."""
+"""The access log: one line for each request, without anything that could contain a secret."""
 
 import json
 import logging
@@ -90,7 +90,7 @@ def test_a_line_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         ("warning", True, True),
     ],
 )
-def test_it_is_on_if_asked_for_and_always_at_debug(
+def test_it_is_on_if_enabled_and_always_at_debug(
     level: str, asked: bool, enabled: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logs.configure(level, "text", access_log=asked)
@@ -137,11 +137,11 @@ def test_the_methods_of_mcp_are_shown(method: str) -> None:
         "Bearer",
     ],
 )
-def test_anything_else_is_not(value: str) -> None:
+def test_any_other_method_is_not_shown(value: str) -> None:
     assert method_token(value) is None
 
 
 @given(st.text())
-def test_what_is_shown_is_short_and_of_letters(value: str) -> None:
+def test_a_shown_method_is_short_and_consists_of_letters(value: str) -> None:
     shown = method_token(value)
     assert shown is None or (len(shown) <= 131 and shown.isascii() and not any(c.isdigit() for c in shown))

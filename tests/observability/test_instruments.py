@@ -93,7 +93,7 @@ def test_requests_are_counted_by_status_and_duration_in_one_call(registry: Regis
     )
 
 
-def test_statuses_that_an_upstream_makes_up_are_one(registry: Registry) -> None:
+def test_undefined_statuses_are_counted_as_other(registry: Registry) -> None:
     series = requests_in(registry).labels("a", "post")
     for status in (*range(600, 1000), 299, 200, 499):
         series.finished(status, 0)

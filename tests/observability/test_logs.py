@@ -1,4 +1,4 @@
-"""Log lines: one for an event, in text or JSON, with the secrets masked and still of use to a reader."""
+"""Log lines: one for each event, as text or JSON, with secrets masked and still readable."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ OURS = logging.getLogger("mcp_auth_proxy.test")
         ("warning", ["warning", "error"]),
     ],
 )
-def test_a_level_shows_itself_and_what_is_graver(
+def test_a_level_shows_itself_and_higher_levels(
     level: str, shown: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     logs.configure(level, "text")
@@ -52,7 +52,7 @@ def test_every_level_of_the_command_line_is_known() -> None:
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning"])
 @pytest.mark.parametrize("library", ["httpx2", "httpcore2", "uvicorn.error", "aiosqlite", "asyncio"])
-def test_libraries_say_no_more_than_warnings(  # T45
+def test_libraries_log_only_warnings(  # T45
     library: str, level: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logs.configure(level, "text")
@@ -86,7 +86,7 @@ def test_an_exception_is_shown_with_its_traceback_and_without_secrets(  # T45
 @pytest.mark.parametrize(
     "evil", ["a\n12:00:00 warning forged", "a\r\nb", "a\x1b[2Jb", "a\x00b", "a\x85b", "a\u2028b", "a\x7fb"]
 )
-def test_a_message_is_one_line_and_can_not_steer_a_terminal(evil: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_is_one_line_and_can_not_control_a_terminal(evil: str, capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "text")
     OURS.warning("the server said: %s", evil)
     err = capsys.readouterr().err
@@ -130,7 +130,7 @@ def test_a_message_that_does_not_fit_its_arguments_shows_no_secret(  # T45
         json.loads(err)
 
 
-def test_configured_twice_a_line_comes_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_configured_twice_each_line_is_written_once(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "text")
     logs.configure("debug", "json")
     OURS.debug("once")
@@ -151,7 +151,7 @@ def test_warnings_of_python_go_through_the_log(capsys: pytest.CaptureFixture[str
     assert CANARY not in capsys.readouterr().err
 
 
-def test_stderr_is_the_one_place(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_logs_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "text")
     (handler,) = logging.root.handlers
     assert isinstance(handler, logging.StreamHandler)
@@ -163,7 +163,7 @@ def test_stderr_is_the_one_place(capsys: pytest.CaptureFixture[str]) -> None:
 FIELDS = {"server": "notes", "status": 200, "duration_ms": 1.5}
 
 
-def test_fields_stand_behind_the_message_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fields_follow_the_message_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "text")
     OURS.info("a line", extra={"fields": {**FIELDS, "account": 'two words, a "quote" and\na line'}})
     line = capsys.readouterr().err.rstrip("\n")

@@ -1,4 +1,4 @@
-"""No secret gets through, whatever wrote it, and what holds none can still be read."""
+"""Secrets are masked whatever wrote them, and text without secrets stays readable."""
 
 import time
 
@@ -116,7 +116,7 @@ def test_a_credential_in_another_place_is_masked(line: str) -> None:  # T45
         "the password grant is not offered",
     ],
 )
-def test_what_holds_no_secret_can_be_read(line: str) -> None:
+def test_text_without_secrets_is_unchanged(line: str) -> None:
     assert redact(line) == line
 
 

@@ -51,7 +51,7 @@ def test_the_trace_id_of_a_valid_value(value: bytes) -> None:
         VALID + b"," + VALID,
     ],
 )
-def test_any_other_value_has_none(value: bytes) -> None:
+def test_an_invalid_value_has_no_trace_id(value: bytes) -> None:
     assert trace.parse_trace_id(value) is None
 
 
@@ -76,7 +76,7 @@ def test_every_valid_value_is_understood(version: int, trace_id: int, parent: in
     assert trace.parse_trace_id(value) == f"{trace_id:032x}"
 
 
-def test_two_values_are_none() -> None:
+def test_two_traceparents_have_no_trace_id() -> None:
     field = (b"traceparent", VALID)
     assert trace.trace_id_of([(b"accept", b"*/*"), field]) == TRACE
     assert trace.trace_id_of([field, field]) is None

@@ -20,7 +20,7 @@ def test_the_list_is_complete(what: str) -> None:
     assert what in announced()
 
 
-async def test_the_routes_that_are_called_missing_are_404(tmp_path: Path) -> None:
+async def test_announced_routes_are_404(tmp_path: Path) -> None:
     async with (
         running_proxy(tmp_path, {"a": "https://a.example/mcp"}) as proxy,
         httpx2.AsyncClient(trust_env=False) as client,

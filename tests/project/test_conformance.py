@@ -39,7 +39,7 @@ def test_a_wrong_verdict_fails_and_is_reported(tmp_path: Path, said: Said, deman
     assert said.summary in why
 
 
-def test_a_fault_that_shows_too_late_for_doctor_may_be_listed(tmp_path: Path) -> None:
+def test_a_fault_that_appears_too_late_for_doctor_may_be_listed(tmp_path: Path) -> None:
     assert outcome(tmp_path, READY, demanded=False, listed=True)[0] == "expected failure"
 
 
@@ -59,7 +59,7 @@ def test_an_invalid_verdict_always_fails(tmp_path: Path, said: Said | None, dema
     assert outcome(tmp_path, said, demanded=demanded, listed=listed)[0] == "FAIL"
 
 
-def test_an_entry_that_fits_no_scenario_is_stale() -> None:
+def test_an_entry_without_a_scenario_is_stale() -> None:
     expectations = Expectations({"auth/gone": "", "auth/one": ""}, {"sep-9-*": ""})
     assert expectations.stale(["auth/one", "tools"]) == ["auth/gone", "sep-9-*"]
 

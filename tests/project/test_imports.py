@@ -33,7 +33,7 @@ def test_every_layer_imports_only_from_the_layers_below_it() -> None:
         ("helpers.py", ""),
     ],
 )
-def test_a_breach_of_the_contract_is_noticed(tmp_path: Path, module: str, line: str) -> None:
+def test_a_violation_of_the_contract_is_noticed(tmp_path: Path, module: str, line: str) -> None:
     package = tmp_path / "mcp_auth_proxy"
     for layer in ("cli", "proxy", "web", "observability", "broker", "oauth", "store", "config", "net", "rpc"):
         (package / layer).mkdir(parents=True)

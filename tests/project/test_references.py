@@ -1,4 +1,4 @@
-"""What the repository refers to is in the repository."""
+"""Everything that the repository refers to is in the repository."""
 
 import re
 from pathlib import Path

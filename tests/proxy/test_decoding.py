@@ -1,4 +1,4 @@
-"""Taking an encoding off: piece by piece, bounded, and with an error for what does not hold what it says."""
+"""Decoding a body: piece by piece, bounded, and with an error if it does not match its encoding."""
 
 import gzip
 import zlib
@@ -48,22 +48,22 @@ async def pieces(answer: Response) -> list[bytes]:
         (b"", [b"gzip"]),
     ],
 )
-async def test_the_text_comes_out(body: bytes, encodings: Sequence[bytes]) -> None:
+async def test_the_body_is_decoded(body: bytes, encodings: Sequence[bytes]) -> None:
     assert b"".join(await pieces(response(body, *encodings))) == (b"text" if body else b"")
 
 
-async def test_a_bomb_comes_out_in_bounded_pieces() -> None:  # T24
+async def test_a_decompression_bomb_is_decoded_in_bounded_pieces() -> None:  # T24
     found = await pieces(response(gzip.compress(b"\0" * 10_000_000), b"gzip"))
     assert sum(map(len, found)) == 10_000_000
     assert max(map(len, found)) <= PIECE
 
 
 @pytest.mark.parametrize("encodings", [[b"br"], [b"gzip, br"], [b"gzip", b"gzip"]])
-async def test_an_encoding_that_we_can_not_take_off_is_named(encodings: list[bytes]) -> None:
+async def test_an_unsupported_encoding_is_named(encodings: list[bytes]) -> None:
     with pytest.raises(UpstreamProtocolError, match=encodings[0].decode()):
         await pieces(response(b"x", *encodings))
 
 
-async def test_what_is_not_what_it_says_is_broken() -> None:
+async def test_a_body_that_does_not_match_its_encoding_is_an_error() -> None:
     with pytest.raises(UpstreamProtocolError, match="Content-Encoding"):
         await pieces(response(b"plain text", b"gzip"))

@@ -1,4 +1,4 @@
-"""Requests that are forwarded without a task, whatever their response turns out to be."""
+"""Requests on the fast path, with every kind of response."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ def chunk(data: bytes) -> bytes:
 
 @asynccontextmanager
 async def warm(script: Script, timeout: float = 5.0) -> AsyncIterator[tuple[RawServer, ForwardingServer, RawClient]]:
-    """A client whose first call is over: the upstream connection is kept, and the script goes on with the next."""
+    """A client whose first call is over: the upstream connection is kept, and the script continues with the next."""
 
     async def answer_first(peer: Peer) -> None:
         await peer.request()
@@ -57,12 +57,12 @@ async def warm(script: Script, timeout: float = 5.0) -> AsyncIterator[tuple[RawS
         (b'{"io.mcp-auth-proxy\\/authorization":{}}', False),
     ],
 )
-def test_bodies_that_concern_the_proxy_or_are_long_do_not_take_the_fast_path(content: bytes, eligible: bool) -> None:
+def test_bodies_that_need_inspection_or_are_long_do_not_take_the_fast_path(content: bytes, eligible: bool) -> None:
     assert is_eligible(content, 1 << 20) is eligible
     assert not is_eligible(content or b"x", 0)
 
 
-async def test_an_event_stream_whose_end_comes_apart_takes_no_task() -> None:
+async def test_an_event_stream_whose_end_comes_separately_needs_no_task() -> None:
     end = asyncio.Event()
 
     async def script(peer: Peer) -> None:

@@ -50,7 +50,7 @@ async def test_a_challenged_request_is_sent_again_with_its_body_and_the_brokers_
     assert challenge["used"] == access_token(1)
 
 
-async def test_a_403_that_is_no_challenge_belongs_to_the_client() -> None:
+async def test_a_403_that_is_not_a_challenge_is_for_the_client() -> None:
     broker = ScriptedBroker(access_token(1), [None])
     async with (
         RawServer(answers(FORBIDDEN)) as upstream,
@@ -62,7 +62,7 @@ async def test_a_403_that_is_no_challenge_belongs_to_the_client() -> None:
     assert (answer.status, answer.body) == (403, b"nope")
 
 
-async def test_a_server_that_refuses_every_token_is_not_asked_for_ever() -> None:
+async def test_retries_are_bounded_if_a_server_refuses_every_token() -> None:
     broker = ScriptedBroker(access_token(0), [access_token(n) for n in range(1, MAX_SENDS + 1)])
     async with (
         RawServer(answers(*[CHALLENGE] * MAX_SENDS)) as upstream,
@@ -128,7 +128,7 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read() -> None:
 # While a user authorizes
 
 
-async def test_a_held_request_goes_on_with_the_token_of_the_consent() -> None:
+async def test_a_held_request_continues_with_the_token_of_the_consent() -> None:
     pending = pending_authorization()
     broker = ScriptedBroker(None, [pending])
     async with (
@@ -207,7 +207,7 @@ async def test_a_client_that_goes_away_frees_its_upstream_connection() -> None:
         await until(lambda: proxy.forwarder.active_requests == 0, "no active request")
 
 
-async def test_a_removed_server_ends_its_requests_in_words_and_its_streams_with_a_final_chunk() -> None:
+async def test_a_removed_server_ends_its_requests_with_an_error_and_its_streams_with_a_final_chunk() -> None:
     async def stream(peer: Peer) -> None:
         if (await peer.request()).startswith(b"GET"):
             await peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")

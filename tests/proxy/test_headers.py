@@ -54,7 +54,7 @@ def test_without_token_and_body_there_is_neither_authorization_nor_length() -> N
         "content-length", "content_length", "expect", "http2-settings", "host", "origin",
     ],
 )  # fmt: skip
-def test_what_speaks_of_the_client_or_of_one_hop_stays_behind(name: str) -> None:
+def test_fields_about_the_client_or_one_hop_are_dropped(name: str) -> None:
     assert sent((name.encode(), b"1")) == [(b"host", b"up.example"), (b"authorization", TOKEN)]
 
 
@@ -86,7 +86,7 @@ def test_connection_can_not_remove_what_we_add(listed: bytes) -> None:
     ]
 
 
-def test_fields_listed_in_connection_stay_behind_wherever_they_stand() -> None:
+def test_fields_listed_in_connection_are_dropped_wherever_they_are() -> None:
     got = sent(
         (b"x-hop", b"1"), (b"connection", b"X-Hop"), (b"accept", b"a"), (b"connection", b"x-hop2"), (b"x-hop2", b"2")
     )
@@ -113,7 +113,7 @@ values = st.from_regex(rb"\A[ -~]{0,20}\Z")
 
 
 @given(st.lists(st.tuples(names, values), max_size=12))
-def test_whatever_comes_in_goes_out_once_with_our_token_and_host(headers: list[tuple[bytes, bytes]]) -> None:
+def test_every_head_has_our_token_and_host_exactly_once(headers: list[tuple[bytes, bytes]]) -> None:
     got = sent(*headers, length=0)
     assert got[0] == (b"host", b"up.example")
     assert [v for n, v in got if n == b"authorization"] == [TOKEN]
@@ -121,7 +121,7 @@ def test_whatever_comes_in_goes_out_once_with_our_token_and_host(headers: list[t
     assert all(pair in headers for pair in got[1:-2])
 
 
-def test_response_fields_pass_but_for_those_of_the_hop_the_login_and_the_origin() -> None:
+def test_response_fields_pass_except_those_of_the_hop_the_login_and_the_origin() -> None:
     # T34
     got = response_headers(
         [
@@ -159,7 +159,7 @@ def test_response_fields_pass_but_for_those_of_the_hop_the_login_and_the_origin(
 
 
 @pytest.mark.parametrize("headers", [[], [(b"connection", b"cache-control"), (b"cache-control", b"public")]])
-def test_an_answer_without_cache_control_is_not_to_be_stored(headers: list[tuple[bytes, bytes]]) -> None:
+def test_a_response_without_cache_control_gets_no_store(headers: list[tuple[bytes, bytes]]) -> None:
     # T38
     assert response_headers([(b"content-type", b"application/json"), *headers])[1:] == [(b"cache-control", b"no-store")]
 

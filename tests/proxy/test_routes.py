@@ -1,4 +1,4 @@
-"""From a raw path to a server: one look-up, and nothing that could mean two things."""
+"""Mapping a raw path to a server: one look-up, and no ambiguous paths."""
 
 from urllib.parse import unquote
 
@@ -26,7 +26,7 @@ def test_a_single_server_is_found_without_its_name_too() -> None:
     assert found[b"/mcp"] is found[b"/alpha/mcp"]
 
 
-def test_where_a_route_leads_comes_from_the_configuration() -> None:
+def test_the_target_of_a_route_comes_from_the_configuration() -> None:
     route = routes.build(servers("alpha"))[b"/mcp"]
     assert (route.origin.scheme, route.origin.host, route.origin.port) == ("https", "alpha.example", 443)
     assert (route.target, route.host) == (b"/base/mcp?key=1", b"alpha.example")
@@ -79,7 +79,7 @@ def test_other_spellings_of_a_path_lead_to_no_server(path: bytes) -> None:  # T2
         b"/a%00b",
     ],
 )
-def test_a_path_that_could_mean_another_is_not_plain(path: bytes) -> None:  # T27
+def test_an_ambiguous_path_is_not_canonical(path: bytes) -> None:  # T27
     assert not routes.is_canonical_path(path)
 
 
@@ -97,14 +97,14 @@ def test_a_path_that_could_mean_another_is_not_plain(path: bytes) -> None:  # T2
         b"/a..b",
     ],
 )
-def test_a_plain_path_is_plain(path: bytes) -> None:
+def test_a_canonical_path_is_accepted(path: bytes) -> None:
     assert routes.is_canonical_path(path)
 
 
 @given(
     st.lists(st.sampled_from(["a", "mcp", ".", "..", "/", "%2e", "%2E", "%2f", "%2F", "%5C", "\\", "%"])).map("".join)
 )
-def test_a_plain_path_has_the_same_segments_decoded_as_raw(tail: str) -> None:
+def test_a_canonical_path_has_the_same_segments_decoded_as_raw(tail: str) -> None:
     path = f"/{tail}"
     if routes.is_canonical_path(path.encode()):
         segments = unquote(path).split("/")
@@ -126,11 +126,11 @@ def test_a_plain_path_has_the_same_segments_decoded_as_raw(tail: str) -> None:
         (b"/", False),
     ],
 )
-def test_an_endpoint_is_told_by_its_form(path: bytes, endpoint: bool) -> None:
+def test_an_endpoint_is_recognized_by_its_form(path: bytes, endpoint: bool) -> None:
     assert routes.is_endpoint(path) is endpoint
 
 
-def test_ten_thousand_servers_are_as_easily_found_as_one() -> None:
+def test_each_of_ten_thousand_servers_is_found() -> None:
     names = [f"s{number}" for number in range(10_000)]
     found = routes.build(servers(*names))
     assert found[b"/s9999/mcp"].server.name == "s9999"

@@ -1,9 +1,9 @@
-"""What is remembered of sessions, and how much."""
+"""What the proxy remembers of sessions, within bounds."""
 
 from mcp_auth_proxy.proxy.sessions import LONGEST_ID, SESSIONS_REMEMBERED, Sessions
 
 
-def test_a_session_is_known_under_its_server_alone() -> None:
+def test_a_session_is_known_only_under_its_server() -> None:
     sessions = Sessions()
     sessions.remember("a", b"1")
     assert [sessions.elicits(*asked) for asked in (("a", b"1"), ("b", b"1"), ("a", b"2"), ("a", None))] == [
@@ -14,7 +14,7 @@ def test_a_session_is_known_under_its_server_alone() -> None:
     ]
 
 
-def test_what_is_remembered_is_bounded_in_number_and_size() -> None:
+def test_sessions_are_bounded_in_number_and_size() -> None:
     sessions = Sessions()
     for number in range(SESSIONS_REMEMBERED + 1):
         sessions.remember("a", b"%d" % number)

@@ -1,4 +1,4 @@
-"""What an MCP client is answered in the place of a 401, held against the SDK's models in both eras."""
+"""The answers to an MCP client instead of a 401, checked against the SDK's models in both eras."""
 
 import json
 from collections.abc import Mapping
@@ -81,7 +81,7 @@ def ask(document: object, *, session_elicits: bool = False) -> Any:
 
 
 def strictly(data: bytes) -> Any:
-    """Read JSON without Python's extensions: NaN and the infinities are none."""
+    """Read JSON without Python's extensions: NaN and the infinities are not JSON."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
@@ -90,7 +90,7 @@ def strictly(data: bytes) -> Any:
 
 
 def link_of(answer: Json) -> object:
-    """The link, wherever the form of the answer puts it for programs to find."""
+    """The link in any form of answer, as a program finds it."""
     if "error" in answer:
         return answer["error"]["data"].get("authorization_url")
     return answer["result"]["_meta"].get(answers.LINK_KEY)
@@ -132,7 +132,7 @@ def test_a_modern_client_that_shows_urls_is_asked_for_input(method: str) -> None
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - INPUT_REQUIRED_METHODS))
 @pytest.mark.parametrize("session_elicits", [False, True])
-def test_a_modern_client_gets_an_error_where_input_may_not_be_asked_for(method: str, session_elicits: bool) -> None:
+def test_a_modern_client_gets_an_error_if_the_method_allows_no_input(method: str, session_elicits: bool) -> None:
     answer = ask(request(method, version=MODERN, capabilities=URLS), session_elicits=session_elicits)
     ErrorOf2026.model_validate(answer)
     assert answer["error"]["code"] == answers.AUTHORIZATION_REQUIRED
@@ -179,7 +179,7 @@ def test_any_other_client_gets_an_error_for_other_methods(version: str | None, m
     assert link_of(answer) == LINK
 
 
-def test_what_initialize_declares_counts_in_initialize_only() -> None:
+def test_capabilities_count_only_in_initialize() -> None:
     """A tool may have an argument that looks like a declaration."""
     answer = ask(request("tools/call", capabilities=URLS, arguments={"capabilities": URLS}))
     assert answer["result"]["isError"] is True
@@ -202,7 +202,7 @@ def test_input_is_asked_for_on_three_methods_only(version: str | None, method: s
     assert asked == (version == MODERN and method in INPUT_REQUIRED_METHODS)
 
 
-def test_decisions_rest_on_the_body() -> None:  # T50
+def test_decisions_are_based_on_the_body() -> None:  # T50
     """There is no way to hand headers in: a mirrored Mcp-Method can't matter. The last of two methods counts."""
     body = b'{"jsonrpc":"2.0","id":1,"method":"tools/list","method":"tools/call"}'
     assert ask(body)["result"]["isError"] is True
@@ -259,7 +259,7 @@ NO_JSON = [b"", b"{", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 200_000, b"9" * 50
 NO_MESSAGE = [b"[]", b"17", b"null", b'"tools/call"', b"[[], 1]"]
 
 
-def test_what_is_no_json_rpc_is_told_from_what_may_be() -> None:
+def test_a_body_that_is_not_json_rpc_has_an_error() -> None:
     assert {found[0] for body in NO_JSON if (found := RequestBody(body).error)} == {PARSE_ERROR}
     assert {found[0] for body in NO_MESSAGE if (found := RequestBody(body).error)} == {INVALID_REQUEST}
     assert all(RequestBody(body).error for body in [*NO_JSON, *NO_MESSAGE])
@@ -340,7 +340,7 @@ def is_well_formed(answer: Json, message: Mapping[str, Any] | None) -> bool:
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_are_too_odd_to_be_answered(body: bytes) -> None:
+def test_any_bytes_are_answered(body: bytes) -> None:
     answer = ask(body)
     assert all(is_well_formed(one, None) for one in (answer if isinstance(answer, list) else [answer]))
 
@@ -378,7 +378,7 @@ def test_failures_are_json_rpc_too(body: bytes) -> None:
         assert "authorization_url" not in one["error"]["data"], "opening a link would not help"
 
 
-def test_a_failure_carries_the_link_only_where_it_is_given() -> None:
+def test_a_failure_has_the_link_only_if_it_is_given() -> None:
     answer = answers.failure(None, "x", code=answers.AUTHORIZATION_REQUIRED, server="s", link=LINK)
     assert answer["error"]["data"]["authorization_url"] == LINK
 
@@ -405,25 +405,25 @@ def spell(document: object, *, escape_slashes: bool = False) -> bytes:
 
 @pytest.mark.parametrize("escape_slashes", [False, True])
 @pytest.mark.parametrize("action", ["accept", "decline", "cancel"])
-def test_our_entry_is_taken_out_and_the_users_action_told(action: str, escape_slashes: bool) -> None:
+def test_our_entry_is_removed_and_the_users_action_returned(action: str, escape_slashes: bool) -> None:
     body = spell(retry(**{INPUT_KEY: {"action": action}}), escape_slashes=escape_slashes)
     assert needs_inspection(body)
-    left, told = without_our_input(body)
-    assert told == action
+    left, action_found = without_our_input(body)
+    assert action_found == action
     assert strictly(left) == request(version=MODERN, name="t", arguments={"x": 1})
 
 
 def test_entries_that_the_upstream_asked_for_stay() -> None:
     theirs = {"action": "accept", "content": {"é": 1.5, "\u2028": None}}
-    left, told = without_our_input(spell(retry(**{INPUT_KEY: {"action": "accept"}, "q": theirs})))
-    assert told == "accept"
+    left, action_found = without_our_input(spell(retry(**{INPUT_KEY: {"action": "accept"}, "q": theirs})))
+    assert action_found == "accept"
     assert strictly(left) == retry(q=theirs)
 
 
 @pytest.mark.parametrize("entry", [None, 1, "accept", {}, {"action": 1}, []])
 def test_an_entry_without_an_action_counts_as_accepted(entry: object) -> None:
-    left, told = without_our_input(spell(retry(**{INPUT_KEY: entry})))
-    assert told == "accept"
+    left, action_found = without_our_input(spell(retry(**{INPUT_KEY: entry})))
+    assert action_found == "accept"
     assert b"inputResponses" not in left
 
 
@@ -444,21 +444,21 @@ def test_a_body_without_our_entry_is_left_as_it_is(document: object) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_are_too_odd_to_be_looked_at_for_a_retry(body: bytes) -> None:
+def test_looking_for_a_retry_never_raises(body: bytes) -> None:
     assert without_our_input(body) == (body, "")
 
 
 @given(messages)
 def test_a_body_without_our_entry_is_json_as_before(message: Json) -> None:
     body = json.dumps(message).encode()
-    left, told = without_our_input(body)
-    if told:
+    left, action_found = without_our_input(body)
+    if action_found:
         assert INPUT_KEY not in strictly(left).get("params", {}).get("inputResponses", {})
     else:
         assert left == body
 
 
-def test_nesting_to_the_limit_of_the_parser_is_survived() -> None:
+def test_nesting_up_to_the_limit_of_the_parser_is_handled() -> None:
     """A body that can just be read may be too deep to be written again."""
     for depth in range(800, 1100):
         nested = b'{"params":{"inputResponses":{"%s":{}},"a":%s%s}}' % (
@@ -466,8 +466,8 @@ def test_nesting_to_the_limit_of_the_parser_is_survived() -> None:
             b"[" * depth,
             b"]" * depth,
         )
-        left, told = without_our_input(nested)
-        assert told == "" or strictly_shallow(left)
+        left, action_found = without_our_input(nested)
+        assert action_found == "" or strictly_shallow(left)
 
 
 def strictly_shallow(data: bytes) -> bool:
@@ -491,7 +491,7 @@ def test_every_document_is_one_event(documents: list[object], indent: int | None
     assert [repr(json.loads(event)) for event in read] == [repr(one) for one in documents]
 
 
-def test_a_batch_without_end_is_not_looked_through() -> None:
+def test_a_very_long_batch_is_not_read() -> None:
     # T30: 16 MiB of "{}" held the event loop, and with it every client, for half a minute.
     bodies = [b"[" + b",".join([b'{"id":1,"method":"a"}'] * count) + b"]" for count in (1000, 1001)]
     assert [len(RequestBody(body).messages) for body in bodies] == [1000, 0]

@@ -84,10 +84,10 @@ def copy(schema: int, folder: Path) -> StoreSettings:
     return settings
 
 
-async def write(engine: Engine, held: Contents) -> None:
+async def write(engine: Engine, given_contents: Contents) -> None:
     """Store the contents in an empty store."""
     grants, flows, registrations = Grants(engine), Flows(engine), Registrations(engine)
-    for wanted in held.grants:
+    for wanted in given_contents.grants:
         given = await grants.add(wanted)
         if wanted.refresh_begun_at is not None:
             begun_at, owner = wanted.refresh_begun_at, wanted.refresh_owner
@@ -97,11 +97,11 @@ async def write(engine: Engine, held: Contents) -> None:
             await grants.end(given.id, version=given.version, reason=reason, now=ended_at)
     await grants.add(grant("gone"))
     await grants.delete(Account("local", "gone"))
-    for waiting in held.flows:
+    for waiting in given_contents.flows:
         await flows.save(waiting)
-    for visit in held.attempts:
-        await flows.add_attempt(visit)
-    for client in held.registrations:
+    for opened in given_contents.attempts:
+        await flows.add_attempt(opened)
+    for client in given_contents.registrations:
         await registrations.save(client)
     await registrations.bind_client(*BINDING)
 

@@ -33,7 +33,7 @@ def test_it_opens_in_no_other_place(here: list[str], there: list[str]) -> None:
             CIPHER.open(sealed, table=there[0], row=there[1], column=there[2])
 
 
-def test_places_that_run_together_are_kept_apart() -> None:
+def test_places_whose_texts_concatenate_equally_are_distinguished() -> None:
     sealed = CIPHER.seal("token", table="a", row="bc", column="d")
     with pytest.raises(DecryptionError):
         CIPHER.open(sealed, table="ab", row="c", column="d")

@@ -61,6 +61,6 @@ def renew_until_killed(folder: Path) -> int:
         first = lines.readline()
         killer = threading.Timer(random.uniform(0, 0.02), process.kill)
         killer.start()
-        told = [first, *lines]
+        printed = [first, *lines]
         killer.join()
-    return int([line for line in told if line.endswith(b"\n")][-1])
+    return int([line for line in printed if line.endswith(b"\n")][-1])

@@ -1,4 +1,4 @@
-"""Which leases still hold."""
+"""Which leases are still held."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ def test_a_living_process_holds() -> None:
     assert is_held(f"{HOST}:{os.getpid()}:random", NOW, NOW)
 
 
-def test_names_differ() -> None:
+def test_owner_names_differ() -> None:
     assert new_owner() != new_owner()
 
 

@@ -1,4 +1,4 @@
-"""When a browser is opened, and that nothing of a link is ever run; with real commands as browsers."""
+"""When a browser is opened, and that no shell ever runs a part of a link; with real commands as browsers."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def linux(monkeypatch: pytest.MonkeyPatch) -> None:
         ("auto", True, {"BROWSER": "firefox", "CI": "true"}, True),
     ],
 )
-def test_a_browser_is_opened_where_there_is_somebody_to_see_it(
+def test_a_browser_is_opened_if_there_is_a_desktop(
     choice: Literal["auto", "always", "never"], loopback: bool, environ: Mapping[str, str], opens: bool
 ) -> None:
     assert should_open(choice, loopback=loopback, environ=environ) is opens
@@ -107,7 +107,7 @@ def test_the_browser_gets_the_link_as_one_argument_and_no_shell_sees_it(tmp_path
     assert done.stderr == ""
 
 
-def test_a_browser_that_stays_in_the_foreground_does_not_hold_the_end_up(tmp_path: Path) -> None:
+def test_a_browser_that_stays_in_the_foreground_does_not_delay_the_end(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     browser = command(tmp_path, f"echo $$ > {pid}.part; mv {pid}.part {pid}; exec sleep 30 >/dev/null 2>&1")
     begun = time.monotonic()
@@ -118,7 +118,7 @@ def test_a_browser_that_stays_in_the_foreground_does_not_hold_the_end_up(tmp_pat
 
 
 @pytest.mark.parametrize("fault", ["exit 1", None], ids=["fails", "is not there"])
-def test_a_browser_that_can_not_be_opened_is_said_once_and_harms_nothing(tmp_path: Path, fault: str | None) -> None:
+def test_a_browser_that_can_not_be_opened_is_logged_once(tmp_path: Path, fault: str | None) -> None:
     browser = tmp_path / "nowhere" if fault is None else command(tmp_path, fault)
     done = open_in_process(f"{browser} %s", "http://127.0.0.1/connect/x?flow=y")
     assert done.returncode == 0

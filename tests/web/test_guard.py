@@ -1,4 +1,4 @@
-"""Host and Origin: which names the proxy answers to, and which pages may ask it for anything."""
+"""Host and Origin: which names of the proxy are accepted, and which pages may send requests."""
 
 import string
 
@@ -34,7 +34,7 @@ def status(
     fetch_site: bytes | None = None,
     page_write: bool = False,
 ) -> int:
-    """The status of the refusal; 200 where there is none."""
+    """The status of the refusal; 200 if there is none."""
     headers = [(b"accept", b"*/*")]
     if host is not None:
         headers.append((b"host", host))
@@ -125,7 +125,7 @@ def test_a_foreign_host_is_refused_on_every_route_of_a_loopback_proxy(path: byte
 
 @pytest.mark.parametrize("host", FOREIGN_HOSTS[:-1])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_foreign_host_is_refused_where_everybody_can_connect(path: bytes, host: bytes) -> None:  # T41
+def test_a_foreign_host_is_refused_on_a_network_address(path: bytes, host: bytes) -> None:  # T41
     assert status(guard(EVERYWHERE, PUBLIC, ("proxy.internal",)), host, path=path) == 421
 
 
@@ -144,7 +144,7 @@ def test_a_probe_does_not_open_other_routes_to_its_host() -> None:
 
 @pytest.mark.parametrize("listen", [LOOPBACK, EVERYWHERE], ids=str)
 @pytest.mark.parametrize("host", [b"mcp.example.com", b"MCP.Example.COM:443", b"mcp.example.com:8787"])
-def test_the_public_name_is_good_everywhere(listen: Address, host: bytes) -> None:
+def test_the_public_name_is_accepted_on_every_route(listen: Address, host: bytes) -> None:
     assert status(guard(listen, PUBLIC), host) == 200
 
 
@@ -170,7 +170,7 @@ def test_allowed_hosts_are_names_with_a_port_or_any(allowed: str, host: bytes, g
     assert status(guard(EVERYWHERE, PUBLIC, (allowed,)), host) == (200 if good else 421)
 
 
-def test_one_bad_host_among_two_is_refused() -> None:  # T26
+def test_two_hosts_are_refused_if_one_is_foreign() -> None:  # T26
     for hosts in ([b"127.0.0.1", b"evil.example"], [b"evil.example", b"127.0.0.1"]):
         headers = [(b"host", host) for host in hosts]
         assert guard().refusal(b"/linear/mcp", headers, endpoint=True, page_write=False) is not None
@@ -180,7 +180,7 @@ def test_no_host_is_refused() -> None:  # T26
     assert status(guard(), None) == 400
 
 
-def test_the_refusal_names_the_keys_and_shows_no_more_than_the_start_of_the_host() -> None:
+def test_the_refusal_names_the_keys_and_shows_only_the_start_of_the_host() -> None:
     refused = guard().refusal(b"/", [(b"host", b"x" * 10_000)], endpoint=False, page_write=False)
     assert refused is not None
     assert "inbound.allowed_hosts" in refused[1]
@@ -237,17 +237,17 @@ def test_a_foreign_origin_is_refused_on_every_route(path: bytes, origin: bytes) 
     [b"http://127.0.0.1:8787", b"http://localhost:8787", b"http://[::1]:8787", b"HTTP://LOCALHOST:8787"],
 )
 @pytest.mark.parametrize("path", PATHS)
-def test_our_own_origin_is_good(path: bytes, origin: bytes) -> None:
+def test_our_own_origin_is_accepted(path: bytes, origin: bytes) -> None:
     assert status(guard(), b"127.0.0.1:8787", origin, path=path) == 200
 
 
 @pytest.mark.parametrize("listen", [LOOPBACK, EVERYWHERE], ids=str)
 @pytest.mark.parametrize("origin", [b"https://mcp.example.com", b"https://mcp.example.com:443"])
-def test_the_public_origin_is_good(listen: Address, origin: bytes) -> None:
+def test_the_public_origin_is_accepted(listen: Address, origin: bytes) -> None:
     assert status(guard(listen, PUBLIC), b"mcp.example.com", origin) == 200
 
 
-def test_loopback_pages_have_no_business_with_a_proxy_for_others() -> None:
+def test_loopback_origins_are_refused_on_a_network_address() -> None:
     assert status(guard(EVERYWHERE, PUBLIC), b"mcp.example.com", b"http://localhost:8787") == 403
 
 
@@ -258,7 +258,7 @@ def test_two_origins_are_refused(second: bytes) -> None:  # T41
         assert status(subject, b"127.0.0.1:8787", b"http://127.0.0.1:8787", second) == 403
 
 
-def test_clients_that_are_no_browsers_send_no_origin() -> None:
+def test_requests_without_an_origin_are_accepted() -> None:
     assert status(guard()) == 200
 
 
@@ -266,7 +266,7 @@ def test_clients_that_are_no_browsers_send_no_origin() -> None:
 
 
 @pytest.mark.parametrize("site", [b"cross-site", b"same-site"])
-def test_another_sites_page_has_no_business_at_an_endpoint(site: bytes) -> None:  # T41
+def test_pages_of_other_sites_can_not_reach_an_endpoint(site: bytes) -> None:  # T41
     """Not even with a GET, which a browser may send without an Origin."""
     assert status(guard(), path=b"/linear/mcp", fetch_site=site) == 403
 
@@ -309,7 +309,7 @@ def test_our_own_page_may_write_behind_a_proxy_that_changes_the_host() -> None:
 # What is remembered
 
 
-def test_good_values_stay_good_and_bad_ones_bad_however_many_there_are() -> None:
+def test_results_do_not_change_however_many_values_are_checked() -> None:
     subject = guard()
     for port in range(1, 500):
         assert status(subject, b"127.0.0.1:%d" % port) == 200
@@ -318,7 +318,7 @@ def test_good_values_stay_good_and_bad_ones_bad_however_many_there_are() -> None
 
 
 @given(st.text(string.ascii_letters + string.digits + ".:-_@/\\[]# \t%", max_size=30).map(str.encode) | st.binary())
-def test_a_host_is_good_only_where_what_stands_before_its_port_is(value: bytes) -> None:
+def test_a_host_with_a_port_is_accepted_only_if_the_host_is(value: bytes) -> None:
     if status(guard(), value) == 200:
         name, _, port = (
             value.decode("ascii").rpartition(":") if b":" in value.split(b"]")[-1] else (value.decode(), "", "")
@@ -328,11 +328,11 @@ def test_a_host_is_good_only_where_what_stands_before_its_port_is(value: bytes) 
 
 
 @given(st.binary(max_size=40) | st.text(max_size=40).map(lambda text: f"http://{text}".encode("utf-8", "replace")))
-def test_no_origin_is_too_odd_to_be_judged(value: bytes) -> None:
+def test_judging_an_origin_never_raises(value: bytes) -> None:
     assert status(guard(), b"127.0.0.1", value) in (200, 403)
 
 
-def test_made_up_hosts_do_not_keep_the_real_one_from_being_known() -> None:
+def test_invented_hosts_do_not_evict_the_real_one_for_good() -> None:
     subject = guard()
     for port in range(1, 500):
         assert status(subject, b"localhost:%d" % port) == 200

@@ -1,14 +1,14 @@
-"""All that the proxy knows of OAuth.
+"""Decide which token a request may use, and obtain one if there is none.
 
-``Broker`` is what other packages use; it is put together from the modules here::
+Other packages use ``Broker``, which is built from the modules here::
 
     broker ── token_cache ── renewal
        ├───── authorization ── planning ── discovery, client_registration
        ├───── flows ── device               token_requests ── authenticated_requests, unattended
        └───── attempts, store_watch, connections
 
-A request needs ``token()`` and, after a 401 or 403, ``challenged()``. A browser needs ``open_link()`` and
-``complete()``.
+Requests use ``token()`` and, after a 401 or 403, ``challenged()``. Pages use ``open_link()`` and ``complete()``,
+commands ``authorize()``, ``disconnect()`` and ``connections()``.
 """
 
 from mcp_auth_proxy.broker.attempts import AuthorizationRedirect, DevicePrompt, cookie_name

@@ -1,4 +1,4 @@
-"""What a browser does with a flow: it opens the link, goes to the authorization server, returns to the callback."""
+"""Follow a browser through a flow: it opens the link, is redirected, and comes back to the callback."""
 
 import hashlib
 import hmac
@@ -87,7 +87,7 @@ class AuthorizationAttempts:
         """
         states = params.get("state", ())
         if len(states) != 1 or not states[0]:
-            raise CallbackRefused("This page was opened without the one 'state' that an authorization carries.")
+            raise CallbackRefused("This page must be opened with exactly one 'state', as an authorization server does.")
         state = states[0]
         unknown_state = CallbackRefused(
             "This authorization is not known here: it was finished already, or it is older than 10 minutes. "
@@ -99,7 +99,7 @@ class AuthorizationAttempts:
         cookie = cookies.get(cookie_name(state), "")
         if not hmac.compare_digest(digest(cookie), found[1].browser_hash):
             raise CallbackRefused(
-                "This authorization was begun in another browser. Open the link in this one, and finish it here.", 403
+                "This authorization was started in another browser. Open the link in this one, and finish it here.", 403
             )
         taken = await self._flows.take_attempt(digest(state), self._clock())
         if taken is None:
@@ -110,14 +110,14 @@ class AuthorizationAttempts:
 def _ended(flow: Flow) -> CallbackRefused:
     if flow.status is FlowStatus.DONE:
         return CallbackRefused("This link has been used, and the server is connected. Nothing is left to do.", 410)
-    return CallbackRefused("This link is no longer good. Ask your MCP client again: it gets a new one.", 410)
+    return CallbackRefused("This link is no longer valid. Ask your MCP client again: it gets a new one.", 410)
 
 
 def digest(value: str) -> str:
-    """Return the hash of a state or a cookie, which is what is stored of it."""
+    """Return the hash of a state or a cookie; only the hash is stored."""
     return hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def cookie_name(state: str) -> str:
-    """Return the name of an attempt's cookie: one for each, so that two flows in one browser do not collide."""
+    """Return the name of an attempt's cookie: one per attempt, so that two flows in one browser do not collide."""
     return COOKIE_PREFIX + digest(state)[:12]

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class Broker:
-    """The only part of the proxy that knows OAuth. Belongs to one event loop."""
+    """Hand out tokens, and authorize, renew and revoke them. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Broker:
         await self._pending.resume_device_flows()
 
     async def aclose(self) -> None:
-        """Stop all background work. A renewal in progress is waited for: its refresh token is used up already."""
+        """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
         await self._watch.aclose()
         await self._tokens.aclose()
         await self._pending.aclose()
@@ -120,7 +120,7 @@ class Broker:
         """Return the token to send; None if there is no grant.
 
         Raises AuthorizationError if the server was removed from the configuration, AuthorizationServerUnavailable if
-        the token is dead and can't be renewed now, and StoreError.
+        the token has expired and can't be renewed now, and StoreError.
         """
         return await self._tokens.token(account)
 
@@ -144,7 +144,7 @@ class Broker:
         return self._pending.usable(account)
 
     async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
-        """Return the pending authorization to answer a request with that has waited for long: its link is usable.
+        """Return a pending authorization with a usable link, to answer a request that has waited for long.
 
         Raises AuthorizationError if the server was removed or reconfigured, and StoreError.
         """
@@ -161,7 +161,7 @@ class Broker:
         history: ChallengeHistory,
         nonce: Sequence[bytes] = (),
     ) -> AccessToken | PendingAuthorization | None:
-        """Decide how to go on after a 401 or 403: with a token to try again, or a pending authorization to wait for.
+        """Decide how to continue after a 401 or 403: with a token to try again, or a pending authorization to wait for.
 
         None: the response is not a challenge (a 403 for another reason) and belongs to the client. ``sent_to`` are the
         settings that the request began with. ``challenge`` and ``nonce`` are the WWW-Authenticate and DPoP-Nonce fields
@@ -206,10 +206,10 @@ class Broker:
         elif history.authorizations:
             raise AuthorizationError(
                 f"Server {server.name} refuses a token that its authorization server has just issued"
-                f"{f' ({cached.grant.key.issuer})' if cached else ''}. Look at "
-                f"{server.key('oauth.resource')} and scopes, at "
+                f"{f' ({cached.grant.key.issuer})' if cached else ''}. Check "
+                f"{server.key('oauth.resource')} and scopes, "
                 f"authorization_params or token_params if the provider wants an audience there "
-                f"(docs/providers.md), and at what the account may use."
+                f"(docs/providers.md), and what the account may use."
             )
         return None
 
@@ -272,7 +272,7 @@ class Broker:
         return await self._authorizations.authorize(account, server, bearer, schemes=schemes)
 
     async def connections(self) -> list[Connection]:
-        """Return what is connected, for each configured server and account. Raises StoreError."""
+        """Return the connection of each configured server and account. Raises StoreError."""
         return await stored_connections(self._servers, self._database, now=self._clock())
 
     async def disconnect(self, account: Account, *, forget_client: bool = False) -> Disconnected:
@@ -313,11 +313,11 @@ class Broker:
         self._discoverer.allow_private = hosts
 
     def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
-        """Adapt to a changed configuration. To be called after the mapping of servers was changed.
+        """Adapt to a changed configuration; call this after the mapping of servers was changed.
 
-        Tokens and pending authorizations of servers that were removed, or changed so that they no longer match, are
-        dropped: requests that wait are answered with the reason, timers and device polls are stopped. The store keeps
-        the grants; one that matches the new configuration is used with the next request.
+        Tokens and pending authorizations that no longer match the configuration are dropped: requests that wait get
+        the reason, timers and device polls are stopped. The store keeps the grants; one that matches the new
+        configuration is used with the next request.
         """
         names = {*removed, *changed}
         self._tokens.servers_changed(names)

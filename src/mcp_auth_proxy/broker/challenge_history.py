@@ -1,4 +1,4 @@
-"""What one request has been through, which limits how often it is sent again."""
+"""The retry state of one request: it limits how often the request is sent again."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mcp_auth_proxy.broker.step_up import MAX_AUTHORIZATIONS, step_up_limit
 
 MAX_UNAUTHORIZED = 3
-"""How many 401 responses to a token one request survives."""
+"""Number of 401 responses to a token at which one request stops renewing it."""
 
 
 @dataclass(slots=True)
@@ -19,7 +19,7 @@ class ChallengeHistory:
     """The generation of the token that was last sent again with a new DPoP nonce."""
 
     def count_unauthorized(self) -> bool:
-        """Count one 401 to a token; return whether renewing the token once more is worth a try."""
+        """Count one 401 to a token; return whether the token may be renewed once more."""
         self.unauthorized += 1
         return self.unauthorized < MAX_UNAUTHORIZED
 

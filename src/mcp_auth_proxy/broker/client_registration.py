@@ -98,8 +98,8 @@ class ClientRegistrar:
             return metadata.registration_endpoint
         uri = redirect_uri(self._public_url, server.oauth.grant)
         raise RegistrationImpossible(
-            f"The authorization server {metadata.issuer} registers no clients by itself. Register one there by hand "
-            f"{f'with the redirect URI {uri}' if uri else 'for device codes'}, and put it in "
+            f"The authorization server {metadata.issuer} does not support dynamic client registration. Register a "
+            f"client there by hand {f'with the redirect URI {uri}' if uri else 'for device codes'}, and put it in "
             f"{server.key('oauth.client_id')} (and client_secret)."
         )
 
@@ -134,7 +134,7 @@ class ClientRegistrar:
             if bound != metadata.issuer:
                 raise AuthorizationError(
                     f"Server {server.name} now names the authorization server {metadata.issuer}, but its configured "
-                    f"client has been used with {bound} and is sent to no other. If the move is genuine, set "
+                    f"client was first used with {bound} and is not sent to any other. If the move is genuine, set "
                     f"{server.key('oauth.issuer')} to {metadata.issuer}.",
                     hint=ConfigHint("oauth.issuer", metadata.issuer),
                 )
@@ -225,7 +225,7 @@ def _check_algorithm(server: ServerSettings, metadata: ServerMetadata) -> None:
     key, supported = server.oauth.private_key, metadata.token_endpoint_auth_signing_alg_values_supported
     if key is not None and supported and key.algorithm not in supported:
         raise AuthorizationError(
-            f"The authorization server {metadata.issuer} takes signatures by {', '.join(supported)} "
-            f"(token_endpoint_auth_signing_alg_values_supported, RFC 8414 §2), and the key signs with "
-            f"{key.algorithm}. Set {server.key('oauth.signing_alg')}, or private_key to a key that can."
+            f"The authorization server {metadata.issuer} accepts signatures by {', '.join(supported)} "
+            f"(token_endpoint_auth_signing_alg_values_supported, RFC 8414 §2), but the key signs with "
+            f"{key.algorithm}. Set {server.key('oauth.signing_alg')}, or private_key to a key for one of them."
         )

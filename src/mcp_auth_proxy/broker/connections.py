@@ -1,4 +1,4 @@
-"""What is connected, for the command line, the dashboard and the API; and the result of disconnecting."""
+"""The state of each connection, for the command line, pages and the API; and the result of disconnecting."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,11 +15,11 @@ from mcp_auth_proxy.store.grants import Grants
 
 
 class ConnectionState(StrEnum):
-    """What became of an account's grant; a pending authorization does not change it."""
+    """The state of an account's grant; a pending authorization does not change it."""
 
     CONNECTED = "connected"
     ENDED = "ended"
-    """Only a user can mend it: a new authorization is needed."""
+    """The grant is over: a user has to authorize again."""
     NOT_CONNECTED = "not connected"
     """Never connected, or disconnected by the user."""
 
@@ -35,7 +35,7 @@ class Connection:
     authorizing: bool = False
     """Whether an authorization waits for its user."""
     issuer: str = ""
-    """This and what follows is about the grant; empty or None if there is none."""
+    """This field and those below describe the grant; they are empty or None if there is none."""
     granted_at: float | None = None
     token_expires_at: float | None = None
     """When the access token expires; None also if its server did not say."""
@@ -46,8 +46,8 @@ class Connection:
     """Why the grant has ended."""
 
     @property
-    def word(self) -> str:
-        """The one word to show to a user."""
+    def label(self) -> str:
+        """The state in one or two words, for a user."""
         match self.state:
             case ConnectionState.CONNECTED:
                 return "connected"
@@ -92,7 +92,7 @@ async def stored_connections(
 ) -> list[Connection]:
     """Return the connections of all configured servers, in their order, as the store knows them.
 
-    A server that nobody has connected has one too, for its default account. ``database`` is None if there is no store
+    A server that nobody has connected is listed with its default account. ``database`` is None if there is no store
     yet. Neither the network nor the secrets of the configuration are needed. Raises StoreError.
     """
     grants = await Grants(database).all() if database is not None else []

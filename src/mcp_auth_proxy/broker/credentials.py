@@ -1,4 +1,4 @@
-"""Credentials that something else renews, such as a projected service account token. Read at each use, never cached."""
+"""Read credentials that something else renews, such as a projected service account token: at each use, never cached."""
 
 import asyncio
 import re

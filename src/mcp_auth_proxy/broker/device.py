@@ -67,7 +67,7 @@ class DevicePolls:
                 # Cancelling the wait does not cancel the poll: a device code brings tokens only once.
                 answer = await self._polls.run(flow.id, partial(self._poll, server, flow, interval))
             except (AuthorizationServerUnavailable, StoreUnavailable) as failure:
-                # RFC 8628 §3.5: a server that does not answer is asked less and less often.
+                # RFC 8628 §3.5: if the server does not answer, each wait is twice as long.
                 retry_after = failure.retry_after if isinstance(failure, AuthorizationServerUnavailable) else 0.0
                 delay = min(max(2 * delay, retry_after), INTERVAL_MAX)
                 logger.debug("polling for server %s: %s", server.name, failure)

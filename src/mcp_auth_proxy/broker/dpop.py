@@ -16,7 +16,7 @@ MAX_NONCES = 10_000
 
 
 class Nonces:
-    """The newest nonce of each place: the URL of a token endpoint, or the origin of a resource (RFC 9449 §8.2)."""
+    """The newest nonce of each token endpoint (by URL) and of each resource (by origin) (RFC 9449 §8.2)."""
 
     def __init__(self) -> None:
         self._nonces: OrderedDict[str, str] = OrderedDict()
@@ -108,6 +108,6 @@ def with_new_nonce(
     if repeated:
         raise AuthorizationError(
             f"Server {server.name} refuses the proof that its token is sent with, although it has the nonce that the "
-            f"server asked for (RFC 9449 §9). Look at this machine's clock, and at the address in {server.key('url')}."
+            f"server asked for (RFC 9449 §9). Check this machine's clock, and the address in {server.key('url')}."
         )
     return replace(used, signer=used.signer.with_nonce(values[-1]))

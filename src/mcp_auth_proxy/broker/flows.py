@@ -116,7 +116,7 @@ class PendingFlows:
         return pending
 
     async def resume(self, account: Account, challenge: BearerChallenge | None) -> PendingAuthorization | None:
-        """Return a stored flow that an earlier run or another process started, if it still serves the purpose."""
+        """Return a stored flow that an earlier run or another process started, if it can still be used."""
         flow = await self._flows.live(account, self._clock())
         server = configured(self._servers, account.server)
         if flow is None or not self._is_usable(flow) or not self._matches(flow, server):
@@ -124,7 +124,7 @@ class PendingFlows:
         if not set((challenge and challenge.scopes) or ()) <= set(flow.scopes):
             return None
         pending = self._track(flow)
-        # The browser was opened by the process that started the flow; here somebody may be looking for the link.
+        # The process that started the flow opened the browser; the user of this one may be looking for the link.
         logger.warning("server %s still needs your authorization, open this link: %s", server.name, pending.link)
         return pending
 
@@ -191,7 +191,7 @@ class PendingFlows:
         self.drop(flow, error)
 
     def drop(self, flow: Flow, error: McpAuthProxyError) -> None:
-        """Raise an error for everyone who waits for a flow, which has ended in the store or will."""
+        """Raise an error for everyone who waits for a flow. The store is not changed."""
         account = flow.key.account
         pending = self._pending.get(account)
         if pending is not None and pending.flow.id == flow.id:
@@ -207,7 +207,7 @@ class PendingFlows:
             self.drop(pending.flow, AuthorizationDenied(CANCELLED))
 
     def servers_changed(self, names: Collection[str]) -> None:
-        """Fail the flows that are of no use to servers with these names as they are configured now, or not at all."""
+        """Fail the flows of these servers that no longer match the configuration."""
         for pending in self.all():
             flow = pending.flow
             if flow.key.account.server not in names:

@@ -1,7 +1,7 @@
-"""Does a stored grant or flow still belong to what a server is configured to be now?
+"""Decide whether a stored grant or flow still belongs to a server as it is configured now.
 
-The configuration may change while a grant or a flow is stored: after a restart, or with a reload. A name that now
-belongs to another server must not bring the token of the old one there.
+The configuration may change while a grant or a flow is stored: before a restart, or with a reload. If a name now means
+another server, the token of the old server must not be sent to the new one.
 """
 
 from collections.abc import Mapping

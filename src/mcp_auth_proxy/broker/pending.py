@@ -1,4 +1,4 @@
-"""What requests wait for while a user authorizes."""
+"""The pending authorization that requests wait for while a user authorizes."""
 
 import asyncio
 from dataclasses import dataclass

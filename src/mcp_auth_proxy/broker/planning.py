@@ -1,4 +1,4 @@
-"""From a challenge to a plan: discovery, client registration, scopes."""
+"""Make a plan from a challenge: discovery, client registration, scopes."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -20,7 +20,7 @@ DISCOVERY_DEADLINE = 15.0
 
 
 class Planner:
-    """Work out how a server's authorization can be met. Raises AuthorizationError and StoreError."""
+    """Work out how to authorize at a server. Raises AuthorizationError and StoreError."""
 
     def __init__(self, *, discoverer: Discoverer, registrar: ClientRegistrar, token_client: TokenClient) -> None:
         self._discoverer = discoverer

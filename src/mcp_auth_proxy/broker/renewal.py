@@ -1,4 +1,4 @@
-"""When and how to renew a grant: one renewal at a time, with the intent stored before anything is sent."""
+"""Renew grants: when to renew, one renewal at a time, with the intent stored before anything is sent."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ JITTER = 0.2
 """Share by which times are varied at random, so that replicas and servers with one lifetime do not renew in step."""
 
 REQUEST_GATE = 5.0
-"""Seconds after a failure until a request with a dead token may try again; it does not wait for a longer backoff."""
+"""Seconds after a failure until a request with an expired token may try again, even if the backoff is longer."""
 
 SAVE_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to store tokens that have been issued."""
@@ -112,7 +112,7 @@ class Renewer:
         self._backoffs.pop(current.id, None)
         stored = await self._save_with_retry(current, tokens)
         if stored is None:
-            # Fenced off: another process took the lease over. What that one stored counts.
+            # Fenced off: another process took over the lease, so its result is the one to use.
             return await self._renewed_by_another(current)
         metrics.refreshes.labels(server.name, "renewed").inc()
         logger.info("renewed the grant of server %s", server.name)
@@ -178,7 +178,7 @@ class Renewer:
             await self._registrar.forget(grant.registration)
         reason = str(refused)
         if grant.refresh_begun_at is not None:
-            reason = f"a renewal was cut short before its result was stored. {reason}"
+            reason = f"a renewal was interrupted before its result was stored. {reason}"
         self._backoffs.pop(grant.id, None)
         if not await self._grants.end(grant.id, version=grant.version, reason=reason, now=self._clock()):
             newer = await self._grants.get(grant.id)

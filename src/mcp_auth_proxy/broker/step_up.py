@@ -1,7 +1,7 @@
 """Limit how often the user is asked again for permission that was requested before.
 
-A single request can't ask without end. But if requests are answered at once with a link, a server that is never
-satisfied would make the user consent again for each request of the client.
+``ChallengeHistory`` bounds this within one request. But if requests are answered at once with a link, a server that is
+never satisfied would make the user consent again for each request of the client.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -48,7 +48,7 @@ class StepUpLimiter:
 def step_up_limit(server: str, requested: Iterable[str]) -> AuthorizationError:
     """Return the error for a server that keeps asking for more."""
     return AuthorizationError(
-        f"Server {server} goes on asking for more permission after {MAX_AUTHORIZATIONS} authorizations "
+        f"Server {server} keeps asking for more permission after {MAX_AUTHORIZATIONS} authorizations "
         f"(insufficient_scope, RFC 6750 §3.1). The scopes it asked for last: {' '.join(requested) or 'none'}. "
-        f"Look at what the account may grant there; it can be asked again in {REMEMBERED / 60:.0f} minutes."
+        f"Check what the account may grant there; it can be asked again in {REMEMBERED / 60:.0f} minutes."
     )

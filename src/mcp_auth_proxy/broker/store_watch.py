@@ -65,7 +65,7 @@ class StoreWatch:
                     await self._flows.purge(now)
 
     async def reload(self) -> None:
-        """Take over the grants that ``login`` or ``logout`` in another process has stored or deleted.
+        """Apply what ``login`` or ``logout`` in another process has stored or deleted.
 
         Raises StoreError.
         """

@@ -27,12 +27,12 @@ LONGEST_TIMER = 86_400.0
 
 @dataclass(slots=True)
 class CachedToken:
-    """A grant in use, with what each request needs to know of it. Times are Unix seconds."""
+    """A grant in use, with what each request needs to know about it. Times are Unix seconds."""
 
     grant: Grant
     token: AccessToken
     renew_at: float
-    dead_at: float
+    expires_at: float
     used: bool = False
     """Whether a request has used the token. An unused one is not renewed ahead of expiry."""
     timer: asyncio.TimerHandle | None = None
@@ -66,7 +66,7 @@ class TokenCache:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
-        """Stop all background work. A renewal in progress is waited for: its refresh token is used up already."""
+        """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
         for cached in self._cached.values():
             if cached.timer is not None:
                 cached.timer.cancel()
@@ -83,12 +83,12 @@ class TokenCache:
         """Return the token to send; None if there is no grant.
 
         Raises AuthorizationError if the server was removed from the configuration, AuthorizationServerUnavailable if
-        the token is dead and can't be renewed now, and StoreError.
+        the token has expired and can't be renewed now, and StoreError.
         """
         cached = self._cached.get(account)
         if cached is not None:
             now = self._clock()
-            if now < cached.dead_at:
+            if now < cached.expires_at:
                 if now >= cached.renew_at and account not in self._renewing:
                     self._renew_soon(account, cached)
                 cached.used = True
@@ -107,14 +107,14 @@ class TokenCache:
             return account in self._negative, None
         cached.used = True
         now = self._clock()
-        return now < cached.renew_at and now < cached.dead_at, cached.token
+        return now < cached.renew_at and now < cached.expires_at, cached.token
 
     async def _load_or_renew(self, account: Account, cached: CachedToken | None) -> AccessToken | None:
         cached = cached or await self.load(account)
         if cached is None:
             return None
         cached.used = True
-        if self._clock() < cached.dead_at or not renewable(cached.grant):
+        if self._clock() < cached.expires_at or not renewable(cached.grant):
             # A token that can't be renewed is tried even if it seems expired: perhaps the clock is wrong.
             return cached.token
         renewed = await self.renew(account, cached)
@@ -126,8 +126,8 @@ class TokenCache:
         """Return how many cached tokens are valid, renewing or expired."""
         states: dict[tuple[str, ...], float] = {("valid",): 0, ("renewing",): 0, ("expired",): 0}
         now = self._clock()
-        for account, held in self._cached.items():
-            expired = now >= held.dead_at
+        for account, cached in self._cached.items():
+            expired = now >= cached.expires_at
             states["renewing" if account in self._renewing else "expired" if expired else "valid",] += 1
         return states
 
@@ -140,6 +140,7 @@ class TokenCache:
         return set(self._cached)
 
     def is_renewing(self, account: Account) -> bool:
+        """Return whether a renewal is in progress."""
         return account in self._renewing
 
     async def stored(self, account: Account) -> Grant | None:
@@ -193,7 +194,7 @@ class TokenCache:
             grant=grant,
             token=dpop.access_token(grant, server, next(self._generations), nonces=self._nonces, clock=self._clock),
             renew_at=self._renew_at(grant),
-            dead_at=float("inf") if grant.tokens.expires_at is None else grant.tokens.expires_at,
+            expires_at=float("inf") if grant.tokens.expires_at is None else grant.tokens.expires_at,
         )
         self._cached[account] = cached
         self._negative.discard(account)
@@ -214,9 +215,9 @@ class TokenCache:
         self._negative.clear()
 
     def servers_changed(self, names: Collection[str]) -> None:
-        """Evict the tokens that servers with these names may not be sent as they are configured now, or at all.
+        """Evict the tokens of these servers that no longer match the configuration.
 
-        What the store has for them is loaded with the next request.
+        A stored grant that matches is loaded with the next request.
         """
         for account in {*self._cached, *self._negative}:
             if account.server not in names:
@@ -233,7 +234,7 @@ class TokenCache:
             account = grant.key.account
             if grant.ended_at is not None or grant.refresh_begun_at is None or account.server not in self._servers:
                 continue
-            logger.warning("a renewal for server %s was cut short; it is taken up again", account.server)
+            logger.warning("a renewal for server %s was interrupted; it is started again", account.server)
             cached = await self.load(account)
             if cached is not None and renewable(cached.grant):
                 self._renew_soon(account, cached)

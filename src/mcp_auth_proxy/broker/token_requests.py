@@ -1,4 +1,4 @@
-"""The token client: requests to token, device authorization and revocation endpoints, and grants from the answers."""
+"""The token client: send requests to token, device and revocation endpoints, and make grants from the responses."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The token requests of grants that ask no user: client credentials, assertions, token exchange."""
+"""Build the token requests of grants that ask no user: client credentials, assertions, token exchange."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ IDP_DEADLINE = 10.0
 
 
 class UnattendedForms:
-    """Build the forms for the token endpoint, reading assertions again each time. Raises AuthorizationError."""
+    """Build the forms for the token endpoint; assertions are read again each time. Raises AuthorizationError."""
 
     def __init__(self, *, requests: AuthenticatedRequests, discoverer: Discoverer) -> None:
         self._requests = requests
@@ -66,7 +66,7 @@ class UnattendedForms:
             token = await credentials.read(idp.refresh_token, f"{setting}.refresh_token")
             user = SubjectToken(token, TokenType.REFRESH_TOKEN)
         else:
-            raise AuthorizationError(f"{setting} says nothing of who the user is: set id_token or refresh_token.")
+            raise AuthorizationError(f"{setting} does not say who the user is: set id_token or refresh_token.")
         try:
             async with asyncio.timeout(IDP_DEADLINE):
                 return await self._exchange(server, idp, user, key, scopes)

@@ -1,4 +1,4 @@
-"""``login``, ``logout`` and ``status``. They work on the store, beside a running proxy or without one."""
+"""``login``, ``logout`` and ``status``. They use the store directly, whether or not a proxy is running."""
 
 import json
 import logging
@@ -89,7 +89,7 @@ def _invitation(server: str, pending: PendingAuthorization) -> str:
         return f"Open this link to authorize {server}:\n\n  {pending.link}\n"
     lines = [f"To authorize {server}, open on any device", device.verification_uri, "and enter", device.user_code]
     if device.verification_uri_complete:
-        lines += ["or open this address, and see that it shows the same code:", device.verification_uri_complete]
+        lines += ["or open this address, and check that it shows the same code:", device.verification_uri_complete]
     return "\n".join(f"\n  {line}\n" if number % 2 else line for number, line in enumerate(lines))
 
 
@@ -141,7 +141,7 @@ def _logout_lines(result: Disconnected) -> tuple[list[str], list[str]]:
     server = result.account.server
     done = [_forgotten_line(server, grant) for grant in result.grants if grant.revocation is not Revocation.FAILED]
     if result.client_forgotten:
-        done.append(f"{server}: the next authorization registers anew")
+        done.append(f"{server}: the next authorization registers a new client")
     failed = [_forgotten_line(server, grant) for grant in result.grants if grant.revocation is Revocation.FAILED]
     return done, failed
 
@@ -151,17 +151,17 @@ def _forgotten_line(server: str, grant: ForgottenGrant) -> str:
         case Revocation.REVOKED:
             return f"{server}: forgotten here and revoked at {grant.issuer}"
         case Revocation.NOT_OFFERED:
-            return f"{server}: forgotten here; no revocation is offered by {grant.issuer}"
+            return f"{server}: forgotten here; {grant.issuer} does not support revocation"
         case Revocation.FAILED:
             return (
                 f"{server}: forgotten here, but not revoked at {grant.issuer}: {grant.reason} "
-                f"Its tokens are good until they end by themselves; to end them now, withdraw the access at the "
-                f"provider, for example on its account page."
+                f"Its tokens stay valid until they expire; to end them now, withdraw the access at the provider, for "
+                f"example on its account page."
             )
 
 
 async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
-    """Print what is connected, since when, until when, of one server or all. Return 0; raise McpAuthProxyError.
+    """Print since when and until when one server, or each, is connected. Return 0; raise McpAuthProxyError.
 
     Whether something is connected does not affect the exit code.
     """

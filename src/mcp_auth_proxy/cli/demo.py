@@ -39,7 +39,7 @@ WORDS = {
 
 
 class Story:
-    """Prints each step when it happens, and remembers the steps."""
+    """Print each step when it happens, and remember the steps."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
@@ -47,7 +47,7 @@ class Story:
     def chapter(self, title: str) -> None:
         click.echo(f"\n{title}")
 
-    def tell(self, step: str, words: str) -> None:
+    def show(self, step: str, words: str) -> None:
         name = WORDS.get(step, step)
         self.steps.append(name)
         click.echo(f"  {name:<14} {words}")
@@ -77,27 +77,27 @@ async def demo() -> int:
 async def _first_call(story: Story, settings: Settings) -> None:
     async with _proxy(story, settings) as url:
         story.chapter("A client without OAuth calls a tool of a protected server, through the proxy:")
-        story.tell("client", f"calls echo at {url}")
-        story.tell("result", await _call(url, "echo", text="hello through the proxy"))
+        story.show("client", f"calls echo at {url}")
+        story.show("result", await _call(url, "echo", text="hello through the proxy"))
         story.require("401 / 403", "discovery", "registration", "link", "consent", "token", "retry", "result")
         story.chapter("A tool that needs another scope: the proxy requests it, once:")
-        story.tell("client", "calls write_note")
-        story.tell("result", await _call(url, "write_note", text="remember this"))
+        story.show("client", "calls write_note")
+        story.show("result", await _call(url, "write_note", text="remember this"))
         story.require("401 / 403", "consent", "token", "retry", "result")
 
 
 async def _after_restart(story: Story, settings: Settings, authorization_server: AuthorizationServer) -> None:
     story.chapter("The proxy is restarted; the user is not asked again:")
     async with _proxy(story, settings) as url:
-        story.tell("restart", "the grant is read from the encrypted store")
-        story.tell("result", await _call(url, "whoami"))
+        story.show("restart", "the grant is read from the encrypted store")
+        story.show("result", await _call(url, "whoami"))
         if "consent" in story.steps:
             raise McpAuthProxyError("The demo failed: the login was lost in the restart.")
         story.require("restart", "result")
         story.chapter("The access token is revoked; the client does not notice:")
         ended = authorization_server.ledger.end_access_tokens()
-        story.tell("expiry", f"{ended} access tokens were revoked at the authorization server")
-        story.tell("result", await _call(url, "add", a=20, b=22))
+        story.show("expiry", f"{ended} access tokens were revoked at the authorization server")
+        story.show("result", await _call(url, "add", a=20, b=22))
         story.require("401 / 403", "refresh", "retry", "result")
 
 
@@ -107,7 +107,7 @@ async def _servers(story: Story) -> AsyncIterator[tuple[AuthorizationServer, str
     made: list[AuthorizationServer] = []
 
     def make_authorization_server(origin: str) -> AuthorizationServer:
-        made.append(AuthorizationServer(origin, rules=Rules(token_seconds=TOKEN_SECONDS), announce=story.tell))
+        made.append(AuthorizationServer(origin, rules=Rules(token_seconds=TOKEN_SECONDS), announce=story.show))
         return made[0]
 
     def make_mcp_server(origin: str) -> ProtectedMcpServer:
@@ -116,13 +116,13 @@ async def _servers(story: Story) -> AsyncIterator[tuple[AuthorizationServer, str
                 resource=f"{origin}/mcp",
                 issuer=made[0].issuer,
                 find_token=made[0].ledger.token,
-                announce=story.tell,
+                announce=story.show,
             )
         )
 
     async with serve(make_authorization_server), serve(make_mcp_server, lifespan="on") as server:
         story.chapter("Servers on this machine:")
-        story.tell("servers", f"authorization server {made[0].issuer}, protected MCP server {server.origin}/mcp")
+        story.show("servers", f"authorization server {made[0].issuer}, protected MCP server {server.origin}/mcp")
         yield made[0], f"{server.origin}/mcp"
 
 
@@ -132,7 +132,7 @@ async def _proxy(story: Story, settings: Settings) -> AsyncIterator[str]:
     users: set[asyncio.Task[None]] = set()
 
     def announce(flow: Flow, link: str) -> None:
-        story.tell("link", "the proxy shows the user a link: " + link.partition("?")[0])
+        story.show("link", "the proxy shows the user a link: " + link.partition("?")[0])
         users.add(asyncio.create_task(_consent(link)))
 
     sock, address = bind(settings.listen)

@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_soon_threadsafe(self._on_signal)
 
     def drain_and_exit(self) -> None:
-        """Do what the first SIGTERM does; called again, what the next ones do."""
+        """Act as on a SIGTERM: drain first; end the active requests if called again."""
         self._on_signal()
 
     def _on_signal(self) -> None:
@@ -109,7 +109,7 @@ class Server(uvicorn.Server):
 
 @asynccontextmanager
 async def listening(application: Application, sock: socket.socket) -> AsyncIterator[None]:
-    """Serve until the block ends, beside other work of a command; signals are left to the command."""
+    """Serve until the block ends, while the command does other work; the command handles signals itself."""
     server = Server(application)
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)

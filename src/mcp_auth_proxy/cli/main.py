@@ -114,10 +114,10 @@ def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
 @config_option
 def check(config_file: str | None) -> None:
     """Validate the configuration and print all errors at once."""
-    from mcp_auth_proxy.store.cipher import key_faults
+    from mcp_auth_proxy.store.cipher import key_errors
 
     settings = settings_from(config_file)
-    errors = key_faults(settings.store)
+    errors = key_errors(settings.store)
     if errors:
         raise ConfigurationError(errors)
     click.echo(f"{settings.source}: valid, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")

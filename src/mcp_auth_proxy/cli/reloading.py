@@ -20,10 +20,10 @@ async def reloading(
 ) -> AsyncIterator[None]:
     """Apply changes of ``file`` to a running application, until the block ends.
 
-    SIGHUP also comes if the terminal that the proxy was started from is closed. ``stop`` is called then.
+    SIGHUP is also sent when the terminal that the proxy was started from is closed; ``stop`` is called then.
     """
     loop = asyncio.get_running_loop()
-    # nohup has SIGHUP ignored: the proxy is to outlive its terminal.
+    # nohup starts the proxy with SIGHUP ignored: it must then outlive its terminal.
     ends_with_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
     reloader = Reloader(file, application.settings, application.apply) if file is not None else None
 

@@ -29,7 +29,7 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
             server = Server(application)
             async with reloading(application, file, stop=server.drain_and_exit):
                 _say_what_is_served(application)
-                # What start-up has built stays for good: the collector need not look at it again.
+                # Objects made at start-up are never freed: the garbage collector need not visit them again.
                 gc.collect()
                 gc.freeze()
                 await server.serve(sockets=[sock])
@@ -37,9 +37,9 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
 
 
 def _raise_file_limit() -> None:
-    """Allow as many open files as the system grants: each held stream takes two, and 1,024 is a usual default."""
+    """Allow as many open files as the system grants: each open stream takes two, and 1,024 is a usual default."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Where the hard limit is called infinite, macOS still refuses it: the soft one then stays.
+    # If the hard limit is infinite, macOS refuses it as the soft limit, which then stays as it is.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -1,4 +1,4 @@
-"""What differs between two configurations, and what of it a running proxy can take over. Nothing here acts."""
+"""Compare two configurations: what differs, and which differences a running proxy can apply. Pure functions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,12 +24,12 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "limits.upstream_connections": lambda settings: settings.limits.upstream_connections,
     "inbound.allowed_hosts": lambda settings: settings.inbound.allowed_hosts,
 }
-"""The keys besides ``servers`` that a running proxy takes over."""
+"""The keys besides ``servers`` that a running proxy applies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerChange:
-    """Names of servers, each in the order of its configuration. False if there are none."""
+    """Names of servers, in the order of their configuration. Falsy if nothing has changed."""
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -45,10 +45,10 @@ class ServerChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingsChange:
-    """What a reload does."""
+    """The changes that a reload makes. Falsy if there are none to apply."""
 
     settings: Settings
-    """What holds afterwards: the new settings, with the old values of the keys that need a restart."""
+    """The settings afterwards: the new ones, with the old values of the keys that need a restart."""
     servers: ServerChange
     applied: tuple[str, ...]
     """The other keys that change now."""
@@ -69,7 +69,7 @@ def compare_servers(old: Mapping[str, ServerSettings], new: Mapping[str, ServerS
 
 
 def compare(old: Settings, new: Settings) -> SettingsChange:
-    """Return how a proxy that runs with ``old`` gets to ``new``."""
+    """Return the changes that take a running proxy from ``old`` to ``new``."""
     return SettingsChange(
         settings=replace(new, listen=old.listen, public_url=old.public_url, store=old.store, outbound=old.outbound),
         servers=compare_servers(old.servers, new.servers),

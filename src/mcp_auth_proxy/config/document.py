@@ -1,4 +1,4 @@
-"""Reads YAML. Every scalar stays a string as written, and a duplicate key is an error.
+"""Read YAML. Every scalar stays a string as written, and a duplicate key is an error.
 
 YAML 1.1 would read ``dpop: off`` as False and ``client_id: 0123`` as a number; here the reader of each key decides
 what its text means. Only an unquoted ``null``, ``~`` or an empty value means None.

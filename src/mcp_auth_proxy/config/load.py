@@ -1,4 +1,4 @@
-"""Finds the configuration and turns file, environment and flags into Settings. All errors are reported at once."""
+"""Find the configuration and turn file, environment and flags into Settings. All errors are reported at once."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -64,7 +64,7 @@ def load(
 
     ``listen`` is the flag, which overrides the file. ``secrets_of``: the servers whose secrets are needed, None for
     all. The secrets of other servers may be missing and are None in the settings; do not authorize those servers.
-    ``secret_files`` collects the files that hold secrets, also if the configuration has errors.
+    ``secret_files`` collects the files that contain secrets, even if the configuration has errors.
     """
     path = path.absolute()
     try:

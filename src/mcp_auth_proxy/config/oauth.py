@@ -1,4 +1,4 @@
-"""Reads the ``oauth`` section of a server."""
+"""Read the ``oauth`` section of a server."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reads the mappings of the configuration and collects all errors."""
+"""Read the mappings of the configuration and collect all errors."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
@@ -110,7 +110,7 @@ class Section:
         return f"{self.path}.{key}" if self.path else key
 
     def has(self, key: str) -> bool:
-        """Whether a key is present with a value."""
+        """Return whether a key is present with a value."""
         return self._content.get(key) is not None
 
     def parsed(self, key: str, parse: Callable[[str], T], default: D) -> T | D:

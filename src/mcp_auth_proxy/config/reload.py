@@ -1,7 +1,7 @@
-"""Hot reload: notice that the configuration was changed, read it again, and hand over what differs.
+"""Hot reload: notice that the configuration was changed, read it again, and apply what differs.
 
-Files are polled, not watched: Kubernetes swaps symbolic links, editors rename or write in pieces, and a poll a second
-sees all of these alike. A file that is being saved is waited out.
+Files are polled, not watched: Kubernetes swaps symbolic links, editors rename files or write them in pieces, and a poll
+every second notices all of these. Nothing is read while a file is still being saved.
 """
 
 import asyncio
@@ -19,19 +19,19 @@ from mcp_auth_proxy.observability import metrics
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL = 1.0
-"""Seconds between two looks at the files."""
+"""Seconds between two checks of the files."""
 
 SETTLE_TIME = 0.4
 """Seconds that all files must stay unchanged before they are read: half a file can be valid, with half the servers."""
 
 Stamp = tuple[int, int, int, int] | None
-"""Device, inode, size and modification time of a file, behind all symbolic links; None if it is not there."""
+"""Device, inode, size and modification time of a file, symbolic links followed; None if it does not exist."""
 
 
 class ConfigFile:
-    """A configuration file that is read again and again, and the secret files that it names.
+    """A configuration file that is read repeatedly, and the secret files that it names.
 
-    The command line flag ``listen`` wins each time. The methods read files, so they belong into a thread.
+    The command line flag ``listen`` overrides the file each time. The methods block on files: call them in a thread.
     """
 
     def __init__(self, path: Path, *, environ: Mapping[str, str] = os.environ, listen: str | None = None) -> None:
@@ -43,7 +43,7 @@ class ConfigFile:
     def read(self) -> Settings:
         """Return the settings as they are now. Raises ConfigurationError.
 
-        Also if it raises, the files named so far count as read: what was wrong may be in one of them.
+        Even if it raises, the files named so far count as read: the error may be in one of them.
         """
         # Before reading: a file that changes meanwhile differs from its stamp, and is read once more.
         before = self.stamps()
@@ -51,7 +51,7 @@ class ConfigFile:
         try:
             settings = load(self.path, environ=self._environ, listen=self._listen, secret_files=named)
         except ConfigurationError:
-            # A file that can't be parsed names no secrets: those of the last time stay in view.
+            # A file that can't be parsed names no secrets: keep polling those named last time.
             named |= self._read.keys()
             raise
         finally:
@@ -63,7 +63,7 @@ class ConfigFile:
         return {path: _stamp(path) for path in self._read}
 
     def has_changed(self) -> bool:
-        """Whether any of the files is another than the one that was read."""
+        """Return whether any of the files differs from the one that was read."""
         return self.stamps() != self._read
 
 
@@ -76,10 +76,10 @@ def _stamp(path: Path) -> Stamp:
 
 
 class Reloader:
-    """Reads the configuration again when its files change or when asked to, and applies what differs.
+    """Read the configuration again when its files change or on request, and apply what differs.
 
-    ``settings`` are those that the proxy runs with, as ``file`` gave them. ``apply`` must not raise. A configuration
-    with faults is logged, each fault on a line of its own, and changes nothing.
+    ``settings`` are those that the proxy runs with, as read from ``file``. ``apply`` must not raise. If the
+    configuration has errors, each is logged on a line of its own, and nothing changes.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Reloader:
             await self._until_settled()
             try:
                 await self.reload()
-            except Exception:  # a defect, so of any kind; the proxy serves on, and the next change is read again
+            except Exception:  # a bug; the proxy must keep serving, and the next change is read again
                 logger.exception("the configuration could not be reloaded")
 
     async def reload(self) -> None:
@@ -124,8 +124,9 @@ class Reloader:
         except ConfigurationError as error:
             metrics.reloads.labels("rejected").inc()
             metrics.last_reload_successful.labels().value = 0
-            for fault in error.errors:
-                logger.error("configuration not reloaded: %s", f"{error.source}: {fault}" if error.source else fault)
+            for problem in error.errors:
+                text = f"{error.source}: {problem}" if error.source else str(problem)
+                logger.error("configuration not reloaded: %s", text)
             return
         change = compare(self._settings, settings)
         self._settings = change.settings
@@ -138,7 +139,7 @@ class Reloader:
             logger.warning("configuration: restart the proxy to apply the new %s", ", ".join(change.needs_restart))
 
     async def _until_settled(self) -> None:
-        """Wait until the files have stayed as they are for a moment: who saves one writes in pieces, or renames."""
+        """Wait until the files have not changed for a moment: editors save in pieces, or by renaming."""
         stamps = await asyncio.to_thread(self._file.stamps)
         while True:
             await asyncio.sleep(self._settle_time)

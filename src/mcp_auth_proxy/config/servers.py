@@ -1,4 +1,4 @@
-"""Reads the ``servers`` section."""
+"""Read the ``servers`` section."""
 
 import re
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""The private key of a client, and the signature algorithms that fit it (RFC 7518 §3.1)."""
+"""The private key of a client, and the signature algorithms that it supports (RFC 7518 §3.1)."""
 
 from dataclasses import dataclass, field
 
@@ -37,7 +37,7 @@ class SigningKey:
 
 
 def read(pem: str, algorithm: str | None = None) -> SigningKey:
-    """Return the key in a PEM text. ``algorithm`` defaults to the first one that fits the key.
+    """Return the key in a PEM text. ``algorithm`` defaults to the first one that the key supports.
 
     Raises ValueError. Its text continues "<configuration key>: …" and never contains the private key.
     """

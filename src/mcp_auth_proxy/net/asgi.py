@@ -1,4 +1,4 @@
-"""The bridge from the listener to ASGI applications: the pages are one."""
+"""Let an ASGI application answer requests of the listener: the pages are one."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -50,7 +50,7 @@ class _Bridge:
         self._body_read = False
 
     async def receive(self) -> Message:
-        """Return the next part of the body; after it wait until the client is gone or the response is complete."""
+        """Return the next part of the body; after the last, wait for the end of the response or of the connection."""
         request = self._request
         if self._body_read or request.complete:
             await request.wait_closed()
@@ -72,4 +72,4 @@ class _Bridge:
         elif message["type"] == "http.response.body":
             await self._request.write(message.get("body", b""), last=not message.get("more_body", False))
         else:
-            raise RuntimeError(f"an ASGI message that is not known: {message['type']}")
+            raise RuntimeError(f"unknown ASGI message: {message['type']}")

@@ -1,6 +1,6 @@
 """A client's request: its head, its body as it arrives, and the response to it.
 
-The head of a response and the first bytes of its body go out in one write: a second write costs the proxy and its
+The head of a response and the first bytes of its body are sent in one write: a second write costs the proxy and the
 client a system call and a wake-up each, which is a tenth of a small request.
 """
 
@@ -23,10 +23,10 @@ Serve = Callable[["ClientRequest"], Awaitable[None]]
 
 
 class RequestServer(Protocol):
-    """What the listener hands requests to."""
+    """The application behind the listener: it answers requests."""
 
     def try_fast_path(self, request: "ClientRequest") -> bool:
-        """Answer a request without a task; return False to leave it to ``serve``. Its whole body is here."""
+        """Answer a request, whose body is complete, without a task; return False to leave it to ``serve``."""
 
     async def serve(self, request: "ClientRequest") -> None:
         """Answer a request, in a task of its own."""
@@ -39,24 +39,24 @@ class ClientConnection(Protocol):
     write_paused: bool
 
     def resume_reading(self) -> None:
-        """Read on, since there is room for more of the request's body."""
+        """Continue reading: there is space for more of the request's body."""
 
     def run(self, request: "ClientRequest", serve: Serve) -> None:
         """Run ``serve`` for this request in a task."""
 
     def response_complete(self, request: "ClientRequest") -> None:
-        """Go on to the next request, or close if the request is not ``keep_alive``."""
+        """Continue with the next request, or close if the request is not ``keep_alive``."""
 
 
 class ClientRequest:
     """One request and the response to it.
 
-    The response is sent either by ``respond``, or by ``start`` and then ``write`` until ``last``. ``start`` sends
-    nothing by itself: a body that is slow to come begins with ``write(b"")``, which sends the head. Each of the two
-    comes in a form that waits while the client is slow to read, and in one that does not (``…_nowait``).
+    The response is sent either by ``respond``, or by ``start`` and then ``write`` until ``last``. ``start`` alone sends
+    nothing: if the body is slow to arrive, ``write(b"")`` sends the head. Both have a form that waits while the client
+    is slow to read, and one that does not (``…_nowait``).
 
     Calls out of order, a body that is not as long as Content-Length says, and header fields with a line break or NUL
-    in them raise RuntimeError. Header names are in lower case, of the request as of the response. Once the client is
+    raise RuntimeError. Header names are in lower case, both of the request and of the response. Once the client is
     gone, everything that is sent is dropped without an error.
     """
 
@@ -119,7 +119,7 @@ class ClientRequest:
             self.fields,
         ) = head
         self.received = False
-        """Whether the whole body is here."""
+        """Whether the whole body has arrived."""
         self.started = False
         self.status = 0
         """Of the response; 0 until it is started."""
@@ -128,11 +128,11 @@ class ClientRequest:
         self.complete = False
         self.disconnected = False
         self.on_disconnect: Callable[[], None] | None = None
-        """Called once if the client is lost before it has its response."""
+        """Called once if the client disconnects before it has its response."""
         self.on_writable: Callable[[], None] | None = None
         """Called once when ``may_write`` becomes true again."""
         self._parts: list[bytes] = []
-        """The part of the body that is here and was not read yet."""
+        """The parts of the body that have arrived and were not read yet."""
         self._size = 0
         """Bytes in ``_parts``."""
         self._head = b""
@@ -141,12 +141,12 @@ class ClientRequest:
         self._length: int | None = None
         """Bytes of the response's body that are still to be written; None if it ends with the connection."""
         self._changed: asyncio.Event | None = None
-        """Set whenever something changes that a coroutine may wait for; made when one does."""
+        """Set whenever something changes that a coroutine may wait for; created when one does."""
 
     # The body of the request
 
     def peek_body(self) -> bytes:
-        """Return what is here of the body, and leave it to be read."""
+        """Return the part of the body that has arrived, without consuming it."""
         parts = self._parts
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -156,7 +156,7 @@ class ClientRequest:
         self._size = 0
 
     async def body(self, limit: int) -> bytes:
-        """Return the whole body, of ``limit`` bytes at most; to be called once.
+        """Return the whole body, at most ``limit`` bytes; call this once.
 
         A Content-Length over the limit is refused before anything is read. Raises BodyTooLarge, ClientDisconnected.
         """
@@ -195,7 +195,7 @@ class ClientRequest:
 
     @property
     def may_write(self) -> bool:
-        """Whether the client reads what it is sent."""
+        """Whether the client keeps up with reading what it is sent."""
         return not self._connection.write_paused
 
     def when_disconnected(self, callback: Callable[[], None]) -> None:
@@ -211,7 +211,7 @@ class ClientRequest:
             await self._wait()
 
     async def _wait(self) -> None:
-        # Each waiter checks its own condition before and after: an event that others clear is enough for all.
+        # Each waiter checks its own condition before and after, so one event, which any of them clears, is enough.
         if self._changed is None:
             self._changed = asyncio.Event()
         self._changed.clear()
@@ -224,13 +224,13 @@ class ClientRequest:
         self._connection.run(self, serve)
 
     async def run_to_end(self, serve: Serve) -> None:
-        """Await ``serve``. A response that it leaves unfinished costs the client its connection, or is a 500."""
+        """Await ``serve``. If it leaves the response unfinished, close the connection; if not started, answer 500."""
         try:
             await serve(self)
         except asyncio.CancelledError:
             self._connection.transport.close()
             raise
-        except Exception:  # of any handler, so of any kind; the client does not wait for ever
+        except Exception:  # a bug in a handler must not leave the client waiting forever
             logger.exception("a request ended with an internal error")
         finally:
             self.on_disconnect = self.on_writable = None
@@ -285,7 +285,7 @@ class ClientRequest:
         self._send(self._frame(data, last=last), last=last)
 
     def abort(self) -> None:
-        """Close the connection in the middle of a response, so that the client notices that it is not complete."""
+        """Close the connection in the middle of a response, so that the client notices that it is incomplete."""
         self.on_disconnect = self.on_writable = None
         self._connection.transport.close()
 
@@ -376,7 +376,7 @@ class ClientRequest:
             self._changed.set()
 
     def resume_writing(self) -> None:
-        """Wake those who wait for the client to read."""
+        """Wake the coroutines and the callback that wait for the client to read."""
         on_writable, self.on_writable = self.on_writable, None
         if on_writable is not None:
             on_writable()
@@ -384,7 +384,7 @@ class ClientRequest:
             self._changed.set()
 
     def disconnect(self) -> None:
-        """Note that the client is lost, and tell those who serve it."""
+        """Note that the client is gone, and call ``on_disconnect``."""
         if not self.complete:
             self.disconnected = True
             self.on_writable = None

@@ -1,17 +1,17 @@
-"""Timers that end a client's connection: it is idle, it does not read, or it was answered and still sends."""
+"""Timers that close a client's connection: it is idle, it does not read, or it still sends after its answer."""
 
 import asyncio
 import contextlib
 from collections.abc import Callable
 
 LINGER_QUIET = 1.0
-"""Seconds without a byte after which a client had the time to read its last response."""
+"""Seconds without a byte from the client after which it is assumed to have read its last response."""
 
 
 class KeepAliveTimer:
-    """Call back when a connection was idle for ``timeout`` seconds.
+    """Call back when a connection has been idle for ``timeout`` seconds.
 
-    One timer of the event loop serves many responses: setting and cancelling one for each costs more.
+    One timer of the event loop covers many responses: setting and cancelling one for each costs more.
     """
 
     __slots__ = ("_callback", "_idle_since", "_loop", "_timeout", "_timer")
@@ -45,9 +45,9 @@ class KeepAliveTimer:
 
 
 class SendTimer:
-    """Abort a connection whose client has read nothing for ``timeout`` seconds of what waits to be sent.
+    """Abort a connection whose client has read nothing of its pending data for ``timeout`` seconds.
 
-    What waits for such a client holds a connection to an upstream too.
+    Otherwise such a client would keep a connection to an upstream busy too.
     """
 
     __slots__ = ("_loop", "_timeout", "_timer", "_transport", "_unsent")
@@ -80,9 +80,9 @@ class SendTimer:
 class LingeringClose:
     """Close a connection so that the last response arrives.
 
-    If bytes of the client are unread, closing resets the connection, which may destroy the response before the client
-    has read it (RFC 9112 §9.6). So what the client still sends is read and dropped until it pauses, for ``timeout``
-    seconds at most. Many clients look for a response only after they have sent everything.
+    Closing with unread bytes of the client resets the connection, which may destroy the response before the client has
+    read it (RFC 9112 §9.6). So what the client still sends is read and dropped until it pauses, for at most ``timeout``
+    seconds. Many clients read the response only after they have sent everything.
     """
 
     __slots__ = ("_close", "_deadline", "_loop", "_still_sending", "_timer")
@@ -94,7 +94,7 @@ class LingeringClose:
         timeout: float,
         close: Callable[[], None],
     ) -> None:
-        """Say at once that nothing more will be sent; call ``close`` in the end."""
+        """Close the sending side at once; call ``close`` in the end."""
         self._loop = loop
         self._close = close
         self._deadline = loop.time() + timeout

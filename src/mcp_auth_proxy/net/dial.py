@@ -29,10 +29,10 @@ MAX_ADDRESSES = 6
 """Addresses of one host that are tried."""
 
 STAGGER = 0.25
-"""Seconds that an address is tried alone before the next is tried beside it (RFC 8305 §8)."""
+"""Seconds that an address is tried alone before the next is tried in parallel (RFC 8305 §8)."""
 
 KEEP_ALIVE = ((("TCP_KEEPIDLE", "TCP_KEEPALIVE"), 60), (("TCP_KEEPINTVL",), 15), (("TCP_KEEPCNT",), 4))
-"""Notices within two minutes that a peer has vanished. Event streams have no other limit."""
+"""TCP keep-alive, in seconds: a vanished peer is noticed within two minutes. Event streams have no other time-out."""
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """Look up the addresses of a host, for a port. Raises OSError if there are none."""
@@ -49,7 +49,7 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 
 
 class Dialer:
-    """Opens connections. A process has one, and with it one TLS context and one reading of the environment.
+    """Open connections. A process has one dialer, and so one TLS context and one reading of the environment.
 
     Raises ConfigurationError if ``ca_bundle`` or the proxy in ``environ`` can't be used.
     """
@@ -163,7 +163,7 @@ async def _tunnel(proxy: ForwardProxy, addresses: Sequence[str], origin: Origin)
 
 
 async def _connect_first(addresses: Sequence[str], port: int) -> socket.socket:
-    """Try the addresses in turn, the next beside a slow one; return a connected socket (RFC 8305). Raises OSError."""
+    """Return a connected socket; addresses are tried in turn, in parallel if one is slow (RFC 8305). Raises OSError."""
     waiting = _alternate_families(addresses)[:MAX_ADDRESSES]
     attempts: set[asyncio.Task[socket.socket]] = set()
     failure: OSError = OSError(errno.EHOSTUNREACH, "its name has no address")

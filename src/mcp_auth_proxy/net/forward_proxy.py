@@ -1,8 +1,8 @@
-"""The forward proxy of the environment: ``HTTPS_PROXY``, and ``NO_PROXY`` for what does not go through it.
+"""The forward proxy of the environment: ``HTTPS_PROXY``, and ``NO_PROXY`` for hosts that are reached directly.
 
-There is no standard for ``NO_PROXY``. This is the common ground of curl, Go and Python: entries are separated by commas
-or spaces, and each is ``*``, a domain (``corp.example``, ``.corp.example`` and ``*.corp.example`` are the same: the
-domain and all below it), an address or a network in CIDR form, with ``:port`` or without.
+``NO_PROXY`` has no standard. This is the common ground of curl, Go and Python: entries are separated by commas or
+spaces, and each is ``*``, a domain (``corp.example``, ``.corp.example`` and ``*.corp.example`` are the same: the domain
+and everything below it), an address or a network in CIDR form, with or without ``:port``.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ HEAD_LIMIT = 16 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ForwardProxy:
-    """A forward proxy that is asked to CONNECT (RFC 9110 §9.3.6)."""
+    """A forward proxy that is used with CONNECT (RFC 9110 §9.3.6)."""
 
     host: str
     port: int
@@ -53,13 +53,13 @@ class ForwardProxy:
                 raise UpstreamUnreachable(f"{self} gave no proper answer to CONNECT")
         status = re.match(rb"HTTP/1\.[01] (\d{3})[ \r]", head)
         if status is None or not status[1].startswith(b"2"):
-            answer = status[1].decode() if status else "something that is not HTTP"
+            answer = status[1].decode() if status else "with something that is not HTTP"
             raise UpstreamUnreachable(f"{self} answered {answer}")
 
 
 @dataclass(frozen=True, slots=True)
 class Exemption:
-    """An entry of ``NO_PROXY``: a network, or a domain with all below it, ``*`` for everything; at one port or any."""
+    """An entry of ``NO_PROXY``: a network, a domain with everything below it, or ``*``; for one port, or for any."""
 
     domain: str = ""
     network: IPv4Network | IPv6Network | None = None
@@ -79,7 +79,7 @@ class Exemption:
 
 @dataclass(frozen=True, slots=True)
 class ForwardProxies:
-    """Decides which origins are reached through a proxy."""
+    """Decide which origins are reached through a proxy."""
 
     https: ForwardProxy | None
     exempt: tuple[Exemption, ...]
@@ -99,9 +99,9 @@ class ForwardProxies:
 
 
 def from_environment(environ: Mapping[str, str]) -> ForwardProxies:
-    """Read ``HTTPS_PROXY`` and ``NO_PROXY``, of which the lower-case names come first, as in curl.
+    """Read ``HTTPS_PROXY`` and ``NO_PROXY``; the lower-case names take precedence, as in curl.
 
-    An entry of ``NO_PROXY`` that can't match anything is ignored; one line in the log names all of them. Raises
+    Entries of ``NO_PROXY`` that can't match anything are ignored; one line in the log names them. Raises
     ConfigurationError if ``HTTPS_PROXY`` can't be used.
     """
     proxy = _read_proxy(_variable(environ, "https_proxy"))
@@ -112,12 +112,12 @@ def from_environment(environ: Mapping[str, str]) -> ForwardProxies:
         if entry is not None:
             exempt.append(entry)
         else:
-            # A proxy URL may have got here, with its password.
+            # The entry may be a proxy URL, put here by mistake, with its password.
             ignored.append(repr(text.rpartition("@")[2][:100]))
     if ignored:
         logger.warning(
-            "NO_PROXY: ignored, since nothing can match: %s "
-            "(an entry is *, a domain, an address or a network such as 10.0.0.0/8, with :port or without)",
+            "NO_PROXY: ignored, because they can't match anything: %s "
+            "(an entry is *, a domain, an address or a network such as 10.0.0.0/8, with or without :port)",
             ", ".join(ignored),
         )
     return ForwardProxies(proxy, tuple(exempt))
@@ -136,7 +136,7 @@ def _read_proxy(url: str) -> ForwardProxy | None:
     except ValueError:
         parts, host, port = urlsplit(""), None, None
     if parts.scheme != "http" or not host:
-        # The value may hold a password, so it is not shown.
+        # The value may contain a password, so it is not shown.
         raise ConfigurationError([ConfigError("", "HTTPS_PROXY in the environment must be like http://host:port")])
     credentials = ""
     if parts.username is not None:
@@ -146,7 +146,7 @@ def _read_proxy(url: str) -> ForwardProxy | None:
 
 
 def _read_exemption(text: str) -> Exemption | None:
-    """Return an entry in lower case as a value, or None if nothing can match it."""
+    """Parse an entry in lower case; None if nothing can match it."""
     port: int | None = None
     if text.count(":") == 1 or "]:" in text:
         text, _, digits = text.rpartition(":")

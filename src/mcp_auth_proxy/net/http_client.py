@@ -1,10 +1,11 @@
 """Send HTTP requests over pools of connections, one pool for each origin.
 
-A request is sent a second time only if no byte of its response has come and repeating it is harmless. A reused
-connection is looked at before it is used, so one that the server has closed by then costs nothing. What remains is a
-close that crosses the request on its way: GET, HEAD, DELETE and OPTIONS are then sent once more on a new connection
-(RFC 9110 §9.2.2). A POST is not, since nothing tells this case from a server that died in the middle of a tool call. To
-make it rare, idle connections are kept for less time than the server announces (``Keep-Alive: timeout``) or has shown.
+A request is sent a second time only if no byte of its response has arrived and repeating it is harmless. A reused
+connection is checked first, so one that the server has closed already costs nothing. The server may still close it
+while the request is on its way: GET, HEAD, DELETE and OPTIONS are then sent once more on a new connection (RFC 9110
+§9.2.2). A POST is not, because this case can't be distinguished from a server that died in the middle of a tool call.
+To make it rare, idle connections are kept for less time than the server announces (``Keep-Alive: timeout``) or has
+shown.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ _REPEATABLE = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 
 
 class HttpClient:
-    """Sends requests to upstreams. Belongs to one event loop.
+    """Send requests to upstreams. Belongs to one event loop.
 
     ``connections_per_origin`` bounds each pool; ``connect_timeout`` is in seconds and includes the look-up of the
     name, a forward proxy and TLS.
@@ -80,7 +81,7 @@ class HttpClient:
         return numbers
 
     async def aclose(self) -> None:
-        """Close every connection at once; responses under way break off."""
+        """Close every connection at once; incomplete responses break off."""
         self._closed = True
         for pool in self._pools.values():
             pool.close()

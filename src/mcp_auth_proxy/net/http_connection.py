@@ -1,9 +1,9 @@
 """An HTTP/1.1 connection to a server, carrying one request and its response at a time (RFC 9112).
 
-The parser is llhttp without lenient flags. It refuses Content-Length beside Transfer-Encoding, repeated or malformed
-Content-Length, obs-fold, bare CR and LF, and white space before a colon. This module refuses what llhttp accepts:
-transfer codings other than ``chunked``, any transfer coding in HTTP/1.0, versions other than 1.0 and 1.1, invalid
-status codes, bytes before the status line, and heads and trailers that do not end.
+The parser is llhttp without lenient flags. It refuses Content-Length together with Transfer-Encoding, repeated or
+malformed Content-Length, obs-fold, bare CR and LF, and white space before a colon. This module also refuses what llhttp
+accepts: transfer codings other than ``chunked``, any transfer coding in HTTP/1.0, versions other than 1.0 and 1.1,
+invalid status codes, bytes before the status line, and heads and trailers that do not end.
 """
 
 import asyncio
@@ -29,55 +29,55 @@ READ_SIZE = 64 * 1024
 """Bytes read at a time. Body chunks are cut from it with one copy; malloc serves up to 128 KiB without new pages."""
 
 JOINED_BODY = 64 * 1024
-"""Bytes of request body up to which copying it behind the head is cheaper than a second buffer for the kernel."""
+"""Bytes of request body up to which copying head and body together is cheaper than passing the kernel two buffers."""
 
 BUSY_POLL_THRESHOLD = 0.00015
-"""Seconds. A response that comes sooner is here before a process that went to sleep for it is awake again."""
+"""Seconds. A response that comes sooner has arrived before a process that sleeps until then is awake again."""
 
 
-# The states. Plain numbers, since a member of an enumeration costs a look-up at each of ten comparisons per request.
+# The states. Plain numbers, since members of an enumeration cost a look-up in each of ten comparisons per request.
 _IDLE: Final = 0
 _HEAD: Final = 1
 _BODY: Final = 2
 _DONE: Final = 3
-"""The response is complete; the rest of what was read with it is still being looked at."""
+"""The response is complete; the rest of the bytes that were read with it are still being parsed."""
 _CLOSED: Final = 4
 
 
 class StaleConnection(UpstreamProtocolError):
-    """A reused connection closed before a byte of the response came, most likely because it was idle for too long."""
+    """A reused connection closed before the response, most likely because it was idle for too long."""
 
 
 class ResponseWaiter(Protocol):
-    """What receives a response: an ``asyncio.Future``, or an object with these three of its methods."""
+    """The receiver of a response: an ``asyncio.Future``, or an object with these three of its methods."""
 
     def done(self) -> bool:
         """Return whether nobody waits any more."""
 
     def set_result(self, result: Response, /) -> None:
-        """Receive the response. Called once its head has arrived and the read that it came with is used up."""
+        """Receive the response. Called once its head has arrived and all bytes of that read were parsed."""
 
     def set_exception(self, exception: UpstreamError, /) -> None:
         """Receive the reason why there is no response."""
 
 
 class PoolCallbacks(Protocol):
-    """What a connection needs of its owner."""
+    """The owner of a connection."""
 
     name: str
-    """What errors name first: ``host:port``, or nothing if empty."""
+    """The prefix of errors, ``host:port``; empty for none."""
 
     buffer: memoryview
-    """``READ_SIZE`` bytes that all connections of an event loop read into: each read is used up before the next."""
+    """``READ_SIZE`` bytes that all connections of an event loop read into: each read is parsed before the next."""
 
     def connection_released(self, connection: "HttpConnection") -> None:
-        """Take back the connection: the exchange is complete, and it can carry another."""
+        """Take back the connection: the response is complete, and it can carry another request."""
 
     def connection_stale(self, connection: "HttpConnection") -> None:
         """Note that the server closed the connection when it was used again."""
 
     def connection_closed(self, connection: "HttpConnection", *, idle: bool) -> None:
-        """Forget the connection. Called once; ``idle``: the server closed it between two exchanges."""
+        """Forget the connection. Called once; ``idle``: the server closed it between two requests."""
 
 
 class HttpConnection(asyncio.BufferedProtocol):
@@ -89,7 +89,6 @@ class HttpConnection(asyncio.BufferedProtocol):
         "_consumed",
         "_content_length",
         "_deadline",
-        "_fault",
         "_fields",
         "_framing_bytes",
         "_head_left",
@@ -101,6 +100,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         "_parser",
         "_paused",
         "_poller",
+        "_problem",
         "_progress",
         "_response",
         "_reusable",
@@ -147,7 +147,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._response: Response | None = None
         self._new_response: Response | None = None
         self._new_response_waiter: ResponseWaiter | None = None
-        """The response whose head came with the current read, and who receives it once the read is used up."""
+        """The response whose head came with the current read, and the waiter that gets it once all bytes are parsed."""
         self._consumed: Response | None = None
         """The response whose body is pushed to a consumer."""
         self._deadline = 0.0
@@ -158,7 +158,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._fields = Fields([])
         """Those of the last response, checked. Most responses of a server have the same."""
         self._chunked = False
-        self._fault = ""
+        self._problem = ""
         self._paused = False
 
     @property
@@ -166,10 +166,10 @@ class HttpConnection(asyncio.BufferedProtocol):
         return self._state == _CLOSED
 
     def is_open(self) -> bool:
-        """Return whether the server still keeps the idle connection, as far as the kernel knows at this instant.
+        """Return whether the server still keeps the idle connection open, as far as the kernel knows now.
 
-        The event loop may not yet have read the end of a connection that was closed. A connection with unread bytes
-        is not usable either, since nothing was asked for.
+        The event loop may not have noticed yet that the server closed it. A connection with unread bytes can't be used
+        either, since no request is open.
         """
         if self._state != _IDLE or self._transport.is_closing():
             return False
@@ -229,7 +229,7 @@ class HttpConnection(asyncio.BufferedProtocol):
     # Closing
 
     def abort(self) -> None:
-        """Close at once, whatever is under way."""
+        """Close at once, also in the middle of a response."""
         if self._mark_closed():
             self._transport.abort()
 
@@ -239,7 +239,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._transport.close()
 
     def fail(self, error: UpstreamError) -> None:
-        """Close at once and pass the error to the waiter, or behind the bytes of the body that arrived before it."""
+        """Close at once and pass the error to the waiter, or to the response after the bytes that have arrived."""
         waiter, response = self._waiter, self._response
         if self.owner.name:
             error.args = (f"{self.owner.name}: {error}",)
@@ -277,7 +277,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._timer = self._loop.call_at(self._deadline, self._on_timer)
 
     def _on_timer(self) -> None:
-        """Fail if no head has arrived in time. One timer serves many requests: a timer for each would cost more."""
+        """Fail if no head has arrived in time. One timer covers many requests: a timer for each would cost more."""
         self._timer = None
         if self._state != _HEAD:
             return
@@ -319,7 +319,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         if state == _CLOSED:
             return
         if state == _IDLE:
-            # Nothing was asked for: whatever this is, it must not become the response to the next request.
+            # No request is open: these bytes must not become the response to the next request.
             self._close_idle()
             return
         consumed = self._consumed
@@ -332,7 +332,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             if self._state == _DONE:
                 self._surplus = True
             else:
-                self.fail(UpstreamProtocolError(f"the response is not valid HTTP: {self._fault or error}."))
+                self.fail(UpstreamProtocolError(f"the response is not valid HTTP: {self._problem or error}."))
         if self._state == _DONE:
             self._release()
         # Waiters and consumers are called last, so that they may use the connection, or the pool, at once.
@@ -355,7 +355,7 @@ class HttpConnection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._state != _CLOSED:
             self._peer_closed()
-        # The parser refers to methods of the connection: without this, only the garbage collector would free the two.
+        # The parser refers to methods of the connection: without this, only the garbage collector would free them.
         with contextlib.suppress(AttributeError):
             del self._parser
 
@@ -383,19 +383,19 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._head_started = True
             if data[0] != 0x48:
                 # llhttp skips empty lines before "HTTP/" and knows further protocols.
-                self._fault = "it does not begin with a status line"
+                self._problem = "it does not begin with a status line"
                 raise httptools.HttpParserError
         left = self._head_left
         if len(data) <= left:
             self._head_left = left - len(data)
             self._parser.feed_data(data)
             return
-        # Cut at the limit, so that the verdict does not depend on how the bytes were split on their way.
+        # Cut at the limit, so that the result does not depend on how the network split the bytes.
         if left:
             self._head_left = 0
             self._parser.feed_data(data[:left])
         if self._state == _HEAD:
-            self._fault = f"its head is over {HEAD_LIMIT} bytes"
+            self._problem = f"its head is over {HEAD_LIMIT} bytes"
             raise httptools.HttpParserError
         self._parser.feed_data(data[left:])
 
@@ -408,7 +408,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             # Chunk extensions and trailers, which may be endless.
             self._framing_bytes += len(data)
             if self._framing_bytes > HEAD_LIMIT:
-                self._fault = f"over {HEAD_LIMIT} bytes of framing without content"
+                self._problem = f"over {HEAD_LIMIT} bytes of framing without content"
                 raise httptools.HttpParserError
 
     # Callbacks of the parser
@@ -470,7 +470,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._complete()
 
     def _skip_interim(self, status: int) -> None:
-        """Forget an interim response: the final one follows (RFC 9110 §15.2)."""
+        """Skip an interim response: the final one follows (RFC 9110 §15.2)."""
         if status == 101:
             raise self._refusal("it switches protocols (101), which was not asked for")
         if not 100 <= status < 200:
@@ -496,15 +496,15 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._fields = Fields(headers)
 
     def _read_keep_alive(self, value: bytes) -> None:
-        """Read ``timeout`` of ``Keep-Alive`` (RFC 2068 §19.7.1.1), less a second for requests on their way."""
+        """Read ``timeout`` of ``Keep-Alive`` (RFC 2068 §19.7.1.1), minus a second for requests on their way."""
         for part in value.split(b","):
             key, _, seconds = part.partition(b"=")
             if key.strip().lower() == b"timeout" and seconds.strip().isdigit() and len(seconds) < 10:
                 self.idle_timeout = max(0.0, int(seconds) - 1.0)
 
-    def _refusal(self, fault: str) -> httptools.HttpParserError:
-        self._fault = fault
-        return httptools.HttpParserError(fault)
+    def _refusal(self, problem: str) -> httptools.HttpParserError:
+        self._problem = problem
+        return httptools.HttpParserError(problem)
 
     def _complete(self) -> None:
         response = self._response
@@ -514,8 +514,8 @@ class HttpConnection(asyncio.BufferedProtocol):
             response.finish(None)
 
     def _release(self) -> None:
-        """Return the connection to its owner after an exchange, or close it if it can't be reused."""
-        # A response that came before the whole request was sent leaves the rest of it in the transport.
+        """Return the connection to its owner after a response, or close it if it can't be reused."""
+        # If the response came before the whole request was sent, the rest of the request is still in the transport.
         if self._surplus or not self._reusable or self._transport.get_write_buffer_size():
             self.close()
             return

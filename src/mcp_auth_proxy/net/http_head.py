@@ -31,7 +31,7 @@ def encode_fields(headers: Headers) -> bytes:
 def encode_head(lines: list[bytes]) -> bytes:
     """Return a head: the first line and the fields, ``name: value`` each, with the empty line that ends them.
 
-    Raises ValueError if a line holds a line break or NUL: it would become two (RFC 9110 §5.5).
+    Raises ValueError if a line contains a line break or NUL: it would become two (RFC 9110 §5.5).
     """
     return check_lines(b"\r\n".join((*lines, b"", b"")), len(lines) + 1)
 

@@ -33,8 +33,8 @@ class BodySource(Protocol):
 class Response:
     """The head of a response, and its body as it arrives.
 
-    The body is taken in one of three ways: at once with ``take()`` if it is ``whole``, awaited with ``read()``, or
-    pushed into callbacks with ``consume()``. Whoever has a response must ``close()`` it in the end.
+    The body is read in one of three ways: at once with ``take()`` if it is ``whole``, awaited with ``read()``, or
+    pushed into callbacks with ``consume()``. The caller must ``close()`` the response in the end.
     """
 
     __slots__ = (
@@ -86,20 +86,20 @@ class Response:
 
     @property
     def whole(self) -> bool:
-        """Whether the body has arrived to its end: one ``read()`` or ``take()`` returns what is left of it."""
+        """Whether all of the body has arrived: one ``read()`` or ``take()`` returns what is left of it."""
         return self._ended and self._error is None
 
     def take(self) -> bytes:
-        """Return what has arrived of the body and was not taken yet."""
+        """Return the part of the body that has arrived and was not taken yet."""
         chunks = self._chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
         return data
 
     async def read(self) -> bytes:
-        """Return what has arrived of the body, waiting only if that is nothing; ``b""`` at its end.
+        """Return the part of the body that has arrived, waiting only if there is none; ``b""`` at its end.
 
-        Raises UpstreamProtocolError if the body broke off, after all that arrived before has been returned.
+        Raises UpstreamProtocolError if the body broke off, once all that arrived before has been returned.
         Cancelling closes the connection. Only one task may read.
         """
         if not self._chunks and not self._ended:
@@ -172,9 +172,9 @@ class Response:
         return self._buffered
 
     def finish(self, error: UpstreamError | None) -> None:
-        """End the body. From now on the connection has nothing to do with the response.
+        """End the body and detach the response from its connection.
 
-        A consumer learns of an error here, and of the regular end in ``deliver``.
+        A consumer gets an error here, and the regular end in ``deliver``.
         """
         self._connection = None
         self._ended = True
@@ -188,7 +188,7 @@ class Response:
             self.deliver()
 
     def deliver(self) -> None:
-        """Pass to the consumer what has arrived since the last time."""
+        """Pass the bytes that have arrived since the last call to the consumer."""
         if self._chunks and self._on_data is not None:
             self._buffered = 0
             self._on_data(self.take())

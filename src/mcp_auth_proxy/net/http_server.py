@@ -1,6 +1,6 @@
 """One connection of a client, under uvicorn's server: pipelining, timeouts, flow control and refusals.
 
-``request_parser`` reads the bytes; ``ClientRequest`` is what those see who answer.
+``request_parser`` parses the bytes; the application sees a ``ClientRequest``.
 """
 
 import asyncio
@@ -17,10 +17,10 @@ from mcp_auth_proxy.net.client_timeouts import KeepAliveTimer, LingeringClose, S
 from mcp_auth_proxy.net.request_parser import MAX_HEAD, RequestHead, RequestParser
 
 MIN_BODY_RATE = 1024
-"""Bytes per second that a body must arrive with."""
+"""Minimum rate of a request body, in bytes per second."""
 
 READ_AHEAD = 64 * 1024
-"""Bytes of a body that wait to be read at which the connection stops reading."""
+"""Bytes of unread body at which the connection stops reading."""
 
 MAX_PIPELINED = MAX_HEAD
 """Bytes of further requests that are read while an earlier one is not answered."""
@@ -29,16 +29,16 @@ _REFUSAL = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\
 
 
 class HttpServerConnection(asyncio.Protocol):
-    """The connection. ``config.app`` is a RequestServer; uvicorn gives the other arguments."""
+    """A client's connection. ``config.app`` is a RequestServer; uvicorn passes the other arguments."""
 
     header_timeout = 8.0
-    """Seconds in which a head must be complete, and between two checks of whether a body keeps coming."""
+    """Seconds within which a head must be complete, and between two checks of the rate of a body."""
 
     lingering_timeout = 30.0
-    """Seconds that a client has, at most, to send what is not read any more (see LingeringClose)."""
+    """Maximum seconds for which a client may send what is no longer read (see LingeringClose)."""
 
     send_timeout = 300.0
-    """Seconds in which a client reads something of what waits for it. The kernel buffers megabytes first, so a slow
+    """Seconds within which a client must read some of its pending data. The kernel buffers megabytes first, so a slow
     client may seem to read nothing for minutes."""
 
     transport: asyncio.Transport
@@ -64,9 +64,9 @@ class HttpServerConnection(asyncio.Protocol):
         self._unfinished: deque[ClientRequest] = deque()
         """The requests that are not answered, in their order. Only the first is served."""
         self._pipelined = b""
-        """Bytes that are parsed when the first request is answered."""
+        """Bytes that are parsed once the first request is answered."""
         self._read_ahead = 0
-        """Bytes parsed of requests that are not the first."""
+        """Bytes parsed that belong to requests after the first."""
         self._deferred_status = 0
         """The status of a refusal that has to wait until the requests before it are answered."""
         self._body_bytes = 0
@@ -132,9 +132,9 @@ class HttpServerConnection(asyncio.Protocol):
             self._start_header_timer()
 
     def _may_parse(self, data: bytes) -> bool:
-        """Return whether these bytes are parsed now, although a request before them is not answered.
+        """Return whether to parse these bytes now, although a request before them is not answered.
 
-        What is not parsed waits, and is dropped if it is too much.
+        Other bytes wait in ``_pipelined``, and are dropped if there are too many.
         """
         if self._deferred_status:
             return False
@@ -190,7 +190,7 @@ class HttpServerConnection(asyncio.Protocol):
         task.add_done_callback(self._tasks.discard)
 
     def response_complete(self, request: ClientRequest) -> None:
-        """Go on to the next request: one that is here already, or whatever is to come."""
+        """Continue with the next request if it is here already, else wait for one."""
         self._unfinished.popleft()
         if len(self._unfinished) < 2:
             self._read_ahead = 0
@@ -204,7 +204,7 @@ class HttpServerConnection(asyncio.Protocol):
             return
         self.resume_reading()
         if self._unfinished:
-            # Not called at once: a response within try_fast_path would come back here, for each request that is here.
+            # Not called directly: a response within try_fast_path would recurse, once for each pipelined request.
             self._unserved = self._unfinished[0]
             self._loop.call_soon(self._serve_first)
         elif self._deferred_status:
@@ -244,7 +244,7 @@ class HttpServerConnection(asyncio.Protocol):
             self._header_timer = None
 
     def _check_progress(self) -> None:
-        """Close if the client sends nothing, a head that does not end, or a body that trickles."""
+        """Close if the client sends nothing, a head that does not end, or a body below the minimum rate."""
         self._header_timer = None
         if self.transport.is_closing():
             return
@@ -259,7 +259,7 @@ class HttpServerConnection(asyncio.Protocol):
             self._refuse(408)
 
     def _refuse(self, status: int) -> None:
-        """Answer in plain text and close. The requests before the refused one get their answers first."""
+        """Answer in plain text and close. The requests before the refused one are answered first."""
         if self.transport.is_closing() or self._lingering is not None:
             return
         refused = self._receiving
@@ -289,7 +289,7 @@ class HttpServerConnection(asyncio.Protocol):
             self._close()
 
     def _close_if_idle(self) -> None:
-        """Close unless a request is here or on its way: its response, or the header timer, will see to the rest."""
+        """Close unless a request is here or arriving: then its response or the header timer decides."""
         if not self._unfinished and not self._parser.in_head and not self._parser.in_body:
             self._close()
 
@@ -299,7 +299,7 @@ class HttpServerConnection(asyncio.Protocol):
         self._lingering = LingeringClose(self._loop, self.transport, self.lingering_timeout, self._close)
 
     def _close(self) -> None:
-        """Close once what was written is sent; wait for a client that does not read for ``send_timeout`` at most."""
+        """Close once what was written is sent; wait at most ``send_timeout`` for a client that does not read."""
         self.transport.close()
         if self.transport.get_write_buffer_size():
             self._send_timer.start()

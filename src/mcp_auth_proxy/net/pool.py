@@ -13,7 +13,7 @@ IDLE_TIMEOUT = 30.0
 """Seconds that an idle connection is kept, unless the server has shown or announced that it closes sooner."""
 
 LEARNED_SHARE = 0.8
-"""Share of the idle time after which a server closed a connection that the next ones are kept for."""
+"""If a server closed an idle connection, the next ones are kept for this share of the time it was idle."""
 
 LEARNED_FOR = 60.0
 """Seconds for which a learned idle timeout holds: the close may have been a restart."""
@@ -22,10 +22,10 @@ LEARNED_BRIEFLY = 10.0
 """The same for a learned idle timeout of less than ``MIN_LEARNED_IDLE``."""
 
 MIN_LEARNED_IDLE = 1.0
-"""Seconds of idle time from which a close that disturbed no request is taken for the server's idle timeout."""
+"""Seconds. If a connection was idle for at least this long when the server closed it, that was its idle timeout."""
 
 REAP_INTERVAL = 5.0
-"""Seconds between two searches for connections that were idle for too long."""
+"""Seconds between two searches for connections that have been idle for too long."""
 
 POOL_TIMEOUT = 5.0
 """Seconds that a request waits for a connection if all are in use."""
@@ -34,7 +34,7 @@ POOL_TIMEOUT = 5.0
 class ConnectionPool:
     """The connections to one origin. The most recently used is acquired first, so that the others can expire.
 
-    ``limit`` bounds their number; ``connect_timeout`` is in seconds; ``buffer`` is what all connections read into.
+    ``limit`` bounds their number; ``connect_timeout`` is in seconds; all connections read into ``buffer``.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ConnectionPool:
         self._connections: set[HttpConnection] = set()
         self._idle: deque[HttpConnection] = deque()
         self._waiters: deque[asyncio.Future[HttpConnection | None]] = deque()
-        """Requests that wait for a released connection, or for None: a slot to open one in."""
+        """Requests that wait for a released connection, or for None: a free slot to open one."""
         self._idle_timeout = IDLE_TIMEOUT
         self._learned_until = 0.0
         self._reaper: asyncio.TimerHandle | None = None
@@ -85,7 +85,7 @@ class ConnectionPool:
         return None
 
     async def acquire(self) -> HttpConnection:
-        """Return a new connection or, if no more are allowed, the next that is released.
+        """Return a new connection or, if no more are allowed, the next one that is released.
 
         Raises UpstreamUnreachable, and UpstreamPoolTimeout if none is released in time.
         """
@@ -107,7 +107,7 @@ class ConnectionPool:
         return connection
 
     def learn_idle_timeout(self, idle_for: float) -> None:
-        """Keep connections for a shorter time, since the server closed one that was idle for so many seconds."""
+        """Keep connections for a shorter time: the server closed one that had been idle for ``idle_for`` seconds."""
         now = self._loop.time()
         self._idle_timeout = min(self._current_idle_timeout(now), idle_for * LEARNED_SHARE)
         self._learned_until = now + (LEARNED_FOR if idle_for >= MIN_LEARNED_IDLE else LEARNED_BRIEFLY)
@@ -153,7 +153,7 @@ class ConnectionPool:
                 self.learn_idle_timeout(idle_for)
         self._release_slot()
 
-    # Inside
+    # Connections and slots
 
     async def _connect(self) -> HttpConnection:
         try:
@@ -169,7 +169,7 @@ class ConnectionPool:
         return HttpConnection(self, sock)
 
     async def _wait(self) -> HttpConnection | None:
-        """Wait for a released connection, or for None: a slot to open a new one in. Raises UpstreamPoolTimeout."""
+        """Wait for a released connection, or for None: a free slot to open one. Raises UpstreamPoolTimeout."""
         waiter: asyncio.Future[HttpConnection | None] = self._loop.create_future()
         self._waiters.append(waiter)
         try:
@@ -209,7 +209,7 @@ class ConnectionPool:
         return self._idle_timeout
 
     def _reap(self) -> None:
-        """Close the connections that were idle for too long."""
+        """Close the connections that have been idle for too long."""
         now = self._loop.time()
         idle_timeout = self._current_idle_timeout(now)
         for connection in [c for c in self._idle if now - c.idle_since >= min(idle_timeout, c.idle_timeout)]:

@@ -1,7 +1,7 @@
-"""A parser of HTTP/1.1 requests: bytes in, calls of a handler out; no sockets, timers or event loop.
+"""Parse HTTP/1.1 requests, sans-I/O: bytes in, calls of ``RequestEvents`` out; no sockets, timers or event loop.
 
-llhttp parses, without its lenient flags. On top of it are the bounds and refusals that uvicorn leaves open; measured
-in uvicorn 0.54: heads of any size, absolute-form targets, and requests with two Hosts or none all pass.
+The parser is llhttp without its lenient flags. This module adds bounds and refusals that uvicorn lacks: uvicorn 0.54
+accepts heads of any size, absolute-form targets, and requests with two Hosts or none.
 """
 
 from collections.abc import Iterable
@@ -54,16 +54,16 @@ class RequestHead(NamedTuple):
 
 
 class RequestEvents(Protocol):
-    """What a parser calls, in the order of the bytes."""
+    """The handler that a parser calls, in the order of the bytes."""
 
     def on_request(self, head: RequestHead) -> None:
-        """A head is complete."""
+        """Handle a complete head."""
 
     def on_body(self, data: bytes) -> None:
-        """A part of the body, decoded from its chunks; never empty."""
+        """Handle a part of the body, decoded from its chunks; never empty."""
 
     def on_request_end(self) -> None:
-        """The body is complete; called for each request, also for one without a body."""
+        """Handle the end of a request; called for each one, even without a body."""
 
 
 class RequestParser:
@@ -108,10 +108,10 @@ class RequestParser:
         self._host = b""
         """The Host of ``_fields``."""
         self._head_bytes = 0
-        """Bytes of the head so far, and of empty lines before it; without those of the read in which another request
-        ended before it."""
+        """Bytes of the head so far, empty lines before it included. If the previous request ended in the same read,
+        the bytes of that read are not counted."""
         self._maybe_long = False
-        """Whether a head that ends in this read may be over ``MAX_HEAD``, so that its parts have to be added up."""
+        """Whether a head that ends in this read may exceed ``MAX_HEAD``, so that its fields have to be added up."""
         self._overhead = 0
         """Bytes since the last part of the body: chunk extensions and trailers."""
         self._trailer_bytes = 0
@@ -123,14 +123,14 @@ class RequestParser:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing of a next request is here, not even an empty line before it."""
+        """Whether nothing of the next request has arrived, not even an empty line before it."""
         return not self.in_body and not self._head_bytes and not self.in_head
 
     def feed(self, data: bytes) -> None:
         """Parse the next bytes and call the handler for what they complete.
 
-        Raises RequestRejected with the status to answer. Calls before that were of good requests, or of the good
-        beginning of the bad one. The parser is of no use afterwards.
+        Raises RequestRejected with the status to answer. Calls before that were for valid requests, or for the valid
+        beginning of the rejected one. The parser can't be used afterwards.
         """
         self._maybe_long = self.in_head or len(data) > MAX_HEAD
         if self.in_body:
@@ -151,7 +151,7 @@ class RequestParser:
             raise RequestRejected(400, "too many bytes of framing without a byte of body")
 
     def close(self) -> None:
-        """Release llhttp: it holds bound methods of this object, a cycle that only the garbage collector would end."""
+        """Release llhttp: it refers to bound methods of this object, a cycle that only the garbage collector ends."""
         del self._parser
 
     def _feed(self, data: bytes) -> None:
@@ -159,7 +159,7 @@ class RequestParser:
             try:
                 self._parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                # llhttp takes the rest for another protocol. We offer none (RFC 9110 §7.8), so it is the body: a
+                # llhttp takes the rest for another protocol. We support none (RFC 9110 §7.8), so it is the body: a
                 # second parser reads it after a head with the same framing.
                 framing, self._upgrade = self._upgrade, None
                 self._parser = _llhttp(_AfterHead(self))
@@ -186,7 +186,7 @@ class RequestParser:
             else:
                 self._headers.append((name, value))
             return
-        # Trailers must not be merged into the header fields (RFC 9110 §6.5.1). Nobody needs them: they are dropped.
+        # Trailers must not be merged into the header fields (RFC 9110 §6.5.1), so they are dropped.
         self._trailer_bytes += len(name) + len(value) + 4
         if self._trailer_bytes > MAX_HEAD:
             raise RequestRejected(400, "the trailers are too long")
@@ -270,11 +270,11 @@ class RequestParser:
         if self._upgrade is None:
             self.in_body = False
             self._events.on_request_end()
-        # else: llhttp stops after the head, but the request goes on (see _feed).
+        # else: llhttp stops after the head, but the request continues (see _feed).
 
 
 class _AfterHead:
-    """Callbacks that skip one head: the parser's handler was told of it already, and goes on with the body."""
+    """Callbacks that skip one head, which the handler has seen already, and continue with the body."""
 
     def __init__(self, parser: RequestParser) -> None:
         self._parser = parser
@@ -302,7 +302,7 @@ class _AfterHead:
 
 def _llhttp(callbacks: RequestParser | _AfterHead) -> httptools.HttpRequestParser:
     parser = httptools.HttpRequestParser(callbacks)
-    # What follows a request with "Connection: close" is for the connection to ignore.
+    # The connection ignores what follows a request with "Connection: close".
     parser.set_dangerous_leniencies(lenient_data_after_close=True)
     return parser
 

@@ -1,7 +1,7 @@
-"""Parse http(s) URLs, hosts and web origins: the one place that says what each of them is.
+"""Parse http(s) URLs, hosts and web origins. All other modules use these definitions.
 
-OAuth compares an issuer and a resource character by character (RFC 8414 §3.3), so callers keep the text of a URL
-beside what is parsed from it: nothing here returns a normalized URL to be used in its place.
+OAuth compares an issuer and a resource character by character (RFC 8414 §3.3), so callers also keep the text of a URL:
+nothing here returns a normalized URL to use instead.
 """
 
 import ipaddress
@@ -73,13 +73,13 @@ def parse(url: str) -> Url:
     if not url.isascii():
         raise ValueError("must be ASCII: write an international host name in its xn-- form")
     if not _PRINTABLE.fullmatch(url):
-        raise ValueError("must not hold spaces, control characters or backslashes")
+        raise ValueError("must not contain spaces, control characters or backslashes")
     found = _URL.fullmatch(url)
     if found is None:
         raise ValueError("must be an http:// or https:// URL")
     scheme, authority, path, query, fragment = found.groups()
     if "@" in authority:
-        raise ValueError("must not hold a user name or password")
+        raise ValueError("must not contain a user name or password")
     if fragment is not None:
         raise ValueError("must not have a fragment (#…)")
     origin = parse_origin(f"{scheme}://{authority}")
@@ -98,7 +98,7 @@ def check(url: str, *, http_loopback: bool, http: bool = False) -> Url:
         raise ValueError(f"must not be longer than {MAX_LENGTH} characters")
     parsed = parse(url)
     if not _URI_CHARACTERS.fullmatch(url):
-        raise ValueError("must not hold characters that a URL has to percent-encode (RFC 3986 §2)")
+        raise ValueError("must not contain characters that a URL has to percent-encode (RFC 3986 §2)")
     if parsed.origin.scheme == "http" and not http and not (http_loopback and is_loopback(parsed.origin.host)):
         raise ValueError("must be https, or http on loopback for a server on loopback")
     return parsed
@@ -145,7 +145,7 @@ def is_host(text: str) -> bool:
 def is_loopback(host: str) -> bool:
     """Return whether a host, without brackets and port, leads to this machine and to no other.
 
-    These are ``localhost`` and the names below it, with a trailing dot or without, 127.0.0.0/8, ::1, and 127.0.0.0/8
+    These are ``localhost`` and the names below it, with or without a trailing dot, 127.0.0.0/8, ::1, and 127.0.0.0/8
     mapped into IPv6. Other spellings of an address (``127.1``, ``0x7f.1``) are read differently by different programs
     and are not accepted.
 

@@ -93,9 +93,9 @@ def check_response(params: Mapping[str, Sequence[str]], *, flow: Flow) -> str:
         context = oauth_error.TokenRequestContext(
             server=flow.key.account.server, resource=flow.key.resource, scopes=flow.scopes
         )
-        sentence, hint = oauth_error.hint(error, description, context)
+        explanation, hint = oauth_error.hint(error, description, context)
         raise AuthorizationDenied(
-            f"The authorization server {flow.key.issuer} said no: {words}.{sentence}", error, hint=hint
+            f"The authorization server {flow.key.issuer} refused: {words}.{explanation}", error, hint=hint
         )
     code = values.get("code", "")
     if not code or len(code) > MAX_CODE or not (code.isascii() and code.isprintable()):

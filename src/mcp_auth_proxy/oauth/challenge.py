@@ -99,7 +99,7 @@ def other_schemes(values: Iterable[bytes]) -> tuple[str, ...]:
 
 
 def wants_nonce(values: Iterable[bytes]) -> bool:
-    """Whether a resource refuses the proof of a request rather than its token (RFC 9449 §9): a new nonce may help."""
+    """Return whether a resource refuses the proof of a request, not its token (RFC 9449 §9): a new nonce may help."""
     return any(
         challenge.scheme == "dpop" and challenge.params.get("error") in ("use_dpop_nonce", "invalid_dpop_proof")
         for challenge in parse(values)
@@ -107,7 +107,7 @@ def wants_nonce(values: Iterable[bytes]) -> bool:
 
 
 def demands_authorization(status: int, challenge: BearerChallenge | None) -> bool:
-    """Whether a response asks for a token, or for one with more scopes (RFC 6750 §3.1). A plain 403 does not."""
+    """Return whether a response asks for a token, or for one with more scopes (RFC 6750 §3.1). A plain 403 does not."""
     return status == 401 or (status == 403 and challenge is not None and challenge.error == "insufficient_scope")
 
 

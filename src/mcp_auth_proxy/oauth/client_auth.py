@@ -130,7 +130,7 @@ def authenticate(
 
 
 def is_error_response(status: int, body: bytes, *errors: str) -> bool:
-    """Whether a response is one of these OAuth errors (RFC 6749 §5.2). None of them consumes the code or token sent."""
+    """Return whether a response is one of these OAuth errors (RFC 6749 §5.2). None of them uses up a code or token."""
     if status not in (400, 401):
         return False
     try:

@@ -1,4 +1,4 @@
-"""From a server URL to its authorization server: the URLs of metadata, and validators for the documents.
+"""Get from a server URL to its authorization server: the URLs of metadata, and validators for the documents.
 
 There are two documents: protected resource metadata (RFC 9728) and authorization server metadata (RFC 8414, OpenID
 Connect Discovery). Resource and issuer are compared as raw JSON strings, never through a type that normalizes URLs.
@@ -142,17 +142,17 @@ def read_server_metadata(
 ) -> ServerMetadata:
     """Return validated authorization server metadata of ``issuer``. Raises DocumentRefused.
 
-    ``issuer`` in the document must be the same string (RFC 8414 §3.3). ``legacy`` is for a server of MCP 2025-03-26,
-    where no document names the issuer and ``issuer`` is only a guess, the server's origin. Then the document may also
-    name a path below that origin: whoever serves the well-known documents of an origin controls those names too. The
+    ``issuer`` in the document must be the same string (RFC 8414 §3.3). ``legacy`` is for servers of MCP 2025-03-26: no
+    document names their issuer, and ``issuer`` is only a guess, the server's origin. Then the document may also name a
+    path below that origin: the party that serves the well-known documents of an origin controls those names too. The
     document's spelling is kept, because ``iss`` has the same. An issuer at another origin is refused even then: we
     would expect that server's ``iss`` and send its codes to endpoints that it did not name (mix-up, RFC 9700 §4.4).
     """
     document = Document.parse(body, name=SERVER_METADATA, url=url, clause="RFC 8414 §2", form="RFC 8414 §3.2")
     stated = document.required_string("issuer")
     if stated != issuer and not (legacy and _is_below(stated, issuer)):
-        advice = "; if that is this server's authorization server, set the key oauth.issuer" if legacy else ""
-        raise document.refusal(f"its issuer is {stated}, not {issuer} as expected{advice}", "RFC 8414 §3.3")
+        remedy = "; if that is this server's authorization server, set the key oauth.issuer" if legacy else ""
+        raise document.refusal(f"its issuer is {stated}, not {issuer} as expected{remedy}", "RFC 8414 §3.3")
     return _server_metadata(document, stated, http_loopback=policy_http_loopback)
 
 
@@ -257,12 +257,12 @@ def _check_issuer(issuer: str, *, http_loopback: bool) -> None:
 
 
 def _is_below(issuer: str, origin: str) -> bool:
-    """Whether an issuer is ``origin``, spelled exactly so, followed by a path and nothing else."""
+    """Return whether an issuer is ``origin``, spelled exactly so, followed by a path and nothing else."""
     return issuer.startswith(f"{origin}/") and "?" not in issuer and "#" not in issuer
 
 
 def _covers(resource: str, server_url: str) -> bool:
-    """Whether a resource identifier is the server URL, or its origin with a parent path (whole segments only)."""
+    """Return whether a resource identifier is the server URL, or its origin with a parent path (whole segments)."""
     if resource == server_url:
         return True
     try:

@@ -1,9 +1,9 @@
-"""The HTTP client for OAuth documents and endpoints, which treats everything it meets as hostile.
+"""The HTTP client for OAuth documents and endpoints. It treats every address and every response as hostile.
 
-It asks https, or http on loopback. An address policy is applied to the addresses that a name is resolved to, before
-any of them is dialed. There are no redirects, no cookies and no content encodings; the bytes of a response and the time
-of an exchange are bounded. Each exchange has a connection of its own: none can be stale when a token request needs it,
-and none that was opened under the policy of one server is used for another.
+It uses https, or http on loopback. An address policy is applied to the addresses that a name is resolved to, before
+any of them is dialed. Redirects, cookies and content codings are not supported; the bytes of a response and the time
+of a request are bounded. Each request has a connection of its own: none can be stale when a token request needs it, and
+none that was opened under the policy of one server is used for another.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from mcp_auth_proxy.net.urls import Origin, Url
 __all__ = ["AddressPolicy", "Fetcher", "Response"]
 
 DEADLINE = 10.0
-"""Seconds for one exchange, from the look-up of the name to the last byte."""
+"""Seconds for one request, from the look-up of the name to the last byte of the response."""
 
 CONNECT_TIMEOUT = 4.0
 """Seconds to connect once the name is looked up: all addresses of the host together, forward proxy and TLS."""
@@ -51,7 +51,7 @@ class Response:
 
 
 class Fetcher:
-    """Carries the requests of all OAuth steps. One object serves the whole process. ``deadline`` is in seconds."""
+    """Send the requests of all OAuth steps; one for the whole process. ``deadline`` is in seconds."""
 
     def __init__(self, dialer: Dialer | None = None, *, deadline: float = DEADLINE) -> None:
         self._dialer = dialer or Dialer()
@@ -59,7 +59,7 @@ class Fetcher:
         self._owner = _SingleUse()
 
     async def aclose(self) -> None:
-        """Let the connections of the last exchanges close."""
+        """Let the connections of the last requests close."""
         await asyncio.sleep(0)
 
     async def get(self, url: str, *, document: str, policy: AddressPolicy) -> Response:
@@ -119,7 +119,7 @@ class Fetcher:
             raise DocumentRefused(
                 document,
                 url,
-                f"{refused}; if that is meant, list the host in the key authorization.allow_private",
+                f"{refused}; if that is intended, list the host in the key authorization.allow_private",
                 hint=ConfigHint("authorization.allow_private", parsed.origin.host),
             ) from None
         except TimeoutError:
@@ -144,7 +144,7 @@ class Fetcher:
 
 
 class _SingleUse:
-    """The owner of connections that carry one exchange each."""
+    """The owner of connections that carry one request each."""
 
     name = ""
 
@@ -155,10 +155,10 @@ class _SingleUse:
         connection.close()
 
     def connection_stale(self, connection: HttpConnection) -> None:
-        """A connection that is used once is never stale."""
+        """Do nothing: a connection that is used once is never stale."""
 
     def connection_closed(self, connection: HttpConnection, *, idle: bool) -> None:
-        """Nothing was kept of it."""
+        """Do nothing: the connection was not pooled."""
 
 
 def _check(url: str, method: str, document: str, policy: AddressPolicy) -> Url:
@@ -170,7 +170,7 @@ def _check(url: str, method: str, document: str, policy: AddressPolicy) -> Url:
             hint = ConfigHint("authorization.allow_private", origin.host)
         return urls.check(url, http_loopback=may_be_http, http=may_be_http and method == "GET")
     except ValueError as problem:
-        key = "; if that is meant, list the host in the key authorization.allow_private" if hint else ""
+        key = "; if that is intended, list the host in the key authorization.allow_private" if hint else ""
         shown = url if url.isprintable() else ""
         raise DocumentRefused(document, shown, f"its URL {problem}{key}", hint=hint) from None
 

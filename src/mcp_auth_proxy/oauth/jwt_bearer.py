@@ -8,7 +8,7 @@ _JWT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]*){2,4}")
 
 
 def is_jwt(text: str) -> bool:
-    """Whether a text has the form of a signed or encrypted JWT (RFC 7519 §3). Its content is not checked."""
+    """Return whether a text has the form of a signed or encrypted JWT (RFC 7519 §3). Its content is not checked."""
     return _JWT.fullmatch(text) is not None
 
 

@@ -32,7 +32,7 @@ class TokenRequestContext:
 
 
 def hint(error: str, description: object, context: TokenRequestContext) -> tuple[str, ConfigHint | None]:
-    """Return (sentence, hint): a sentence that names the configuration key to change, and the hint itself.
+    """Return (explanation, hint): a sentence that names the configuration key to change, and the hint itself.
 
     ("", None) if no key is known to help. ``error`` is the result of ``code``. The server's description is used for
     this hint only, never to decide what the error means.

@@ -121,7 +121,7 @@ def read_response(
 
 
 def is_not_oauth(status: int, body: bytes) -> bool:
-    """Whether the response of a guessed registration endpoint shows that there is no OAuth at this server."""
+    """Return whether the response of a guessed registration endpoint shows that there is no OAuth at this server."""
     if status in (401, 403):
         try:
             return not isinstance(parse_object(body).get("error"), str)

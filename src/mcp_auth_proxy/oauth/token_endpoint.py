@@ -87,8 +87,8 @@ def read_tokens(
     Raises TokenRefused for a structured OAuth error, also with HTTP 200; AuthorizationServerUnavailable for 408, 429,
     5xx and everything that is not an OAuth response; DocumentRefused for tokens that must not be used.
     """
-    held = (previous.access_token, previous.refresh_token) if previous else ()
-    hidden = (*(token for token in held if token), *secrets)
+    old = (previous.access_token, previous.refresh_token) if previous else ()
+    hidden = (*(token for token in old if token), *secrets)
     answer = quirks.standard_answer(read_answer(status, headers, body, url=url, secrets=hidden, context=context))
     document = Document(answer, name="token response", url=url, clause="RFC 6749 §5.1")
     token_type = document.get("token_type")
@@ -144,8 +144,8 @@ def read_answer(
         code = quirks.standard_error(own)
         if code in _TEMPORARY:
             raise _unavailable(status, headers, f"The {endpoint} {url} can't be used now: {words}.")
-        sentence, hint = oauth_error.hint(code, description, context) if context else ("", None)
-        raise TokenRefused(code, f"The {endpoint} {url} refused: {words}.{sentence}", hint=hint)
+        explanation, hint = oauth_error.hint(code, description, context) if context else ("", None)
+        raise TokenRefused(code, f"The {endpoint} {url} refused: {words}.{explanation}", hint=hint)
     if not succeeded or answer.get("ok") is False:
         raise _unavailable(status, headers, f"{broken} it is not an OAuth error ({_ERROR_CLAUSE}).")
     return answer

@@ -1,7 +1,7 @@
 """The access log: one line for each finished request to an MCP endpoint.
 
-It never holds an argument, a query, a header field or a body. The two texts that a client chooses are admitted only in
-the form that MCP gives them: the HTTP method, which the parser knows, and the MCP method (see ``method_token``).
+It never contains an argument, a query, a header field or a body. The client chooses only two texts in it: the HTTP
+method, which the parser checks, and the MCP method, which must look like one (see ``method_token``).
 """
 
 import logging
@@ -26,7 +26,7 @@ class Entry:
     method: str
     """The HTTP method."""
     mcp_method: str | None
-    """None if the body was not read, or holds no single message."""
+    """None if the method is not known: the body was not parsed and there is no Mcp-Method, or there are several."""
     status: int
     """The HTTP status; 499 if the client went away before it had one."""
     size: int
@@ -36,7 +36,7 @@ class Entry:
 
 
 class AccessLog:
-    """Callers check ``enabled`` first, so that a request costs one comparison if the log is off."""
+    """Write the access log. Callers check ``enabled`` first: a request costs one comparison if the log is off."""
 
     def __init__(self) -> None:
         self.enabled = logger.isEnabledFor(logging.INFO)
@@ -67,6 +67,6 @@ def method_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 def method_token(value: str) -> str | None:
     """Return an MCP method as it may be logged; None unless it is words of letters with slashes between them.
 
-    That admits all methods of MCP, and nothing that could be a secret: no digits, no more than 32 letters in a row.
+    All methods of MCP have this form, and no secret does: it has no digits, and at most 32 letters in a row.
     """
     return value if _METHOD.fullmatch(value) else None

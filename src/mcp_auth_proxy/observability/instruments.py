@@ -6,7 +6,7 @@ takes 1.0 µs with children looked up beforehand (counter 0.31, histogram 0.68, 
 counter's child is looked up by its labels, since the status is only known then. Memory did not decide: importing the
 library adds 0.5 MB to an idle proxy.
 
-Instruments belong to one event loop, so there are no locks. Whoever counts looks a child up once, by ``labels()``, and
+Instruments belong to one event loop, so they need no locks. A caller looks a child up once, with ``labels()``, and
 keeps it. The label ``server`` is bounded by the configuration: ``Registry.forget_server`` drops the series of a server
 that was removed.
 """
@@ -157,7 +157,7 @@ class Computed(Instrument):
         self._sources: dict[object, Callable[[], Mapping[Labels, float]]] = {}
 
     def add_source(self, compute: Callable[[], Mapping[Labels, float]]) -> Callable[[], None]:
-        """Ask ``compute`` for numbers by label values at each scrape; return what ends that.
+        """Call ``compute`` for numbers by label values at each scrape; return a function that removes it.
 
         ``compute`` must not block: the event loop waits for it.
         """
@@ -204,7 +204,7 @@ class RequestSeries:
             self._statuses[status] = 1
 
     def by_status(self) -> dict[str, int]:
-        """Return the counts. Statuses that HTTP does not define are one: an upstream may make up any number."""
+        """Return the counts. Statuses that HTTP does not define are counted as ``other``: upstreams may invent many."""
         counts: dict[str, int] = {}
         for status, count in self._statuses.items():
             name = str(status) if status in _STATUSES else "other"

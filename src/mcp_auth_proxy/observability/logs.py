@@ -1,4 +1,4 @@
-"""Write logs to stderr, one line for each event, as text or JSON, with secrets masked whatever wrote them."""
+"""Write logs to stderr, one line for each event, as text or JSON. Secrets are masked in all of them."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ ACCESS_LOGGER = "mcp_auth_proxy.access"
 """The logger of the access log; its level does not follow ``--log-level``."""
 
 Fields = Mapping[str, str | int | float]
-"""What a line holds besides its message, by name: ``logger.info("…", extra={"fields": …})``."""
+"""The fields of a line besides its message, by name: ``logger.info("…", extra={"fields": …})``."""
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _BARE = re.compile(r"[\w./:@+~-]+", re.ASCII)
@@ -79,5 +79,5 @@ def _bare_or_quoted(value: str | float) -> str:
 
 
 def _on_one_line(text: str) -> str:
-    """Escape what would begin another line or steer a terminal: texts of servers come into messages."""
+    """Escape what would start another line or control a terminal: messages contain texts from servers."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

@@ -1,8 +1,8 @@
-"""What the process counts, for ``/metrics``: every instrument, to be imported from any layer (docs/observability.md).
+"""Every instrument of ``/metrics``, to be imported from any layer (docs/observability.md).
 
 The labels: ``server`` is a configured name; requests for unknown servers are not counted. ``kind`` of a request is its
-HTTP method, which in MCP says what the request is for: ``post`` (calls and notifications), ``get`` (a stream that is
-listened to: its duration is the time it was open), ``delete`` (the end of a session) and ``other``.
+HTTP method, which in MCP says what the request is for: ``post`` (calls and notifications), ``get`` (a stream for
+messages of the server: its duration is the time it was open), ``delete`` (the end of a session) and ``other``.
 """
 
 import platform
@@ -49,7 +49,10 @@ upstream_connections = Computed(
 )
 inbound_connections = Computed(registry, "mcp_auth_proxy_inbound_connections", "Connections of clients.")
 tokens = Computed(
-    registry, "mcp_auth_proxy_tokens", "Tokens in memory: valid, renewing (it is under way) or expired.", ("state",)
+    registry,
+    "mcp_auth_proxy_tokens",
+    "Tokens in memory: valid, renewing (in progress) or expired.",
+    ("state",),
 )
 refreshes = Counter(
     registry,
@@ -72,13 +75,13 @@ store_failures = Counter(
 reloads = Counter(
     registry,
     "mcp_auth_proxy_config_reloads_total",
-    "Times the configuration was read again: applied, unchanged or rejected (it has faults).",
+    "Times the configuration was read again: applied, unchanged or rejected (it has errors).",
     ("outcome",),
 )
 last_reload_successful = Gauge(
     registry,
     "mcp_auth_proxy_config_last_reload_successful",
-    "1 if the configuration file can be used as it is, 0 if it has faults and the proxy runs on the one before.",
+    "1 if the configuration file can be used as it is, 0 if it has errors and the proxy keeps the one before.",
 )
 last_reload_successful.labels().value = 1
 build_info = Computed(
@@ -103,9 +106,9 @@ process_max_files.add_source(process.max_files)
 
 
 class ServerMetrics:
-    """The children with one server's name, each looked up at its first use and then kept: a part of the route.
+    """The children with one server's name, each looked up at its first use and then kept. Every route has one.
 
-    They are slots that stay empty until then, so that 10,000 servers cost little, and a full one costs nothing extra.
+    They are slots that stay empty until then: 10,000 servers cost little, and a used slot is a plain attribute.
     """
 
     __slots__ = ("_server", "delete", "get", "open_streams", "other", "post", "waiting_for_consent")
@@ -135,7 +138,7 @@ class ServerMetrics:
         return child
 
     def of_method(self, method: bytes) -> RequestSeries:
-        """Return what requests with this HTTP method are counted by."""
+        """Return the series that counts requests with this HTTP method."""
         match method:
             case b"POST":
                 return self.post
@@ -146,5 +149,5 @@ class ServerMetrics:
         return self.other
 
     def upstream_failed(self, kind: str) -> None:
-        """Count a request that its upstream did not answer."""
+        """Count a request without a complete answer of its upstream."""
         upstream_failures.labels(self._server, kind).inc()

@@ -12,7 +12,7 @@ INTERVAL = 60.0
 
 
 class OutageLog:
-    """Remembers when it last warned about each server."""
+    """Warn about servers; each at most once per ``INTERVAL``."""
 
     def __init__(self) -> None:
         self._warned_at: dict[str, float] = {}

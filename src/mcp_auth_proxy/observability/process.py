@@ -1,6 +1,6 @@
-"""What the operating system knows of this process: for ``/metrics``, by the names that all Prometheus clients use.
+"""Measure this process (CPU, memory, files) for ``/metrics``, under the names that all Prometheus clients use.
 
-Each function returns an empty mapping if the platform does not tell (/proc is Linux).
+Each function returns an empty mapping if the platform has no such number (/proc is Linux only).
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 _PROC = Path("/proc/self")
 _STAT_START_TIME = 19
-"""Place of ``starttime`` in /proc/PID/stat, counted from behind the command's name (proc(5), field 22)."""
+"""Index of ``starttime`` in /proc/PID/stat among the fields after the command's name (proc(5), field 22)."""
 
 _IMPORTED_AT = time.time()
 

@@ -1,8 +1,8 @@
-"""Read the trace id that a client sends along (W3C Trace Context, §3.2), for what the proxy says about its request.
+"""Read the trace id that a client sends (W3C Trace Context, §3.2), for logs and errors about its request.
 
-``traceparent`` itself goes to the upstream unchanged: the proxy takes part in a trace, it starts none. The id is passed
-to log calls explicitly, not by a context variable: callbacks of a connection and timers run in the context of the
-request that made them, and serve others later.
+``traceparent`` is forwarded unchanged: the proxy neither starts a trace nor adds a span. The id is passed to log calls
+explicitly, not in a context variable: callbacks of connections and timers run in the context of the request that
+created them, and serve other requests later.
 """
 
 import re
@@ -37,5 +37,5 @@ def trace_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 def log_extra(trace_id: str | None) -> dict[str, Any]:
-    """Return what to give a log call as ``extra``, so that its line has the trace id."""
+    """Return the ``extra`` of a log call, so that its line has the trace id."""
     return {"fields": {"trace_id": trace_id}} if trace_id else {}

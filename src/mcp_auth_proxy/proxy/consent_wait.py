@@ -1,4 +1,4 @@
-"""Holding a request while a user authorizes: for how long, what the client sees meanwhile, and the answer after it."""
+"""Hold a request while a user authorizes: for how long, what the client sees meanwhile, and what it gets in the end."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ RETRY_WAIT = 45.0
 
 
 class ConsentWait:
-    """Holds one request until its user has authorized. A held request costs a timer and, if it may, a comment."""
+    """Hold requests until the user has authorized. Each costs a timer and, if it may be an event stream, comments."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ConsentWait:
         Raises AuthorizationError if the authorization failed or the user declined, and StoreError.
         """
         if not body.messages and body.error is not None and _should_be_json(request):
-            # No consent would make this request a good one.
+            # The request stays invalid whatever the user decides.
             code, text = body.error
             await responder.fail(body, 400, text, code)
             return None
@@ -96,7 +96,7 @@ class ConsentWait:
 
 
 def _should_be_json(request: ClientRequest) -> bool:
-    """Return whether the body should be JSON: it is, unless it has a content coding that only the server knows."""
+    """Return whether the body should be JSON; False if it has a content coding, which only the server undoes."""
     if request.method != b"POST":
         return False
     return not any(n == b"content-encoding" and v.lower() != b"identity" for n, v in request.headers)
@@ -105,7 +105,7 @@ def _should_be_json(request: ClientRequest) -> bool:
 def _may_stream(request: ClientRequest, body: RequestBody) -> bool:
     """Return whether the response may begin as an event stream before the upstream has answered.
 
-    That of ``initialize`` may not: its session id travels in the head, and comes from the upstream.
+    The response to ``initialize`` may not: its head has the session id, which comes from the upstream.
     """
     accepts = any(events.CONTENT_TYPE in value for name, value in request.headers if name == b"accept")
     if request.method == b"GET":

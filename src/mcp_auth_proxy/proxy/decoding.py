@@ -1,4 +1,4 @@
-"""Decodes a body that has to go into a response whose head, without Content-Encoding, is out already."""
+"""Decode a body for a response whose head was sent before, without Content-Encoding."""
 
 import zlib
 from collections.abc import AsyncIterator, Sequence
@@ -7,13 +7,13 @@ from mcp_auth_proxy.errors import UpstreamProtocolError
 from mcp_auth_proxy.net.http_response import Response
 
 PIECE = 64 * 1024
-"""Bytes decoded at a time, however few go in: so whoever counts them notices a decompression bomb."""
+"""Maximum number of bytes decoded at a time, so that a caller who counts them notices a decompression bomb."""
 
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 
 
 async def decoded(response: Response) -> AsyncIterator[bytes]:
-    """Yield the body without its Content-Encoding (RFC 9110 §8.4), as it comes. Raises UpstreamBroken.
+    """Yield the body without its Content-Encoding (RFC 9110 §8.4), as it arrives. Raises UpstreamProtocolError.
 
     The proxy asks for ``identity``; gzip and deflate are decoded too, because some servers compress regardless.
     """

@@ -1,8 +1,8 @@
 """The fast path: forward a request inside the transports' callbacks, without creating a task.
 
-A request takes it if its token and a kept upstream connection are ready and its body does not concern the proxy. That
-is the usual case, and it costs half. If the response is a challenge or a redirect, or fails, a ``RequestHandler`` goes
-on from there: nothing is sent twice.
+A request takes it if its token and an idle upstream connection are ready and the proxy itself need not act on its body.
+That is the usual case, and it costs half. If the response is a challenge or a redirect, or fails, a ``RequestHandler``
+continues from there: nothing is sent twice.
 """
 
 import logging
@@ -24,7 +24,7 @@ from mcp_auth_proxy.rpc.messages import needs_inspection
 logger = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024
-"""Bytes of request body. A larger one takes its time anyway."""
+"""Bytes of request body. With a larger one, the cost of a task hardly matters."""
 
 
 End = Literal["disconnected", "draining", "removed"]
@@ -32,16 +32,16 @@ End = Literal["disconnected", "draining", "removed"]
 
 
 class FastPathOwner(Protocol):
-    """Who keeps track of the requests on the fast path."""
+    """The object that keeps track of the requests on the fast path."""
 
     def finished(self, request: "FastPathRequest") -> None:
-        """The request has its response, or its client is gone."""
+        """Forget a request: it has its response, or its client is gone."""
 
     def record(self, route: Route, request: ClientRequest, started_at: float) -> None:
         """Count and log a request whose response is complete, or whose client is gone."""
 
     def fall_back(self, request: "FastPathRequest") -> None:
-        """The response needs more than forwarding: a handler has to go on."""
+        """Continue in a handler: the response needs more than forwarding."""
 
 
 def is_eligible(content: bytes, limit: int) -> bool:
@@ -50,7 +50,7 @@ def is_eligible(content: bytes, limit: int) -> bool:
 
 
 class FastPathRequest:
-    """One POST on the fast path: what its upstream connection hands the response to (a ``ResponseWaiter``)."""
+    """One POST on the fast path. It is the ``ResponseWaiter`` that the upstream connection gives the response to."""
 
     __slots__ = (
         "_connection",
@@ -150,7 +150,7 @@ class FastPathRequest:
             self._events = True
             self.route.metrics.open_streams.inc()
         else:
-            # Events may be far apart; anything else has to come to its end.
+            # Events may be far apart; any other body must be complete in time.
             response.expire_after(self.route.server.upstream_timeout)
         request = self.request
         request.release_body()
@@ -177,7 +177,7 @@ class FastPathRequest:
         if error is None:
             self._finish()
             return
-        # The head is out. All that is left is to end without a final chunk, so that the client notices.
+        # The head was sent before. Without a final chunk the client notices that the response is incomplete.
         extra = log_extra(trace_id_of(self.request.headers))
         logger.warning("server %s: the response broke off: %s", self.route.server.name, error, extra=extra)
         self.route.metrics.upstream_failed(failure_kind(error))

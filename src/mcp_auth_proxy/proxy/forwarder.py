@@ -1,4 +1,4 @@
-"""Forwards MCP requests, on the fast path or by a handler, and keeps track of them so that they can be drained."""
+"""Forward MCP requests, on the fast path or by a handler, and keep track of them so that they can be drained."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 
 
 class Forwarder:
-    """See the module. Belongs to one event loop."""
+    """Forward requests, count them, and end them at shutdown or on a reload. Belongs to one event loop."""
 
     def __init__(self, *, broker: Broker, http: HttpClient, body_limit: int, wait: float) -> None:
         """``body_limit`` is in bytes; ``wait`` is how long a request is held while a user authorizes, in seconds."""
@@ -60,13 +60,13 @@ class Forwarder:
     # Requests
 
     def try_fast_path(self, route: Route, request: ClientRequest) -> bool:
-        """Send a request on at once if nothing has to be waited for, and return whether it was sent.
+        """Forward a request at once if nothing has to be awaited; return whether it was sent.
 
-        The request's body must be here. Its response is then taken care of.
+        The body must be complete. If True is returned, the response is handled as well.
         """
         content = request.peek_body()
         ready, token = self._broker.token_nowait(route.account)
-        # A client that does not read its responses has to be waited for.
+        # Writing to a client that reads slowly has to be awaited.
         if not ready or not is_eligible(content, self._body_limit) or not request.may_write:
             return False
         fast = FastPathRequest(self, route, request, token)
@@ -81,9 +81,9 @@ class Forwarder:
         return True
 
     def _busy_poll(self, fast: FastPathRequest, until: float) -> None:
-        """Keep the loop from sleeping for a moment: to sleep and be woken takes longer, and costs as much.
+        """Keep the event loop awake for a moment: to sleep and be woken up takes longer and costs as much CPU.
 
-        That is so for a server on the same machine, while there is nothing else to do.
+        This holds for a server on the same machine, while there is nothing else to do.
         """
         if fast.waiting and time.monotonic() < until:
             self._loop.call_soon(self._busy_poll, fast, until)
@@ -97,7 +97,7 @@ class Forwarder:
     def record(self, route: Route, request: ClientRequest, started_at: float, mcp_method: str | None = None) -> None:
         """Count and log a request whose response is complete, or whose client is gone."""
         seconds = time.monotonic() - started_at
-        # A handler that failed with a defect is answered with 500 after this.
+        # If a handler failed with an unexpected exception, the 500 is sent after this.
         status = request.status or (CLIENT_GONE if request.disconnected else 500)
         metrics = route.metrics
         (metrics.post if request.method == b"POST" else metrics.of_method(request.method)).finished(status, seconds)
@@ -122,7 +122,7 @@ class Forwarder:
         )
 
     def fall_back(self, fast: FastPathRequest) -> None:
-        """Have a handler go on with a request of the fast path."""
+        """Continue a request of the fast path in a handler."""
 
         async def serve(request: ClientRequest) -> None:
             self.fast_requests.discard(fast)
@@ -159,7 +159,7 @@ class Forwarder:
 
     @property
     def active_requests(self) -> int:
-        """How many requests are being answered now."""
+        """The number of requests that are being answered now."""
         return len(self._handlers) + len(self.fast_requests)
 
     # Ending
@@ -171,7 +171,7 @@ class Forwarder:
             await asyncio.wait({self._idle}, timeout=timeout)
 
     def drain(self) -> None:
-        """Let requests finish, but end those that only wait: streams for messages of the server, held requests."""
+        """Let requests finish, but end those that only wait: for messages of the server, or for consent."""
         if not self._draining.done():
             self._draining.set_result(None)
         for handler in list(self._handlers):
@@ -179,7 +179,7 @@ class Forwarder:
                 handler.end("draining")
 
     def end_all(self) -> None:
-        """End every active request, each stream with a final chunk if it can have one, and every new one."""
+        """End every active request, each stream with a final chunk if possible, and every new request."""
         self.ended = True
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
@@ -189,7 +189,7 @@ class Forwarder:
             fast.end("draining")
 
     def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
-        """End every active request to servers that were removed; those to changed servers go on as they began."""
+        """End every active request to servers that were removed; requests to changed servers continue as they began."""
         for handler in list(self._handlers):
             if handler.route.server.name in removed:
                 handler.end("removed")

@@ -1,6 +1,7 @@
-"""One request of a client, from its body to the last byte of its response.
+"""Handle one request of a client, from its body to the last byte of its response.
 
-Send it → on a 401 or 403 ask the broker → send it again. Held while a user authorizes; relayed raw, both ways.
+The handler sends the request; on a 401 or 403 it asks the broker, and sends the request again. It holds the request
+while a user authorizes, and relays the response unchanged.
 """
 
 import asyncio
@@ -41,14 +42,14 @@ from mcp_auth_proxy.rpc.messages import RequestBody, needs_inspection
 logger = logging.getLogger(__name__)
 
 MAX_SENDS = 10
-"""How often one request is sent at most, whatever the other bounds say."""
+"""Maximum number of times that one request is sent, whatever the other bounds allow."""
 
 _END_TEXTS = {"draining": "the proxy is shutting down", "removed": "it is no longer configured"}
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyContext:
-    """What every request handler works with."""
+    """The objects and limits that all request handlers share."""
 
     broker: Broker
     upstream: UpstreamClient
@@ -62,7 +63,7 @@ class ProxyContext:
 
 
 class RequestHandler:
-    """The state of one active request. Make it in the task that runs it."""
+    """The state of one active request. Create it in the task that runs it."""
 
     __slots__ = (
         "__weakref__",
@@ -97,16 +98,16 @@ class RequestHandler:
         self.task = task
         self.ending: End | None = None
         self.listening = False
-        """Whether the request only waits for messages of the server: it need not be waited for at shutdown."""
+        """Whether the request only waits for messages of the server: at shutdown it is ended at once."""
         request.when_disconnected(lambda: self.end("disconnected"))
 
     @property
     def mcp_method(self) -> str | None:
-        """The MCP method, if the body had to be read."""
+        """The MCP method, if the body was parsed."""
         return self._body.method_if_parsed
 
     async def run(self) -> None:
-        """Forward the request and answer it; errors become answers by their kind."""
+        """Forward the request and answer it; the kind of an error decides how it is answered."""
         try:
             self._body = RequestBody(await self._request.body(self._context.body_limit))
             await self._forward()
@@ -116,7 +117,7 @@ class RequestHandler:
             if not self._responder.relaying:
                 await self._fail(error)
                 return
-            # The head is out. All that is left is to end without a final chunk, so that the client notices.
+            # The head was sent before. Without a final chunk the client notices that the response is incomplete.
             logger.warning(
                 "server %s: the response broke off: %s", self.route.server.name, error, extra=self._log_extra
             )
@@ -127,7 +128,7 @@ class RequestHandler:
     async def _forward(self) -> None:
         broker, account = self._context.broker, self.route.account
         if needs_inspection(self._body.content):
-            # The user's answer in a retry is for the proxy alone: reading it takes it out of what is forwarded.
+            # The user's answer in a retry is for the proxy alone: reading it removes it from the forwarded body.
             _ = self._body.consent_action
         if self._sent is not None:
             token = self._sent.token
@@ -180,7 +181,7 @@ class RequestHandler:
             self._context.broker.check_origin(self.route.server)
         request = self._request
         fields = request.fields
-        if self._responder.begun == "events":
+        if self._responder.started == "events":
             # The head of the response is out already, without a Content-Encoding.
             kept = [field for field in fields.headers if field[0] != b"accept-encoding"]
             fields = Fields([*kept, (b"accept-encoding", b"identity")])
@@ -198,19 +199,19 @@ class RequestHandler:
 
     async def _relay(self, response: Response) -> None:
         if not _is_event_stream(response):
-            # Events may be far apart; anything else has to come to its end.
+            # Events may be far apart; any other body must be complete in time.
             response.expire_after(self.route.server.upstream_timeout)
-            await self._relay_as_begun(response, is_events=False)
+            await self._relay_as_started(response, is_events=False)
             return
         open_streams = self.route.metrics.open_streams
         open_streams.inc()
         try:
-            await self._relay_as_begun(response, is_events=True)
+            await self._relay_as_started(response, is_events=True)
         finally:
             open_streams.dec()
 
-    async def _relay_as_begun(self, response: Response, *, is_events: bool) -> None:
-        if self._responder.begun == "events":
+    async def _relay_as_started(self, response: Response, *, is_events: bool) -> None:
+        if self._responder.started == "events":
             self.listening = response.status == 200 and is_events and self._listens()
             await self._responder.relay_as_events(response, is_events=is_events, body=self._body)
             return
@@ -232,7 +233,7 @@ class RequestHandler:
         return needs_inspection(self._body.content) and self._body.has_method("subscriptions/listen")
 
     def _remember_session(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Remember, for a session that begins, whether its client can show URLs to the user."""
+        """Remember, when a session begins, whether its client can show URLs to the user."""
         if not needs_inspection(self._body.content):
             return
         if any(message.method == "initialize" and message.url_elicitation for message in self._body.messages):
@@ -264,10 +265,10 @@ class RequestHandler:
     def _log_extra(self) -> dict[str, Any]:
         return trace.log_extra(self._responder.trace_id)
 
-    # Ends from outside
+    # Ending early
 
     def end(self, reason: End) -> None:
-        """Stop the request; what it holds upstream is closed at once."""
+        """Stop the request; its upstream connection is closed at once."""
         if self.ending is None:
             self.ending = reason
             self.task.cancel()
@@ -279,7 +280,7 @@ class RequestHandler:
             await self._responder.finish_early(self._body, text)
 
     def close(self) -> None:
-        """Let go of the upstream's response. Idempotent."""
+        """Release the upstream's response. Idempotent."""
         if self._response is not None:
             self._response.close()
 

@@ -1,7 +1,7 @@
-"""Which header fields pass between client and upstream.
+"""Decide which header fields are forwarded between client and upstream.
 
-Heads are built from scratch, from the fields that may pass, so nothing that belongs to one hop reaches another (RFC
-9110 §7.6.1).
+Heads are built from scratch, from the fields that may be forwarded, so nothing that belongs to one hop reaches another
+(RFC 9110 §7.6.1).
 """
 
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ from mcp_auth_proxy.net.http_head import Fields, Headers, check_lines, encode_fi
 _HOP_BY_HOP = frozenset(
     {b"connection", b"content-length", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 )
-"""Fields of one connection, and the framing, which the proxy writes itself. Also ``proxy-*``."""
+"""Fields of one connection, and those of the framing, which the proxy writes itself. Also ``proxy-*``."""
 
-_NOT_OUT = _HOP_BY_HOP | {
+_NOT_FORWARDED = _HOP_BY_HOP | {
     b"authorization",
     b"cookie",
     b"cookie2",
@@ -27,12 +27,12 @@ _NOT_OUT = _HOP_BY_HOP | {
 }
 """Fields that are meant for the proxy, or that a client cannot be trusted with. Also ``x-forwarded-*``."""
 
-_NOT_OUT_UNSEEN = _NOT_OUT - {b"connection"}
-"""Those that are dropped without a look at their value."""
+_DROPPED_UNCHECKED = _NOT_FORWARDED - {b"connection"}
+"""The fields that are dropped whatever their value is."""
 
-_NOT_OUT_PREFIXES = (b"proxy-", b"x-forwarded-")
+_NOT_FORWARDED_PREFIXES = (b"proxy-", b"x-forwarded-")
 
-_OUT_UNSEEN = frozenset(
+_FORWARDED_UNCHECKED = frozenset(
     {
         b"accept",
         b"accept-encoding",
@@ -51,7 +51,7 @@ _OUT_UNSEEN = frozenset(
 )
 """Usual fields: they pass after one look-up."""
 
-_NOT_BACK = (_HOP_BY_HOP - {b"content-length"}) | {
+_NOT_RETURNED = (_HOP_BY_HOP - {b"content-length"}) | {
     # For the OAuth client of this request, which is the proxy.
     b"dpop-nonce",
     b"set-cookie",
@@ -70,9 +70,11 @@ _NOT_BACK = (_HOP_BY_HOP - {b"content-length"}) | {
     b"strict-transport-security",
 }
 
-_NOT_BACK_PREFIX = b"proxy-"
+_NOT_RETURNED_PREFIX = b"proxy-"
 
-_BACK_UNSEEN = frozenset({b"content-length", b"content-encoding", b"date", b"mcp-session-id", b"server", b"vary"})
+_RETURNED_UNCHECKED = frozenset(
+    {b"content-length", b"content-encoding", b"date", b"mcp-session-id", b"server", b"vary"}
+)
 """Usual fields: they pass after one look-up."""
 
 _SIMPLE_CONNECTION = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
@@ -133,11 +135,11 @@ def request_headers(headers: Headers) -> Headers:
     listed: set[bytes] | None = None
     for field in headers:
         name = field[0]
-        if name in _OUT_UNSEEN:
+        if name in _FORWARDED_UNCHECKED:
             kept.append(field)
-        elif name not in _NOT_OUT_UNSEEN:
+        elif name not in _DROPPED_UNCHECKED:
             key = name.translate(_CANONICAL).strip(b"-")
-            if key not in _NOT_OUT and not key.startswith(_NOT_OUT_PREFIXES):
+            if key not in _NOT_FORWARDED and not key.startswith(_NOT_FORWARDED_PREFIXES):
                 kept.append(field)
             elif key == b"connection" and field[1] not in _SIMPLE_CONNECTION:
                 listed = _list_names(listed, field[1])
@@ -170,11 +172,11 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
     types = 0
     inert = False
     for field in raw:
-        if field[0] in _BACK_UNSEEN:
+        if field[0] in _RETURNED_UNCHECKED:
             kept.append(field)
             continue
         name, value = field[0].lower(), field[1]
-        if name in _NOT_BACK or name.startswith(_NOT_BACK_PREFIX):
+        if name in _NOT_RETURNED or name.startswith(_NOT_RETURNED_PREFIX):
             if name == b"connection" and value not in _SIMPLE_CONNECTION:
                 listed = _list_names(listed, value)
             continue

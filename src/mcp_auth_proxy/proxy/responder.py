@@ -1,4 +1,4 @@
-"""The response to one client request: what the upstream answered, or an answer of the proxy's own."""
+"""Send the response to one client request: the upstream's, or one of the proxy's own."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from mcp_auth_proxy.rpc import answers, events
 from mcp_auth_proxy.rpc.messages import Message, RequestBody
 
 FLUSH_TIMEOUT = 1.0
-"""Seconds that a client has, when its request is ended, to read what was sent to it before."""
+"""Seconds that a client has to read what was sent before, if its request is ended early."""
 
 _EVENTS_HEAD = [
     (b"content-type", events.CONTENT_TYPE),
@@ -24,37 +24,37 @@ _EVENTS_HEAD = [
 
 
 class Responder:
-    """Sends the response. Its head may go out early, as an event stream, to show that a held request is alive."""
+    """Send the response. Its head may be sent early, as an event stream, to show that a held request is alive."""
 
-    __slots__ = ("_body_limit", "_relays_events", "_request", "begun", "server", "streaming", "trace_id")
+    __slots__ = ("_body_limit", "_relays_events", "_request", "server", "started", "streaming", "trace_id")
 
     def __init__(self, request: ClientRequest, *, server: str, body_limit: int, trace_id: str = "") -> None:
         self._request = request
         self._body_limit = body_limit
         self.trace_id = trace_id
         self.server = server
-        self.begun: Literal["", "relay", "events"] = ""
-        """What has begun: nothing, a response of known form, or an event stream of the proxy's own."""
+        self.started: Literal["", "relay", "events"] = ""
+        """What has been started: nothing, an ordinary response, or an event stream of the proxy's own."""
         self._relays_events = False
-        """The event stream holds what the upstream sent."""
+        """The event stream has events of the upstream: the proxy must not add its own any more."""
         self.streaming = False
-        """The response has begun and has no length, so it can end early with a final chunk."""
+        """The response was started without a length, so it can end early with a final chunk."""
 
     @property
     def relaying(self) -> bool:
         """Whether the response holds what the upstream sent: nothing may be put into it any more."""
-        return self.begun == "relay" or self._relays_events
+        return self.started == "relay" or self._relays_events
 
     # What the upstream answered
 
     async def relay(self, response: Response, headers: Sequence[tuple[bytes, bytes]], body: RequestBody) -> None:
-        """Pass a response on as it comes, its bytes unchanged, and release the request's body.
+        """Relay a response as it arrives, its bytes unchanged, and release the request's body.
 
         Raises UpstreamProtocolError if the response breaks off.
         """
-        # Head and body go out in one piece if both are here; a body that is yet to come does not hold up the head.
+        # Head and body are sent together if both are here; a body that has not arrived does not delay the head.
         part = await response.read() if response.ready else b""
-        self.begun = "relay"
+        self.started = "relay"
         body.release()
         request = self._request
         await request.start(response.status, headers)
@@ -64,7 +64,7 @@ class Responder:
         await request.write(part, last=True)
 
     async def relay_as_events(self, response: Response, *, is_events: bool, body: RequestBody) -> None:
-        """Pass a response on in the event stream that has begun. Raises UpstreamProtocolError."""
+        """Relay a response in the event stream that was started. Raises UpstreamProtocolError."""
         if response.status == 200 and is_events:
             self._relays_events = True
             async for data in decoded(response):
@@ -75,7 +75,7 @@ class Responder:
         async for data in decoded(response):
             whole += data
             if len(whole) > self._body_limit:
-                raise UpstreamProtocolError("its answer is too long to be put in an event stream that has begun.")
+                raise UpstreamProtocolError("its answer is too long to be put in an event stream that was started.")
         document = bytes(whole)
         messages = RequestBody(document).messages
         if messages and messages[0].id is not None and response.status < 500:
@@ -89,12 +89,12 @@ class Responder:
     # Answers of the proxy's own
 
     async def answer(self, status: int, document: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """Answer with JSON, or with one event if an event stream has begun."""
-        if self.begun == "events":
+        """Answer with JSON, or with one event if an event stream was started."""
+        if self.started == "events":
             listens = self._request.method == b"GET"
             await self._write_events(b"" if listens else events.message_event(document), last=True)
             return
-        self.begun = "relay"
+        self.started = "relay"
         head = [*answers.JSON_HEADERS, *headers]
         self._request.respond(status, head, document)
 
@@ -117,13 +117,13 @@ class Responder:
         await self.answer(status, answers.answer_all(body, failure, lambda: failure(None)), headers)
 
     async def keep_alive(self, text: bytes) -> None:
-        """Send a comment in an event stream of the proxy's own, which begins with the first of them."""
+        """Send a comment in an event stream of the proxy's own; the first comment starts the stream."""
         await self._write_events(events.comment(text))
 
     async def finish_early(self, body: RequestBody, text: str) -> None:
-        """End the response: with an error as long as it is the proxy's own, else with a final chunk if it can have one.
+        """End the response: with an error while it is the proxy's own, else with a final chunk if possible.
 
-        The client then sees an end, and not a fault.
+        The client then sees a regular end, not a broken response.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_TIMEOUT):
@@ -133,8 +133,8 @@ class Responder:
                     await self._request.write(b"", last=True)
 
     async def _write_events(self, data: bytes, *, last: bool = False) -> None:
-        if not self.begun:
-            self.begun = "events"
+        if not self.started:
+            self.started = "events"
             self.streaming = True
             await self._request.start(200, _EVENTS_HEAD)
         await self._request.write(data, last=last)

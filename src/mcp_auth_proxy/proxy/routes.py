@@ -1,4 +1,4 @@
-"""From a raw request path to the upstream of a server: one dictionary look-up, however many servers there are."""
+"""Map a raw request path to a server and its upstream: one dictionary look-up, however many servers there are."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _RESERVED = frozenset(name.encode() for name in RESERVED)
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A server, whose grant its requests use, and where they go: from the configuration, never from a request."""
+    """A server: where its requests go, and whose grant they use. Nothing here is taken from a request."""
 
     server: ServerSettings
     origin: Origin

@@ -9,12 +9,13 @@ LONGEST_ID = 256
 
 
 class Sessions:
-    """Remembers which sessions declared URL elicitation when they were initialized. Bounded: the oldest is dropped."""
+    """The sessions that declared URL elicitation when they were initialized. Bounded: the oldest is dropped first."""
 
     def __init__(self) -> None:
         self._elicits: OrderedDict[tuple[str, bytes], None] = OrderedDict()
 
     def remember(self, server: str, session_id: bytes) -> None:
+        """Remember a session that declared URL elicitation."""
         if len(session_id) > LONGEST_ID:
             return
         self._elicits[server, session_id] = None
@@ -22,4 +23,5 @@ class Sessions:
             self._elicits.popitem(last=False)
 
     def elicits(self, server: str, session_id: bytes | None) -> bool:
+        """Return whether a session declared URL elicitation."""
         return session_id is not None and (server, session_id) in self._elicits

@@ -1,4 +1,4 @@
-"""Requests to the upstream of a route: head, token and proof, and the redirects that may be followed."""
+"""Send requests to the upstream of a route: head, token and proof, and the redirects that may be followed."""
 
 from urllib.parse import urljoin
 
@@ -24,13 +24,13 @@ _USUALLY_BODILESS = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 
 
 class UpstreamClient:
-    """Sends requests to the upstreams of routes. The handler, the fast path and the probe share it."""
+    """Send requests to the upstreams of routes. The handler, the fast path and the probe share it."""
 
     def __init__(self, http: HttpClient) -> None:
         self._http = http
 
     def idle_connection(self, route: Route) -> HttpConnection | None:
-        """Return a kept connection to the upstream on which a request can be sent at once."""
+        """Return an idle connection to the upstream on which a request can be sent at once, or None."""
         return self._http.idle_connection(route.origin)
 
     async def send(
@@ -45,8 +45,8 @@ class UpstreamClient:
     ) -> Response:
         """Return the response once its head is here, after redirects that keep method, body and origin.
 
-        ``received`` is the response to a request that was sent already (by the fast path): it takes the place of the
-        first one. Raises UpstreamError.
+        ``received`` is the response to a request that the fast path has already sent; it is used as the first
+        response. Raises UpstreamError.
         """
         target = route.target
         length = len(body) if body or method not in _USUALLY_BODILESS else None
@@ -84,7 +84,7 @@ def build_head(
 
 
 def note_nonce(token: AccessToken | None, response: Response) -> None:
-    """Remember the DPoP nonce that a response asks for (RFC 9449 §8.2)."""
+    """Remember the DPoP nonce of a response (RFC 9449 §8.2)."""
     if token is not None and token.signer is not None:
         token.signer.update_nonce(response.headers)
 
@@ -95,7 +95,7 @@ def is_redirect(status: int) -> bool:
 
 
 def failure_kind(error: UpstreamError) -> str:
-    """Return the kind of a failure, as metrics have it."""
+    """Return the kind of a failure, as used in metrics."""
     match error:
         case UpstreamUnreachable():
             return "unreachable"

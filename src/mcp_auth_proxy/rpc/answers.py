@@ -1,7 +1,7 @@
-"""Answers of the proxy's own, in the protocol of the client that asked.
+"""Build the proxy's own answers, in the protocol version of the client.
 
-A client is never sent the upstream's 401: it would start an OAuth flow of its own. What it is sent instead depends on
-what it can understand; docs/architecture.md has the table.
+A client never sees the upstream's 401: it would start an OAuth flow of its own. What it gets instead depends on what it
+supports; docs/architecture.md has the table.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ UPSTREAM_FAILED = -32002
 """The proxy's own code: the upstream server, or its authorization server, cannot be used now."""
 
 JSON_HEADERS = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
-"""Of every JSON answer of the proxy's own."""
+"""The headers of every JSON answer of the proxy's own."""
 
 LINK_KEY = "io.mcp-auth-proxy/authorization_url"
 
@@ -54,7 +54,10 @@ def authorization_needed(
 
 
 def _input_required(text: str, link: str) -> Json:
-    """MCP 2026-07-28: the client shows the URL and retries. No ``requestState``: servers refuse a foreign one."""
+    """Return the result that makes a client of MCP 2026-07-28 show the URL and retry.
+
+    It has no ``requestState``: the retry goes to the server, which would refuse a foreign one.
+    """
     return {
         "resultType": "input_required",
         "inputRequests": {

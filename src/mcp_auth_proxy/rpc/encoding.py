@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it, without Python's extensions."""
+"""JSON as RFC 8259 defines it, without Python's extensions."""
 
 import json
 from typing import Any

@@ -1,6 +1,6 @@
-"""What a request body says, as far as the proxy acts on it (JSON-RPC 2.0, MCP).
+"""Parse a request body, as far as the proxy acts on it (JSON-RPC 2.0, MCP).
 
-Decisions rest on the body, never on headers that mirror it.
+Decisions are based on the body, never on headers that mirror it.
 """
 
 import math
@@ -64,7 +64,7 @@ class RequestBody:
 
     def __init__(self, content: bytes) -> None:
         self.content = content
-        """The bytes to send to the upstream: see ``consent_action``."""
+        """The bytes to send to the upstream; ``consent_action`` may change them."""
         self._parsed = False
         self._messages: tuple[Message, ...] = ()
         self._is_batch = False
@@ -79,7 +79,7 @@ class RequestBody:
 
     @property
     def requests(self) -> list[Message]:
-        """The messages that want an answer."""
+        """The messages that expect an answer."""
         return [message for message in self.messages if message.is_request]
 
     @property
@@ -96,9 +96,9 @@ class RequestBody:
 
     @property
     def consent_action(self) -> str:
-        """The user's action in a retry of what was answered with ``input_required``; empty if this is not one.
+        """The user's action in a retry after ``input_required``; empty if this is not such a retry.
 
-        The proxy's own entry is then gone from ``content``, because the upstream did not ask for it.
+        The proxy's own entry is removed from ``content``, because the upstream did not ask for it.
         """
         self._parse()
         return self._action

@@ -1,4 +1,4 @@
-"""Seals secrets with AES-256-GCM, each bound to its place in the store (table, row, column).
+"""Seal secrets with AES-256-GCM, each bound to its place in the store (table, row, column).
 
 A sealed value is ``version (1) | key id (4) | nonce (12) | ciphertext and tag``, in bytes. The associated data covers
 version, key id and place, so a value that was moved, or whose key id was changed, cannot be decrypted.
@@ -68,17 +68,17 @@ def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
     return Key.of(secret)
 
 
-def key_faults(settings: StoreSettings) -> list[ConfigError]:
-    """Return what is wrong with the keys of a store. A default key file that is still to be made is no fault."""
-    faults = []
+def key_errors(settings: StoreSettings) -> list[ConfigError]:
+    """Return the errors in the keys of a store. A default key file may be missing: it is created at the first start."""
+    errors = []
     for source in settings.keys:
         if settings.default_key and not Path(source.name).exists():
             continue
         try:
             load_key(source)
         except StoreRejected as error:
-            faults.append(ConfigError("store.keys", str(error)))
-    return faults
+            errors.append(ConfigError("store.keys", str(error)))
+    return errors
 
 
 def generate_key_file(path: Path) -> bool:
@@ -89,7 +89,7 @@ def generate_key_file(path: Path) -> bool:
 
 
 class Cipher:
-    """Seals with the first key, opens with any of them."""
+    """Seal with the first key, open with any of them."""
 
     def __init__(self, keys: Sequence[Key]) -> None:
         self._first = keys[0].id

@@ -1,4 +1,4 @@
-"""Turns the frozen values of ``models`` into rows and back, sealing and opening their secrets."""
+"""Turn the frozen values of ``models`` into rows and back, sealing and opening their secrets."""
 
 import json
 import secrets
@@ -35,7 +35,7 @@ def new_uid() -> str:
 
 
 class RowCipher:
-    """Seals and opens the columns of one row."""
+    """Seal and open the columns of one row."""
 
     def __init__(self, cipher: Cipher, table: str, uid: str) -> None:
         self._cipher = cipher

@@ -1,4 +1,4 @@
-"""What grants, flows, registrations and the broker need of a database.
+"""The database interface that grants, flows, registrations and the broker use.
 
 SQL is written once for every engine: parameters are named (``:name``), rows are read by column name, and only what
 SQLite and PostgreSQL share is used (``RETURNING``, ``ON CONFLICT … DO UPDATE``).
@@ -42,7 +42,7 @@ class Transaction:
 class Engine(Protocol):
     """A database of this process, opened by ``store.open_store``.
 
-    Every method raises StoreUnavailable if the database cannot do now what it should.
+    Every method raises StoreUnavailable if the database can't be used now.
     """
 
     @property
@@ -65,10 +65,10 @@ class Engine(Protocol):
         """Return whether another process has written since the last call."""
 
     async def check_writable(self) -> None:
-        """Return if the database can be written now. After a failed write, only a write that succeeds proves it."""
+        """Check that the database can be written now. After a failed write this includes a write. See the class."""
 
     def report_broken(self, table: str, uid: str, problem: Exception) -> None:
         """Log, once for each row, that it is skipped because it cannot be decrypted or decoded."""
 
     async def close(self) -> None:
-        """Close the database after the transaction that may be running. May be called again."""
+        """Close the database once a running transaction has ended. May be called again."""

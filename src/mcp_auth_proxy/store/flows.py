@@ -1,4 +1,4 @@
-"""Flows, the authorizations that wait for a user, and attempts, the visits of browsers to their links."""
+"""Flows (authorizations that wait for a user) and attempts (a browser that has opened the link of one)."""
 
 from mcp_auth_proxy.models import Account, Attempt, Flow, FlowStatus
 from mcp_auth_proxy.store import lease
@@ -133,7 +133,7 @@ class Flows:
             return bool(await transaction.execute(_CLAIM_POLL, values))
 
     async def add_attempt(self, attempt: Attempt) -> bool:
-        """Store the visit of a browser, and delete all but the newest KEPT_ATTEMPTS of its flow.
+        """Store an attempt, and delete all but the newest KEPT_ATTEMPTS of its flow.
 
         Return False if the flow is gone or no longer pending.
         """

@@ -19,7 +19,7 @@ from mcp_auth_proxy.store.codec import (
 )
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
 
-SUPERSEDED = "A newer authorization took its place."
+SUPERSEDED = "A newer authorization has replaced it."
 
 _TABLE = "grants"
 _ADD = """

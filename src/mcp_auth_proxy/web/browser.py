@@ -1,4 +1,4 @@
-"""Opens a link of the proxy in the user's browser, if there is a desktop."""
+"""Open a link of the proxy in the user's browser, if there is a desktop."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def should_open(choice: Literal["auto", "always", "never"], *, loopback: bool, environ: Mapping[str, str]) -> bool:
-    """Whether to open a browser: ``auto`` does if the proxy is local and a browser can be displayed."""
+    """Return whether to open a browser: ``auto`` opens one if the proxy is local and a browser can be displayed."""
     if choice != "auto":
         return choice == "always"
     if not loopback or "SSH_CONNECTION" in environ:

@@ -33,7 +33,7 @@ async def callback(request: Request, broker: Broker) -> Response:
         return message("The authorization could not be stored", str(error), status=503, hint=RETRY_HINT)
     response = message(
         f"{flow.key.account.server} is connected",
-        "Your MCP client continues by itself. You can close this tab.",
+        "Your MCP client continues automatically. You can close this tab.",
         status=200,
         hint=f"Authorized by {flow.key.issuer}.",
     )

@@ -28,18 +28,18 @@ async def connect(request: Request, broker: Broker, *, public_url: str) -> Respo
         query = urlencode([*request.query_params.multi_items(), (REDIRECTED, "1")])
         return _redirect(f"{public_url}/connect/{quote(server)}?{query}", "Continue")
     try:
-        visit = await broker.open_link(server, request.query_params.get("flow", ""))
+        opened = await broker.open_link(server, request.query_params.get("flow", ""))
     except CallbackRefused as refused:
         return message("This link can't be used", str(refused), status=refused.status)
     except AuthorizationError as error:
         return message("The authorization can't start", str(error), status=502)
-    if isinstance(visit, DevicePrompt):
-        return _device_page(visit)
-    response = _redirect(visit.authorization_url, "Continue to the authorization server")
+    if isinstance(opened, DevicePrompt):
+        return _device_page(opened)
+    response = _redirect(opened.authorization_url, "Continue to the authorization server")
     response.set_cookie(
-        visit.cookie_name,
-        visit.cookie_value,
-        max_age=visit.max_age,
+        opened.cookie_name,
+        opened.cookie_value,
+        max_age=opened.max_age,
         path="/oauth/callback",
         secure=public_url.startswith("https://"),
         httponly=True,
@@ -49,7 +49,7 @@ async def connect(request: Request, broker: Broker, *, public_url: str) -> Respo
 
 
 def _is_other_loopback_name(request: Request, public_url: str) -> bool:
-    """Whether the link was opened under another loopback name than the host of ``public_url``.
+    """Return whether the link was opened under another loopback name than the host of ``public_url``.
 
     The callback would then not get the cookie: to a browser, ``localhost`` and ``127.0.0.1`` are two hosts. Other
     names are not redirected: only loopback names are sure to be this machine.
@@ -73,9 +73,9 @@ def _redirect(url: str, text: str) -> Response:
     )
 
 
-def _device_page(visit: DevicePrompt) -> Response:
+def _device_page(opened: DevicePrompt) -> Response:
     """Return the page with the code and where to enter it (RFC 8628 §3.3). It changes once the user is done."""
-    if visit.device is None:
-        text = "Your MCP client continues by itself. You can close this tab."
-        return message(f"{visit.server} is connected", text, status=200)
-    return page("device.html", server=visit.server, device=visit.device, refresh=REFRESH)
+    if opened.device is None:
+        text = "Your MCP client continues automatically. You can close this tab."
+        return message(f"{opened.server} is connected", text, status=200)
+    return page("device.html", server=opened.server, device=opened.device, refresh=REFRESH)

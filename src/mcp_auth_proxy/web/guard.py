@@ -1,4 +1,4 @@
-"""Checks Host and Origin of every request, so that no web page can reach the proxy through a browser."""
+"""Check Host and Origin of every request, so that no web page can reach the proxy through a browser."""
 
 from mcp_auth_proxy.config.settings import Address, InboundSettings
 from mcp_auth_proxy.net import urls
@@ -10,7 +10,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Guard:
-    """Checks requests against the names of the proxy. Accepted values are cached, since there are few."""
+    """Check requests against the names of the proxy. Accepted values are cached, since there are few."""
 
     def __init__(self, *, listen: Address, public_url: str, inbound: InboundSettings) -> None:
         self._loopback = urls.is_loopback(listen.host)
@@ -55,11 +55,11 @@ class Guard:
         return None
 
     def knows(self, host: bytes) -> bool:
-        """Whether this Host was accepted before. Then a request without Origin and Fetch Metadata can be served."""
+        """Return whether this Host was accepted before: a request without Origin and Fetch Metadata can be served."""
         return host in self._good_hosts
 
     def _is_own(self, headers: Headers, host: bytes) -> bool:
-        """Whether a write comes from one of our own pages, or not from a web page (Origin, Fetch Metadata)."""
+        """Return whether a write comes from one of our own pages, or not from a web page (Origin, Fetch Metadata)."""
         for name, value in headers:
             if name == b"origin" and value not in (b"http://" + host, b"https://" + host):
                 # Behind another proxy, Host may be an internal name.

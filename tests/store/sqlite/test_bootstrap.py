@@ -96,7 +96,7 @@ async def test_all_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE(settings.path.parent.parent.stat().st_mode) == 0o700
 
 
-async def test_a_store_that_others_may_read_is_closed_to_them(tmp_path: Path) -> None:  # T46
+async def test_a_store_that_others_may_read_is_made_private(tmp_path: Path) -> None:  # T46
     settings = store_settings(tmp_path)
     await make(settings)
     settings.path.chmod(0o664)
@@ -121,7 +121,7 @@ async def test_a_wrong_key_is_rejected_and_nothing_written(tmp_path: Path) -> No
     assert "key" in await rejected(settings)
 
 
-async def test_a_wrong_key_is_rejected_beside_the_log_of_a_crash(tmp_path: Path) -> None:  # T48
+async def test_a_wrong_key_is_rejected_even_with_the_log_of_a_crash(tmp_path: Path) -> None:  # T48
     settings = store_settings(tmp_path)
     crash(tmp_path)
     assert (tmp_path / "store.db-wal").stat().st_size > 0

@@ -24,7 +24,7 @@ async def count(engine: Engine) -> int:
     return int(row["number"])
 
 
-async def test_pragmas_are_those_of_the_design(engine: Engine) -> None:
+async def test_the_pragmas_make_commits_durable(engine: Engine) -> None:
     expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
     for name, value in expected.items():
         row = await engine.fetch_one(f"PRAGMA {name}")
@@ -115,7 +115,7 @@ async def test_close_waits_for_the_running_transaction(tmp_path: Path) -> None:
     await again.close()
 
 
-async def test_changed_tells_of_writes_by_others_once(engine: Engine, tmp_path: Path) -> None:
+async def test_changed_reports_writes_by_others_once(engine: Engine, tmp_path: Path) -> None:
     assert not await engine.changed()
     await Grants(engine).add(grant())
     assert not await engine.changed()
@@ -193,6 +193,6 @@ async def test_a_store_that_was_removed_accepts_no_writes(engine: Engine, tmp_pa
         await engine.check_writable()
 
 
-async def test_faults_of_our_own_sql_are_not_hidden(engine: Engine) -> None:
+async def test_errors_in_our_own_sql_are_not_hidden(engine: Engine) -> None:
     with pytest.raises(sqlite3.OperationalError):
         await engine.fetch_all("SELECT nothing FROM nowhere")

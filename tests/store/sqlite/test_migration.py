@@ -25,7 +25,7 @@ from store.builders import NOW, grant, registration, sha256, store_settings
 
 CALLBACK = registration().redirect_uri
 SMALL_FILES = 40_000
-"""Bytes: more than SQLite needs beside a store (-shm has 32 KiB), less than a copy of the smallest store."""
+"""Bytes: more than the other files of SQLite need (-shm has 32 KiB), less than a copy of the smallest store."""
 OPENING = """
 import asyncio, pathlib, resource, sys
 from mcp_auth_proxy.errors import StoreUnavailable
@@ -86,7 +86,7 @@ async def test_a_store_of_each_schema_keeps_its_content(tmp_path: Path, schema: 
 
 
 @pytest.mark.parametrize("schema", samples.ALL)
-async def test_a_store_of_each_schema_can_be_used_on(tmp_path: Path, schema: int) -> None:
+async def test_a_store_of_each_schema_can_still_be_used(tmp_path: Path, schema: int) -> None:
     engine = await open_store(samples.copy(schema, tmp_path))
     grants, flows, held = Grants(engine), Flows(engine), samples.contents(schema)
     first = held.grants[0]
@@ -111,7 +111,7 @@ async def test_the_id_of_a_deleted_grant_is_not_used_again_after_a_migration(tmp
 
 
 @pytest.mark.parametrize("schema", samples.OLDER)
-async def test_a_store_in_which_every_grant_was_deleted_goes_on_counting(tmp_path: Path, schema: int) -> None:
+async def test_a_store_in_which_every_grant_was_deleted_keeps_counting(tmp_path: Path, schema: int) -> None:
     settings = samples.copy(schema, tmp_path)
     with closing(sqlite3.connect(settings.path)) as connection, connection:
         connection.execute("DELETE FROM grants")
@@ -194,7 +194,7 @@ async def test_a_migration_that_fails_changes_nothing_and_is_copied_once(tmp_pat
     await engine.close()
 
 
-async def test_a_disk_without_room_for_the_copy_leaves_everything_as_it_was(tmp_path: Path) -> None:
+async def test_without_disk_space_for_the_copy_nothing_changes(tmp_path: Path) -> None:
     settings = samples.copy(4, tmp_path)
     settings.path.chmod(0o600)
     before = digests(tmp_path)
@@ -206,8 +206,8 @@ async def test_a_disk_without_room_for_the_copy_leaves_everything_as_it_was(tmp_
     assert backups(tmp_path) == ["store.db.schema-4.bak"]
 
 
-async def test_a_folder_that_takes_no_copy_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    # The longest name that a file may have leaves no room for that of a copy.
+async def test_if_the_folder_is_not_writable_nothing_changes(tmp_path: Path) -> None:
+    # With the longest name that a file may have, the name of a copy is too long.
     settings = replace(samples.copy(4, tmp_path), path=tmp_path / ("s" * 240))
     (tmp_path / "store.db").rename(settings.path)
     before = digests(tmp_path)
@@ -227,7 +227,7 @@ async def test_a_store_that_is_opened_by_several_at_once_is_copied_and_migrated_
 
 
 @pytest.mark.parametrize(
-    ("beside", "named"),
+    ("copies", "named"),
     [
         ((), None),
         (("store.db.schema-3.bak", "store.db.schema-4.bak"), "store.db.schema-4.bak"),
@@ -236,12 +236,12 @@ async def test_a_store_that_is_opened_by_several_at_once_is_copied_and_migrated_
     ],
 )
 async def test_a_newer_store_is_rejected_and_the_copy_to_go_back_to_is_named(
-    tmp_path: Path, beside: tuple[str, ...], named: str | None
+    tmp_path: Path, copies: tuple[str, ...], named: str | None
 ) -> None:
     settings = samples.copy(samples.NEWEST, tmp_path)
     with closing(sqlite3.connect(settings.path)) as connection:
         connection.execute(f"PRAGMA user_version = {samples.NEWEST + 1}")
-    for name in beside:
+    for name in copies:
         (tmp_path / name).touch()
     before = digests(tmp_path)
     with pytest.raises(StoreRejected, match="newer version") as caught:
@@ -254,7 +254,7 @@ async def test_a_newer_store_is_rejected_and_the_copy_to_go_back_to_is_named(
 
 
 @pytest.mark.parametrize("schema", samples.OLDER)
-async def test_reading_alone_does_not_migrate(tmp_path: Path, schema: int) -> None:
+async def test_opening_read_only_does_not_migrate(tmp_path: Path, schema: int) -> None:
     settings = samples.copy(schema, tmp_path)
     before = digests(tmp_path)
     with pytest.raises(StoreUnavailable, match=f"has schema {schema}"):
@@ -262,7 +262,7 @@ async def test_reading_alone_does_not_migrate(tmp_path: Path, schema: int) -> No
     assert digests(tmp_path) == before
 
 
-async def test_reading_alone_leaves_no_trace(tmp_path: Path) -> None:
+async def test_opening_read_only_leaves_no_trace(tmp_path: Path) -> None:
     settings = samples.copy(samples.NEWEST, tmp_path)
     before, listed = digests(tmp_path), sorted(os.listdir(tmp_path))
     engine = await open_store_read_only(settings)

@@ -1,4 +1,4 @@
-"""Parses requests to the demo's authorization server."""
+"""Parse requests to the demo's authorization server."""
 
 import base64
 import binascii

@@ -92,7 +92,7 @@ class Issued:
 
 @dataclass(slots=True, kw_only=True)
 class Rules:
-    """What the server does where the specifications leave a choice. May be changed while it runs."""
+    """What the server does if the specifications leave a choice. May be changed while it runs."""
 
     token_seconds: float = 60.0
     scopes: tuple[str, ...] | None = ("notes:read", "notes:write", "offline_access")

@@ -1,4 +1,4 @@
-"""Runs an ASGI application on 127.0.0.1 in the current event loop, for the demo and the tests."""
+"""Run an ASGI application on 127.0.0.1 in the current event loop, for the demo and the tests."""
 
 import asyncio
 import socket

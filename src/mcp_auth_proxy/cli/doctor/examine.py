@@ -1,4 +1,4 @@
-"""Examines one server with the proxy's own steps, in order. None of them registers, starts or stores anything."""
+"""Examine one server with the proxy's own steps, in order. None of them registers, starts or stores anything."""
 
 import time
 from collections.abc import AsyncIterator
@@ -110,7 +110,7 @@ class _DiscoveryContext:
         return findings.default_endpoint(plan, url, response, probed.schemes)
 
     async def has_resource_metadata(self, server: ServerSettings) -> bool:
-        """Whether a server that answers without a token still has resource metadata: it may protect other methods."""
+        """Return whether a server that answers without a token has resource metadata: it may protect other methods."""
         discoverer = Discoverer(fetcher=self.fetcher, allow_private=self.allow_private)
         try:
             return await discoverer.resource_metadata(server, None) is not None
@@ -161,7 +161,7 @@ async def _examine_authorization(
         tried = proposal.settings()
         run = await context.run(tried, probed.challenge)
     if provider is not None:
-        steps.append(Step(step="provider", verdict=Verdict.NOTE, says=f"{provider.name}. {provider.advice}"))
+        steps.append(Step(step="provider", verdict=Verdict.NOTE, says=f"{provider.name}. {provider.notes}"))
         proposal.apply_provider(provider, scopes_known=run.plan is not None and bool(run.plan.scopes))
         if run.plan is not None:
             run = await context.run(proposal.settings(), probed.challenge)
@@ -215,7 +215,7 @@ def _report(server: ServerSettings, probed: ProbeResult, proposal: Proposal, ste
 def _summary(server: ServerSettings, probed: ProbeResult, refused: list[Step], plan: Plan | None) -> str:
     if refused or plan is None:
         return f"The proxy can't authorize {server.name}: {' '.join(step.says for step in refused)}"
-    who = "by itself" if server.oauth.grant.unattended else "once a user consents"
+    who = "without a user" if server.oauth.grant.unattended else "once a user consents"
     how = f"The proxy can authorize {server.name} {who}, at {plan.key.issuer}, with {findings.registered_by(plan)}."
     if not probed.demanded:
         how = f"{server.name} answered all requests without a token. For what it does protect: {how}"

@@ -1,11 +1,11 @@
-"""Describes the results of discovery: each document that was requested, and each decision that follows."""
+"""Describe the results of discovery: each document that was requested, and each decision that follows."""
 
 from collections.abc import Iterator
 
 from mcp_auth_proxy.broker.discovery import MetadataLookup
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.cli.doctor.proposal import PLACEHOLDER
-from mcp_auth_proxy.cli.doctor.report import Reply, Request, Step, Verdict, shown
+from mcp_auth_proxy.cli.doctor.report import Request, ResponseExcerpt, Step, Verdict, shown
 from mcp_auth_proxy.config.settings import OAuthSettings
 from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, DocumentRefused
 from mcp_auth_proxy.models import ClientAuth, GrantType, RegistrationKind
@@ -53,7 +53,9 @@ def lookup_steps(
             says=_describe_lookup(lookup),
             clause=_lookup_clause(lookup),
             request=Request(method="GET", url=shown(lookup.url)) if lookup.url else None,
-            reply=Reply(status=lookup.response.status, text=shown(lookup.response.body)) if lookup.response else None,
+            reply=ResponseExcerpt(status=lookup.response.status, text=shown(lookup.response.body))
+            if lookup.response
+            else None,
         )
 
 
@@ -86,7 +88,7 @@ def default_endpoint(plan: Plan, url: str, response: Response, schemes: tuple[st
         says=f"{says} If the server needs an API key, this proxy can't help.",
         clause="MCP 2025-03-26",
         request=Request(method="OPTIONS", url=url),
-        reply=Reply(status=response.status, text=shown(response.body)),
+        reply=ResponseExcerpt(status=response.status, text=shown(response.body)),
     )
 
 

@@ -1,9 +1,9 @@
-"""Finds out whether a server asks for a token, and for which requests."""
+"""Find out whether a server asks for a token, and for which requests."""
 
 import json
 from dataclasses import dataclass
 
-from mcp_auth_proxy.cli.doctor.report import Reply, Request, Step, Verdict, shown
+from mcp_auth_proxy.cli.doctor.report import Request, ResponseExcerpt, Step, Verdict, shown
 from mcp_auth_proxy.errors import UpstreamError
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
@@ -71,7 +71,7 @@ def _demands(answer: ProbeResponse) -> bool:
 
 
 def _is_result(answer: ProbeResponse) -> bool:
-    """Whether the request was served. An error with HTTP 200 does not count; an event stream does."""
+    """Return whether the request was served. An error with HTTP 200 does not count; an event stream does."""
     if not 200 <= answer.status < 300:
         return False
     try:
@@ -90,7 +90,7 @@ def _step(answer: ProbeResponse, route: Route) -> Step:
         says=says,
         clause=clause,
         request=Request(method="POST", url=shown(route.server.url), rpc=answer.method),
-        reply=Reply(status=answer.status, text=fields or shown(answer.body)),
+        reply=ResponseExcerpt(status=answer.status, text=fields or shown(answer.body)),
     )
 
 

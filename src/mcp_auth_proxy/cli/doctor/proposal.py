@@ -145,7 +145,7 @@ class Proposal:
             self.changes.append(Change(key=self._path("oauth.client_auth"), value=method, why=why, applied=False))
 
     def _is_set(self, key: str) -> bool:
-        """Whether the operator has already set a key that is only suggested for a provider."""
+        """Return whether the operator has already set a key that is only suggested for a provider."""
         oauth = self._server.get("oauth")
         name = key.removeprefix("oauth.")
         return key not in _OPERATOR_DECIDES and isinstance(oauth, Mapping) and name in oauth

@@ -20,7 +20,7 @@ class Provider:
     """
 
     name: str
-    advice: str
+    notes: str
     hosts: tuple[str, ...] = ()
     """Patterns of ``fnmatch``."""
     oauth: Mapping[str, object] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Provider:
 
 _KEYCLOAK = Provider(
     name="Keycloak",
-    advice="Its issuer is the realm's URL, so a renamed or moved realm is another issuer. The realm's client "
+    notes="Its issuer is the realm's URL, so a renamed or moved realm is another issuer. The realm's client "
     "registration policies (trusted hosts) limit dynamic registration; if it is refused, register a client by hand. "
     "The audience of its tokens comes from a mapper in a client scope, not from the resource parameter.",
 )
@@ -44,7 +44,7 @@ PROVIDERS = (
             "login.partner.microsoftonline.cn",
             "sts.windows.net",
         ),
-        advice="It refuses the resource parameter together with its v2.0 scopes, has no dynamic registration, and "
+        notes="It refuses the resource parameter together with its v2.0 scopes, has no dynamic registration, and "
         "supports PKCE without advertising it. The issuer needs the tenant's id: the issuer of /common and "
         "/organizations is a template, so set the tenant's metadata by hand instead. If only administrators may "
         "consent, prompt=consent fails. An http redirect URI must be on localhost, unless it is added to the "
@@ -55,7 +55,7 @@ PROVIDERS = (
     Provider(
         name="Google",
         hosts=("accounts.google.com",),
-        advice="It issues a refresh token only with access_type=offline, and at a second consent only with "
+        notes="It issues a refresh token only with access_type=offline, and at a second consent only with "
         "prompt=consent. It has no dynamic registration, and its web and desktop clients need their secret. The "
         "refresh tokens of an application in testing expire after 7 days.",
         oauth={"authorization_params": {"access_type": "offline", "prompt": "consent"}},
@@ -64,7 +64,7 @@ PROVIDERS = (
     Provider(
         name="GitHub",
         hosts=("github.com",),
-        advice="It has no dynamic registration: create an OAuth app or a GitHub App. The tokens of OAuth apps never "
+        notes="It has no dynamic registration: create an OAuth app or a GitHub App. The tokens of OAuth apps never "
         "expire, those of GitHub Apps do.",
         suggests={"scopes": ["SCOPE"]},
         metadata={
@@ -76,7 +76,7 @@ PROVIDERS = (
     Provider(
         name="Okta",
         hosts=("*.okta.com", "*.oktapreview.com", "*.okta-emea.com"),
-        advice="Tokens for an API come from a custom authorization server (an issuer like …/oauth2/default); those of "
+        notes="Tokens for an API come from a custom authorization server (an issuer like …/oauth2/default); those of "
         "the organization's own issuer are valid for Okta only. Their audience is set at the authorization server. Its "
         "registration endpoint needs an API token, so create an application by hand. If it answers invalid_client to "
         "a correct private_key_jwt, set client_assertion_audience: endpoint.",
@@ -85,7 +85,7 @@ PROVIDERS = (
     Provider(
         name="Auth0",
         hosts=("*.auth0.com",),
-        advice="Its issuer ends with a slash, which is significant. Without the audience parameter, many tenants issue "
+        notes="Its issuer ends with a slash, which is significant. Without the audience parameter, many tenants issue "
         "opaque tokens that no API accepts; newer tenants use the resource parameter for it.",
         suggests={
             "authorization_params": {"audience": "THE-API-IDENTIFIER"},
@@ -95,7 +95,7 @@ PROVIDERS = (
     Provider(
         name="Amazon Cognito",
         hosts=("cognito-idp.*.amazonaws.com", "*.amazoncognito.com"),
-        advice="It supports PKCE without advertising it, and has no dynamic registration. It refuses the resource "
+        notes="It supports PKCE without advertising it, and has no dynamic registration. It refuses the resource "
         "parameter if the pool has no resource binding, and has no offline_access. Each scope must be enabled for the "
         "app client.",
         suggests={"resource": "omit", "scopes": ["openid", "RESOURCE-SERVER/SCOPE"]},
@@ -103,7 +103,7 @@ PROVIDERS = (
     Provider(
         name="Slack",
         hosts=("slack.com", "mcp.slack.com"),
-        advice="It reports errors with HTTP 200, which the proxy understands. It has no dynamic registration: create "
+        notes="It reports errors with HTTP 200, which the proxy understands. It has no dynamic registration: create "
         "an app with user scopes; its secret is needed. If the tokens have no scopes, set them as user_scope in "
         "authorization_params too. It issues refresh tokens only with token rotation.",
         suggests={"scopes": ["SCOPE"]},

@@ -45,7 +45,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class ResponseExcerpt:
     """The response. ``text`` is the challenge or the beginning of the body."""
 
     status: int
@@ -61,7 +61,7 @@ class Step:
     says: str
     clause: str = ""
     request: Request | None = None
-    reply: Reply | None = None
+    reply: ResponseExcerpt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,5 +182,5 @@ def _step(step: Step) -> dict[str, object]:
     }
 
 
-def _members(value: Request | Reply | Preview | Change | None) -> dict[str, object] | None:
+def _members(value: Request | ResponseExcerpt | Preview | Change | None) -> dict[str, object] | None:
     return None if value is None else {name: getattr(value, name) for name in value.__slots__}

@@ -41,7 +41,7 @@ def make_backup(path: Path, schema: int) -> Path:
 
 
 def find_backup(path: Path, newest_schema: int) -> Path | None:
-    """Return the copy beside a store that has the newest schema up to ``newest_schema``; None if there is none."""
+    """Return the copy of a store that has the newest schema up to ``newest_schema``; None if there is none."""
     for schema in range(newest_schema, 0, -1):
         found = list(itertools.takewhile(Path.is_file, _backup_paths(path, schema)))
         if found:

@@ -1,4 +1,4 @@
-"""What happens to the store before it is used: keys, inspection, creation and migration. Synchronous."""
+"""Prepare the store before it is used: load keys, inspect, create or migrate the file. Synchronous."""
 
 import logging
 import os
@@ -50,7 +50,7 @@ def obtain_keys(
 
 
 def prepare(path: Path, cipher: Cipher) -> None:
-    """Create the store, or check that it is ours, opens with our keys and has the present schema; migrate it if not.
+    """Create the store, or check that it is ours and opens with our keys; migrate it if its schema is older.
 
     Nothing is written to a store that is rejected, not even a log file. Raises StoreRejected, StoreUnavailable.
     """

@@ -1,4 +1,4 @@
-"""Owns the one connection of the process to the store: transactions, reads, and their errors."""
+"""The one connection of the process to the store: transactions, reads, and their errors."""
 
 import asyncio
 import logging
@@ -84,7 +84,7 @@ class SqliteEngine:
         return cls(await _connect(settings.path, uri), settings.path, cipher)
 
     async def close(self) -> None:
-        """Close the connection and end its thread, after the transaction that may be running. May be called again."""
+        """Close the connection and end its thread, once a running transaction has ended. May be called again."""
         await _uninterrupted(self._close())
 
     @asynccontextmanager
@@ -122,7 +122,7 @@ class SqliteEngine:
         return self._data_version != before
 
     async def check_writable(self) -> None:
-        """Return if the store can be written now. After a failed write, only a write that succeeds proves it."""
+        """Check that the store can be written now. After a failed write this includes a write."""
         if self._last_write_failed:
             async with self.transaction() as transaction:
                 await transaction.execute(_PROBE, {"value": os.urandom(8)})

@@ -1,4 +1,4 @@
-"""Turns SQLite errors that the environment causes into errors that say what to do."""
+"""Turn SQLite errors that the environment causes into errors that say what to do."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def is_damage(error: sqlite3.Error) -> bool:
 
 
 def unavailable(path: Path, error: sqlite3.Error) -> StoreUnavailable | None:
-    """Return what to raise for an error that the environment caused; None for a fault of our own."""
+    """Return what to raise for an error that the environment caused; None if the cause is a bug."""
     message = _MESSAGES.get(_primary(error))
     return StoreUnavailable(message.format(path=path, name=error.sqlite_errorname)) if message else None
 

@@ -1,11 +1,11 @@
-"""The files of a store, and how SQLite is told to open it."""
+"""The files of a store, and the URIs that SQLite opens it by."""
 
 from pathlib import Path
 from typing import Literal
 
 
 def wal_files(path: Path) -> tuple[Path, Path]:
-    """Return the two files that SQLite keeps beside a store in use: the write-ahead log and its index."""
+    """Return the two files that SQLite keeps next to a store in use: the write-ahead log and its index."""
     return path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")
 
 

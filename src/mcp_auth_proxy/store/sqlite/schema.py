@@ -195,7 +195,7 @@ _ACCOUNTS = (
         expires_at, dpop_key, scopes, granted_at, version, refresh_begun_at, refresh_owner, ended_at, ended_reason
     FROM grants ORDER BY id
     """,
-    # The sequence goes on from where it is, which may be beyond the highest id that is left.
+    # The sequence continues from where it was, which may be beyond the highest id that is left.
     "DELETE FROM sqlite_sequence WHERE name = 'new_grants'",
     "INSERT INTO sqlite_sequence (name, seq) SELECT 'new_grants', seq FROM sqlite_sequence WHERE name = 'grants'",
     "DROP TABLE grants",
