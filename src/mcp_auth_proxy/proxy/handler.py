@@ -30,7 +30,7 @@ from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
-from mcp_auth_proxy.proxy.fast_path import End, FastPathRequest
+from mcp_auth_proxy.proxy.fast_path import MAX_BODY, End, FastPathRequest
 from mcp_auth_proxy.proxy.headers import response_headers
 from mcp_auth_proxy.proxy.responder import Responder
 from mcp_auth_proxy.proxy.routes import Route
@@ -276,6 +276,9 @@ class RequestHandler:
     async def finish_early(self) -> None:
         """Answer a request that was ended, if its client is still there."""
         if self.ending in _END_TEXTS:
+            if not self._body.content:
+                # It may have been ended before its body was read: the answer should have its id.
+                self._body = RequestBody(self._request.peek_body()[:MAX_BODY])
             text = f"Server {self.route.server.name}: {_END_TEXTS[self.ending]}."
             await self._responder.finish_early(self._body, text)
 
