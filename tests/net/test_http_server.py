@@ -602,3 +602,49 @@ async def test_no_mutation_of_a_request_leaves_an_error_behind(
         await asyncio.gather(*(ask(request) for request in requests[start : start + 100]))
     assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
     assert (await (await impatient.connect(GOOD)).echo())["path"] == "/good"
+
+
+# The end of the server
+
+
+async def test_at_shutdown_an_idle_connection_closes_and_a_busy_one_after_its_responses() -> None:
+    class Accepted(HttpServerConnection):
+        connections: ClassVar[list[HttpServerConnection]] = []
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.connections.append(self)
+
+    async with listening(Accepted) as listener:
+        idle = await listener.connect(GOOD)
+        assert await idle.status() == 200
+        busy = await listener.connect(post(b"", path=b"/held") + GOOD)
+        await until(lambda: listener.app.served == 2, "a held request")
+        for connection in Accepted.connections:
+            connection.shutdown()
+        assert await idle.is_closed()
+        listener.app.release.set()
+        first, second = await busy.response(), await busy.response()
+        assert (b"connection" in first[1], second[1][b"connection"]) == (False, b"close")
+        assert await busy.is_closed()
+
+
+async def test_a_body_that_turns_out_bad_after_the_response_has_begun_cuts_that_response_off() -> None:
+    class Hasty(EchoServer):
+        async def serve(self, request: ClientRequest) -> None:
+            await request.start(200, [])
+            await request.write(b"x")
+            await request.wait_closed()
+            self.disconnects += request.disconnected
+
+    app = Hasty()
+    async with serving(app) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        client = Client(reader, writer)
+        await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await client.reader.readuntil(b"1\r\nx\r\n")
+        await client.send(b"nonsense\r\n")
+        # Neither a final chunk nor a second response.
+        assert await client.is_closed()
+        await client.close()
+        assert app.disconnects == 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -15,6 +16,7 @@ from mcp_auth_proxy.errors import (
     McpAuthProxyError,
     StoreUnavailable,
 )
+from mcp_auth_proxy.observability.metrics import ServerMetrics
 from mcp_auth_proxy.proxy import consent_wait
 from mcp_auth_proxy.proxy.handler import MAX_SENDS
 
@@ -232,3 +234,116 @@ async def test_a_removed_server_ends_its_requests_with_an_error_and_its_streams_
         answer = await caller.answer()
     assert answer.status == 503
     assert "no longer configured" in str(error_of(answer)["message"])
+
+
+# What else ends a request
+
+
+async def test_a_client_that_goes_away_amid_its_body_is_not_served() -> None:
+    async with (
+        RawServer(answers(ok())) as upstream,
+        forwarding(ScriptedBroker(), upstream.url) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.send("POST /notes/mcp HTTP/1.1\nHost: HOST\nContent-Length: 100\n\n{")
+        await until(lambda: proxy.forwarder.active_requests == 1, "an active request")
+        client.drop()
+        await until(lambda: proxy.forwarder.active_requests == 0, "no active request")
+        assert upstream.requests == []
+
+
+async def test_a_challenge_that_needs_a_user_is_answered_with_the_link_and_the_request_not_sent_again() -> None:
+    pending = pending_authorization()
+    broker = ScriptedBroker(access_token(1), [pending])
+    async with (
+        RawServer(answers(CHALLENGE, ok())) as upstream,
+        forwarding(broker, upstream.url, wait=0.0) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.post(CALL)
+        assert pending.link in (await client.answer()).body.decode()
+        assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 99", b"Transfer-Encoding: chunked"])
+async def test_a_response_that_breaks_off_reaches_the_client_as_one(
+    framing: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\n%s\r\n\r\n5\r\nhello\r\n" % framing)
+
+    async with (
+        RawServer(script) as upstream,
+        forwarding(ScriptedBroker(), upstream.url) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.post(CALL)
+        answer = await client.answer()
+        assert (answer.status, b"hello" in answer.body, answer.ended) == (200, True, False)
+        assert await client.rest() == b""
+    assert "broke off" in caplog.text
+
+
+async def test_a_response_without_an_end_is_broken_off_and_an_event_stream_is_not() -> None:
+    async def script(peer: Peer) -> None:
+        request = await peer.request()
+        kind = b"text/event-stream" if request.startswith(b"GET") else b"application/json"
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nTransfer-Encoding: chunked\r\n\r\n" % kind)
+        await peer.until_gone()
+
+    open_streams = ServerMetrics("notes").open_streams
+    before = open_streams.value
+    async with (
+        RawServer(script) as upstream,
+        forwarding(ScriptedBroker(), upstream.url, timeout=0.1) as proxy,
+        RawClient.to(proxy.origin) as listener,
+        RawClient.to(proxy.origin) as caller,
+    ):
+        listener.get()
+        await listener.head()
+        assert open_streams.value == before + 1
+        caller.post(CALL)
+        assert not (await caller.answer()).ended
+        assert proxy.forwarder.active_requests == 1
+        listener.drop()
+        await until(lambda: open_streams.value == before, "no open stream")
+
+
+async def test_a_pool_in_full_use_is_503_and_soon_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcp_auth_proxy.net.pool.POOL_TIMEOUT", 0.05)
+
+    async def silent(peer: Peer) -> None:
+        await peer.request()
+        await peer.until_gone()
+
+    async with (
+        RawServer(silent) as upstream,
+        forwarding(ScriptedBroker(), upstream.url) as proxy,
+        AsyncExitStack() as stack,
+    ):
+        for _ in range(4):
+            (await stack.enter_async_context(RawClient.to(proxy.origin))).post(CALL)
+        await until(lambda: len(upstream.requests) == 4, "four requests")
+        client = await stack.enter_async_context(RawClient.to(proxy.origin))
+        client.post(CALL)
+        answer = await client.answer()
+        assert (answer.status, answer.all("retry-after")) == (503, ["1"])
+        assert "limits.upstream_connections" in str(error_of(answer)["message"])
+
+
+async def test_a_fault_of_the_proxy_itself_is_a_500_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fault(self: ScriptedBroker, account: object) -> None:
+        raise LookupError("a defect")
+
+    monkeypatch.setattr(ScriptedBroker, "token", fault)
+    broker = ScriptedBroker()
+    async with forwarding(broker, "http://127.0.0.1:1/mcp") as proxy, RawClient.to(proxy.origin) as client:
+        client.post(CALL)
+        answer = await client.answer()
+        assert (answer.status, answer.all("connection")) == (500, ["close"])
+        assert proxy.forwarder.active_requests == 0
+    assert "a defect" in caplog.text
+    assert "a defect" not in answer.body.decode()

@@ -196,7 +196,8 @@ class ConnectionPool:
             self.connection_released(connection)
 
     def _release_slot(self) -> None:
-        while self._waiters:
+        # A slot over the limit, which was lowered meanwhile, goes to nobody.
+        while self._waiters and self._slots <= self.limit:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)
