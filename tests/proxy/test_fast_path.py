@@ -97,6 +97,20 @@ async def test_a_stream_that_breaks_off_ends_without_a_final_chunk(caplog: pytes
     assert "broke off" in caplog.text
 
 
+async def test_a_response_that_breaks_off_before_any_of_its_body_is_answered_with_an_error() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENTS + b"no length\r\n")
+        await peer.until_gone()
+
+    async with warm(script) as (upstream, proxy, client):
+        client.post(CALL)
+        answer = await client.answer()
+        assert (answer.status, json.loads(answer.body)["id"]) == (502, 9)
+        assert "not valid HTTP" in answer.body.decode()
+        assert (len(upstream.requests), proxy.forwarder.active_requests) == (2, 0)
+
+
 async def test_a_response_that_does_not_end_is_broken_off_after_the_upstream_timeout() -> None:
     async def script(peer: Peer) -> None:
         await peer.request()

@@ -89,6 +89,11 @@ class Response:
         """Whether all of the body has arrived: one ``read()`` or ``take()`` returns what is left of it."""
         return self._ended and self._error is None
 
+    @property
+    def broken(self) -> bool:
+        """Whether the body broke off, and all that arrived of it before has been taken."""
+        return self._error is not None and not self._chunks
+
     def take(self) -> bytes:
         """Return the part of the body that has arrived and was not taken yet."""
         chunks = self._chunks

@@ -131,6 +131,9 @@ class FastPathRequest:
             self._owner.finished(self)
             self.request.respond(status, encoded_response_fields(response.fields), response.take())
             self._owner.record(self.route, self.request, self.started_at)
+        elif response.broken:
+            # Nothing of it is with the client yet, so the client can be told.
+            self._fall_back()
         else:
             self._stream(response)
 
