@@ -203,7 +203,7 @@ async def test_a_renewal_that_starts_as_its_server_changes_sends_nothing(setup: 
     assert setup.cache.is_renewing(ACCOUNT)
     setup.servers["linear"] = ServerSettings(name="linear", url="https://other.example/mcp")
     setup.cache.servers_changed({"linear"})
-    with pytest.raises(AuthorizationError, match="changed"):
+    with pytest.raises(AuthorizationError, match="reconfigured"):
         await renewing
     assert setup.endpoint.refreshes == 0
 

@@ -129,7 +129,7 @@ class RequestHandler:
         broker, account = self._context.broker, self.route.account
         if needs_inspection(self._body.content):
             # The user's answer in a retry is for the proxy alone: reading it removes it from the forwarded body.
-            _ = self._body.consent_action
+            self._body.parse()
         if self._sent is not None:
             token = self._sent.token
         else:

@@ -64,7 +64,7 @@ class RequestBody:
 
     def __init__(self, content: bytes) -> None:
         self.content = content
-        """The bytes to send to the upstream; ``consent_action`` may change them."""
+        """The bytes to send to the upstream; ``parse`` may change them."""
         self._parsed = False
         self._messages: tuple[Message, ...] = ()
         self._is_batch = False
@@ -74,7 +74,7 @@ class RequestBody:
     @property
     def messages(self) -> tuple[Message, ...]:
         """The messages; none if the body is not JSON-RPC or has more than MAX_BATCH."""
-        self._parse()
+        self.parse()
         return self._messages
 
     @property
@@ -85,22 +85,19 @@ class RequestBody:
     @property
     def is_batch(self) -> bool:
         """Whether the body is an array, so that its answers must be one too."""
-        self._parse()
+        self.parse()
         return self._is_batch
 
     @property
     def error(self) -> tuple[int, str] | None:
         """Code and text of the JSON-RPC error if the body is not JSON-RPC (JSON-RPC 2.0 §5.1), else None."""
-        self._parse()
+        self.parse()
         return self._error
 
     @property
     def consent_action(self) -> str:
-        """The user's action in a retry after ``input_required``; empty if this is not such a retry.
-
-        The proxy's own entry is removed from ``content``, because the upstream did not ask for it.
-        """
-        self._parse()
+        """The user's action in a retry after ``input_required``; empty if this is not such a retry."""
+        self.parse()
         return self._action
 
     @property
@@ -116,7 +113,8 @@ class RequestBody:
         """Return whether a message has this method."""
         return any(message.method == method for message in self.messages)
 
-    def _parse(self) -> None:
+    def parse(self) -> None:
+        """Parse the body, if that was not done. Remove the proxy's own entry of a retry: it is not for the upstream."""
         if self._parsed:
             return
         self._parsed = True
