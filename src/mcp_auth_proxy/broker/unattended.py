@@ -17,7 +17,7 @@ IDP_DEADLINE = 10.0
 
 
 class UnattendedForms:
-    """Build the forms for the token endpoint; assertions are read again each time. Raises AuthorizationError."""
+    """Build the forms for the token endpoint, reading assertions again each time. Raises AuthorizationError."""
 
     def __init__(self, *, requests: AuthenticatedRequests, discoverer: Discoverer) -> None:
         self._requests = requests
