@@ -135,6 +135,29 @@ async def test_a_client_auth_waits_for_the_secret_of_a_client_that_is_yet_to_be_
     assert "the secret of that client: servers.notes.oauth.client_auth: client_secret_post" in report.config
 
 
+async def test_a_sign_in_page_on_another_site_leads_to_the_pin_which_is_left_to_the_operator(  # T77
+    servers: Servers, tmp_path: Path
+) -> None:
+    issuer = await servers.authorization_server()
+    sign_in = f"{issuer.issuer}/authorize".replace("127.0.0.1", "localhost")
+    promise = {"authorization_response_iss_parameter_supported": ABSENT}
+    issuer.metadata_changes = {"authorization_endpoint": sign_in, **promise}
+    upstream = await servers.mcp_server(issuer)
+    report = await diagnose(tmp_path, upstream.url)
+    assert report.outcome is Outcome.REFUSED
+    (stopped,) = [step for step in report.steps if step.verdict == "refused"]
+    assert (stopped.step, stopped.clause) == ("issuer", "RFC 9700 §4.4")
+    (change,) = report.changes
+    assert (change.key, change.value, change.applied) == ("servers.notes.oauth.issuer", issuer.issuer, False)
+    assert report.config is not None
+    assert f"servers.notes.oauth.issuer: {issuer.issuer}" in report.config
+    config = proposed(report, tmp_path)
+    assert config == {"notes": {"url": upstream.url}}
+    config["notes"]["oauth"] = {"issuer": issuer.issuer}
+    assert (await diagnose(tmp_path, config["notes"])).outcome is Outcome.READY
+    assert await connects(tmp_path, config)
+
+
 async def test_a_private_address_is_named_but_neither_allowed_nor_asked(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer, metadata_changes={"authorization_servers": ["https://169.254.169.254"]})

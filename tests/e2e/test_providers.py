@@ -137,6 +137,13 @@ async def test_missing_pkce_is_refused_with_the_key(tmp_path: Path, provider: ty
         assert "servers.notes.oauth.allow_missing_pkce" in (await setup.ask()).error["message"]
 
 
+async def test_a_sign_in_page_on_another_site_is_refused_with_the_key(tmp_path: Path) -> None:  # T77
+    async with behind(Cognito, tmp_path, without=("issuer",)) as setup:
+        message = (await setup.ask()).error["message"]
+        assert f"servers.notes.oauth.issuer: {setup.issuer.issuer} (RFC 9700 §4.4)" in message
+        assert setup.issuer.authorizations == 0
+
+
 @pytest.mark.parametrize("provider", [EntraId, Cognito], ids=lambda p: p.__name__)
 async def test_a_refused_resource_names_the_key(tmp_path: Path, provider: type[Provider]) -> None:
     async with behind(provider, tmp_path, without=("resource",)) as setup:

@@ -173,13 +173,17 @@ class Auth0(Provider):
 
 
 class Cognito(Provider):
-    """A user pool without resource binding."""
+    """A user pool without resource binding, with its sign-in page on another site than its issuer."""
 
     name = "Cognito"
     address = "https://cognito-idp.us-east-1.amazonaws.com/POOL-ID"
     appended_only = True
     changes: ClassVar[Quirks] = {"code_challenge_methods_supported": ABSENT}
     options: ClassVar[Quirks] = {"rotate": False, "scopes": ("openid", "notes/read")}
+
+    def metadata(self) -> dict[str, object]:
+        sign_in = self.issuer.replace("127.0.0.1", "localhost")
+        return {**super().metadata(), "authorization_endpoint": f"{sign_in}/authorize"}
 
     def _resource(self, params: Mapping[str, str]) -> str:
         if "resource" in params:

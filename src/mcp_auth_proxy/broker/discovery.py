@@ -1,5 +1,6 @@
 """Discovery: find the authorization server of an MCP server, and read the metadata of both."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,6 +70,9 @@ class Discoverer:
         if oauth.grant is GrantType.AUTHORIZATION_CODE:
             discovery.require_authorization_endpoint(metadata)
             discovery.require_pkce(metadata, allow_missing=oauth.allow_missing_pkce, server=server.name)
+            if oauth.issuer is None:
+                # It may load the public suffix list, which takes 50 ms.
+                await asyncio.to_thread(discovery.require_own_authorization_endpoint, metadata, server=server.name)
         return resource, metadata
 
     async def identity_provider(self, idp: IdpSettings) -> tuple[str, tuple[str, ...] | None]:

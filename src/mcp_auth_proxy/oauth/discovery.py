@@ -11,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 from mcp_auth_proxy.config.settings import server_key
 from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, DocumentRefused
 from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.sites import same_site
 from mcp_auth_proxy.oauth.documents import Document
 
 RESOURCE_METADATA = "protected resource metadata"
@@ -213,6 +214,31 @@ def require_authorization_endpoint(metadata: ServerMetadata) -> None:
             f"The metadata of the authorization server {metadata.issuer} has no authorization_endpoint "
             f"(RFC 8414 §2), so users can't authorize there."
         )
+
+
+def require_own_authorization_endpoint(metadata: ServerMetadata, *, server: str) -> None:
+    """Raise DocumentRefused if the authorization endpoint may be another server's (mix-up, RFC 9700 §4.4).
+
+    A hostile server can name an honest one's authorization endpoint and its own token endpoint, and would be sent the
+    honest one's code and the verifier. An endpoint on the issuer's own site is the issuer's. For any other, the server
+    must promise ``iss``: then a response without it, or with another one, is refused (RFC 9207 §2.4).
+    """
+    if metadata.iss_parameter_supported:
+        return
+    endpoint = urls.parse(metadata.authorization_endpoint).origin
+    issuer = urls.parse(urls.raw_origin(metadata.issuer)).origin
+    if same_site(endpoint.host, issuer.host):
+        return
+    key = server_key(server, "oauth.issuer")
+    raise DocumentRefused(
+        SERVER_METADATA,
+        metadata.issuer,
+        f"its authorization_endpoint is at {endpoint.serialized}, on another site than the issuer, and it does not "
+        f"promise iss (RFC 9207 §3), so the code of another server might be sent to it; if you know that this is the "
+        f"right authorization server for server {server}, set {key}: {metadata.issuer}",
+        "RFC 9700 §4.4",
+        hint=ConfigHint("oauth.issuer", metadata.issuer),
+    )
 
 
 def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) -> ServerMetadata:

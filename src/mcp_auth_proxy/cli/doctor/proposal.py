@@ -25,7 +25,7 @@ _WHY = {
     "oauth.client_auth": "a method that the server lists; without this key the proxy chooses one",
     "oauth.allow_missing_pkce": "only if you know that the authorization server supports PKCE (S256)",
     "oauth.dpop": "the server accepts only tokens that are bound to a key",
-    "oauth.issuer": "only if the move to this authorization server is genuine",
+    "oauth.issuer": "only if you know that this is the right authorization server for this MCP server",
     "oauth.metadata": "this provider publishes no metadata",
     "authorization.allow_private": "only if the proxy should reach this host: it is in a private network",
 }

@@ -95,7 +95,8 @@ PROVIDERS = (
     Provider(
         name="Amazon Cognito",
         hosts=("cognito-idp.*.amazonaws.com", "*.amazoncognito.com"),
-        notes="It supports PKCE without advertising it, and has no dynamic registration. It refuses the resource "
+        notes="Its sign-in page is on another site than its issuer, which oauth.issuer must pin. It supports PKCE "
+        "without advertising it, and has no dynamic registration. It refuses the resource "
         "parameter if the pool has no resource binding, and has no offline_access. Each scope must be enabled for the "
         "app client.",
         suggests={"resource": "omit", "scopes": ["openid", "RESOURCE-SERVER/SCOPE"]},
