@@ -216,6 +216,9 @@ def _read_outbound(section: Section) -> OutboundSettings:
             raise ValueError(f"the file {path} can't be read ({error.strerror})") from None
         return path
 
-    settings = OutboundSettings(ca_bundle=section.parsed("ca_bundle", bundle, None))
+    settings = OutboundSettings(
+        ca_bundle=section.parsed("ca_bundle", bundle, None),
+        trust_proxy=section.boolean("trust_proxy", default=OutboundSettings().trust_proxy),
+    )
     section.close()
     return settings
