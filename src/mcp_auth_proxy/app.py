@@ -107,7 +107,7 @@ async def lifespan(
     async with AsyncExitStack() as stack:
         database = await open_store(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
-        dialer = Dialer(ca_bundle=settings.outbound.ca_bundle)
+        dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
         broker = Broker(

@@ -6,6 +6,7 @@
     ├── AddressInUse                   another program listens on the address already
     ├── RequestRejected                a client's request breaks HTTP or a limit, or uses a method that is not served
     ├── BodyTooLarge                   a client's request has a larger body than allowed
+    ├── LoopDetected                   a client's request has come through too many proxies
     ├── ClientDisconnected             the client went away before its request was complete
     ├── ConfigurationError             the configuration is invalid; lists all errors at once
     ├── StoreError
@@ -70,6 +71,10 @@ class BodyTooLarge(McpAuthProxyError):
     def __init__(self, limit: int) -> None:
         self.limit = limit
         super().__init__(f"The request body is over {limit} bytes; limits.body allows more.")
+
+
+class LoopDetected(McpAuthProxyError):
+    """The request has come through too many proxies: some server's URL leads back to one of them."""
 
 
 class ClientDisconnected(McpAuthProxyError):

@@ -39,6 +39,7 @@ RESTART = {
         BASE, store=replace(BASE.store, keys=(KeySource(kind="env", name="K"), KEY), default_key=False)
     ),
     "outbound.ca_bundle": replace(BASE, outbound=OutboundSettings(ca_bundle=Path("/x/ca.pem"))),
+    "outbound.trust_proxy": replace(BASE, outbound=OutboundSettings(trust_proxy=True)),
 }
 APPLIED = {
     "authorization.wait": replace(BASE, authorization=AuthorizationSettings(wait=1)),

@@ -61,7 +61,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         authorization: {wait: 0, open_browser: never, cold_start: off, allow_private: [10.0.0.0/8, AS.internal]}
         limits: {body: 1MB, upstream_connections: 7}
         inbound: {allowed_hosts: ["proxy.internal:8787"]}
-        outbound: {ca_bundle: ca.pem}
+        outbound: {ca_bundle: ca.pem, trust_proxy: true}
         servers:
           a:
             url: http://mcp.internal/mcp?tenant=1
@@ -97,6 +97,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert (found.limits.body, found.limits.upstream_connections) == (10**6, 7)
     assert found.inbound.allowed_hosts == ("proxy.internal:8787",)
     assert found.outbound.ca_bundle == tmp_path / "ca.pem"
+    assert found.outbound.trust_proxy
     assert (a.url, a.upstream_timeout, found.servers["b"].upstream_timeout) == (
         "http://mcp.internal/mcp?tenant=1",
         5,

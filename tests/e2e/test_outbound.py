@@ -8,6 +8,7 @@ from pathlib import Path
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.proxy import proxy_process, run_command, write_config
+from fakes.raw_server import Peer, RawServer
 
 
 async def test_odd_entries_of_no_proxy_are_named_at_start_and_change_nothing(servers: Servers, tmp_path: Path) -> None:
@@ -34,6 +35,36 @@ async def test_an_unusable_proxy_in_the_environment_is_a_configuration_error(tmp
     assert code == 2
     assert "HTTPS_PROXY in the environment must be like http://host:port" in err
     assert "hidden" not in err
+
+
+async def test_a_name_that_only_the_forward_proxy_can_look_up_needs_a_key(  # T87
+    servers: Servers, tmp_path: Path
+) -> None:
+    name = f"{'a' * 64}.example"  # no resolver takes a label of 64 characters, so none is asked
+    asked: list[bytes] = []
+
+    async def refuse(peer: Peer) -> None:
+        asked.append(await peer.head())
+        await peer.send(b"HTTP/1.1 407 No\r\n\r\n")
+
+    upstream = await servers.mcp_server(metadata_changes={"authorization_servers": [f"https://{name}"]})
+    async with RawServer(refuse) as forward:
+        env = {
+            "HTTPS_PROXY": f"http://127.0.0.1:{forward.port}",
+            "https_proxy": None,
+            "NO_PROXY": None,
+            "no_proxy": None,
+        }
+        config = write_config(tmp_path, {"notes": upstream.url})
+        async with proxy_process(config, env=env) as proxy, proxy.client("notes") as client:
+            answer = await client.call("echo", text="x")
+            assert "outbound.trust_proxy" in answer.error["message"]
+        assert asked == []
+        config = write_config(tmp_path, {"notes": upstream.url}, outbound={"trust_proxy": "true"})
+        async with proxy_process(config, env=env) as proxy, proxy.client("notes") as client:
+            answer = await client.call("echo", text="x")
+            assert "answered 407" in answer.error["message"]
+        assert asked[0].startswith(f"CONNECT {name}:443 HTTP/1.1".encode())
 
 
 def test_a_running_proxy_imports_one_http_client() -> None:

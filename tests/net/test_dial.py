@@ -352,6 +352,59 @@ async def test_an_address_in_any_spelling_is_checked_before_a_forward_proxy_is_a
     assert proxy.peers == []
 
 
+PROXIED = Origin("https", "as.example.com", 443)
+
+
+async def nowhere(host: str, port: int) -> Sequence[str]:
+    if host == PROXIED.host:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return (host,)
+
+
+async def test_a_name_is_checked_before_a_forward_proxy_is_asked() -> None:  # T87
+    async with RawServer(answers(ok())) as proxy:
+        environ = {"HTTPS_PROXY": f"http://127.0.0.1:{proxy.port}"}
+        for trust_proxy in (False, True):
+            dialer = Dialer(environ=environ, resolve=resolving("8.8.8.8", "10.0.0.1"), trust_proxy=trust_proxy)
+            with pytest.raises(AddressRefused, match=r"as\.example\.com leads to 10\.0\.0\.1, a private address"):
+                await dialer.open(PROXIED, lambda _: asyncio.Protocol(), timeout=5, policy=PUBLIC)
+    assert proxy.peers == []
+
+
+async def test_a_name_that_is_not_found_is_left_to_a_forward_proxy_only_if_that_is_trusted() -> None:  # T87
+    async with RawServer(answers(b"HTTP/1.1 407 No\r\n\r\n")) as proxy:
+        environ = {"HTTPS_PROXY": f"http://127.0.0.1:{proxy.port}"}
+        with pytest.raises(UpstreamUnreachable, match=r"as\.example\.com was not found.*outbound\.trust_proxy"):
+            await Dialer(environ=environ, resolve=nowhere).open(
+                PROXIED, lambda _: asyncio.Protocol(), timeout=5, policy=PUBLIC
+            )
+        assert proxy.peers == []
+        with pytest.raises(UpstreamUnreachable, match="answered 407"):
+            await Dialer(environ=environ, resolve=nowhere, trust_proxy=True).open(
+                PROXIED, lambda _: asyncio.Protocol(), timeout=5, policy=PUBLIC
+            )
+
+
+async def test_a_slow_look_up_leaves_time_for_a_trusted_forward_proxy(monkeypatch: pytest.MonkeyPatch) -> None:  # T87
+    async def hang(host: str, port: int) -> Sequence[str]:
+        if host == PROXIED.host:
+            await asyncio.Event().wait()
+        return (host,)
+
+    monkeypatch.setattr(dial, "PROXIED_LOOKUP_TIMEOUT", 0.05)
+    async with RawServer(answers(b"HTTP/1.1 407 No\r\n\r\n")) as proxy:
+        environ = {"HTTPS_PROXY": f"http://127.0.0.1:{proxy.port}"}
+        with pytest.raises(UpstreamUnreachable, match=r"can't be looked up now.*outbound\.trust_proxy"):
+            await Dialer(environ=environ, resolve=hang).open(
+                PROXIED, lambda _: asyncio.Protocol(), timeout=0.1, policy=PUBLIC
+            )
+        assert proxy.peers == []
+        with pytest.raises(UpstreamUnreachable, match="answered 407"):
+            await Dialer(environ=environ, resolve=hang, trust_proxy=True).open(
+                PROXIED, lambda _: asyncio.Protocol(), timeout=5, policy=PUBLIC
+            )
+
+
 # Forward proxies
 
 

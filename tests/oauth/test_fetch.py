@@ -425,6 +425,9 @@ async def test_an_unknown_authority_is_unavailable_and_the_key_is_named(tls: ssl
 
 
 async def test_https_goes_through_the_proxy_of_the_environment(certificate: Path, tls: ssl.SSLContext) -> None:
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        return ("8.8.8.8" if host == "as.test" else "127.0.0.1",)
+
     async with running(Server(), tls) as target:
 
         async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -434,7 +437,7 @@ async def test_https_goes_through_the_proxy_of_the_environment(certificate: Path
 
         async with running(Server(handler=tunnel)) as proxy:
             environ = {"HTTPS_PROXY": f"http://me:pass@127.0.0.1:{proxy.port}", "NO_PROXY": "direct.test"}
-            fetcher = Fetcher(Dialer(ca_bundle=certificate, resolve=answering("127.0.0.1"), environ=environ))
+            fetcher = Fetcher(Dialer(ca_bundle=certificate, resolve=resolve, environ=environ))
 
             response = await fetch("https://as.test/x", PUBLIC, fetcher)
             with pytest.raises(DocumentRefused, match="link-local"):

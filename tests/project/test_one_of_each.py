@@ -30,6 +30,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "net/dial.py": "the one dialer",
         "cli/demo_servers/": "sockets that listen, and a free port",
         "cli/listener.py": "the socket that listens",
+        "net/addresses.py": "a datagram socket that sends nothing, to ask the system for a route",
     },
     "the environment's forward proxy": {"net/forward_proxy.py": "the one reading"},
     "loopback addresses": {

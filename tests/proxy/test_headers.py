@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_auth_proxy.net.http_head import Fields
-from mcp_auth_proxy.proxy.headers import request_head, response_headers
+from mcp_auth_proxy.proxy.headers import HOPS, is_in_loop, request_head, response_headers
 
 TOKEN = b"Bearer ours"
 
@@ -17,7 +17,9 @@ def fields(head: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def sent(*headers: tuple[bytes, bytes], length: int | None = None) -> list[tuple[bytes, bytes]]:
-    return fields(request_head(b"POST", b"/mcp", b"up.example", Fields(list(headers)), TOKEN, length))
+    """Return the fields of the request without the hop count, which is last of those made from the client's."""
+    found = fields(request_head(b"POST", b"/mcp", b"up.example", Fields(list(headers)), TOKEN, length))
+    return [field for field in found if field[0] != HOPS]
 
 
 def test_a_request_head_is_written_from_scratch() -> None:
@@ -31,13 +33,13 @@ def test_a_request_head_is_written_from_scratch() -> None:
     )
     assert head == (
         b"POST /mcp?a=b HTTP/1.1\r\nhost: up.example:8443\r\naccept: application/json\r\n"
-        b"authorization: Bearer ours\r\ncontent-length: 5\r\n\r\n"
+        b"mcp-auth-proxy-hops: 1\r\nauthorization: Bearer ours\r\ncontent-length: 5\r\n\r\n"
     )
 
 
 def test_without_token_and_body_there_is_neither_authorization_nor_length() -> None:
     head = request_head(b"GET", b"/", b"h", Fields([(b"authorization", b"Bearer theirs")]), None, None)
-    assert head == b"GET / HTTP/1.1\r\nhost: h\r\n\r\n"
+    assert head == b"GET / HTTP/1.1\r\nhost: h\r\nmcp-auth-proxy-hops: 1\r\n\r\n"
 
 
 @pytest.mark.parametrize(
@@ -187,3 +189,33 @@ def test_what_a_browser_could_show_as_a_page_is_made_inert(headers: list[tuple[b
     # Script in it would run in the proxy's origin, and from there call every other server.
     policies = [value for name, value in response_headers(headers) if name == b"content-security-policy"]
     assert policies == ([b"default-src 'none'; sandbox"] if inert else [])
+
+
+# T85
+
+
+@pytest.mark.parametrize(
+    ("came", "goes"),
+    [
+        ([], b"1"),
+        ([(HOPS, b"0")], b"1"),
+        ([(HOPS, b"2")], b"3"),
+        # The count of a proxy is not read from a spelling that none writes, and no listing removes it.
+        ([(b"mcp_auth_proxy_hops", b"2")], b"1"),
+        ([(HOPS, b"1"), (b"connection", HOPS)], b"2"),
+    ],
+)
+def test_each_proxy_writes_the_hop_count_itself(came: list[tuple[bytes, bytes]], goes: bytes) -> None:
+    client = Fields(came)
+    assert not is_in_loop(client)
+    head = request_head(b"POST", b"/mcp", b"up.example", client, TOKEN, 0)
+    assert [value for name, value in fields(head) if b"hops" in name] == [goes]
+
+
+@pytest.mark.parametrize("values", [[b"3"], [b"4"], [b"-1"], [b"1.5"], [b""], [b"1, 1"], [b"0" * 9], [b"1", b"1"]])
+def test_a_count_that_is_too_high_or_no_proxy_wrote_is_a_loop(values: list[bytes]) -> None:
+    assert is_in_loop(Fields([(HOPS, value) for value in values]))
+
+
+def test_the_hop_count_is_not_returned() -> None:
+    assert HOPS not in dict(response_headers([(HOPS, b"1"), (b"Mcp-Auth-Proxy-Hops", b"1")]))

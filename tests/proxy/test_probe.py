@@ -89,7 +89,10 @@ async def test_each_revision_is_asked_in_its_own_form(
         answer = await ask(client, route(upstream.url), method, session=session, modern=modern)
     assert (answer.method, answer.status, answer.body, answer.challenge) == (method, 200, b"[1]", [])
     _, fields, body = parts(upstream.requests[0])
-    assert {name: value for name, value in fields.items() if name.startswith("mcp-")} == expected
+    assert {name: value for name, value in fields.items() if name.startswith("mcp-")} == {
+        **expected,
+        "mcp-auth-proxy-hops": "1",
+    }
     params = json.loads(body)["params"]
     assert ("_meta" in params, "protocolVersion" in params) == (modern, method == "initialize")
 

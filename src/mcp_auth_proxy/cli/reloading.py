@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from mcp_auth_proxy.app import Application
+from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.reload import ConfigFile, Reloader
+from mcp_auth_proxy.config.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,11 @@ async def reloading(
     loop = asyncio.get_running_loop()
     # nohup starts the proxy with SIGHUP ignored: it must then outlive its terminal.
     ends_with_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
-    reloader = Reloader(file, application.settings, application.apply) if file is not None else None
+
+    async def validate(settings: Settings) -> None:
+        await loops.check(settings, application.listening, application.public_url)
+
+    reloader = Reloader(file, application.settings, application.apply, validate=validate) if file is not None else None
 
     def on_hangup() -> None:
         if ends_with_terminal and not _has_terminal():

@@ -7,9 +7,10 @@ import resource
 import click
 
 from mcp_auth_proxy import __version__
-from mcp_auth_proxy.app import Application, lifespan
+from mcp_auth_proxy.app import Application, effective_public_url, lifespan
 from mcp_auth_proxy.cli.listener import Server, bind
 from mcp_auth_proxy.cli.reloading import reloading
+from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import without_query_values
@@ -25,6 +26,7 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     _raise_file_limit()
     sock, address = bind(settings.listen)
     with sock:
+        await loops.check(settings, address, effective_public_url(settings, address))
         async with lifespan(settings, address, announce_key=lambda line: click.echo(line, err=True)) as application:
             server = Server(application)
             async with reloading(application, file, stop=server.drain_and_exit):

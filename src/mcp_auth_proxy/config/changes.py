@@ -12,6 +12,7 @@ _RESTART: Mapping[str, Callable[[Settings], object]] = {
     # A default follows the store.
     "store.keys": lambda settings: None if settings.store.default_key else settings.store.keys,
     "outbound.ca_bundle": lambda settings: settings.outbound.ca_bundle,
+    "outbound.trust_proxy": lambda settings: settings.outbound.trust_proxy,
 }
 """The keys that only a restart can change, and how to find their values."""
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import platformdirs
 
-from mcp_auth_proxy.config import values
+from mcp_auth_proxy.config import loops, values
 from mcp_auth_proxy.config.document import Document, parse
 from mcp_auth_proxy.config.reader import NOT_YET, Context, Section
 from mcp_auth_proxy.config.servers import read_servers, read_single
@@ -94,6 +94,7 @@ def single(url: str, *, environ: Mapping[str, str] = os.environ, listen: str | N
         store=_read_store(section.section("store")),
         servers=servers,
     )
+    context.errors.extend(loops.errors(settings, settings.listen, settings.public_url))
     if context.errors:
         raise ConfigurationError(context.errors)
     return settings
@@ -117,6 +118,7 @@ def _read(section: Section, listen: str | None, source: Path, secrets_of: Collec
         servers=_read_servers(section, upstream_timeout, secrets_of),
         source=source,
     )
+    section.context.errors.extend(loops.errors(settings, settings.listen, settings.public_url))
     section.close()
     return settings
 
@@ -214,6 +216,9 @@ def _read_outbound(section: Section) -> OutboundSettings:
             raise ValueError(f"the file {path} can't be read ({error.strerror})") from None
         return path
 
-    settings = OutboundSettings(ca_bundle=section.parsed("ca_bundle", bundle, None))
+    settings = OutboundSettings(
+        ca_bundle=section.parsed("ca_bundle", bundle, None),
+        trust_proxy=section.boolean("trust_proxy", default=OutboundSettings().trust_proxy),
+    )
     section.close()
     return settings

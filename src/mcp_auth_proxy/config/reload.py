@@ -7,7 +7,7 @@ every second notices all of these. Nothing is read while a file is still being s
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from mcp_auth_proxy.config.changes import SettingsChange, compare
@@ -78,8 +78,9 @@ def _stamp(path: Path) -> Stamp:
 class Reloader:
     """Read the configuration again when its files change or on request, and apply what differs.
 
-    ``settings`` are those that the proxy runs with, as read from ``file``. ``apply`` must not raise. If the
-    configuration has errors, each is logged on a line of its own, and nothing changes.
+    ``settings`` are those that the proxy runs with, as read from ``file``. ``apply`` must not raise. ``validate``
+    raises ConfigurationError for what is wrong only in this process. If the configuration has errors, each is logged on
+    a line of its own, and nothing changes.
     """
 
     def __init__(
@@ -88,12 +89,14 @@ class Reloader:
         settings: Settings,
         apply: Callable[[SettingsChange], None],
         *,
+        validate: Callable[[Settings], Awaitable[None]] | None = None,
         poll_interval: float = POLL_INTERVAL,
         settle_time: float = SETTLE_TIME,
     ) -> None:
         self._file = file
         self._settings = settings
         self._apply = apply
+        self._validate = validate
         self._poll_interval = poll_interval
         self._settle_time = settle_time
         self._requested = asyncio.Event()
@@ -121,6 +124,8 @@ class Reloader:
         """Read the configuration once, and apply what differs."""
         try:
             settings = await asyncio.to_thread(self._file.read)
+            if self._validate is not None:
+                await self._validate(settings)
         except ConfigurationError as error:
             metrics.reloads.labels("rejected").inc()
             metrics.last_reload_successful.labels().value = 0

@@ -143,6 +143,8 @@ class InboundSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboundSettings:
     ca_bundle: Path | None = None
+    trust_proxy: bool = False
+    """Leave names that can't be looked up here to the forward proxy of the environment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,8 @@ from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.urls import Origin
 
+IPAddress = IPv4Address | IPv6Address
+
 _V4_CLASSES = tuple(
     (IPv4Network(network), name)
     for network, name in (
@@ -57,6 +59,8 @@ _V6_GLOBAL = IPv6Network("2000::/3")
 _NAT64 = IPv6Network("64:ff9b::/96")
 
 _PRIVATE_USE = frozenset({"private", "carrier-grade NAT"})
+
+_LOOPBACK = frozenset[IPAddress]({IPv4Address("127.0.0.1"), IPv6Address("::1")})
 
 # Nobody can own a name below these in the public DNS, so such a host is in the operator's own network.
 _PRIVATE_SUFFIXES = (".local", ".internal", ".lan", ".home.arpa", ".svc", ".corp", ".intranet")
@@ -181,3 +185,44 @@ def _is_private_host(host: str) -> bool:
     if _is_address(host):
         return bool(address_class(host))
     return "." not in host or host.removesuffix(".").endswith(_PRIVATE_SUFFIXES)
+
+
+# What leads to this machine
+
+
+def addresses_of(host: str) -> frozenset[IPAddress]:
+    """Return the addresses that a literal or a loopback name leads to; none for other names, which need a look-up."""
+    address = literal(host)
+    if address is None:
+        return _LOOPBACK if urls.is_loopback(host) else frozenset()
+    if address.is_unspecified:  # connecting to it leads to loopback
+        return frozenset(loopback for loopback in _LOOPBACK if loopback.version == address.version)
+    return frozenset({address})
+
+
+def literal(host: str) -> IPAddress | None:
+    """Return the address that a host is, in any spelling that system resolvers read (``127.1``, ``0x7f.1``)."""
+    try:
+        return unmapped(host) if ":" in host else IPv4Address(socket.inet_aton(host.removesuffix(".")))
+    except (OSError, ValueError):
+        return None
+
+
+def unmapped(text: str) -> IPAddress:
+    """Return an address; an IPv4 address that is mapped into IPv6 as itself. Raises ValueError."""
+    address = ipaddress.ip_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+def is_own(address: IPAddress) -> bool:
+    """Return whether an address is one of this machine: what goes there also comes from there. No packet is sent."""
+    if address.is_loopback:
+        return True
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((str(address), 9))
+            return ipaddress.ip_address(sock.getsockname()[0]) == address
+    except OSError:
+        return False

@@ -25,6 +25,9 @@ from mcp_auth_proxy.net.urls import Origin
 LOOKUP_TIMEOUT = 10.0
 """Seconds to look up a name; a resolver asks a second server after some five."""
 
+PROXIED_LOOKUP_TIMEOUT = 3.0
+"""Seconds to look up a name before it is left to a forward proxy that is trusted with it."""
+
 MAX_ADDRESSES = 6
 """Addresses of one host that are tried."""
 
@@ -60,9 +63,12 @@ class Dialer:
         ca_bundle: Path | None = None,
         environ: Mapping[str, str] = os.environ,
         resolve: Resolve = resolve,
+        trust_proxy: bool = False,
     ) -> None:
+        """``trust_proxy``: leave names that can't be looked up here to the forward proxy."""
         self._proxies = forward_proxy.from_environment(environ)
         self._resolve = resolve
+        self._trust_proxy = trust_proxy
         # The trust store takes megabytes, so it is loaded when it is needed; but a bad ca_bundle is reported at once.
         self._tls = tls.client_context(ca_bundle) if ca_bundle else None
 
@@ -90,7 +96,7 @@ class Dialer:
                 policy.check(origin, addresses)
         else:
             if policy is not None:
-                policy.check_literal(origin)
+                await self._check_proxied(origin, policy, timeout)
             addresses = await self._look_up(proxy.host, proxy.port, timeout)
         if connect_timeout is not None and loop.time() + connect_timeout < deadline:
             timeout, deadline = connect_timeout, loop.time() + connect_timeout
@@ -108,6 +114,22 @@ class Dialer:
         except OSError as error:
             reason = _reason(error)
         raise UpstreamUnreachable(reason)
+
+    async def _check_proxied(self, origin: Origin, policy: AddressPolicy, timeout: float) -> None:
+        """Check an origin that a forward proxy is to be asked for: it would look up the name for us, and not check."""
+        policy.check_literal(origin)
+        # Without a name server here no answer may come: time has to be left for the proxy, or for an error of ours.
+        limit = min(timeout / 2, PROXIED_LOOKUP_TIMEOUT) if self._trust_proxy else timeout / 2
+        try:
+            addresses = await self._look_up(origin.host, origin.port, limit)
+        except UpstreamUnreachable as error:
+            if self._trust_proxy:
+                return
+            raise UpstreamUnreachable(
+                f"{error}, so its address can't be checked; if only the proxy of HTTPS_PROXY can look it up, and "
+                "refuses private addresses, set the key outbound.trust_proxy"
+            ) from None
+        policy.check(origin, addresses)
 
     async def _look_up(self, host: str, port: int, timeout: float) -> Sequence[str]:
         try:

@@ -15,6 +15,7 @@ from mcp_auth_proxy.observability.trace import trace_id_of
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_eligible
 from mcp_auth_proxy.proxy.handler import ProxyContext, RequestHandler
+from mcp_auth_proxy.proxy.headers import is_in_loop
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
@@ -68,6 +69,8 @@ class Forwarder:
         ready, token = self._broker.token_nowait(route.account)
         # Writing to a client that reads slowly has to be awaited.
         if not ready or not is_eligible(content, self._body_limit) or not request.may_write:
+            return False
+        if is_in_loop(request.fields):
             return False
         fast = FastPathRequest(self, route, request, token)
         head = fast.head(len(content))

@@ -16,6 +16,7 @@ from mcp_auth_proxy.errors import (
     AuthorizationServerUnavailable,
     BodyTooLarge,
     ClientDisconnected,
+    LoopDetected,
     McpAuthProxyError,
     StoreError,
     UpstreamError,
@@ -31,7 +32,7 @@ from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import MAX_BODY, End, FastPathRequest
-from mcp_auth_proxy.proxy.headers import response_headers
+from mcp_auth_proxy.proxy.headers import HOPS, MAX_HOPS, is_in_loop, response_headers
 from mcp_auth_proxy.proxy.responder import Responder
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
@@ -127,6 +128,11 @@ class RequestHandler:
 
     async def _forward(self) -> None:
         broker, account = self._context.broker, self.route.account
+        if is_in_loop(self._request.fields):
+            raise LoopDetected(
+                f"The request is in a loop: it has come through {MAX_HOPS} proxies already ({HOPS.decode()}). "
+                f"Check where servers.{account.server}.url leads."
+            )
         if needs_inspection(self._body.content):
             # The user's answer in a retry is for the proxy alone: reading it removes it from the forwarded body.
             self._body.parse()
@@ -293,6 +299,8 @@ def _status_of(error: McpAuthProxyError) -> tuple[int, float | None]:
     match error:
         case BodyTooLarge():
             return 413, None
+        case LoopDetected():
+            return 508, None
         case AuthorizationServerUnavailable():
             return 503, error.retry_after
         case StoreError():

@@ -8,6 +8,15 @@ from collections.abc import Iterable
 
 from mcp_auth_proxy.net.http_head import Fields, Headers, check_lines, encode_fields
 
+HOPS = b"mcp-auth-proxy-hops"
+"""How many proxies of this kind a request has come through. Each writes the field itself: nothing of what came is
+sent on but the number."""
+
+MAX_HOPS = 3
+"""Proxies in a row; a chain of two is usual, and what comes through more goes in a circle."""
+
+_COUNTS = {b"%d" % count: count for count in range(MAX_HOPS)}
+
 _HOP_BY_HOP = frozenset(
     {b"connection", b"content-length", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 )
@@ -22,6 +31,7 @@ _NOT_FORWARDED = _HOP_BY_HOP | {
     b"forwarded",
     b"host",
     b"http2-settings",
+    HOPS,
     b"origin",
     b"x-real-ip",
 }
@@ -54,6 +64,7 @@ _FORWARDED_UNCHECKED = frozenset(
 _NOT_RETURNED = (_HOP_BY_HOP - {b"content-length"}) | {
     # For the OAuth client of this request, which is the proxy.
     b"dpop-nonce",
+    HOPS,
     b"set-cookie",
     b"set-cookie2",
     b"www-authenticate",
@@ -108,7 +119,8 @@ def request_head(
     """
     forwarded = fields.forwarded
     if forwarded is None:
-        fields.forwarded = forwarded = encode_fields(request_headers(fields.headers))
+        hops = (HOPS, b"%d" % (_hops(fields.headers) + 1))
+        fields.forwarded = forwarded = encode_fields([*request_headers(fields.headers), hops])
     start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, target, host)
     end = b"\r\n" if content_length is None else b"content-length: %d\r\n\r\n" % content_length
     count = 3 if content_length is None else 4
@@ -122,6 +134,20 @@ def request_head(
     if b" " in target:
         raise ValueError("the request target holds a space")
     return start + forwarded + end
+
+
+def is_in_loop(fields: Fields) -> bool:
+    """Return whether a request has come through ``MAX_HOPS`` proxies already. Call it before ``request_head``."""
+    # What was forwarded once was counted then.
+    return fields.forwarded is None and _hops(fields.headers) >= MAX_HOPS
+
+
+def _hops(headers: Headers) -> int:
+    """Return the hop count of a request. A count that no proxy wrote, or a second one, is ``MAX_HOPS``."""
+    values = [value for name, value in headers if name == HOPS]
+    if not values:
+        return 0
+    return _COUNTS.get(values[0], MAX_HOPS) if len(values) == 1 else MAX_HOPS
 
 
 def request_headers(headers: Headers) -> Headers:

@@ -122,7 +122,7 @@ async def examine(settings: Settings, server: ServerSettings) -> Report:
     """Return the steps of the proxy at a server, and the configuration that works. Raises McpAuthProxyError."""
     async with AsyncExitStack() as stack:
         registrations, steps = await stack.enter_async_context(_registrations(settings))
-        dialer = Dialer(ca_bundle=settings.outbound.ca_bundle)
+        dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
         http = HttpClient(dialer, connections_per_origin=2)
