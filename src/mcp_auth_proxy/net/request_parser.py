@@ -80,6 +80,7 @@ class RequestParser:
     """
 
     __slots__ = (
+        "_body_left",
         "_content_length",
         "_events",
         "_fields",
@@ -111,6 +112,8 @@ class RequestParser:
         self._headers: Headers = []
         """Without Content-Length."""
         self._content_length: int | None = None
+        self._body_left = 0
+        """Bytes of the body that have not arrived; 0 or less if it comes in chunks."""
         self._fields: Fields | None = None
         """Those of the last request that had nothing special about it: they are checked."""
         self._host = b""
@@ -148,7 +151,9 @@ class RequestParser:
         else:
             self._head_bytes += len(data)
         try:
-            if self._line_end or b"RTSP/" in data or b"ICE/" in data:
+            if self.in_body and self._body_left >= len(data):
+                self._feed(data)  # no request line in it
+            elif self._line_end or b"RTSP/" in data or b"ICE/" in data:
                 self._feed_http_only(data)
             else:
                 self._feed(data)
@@ -227,6 +232,7 @@ class RequestParser:
         self.in_head = False
         self.in_body = True
         self._line_end = b""
+        self._body_left = self._content_length or 0
         self._head_bytes = self._overhead = self._trailer_bytes = 0
         if url != self._split_url:
             self._split(url)
@@ -294,6 +300,7 @@ class RequestParser:
 
     def on_body(self, data: bytes) -> None:
         self._overhead = 0
+        self._body_left -= len(data)
         self._events.on_body(data)
 
     def on_message_complete(self) -> None:
