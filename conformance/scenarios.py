@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import yaml
 
@@ -17,6 +20,10 @@ OLDER = "2025-11-25"
 
 CLIENT_METADATA_URL = "https://conformance-test.local/client-metadata.json"
 """The one Client ID Metadata Document that the suite accepts; nobody fetches it."""
+
+
+_PINNED = frozenset({"jwt_bearer", "id_jag"})
+"""The grants for which the configuration must name the issuer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,8 @@ class Scenario:
 def write_configuration(scenario: Scenario, folder: Path, wait: str) -> Path:
     """Write the proxy's configuration and the files that it names; return its path."""
     oauth, files = _oauth(scenario.name, scenario.context)
+    if oauth.get("grant") in _PINNED:
+        oauth.setdefault("issuer", named_issuer(scenario.url))
     server: dict[str, Any] = {"url": scenario.url}
     if oauth:
         server["oauth"] = oauth
@@ -64,6 +73,20 @@ def write_configuration(scenario: Scenario, folder: Path, wait: str) -> Path:
     path = folder / "mcp-auth-proxy.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
+
+
+def named_issuer(url: str) -> str:
+    """Return the issuer that the server's resource metadata names (RFC 9728 §3.1), as ``doctor`` shows it to a user."""
+    parts = urlsplit(url)
+    for path in dict.fromkeys((parts.path.rstrip("/"), "")):
+        try:
+            with urlopen(
+                f"{parts.scheme}://{parts.netloc}/.well-known/oauth-protected-resource{path}", timeout=5
+            ) as found:
+                return str(json.load(found)["authorization_servers"][0])
+        except HTTPError:
+            continue
+    raise RuntimeError(f"{url} has no resource metadata that names an issuer")
 
 
 def _oauth(name: str, context: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

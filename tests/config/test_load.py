@@ -269,6 +269,7 @@ servers:
     url: https://o.example/mcp
     oauth:
       grant: id_jag
+      issuer: https://as.example
       client_id: o
       private_key: file:missing.pem
       idp: {issuer: 'https://idp.example', client_id: o, client_secret: 'env:UNSET', id_token: 'env:UNSET'}

@@ -1,5 +1,6 @@
 """The oauth section of a server, grant by grant."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 
 from mcp_auth_proxy.config import signing_key
 from mcp_auth_proxy.config.load import load
-from mcp_auth_proxy.config.settings import OAuthSettings, Secret, Settings
+from mcp_auth_proxy.config.oauth import first_contact_warning
+from mcp_auth_proxy.config.settings import OAuthSettings, Secret, ServerSettings, Settings
 from mcp_auth_proxy.config.signing_key import PrivateKey
 from mcp_auth_proxy.errors import ConfigurationError
 from mcp_auth_proxy.models import ClientAuth, GrantType
 
+ISSUER = "issuer: 'https://as.example'"
 P256 = ec.generate_private_key(ec.SECP256R1())
 
 
@@ -93,14 +96,14 @@ def test_weak_and_unsuitable_keys_are_refused(key: PrivateKey | dsa.DSAPrivateKe
 
 
 def test_the_assertion_file_of_a_workload_need_not_exist_yet(tmp_path: Path) -> None:
-    found = read(tmp_path, "grant: jwt_bearer, assertion: 'file:tokens/mcp'")
+    found = read(tmp_path, f"grant: jwt_bearer, {ISSUER}, assertion: 'file:tokens/mcp'")
     assert (found.grant, found.assertion) == (GrantType.JWT_BEARER, tmp_path / "tokens/mcp")
-    assert read(tmp_path, "grant: jwt_bearer, assertion: 'env:S'").assertion == Secret("s")
+    assert read(tmp_path, f"grant: jwt_bearer, {ISSUER}, assertion: 'env:S'").assertion == Secret("s")
 
 
 def test_an_identity_provider_is_read(tmp_path: Path) -> None:
     idp = "issuer: 'https://idp.example', client_id: i, client_secret: 'env:S', id_token: 'file:id'"
-    found = read(tmp_path, f"grant: id_jag, client_id: a, client_secret: 'env:S', idp: {{{idp}}}")
+    found = read(tmp_path, f"grant: id_jag, {ISSUER}, client_id: a, client_secret: 'env:S', idp: {{{idp}}}")
     assert found.idp is not None
     assert (found.idp.issuer, found.idp.token_endpoint) == ("https://idp.example", None)
     assert (found.idp.client_id, found.idp.client_secret) == ("i", Secret("s"))
@@ -135,6 +138,37 @@ def test_an_identity_provider_is_read(tmp_path: Path) -> None:
 )
 def test_a_missing_key_that_the_grant_needs_is_an_error(tmp_path: Path, text: str, found: str) -> None:
     assert [error for error in errors_of(tmp_path, text) if error.startswith(found)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "grant: jwt_bearer, assertion: 'env:S'",
+        "grant: id_jag, client_id: a, idp: {issuer: 'https://i.example', client_id: i, id_token: 'env:S'}",
+    ],
+)
+def test_a_workload_names_its_authorization_server(tmp_path: Path, text: str) -> None:
+    # T84
+    (found,) = errors_of(tmp_path, text)
+    assert found.startswith("issuer: is needed with grant ")
+    assert "metadata" in found
+    assert read(tmp_path, f"{text}, {ISSUER}").pinned
+    assert read(tmp_path, f"{text}, metadata: {{token_endpoint: 'https://as.example/t'}}").pinned
+    assert errors_of(tmp_path, f"{text}, issuer: null") == [found]
+
+
+def test_only_client_credentials_without_an_issuer_are_warned_of(tmp_path: Path) -> None:
+    # T84
+    client = "grant: client_credentials, client_id: a, client_auth: none"
+    servers = {"a": ServerSettings(name="a", url="https://a.example/mcp", oauth=read(tmp_path, client))}
+    warning = first_contact_warning(servers)
+    assert warning is not None
+    assert warning.startswith("servers.a.oauth.issuer: ")
+    for text in (f"{client}, {ISSUER}", f"{client}, metadata: {{{STATIC}}}", "client_id: a"):
+        servers["a"] = replace(servers["a"], oauth=read(tmp_path, text))
+        assert first_contact_warning(servers) is None
+    many = {str(number): replace(servers["a"], name=str(number), oauth=read(tmp_path, client)) for number in range(99)}
+    assert len(first_contact_warning(many) or "") < 1000
 
 
 def test_an_error_never_repeats_a_key_or_an_assertion(tmp_path: Path) -> None:
@@ -173,11 +207,13 @@ STATIC = "authorization_endpoint: https://as.example/a, token_endpoint: https://
         (f"metadata: {{registration_endpoint: 'http://10.0.0.1/r', {STATIC}}}", "metadata.registration_endpoint"),
         (f"metadata: {{revocation_endpoint: 'http://10.0.0.1/r', {STATIC}}}", "metadata.revocation_endpoint"),
         (
-            "grant: id_jag, client_id: a, idp: {issuer: 'http://idp.example', client_id: b, id_token: env:S}",
+            f"grant: id_jag, {ISSUER}, client_id: a, idp: {{issuer: 'http://i.example', client_id: b, "
+            "id_token: env:S}",
             "idp.issuer",
         ),
         (
-            "grant: id_jag, client_id: a, idp: {token_endpoint: 'http://idp.example/t', client_id: b, id_token: env:S}",
+            f"grant: id_jag, {ISSUER}, client_id: a, idp: {{token_endpoint: 'http://i.example/t', client_id: b, "
+            "id_token: env:S}",
             "idp.token_endpoint",
         ),
     ],

@@ -192,7 +192,14 @@ async def test_the_keys_of_a_configured_server_apply_and_its_secrets_stay(server
     [
         ({"issuer": "https://other.example"}, "pins https://other.example"),
         ({"grant": "device_code"}, "device_authorization_endpoint"),
-        ({"grant": "jwt_bearer", "assertion": "file:gone.jwt"}, "gone.jwt can't be read"),
+        (
+            {
+                "grant": "jwt_bearer",
+                "assertion": "file:gone.jwt",
+                "metadata": {"token_endpoint": "https://as.example/t"},
+            },
+            "gone.jwt can't be read",
+        ),
         ({"grant": "token_exchange", "client_id": "x"}, "does not identify its callers"),
     ],
 )

@@ -23,7 +23,7 @@ from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import PlainClient
-from fakes.proxy import Sections, proxy_process, running_proxy, write_config
+from fakes.proxy import Sections, proxy_process, run_command, running_proxy, write_config
 
 NOW: Sections = {"authorization": {"wait": "0s"}}
 PLATFORM = "https://platform.example"
@@ -88,7 +88,8 @@ def with_idp(issuer: ExtensionServer, idp: ExtensionServer, folder: Path, **chan
         **changes,
     }
     section = {name: value for name, value in provider.items() if value is not None}
-    return {"grant": "id_jag", "client_id": "agent", "client_secret": "file:as-secret", "idp": section}
+    client = {"issuer": issuer.issuer, "client_id": "agent", "client_secret": "file:as-secret"}
+    return {"grant": "id_jag", **client, "idp": section}
 
 
 @pytest.mark.parametrize("kind", ["EC", "RSA"])
@@ -148,7 +149,7 @@ async def test_the_token_of_a_workload_is_read_again_at_each_use(
 ) -> None:
     upstream = await servers.mcp_server(issuer)
     project = with_workload_token(issuer, tmp_path)
-    oauth: dict[str, object] = {"grant": "jwt_bearer", "assertion": "file:token"}
+    oauth: dict[str, object] = {"grant": "jwt_bearer", "issuer": issuer.issuer, "assertion": "file:token"}
     async with client_of(tmp_path, upstream.url, oauth) as client:
         missing = await client.call("echo", text="x")
         assert "servers.notes.oauth.assertion" in missing.error["message"]
@@ -171,7 +172,12 @@ async def test_a_refused_workload_is_tried_once_and_reported(
 ) -> None:
     upstream = await servers.mcp_server(issuer)
     token = with_workload_token(issuer, tmp_path)(aud="https://another.example")
-    oauth: dict[str, object] = {"grant": "jwt_bearer", "assertion": "file:token", "client_id": "workload"}
+    oauth: dict[str, object] = {
+        "grant": "jwt_bearer",
+        "issuer": issuer.issuer,
+        "assertion": "file:token",
+        "client_id": "workload",
+    }
     issuer.add_client(client_id="workload", auth="none")
     async with client_of(tmp_path, upstream.url, oauth) as client:
         answer = await client.call("echo", text="x")
@@ -186,7 +192,7 @@ async def test_the_token_of_a_workload_is_not_sent_to_another_issuer(  # T11
 ) -> None:
     upstream = await servers.mcp_server(issuer)
     project = with_workload_token(issuer, tmp_path)
-    oauth: dict[str, object] = {"grant": "jwt_bearer", "assertion": "file:token"}
+    oauth: dict[str, object] = {"grant": "jwt_bearer", "issuer": issuer.issuer, "assertion": "file:token"}
     project()
     async with ExtensionServer.running() as other:
         async with client_of(tmp_path, upstream.url, oauth) as client:
@@ -197,6 +203,52 @@ async def test_the_token_of_a_workload_is_not_sent_to_another_issuer(  # T11
             answer = await client.call("echo", text="y")
         assert "servers.notes.oauth.issuer" in answer.error["message"]
         assert other.token_requests() == 0
+
+
+@pytest.mark.parametrize("grant", ["jwt_bearer", "id_jag"])
+async def test_a_workload_sends_nothing_to_the_issuer_that_a_server_names_first(  # T84
+    servers: Servers, issuer: ExtensionServer, idp: ExtensionServer, tmp_path: Path, grant: str
+) -> None:
+    with_workload_token(issuer, tmp_path)()
+    oauth: dict[str, object] = {"grant": "jwt_bearer", "issuer": issuer.issuer, "assertion": "file:token"}
+    if grant == "id_jag":
+        oauth = with_idp(issuer, idp, tmp_path)
+    async with ExtensionServer.running() as hostile:
+        upstream = await servers.mcp_server(hostile)
+        async with client_of(tmp_path, upstream.url, oauth) as client:
+            answer = await client.call("echo", text="x")
+        assert "servers.notes.oauth.issuer" in answer.error["message"]
+        assert (hostile.token_requests(), idp.token_requests()) == (0, 0)
+        seen = (len(upstream.requests), len(hostile.requests))
+        del oauth["issuer"]
+        config = write_config(tmp_path, {"notes": {"url": upstream.url, "oauth": oauth}})
+        for command in ("check", "serve"):
+            code, _, err = await run_command(command, "--config", str(config))
+            assert code == 2
+            assert "servers.notes.oauth.issuer: is needed" in err
+        assert (len(upstream.requests), len(hostile.requests)) == seen
+
+
+async def test_client_credentials_without_an_issuer_are_warned_of(  # T84
+    servers: Servers, issuer: ExtensionServer, tmp_path: Path
+) -> None:
+    upstream = await servers.mcp_server(issuer)
+    oauth = with_key(issuer, tmp_path, grant="client_credentials")
+    config = write_config(tmp_path, {"notes": {"url": upstream.url, "oauth": oauth}})
+    code, out, err = await run_command("check", "--config", str(config))
+    assert (code, ": valid, 1 server" in out) == (0, True)
+    assert err.startswith("warning: servers.notes.oauth.issuer: ")
+    async with proxy_process(config) as proxy:
+        await proxy.stop()
+    assert "servers.notes.oauth.issuer: " in proxy.log
+    _, out, _ = await run_command("doctor", "notes", "--config", str(config))
+    assert f"servers.notes.oauth.issuer: {issuer.issuer}" in out
+    oauth["issuer"] = issuer.issuer
+    config = write_config(tmp_path, {"notes": {"url": upstream.url, "oauth": oauth}})
+    code, _, err = await run_command("check", "--config", str(config))
+    assert (code, err) == (0, "")
+    _, out, _ = await run_command("doctor", "notes", "--config", str(config))
+    assert "Not set here" not in out
 
 
 @pytest.mark.parametrize("endpoint", ["discovered", "configured"])
@@ -290,7 +342,10 @@ async def test_no_key_assertion_or_token_is_in_the_log_or_the_store(  # T45
     project()
     config = {
         "keyed": {"url": keyed.url, "oauth": with_key(issuer, tmp_path, grant="client_credentials")},
-        "batch": {"url": batch.url, "oauth": {"grant": "jwt_bearer", "assertion": "file:token"}},
+        "batch": {
+            "url": batch.url,
+            "oauth": {"grant": "jwt_bearer", "issuer": issuer.issuer, "assertion": "file:token"},
+        },
     }
     async with proxy_process(write_config(tmp_path, config), "--log-level", "debug") as proxy:
         for name in config:

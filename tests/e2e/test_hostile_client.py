@@ -85,6 +85,10 @@ BROKEN: dict[str, str | bytes] = {
     "space before the colon": f"POST /mcp HTTP/1.1\nHost: HOST\nX-A : 1\n{LENGTH}",
     "NUL in a value": f"POST /mcp HTTP/1.1\nHost: HOST\nX-A: 1\x002\n{LENGTH}",
     "no name": f"POST /mcp HTTP/1.1\nHost: HOST\n: 1\n{LENGTH}",
+    "RTSP": f"POST /notes/mcp RTSP/1.0\nHost: HOST\n{LENGTH}",  # T88
+    "RTSP with the version of HTTP": f"GET /notes/mcp RTSP/1.1\nHost: HOST\n{LENGTH}",
+    "ICE": f"SOURCE /notes/mcp ICE/1.0\nHost: HOST\n{LENGTH}",
+    "HTTP/2.0": f"POST /notes/mcp HTTP/2.0\nHost: HOST\n{LENGTH}",
     "another version": f"POST /mcp HTTP/3.0\nHost: HOST\n{LENGTH}",
     "no HTTP": "EHLO example.com\n\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64),
@@ -119,12 +123,16 @@ async def test_heads_over_the_limits_are_431(servers: Servers, tmp_path: Path) -
 
 async def test_trailers_are_not_taken_for_header_fields(servers: Servers, tmp_path: Path) -> None:
     async with connected(servers, tmp_path) as setup, RawClient.to(setup.proxy.origin) as raw:
-        for trailer in ("Host: evil.example", "Origin: http://evil.example", "Connection: authorization", "X-A: b"):
+        for trailer in (
+            *("Host: evil.example", "Origin: http://evil.example", "Connection: authorization", "X-A: b"),
+            *("X-Remote-User: root", "X_Original_Url: /admin"),  # T88
+        ):
             raw.send("POST /notes/mcp HTTP/1.1\nHost: HOST\nTransfer-Encoding: chunked\n\n")
             raw.send(b"%x\r\n%s\r\n" % (len(PING), PING))
             raw.send(f"0\n{trailer}\nMcp-Session-Id: late\n\n")
             assert (await raw.answer()).status == 200
-            assert setup.upstream.calls("ping")[-1].header("mcp-session-id") is None
+            seen = setup.upstream.calls("ping")[-1]
+            assert [seen.header(name) for name in ("mcp-session-id", "x-remote-user", "x_original_url")] == [None] * 3
             assert setup.upstream.find_token(setup.upstream.bearers[-1]) is not None
 
 

@@ -111,6 +111,47 @@ async def test_unusual_but_valid_responses_pass(tmp_path: Path) -> None:
                 assert "set-cookie" not in answer.headers
 
 
+async def test_no_command_to_a_web_server_in_front_reaches_the_client(tmp_path: Path) -> None:  # T88
+    commands = (
+        b"X-Accel-Redirect: /secret\r\nx_accel_redirect: /secret\r\nX-Accel-Limit-Rate: 1\r\nX-Sendfile: /secret\r\n"
+        b"X_Sendfile: /secret\r\nX-Reproxy-URL: http://10.0.0.1/secret\r\nX-Lighttpd-Send-File: /secret\r\n"
+        b"X-Accel-Buffering: yes\r\nX-Accel-Buffering: no\r\n"
+    )
+    interim = b"HTTP/1.1 103 Early Hints\r\n%s\r\n" % commands
+    events = CHUNKED.replace(b"\r\n\r\n", b"\r\n%s\r\n" % commands)
+    last = b"0\r\n%s\r\n" % commands
+    responses = {
+        "JSON": (interim + b"HTTP/1.1 200 OK\r\n%scontent-length: 2\r\n\r\n{}" % commands, b""),
+        "events": (interim + events + b"3\r\n: a\r\n" + last, b""),
+        "events in parts": (interim + events + b"3\r\n: a\r\n", last),
+        "an error": (b"HTTP/1.1 404 Not Found\r\n%scontent-length: 2\r\n\r\n{}" % commands, b""),
+    }
+    said = {"now": (b"", b"")}
+    release = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            first, then = said["now"]
+            await peer.send(first)
+            await release.wait()
+            await peer.send(then)
+
+    async with RawServer(script) as upstream, open_proxy(tmp_path, upstream) as (proxy, _):
+        for name, response in responses.items():
+            said["now"] = response
+            release.clear()
+            async with RawClient.to(proxy.origin) as raw:
+                raw.post(CALL, "Connection: close")
+                status, headers = await raw.head()
+                release.set()
+                rest = await raw.rest()
+            assert status in (200, 404), name
+            commanded = [field for field in headers if field[0].replace("_", "-").startswith("x-")]
+            assert commanded == [("x-accel-buffering", "no")], name
+            assert b"secret" not in rest, name
+
+
 @pytest.mark.parametrize(
     "framing", [CHUNKED + b"5\r\nhello\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nhello"]
 )

@@ -264,6 +264,18 @@ REFUSED = {
     "bare CR in a field": (400, b"GET / HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n"),
     "NUL in a field": (400, b"GET / HTTP/1.1\r\nHost: a\r\nX: a\x00b\r\n\r\n"),
     "not HTTP": (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
+    # T88
+    "RTSP": (400, b"GET /good RTSP/1.0\r\nHost: a\r\n\r\n"),
+    "RTSP with the version of HTTP": (400, b"POST /good RTSP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\na"),
+    "RTSP after many spaces": (400, b"OPTIONS /good" + b" " * 100 + b"RTSP/1.0\r\nHost: a\r\n\r\n"),
+    "RTSP with a long target": (400, b"GET /" + b"a" * 300 + b" RTSP/1.0\r\nHost: a\r\n\r\n"),
+    "a method of RTSP": (400, b"DESCRIBE /good RTSP/1.0\r\nHost: a\r\n\r\n"),
+    "a method of RTSP in HTTP": (400, b"DESCRIBE /good HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "ICE": (400, b"SOURCE /good ICE/1.0\r\nHost: a\r\n\r\n"),
+    "ICE with the version of HTTP": (400, b"SOURCE /good ICE/1.1\r\nHost: a\r\n\r\n"),
+    "HTTP/0.9": (400, b"GET /good HTTP/0.9\r\nHost: a\r\n\r\n"),
+    "HTTP/1.2": (400, b"GET /good HTTP/1.2\r\nHost: a\r\n\r\n"),
+    "no version": (400, b"GET /good\r\nHost: a\r\n\r\n"),
     "HTTP/2 preface": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     "HTTP/2.0 version": (400, b"GET / HTTP/2.0\r\nHost: a\r\n\r\n"),
 }
@@ -283,6 +295,21 @@ def test_a_malformed_request_is_refused_however_it_is_split(status: int, request
 def test_the_requests_before_a_malformed_one_are_complete(status: int, request_bytes: bytes) -> None:
     events, refused = parse([post(b"a") + GET + request_bytes])
     assert (events.count(END), refused) == (2, status)
+
+
+def test_a_line_of_another_protocol_is_refused_only_as_a_request_line() -> None:
+    # T88
+    line = b"GET /good RTSP/1.0\r\n"
+    value = b"POST /other HTTP/1.1\r\nUser-Agent: %sHost: a\r\nContent-Length: 60\r\nX-A: ICE/1.0\r\n\r\n" % line
+    body = (line * 3 + b"SOURCE /good ICE/1.0\r\n")[:60]
+    chunked = CHUNKED + chunks(line, line, trailers=b"x: %s" % line)
+    wanted = [body, line * 2, body]
+    stream = value + body + chunked + value + body
+    assert bodies_of(stream) == wanted
+    for size in (1, 7, 64):
+        assert bodies_of(*(stream[start : start + size] for start in range(0, len(stream), size))) == wanted
+    assert parse([value + body + line + b"Host: a\r\n\r\n"])[1] == 400
+    assert parse([value + body[:30], body[30:] + line[:12], line[12:] + b"Host: a\r\n\r\n"])[1] == 400
 
 
 def test_an_error_of_the_handler_is_not_taken_for_an_invalid_request() -> None:

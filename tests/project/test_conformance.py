@@ -12,7 +12,9 @@ import pytest
 from conformance.doctor import SAID, Said
 from conformance.judging import DEMANDS_SUCCESS, OUTPUT, Expectations, Outcome, Run, judge_doctor
 from conformance.run import HERE
+from conformance.scenarios import SERVER, Scenario, write_configuration
 from fakes.fixtures import Servers
+from mcp_auth_proxy.config.load import load
 
 READY = Said(0, "ready", "It can.")
 REFUSED = Said(1, "refused", "It can't.")
@@ -90,3 +92,13 @@ async def test_the_command_writes_what_doctor_said(
     assert said is not None
     assert (said.code, said.verdict) == (code, verdict)
     assert issuer.authorizations == 0
+
+
+async def test_the_configuration_of_a_workload_has_the_issuer_that_the_server_names(  # T84
+    servers: Servers, tmp_path: Path
+) -> None:
+    issuer = await servers.authorization_server()
+    upstream = await servers.mcp_server(issuer)
+    scenario = Scenario("auth/wif-jwt-bearer", upstream.url, context={"valid_jwt": "a.b.c"})
+    path = await asyncio.to_thread(write_configuration, scenario, tmp_path, "0s")
+    assert load(path, environ={}).servers[SERVER].oauth.issuer == issuer.issuer

@@ -50,6 +50,11 @@ def test_without_token_and_body_there_is_neither_authorization_nor_length() -> N
         # T33
         "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-anything", "x_forwarded_for",
         "x_forwarded-proto", "x.forwarded.for", "x-real-ip", "x_real_ip",
+        # T88
+        "true-client-ip", "True-Client-Ip", "true_client_ip", "cf-connecting-ip", "cf_connecting-ip", "x-client-ip",
+        "x_client_ip", "x-remote-user", "x_remote_user", "remote-user", "remote_user", "x-ssl-client-verify",
+        "x-ssl-client-s-dn", "x_ssl_cert", "x-original-url", "x_original_url", "x-rewrite-url", "x.rewrite.url",
+        "x-http-method-override", "x_http_method_override",
         # hop-by-hop and framing
         "connection", "keep-alive", "proxy-connection", "proxy-authorization", "proxy_authorization",
         "proxy-authenticate", "te", "trailer", "transfer-encoding", "transfer_encoding", "upgrade",
@@ -158,6 +163,28 @@ def test_response_fields_pass_except_those_of_the_hop_the_login_and_the_origin()
         (b"retry-after", b"3"),
         (b"access-control-allow-origin", b"*"),
     ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "X-Accel-Redirect", "x-accel-redirect", "x_accel_redirect", "X-Accel_Limit-Rate", "X-Accel-Expires",
+        "X-Accel-Charset", "X-Sendfile", "x_sendfile", "X-Sendfile2", "X-Reproxy-URL", "X_Reproxy_File",
+        "X-Lighttpd-Send-File", "x_lighttpd_sendfile", "Set_Cookie", "Transfer_Encoding", "Content_Length",
+        "X_Accel_Buffering",
+    ],
+)  # fmt: skip
+def test_commands_to_a_web_server_do_not_reach_it(name: str) -> None:
+    # T88
+    got = response_headers([(b"Content-Type", b"application/json"), (name.encode(), b"no")])
+    assert [field for field, _ in got] == [b"content-type", b"cache-control"]
+
+
+def test_only_the_value_no_of_accel_buffering_passes() -> None:
+    # T88: without it, nginx would hold events back.
+    fields = [(b"X-Accel-Buffering", value) for value in (b"no", b"yes", b"No", b"", b"no, yes")]
+    got = [(name, value) for name, value in response_headers(fields) if name.startswith(b"x-")]
+    assert got == [(b"x-accel-buffering", b"no"), (b"x-accel-buffering", b"No")]
 
 
 @pytest.mark.parametrize("headers", [[], [(b"connection", b"cache-control"), (b"cache-control", b"public")]])

@@ -114,12 +114,15 @@ def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
 @config_option
 def check(config_file: str | None) -> None:
     """Validate the configuration and print all errors at once."""
+    from mcp_auth_proxy.config.oauth import first_contact_warning
     from mcp_auth_proxy.store.cipher import key_errors
 
     settings = settings_from(config_file)
     errors = key_errors(settings.store)
     if errors:
         raise ConfigurationError(errors)
+    if warning := first_contact_warning(settings.servers):
+        click.echo(f"warning: {warning}", err=True)
     click.echo(f"{settings.source}: valid, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import resource
 
 import click
@@ -11,9 +12,12 @@ from mcp_auth_proxy.app import Application, effective_public_url, lifespan
 from mcp_auth_proxy.cli.listener import Server, bind
 from mcp_auth_proxy.cli.reloading import reloading
 from mcp_auth_proxy.config import loops
+from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import without_query_values
+
+logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 20
 
@@ -24,6 +28,8 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     ``file`` is what ``settings`` were read from, and is read again when it changes; None if there is no file.
     """
     _raise_file_limit()
+    if warning := first_contact_warning(settings.servers):
+        logger.warning("%s", warning)
     sock, address = bind(settings.listen)
     with sock:
         await loops.check(settings, address, effective_public_url(settings, address))

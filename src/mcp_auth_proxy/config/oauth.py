@@ -6,7 +6,7 @@ from typing import Literal
 
 from mcp_auth_proxy.config import signing_key, values
 from mcp_auth_proxy.config.reader import Section
-from mcp_auth_proxy.config.settings import Credential, IdpSettings, OAuthSettings
+from mcp_auth_proxy.config.settings import Credential, IdpSettings, OAuthSettings, ServerSettings
 from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.models import ClientAuth, DpopUse, GrantType
 
@@ -16,6 +16,7 @@ _IDP_AUTHS = {name: method for name, method in _CLIENT_AUTHS.items() if method i
 _ALGORITHMS: Mapping[str, str] = {name: name for name in signing_key.ALGORITHMS}
 _DPOP: Mapping[str, DpopUse] = {str(use): use for use in DpopUse}
 _AUDIENCES: Mapping[str, Literal["issuer", "endpoint"]] = {"issuer": "issuer", "endpoint": "endpoint"}
+_MAX_NAMED = 20
 _OWN_PARAMS = frozenset(
     {
         *("response_type", "response_mode", "client_id", "client_secret", "client_assertion", "client_assertion_type"),
@@ -30,6 +31,8 @@ _HINTS = {"scope": "use scopes", "resource": "use the key resource", "client_id"
 
 # Grants that need a client registered beforehand: nobody is there to approve a registration.
 _PRE_REGISTERED = frozenset({GrantType.CLIENT_CREDENTIALS, GrantType.ID_JAG, GrantType.TOKEN_EXCHANGE})
+# Grants whose credential is worth more than one server: it goes to no authorization server that the MCP server chooses.
+_PINNED = frozenset({GrantType.JWT_BEARER, GrantType.ID_JAG})
 # Keys that only one grant uses, and that it requires.
 _OF_ONE_GRANT: Mapping[str, GrantType] = {"assertion": GrantType.JWT_BEARER, "idp": GrantType.ID_JAG}
 _ENDPOINTS: Mapping[GrantType, str] = {
@@ -75,6 +78,22 @@ def read_oauth(section: Section, *, http_server: str = "") -> OAuthSettings:
     return settings
 
 
+def first_contact_warning(servers: Mapping[str, ServerSettings]) -> str | None:
+    """Return what to warn of if a client secret goes to the authorization server that an MCP server names first."""
+    keys = [
+        server.key("oauth.issuer")
+        for server in servers.values()
+        if server.oauth.grant is GrantType.CLIENT_CREDENTIALS and not server.oauth.pinned
+    ]
+    if not keys:
+        return None
+    more = f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else ""
+    return (
+        f"{', '.join(keys[:_MAX_NAMED])}{more}: not set, so with grant client_credentials the client's credentials go "
+        "to the authorization server that the MCP server names first. `mcp-auth-proxy doctor NAME` shows what to write"
+    )
+
+
 def _check_client(section: Section, grant: GrantType, client_auth: ClientAuth | None) -> None:
     has_id, has_secret = section.has("client_id"), section.has("client_secret")
     if has_secret and not has_id:
@@ -113,6 +132,12 @@ def _check_grant(section: Section, grant: GrantType) -> None:
             section.error(key, f"is needed with grant {grant}")
         elif grant is not its_grant and section.has(key):
             section.error(key, f"is for grant {its_grant} only")
+    if grant in _PINNED and not section.has("issuer") and not section.has("metadata"):
+        section.error(
+            "issuer",
+            f"is needed with grant {grant}, or metadata: the credential would go to whatever authorization server the "
+            f"MCP server names. `mcp-auth-proxy doctor URL` shows which one that is",
+        )
 
 
 def _read_key(section: Section) -> SigningKey | None:

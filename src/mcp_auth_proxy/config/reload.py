@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mcp_auth_proxy.config.changes import SettingsChange, compare
 from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import ConfigurationError
 from mcp_auth_proxy.observability import metrics
@@ -140,6 +141,8 @@ class Reloader:
         metrics.reloads.labels("applied" if change else "unchanged").inc()
         metrics.last_reload_successful.labels().value = 1
         logger.info("configuration reloaded: %s", summary(change))
+        if change.servers and (warning := first_contact_warning(settings.servers)):
+            logger.warning("%s", warning)
         if change.needs_restart:
             logger.warning("configuration: restart the proxy to apply the new %s", ", ".join(change.needs_restart))
 

@@ -104,6 +104,11 @@ class OAuthSettings:
     dpop: DpopUse = DpopUse.OFF
     allow_missing_pkce: bool = False
 
+    @property
+    def pinned(self) -> bool:
+        """Whether the configuration names the authorization server, and not the MCP server."""
+        return self.issuer is not None or self.metadata is not None
+
 
 def server_key(server: str, path: str) -> str:
     """Return the full configuration key of a path below a server, if only its name is known."""

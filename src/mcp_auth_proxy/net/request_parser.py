@@ -1,9 +1,10 @@
 """Parse HTTP/1.1 requests, sans-I/O: bytes in, calls of ``RequestEvents`` out; no sockets, timers or event loop.
 
 The parser is llhttp without its lenient flags. This module adds bounds and refusals that uvicorn lacks: uvicorn 0.54
-accepts heads of any size, absolute-form targets, and requests with two Hosts or none.
+accepts heads of any size, absolute-form targets, requests with two Hosts or none, and those of ICE and RTSP.
 """
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
@@ -19,6 +20,12 @@ MAX_FIELDS = 200
 
 _NOT_SERVED = frozenset({b"CONNECT", b"TRACE"})
 """RFC 9110 §9.3.6: CONNECT would start a tunnel; §9.3.8: TRACE echoes the request, and our token with it."""
+
+_OTHER_PROTOCOL = re.compile(rb" (?:ICE|RTSP)/[0-9.]+\r")
+"""How a request line of the other protocols that llhttp knows ends. It does not tell which protocol it has read."""
+
+_LINE_END = 64
+"""Bytes that are kept of an incomplete request line: more than such an end has."""
 
 _SPECIAL = frozenset({b"expect", b"origin", b"sec-fetch-site", b"transfer-encoding", b"upgrade"})
 """Fields that change how a request is read. Most requests have none of them."""
@@ -73,12 +80,14 @@ class RequestParser:
     """
 
     __slots__ = (
+        "_body_left",
         "_content_length",
         "_events",
         "_fields",
         "_head_bytes",
         "_headers",
         "_host",
+        "_line_end",
         "_maybe_long",
         "_overhead",
         "_parser",
@@ -103,6 +112,8 @@ class RequestParser:
         self._headers: Headers = []
         """Without Content-Length."""
         self._content_length: int | None = None
+        self._body_left = 0
+        """Bytes of the body that have not arrived; 0 or less if it comes in chunks."""
         self._fields: Fields | None = None
         """Those of the last request that had nothing special about it: they are checked."""
         self._host = b""
@@ -114,6 +125,8 @@ class RequestParser:
         """Whether a head that ends in this read may exceed ``MAX_HEAD``, so that its fields have to be added up."""
         self._overhead = 0
         """Bytes since the last part of the body: chunk extensions and trailers."""
+        self._line_end = b""
+        """The last bytes of a read that ended before the first field of a head was complete."""
         self._trailer_bytes = 0
         self._upgrade: bytes | None = None
         """The framing fields of a request that asked for an upgrade, until llhttp reports its end."""
@@ -138,7 +151,12 @@ class RequestParser:
         else:
             self._head_bytes += len(data)
         try:
-            self._feed(data)
+            if self.in_body and self._body_left >= len(data):
+                self._feed(data)  # no request line in it
+            elif self._line_end or b"RTSP/" in data or b"ICE/" in data:
+                self._feed_http_only(data)
+            else:
+                self._feed(data)
         except httptools.HttpParserCallbackError as error:
             # A callback raised, ours or the handler's. httptools keeps the reason as the context.
             raise error.__context__ or error from None
@@ -147,6 +165,7 @@ class RequestParser:
         if self.in_head:
             if self._head_bytes > MAX_HEAD:
                 raise RequestRejected(431, "the head is too long")
+            self._line_end = b"" if self._headers else (self._line_end + data)[-_LINE_END:]
         elif self.in_body and self._overhead > MAX_HEAD:
             raise RequestRejected(400, "too many bytes of framing without a byte of body")
 
@@ -167,6 +186,21 @@ class RequestParser:
                 data = data[upgrade.args[0] :]
             else:
                 return
+
+    def _feed_http_only(self, data: bytes) -> None:
+        """Parse the data up to each end of a line of another protocol, and refuse it if it is a request line."""
+        seen, fed = self._line_end + data, len(self._line_end)
+        for match in _OTHER_PROTOCOL.finditer(seen):
+            if match.end() <= fed:
+                continue
+            self._feed(seen[fed : match.end()])
+            fed = match.end()
+            # Before the first field is complete, this may be its value too: then the target is not in front of it.
+            if self.in_head and not self._headers:
+                before = seen[: match.start()].rstrip(b" ")
+                if before.endswith(self._url) or self._url.endswith(before):
+                    raise RequestRejected(400, "another protocol")
+        self._feed(seen[fed:])
 
     def on_message_begin(self) -> None:
         self.in_head = True
@@ -197,6 +231,8 @@ class RequestParser:
             raise RequestRejected(431, "the head is too long")
         self.in_head = False
         self.in_body = True
+        self._line_end = b""
+        self._body_left = self._content_length or 0
         self._head_bytes = self._overhead = self._trailer_bytes = 0
         if url != self._split_url:
             self._split(url)
@@ -264,6 +300,7 @@ class RequestParser:
 
     def on_body(self, data: bytes) -> None:
         self._overhead = 0
+        self._body_left -= len(data)
         self._events.on_body(data)
 
     def on_message_complete(self) -> None:

@@ -24,6 +24,7 @@ _HOP_BY_HOP = frozenset(
 
 _NOT_FORWARDED = _HOP_BY_HOP | {
     b"authorization",
+    b"cf-connecting-ip",
     b"cookie",
     b"cookie2",
     b"dpop",
@@ -33,14 +34,22 @@ _NOT_FORWARDED = _HOP_BY_HOP | {
     b"http2-settings",
     HOPS,
     b"origin",
+    b"remote-user",
+    b"true-client-ip",
+    b"x-client-ip",
     b"x-real-ip",
+    b"x-remote-user",
+    # They would replace the target or the method, which the proxy has checked.
+    b"x-http-method-override",
+    b"x-original-url",
+    b"x-rewrite-url",
 }
-"""Fields that are meant for the proxy, or that a client cannot be trusted with. Also ``x-forwarded-*``."""
+"""Fields that are meant for the proxy, or that a client cannot be trusted with. Also ``x-forwarded-*``, ``x-ssl-*``."""
 
 _DROPPED_UNCHECKED = _NOT_FORWARDED - {b"connection"}
 """The fields that are dropped whatever their value is."""
 
-_NOT_FORWARDED_PREFIXES = (b"proxy-", b"x-forwarded-")
+_NOT_FORWARDED_PREFIXES = (b"proxy-", b"x-forwarded-", b"x-ssl-")
 
 _FORWARDED_UNCHECKED = frozenset(
     {
@@ -61,7 +70,7 @@ _FORWARDED_UNCHECKED = frozenset(
 )
 """Usual fields: they pass after one look-up."""
 
-_NOT_RETURNED = (_HOP_BY_HOP - {b"content-length"}) | {
+_NOT_RETURNED = _HOP_BY_HOP | {
     # For the OAuth client of this request, which is the proxy.
     b"dpop-nonce",
     HOPS,
@@ -81,7 +90,12 @@ _NOT_RETURNED = (_HOP_BY_HOP - {b"content-length"}) | {
     b"strict-transport-security",
 }
 
-_NOT_RETURNED_PREFIX = b"proxy-"
+_NOT_RETURNED_PREFIXES = (b"proxy-", b"x-accel-", b"x-lighttpd-", b"x-reproxy-", b"x-sendfile")
+"""All but the first are commands to a web server in front of the proxy: to send one of its files, or the response of
+another address, instead of this response."""
+
+_UNBUFFERED = (b"x-accel-buffering", b"no")
+"""The one command that passes: event streams need it behind nginx, and it reveals nothing."""
 
 _RETURNED_UNCHECKED = frozenset(
     {b"content-length", b"content-encoding", b"date", b"mcp-session-id", b"server", b"vary"}
@@ -186,11 +200,12 @@ def encoded_response_fields(fields: Fields) -> bytes:
 def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
     """Return the fields of an upstream response that go to the client, names in lower case.
 
-    Dropped are hop-by-hop fields and those that ``Connection`` lists, challenges, cookies, and policies for a whole
-    origin (HSTS, Alt-Svc, reporting). ``Content-Length`` stays, because it is there only if it frames the body; CORS
-    fields stay. ``Cache-Control: no-store`` is added if the upstream has no ``Cache-Control``: the response was made
-    for the proxy's token, of which caches between proxy and client know nothing (RFC 9111 §3.5). A response that is
-    neither JSON nor events is made inert, in case a browser was sent here.
+    Dropped are hop-by-hop fields and those that ``Connection`` lists, challenges, cookies, policies for a whole origin
+    (HSTS, Alt-Svc, reporting), and commands to a web server in front of the proxy, in any spelling that could be read
+    as one. ``Content-Length`` stays, because it is there only if it frames the body; CORS fields stay.
+    ``Cache-Control: no-store`` is added if the upstream has no ``Cache-Control``: the response was made for the proxy's
+    token, of which caches between proxy and client know nothing (RFC 9111 §3.5). A response that is neither JSON nor
+    events is made inert, in case a browser was sent here.
     """
     kept: Headers = []
     listed: set[bytes] | None = None
@@ -202,8 +217,11 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
             kept.append(field)
             continue
         name, value = field[0].lower(), field[1]
-        if name in _NOT_RETURNED or name.startswith(_NOT_RETURNED_PREFIX):
-            if name == b"connection" and value not in _SIMPLE_CONNECTION:
+        key = name.translate(_CANONICAL).strip(b"-")
+        if key in _NOT_RETURNED or key.startswith(_NOT_RETURNED_PREFIXES):
+            if name == b"content-length" or (name, value.lower()) == _UNBUFFERED:
+                kept.append((name, value))
+            elif key == b"connection" and value not in _SIMPLE_CONNECTION:
                 listed = _list_names(listed, value)
             continue
         if name == b"content-type":

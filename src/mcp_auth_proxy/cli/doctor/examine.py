@@ -172,6 +172,8 @@ async def _examine_authorization(
             run.plan = None
     if run.plan is not None:
         steps += findings.plan_steps(run.plan, run.resource, probed.challenge.scopes if probed.challenge else None)
+        if findings.is_first_contact(run.plan):
+            proposal.suggest_issuer(run.plan.key.issuer)
     return _report(server, probed, proposal, steps, run)
 
 

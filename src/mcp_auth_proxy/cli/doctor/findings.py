@@ -107,6 +107,13 @@ def plan_steps(plan: Plan, resource: ResourceMetadata | None, challenged: tuple[
     yield _revocation(plan.metadata)
 
 
+def is_first_contact(plan: Plan) -> bool:
+    """Return whether a configured client secret goes to the authorization server that the MCP server names."""
+    oauth = plan.server.oauth
+    # An issuer without metadata can't be pinned: discovery would not find it.
+    return oauth.grant is GrantType.CLIENT_CREDENTIALS and not oauth.pinned and not plan.metadata.is_fallback
+
+
 def registered_by(plan: Plan) -> str:
     """Describe how the proxy becomes a client there."""
     match plan.registration.kind:
@@ -164,6 +171,13 @@ def _issuer(plan: Plan) -> Step:
     if plan.metadata.is_fallback:
         says = f"There is no metadata, so {issuer} is used as the issuer, with the default endpoints."
         return _note("issuer", says, "MCP 2025-03-26")
+    if is_first_contact(plan):
+        says = (
+            f"The metadata has exactly the expected issuer {issuer}, but nothing pins it: the client's credentials go "
+            "to whatever the MCP server names first. If it is the right one, "
+            f"set {plan.server.key('oauth.issuer')}: {issuer}"
+        )
+        return _note("issuer", says, "RFC 8414 §3.3")
     pinned = ", and oauth.issuer pins it" if oauth.issuer else ""
     return _ok("issuer", f"The metadata has exactly the expected issuer {issuer}{pinned}.", "RFC 8414 §3.3")
 

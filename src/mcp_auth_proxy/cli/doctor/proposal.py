@@ -89,6 +89,11 @@ class Proposal:
             if key not in skipped:
                 self._change(f"oauth.{key}", value, f"{provider.name} may need it, with your value", applied=False)
 
+    def suggest_issuer(self, issuer: str) -> None:
+        """Name the issuer to write for a client whose credentials go to whatever authorization server is found."""
+        why = "only if this is the authorization server that the client's credentials are for"
+        self._change("oauth.issuer", issuer, why, applied=False)
+
     def settings(self) -> ServerSettings:
         """Return the proposed settings of the server. Raises ConfigurationError if they are not valid."""
         context = Context(os.environ, self._folder)
