@@ -128,7 +128,7 @@ async def test_a_batch_is_not_answered_with_the_same_reason_a_thousand_times(  #
 
 async def test_a_batch_whose_links_are_too_long_gets_one_link(servers: Servers, tmp_path: Path) -> None:  # T79
     async with attacked(servers, tmp_path) as setup:
-        params = {"capabilities": {"elicitation": {"url": {}}}}
+        params: dict[str, object] = {"capabilities": {"elicitation": {"url": {}}}}
         calls = [setup.client.message("initialize", params, id=f"{number:03}" * 170) for number in range(1000)]
         headers = setup.client.headers(calls[0], {"traceparent": f"00-{'1' * 32}-{'2' * 16}-00"})
         response = await setup.client.http.post(setup.client.url, content=json.dumps(calls), headers=headers)
