@@ -27,18 +27,37 @@
         └── UpstreamPoolTimeout        all connections to the origin are in use
 
 ``str()`` of each is one or two plain sentences for the user: what is wrong and, if there is one, the
-remedy. No error ever contains a token, code, verifier, secret or state, or a value from a URL's query.
+remedy. No error ever contains a token, code, verifier, secret or state, or a value from a URL's query. Whoever puts
+a text from outside into a message cuts it (``excerpt``): it goes to the log and to every client that asks.
 """
 
 import re
 from dataclasses import dataclass
 
-_QUERY = re.compile(r"(https?://[^\s?#\"]*\?)([^\s\"]*[^\s\".,;:!)\]}'])", re.IGNORECASE)
+MAX_FOREIGN = 200
+"""Characters of one text from outside in a message of ours."""
+
+MAX_MESSAGE = 1200
+"""Characters of the message of an AuthorizationError, which may hold several texts from outside."""
+
+# Neither part is ever given back (*+), and the first ends where the next URL begins: no character is read twice.
+_QUERY = re.compile(r"(https?://(?:(?!https?://)[^\s?#\"])*+\?)([^\s\"]*+)", re.IGNORECASE)
+_PUNCTUATION = ".,;:!)]}'"
+
+
+def excerpt(text: str, limit: int = MAX_FOREIGN) -> str:
+    """Return a text from outside as a message may show it: its first ``limit`` characters, "…" if that is not all."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def without_query_values(text: str) -> str:
     """Mask the query values of all http(s) URLs in ``text``: some servers take API keys there."""
-    return _QUERY.sub(lambda found: found[1] + "&".join(map(_without_value, found[2].split("&"))), text)
+    return _QUERY.sub(_masked, text)
+
+
+def _masked(found: re.Match[str]) -> str:
+    query = found[2].rstrip(_PUNCTUATION)
+    return found[1] + "&".join(map(_without_value, query.split("&"))) + found[2][len(query) :]
 
 
 def _without_value(parameter: str) -> str:
@@ -134,7 +153,7 @@ class AuthorizationError(McpAuthProxyError):
 
     def __init__(self, message: str, *, hint: ConfigHint | None = None) -> None:
         self.hint = hint
-        super().__init__(message)
+        super().__init__(excerpt(message, MAX_MESSAGE))
 
 
 class DocumentRefused(AuthorizationError):
@@ -151,7 +170,7 @@ class DocumentRefused(AuthorizationError):
         self.url = url
         self.problem = problem
         self.clause = clause
-        where = f" at {url}" if url else ""
+        where = f" at {excerpt(url)}" if url else ""
         rule = f" ({clause})" if clause else ""
         super().__init__(f"The {document}{where} is refused: {problem}{rule}.", hint=hint)
 

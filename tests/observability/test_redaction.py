@@ -80,6 +80,8 @@ def test_the_value_of_a_secret_parameter_is_masked(shape: str, name: str) -> Non
         f"client_secret: {CANARY}",
         f"password: {CANARY}",
         f"refresh_token is {CANARY[:0]}access_token: {CANARY}",
+        "token=" + "\\" * 15 + f'"{CANARY}',
+        "token=" + "\\" * 40 + f'"{CANARY} and {CANARY}',
         f"https://user:{CANARY}@as.example/token",
         f"postgresql://proxy:{CANARY}@db/proxy",
         "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJjQW5BclkifQ.c2lnbmF0dXJlLWNBbkFyWQ was refused",

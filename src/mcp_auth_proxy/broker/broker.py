@@ -27,6 +27,7 @@ from mcp_auth_proxy.errors import (
     CallbackRefused,
     McpAuthProxyError,
     TokenRefused,
+    excerpt,
 )
 from mcp_auth_proxy.models import AccessToken, Account, Flow, Grant
 from mcp_auth_proxy.oauth import authorization_code
@@ -206,7 +207,7 @@ class Broker:
         elif history.authorizations:
             raise AuthorizationError(
                 f"Server {server.name} refuses a token that its authorization server has just issued"
-                f"{f' ({cached.grant.key.issuer})' if cached else ''}. Check "
+                f"{f' ({excerpt(cached.grant.key.issuer)})' if cached else ''}. Check "
                 f"{server.key('oauth.resource')} and scopes, "
                 f"authorization_params or token_params if the provider wants an audience there "
                 f"(docs/providers.md), and what the account may use."

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, RegistrationImpossible
+from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, RegistrationImpossible, excerpt
 from mcp_auth_proxy.models import Account, ClientAuth, GrantType, Registration, RegistrationKind
 from mcp_auth_proxy.oauth import client_auth, registration
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
@@ -98,9 +98,9 @@ class ClientRegistrar:
             return metadata.registration_endpoint
         uri = redirect_uri(self._public_url, server.oauth.grant)
         raise RegistrationImpossible(
-            f"The authorization server {metadata.issuer} does not support dynamic client registration. Register a "
-            f"client there by hand {f'with the redirect URI {uri}' if uri else 'for device codes'}, and put it in "
-            f"{server.key('oauth.client_id')} (and client_secret)."
+            f"The authorization server {excerpt(metadata.issuer)} does not support dynamic client registration. "
+            f"Register a client there by hand {f'with the redirect URI {uri}' if uri else 'for device codes'}, and "
+            f"put it in {server.key('oauth.client_id')} (and client_secret)."
         )
 
     def _method(self, server: ServerSettings, metadata: ServerMetadata) -> ClientAuth | None:
@@ -133,9 +133,9 @@ class ClientRegistrar:
             bound = await bind(server.name, client_id, metadata.issuer)
             if bound != metadata.issuer:
                 raise AuthorizationError(
-                    f"Server {server.name} now names the authorization server {metadata.issuer}, but its configured "
-                    f"client was first used with {bound} and is not sent to any other. If the move is genuine, set "
-                    f"{server.key('oauth.issuer')} to {metadata.issuer}.",
+                    f"Server {server.name} now names the authorization server {excerpt(metadata.issuer)}, but its "
+                    f"configured client was first used with {excerpt(bound)} and is not sent to any other. If the move "
+                    f"is genuine, set {server.key('oauth.issuer')} to {excerpt(metadata.issuer)}.",
                     hint=ConfigHint("oauth.issuer", metadata.issuer),
                 )
         secret = oauth.client_secret.value if oauth.client_secret else None
@@ -191,7 +191,7 @@ class ClientRegistrar:
             secret_expires_at=registered.secret_expires_at,
         )
         await self._registrations.save(client)
-        logger.info("registered with %s for server %s", metadata.issuer, server.name)
+        logger.info("registered with %s for server %s", excerpt(metadata.issuer), server.name)
         return client
 
     def _registration(
@@ -225,7 +225,8 @@ def _check_algorithm(server: ServerSettings, metadata: ServerMetadata) -> None:
     key, supported = server.oauth.private_key, metadata.token_endpoint_auth_signing_alg_values_supported
     if key is not None and supported and key.algorithm not in supported:
         raise AuthorizationError(
-            f"The authorization server {metadata.issuer} accepts signatures by {', '.join(supported)} "
+            f"The authorization server {excerpt(metadata.issuer)} accepts signatures by "
+            f"{excerpt(', '.join(supported))} "
             f"(token_endpoint_auth_signing_alg_values_supported, RFC 8414 §2), but the key signs with "
             f"{key.algorithm}. Set {server.key('oauth.signing_alg')}, or private_key to a key for one of them."
         )

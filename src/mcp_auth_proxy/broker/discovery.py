@@ -7,7 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mcp_auth_proxy.config.settings import IdpSettings, ServerSettings
-from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, ConfigHint, DocumentRefused
+from mcp_auth_proxy.errors import (
+    AuthorizationError,
+    AuthorizationServerUnavailable,
+    ConfigHint,
+    DocumentRefused,
+    excerpt,
+)
 from mcp_auth_proxy.models import GrantType
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import discovery
@@ -110,7 +116,7 @@ class Discoverer:
         if challenge is None or challenge.resource_metadata is None or challenge.names_metadata:
             return challenge.resource_metadata if challenge else None
         problem = (
-            f"the challenge of server {server.name} names it by {challenge.resource_metadata[:200]!r}, which is not "
+            f"the challenge of server {server.name} names it by {excerpt(challenge.resource_metadata)!r}, which is not "
             f"an absolute URL; well-known addresses are tried"
         )
         ignored = DocumentRefused(discovery.RESOURCE_METADATA, "", problem, "RFC 9728 §5.1")
@@ -173,7 +179,7 @@ def _issuer(server: ServerSettings, resource: ResourceMetadata) -> str:
     if pinned in offered:
         return pinned
     raise AuthorizationError(
-        f"Server {server.name} names {', '.join(offered)} as its authorization server, but "
+        f"Server {server.name} names {excerpt(', '.join(offered))} as its authorization server, but "
         f"{server.key('oauth.issuer')} pins {pinned}. If the move is genuine, change that key.",
         hint=ConfigHint("oauth.issuer", offered[0]),
     )
@@ -193,4 +199,4 @@ def _is_document(response: Response, *, required: bool) -> bool:
 
 
 def _unavailable(document: str, url: str, response: Response) -> AuthorizationServerUnavailable:
-    return AuthorizationServerUnavailable(f"The {document} at {url} can't be read: HTTP {response.status}.")
+    return AuthorizationServerUnavailable(f"The {document} at {excerpt(url)} can't be read: HTTP {response.status}.")

@@ -7,7 +7,7 @@ never satisfied would make the user consent again for each request of the client
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-from mcp_auth_proxy.errors import AuthorizationError
+from mcp_auth_proxy.errors import AuthorizationError, excerpt
 
 MAX_AUTHORIZATIONS = 3
 """Authorizations for the same scopes, including the first: more do not help (MCP, scope challenge handling)."""
@@ -49,6 +49,6 @@ def step_up_limit(server: str, requested: Iterable[str]) -> AuthorizationError:
     """Return the error for a server that keeps asking for more."""
     return AuthorizationError(
         f"Server {server} keeps asking for more permission after {MAX_AUTHORIZATIONS} authorizations "
-        f"(insufficient_scope, RFC 6750 §3.1). The scopes it asked for last: {' '.join(requested) or 'none'}. "
+        f"(insufficient_scope, RFC 6750 §3.1). The scopes it asked for last: {excerpt(' '.join(requested)) or 'none'}. "
         f"Check what the account may grant there; it can be asked again in {REMEMBERED / 60:.0f} minutes."
     )

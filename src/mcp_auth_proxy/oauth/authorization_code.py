@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote, unquote_plus, urlencode
 
-from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused
+from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, excerpt
 from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.oauth import dpop, oauth_error, scopes
 
@@ -46,7 +46,8 @@ def authorization_url(flow: Flow, *, state: str, code_verifier: str) -> str:
     """
     if not flow.endpoints.authorization:
         raise AuthorizationError(
-            f"The authorization server {flow.key.issuer} has no authorization_endpoint, so users can't authorize there."
+            f"The authorization server {excerpt(flow.key.issuer)} has no authorization_endpoint, "
+            f"so users can't authorize there."
         )
     params = {
         "response_type": "code",
@@ -80,11 +81,11 @@ def check_response(params: Mapping[str, Sequence[str]], *, flow: Flow) -> str:
     iss = values.get("iss")
     if iss is None and flow.iss_supported:
         raise CallbackRefused(
-            f"The authorization response has no iss, which {flow.key.issuer} promises to send (RFC 9207 §2.4)."
+            f"The authorization response has no iss, which {excerpt(flow.key.issuer)} promises to send (RFC 9207 §2.4)."
         )
     if iss is not None and iss != flow.key.issuer:
         raise CallbackRefused(
-            f"The authorization response is from another issuer than {flow.key.issuer} (RFC 9207 §2.4)."
+            f"The authorization response is from another issuer than {excerpt(flow.key.issuer)} (RFC 9207 §2.4)."
         )
     if "error" in values:
         error = oauth_error.code(values["error"])
@@ -95,7 +96,7 @@ def check_response(params: Mapping[str, Sequence[str]], *, flow: Flow) -> str:
         )
         explanation, hint = oauth_error.hint(error, description, context)
         raise AuthorizationDenied(
-            f"The authorization server {flow.key.issuer} refused: {words}.{explanation}", error, hint=hint
+            f"The authorization server {excerpt(flow.key.issuer)} refused: {words}.{explanation}", error, hint=hint
         )
     code = values.get("code", "")
     if not code or len(code) > MAX_CODE or not (code.isascii() and code.isprintable()):

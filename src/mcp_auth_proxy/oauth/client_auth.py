@@ -7,7 +7,7 @@ from urllib.parse import quote_plus, urlencode
 
 from mcp_auth_proxy.config.settings import server_key
 from mcp_auth_proxy.config.signing_key import SigningKey
-from mcp_auth_proxy.errors import AuthorizationError
+from mcp_auth_proxy.errors import AuthorizationError, excerpt
 from mcp_auth_proxy.models import ClientAuth, Registration
 from mcp_auth_proxy.oauth import client_assertion
 from mcp_auth_proxy.oauth.documents import parse_object
@@ -34,8 +34,8 @@ class ClientCredentials:
         """Return the error for a credential that the method needs; ``setting`` is its key below ``oauth``."""
         client = self.client
         return AuthorizationError(
-            f"The client {client.client_id} must authenticate with {client.client_auth.value} but has no {what}. Set "
-            f"{server_key(client.server, f'oauth.{setting}')}."
+            f"The client {excerpt(client.client_id)} must authenticate with {client.client_auth.value} but has no "
+            f"{what}. Set {server_key(client.server, f'oauth.{setting}')}."
         )
 
 

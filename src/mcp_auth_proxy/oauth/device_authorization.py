@@ -6,7 +6,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from mcp_auth_proxy.config.settings import server_key
-from mcp_auth_proxy.errors import AuthorizationError
+from mcp_auth_proxy.errors import AuthorizationError, excerpt
 from mcp_auth_proxy.models import DeviceAuthorization, Flow, TokenSet
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import oauth_error, token_endpoint
@@ -140,9 +140,9 @@ def read_poll(
 def not_offered(issuer: str, server: str) -> AuthorizationError:
     """Return the error for an authorization server without a device authorization endpoint (RFC 8628 §4)."""
     return AuthorizationError(
-        f"The metadata of the authorization server {issuer} has no device_authorization_endpoint (RFC 8628 §4). If the "
-        f"server has one, set it in {server_key(server, 'oauth.metadata')}. Otherwise use another "
-        f"{server_key(server, 'oauth.grant')}."
+        f"The metadata of the authorization server {excerpt(issuer)} has no device_authorization_endpoint "
+        f"(RFC 8628 §4). If the server has one, set it in {server_key(server, 'oauth.metadata')}. Otherwise use "
+        f"another {server_key(server, 'oauth.grant')}."
     )
 
 

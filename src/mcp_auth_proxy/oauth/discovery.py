@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
 from mcp_auth_proxy.config.settings import server_key
-from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, DocumentRefused
+from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, DocumentRefused, excerpt
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.sites import same_site
 from mcp_auth_proxy.oauth.documents import Document
@@ -98,7 +98,9 @@ def read_resource_metadata(
     document = Document.parse(body, name=RESOURCE_METADATA, url=url, clause="RFC 9728 §2", form="RFC 9728 §3.2")
     resource = document.required_string("resource")
     if not _covers(resource, server_url):
-        raise document.refusal(f"it is for the resource {resource}, not for {server_url}", "RFC 9728 §3.3")
+        raise document.refusal(
+            f"it is for the resource {excerpt(resource)}, not for {excerpt(server_url)}", "RFC 9728 §3.3"
+        )
     if http_loopback is None:
         http_loopback = urls.is_loopback(urls.parse(server_url).origin.host)
     issuers = document.strings("authorization_servers")
@@ -111,7 +113,7 @@ def read_resource_metadata(
             _check_issuer(issuer, http_loopback=http_loopback)
             good.append(issuer)
         except ValueError as problem:
-            problems.append(f"the authorization server {issuer} can't be used: it {problem}")
+            problems.append(f"the authorization server {excerpt(issuer)} can't be used: it {problem}")
     if not good:
         raise document.refusal(problems[0], "RFC 8414 §2")
     return ResourceMetadata(
@@ -153,7 +155,9 @@ def read_server_metadata(
     stated = document.required_string("issuer")
     if stated != issuer and not (legacy and _is_below(stated, issuer)):
         remedy = "; if that is this server's authorization server, set the key oauth.issuer" if legacy else ""
-        raise document.refusal(f"its issuer is {stated}, not {issuer} as expected{remedy}", "RFC 8414 §3.3")
+        raise document.refusal(
+            f"its issuer is {excerpt(stated)}, not {excerpt(issuer)} as expected{remedy}", "RFC 8414 §3.3"
+        )
     return _server_metadata(document, stated, http_loopback=policy_http_loopback)
 
 
@@ -200,7 +204,7 @@ def require_pkce(metadata: ServerMetadata, *, allow_missing: bool, server: str) 
     if allow_missing or metadata.is_fallback or "S256" in (metadata.code_challenge_methods_supported or ()):
         return
     raise AuthorizationError(
-        f"The authorization server {metadata.issuer} does not advertise PKCE with S256 "
+        f"The authorization server {excerpt(metadata.issuer)} does not advertise PKCE with S256 "
         f"(code_challenge_methods_supported, RFC 8414 §2; RFC 7636 §4.2). If you know that it supports PKCE, set "
         f"{server_key(server, 'oauth.allow_missing_pkce')}: true.",
         hint=ConfigHint("oauth.allow_missing_pkce", "true"),
@@ -211,7 +215,7 @@ def require_authorization_endpoint(metadata: ServerMetadata) -> None:
     """Raise AuthorizationError if there is no endpoint for the user's browser (RFC 8414 §2)."""
     if not metadata.authorization_endpoint:
         raise AuthorizationError(
-            f"The metadata of the authorization server {metadata.issuer} has no authorization_endpoint "
+            f"The metadata of the authorization server {excerpt(metadata.issuer)} has no authorization_endpoint "
             f"(RFC 8414 §2), so users can't authorize there."
         )
 
@@ -249,7 +253,7 @@ def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) ->
         try:
             urls.check(url, http_loopback=http_loopback)
         except ValueError as problem:
-            raise document.refusal(f"{member} {url} can't be used: it {problem}") from None
+            raise document.refusal(f"{member} {excerpt(url)} can't be used: it {problem}") from None
         return url
 
     token_endpoint = endpoint("token_endpoint")

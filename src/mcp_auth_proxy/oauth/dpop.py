@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from mcp_auth_proxy.config.settings import server_key
-from mcp_auth_proxy.errors import AuthorizationError, ConfigHint
+from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, excerpt
 from mcp_auth_proxy.models import DpopUse
 from mcp_auth_proxy.oauth import documents, oauth_error
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
@@ -132,9 +132,9 @@ def decide(use: DpopUse, metadata: ServerMetadata, *, challenged: bool, demanded
             )
         return False
     if supported is not None and ALGORITHM not in supported and (demanded or use is DpopUse.REQUIRED):
-        known = ", ".join(supported) or "nothing"
+        known = excerpt(", ".join(supported)) or "nothing"
         raise AuthorizationError(
-            f"The authorization server {metadata.issuer} accepts DPoP proofs signed with {known} "
+            f"The authorization server {excerpt(metadata.issuer)} accepts DPoP proofs signed with {known} "
             f"(dpop_signing_alg_values_supported, RFC 9449 §5.1), but this proxy signs with {ALGORITHM}."
         )
     return use is DpopUse.REQUIRED or ((challenged or demanded) and ALGORITHM in (supported or ()))

@@ -17,6 +17,7 @@ from mcp_auth_proxy.errors import (
     DocumentRefused,
     UpstreamError,
     UpstreamUnreachable,
+    excerpt,
 )
 from mcp_auth_proxy.net import http_response, urls
 from mcp_auth_proxy.net.addresses import AddressPolicy, AddressRefused
@@ -127,7 +128,7 @@ class Fetcher:
         except UpstreamError as error:
             reason = str(error).removesuffix(".")
         raise AuthorizationServerUnavailable(
-            f"Could not fetch the {document} from {url}: {reason}.", maybe_processed=sent and body is not None
+            f"Could not fetch the {document} from {excerpt(url)}: {reason}.", maybe_processed=sent and body is not None
         )
 
     async def _connect(self, origin: Origin, policy: AddressPolicy) -> HttpConnection:

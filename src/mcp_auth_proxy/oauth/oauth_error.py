@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mcp_auth_proxy.config.settings import server_key
-from mcp_auth_proxy.errors import ConfigHint
+from mcp_auth_proxy.errors import MAX_FOREIGN, ConfigHint, excerpt
 
-MAX_DESCRIPTION = 300
+MAX_DESCRIPTION = MAX_FOREIGN
 """Maximum number of characters of an error_description to show."""
 
 # RFC 6749 §4.1.2.1 and §5.2: error = 1*NQSCHAR
@@ -41,13 +41,13 @@ def hint(error: str, description: object, context: TokenRequestContext) -> tuple
     about_resource = error in _RESOURCE_ERRORS or (error == "invalid_request" and re.search(r"\bresource\b", words))
     if context.resource and (about_resource or _RESOURCE_REFUSED.search(words)):
         return (
-            f" The resource parameter was {context.resource} (RFC 8707 §2). Set "
+            f" The resource parameter was {excerpt(context.resource)} (RFC 8707 §2). Set "
             f"{server_key(context.server, 'oauth.resource')} to the name that this authorization server uses for the "
             f"MCP server, or to omit if it does not support the parameter.",
             ConfigHint("oauth.resource", "omit"),
         )
     if error == "invalid_scope":
-        requested = " ".join(context.scopes) or "none"
+        requested = excerpt(" ".join(context.scopes)) or "none"
         key = server_key(context.server, "oauth.scopes")
         return f" The scopes requested were: {requested}. Set others in {key}.", ConfigHint("oauth.scopes")
     return "", None
@@ -59,7 +59,7 @@ def code(value: object) -> str:
 
 
 def format_error(error: str, description: object = None, *, secrets: Iterable[str | None] = ()) -> str:
-    """Return error code and description on one line of at most 400 characters, without control characters.
+    """Return error code and description on one line of at most 300 characters, without control characters.
 
     ``secrets`` are values to mask if the server repeats them. Other long strings that look like a code or a token are
     masked too, except UUIDs: providers use them as trace ids.

@@ -7,7 +7,7 @@ import json
 from typing import Literal, NamedTuple
 
 from mcp_auth_proxy.config.settings import server_key
-from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, RegistrationImpossible
+from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, RegistrationImpossible, excerpt
 from mcp_auth_proxy.models import ClientAuth
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import client_auth, device_authorization, oauth_error
@@ -73,9 +73,9 @@ def method(
     if configured is None or not supported or configured.value in supported:
         return configured or listed
     raise AuthorizationError(
-        f"The authorization server {metadata.issuer} supports {', '.join(supported)} at its token endpoint "
-        f"(token_endpoint_auth_methods_supported, RFC 8414 §2), but {server_key(server, 'oauth.client_auth')} is "
-        f"{configured.value}. Change or remove that key."
+        f"The authorization server {excerpt(metadata.issuer)} supports {excerpt(', '.join(supported))} at its token "
+        f"endpoint (token_endpoint_auth_methods_supported, RFC 8414 §2), but {server_key(server, 'oauth.client_auth')} "
+        f"is {configured.value}. Change or remove that key."
     )
 
 
@@ -98,7 +98,7 @@ def read_response(
     a response that breaks RFC 7591 §3.2.1, AuthorizationServerUnavailable for 429 and 5xx.
     """
     if status == 429 or status >= 500:
-        raise AuthorizationServerUnavailable(f"Could not register a client at {url}: HTTP {status}.")
+        raise AuthorizationServerUnavailable(f"Could not register a client at {excerpt(url)}: HTTP {status}.")
     if status not in (200, 201):
         raise _refused(_error_text(status, body), url, server)
     document = Document.parse(body, name="client registration", url=url, clause="RFC 7591 §3.2.1")
@@ -107,14 +107,16 @@ def read_response(
     stated = document.string("token_endpoint_auth_method") or None
     if configured is not None and stated not in (None, configured.value):
         key = server_key(server, "oauth.client_auth")
-        raise _refused(f"the client was registered for {stated}, but {key} is {configured}", url, server)
+        raise _refused(f"the client was registered for {excerpt(stated)}, but {key} is {configured}", url, server)
     if stated is None:
         kept = requested if secret is not None and requested is not ClientAuth.NONE else None
         method = client_auth.choose(supported, configured=configured or kept, has_secret=secret is not None)
     elif stated in _REGISTRABLE:
         method = ClientAuth(stated)
     else:
-        raise _refused(f"it requires the authentication method {stated}, which the proxy does not support", url, server)
+        raise _refused(
+            f"it requires the authentication method {excerpt(stated)}, which the proxy does not support", url, server
+        )
     if method is not ClientAuth.NONE and secret is None:
         raise document.refusal(f"it has no client_secret, which {method.value} needs")
     return RegisteredClient(client_id, secret, method, _expiry(document.get("client_secret_expires_at")))
@@ -135,8 +137,8 @@ def oauth_not_found(url: str, status: int, *, server: str, schemes: tuple[str, .
     asks = f" The server asks for {', '.join(schemes)}, which the proxy does not support." if schemes else ""
     issuer, metadata, client_id = (server_key(server, f"oauth.{key}") for key in ("issuer", "metadata", "client_id"))
     return RegistrationImpossible(
-        f"No OAuth metadata was found, and the default endpoint {url} (MCP 2025-03-26) answers HTTP {status}.{asks} "
-        f"If its authorization server is elsewhere, set {issuer} or {metadata}. If it does not support dynamic "
+        f"No OAuth metadata was found, and the default endpoint {excerpt(url)} (MCP 2025-03-26) answers HTTP {status}."
+        f"{asks} If its authorization server is elsewhere, set {issuer} or {metadata}. If it does not support dynamic "
         f"registration, register a client there by hand and set {client_id}."
     )
 
@@ -171,7 +173,7 @@ def _client(redirect_uri: str, client_name: str) -> dict[str, object]:
 
 def _refused(reason: str, url: str, server: str) -> RegistrationImpossible:
     return RegistrationImpossible(
-        f"Dynamic client registration at {url} failed: {reason}. Register a client there by hand and set "
+        f"Dynamic client registration at {excerpt(url)} failed: {reason}. Register a client there by hand and set "
         f"{server_key(server, 'oauth.client_id')} and {server_key(server, 'oauth.client_secret')}."
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable, TokenRefused
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, TokenRefused, excerpt
 from mcp_auth_proxy.models import Attempt, Flow, Grant, TokenSet
 from mcp_auth_proxy.oauth import oauth_error, quirks, scopes
 from mcp_auth_proxy.oauth.documents import Document, parse_object
@@ -128,9 +128,10 @@ def read_answer(
     HTTP 200 (RFC 6749 §5.2); AuthorizationServerUnavailable for 408, 429, 5xx and everything that is not an OAuth
     response. Its text says "now" only if waiting may help.
     """
+    shown = excerpt(url)
     if status in (408, 429) or status >= 500:
-        raise _unavailable(status, headers, f"The {endpoint} {url} can't be used now: HTTP {status}.")
-    broken = f"The {endpoint} {url} can't be used: HTTP {status}, and"
+        raise _unavailable(status, headers, f"The {endpoint} {shown} can't be used now: HTTP {status}.")
+    broken = f"The {endpoint} {shown} can't be used: HTTP {status}, and"
     succeeded = 200 <= status < 300
     try:
         answer = parse_object(body)
@@ -143,9 +144,9 @@ def read_answer(
         words = oauth_error.format_error(own, description, secrets=secrets)
         code = quirks.standard_error(own)
         if code in _TEMPORARY:
-            raise _unavailable(status, headers, f"The {endpoint} {url} can't be used now: {words}.")
+            raise _unavailable(status, headers, f"The {endpoint} {shown} can't be used now: {words}.")
         explanation, hint = oauth_error.hint(code, description, context) if context else ("", None)
-        raise TokenRefused(code, f"The {endpoint} {url} refused: {words}.{explanation}", hint=hint)
+        raise TokenRefused(code, f"The {endpoint} {shown} refused: {words}.{explanation}", hint=hint)
     if not succeeded or answer.get("ok") is False:
         raise _unavailable(status, headers, f"{broken} it is not an OAuth error ({_ERROR_CLAUSE}).")
     return answer

@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Literal
 
@@ -19,6 +20,15 @@ ACCESS_LOGGER = "mcp_auth_proxy.access"
 
 Fields = Mapping[str, str | int | float]
 """The fields of a line besides its message, by name: ``logger.info("…", extra={"fields": …})``."""
+
+MAX_MESSAGE = 3000
+"""Bytes of a message, counted as JSON. With its fields a line stays below 4 KiB, whatever a server says."""
+
+MAX_FIELD = 200
+"""Bytes of the value of one field, counted as JSON."""
+
+MAX_TRACE_LINE = 1000
+"""Bytes of one line of a traceback, counted as JSON: the last one may quote anything."""
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _BARE = re.compile(r"[\w./:@+~-]+", re.ASCII)
@@ -40,7 +50,7 @@ class _TextFormatter(logging.Formatter):
         fields = "".join(f" {name}={_bare_or_quoted(value)}" for name, value in _fields(record).items())
         lines = [f"{clock} {record.levelname.lower():<7} {_on_one_line(_message(record))}{fields}"]
         if record.exc_info:
-            lines += redact(self.formatException(record.exc_info)).split("\n")
+            lines += _traceback(self.formatException(record.exc_info))
         return "\n    ".join([lines[0], *map(_on_one_line, lines[1:])])
 
 
@@ -54,23 +64,39 @@ class _JsonFormatter(logging.Formatter):
             **_fields(record),
         }
         if record.exc_info:
-            entry["exception"] = redact(self.formatException(record.exc_info))
+            entry["exception"] = "\n".join(_traceback(self.formatException(record.exc_info)))
         # In ASCII: whatever the encoding of stderr is, the line is JSON.
         return json.dumps(entry)
 
 
 def _message(record: logging.LogRecord) -> str:
     try:
-        return redact(record.getMessage())
+        return _shortened(redact(record.getMessage()), MAX_MESSAGE)
     except (TypeError, ValueError, KeyError):
         # logging itself would print the arguments as they are.
-        return f"{redact(str(record.msg))} (with arguments that do not fit)"
+        return f"{_shortened(redact(str(record.msg)), MAX_MESSAGE)} (with arguments that do not fit)"
+
+
+def _traceback(text: str) -> list[str]:
+    return [_shortened(line, MAX_TRACE_LINE) for line in redact(text).split("\n")]
+
+
+def _shortened(text: str, limit: int) -> str:
+    """Return as much of a text as takes ``limit`` bytes in JSON, which is never less than as text; "…" marks a cut."""
+    # Only after the redaction: half a credential would not look like one.
+    text = text[: limit + 1]
+    if len(json.dumps(text)) - 2 <= limit:
+        return text
+    left = limit - len(r"\u2026")
+    return text[: bisect_right(range(1, limit), left, key=lambda end: len(json.dumps(text[:end])) - 2)] + "…"
 
 
 def _fields(record: logging.LogRecord) -> dict[str, str | int | float]:
     """Return the fields of a line, texts redacted."""
     given: Fields = getattr(record, "fields", {})
-    return {name: redact(value) if isinstance(value, str) else value for name, value in given.items()}
+    return {
+        name: _shortened(redact(value), MAX_FIELD) if isinstance(value, str) else value for name, value in given.items()
+    }
 
 
 def _bare_or_quoted(value: str | float) -> str:

@@ -17,7 +17,8 @@ _PARAMETERS = re.compile(
                   |(?:proxy-)?authorization|(?:set-)?cookie|dpop)
     (\\*["']\s{{0,40}}[:,=]\s{{0,40}}b?(?=\\*["'])   # the name in quotes, and so the value: JSON, repr
      |\s{{0,3}}(?:=|%3d)\s{{0,3}}b?)                 # a query, a form, an assignment
-    (?:(\\*["'])(?:\\.|.)*?(?=\3|\Z) | [^\s&"',;)\]}}]+)""",
+    (?:(\\{{0,15}}["'])(?:\\.|.)*?(?=\3|\Z)       # 15: a quote in JSON in JSON in JSON in JSON
+     | (?:\\{{16}}).* | [^\s&"',;)\]}}]+)""",
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
 _LINES = re.compile(rf"{_START}((?:proxy-)?authorization|(?:set-)?cookie)(\s{{0,3}}:\s{{0,3}})[^\r\n]+", re.IGNORECASE)

@@ -90,7 +90,14 @@ class ConsentWait:
                 session_elicits=elicits,
                 trace_id=responder.trace_id,
             ),
-            dict,
+            lambda: answers.failure(
+                None,
+                answers.authorization_text(server, link),
+                code=answers.AUTHORIZATION_REQUIRED,
+                server=server,
+                link=link,
+                trace_id=responder.trace_id,
+            ),
         )
         await responder.answer(200, document)
 

@@ -109,6 +109,7 @@ class Responder:
         link: str | None = None,
     ) -> None:
         """Answer every request of the body with a JSON-RPC error. ``retry_after`` is in seconds."""
+        text = answers.reason(text)
 
         def failure(message: Message | None) -> dict[str, object]:
             return answers.failure(message, text, code=code, server=self.server, link=link, trace_id=self.trace_id)

@@ -6,7 +6,7 @@ supports; docs/architecture.md has the table.
 
 from collections.abc import Callable
 
-from mcp_auth_proxy.rpc.encoding import encode
+from mcp_auth_proxy.rpc.encoding import encode, shortened
 from mcp_auth_proxy.rpc.messages import INPUT_KEY, Json, Message, RequestBody
 
 URL_ELICITATION_REQUIRED = -32042
@@ -22,6 +22,12 @@ JSON_HEADERS = [(b"content-type", b"application/json"), (b"cache-control", b"no-
 """The headers of every JSON answer of the proxy's own."""
 
 LINK_KEY = "io.mcp-auth-proxy/authorization_url"
+
+MAX_REASON = 1200
+"""Bytes of the reason in an error, which has it twice: but for the client's own id, an answer is below 4 KiB."""
+
+MAX_BATCH_ANSWER = 1024 * 1024
+"""Bytes of the answer to a batch."""
 
 _INPUT_REQUIRED_METHODS = frozenset({"tools/call", "prompts/get", "resources/read"})
 
@@ -74,10 +80,15 @@ def _tool_error(text: str, link: str, *, modern: bool) -> Json:
     return result
 
 
+def reason(text: str) -> str:
+    """Return the text of an error as ``failure`` takes it: some of it may come from a hostile server."""
+    return shortened(text, MAX_REASON)
+
+
 def failure(
     message: Message | None, text: str, *, code: int, server: str, link: str | None = None, trace_id: str = ""
 ) -> Json:
-    """Return a JSON-RPC error; give ``link`` only if opening it helps."""
+    """Return a JSON-RPC error; give ``link`` only if opening it helps. ``text`` is a result of ``reason``."""
     data: Json = {"server": server, "reason": text}
     if link is not None:
         data["authorization_url"] = link
@@ -89,11 +100,24 @@ def _traced(data: Json, trace_id: str) -> Json:
 
 
 def answer_all(body: RequestBody, answer: Callable[[Message], Json], fallback: Callable[[], Json]) -> bytes:
-    """Answer every request of a body, as a batch if it is one; use ``fallback`` if it has no request."""
-    answers = [answer(message) for message in body.requests]
-    if not answers:
+    """Answer every request of a body, as a batch if it is one.
+
+    ``fallback`` is the one answer if the body has no request, or if the answers take more than MAX_BATCH_ANSWER.
+    """
+    requests = body.requests
+    if not requests:
         return encode(fallback())
-    return encode(answers if body.is_batch else answers[0])
+    if not body.is_batch:
+        return encode(answer(requests[0]))
+    answers: list[bytes] = []
+    left = MAX_BATCH_ANSWER - len(b"[]")
+    for message in requests:
+        encoded = encode(answer(message))
+        left -= len(encoded) + len(b",")
+        if left < 0:
+            return encode(fallback())
+        answers.append(encoded)
+    return b"[%s]" % b",".join(answers)
 
 
 def _result(message: Message, result: Json) -> Json:

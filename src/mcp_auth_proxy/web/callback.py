@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mcp_auth_proxy.broker import Broker, cookie_name
-from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
+from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError, excerpt
 from mcp_auth_proxy.web.pages import message
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ async def callback(request: Request, broker: Broker) -> Response:
         f"{flow.key.account.server} is connected",
         "Your MCP client continues automatically. You can close this tab.",
         status=200,
-        hint=f"Authorized by {flow.key.issuer}.",
+        hint=f"Authorized by {excerpt(flow.key.issuer)}.",
     )
     response.delete_cookie(cookie_name(params["state"][0]), path="/oauth/callback")
     return response
