@@ -11,7 +11,8 @@ ROWS = {
     number: re.findall(r"`(\S+\.py)`", files)
     for number, files in re.findall(r"^\| ([TF]\d+) \|.*\|([^|]*)\|$", PAGE, re.MULTILINE)
 }
-NUMBERS = [*(f"T{number}" for number in (*range(1, 51), 77, 79, 84, 85, 87, 88)), *(f"F{number}" for number in range(1, 15))]
+THREATS = [*range(1, 51), 77, 79, 84, 85, 87, 88]
+NUMBERS = [*(f"T{number}" for number in THREATS), *(f"F{number}" for number in range(1, 15))]
 
 
 def test_each_threat_and_fault_has_a_row_or_is_not_built_yet() -> None:
