@@ -163,7 +163,7 @@ class Dialer:
                 )
             else:
                 await loop.create_connection(lambda: protocol, sock=sock)
-        except BaseException:
+        except BaseException:  # also if cancelled during the TLS handshake
             # The transport owns the descriptor by now and closes it: closing it here could hit another's.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -178,7 +178,7 @@ async def _tunnel(proxy: ForwardProxy, addresses: Sequence[str], origin: Origin)
         raise UpstreamUnreachable(f"{proxy} did not answer: {_reason(error)}") from None
     try:
         await proxy.connect(sock, origin)
-    except BaseException:
+    except BaseException:  # also if cancelled: nobody else closes the socket
         sock.close()
         raise
     return sock
@@ -242,7 +242,7 @@ async def _connect(address: str, port: int) -> socket.socket:
                 with contextlib.suppress(OSError):
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)
         await asyncio.get_running_loop().sock_connect(sock, _socket_address(address, port))
-    except BaseException:
+    except BaseException:  # also if cancelled: nobody else closes the socket
         sock.close()
         raise
     return sock

@@ -100,7 +100,7 @@ class ConnectionPool:
             self._slots += 1
         try:
             connection = await self._connect()
-        except BaseException:
+        except BaseException:  # also if the request is cancelled: a slot that is not released is lost for good
             self._release_slot()
             raise
         self._connections.add(connection)

@@ -63,7 +63,7 @@ class SqliteEngine:
             for pragma in _PRAGMAS:
                 await engine._run(pragma)
             await engine.changed()
-        except BaseException:
+        except BaseException:  # also if cancelled: the database thread would keep the process alive
             await _uninterrupted(connection.close())
             raise
         return engine
@@ -98,7 +98,7 @@ class SqliteEngine:
             try:
                 await self._run("BEGIN IMMEDIATE")
                 yield Transaction(self._run)
-            except BaseException as error:
+            except BaseException as error:  # also if cancelled: an open transaction would block every later write
                 self._last_write_failed = self._last_write_failed or isinstance(error, StoreUnavailable)
                 await _uninterrupted(self._roll_back())
                 raise
@@ -169,7 +169,7 @@ class SqliteEngine:
     async def _commit(self) -> None:
         try:
             await self._run("COMMIT")
-        except BaseException:
+        except BaseException:  # whatever failed, the transaction must not stay open
             self._last_write_failed = True
             await self._roll_back()
             raise

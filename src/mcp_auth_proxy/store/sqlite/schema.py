@@ -260,7 +260,7 @@ def migrate(
             connection.execute(f"PRAGMA user_version = {len(migrations):d}")
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID:d}")
         connection.execute("COMMIT")
-    except BaseException:
+    except BaseException:  # also on Ctrl-C: a migration happens as a whole or not at all
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
