@@ -1,0 +1,108 @@
+{{- define "mcp-auth-proxy.name" -}}
+{{- printf "%s" (ternary .Release.Name (printf "%s-mcp-auth-proxy" .Release.Name) (contains "mcp-auth-proxy" .Release.Name)) | trunc 63 | trimSuffix "-" -}}
+{{- end }}
+
+{{- define "mcp-auth-proxy.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "mcp-auth-proxy.labels" -}}
+{{ include "mcp-auth-proxy.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end }}
+
+{{- define "mcp-auth-proxy.persistent" -}}
+{{- $default := eq .Values.mode "shared" -}}
+{{- if kindIs "invalid" .Values.persistence.enabled }}{{ if $default }}yes{{ end }}{{ else if .Values.persistence.enabled }}yes{{ end -}}
+{{- end }}
+
+{{/* Faults of the values. Each message names the value and the remedy. */}}
+{{- define "mcp-auth-proxy.check" -}}
+{{- if not (has .Values.mode (list "shared" "sidecar")) }}{{ fail (printf "mode is %q; it must be shared or sidecar" .Values.mode) }}{{ end -}}
+{{- if ne (int .Values.replicas) 1 }}{{ fail (printf "replicas is %v; it must be 1, because the SQLite store works on one host" .Values.replicas) }}{{ end -}}
+{{- if not .Values.secretName }}{{ fail "secretName is empty; create a Secret with the key store-key and name it (values.yaml has the command)" }}{{ end -}}
+{{- if not .Values.config.servers }}{{ fail "config.servers is empty; at least one server must be configured" }}{{ end -}}
+{{- range $key := list "listen" "health_listen" "health_quit" "store" "public_url" }}
+{{- if hasKey $.Values.config $key }}{{ fail (printf "config.%s is set by the chart; remove it (public_url is the value publicUrl)" $key) }}{{ end -}}
+{{- end -}}
+{{- if and (eq .Values.mode "shared") (not .Values.allowAnonymous) }}{{ fail "allowAnonymous is false; whoever reaches the Service uses its grants, so set it to true if the NetworkPolicy lets only those callers through who may" }}{{ end -}}
+{{- if and (eq .Values.mode "sidecar") (not .Values.agent.image) }}{{ fail "agent.image is empty; with mode sidecar it is the container that uses the proxy" }}{{ end -}}
+{{- end }}
+
+{{/* The configuration file. */}}
+{{- define "mcp-auth-proxy.config" -}}
+{{- $shared := eq .Values.mode "shared" -}}
+{{- $config := deepCopy .Values.config -}}
+{{- $_ := set $config "listen" (ternary "0.0.0.0:8787" "127.0.0.1:8787" $shared) -}}
+{{- $_ := set $config "health_listen" "0.0.0.0:8788" -}}
+{{- $_ := set $config "store" (dict "url" "sqlite:////data/mcp-auth-proxy.db" "keys" (list "file:/run/secrets/mcp-auth-proxy/store-key")) -}}
+{{- with .Values.publicUrl }}{{ $_ := set $config "public_url" . }}{{ end -}}
+{{- if $shared -}}
+{{- $inbound := dict "allow_anonymous" true -}}
+{{- $name := include "mcp-auth-proxy.name" . -}}
+{{- $hosts := list $name (printf "%s.%s" $name .Release.Namespace) (printf "%s.%s.svc" $name .Release.Namespace) (printf "%s.%s.svc.cluster.local" $name .Release.Namespace) -}}
+{{- $given := $config.inbound | default dict -}}
+{{- $_ := set $inbound "allowed_hosts" (concat $hosts ($given.allowed_hosts | default list) | uniq) -}}
+{{- $_ := set $config "inbound" (merge $inbound $given) -}}
+{{- end -}}
+{{- toYaml $config -}}
+{{- end }}
+
+{{/* The proxy's container; with mode sidecar an init container that keeps running. */}}
+{{- define "mcp-auth-proxy.container" -}}
+name: mcp-auth-proxy
+image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+{{- if eq .Values.mode "sidecar" }}
+restartPolicy: Always
+{{- end }}
+ports:
+  {{- if eq .Values.mode "shared" }}
+  - {name: http, containerPort: 8787}
+  {{- end }}
+  - {name: health, containerPort: 8788}
+startupProbe:
+  httpGet: {path: /readyz, port: health}
+  periodSeconds: 1
+  timeoutSeconds: 5
+  failureThreshold: 60
+readinessProbe:
+  httpGet: {path: /readyz, port: health}
+  periodSeconds: 10
+  timeoutSeconds: 5
+livenessProbe:
+  httpGet: {path: /healthz, port: health}
+  periodSeconds: 20
+  timeoutSeconds: 5
+  failureThreshold: 3
+resources:
+  {{- toYaml .Values.resources | nindent 2 }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 0
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+  seccompProfile: {type: RuntimeDefault}
+volumeMounts:
+  - {name: config, mountPath: /etc/mcp-auth-proxy, readOnly: true}
+  - {name: secrets, mountPath: /run/secrets/mcp-auth-proxy, readOnly: true}
+  - {name: data, mountPath: /data}
+{{- end }}
+
+{{- define "mcp-auth-proxy.volumes" -}}
+- name: config
+  configMap: {name: {{ include "mcp-auth-proxy.name" . }}}
+- name: secrets
+  secret: {secretName: {{ .Values.secretName | quote }}, defaultMode: 0400}
+- name: data
+  {{- if include "mcp-auth-proxy.persistent" . }}
+  persistentVolumeClaim: {claimName: {{ .Values.persistence.existingClaim | default (include "mcp-auth-proxy.name" .) }}}
+  {{- else }}
+  emptyDir: {sizeLimit: 64Mi}
+  {{- end }}
+{{- end }}
