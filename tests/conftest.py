@@ -21,6 +21,7 @@ hypothesis.settings.load_profile("tests")
 PARTS = {
     "chromium": ("chromium", "chromium-browser", "google-chrome"),
     "nginx": ("nginx",),
+    "systemd": ("systemd-analyze",),
     "wrk": ("wrk",),
 }
 """Marker → commands, one of which must be installed."""

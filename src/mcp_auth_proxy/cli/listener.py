@@ -11,6 +11,7 @@ from typing import Any, cast
 import uvicorn
 
 from mcp_auth_proxy.app import Application
+from mcp_auth_proxy.cli.notify import READY, STOPPING, notify
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.errors import AddressInUse, McpAuthProxyError
 from mcp_auth_proxy.net.http_server import HttpServerConnection
@@ -79,6 +80,7 @@ class Server(uvicorn.Server):
     def _on_signal(self) -> None:
         self._signals += 1
         if self._signals == 1:
+            notify(STOPPING)
             self._drain = asyncio.create_task(self._drain_then_exit())
         elif self._signals == 2:
             self._application.end()
@@ -94,6 +96,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         connections = self.server_state.connections
         self._stop_counting = metrics.inbound_connections.add_source(lambda: {(): len(connections)})
+        notify(READY)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close every connection; abort those whose clients have not read everything within ``FLUSH_TIMEOUT``."""

@@ -187,6 +187,38 @@ def doctor(server: str, config_file: str | None, as_json: bool) -> None:
     run(command.doctor(settings, account.server_of(settings, server), as_machine=as_json))
 
 
+@cli.group()
+def service() -> None:
+    """Run the proxy as a service of this user or, as root, of the system."""
+
+
+@service.command()
+@config_option
+@click.option("--print", "print_only", is_flag=True, help="Print the file of the service, and do nothing.")
+def install(config_file: str | None, print_only: bool) -> None:
+    """Write the file of the service, and start it now and at each login."""
+    from mcp_auth_proxy.cli import service
+
+    sys.exit(service.install(config_path(config_file), print_only=print_only))
+
+
+@service.command()
+@click.option("--print", "print_only", is_flag=True, help="Print the commands, and do nothing.")
+def uninstall(print_only: bool) -> None:
+    """Stop the service and delete its file. Configuration and store stay."""
+    from mcp_auth_proxy.cli import service
+
+    sys.exit(service.uninstall(print_only=print_only))
+
+
+@service.command("status")
+def service_status() -> None:
+    """Print whether the service is installed and running. The exit code is 0 if it is running, else 1."""
+    from mcp_auth_proxy.cli import service
+
+    sys.exit(service.status())
+
+
 def _settings_for(server: str | None, config_file: str | None, *, secrets: bool = True) -> Settings:
     # Secrets of other servers may exist only in the environment of the service, and are not needed here.
     secrets_of = (server,) if secrets and server is not None else ()
