@@ -10,7 +10,8 @@
     ├── ClientDisconnected             the client went away before its request was complete
     ├── ConfigurationError             the configuration is invalid; lists all errors at once
     ├── StoreError
-    │   ├── StoreRejected              wrong key, foreign or newer database: nothing is started or written
+    │   ├── StoreRejected              foreign, damaged or newer database: nothing is started or written
+    │   │   └── KeyRejected            the store's key is missing, malformed, or not the one it was made with
     │   ├── StoreUnavailable           locked, read-only or full: temporary, try again
     │   └── DecryptionError            one encrypted value can't be decrypted; other rows are not affected
     ├── AuthorizationError             an authorization can't continue
@@ -126,6 +127,10 @@ class StoreError(McpAuthProxyError):
 
 class StoreRejected(StoreError):
     """The store must not be used: wrong key, not our database, or a newer schema."""
+
+
+class KeyRejected(StoreRejected):
+    """The key of the store is missing, malformed, or not the one that the store was made with."""
 
 
 class StoreUnavailable(StoreError):

@@ -60,7 +60,7 @@ def test_basic_form_encodes_id_and_secret_first() -> None:
 
     assert (fields, name) == (FORM, "Authorization")
     decoded = base64.b64decode(value.removeprefix("Basic ")).decode()
-    assert decoded == "https%3A%2F%2Fc%3A1%2F%C3%A9:p%3Aw+d%2F%C3%BC"
+    assert decoded == "https%3A%2F%2Fc%3A1%2F%C3%A9:p%3Aw%20d%2F%C3%BC"
 
 
 def test_basic_can_include_client_id_in_the_form_but_never_the_secret() -> None:

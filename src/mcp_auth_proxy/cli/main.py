@@ -14,7 +14,7 @@ import uvloop
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.config import load as config
 from mcp_auth_proxy.config.settings import Settings
-from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError
+from mcp_auth_proxy.errors import ConfigError, ConfigurationError, KeyRejected, McpAuthProxyError
 from mcp_auth_proxy.observability import logs
 
 EXAMPLE = "https://mcp.example.com/mcp"
@@ -226,7 +226,10 @@ def _settings_for(server: str | None, config_file: str | None, *, secrets: bool 
 
 
 def main() -> None:
-    """Run the command line. Configuration errors exit with 2, others with 1; each error is one line on stderr."""
+    """Run the command line. Each error is one line on stderr.
+
+    The exit code is 2 for errors of the configuration and of the store's key, else 1.
+    """
     try:
         cli(standalone_mode=False)
     except ConfigurationError as error:
@@ -236,7 +239,8 @@ def main() -> None:
         sys.exit(2)
     except McpAuthProxyError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        # Another start would not help, as with the configuration: service managers are told not to try.
+        sys.exit(2 if isinstance(error, KeyRejected) else 1)
     except click.UsageError as error:
         error.show()
         sys.exit(2)

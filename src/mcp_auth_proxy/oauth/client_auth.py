@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from urllib.parse import quote_plus, urlencode
+from urllib.parse import quote, urlencode
 
 from mcp_auth_proxy.config.settings import server_key
 from mcp_auth_proxy.config.signing_key import SigningKey
@@ -61,8 +61,9 @@ def _post(credentials: ClientCredentials) -> AuthFields:
 
 
 def _basic(credentials: ClientCredentials) -> AuthFields:
-    # RFC 6749 §2.3.1: both are form-encoded before they are joined, so a colon in the id is unambiguous.
-    pair = f"{quote_plus(credentials.client.client_id)}:{quote_plus(credentials.secret())}"
+    # RFC 6749 §2.3.1: both are form-encoded before they are joined, so a colon in the id is unambiguous. A space is %20
+    # and not "+": every form decoder understands both, but some servers, such as the MCP Python SDK, only unquote.
+    pair = f"{quote(credentials.client.client_id, safe='')}:{quote(credentials.secret(), safe='')}"
     return AuthFields(headers=[("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")])
 
 

@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
-from mcp_auth_proxy.errors import ConfigError, DecryptionError, StoreRejected
+from mcp_auth_proxy.errors import ConfigError, DecryptionError, KeyRejected
 from mcp_auth_proxy.store import files
 
 _VERSION = b"\x01"
@@ -46,13 +46,13 @@ class Key:
 
 
 def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
-    """Load a key from ``env:NAME`` or ``file:PATH``: 32 bytes as base64 or base64url text. Raises StoreRejected."""
+    """Load a key from ``env:NAME`` or ``file:PATH``: 32 bytes as base64 or base64url text. Raises KeyRejected."""
     try:
         text = environ[source.name] if source.kind == "env" else Path(source.name).read_text("ascii")
     except KeyError:
-        raise StoreRejected(f"The store key {source} is not set; {_MAKE}") from None
+        raise KeyRejected(f"The store key {source} is not set; {_MAKE}") from None
     except OSError as error:
-        raise StoreRejected(f"The store key {source} cannot be read ({error.strerror}).") from None
+        raise KeyRejected(f"The store key {source} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         text = ""
     text = text.strip()
@@ -61,7 +61,7 @@ def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
     except binascii.Error:
         secret = b""
     if len(secret) != _KEY_BYTES:
-        raise StoreRejected(
+        raise KeyRejected(
             f"The store key {source} is not a key: it must be 32 bytes as base64 text. An existing "
             f"store needs the key that it was made with; for a new store, {_MAKE}"
         )
@@ -76,7 +76,7 @@ def key_errors(settings: StoreSettings) -> list[ConfigError]:
             continue
         try:
             load_key(source)
-        except StoreRejected as error:
+        except KeyRejected as error:
             errors.append(ConfigError("store.keys", str(error)))
     return errors
 

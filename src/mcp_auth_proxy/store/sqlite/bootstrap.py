@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from mcp_auth_proxy.config.settings import StoreSettings
-from mcp_auth_proxy.errors import DecryptionError, StoreRejected, StoreUnavailable
+from mcp_auth_proxy.errors import DecryptionError, KeyRejected, StoreRejected, StoreUnavailable
 from mcp_auth_proxy.store import files
 from mcp_auth_proxy.store.cipher import Cipher, Key, generate_key_file, load_key
 from mcp_auth_proxy.store.sqlite import schema
@@ -39,7 +39,7 @@ def obtain_keys(
     default = Path(settings.keys[0].name)
     if settings.default_key and not default.exists():
         if settings.path.exists():
-            raise StoreRejected(
+            raise KeyRejected(
                 f"The store {settings.path} exists, but its key file {default} is missing. Without the key nothing in "
                 "the store can be read: put the key file back, or move the store away to start with a new one."
             )
@@ -140,7 +140,7 @@ def _check_keys(path: Path, cipher: Cipher, checks: Mapping[str, bytes]) -> None
     except DecryptionError:
         opened = []
     if not opened or any(text != _CHECK for text in opened):
-        raise StoreRejected(
+        raise KeyRejected(
             f"Wrong key: the store {path} was sealed with key {', '.join(sorted(checks)) or '(none)'}, but store.keys "
             f"has {', '.join(cipher.key_ids)}. Nothing was written. Set the right key, or move the store away."
         )
