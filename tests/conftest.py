@@ -19,7 +19,9 @@ hypothesis.settings.load_profile("tests")
 """No deadline per example, because it fails on a busy machine; pytest's timeout bounds the whole test."""
 
 PARTS = {
+    "buildah": ("buildah",),
     "chromium": ("chromium", "chromium-browser", "google-chrome"),
+    "debootstrap": ("debootstrap",),
     "nginx": ("nginx",),
     "systemd": ("systemd-analyze",),
     "wrk": ("wrk",),

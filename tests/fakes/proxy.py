@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -138,14 +138,15 @@ Environment = Mapping[str, str | None]
 """Environment variables to set; None removes one."""
 
 
+PROGRAM = (sys.executable, "-m", "mcp_auth_proxy")
+
+
 async def start_command(
-    *arguments: str, env: Environment | None = None, cwd: Path | None = None
+    *arguments: str, env: Environment | None = None, cwd: Path | None = None, program: Sequence[str] = PROGRAM
 ) -> asyncio.subprocess.Process:
     """Start a command of the proxy without a terminal."""
     return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "mcp_auth_proxy",
+        *program,
         *arguments,
         env={name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None},
         cwd=cwd,
@@ -180,10 +181,10 @@ async def proxy_process(
 
 @asynccontextmanager
 async def serving(
-    *arguments: str, env: Environment | None = None, cwd: Path | None = None
+    *arguments: str, env: Environment | None = None, cwd: Path | None = None, program: Sequence[str] = PROGRAM
 ) -> AsyncIterator[ProxyProcess]:
     """Run ``serve`` with these arguments until the block ends; yield the process once it is ready."""
-    process = await start_command("serve", *arguments, env=env, cwd=cwd)
+    process = await start_command("serve", *arguments, env=env, cwd=cwd, program=program)
     proxy = ProxyProcess(process, "")
     started = asyncio.Event()
 
