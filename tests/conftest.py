@@ -7,6 +7,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -20,15 +21,21 @@ hypothesis.settings.load_profile("tests")
 
 PARTS = {
     "buildah": ("buildah",),
+    "caddy": ("caddy",),
     "chromium": ("chromium", "chromium-browser", "google-chrome"),
     "debootstrap": ("debootstrap",),
+    "envoy": ("envoy",),
+    "helm": ("helm",),
     "nginx": ("nginx",),
     "systemd": ("systemd-analyze",),
     "wrk": ("wrk",),
 }
 """Marker → commands, one of which must be installed."""
 
-SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+MADE = str(Path(__file__).resolve().parents[1] / ".venv-deploy/bin")
+"""Where ``make chart`` installs helm and envoy."""
+
+SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", MADE])
 REQUIRE_ALL = os.environ.get("MCP_AUTH_PROXY_REQUIRE_ALL") == "1"
 MISSING = {part for part, commands in PARTS.items() if not any(shutil.which(name, path=SEARCH) for name in commands)}
 
