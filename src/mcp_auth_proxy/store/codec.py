@@ -1,8 +1,11 @@
 """Turn the frozen values of ``models`` into rows and back, sealing and opening their secrets."""
 
+import hashlib
+import hmac
 import json
 import secrets
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -27,6 +30,18 @@ from mcp_auth_proxy.store.engine import Engine, Row
 
 Columns = dict[str, object]
 T = TypeVar("T")
+
+SEAL = "seal"
+"""The column with the seal of a whole row."""
+
+UNSEALED: Mapping[str, frozenset[str]] = {
+    "grants": frozenset({"refresh_begun_at", "refresh_owner"}),
+    "flows": frozenset({"poll_owner", "next_poll_at"}),
+}
+"""The columns that the seal of a row leaves out, by table: who may send the next request, and since when.
+
+They change often, and whoever forges them can only hold a renewal or a poll up, as by deleting the row.
+"""
 
 
 def new_uid() -> str:
@@ -59,6 +74,40 @@ class RowCipher:
     def open_if(self, column: str, sealed: bytes | None) -> str | None:
         """Decrypt the value of a column; None stays None. Raises DecryptionError."""
         return None if sealed is None else self.open(column, sealed)
+
+    def seal_row(self, columns: Mapping[str, object]) -> bytes:
+        """Return the seal of the row that has these columns; ``uid``, the seal itself and UNSEALED may be missing."""
+        return self.seal(SEAL, self._fingerprint(columns))
+
+    def check_row(self, row: Row) -> None:
+        """Raise DecryptionError if a row is not as it was sealed."""
+        found = self._fingerprint({name: row[name] for name in row.keys()})  # noqa: SIM118 - a Row is no dict
+        if not hmac.compare_digest(found, self.open(SEAL, row[SEAL])):
+            raise DecryptionError("it was changed by something else than mcp-auth-proxy, and counts as missing.")
+
+    def _fingerprint(self, columns: Mapping[str, object]) -> str:
+        """Hash the names and values of columns. Those that are NULL are left out, so that a migration may add some."""
+        left_out = {"uid", SEAL} | UNSEALED.get(self._table, frozenset())
+        hashed = hashlib.sha256()
+        for name in sorted(columns.keys() - left_out):
+            value = columns[name]
+            if value is not None:
+                for part in (name.encode(), _canonical(value)):
+                    hashed.update(len(part).to_bytes(8, "big") + part)
+        return hashed.hexdigest()
+
+
+def _canonical(value: object) -> bytes:
+    """Return the same bytes for a value before it is written and after it was read: databases turn 1 into 1.0."""
+    match value:
+        case str():
+            return b"t" + value.encode("utf-8", "surrogatepass")
+        case bytes():
+            return b"b" + value
+        case int() | float():
+            return b"n" + struct.pack(">d", value)
+        case _:
+            raise TypeError(f"no column holds a {type(value).__name__}")
 
 
 def decode_rows(engine: Engine, table: str, rows: list[Row], read: Callable[[Row, RowCipher], T]) -> list[T]:

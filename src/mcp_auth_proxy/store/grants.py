@@ -6,7 +6,7 @@ that they start from, so a process that comes late changes nothing.
 
 from dataclasses import replace
 
-from mcp_auth_proxy.models import Account, Grant, TokenSet
+from mcp_auth_proxy.models import Account, Grant, GrantKey, TokenSet
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.codec import (
     RowCipher,
@@ -60,6 +60,7 @@ _CURRENT = """
     WHERE principal = :principal AND server = :server AND account = :account AND ended_at IS NULL
     ORDER BY granted_at DESC, id DESC
 """
+_OF_ISSUER = "SELECT * FROM grants WHERE issuer = :issuer AND ended_at IS NULL ORDER BY id"
 _DELETE = "DELETE FROM grants WHERE principal = :principal AND server = :server AND account = :account RETURNING *"
 _LEASE = """
     SELECT refresh_begun_at, refresh_owner FROM grants WHERE id = :id AND version = :version AND ended_at IS NULL
@@ -110,6 +111,10 @@ class Grants:
     async def all(self) -> list[Grant]:
         """Return every grant that can be decrypted, ended ones too, oldest first."""
         return self._read(await self._engine.fetch_all(_ALL))
+
+    async def servers_of_issuer(self, issuer: str) -> list[GrantKey]:
+        """Return the keys of all grants of an issuer that have not ended, whoever's and for whichever server."""
+        return [grant.key for grant in self._read(await self._engine.fetch_all(_OF_ISSUER, {"issuer": issuer}))]
 
     async def add(self, grant: Grant) -> Grant:
         """Store a new grant durably, and return it with its id and version.

@@ -17,6 +17,7 @@ import pytest
 from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
 from mcp_auth_proxy.models import Account, Grant
 from mcp_auth_proxy.store import Engine, open_store, open_store_read_only
+from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.flows import KEPT_SECONDS, Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
@@ -48,6 +49,8 @@ async def assert_holds(engine: Engine, held: samples.Contents) -> None:
         assert await flows.find_attempt(attempt.state_hash) == (held.flows[0], attempt)
     for client in held.registrations:
         assert await registrations.find(client.server, client.issuer, CALLBACK, account=client.account) == client
+    for account, issuer, host in held.confirmations:
+        assert await Confirmations(engine).contains(account, issuer=issuer, sign_in_host=host)
     server, client_id, issuer = samples.BINDING
     assert await registrations.bound_issuer(server, client_id) == issuer
 

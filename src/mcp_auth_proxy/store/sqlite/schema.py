@@ -232,7 +232,31 @@ _ACCOUNTS = (
     "CREATE INDEX flows_by_account ON flows (principal, account, server, status)",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _DEVICE_FLOWS, _DPOP_KEYS, _UPSTREAM_ORIGINS, _ACCOUNTS)
+# Rows are sealed as a whole, and what users confirmed before their first redirect to a sign-in host is remembered.
+_SEALED_ROWS = (
+    """
+    CREATE TABLE confirmations (
+        uid TEXT NOT NULL UNIQUE,
+        principal TEXT NOT NULL,
+        account TEXT NOT NULL,
+        server TEXT NOT NULL,
+        issuer TEXT NOT NULL,
+        sign_in_host TEXT NOT NULL,
+        confirmed_at DOUBLE PRECISION NOT NULL,
+        seal BLOB NOT NULL,
+        PRIMARY KEY (principal, account, server, issuer, sign_in_host)
+    )
+    """,
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    _FIRST,
+    _DEVICE_FLOWS,
+    _DPOP_KEYS,
+    _UPSTREAM_ORIGINS,
+    _ACCOUNTS,
+    _SEALED_ROWS,
+)
 
 
 def migrate(
