@@ -9,6 +9,12 @@ from mcp_auth_proxy.store.sealed_rows import SEAL, RowCipher, change_row, decode
 KEPT_ATTEMPTS = 20
 """The number of attempts that are kept for one flow; older ones are deleted."""
 
+KEPT_FLOWS = 20
+"""The number of flows that are kept for one account; those that wait for their user are deleted last."""
+
+KEPT_IN_ALL = 5000
+"""The number of flows that are kept for all accounts together; attempts are bounded with them, by KEPT_ATTEMPTS each."""
+
 KEPT_SECONDS = 3600.0
 """Seconds that a flow is kept after it has expired, so that its link can still say how it ended."""
 
@@ -38,6 +44,21 @@ _SAVE = """
         extra_params = excluded.extra_params, created_at = excluded.created_at, expires_at = excluded.expires_at,
         status = excluded.status, reason = excluded.reason, device = excluded.device,
         dpop_key = excluded.dpop_key, upstream = excluded.upstream, path = excluded.path, seal = excluded.seal
+"""
+# The new one is kept whatever the times of the others are.
+_FORGET_OLD_FLOWS = """
+    DELETE FROM flows
+    WHERE principal = :principal AND server = :server AND account = :account AND uid NOT IN (
+        SELECT uid FROM flows WHERE principal = :principal AND server = :server AND account = :account
+        ORDER BY uid = :uid DESC, (status = 'pending' AND expires_at > :now) DESC, created_at DESC LIMIT :kept
+    )
+"""
+_FORGET_OLD_IN_ALL = """
+    DELETE FROM flows
+    WHERE (SELECT count(*) FROM flows) > :kept AND uid NOT IN (
+        SELECT uid FROM flows
+        ORDER BY uid = :uid DESC, (status = 'pending' AND expires_at > :now) DESC, created_at DESC LIMIT :kept
+    )
 """
 _FORGET_OLD_ATTEMPTS = """
     DELETE FROM attempts WHERE flow_id = :flow_id AND state_hash NOT IN (
@@ -88,12 +109,16 @@ class Flows:
         self._engine = engine
 
     async def save(self, flow: Flow) -> None:
-        """Store a flow; it replaces one with the same id."""
+        """Store a flow; it replaces one with the same id. All but KEPT_FLOWS of its account are deleted."""
         uid = new_uid()
         cipher = RowCipher(self._engine.cipher, "flows", uid)
         columns = flow_columns(flow, cipher)
         async with self._engine.transaction() as transaction:
             await transaction.execute(_SAVE, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
+            new = {"uid": uid, "now": flow.created_at}
+            of_account = {**account_params(flow.key.account), **new, "kept": KEPT_FLOWS}
+            await transaction.execute(_FORGET_OLD_FLOWS, of_account)
+            await transaction.execute(_FORGET_OLD_IN_ALL, {**new, "kept": KEPT_IN_ALL})
 
     async def get(self, flow_id: str) -> Flow | None:
         """Return a flow, whatever its status is; None if it is gone or cannot be decrypted."""

@@ -5,6 +5,12 @@ from mcp_auth_proxy.store.codec import read_registration, registration_columns
 from mcp_auth_proxy.store.engine import Engine, Row
 from mcp_auth_proxy.store.sealed_rows import SEAL, RowCipher, decode_rows, intact_rows, new_uid
 
+KEPT_REGISTRATIONS = 20
+"""The number of registrations that are kept for one server, which may name a new issuer whenever it is asked.
+
+The oldest that no live grant uses are deleted first.
+"""
+
 _TABLE = "registrations"
 _BINDINGS = "client_bindings"
 _FIND = """
@@ -24,6 +30,18 @@ _SAVE = """
         client_kind = excluded.client_kind, client_secret = excluded.client_secret,
         client_secret_expires_at = excluded.client_secret_expires_at, client_created_at = excluded.client_created_at,
         seal = excluded.seal
+"""
+# The new one is kept whatever the times of the others are; then come those that the next login of a live grant needs.
+_FORGET_OLD = """
+    DELETE FROM registrations WHERE server = :server AND uid NOT IN (
+        SELECT uid FROM registrations WHERE server = :server
+        ORDER BY uid = :uid DESC, EXISTS (
+            SELECT 1 FROM grants
+            WHERE grants.server = registrations.server AND grants.account = registrations.account
+                AND grants.issuer = registrations.issuer AND grants.client_id = registrations.client_id
+                AND grants.ended_at IS NULL
+        ) DESC, client_created_at DESC LIMIT :kept
+    )
 """
 _DELETE = "DELETE FROM registrations WHERE server = :server AND account = :account"
 _DELETE_AT_ISSUER = f"{_DELETE} AND issuer = :issuer"
@@ -54,7 +72,10 @@ class Registrations:
         return next(iter(decode_rows(self._engine, _TABLE, rows, read_registration)), None)
 
     async def save(self, registration: Registration) -> None:
-        """Store a registration; it replaces the one for the same server, issuer, account and redirect URI."""
+        """Store a registration; it replaces the one for the same server, issuer, account and redirect URI.
+
+        All but KEPT_REGISTRATIONS of the server are deleted.
+        """
         uid = new_uid()
         cipher = RowCipher(self._engine.cipher, _TABLE, uid)
         columns = {
@@ -66,6 +87,8 @@ class Registrations:
         values = {"uid": uid, **columns, SEAL: cipher.seal_row(columns)}
         async with self._engine.transaction() as transaction:
             await transaction.execute(_SAVE, values)
+            kept = {"server": registration.server, "uid": uid, "kept": KEPT_REGISTRATIONS}
+            await transaction.execute(_FORGET_OLD, kept)
 
     async def delete(self, server: str, issuer: str | None = None, *, account: str = DEFAULT_ACCOUNT) -> None:
         """Delete the registrations of an account, at one issuer or, if that is None, at all."""
