@@ -7,7 +7,7 @@ import pytest
 
 from mcp_auth_proxy.models import Account, FlowStatus
 from mcp_auth_proxy.store import Engine
-from mcp_auth_proxy.store.flows import KEPT_ATTEMPTS, KEPT_FLOWS, KEPT_IN_ALL, KEPT_SECONDS, Flows
+from mcp_auth_proxy.store.flows import KEPT_ATTEMPTS_IN_ALL, KEPT_FLOWS, KEPT_IN_ALL, KEPT_SECONDS, Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import KEPT_REGISTRATIONS, Registrations
 from store.builders import NOW, attempt, flow, grant, registration, sha256
@@ -84,14 +84,39 @@ async def test_the_flows_of_all_accounts_together_are_bounded_and_a_start_stays_
     assert await flows.get("new-0") is not None
 
 
+async def test_the_attempts_of_all_flows_together_are_bounded(engine: Engine) -> None:  # T89
+    flows = Flows(engine)
+    await flows.save(flow("visited"))
+    await flows.save(flow("other", "notes"))
+    await flows.add_attempt(attempt("of the owner", "visited"))
+    await flows.add_attempt(attempt("of another", "other"))
+    (row,) = await engine.fetch_all("SELECT * FROM attempts WHERE flow_id = 'visited'")
+    names = list(row.keys())
+    more = f"INSERT INTO attempts ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})"
+    for number in range(5):  # flows of others, so that no flow has more than its share
+        await flows.save(flow(f"flow-{number}", f"server-{number}"))
+    async with engine.transaction() as transaction:
+        for number in range(KEPT_ATTEMPTS_IN_ALL - 2):
+            changes = {"uid": f"{number:032x}", "state_hash": sha256(str(number)), "flow_id": f"flow-{number % 5}"}
+            await transaction.execute(more, {name: row[name] for name in names} | changes)
+    for number in range(3):
+        begun = time.perf_counter()
+        assert await flows.add_attempt(attempt(f"new-{number}", "visited", at=NOW + 1))
+        assert time.perf_counter() - begun < 1
+        assert await count(engine, "attempts") <= KEPT_ATTEMPTS_IN_ALL
+        assert await flows.find_attempt(sha256(f"new-{number}")) is not None
+    for state in ("of the owner", "of another"):
+        assert await flows.find_attempt(sha256(state)) is not None
+
+
 async def test_expired_flows_and_attempts_are_deleted(engine: Engine) -> None:
     flows = Flows(engine)
     for number in range(KEPT_FLOWS):
         await flows.save(flow(f"flow-{number}"))
-        for visit in range(KEPT_ATTEMPTS):
+        for visit in range(2):
             await flows.add_attempt(attempt(f"{number}-{visit}", f"flow-{number}"))
     await flows.purge(NOW + 599)
-    assert await count(engine, "attempts") == KEPT_FLOWS * KEPT_ATTEMPTS
+    assert await count(engine, "attempts") == 2 * KEPT_FLOWS
     await flows.purge(NOW + 600)
     assert (await count(engine, "attempts"), await count(engine, "flows")) == (0, KEPT_FLOWS)
     await flows.purge(NOW + 600 + KEPT_SECONDS)
