@@ -17,10 +17,11 @@ from cryptography.x509.oid import NameOID
 
 from fakes.raw_server import Peer, RawServer, answers, ok
 from mcp_auth_proxy.errors import ConfigurationError, UpstreamUnreachable
-from mcp_auth_proxy.net import dial
+from mcp_auth_proxy.net import dial, resolver
 from mcp_auth_proxy.net.addresses import AddressPolicy, AddressRefused
-from mcp_auth_proxy.net.dial import Dialer, Resolve
+from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
+from mcp_auth_proxy.net.resolver import Resolve
 from mcp_auth_proxy.net.urls import Origin
 
 REQUEST = b"GET /mcp HTTP/1.1\r\nhost: h\r\n\r\n"
@@ -98,7 +99,7 @@ async def get() -> AsyncIterator[Get]:
         ca: Path | None = None,
         environ: dict[str, str] | None = None,
         timeout: float = 5.0,
-        resolve: Resolve = dial.resolve,
+        resolve: Resolve = resolver.resolve,
     ) -> bytes:
         dialer = Dialer(ca_bundle=ca, environ=environ or {}, resolve=resolve)
         upstream = HttpClient(dialer, connections_per_origin=5, connect_timeout=timeout)
@@ -305,7 +306,7 @@ async def test_a_look_up_has_its_own_deadline(get: Get, monkeypatch: pytest.Monk
         await asyncio.Event().wait()
         return ()
 
-    monkeypatch.setattr(dial, "LOOKUP_TIMEOUT", 0.05)
+    monkeypatch.setattr(resolver, "LOOKUP_TIMEOUT", 0.05)
     with pytest.raises(UpstreamUnreachable, match=r"x\.example can't be looked up now"):
         await get(Origin("https", "x.example", 443), resolve=hang)
 
@@ -322,9 +323,9 @@ def test_families_alternate_starting_with_that_of_the_first_address() -> None:  
 
 
 def test_a_link_local_address_keeps_its_zone() -> None:
-    address = dial._with_zone(("fe80::1", 443, 0, 2))
+    address = resolver._with_zone(("fe80::1", 443, 0, 2))
     assert dial._socket_address(address, 443) == ("fe80::1", 443, 0, 2)
-    assert dial._socket_address(dial._with_zone(("127.0.0.1", 443)), 443) == ("127.0.0.1", 443)
+    assert dial._socket_address(resolver._with_zone(("127.0.0.1", 443)), 443) == ("127.0.0.1", 443)
 
 
 # Address policies
