@@ -40,6 +40,9 @@ MAX_PER_OWNER = 4
 MAX_ANSWERS = 16
 """Names whose last good answers are kept for one owner."""
 
+THREAD = "look-up"
+"""The name of the threads."""
+
 # What the resolver says of the name itself. All else is a failure of the look-up.
 _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
 
@@ -72,7 +75,7 @@ async def resolve(host: str, port: int) -> Sequence[str]:
             loop.call_soon_threadsafe(deliver, addresses, failure)
 
     try:
-        threading.Thread(target=look_up, name="look-up", daemon=True).start()
+        threading.Thread(target=look_up, name=THREAD, daemon=True).start()
     except RuntimeError:
         raise OSError(errno.EAGAIN, "no thread can be started") from None
     return await answer
@@ -180,6 +183,7 @@ class Resolver:
             owner.lookups += 1
             lookup = self._lookups[host] = _Lookup(owner, asyncio.get_running_loop().time())
             lookup.task = asyncio.create_task(self._run(host, port, lookup, owner))
+            lookup.task.add_done_callback(_mark_retrieved)
         lookup.wanted_by.add(owner)
         return lookup.task
 
@@ -214,6 +218,12 @@ class Resolver:
 
 class _NoAnswer(UpstreamUnreachable):
     """A look-up says nothing of the name: it failed, or no answer has come yet."""
+
+
+def _mark_retrieved(task: asyncio.Task[Sequence[str]]) -> None:
+    """Mark the exception of a look-up as retrieved: if nobody waits any more, asyncio would log it."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _remember(owner: _Owner, host: str, addresses: Sequence[str]) -> None:
