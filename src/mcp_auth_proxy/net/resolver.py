@@ -22,8 +22,9 @@ from mcp_auth_proxy.observability.outages import OutageLog
 LOOKUP_TIMEOUT = 8.0
 """Seconds that a request waits for a look-up; a resolver asks a second server after some five."""
 
-FRESH = 30.0
-"""Seconds for which a name is not looked up again. Resolvers do not say for how long an answer is valid."""
+FRESH = 5.0
+"""Seconds for which a name is not looked up again. It is short, because a container that is replaced has a new address
+at once, and a resolver does not say for how long its answer is valid."""
 
 LAST_GOOD = 4 * 3600.0
 """Seconds for which an answer is used if no newer one comes: a token that lasts for an hour is still renewed."""
@@ -148,7 +149,8 @@ class Resolver:
         try:
             return await self._new_answer(host, port, state, begun + PATIENCE)
         except _NoAnswer:
-            if now > begun + LOOKUP_TIMEOUT:
+            # None is out if the bounds allow none, or if it has failed.
+            if host not in self._lookups or now > begun + LOOKUP_TIMEOUT:
                 self._warn(state, host)
             return last.addresses
 
