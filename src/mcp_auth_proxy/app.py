@@ -14,6 +14,7 @@ from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
+from mcp_auth_proxy.net.resolver import Resolver
 from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
@@ -61,6 +62,7 @@ class Application:
     servers: ServerRegistry
     announcer: "Announcer"
     broker: Broker
+    resolver: Resolver
     http: HttpClient
     forwarder: Forwarder
     router: Router
@@ -146,6 +148,7 @@ async def lifespan(
             servers=servers,
             announcer=announcer,
             broker=broker,
+            resolver=dialer.resolver,
             http=http,
             forwarder=forwarder,
             router=router,

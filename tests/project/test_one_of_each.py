@@ -25,7 +25,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "proxy/upstream_client.py": "a reference is resolved (RFC 3986 §5), and the result read by net.urls",
     },
     "TLS contexts": {"net/tls.py": "the one client context"},
-    "names looked up": {"net/dial.py": "the one look-up, whose result is checked and dialed"},
+    "names looked up": {"net/resolver.py": "the one look-up, whose answer is checked and dialed"},
     "connections opened": {
         "net/dial.py": "the one dialer",
         "cli/demo_servers/": "sockets that listen, and a free port",

@@ -16,6 +16,7 @@ from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import without_query_values
+from mcp_auth_proxy.net.resolver import Resolver
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
         logger.warning("%s", warning)
     sock, address = bind(settings.listen)
     with sock:
-        await loops.check(settings, address, effective_public_url(settings, address))
+        await loops.check(settings, address, effective_public_url(settings, address), resolver=Resolver())
         async with lifespan(settings, address, announce_key=lambda line: click.echo(line, err=True)) as application:
             server = Server(application)
             async with reloading(application, file, stop=server.drain_and_exit):
