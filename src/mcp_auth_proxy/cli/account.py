@@ -75,6 +75,7 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     click.echo(_invitation(server.name, outcome))
     opens = browser.should_open(application.settings.authorization.open_browser, loopback=True, environ=os.environ)
     if opens:
+        broker.link_opened(outcome.flow)
         browser.open_link(outcome.link)
     token = await outcome.wait(max(0.0, outcome.flow.expires_at - time.time()))
     if token is None:

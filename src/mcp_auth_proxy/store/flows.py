@@ -14,8 +14,11 @@ from mcp_auth_proxy.store.codec import (
 )
 from mcp_auth_proxy.store.engine import Engine, Row
 
-KEPT_ATTEMPTS = 20
-"""The number of attempts that are kept for one flow; older ones are deleted."""
+KEPT_ATTEMPTS = 500
+"""The number of attempts that are kept for one flow: the oldest half, and the newest.
+
+Others may open a link as often as they like, before its user does or after.
+"""
 
 KEPT_SECONDS = 3600.0
 """Seconds that a flow is kept after it has expired, so that its link can still say how it ended."""
@@ -47,9 +50,11 @@ _SAVE = """
         status = excluded.status, reason = excluded.reason, device = excluded.device,
         dpop_key = excluded.dpop_key, upstream = excluded.upstream
 """
-_FORGET_OLD_ATTEMPTS = """
+_FORGET_ATTEMPTS = """
     DELETE FROM attempts WHERE flow_id = :flow_id AND state_hash NOT IN (
-        SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at DESC, state_hash LIMIT :kept
+        SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at, state_hash LIMIT :oldest
+    ) AND state_hash NOT IN (
+        SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at DESC, state_hash DESC LIMIT :newest
     )
 """
 # SELECT instead of VALUES, so that nothing is added, and nothing raised, if the flow was purged meanwhile.
@@ -133,14 +138,15 @@ class Flows:
             return bool(await transaction.execute(_CLAIM_POLL, values))
 
     async def add_attempt(self, attempt: Attempt) -> bool:
-        """Store an attempt, and delete all but the newest KEPT_ATTEMPTS of its flow.
+        """Store an attempt, and delete the middle ones of its flow if it has more than KEPT_ATTEMPTS.
 
         Return False if the flow is gone or no longer pending.
         """
         uid = new_uid()
         columns = attempt_columns(attempt, RowCipher(self._engine.cipher, "attempts", uid))
         async with self._engine.transaction() as transaction:
-            await transaction.execute(_FORGET_OLD_ATTEMPTS, {"flow_id": attempt.flow_id, "kept": KEPT_ATTEMPTS - 1})
+            kept = {"oldest": KEPT_ATTEMPTS // 2, "newest": KEPT_ATTEMPTS - KEPT_ATTEMPTS // 2 - 1}
+            await transaction.execute(_FORGET_ATTEMPTS, {"flow_id": attempt.flow_id, **kept})
             return bool(await transaction.execute(_ADD_ATTEMPT, {"uid": uid, **columns}))
 
     async def take_attempt(self, state_hash: str, now: float) -> tuple[Flow, Attempt] | None:
