@@ -118,14 +118,15 @@ class Endpoints:
 class GrantKey:
     """What a grant is for. ``resource`` is empty if the resource parameter is omitted.
 
-    ``upstream`` is the origin that the tokens may be sent to; None in grants from before this was stored. A new
-    authorization for another origin replaces the old grant.
+    ``upstream`` is the origin that the tokens may be sent to, ``path`` the path of the server's URL there; None in
+    grants from before this was stored. A new authorization for another origin or path replaces the old grant.
     """
 
     account: Account
     resource: str
     issuer: str
     upstream: str | None = None
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,13 +90,15 @@ class Planner:
             raise AuthorizationServerUnavailable(
                 f"Discovery for server {server.name} did not end within {DISCOVERY_DEADLINE:.0f} s."
             ) from None
+        place = urls.parse(server.url)
         return Plan(
             server=server,
             key=GrantKey(
                 account=account,
                 resource=_resource(server, resource),
                 issuer=metadata.issuer,
-                upstream=urls.parse(server.url).origin.serialized,
+                upstream=place.origin.serialized,
+                path=place.path or "/",
             ),
             metadata=metadata,
             registration=registration,

@@ -21,12 +21,21 @@ from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.errors import ConfigError, DecryptionError, StoreRejected
 from mcp_auth_proxy.store import files
 
-_VERSION = b"\x01"
+VERSION = 2
+"""The version of new seals."""
+
+BEFORE_SEALED_ROWS = 1
+"""The version of seals in stores whose rows were not yet sealed as a whole, up to schema 5.
+
+Only a migration opens them. Otherwise a store that is made to look old would be migrated again, and its rows, changed
+at will, sealed.
+"""
+
 _KEY_BYTES = 32
 _ID_BYTES = 4
 _NONCE_BYTES = 12
 _TAG_BYTES = 16
-_HEAD = len(_VERSION) + _ID_BYTES + _NONCE_BYTES
+_HEAD = 1 + _ID_BYTES + _NONCE_BYTES
 _KEY_TEXT = re.compile(r"[A-Za-z0-9+/_-]{43}=?")
 _MAKE = "make one with: openssl rand -base64 32"
 
@@ -104,13 +113,13 @@ class Cipher:
         """Encrypt a text for one place, with the first key unless ``key_id`` names another."""
         key_id = key_id or self._first
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        sealed = self._keys[key_id].encrypt(nonce, plaintext.encode(), _place(table, row, column, key_id))
-        return _VERSION + bytes.fromhex(key_id) + nonce + sealed
+        sealed = self._keys[key_id].encrypt(nonce, plaintext.encode(), _place(VERSION, table, row, column, key_id))
+        return bytes([VERSION]) + bytes.fromhex(key_id) + nonce + sealed
 
-    def open(self, sealed: bytes, *, table: str, row: str, column: str) -> str:
+    def open(self, sealed: bytes, *, table: str, row: str, column: str, version: int = VERSION) -> str:
         """Decrypt a text that was sealed for this place. Raises DecryptionError, which never contains the value."""
         place = f"{table}.{column} of row {row}"
-        if len(sealed) < _HEAD + _TAG_BYTES or sealed[:1] != _VERSION:
+        if len(sealed) < _HEAD + _TAG_BYTES or sealed[0] != version:
             raise DecryptionError(f"{place} is damaged: not a sealed value.")
         key_id = sealed[1 : 1 + _ID_BYTES].hex()
         key = self._keys.get(key_id)
@@ -118,14 +127,14 @@ class Cipher:
             raise DecryptionError(f"{place} is sealed with key {key_id}, which is not in store.keys.")
         nonce, content = sealed[1 + _ID_BYTES : _HEAD], sealed[_HEAD:]
         try:
-            return key.decrypt(nonce, content, _place(table, row, column, key_id)).decode()
+            return key.decrypt(nonce, content, _place(version, table, row, column, key_id)).decode()
         except (InvalidTag, UnicodeDecodeError):
             raise DecryptionError(
                 f"{place} cannot be decrypted: it was damaged, or moved there from elsewhere."
             ) from None
 
 
-def _place(*parts: str) -> bytes:
+def _place(version: int, *parts: str) -> bytes:
     # The length of each part comes first, so that no two places give the same bytes.
-    encoded = [part.encode() for part in ("mcp-auth-proxy seal 1", *parts)]
+    encoded = [part.encode() for part in (f"mcp-auth-proxy seal {version}", *parts)]
     return b"".join(len(part).to_bytes(4, "big") + part for part in encoded)

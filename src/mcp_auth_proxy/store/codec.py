@@ -1,15 +1,8 @@
 """Turn the frozen values of ``models`` into rows and back, sealing and opening their secrets."""
 
-import hashlib
-import hmac
 import json
-import secrets
-import struct
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TypeVar
 
-from mcp_auth_proxy.errors import DecryptionError
 from mcp_auth_proxy.models import (
     Account,
     Attempt,
@@ -25,104 +18,8 @@ from mcp_auth_proxy.models import (
     RegistrationKind,
     TokenSet,
 )
-from mcp_auth_proxy.store.cipher import Cipher
-from mcp_auth_proxy.store.engine import Engine, Row
-
-Columns = dict[str, object]
-T = TypeVar("T")
-
-SEAL = "seal"
-"""The column with the seal of a whole row."""
-
-UNSEALED: Mapping[str, frozenset[str]] = {
-    "grants": frozenset({"refresh_begun_at", "refresh_owner"}),
-    "flows": frozenset({"poll_owner", "next_poll_at"}),
-}
-"""The columns that the seal of a row leaves out, by table: who may send the next request, and since when.
-
-They change often, and whoever forges them can only hold a renewal or a poll up, as by deleting the row.
-"""
-
-
-def new_uid() -> str:
-    """Return an id for a row that is about to be written."""
-    return secrets.token_hex(16)
-
-
-class RowCipher:
-    """Seal and open the columns of one row."""
-
-    def __init__(self, cipher: Cipher, table: str, uid: str) -> None:
-        self._cipher = cipher
-        self._table = table
-        self._uid = uid
-
-    def seal(self, column: str, value: str) -> bytes:
-        """Encrypt a value for its column."""
-        return self._cipher.seal(value, table=self._table, row=self._uid, column=column)
-
-    def seal_if(self, column: str, value: str | None) -> bytes | None:
-        """Encrypt a value for its column; None stays None."""
-        return None if value is None else self.seal(column, value)
-
-    def open(self, column: str, sealed: bytes) -> str:
-        """Decrypt the value of a column. Raises DecryptionError."""
-        if not isinstance(sealed, bytes):
-            raise DecryptionError(f"{self._table}.{column} of row {self._uid} is damaged: not a sealed value.")
-        return self._cipher.open(sealed, table=self._table, row=self._uid, column=column)
-
-    def open_if(self, column: str, sealed: bytes | None) -> str | None:
-        """Decrypt the value of a column; None stays None. Raises DecryptionError."""
-        return None if sealed is None else self.open(column, sealed)
-
-    def seal_row(self, columns: Mapping[str, object]) -> bytes:
-        """Return the seal of the row that has these columns; ``uid``, the seal itself and UNSEALED may be missing."""
-        return self.seal(SEAL, self._fingerprint(columns))
-
-    def check_row(self, row: Row) -> None:
-        """Raise DecryptionError if a row is not as it was sealed."""
-        found = self._fingerprint({name: row[name] for name in row.keys()})  # noqa: SIM118 - a Row is no dict
-        if not hmac.compare_digest(found, self.open(SEAL, row[SEAL])):
-            raise DecryptionError("it was changed by something else than mcp-auth-proxy, and counts as missing.")
-
-    def _fingerprint(self, columns: Mapping[str, object]) -> str:
-        """Hash the names and values of columns. Those that are NULL are left out, so that a migration may add some."""
-        left_out = {"uid", SEAL} | UNSEALED.get(self._table, frozenset())
-        hashed = hashlib.sha256()
-        for name in sorted(columns.keys() - left_out):
-            value = columns[name]
-            if value is not None:
-                for part in (name.encode(), _canonical(value)):
-                    hashed.update(len(part).to_bytes(8, "big") + part)
-        return hashed.hexdigest()
-
-
-def _canonical(value: object) -> bytes:
-    """Return the same bytes for a value before it is written and after it was read: databases turn 1 into 1.0."""
-    match value:
-        case str():
-            return b"t" + value.encode("utf-8", "surrogatepass")
-        case bytes():
-            return b"b" + value
-        case int() | float():
-            return b"n" + struct.pack(">d", value)
-        case _:
-            raise TypeError(f"no column holds a {type(value).__name__}")
-
-
-def decode_rows(engine: Engine, table: str, rows: list[Row], read: Callable[[Row, RowCipher], T]) -> list[T]:
-    """Read rows into values; those that cannot be decrypted or decoded are logged and left out."""
-    found: list[T] = []
-    for row in rows:
-        uid = row["uid"]
-        try:
-            found.append(read(row, RowCipher(engine.cipher, table, uid)))
-        except DecryptionError as error:
-            engine.report_broken(table, uid, error)
-        except (ValueError, TypeError) as error:
-            # Only the type: the text of the error may contain a value of the row.
-            engine.report_broken(table, uid, DecryptionError(f"a value is damaged ({type(error).__name__})"))
-    return found
+from mcp_auth_proxy.store.engine import Row
+from mcp_auth_proxy.store.sealed_rows import Columns, RowCipher
 
 
 def registration_columns(registration: Registration, cipher: RowCipher) -> Columns:
@@ -167,9 +64,9 @@ def token_columns(tokens: TokenSet, cipher: RowCipher) -> Columns:
 
 
 def grant_columns(grant: Grant, cipher: RowCipher) -> Columns:
-    """Return the columns of a new grant: not being refreshed, not ended."""
+    """Return the columns of a new grant that has not ended, without its id."""
     return {
-        **_key_columns(grant.key),
+        **key_columns(grant.key),
         "grant_type": str(grant.grant_type),
         **registration_columns(grant.registration, cipher),
         **_endpoint_columns(grant.endpoints),
@@ -178,6 +75,8 @@ def grant_columns(grant: Grant, cipher: RowCipher) -> Columns:
         "granted_at": grant.granted_at,
         "dpop_key": cipher.seal_if("dpop_key", grant.dpop_key),
         "version": grant.version,
+        "ended_at": None,
+        "ended_reason": "",
     }
 
 
@@ -213,7 +112,7 @@ def flow_columns(flow: Flow, cipher: RowCipher) -> Columns:
     """Return the columns of a flow."""
     return {
         "id": flow.id,
-        **_key_columns(flow.key),
+        **key_columns(flow.key),
         **registration_columns(flow.registration, cipher),
         **_endpoint_columns(flow.endpoints),
         "scopes": " ".join(flow.scopes),
@@ -279,12 +178,14 @@ def account_params(account: Account) -> Columns:
     return {"principal": account.principal, "server": account.server, "account": account.name}
 
 
-def _key_columns(key: GrantKey) -> Columns:
+def key_columns(key: GrantKey) -> Columns:
+    """Return the columns of what a grant or a flow is for."""
     return {
         **account_params(key.account),
         "resource": key.resource,
         "issuer": key.issuer,
         "upstream": key.upstream,
+        "path": key.path,
     }
 
 
@@ -294,6 +195,7 @@ def _read_key(row: Row) -> GrantKey:
         resource=row["resource"],
         issuer=row["issuer"],
         upstream=row["upstream"],
+        path=row["path"],
     )
 
 

@@ -1,8 +1,9 @@
 """What a user has confirmed: to be sent by this server to sign in at this host, for this issuer."""
 
 from mcp_auth_proxy.models import Account
-from mcp_auth_proxy.store.codec import SEAL, Columns, RowCipher, account_params, decode_rows, new_uid
-from mcp_auth_proxy.store.engine import Engine, Row
+from mcp_auth_proxy.store.codec import account_params
+from mcp_auth_proxy.store.engine import Engine
+from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, intact_rows, new_uid
 
 KEPT_CONFIRMATIONS = 20
 """The number of confirmations that are kept for one account; older ones are deleted, and the user is asked again."""
@@ -51,13 +52,8 @@ class Confirmations:
     async def contains(self, account: Account, *, issuer: str, sign_in_host: str) -> bool:
         """Return whether this was confirmed. A row that was changed in the store counts as missing."""
         rows = await self._engine.fetch_all(_FIND, _params(account, issuer, sign_in_host))
-        return bool(decode_rows(self._engine, _TABLE, rows, _read))
+        return bool(intact_rows(self._engine, _TABLE, rows))
 
 
 def _params(account: Account, issuer: str, sign_in_host: str) -> Columns:
     return {**account_params(account), "issuer": issuer, "sign_in_host": sign_in_host}
-
-
-def _read(row: Row, cipher: RowCipher) -> str:
-    cipher.check_row(row)
-    return str(row["uid"])

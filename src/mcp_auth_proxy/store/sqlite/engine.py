@@ -19,7 +19,7 @@ from mcp_auth_proxy.store.cipher import Cipher, load_key
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
 from mcp_auth_proxy.store.sqlite import schema
 from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, inspect, obtain_keys, prepare
-from mcp_auth_proxy.store.sqlite.errors import translated
+from mcp_auth_proxy.store.sqlite.errors import read_text, translated
 from mcp_auth_proxy.store.sqlite.paths import connection_uri, read_only_uri
 
 T = TypeVar("T")
@@ -30,6 +30,7 @@ _PROBE = """
 """
 _QUEUE_TIMEOUT = 10.0
 _MIN_FREE_BYTES = 256 * 1024
+_MAX_REPORTED = 1000
 _log = logging.getLogger(__name__)
 
 
@@ -136,7 +137,7 @@ class SqliteEngine:
 
     def report_broken(self, table: str, uid: str, problem: Exception) -> None:
         """Log, once for each row, that it is skipped because it cannot be decrypted or decoded."""
-        if (table, uid) not in self._reported:
+        if (table, uid) not in self._reported and len(self._reported) < _MAX_REPORTED:
             self._reported.add((table, uid))
             metrics.store_failures.labels("decryption").inc()
             _log.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
@@ -209,6 +210,7 @@ async def _connect(path: Path, uri: str) -> aiosqlite.Connection:
         # isolation_level=None: transactions are begun and ended by our own statements.
         connection = await aiosqlite.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
     connection.row_factory = sqlite3.Row
+    connection.text_factory = read_text
     return connection
 
 
