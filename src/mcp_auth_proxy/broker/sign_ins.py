@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mcp_auth_proxy.errors import excerpt
 from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.sites import same_site
@@ -26,6 +27,12 @@ class SignIn:
     address: str
     """The origin of the page that the user signs in at. International names are in their ``xn--`` form."""
     scopes: tuple[str, ...]
+
+    @property
+    def in_words(self) -> str:
+        """Server and scopes, as a part of a sentence for a terminal."""
+        place = f" at {self.upstream}" if self.upstream else ""
+        return f"{self.server}{place}" + (f" with the scopes {excerpt(' '.join(self.scopes))}" if self.scopes else "")
 
 
 def sign_in(flow: Flow) -> SignIn:
