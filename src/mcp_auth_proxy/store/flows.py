@@ -16,7 +16,7 @@ KEPT_FLOWS = 20
 """The number of flows that are kept for one account; those that wait for their user are deleted last."""
 
 KEPT_IN_ALL = 5000
-"""The number of flows that are kept for all accounts together; attempts are bounded with them, by KEPT_ATTEMPTS each."""
+"""The number of flows that are kept for all accounts together. Each has at most KEPT_ATTEMPTS attempts."""
 
 KEPT_SECONDS = 3600.0
 """Seconds that a flow is kept after it has expired, so that its link can still say how it ended."""
