@@ -77,6 +77,8 @@ def contents(schema: int) -> Contents:
         found.flows.append(replace(waiting, key=replace(waiting.key, account=WORK), registration=client))
         found.registrations.append(client)
     if schema >= 6:
+        found.grants[0] = replace(found.grants[0], key=replace(found.grants[0].key, path="/mcp"))
+        found.flows[0] = replace(found.flows[0], key=replace(found.flows[0].key, path="/mcp"))
         found.confirmations.append((WORK, "https://as.example", "login.example"))
     return found
 

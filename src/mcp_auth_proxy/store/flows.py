@@ -16,7 +16,10 @@ KEPT_FLOWS = 20
 """The number of flows that are kept for one account; those that wait for their user are deleted last."""
 
 KEPT_IN_ALL = 5000
-"""The number of flows that are kept for all accounts together. Each has at most KEPT_ATTEMPTS attempts."""
+"""The number of flows that are kept for all accounts together."""
+
+KEPT_ATTEMPTS_IN_ALL = 20_000
+"""The number of attempts that are kept for all flows together; the most visited flow loses its second oldest first."""
 
 KEPT_SECONDS = 3600.0
 """Seconds that a flow is kept after it has expired, so that its link can still say how it ended."""
@@ -68,6 +71,14 @@ _FORGET_ATTEMPTS = """
         SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at, state_hash LIMIT :oldest
     ) AND state_hash NOT IN (
         SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at DESC, state_hash DESC LIMIT :newest
+    )
+"""
+# Whoever visits one link again and again evicts neither its first visitor nor those of other links.
+_FORGET_ONE_ATTEMPT = """
+    DELETE FROM attempts WHERE (SELECT count(*) FROM attempts) >= :kept AND state_hash = (
+        SELECT state_hash FROM attempts
+        WHERE flow_id = (SELECT flow_id FROM attempts GROUP BY flow_id ORDER BY count(*) DESC LIMIT 1)
+        ORDER BY created_at, state_hash LIMIT 1 OFFSET 1
     )
 """
 # SELECT instead of VALUES, so that nothing is added, and nothing raised, if the flow was purged meanwhile.
@@ -163,6 +174,7 @@ class Flows:
         cipher = RowCipher(self._engine.cipher, "attempts", uid)
         columns = attempt_columns(attempt, cipher)
         async with self._engine.transaction() as transaction:
+            await transaction.execute(_FORGET_ONE_ATTEMPT, {"kept": KEPT_ATTEMPTS_IN_ALL})
             kept = {"oldest": KEPT_ATTEMPTS // 2, "newest": KEPT_ATTEMPTS - KEPT_ATTEMPTS // 2 - 1}
             await transaction.execute(_FORGET_ATTEMPTS, {"flow_id": attempt.flow_id, **kept})
             return bool(

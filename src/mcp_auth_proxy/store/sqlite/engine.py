@@ -30,6 +30,7 @@ _PROBE = """
 """
 _QUEUE_TIMEOUT = 10.0
 _MIN_FREE_BYTES = 256 * 1024
+# Whoever can write to the store can make broken rows without end, which must fill neither the log nor the memory.
 _MAX_REPORTED = 1000
 _log = logging.getLogger(__name__)
 
