@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from mcp_auth_proxy.broker import Broker
+from mcp_auth_proxy.broker import Broker, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.models import Flow
@@ -73,6 +73,7 @@ class Application:
         self.servers.replace(settings.servers)
         self.announcer.configure(settings)
         self.broker.set_allow_private(settings.authorization.allow_private)
+        self.broker.set_opens_links(_opens_links(settings))
         self.http.set_limit(settings.limits.upstream_connections)
         self.forwarder.configure(body_limit=settings.limits.body, wait=settings.authorization.wait)
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
@@ -105,7 +106,11 @@ async def lifespan(
     """
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
-    announcer = Announcer(settings, listening)
+
+    def opening(flow: Flow) -> None:
+        broker.link_opened(flow)
+
+    announcer = Announcer(settings, listening, opening=opening)
     async with AsyncExitStack() as stack:
         database = await open_store(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
@@ -120,6 +125,7 @@ async def lifespan(
             public_url=public_url,
             announce=announce or announcer,
             clock=clock,
+            opens_links=_opens_links(settings),
         )
         stack.push_async_callback(broker.aclose)
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
@@ -155,6 +161,11 @@ async def lifespan(
         )
 
 
+def _opens_links(settings: Settings) -> bool:
+    """Return whether the proxy or ``login`` may open links in a browser, wherever there is a desktop."""
+    return settings.authorization.open_browser != "never"
+
+
 def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:
     def forget() -> None:
         for name in removed:
@@ -167,7 +178,9 @@ def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:
 class Announcer:
     """Announce each new flow once: in the log, and in a browser if there is a desktop."""
 
-    def __init__(self, settings: Settings, listening: Address) -> None:
+    def __init__(self, settings: Settings, listening: Address, *, opening: Callable[[Flow], None]) -> None:
+        """``opening`` is called with a flow right before its link is opened in a browser."""
+        self._opening = opening
         self._on_loopback = is_loopback(listening.host)
         self.configure(settings)
 
@@ -178,11 +191,12 @@ class Announcer:
         )
 
     def __call__(self, flow: Flow, link: str) -> None:
-        server = flow.key.account.server
-        logger.warning("server %s needs your authorization, open this link: %s", server, link)
+        server, address = flow.key.account.server, sign_in(flow).address
+        logger.warning("server %s needs your authorization at %s, open this link: %s", server, address, link)
         if flow.device is not None:
             # The link may lead to a machine that no browser reaches; this address works on any device.
             url, code = flow.device.verification_uri, flow.device.user_code
             logger.warning("server %s: or open %s on any device, and enter %s", server, url, code)
         if self._opens:
+            self._opening(flow)
             browser.open_link(link)

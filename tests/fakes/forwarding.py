@@ -48,7 +48,7 @@ def pending_authorization(link: str = "http://127.0.0.1:8787/connect/notes?flow=
         id="F1",
         key=GrantKey(account=Account("local", "notes"), resource="https://notes.example", issuer="https://as.example"),
         registration=registration,
-        endpoints=Endpoints(token="https://as.example/token"),
+        endpoints=Endpoints(authorization="https://as.example/authorize", token="https://as.example/token"),
         scopes=(),
         redirect_uri="",
         iss_supported=False,

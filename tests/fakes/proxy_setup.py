@@ -85,9 +85,10 @@ async def proxy_setup(
     authority = await servers.authorization_server(**{"auto_consent": True, **(issuer or {})})
     server = await servers.mcp_server(authority, **(upstream or {}))
     clock = Clock()
+    sections.setdefault("authorization", {"wait": wait})
     config = {"url": server.url, **({"oauth": dict(oauth)} if oauth else {})}
     async with (
-        running_proxy(folder, {"notes": config}, clock=clock, authorization={"wait": wait}, **sections) as proxy,
+        running_proxy(folder, {"notes": config}, clock=clock, **sections) as proxy,
         proxy.client("notes", **(client or {})) as plain,
     ):
         yield ProxySetup(issuer=authority, upstream=server, proxy=proxy, client=plain, clock=clock)

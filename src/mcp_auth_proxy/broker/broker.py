@@ -1,11 +1,17 @@
 """The broker: which token a request may use, and what to do if there is none."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from mcp_auth_proxy.broker import dpop
-from mcp_auth_proxy.broker.attempts import AuthorizationAttempts, AuthorizationRedirect, DevicePrompt
+from mcp_auth_proxy.broker.attempts import (
+    AuthorizationAttempts,
+    AuthorizationRedirect,
+    ConfirmationPrompt,
+    DevicePrompt,
+)
 from mcp_auth_proxy.broker.authorization import Authorizations
 from mcp_auth_proxy.broker.challenge_history import ChallengeHistory
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
@@ -17,15 +23,18 @@ from mcp_auth_proxy.broker.matching import configured, configured_at, configured
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
+from mcp_auth_proxy.broker.sign_ins import SignIns
 from mcp_auth_proxy.broker.store_watch import StoreWatch
 from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
+from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
     AuthorizationDenied,
     AuthorizationError,
     CallbackRefused,
     McpAuthProxyError,
+    StoreError,
     TokenRefused,
     excerpt,
 )
@@ -34,6 +43,7 @@ from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
+from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
@@ -55,11 +65,13 @@ class Broker:
         announce: Announce,
         clock: Callable[[], float],
         allow_private: tuple[str, ...] = (),
+        opens_links: bool = False,
     ) -> None:
         """``servers`` may change at any time; call ``servers_changed`` afterwards.
 
         ``announce`` is called with each new flow and its link. ``allow_private``: private hosts and networks that
-        metadata documents may lead to.
+        metadata documents may lead to. ``opens_links``: whether links may be opened in a browser (``link_opened``);
+        then every visit but the first after that has to be confirmed.
         """
         self._servers = servers
         self._database = database
@@ -73,7 +85,16 @@ class Broker:
         )
         renewer = Renewer(token_client=self._token_client, registrar=self._registrar, grants=self._grants, clock=clock)
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
-        self._attempts = AuthorizationAttempts(flows=self._flows, clock=clock)
+        self._visits = LinkVisits(clock=clock, first_only=opens_links)
+        self._sign_ins = SignIns(confirmations=Confirmations(database), grants=self._grants, clock=clock)
+        self._attempts = AuthorizationAttempts(
+            flows=self._flows, sign_ins=self._sign_ins, visits=self._visits, clock=clock
+        )
+
+        def announce_started(flow: Flow, link: str) -> None:
+            self._visits.started(flow)
+            announce(flow, link)
+
         self._pending = PendingFlows(
             servers=servers,
             flows=self._flows,
@@ -87,7 +108,7 @@ class Broker:
                 clock=clock,
             ),
             public_url=public_url,
-            announce=announce,
+            announce=announce_started,
             clock=clock,
         )
         self._authorizations = Authorizations(
@@ -216,12 +237,25 @@ class Broker:
 
     # For browsers
 
-    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
+    def link_opened(self, flow: Flow) -> None:
+        """Note that a flow's link is about to be opened in a browser on this machine."""
+        self._visits.opened(flow)
+
+    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt:
         """Return what to show to the browser that opened a link.
 
-        Raises CallbackRefused if the link can't be used, AuthorizationError if its server was removed.
+        Raises CallbackRefused if the link can't be used, AuthorizationError if its server was removed, and StoreError.
         """
         opened = await self._attempts.open(server, flow_id)
+        configured(self._servers, server)
+        return opened
+
+    async def confirm_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
+        """Return where to send the browser whose user has confirmed a ``ConfirmationPrompt``.
+
+        Raises as ``open_link`` does.
+        """
+        opened = await self._attempts.confirm(server, flow_id)
         configured(self._servers, server)
         return opened
 
@@ -230,7 +264,7 @@ class Broker:
 
         Raises CallbackRefused if it belongs to none, AuthorizationError if the authorization failed.
         """
-        flow, attempt = await self._attempts.accept(params, cookies)
+        flow, attempt, confirmed = await self._attempts.accept(params, cookies)
         try:
             server = configured_for(self._servers, flow)
             code = authorization_code.check_response(params, flow=flow)
@@ -247,6 +281,10 @@ class Broker:
             self._pending.drop(flow, AuthorizationDenied(CANCELLED))
             raise AuthorizationDenied(CANCELLED)
         self._pending.activate(stored)
+        if confirmed:
+            # If it can't be stored, the user is only asked again.
+            with contextlib.suppress(StoreError):
+                await self._sign_ins.remember(flow)
         metrics.flows.labels(server.name, "completed").inc()
         logger.info("server %s is connected", server.name)
         return flow
@@ -312,6 +350,10 @@ class Broker:
     def set_allow_private(self, hosts: tuple[str, ...]) -> None:
         """Change the private hosts and networks that metadata documents may lead to."""
         self._discoverer.allow_private = hosts
+
+    def set_opens_links(self, opens: bool) -> None:
+        """Change whether links may be opened in a browser."""
+        self._visits.first_only = opens
 
     def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
         """Adapt to a changed configuration; call this after the mapping of servers was changed.

@@ -21,6 +21,7 @@ from mcp_auth_proxy.broker import (
     ForgottenGrant,
     PendingAuthorization,
     Revocation,
+    sign_in,
     stored_connections,
 )
 from mcp_auth_proxy.cli.listener import bind, listening
@@ -75,6 +76,7 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     click.echo(_invitation(server.name, outcome))
     opens = browser.should_open(application.settings.authorization.open_browser, loopback=True, environ=os.environ)
     if opens:
+        broker.link_opened(outcome.flow)
         browser.open_link(outcome.link)
     token = await outcome.wait(max(0.0, outcome.flow.expires_at - time.time()))
     if token is None:
@@ -87,7 +89,8 @@ def _invitation(server: str, pending: PendingAuthorization) -> str:
     device = pending.flow.device
     if device is None:
         return f"Open this link to authorize {server}:\n\n  {pending.link}\n"
-    lines = [f"To authorize {server}, open on any device", device.verification_uri, "and enter", device.user_code]
+    asked = sign_in(pending.flow).in_words
+    lines = [f"To authorize {asked}, open on any device", device.verification_uri, "and enter", device.user_code]
     if device.verification_uri_complete:
         lines += ["or open this address, and check that it shows the same code:", device.verification_uri_complete]
     return "\n".join(f"\n  {line}\n" if number % 2 else line for number, line in enumerate(lines))

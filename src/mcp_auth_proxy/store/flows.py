@@ -6,8 +6,11 @@ from mcp_auth_proxy.store.codec import account_params, attempt_columns, flow_col
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
 from mcp_auth_proxy.store.sealed_rows import SEAL, RowCipher, change_row, decode_rows, intact_rows, new_uid
 
-KEPT_ATTEMPTS = 20
-"""The number of attempts that are kept for one flow; older ones are deleted."""
+KEPT_ATTEMPTS = 500
+"""The number of attempts that are kept for one flow: the oldest half, and the newest.
+
+Others may open a link as often as they like, before its user does or after.
+"""
 
 KEPT_FLOWS = 20
 """The number of flows that are kept for one account; those that wait for their user are deleted last."""
@@ -63,9 +66,11 @@ _FORGET_OLD_IN_ALL = """
         ORDER BY uid = :uid DESC, (status = 'pending' AND expires_at > :now) DESC, created_at DESC LIMIT :kept
     )
 """
-_FORGET_OLD_ATTEMPTS = """
+_FORGET_ATTEMPTS = """
     DELETE FROM attempts WHERE flow_id = :flow_id AND state_hash NOT IN (
-        SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at DESC, state_hash LIMIT :kept
+        SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at, state_hash LIMIT :oldest
+    ) AND state_hash NOT IN (
+        SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at DESC, state_hash DESC LIMIT :newest
     )
 """
 # Whoever visits one link again and again evicts neither its first visitor nor those of other links.
@@ -161,7 +166,7 @@ class Flows:
             return bool(await transaction.execute(_CLAIM_POLL, values))
 
     async def add_attempt(self, attempt: Attempt) -> bool:
-        """Store an attempt, and delete all but the newest KEPT_ATTEMPTS of its flow.
+        """Store an attempt, and delete the middle ones of its flow if it has more than KEPT_ATTEMPTS.
 
         Return False if the flow is gone or no longer pending.
         """
@@ -170,7 +175,8 @@ class Flows:
         columns = attempt_columns(attempt, cipher)
         async with self._engine.transaction() as transaction:
             await transaction.execute(_FORGET_ONE_ATTEMPT, {"kept": KEPT_ATTEMPTS_IN_ALL})
-            await transaction.execute(_FORGET_OLD_ATTEMPTS, {"flow_id": attempt.flow_id, "kept": KEPT_ATTEMPTS - 1})
+            kept = {"oldest": KEPT_ATTEMPTS // 2, "newest": KEPT_ATTEMPTS - KEPT_ATTEMPTS // 2 - 1}
+            await transaction.execute(_FORGET_ATTEMPTS, {"flow_id": attempt.flow_id, **kept})
             return bool(
                 await transaction.execute(_ADD_ATTEMPT, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
             )
