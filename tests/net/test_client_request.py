@@ -228,7 +228,7 @@ async def test_an_invalid_whole_response_closes_the_connection_and_raises_nothin
 
 async def test_a_request_of_the_fast_path_may_be_left_to_a_coroutine() -> None:
     async def finish(request: ClientRequest) -> None:
-        request.respond(200, [], request.peek_body() + await request.body(10) + request.peek_body())
+        request.respond(200, [], request.peek_body() + await request.body(10, lambda size: True) + request.peek_body())
 
     def leave(request: ClientRequest) -> bool:
         request.run(finish)
@@ -315,7 +315,7 @@ async def body_within(sent: list[bytes], limit: int) -> bytes | Exception:
     async def serve(request: ClientRequest) -> None:
         requests.append(request)
         try:
-            results.append(await request.body(limit))
+            results.append(await request.body(limit, lambda size: True))
         except McpAuthProxyError as error:
             results.append(error)
 
@@ -401,7 +401,7 @@ EXPECT = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-contin
 
 async def test_a_client_that_expects_100_continue_gets_it() -> None:
     async def serve(request: ClientRequest) -> None:
-        request.respond(200, [], await request.body(5))
+        request.respond(200, [], await request.body(5, lambda size: True))
 
     async with client_of(serve) as client:
         client.send(EXPECT)
@@ -415,7 +415,7 @@ async def test_a_client_that_expects_100_continue_gets_it() -> None:
 async def test_100_continue_is_not_sent_for_a_body_over_the_limit() -> None:
     async def serve(request: ClientRequest) -> None:
         with pytest.raises(BodyTooLarge):
-            await request.body(4)
+            await request.body(4, lambda size: True)
         request.respond(413, [], b"")
 
     async with client_of(serve) as client:
