@@ -28,7 +28,10 @@ class Forwarder:
     """Forward requests, count them, and end them at shutdown or on a reload. Belongs to one event loop."""
 
     def __init__(self, *, broker: Broker, http: HttpClient, limits: LimitSettings, wait: float, several: bool) -> None:
-        """``wait``: how long a request is held while a user authorizes, in seconds. ``several``: not just one server."""
+        """``wait`` is how long a request is held while a user authorizes, in seconds.
+
+        ``several``: more than one server is configured.
+        """
         self._loop = asyncio.get_running_loop()
         self._broker = broker
         self._body_limit = limits.body
@@ -141,10 +144,8 @@ class Forwarder:
                 peers[fast.request.peer] += fast.size
         peer, most = peers.most_common(1)[0] if peers else ("unknown", 0)
         unit = "requests" if key == "limits.held" else "bytes"
-        self._overloads.warn(
-            server,
-            f"{key} is used up, requests are refused; the client with most has the address {peer} ({most} {unit})",
-        )
+        reason = f"{key} is used up, and requests are refused. Client {peer} uses most of it ({most} {unit})."
+        self._overloads.warn(server, reason)
 
     def record(self, route: Route, request: ClientRequest, started_at: float, mcp_method: str | None = None) -> None:
         """Count and log a request whose response is complete, or whose client is gone."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from mcp_auth_proxy.errors import Overloaded
+from mcp_auth_proxy.errors import Overloaded, UpstreamProtocolError
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.decoding import decoded
@@ -81,6 +81,8 @@ class Responder:
                 raise Overloaded("limits.memory")
             whole += data
             if len(whole) > MAX_PARSED:
+                if not _is_json(response):
+                    raise UpstreamProtocolError("its answer is too long to be put in an event stream that was started.")
                 break
         document = RequestBody(bytes(whole))
         del whole
