@@ -64,8 +64,8 @@ def _raise_file_limit() -> None:
 def _return_large_blocks() -> None:
     """Let the system have large blocks back when they are freed.
 
-    glibc raises the threshold with each large block that is freed. Request bodies then lie on its heap, whose pages stay
-    with the process.
+    glibc raises the threshold with each large block that is freed. Request bodies then lie on its heap, and their
+    pages stay with the process.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)

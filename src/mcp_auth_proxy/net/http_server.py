@@ -116,6 +116,11 @@ class HttpServerConnection(asyncio.Protocol):
         if self._lingering is not None:
             self._lingering.data_received()
             return
+        if len(data) > MAX_PIPELINED:
+            # One read may hold thousands of requests. From the second piece on they count as pipelined.
+            for start in range(0, len(data), MAX_PIPELINED):
+                self.data_received(data[start : start + MAX_PIPELINED])
+            return
         if (self._unfinished or self._pipelined) and not self._may_parse(data):
             return
         parser = self._parser

@@ -131,17 +131,21 @@ class RequestHandler:
         except ClientDisconnected:
             return
         except (UpstreamProtocolError, Overloaded) as error:
-            if not self._responder.relaying:
+            if self._responder.relaying:
+                # The head was sent before. Without a final chunk the client notices that the response is incomplete.
+                self._note_break(error)
+            else:
                 await self._fail(error)
-                return
-            # The head was sent before. Without a final chunk the client notices that the response is incomplete.
-            logger.warning(
-                "server %s: the response broke off: %s", self.route.server.name, error, extra=self._log_extra
-            )
-            if isinstance(error, UpstreamProtocolError):
-                self.route.metrics.upstream_failed(failure_kind(error))
         except McpAuthProxyError as error:
             await self._fail(error)
+
+    def _note_break(self, error: McpAuthProxyError) -> None:
+        server = self.route.server.name
+        if isinstance(error, UpstreamError):
+            logger.warning("server %s: the response broke off: %s", server, error, extra=self._log_extra)
+            self.route.metrics.upstream_failed(failure_kind(error))
+        elif isinstance(error, Overloaded):
+            self._context.overloaded(server, error.key)
 
     async def _read_body(self) -> bool:
         """Read the body; return False if there is no memory for it and the request was answered with a link.
