@@ -136,7 +136,7 @@ async def lifespan(
             wait=settings.authorization.wait,
             several=len(settings.servers) > 1,
         )
-        stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.used}))
+        stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
         site = Site(
             broker=broker,

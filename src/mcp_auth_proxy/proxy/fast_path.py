@@ -66,6 +66,7 @@ class FastPathRequest:
         "_streaming",
         "ending",
         "error",
+        "kept",
         "request",
         "response",
         "route",
@@ -76,9 +77,7 @@ class FastPathRequest:
 
     _connection: HttpConnection
 
-    def __init__(
-        self, owner: FastPathOwner, route: Route, request: ClientRequest, token: AccessToken | None, size: int
-    ) -> None:
+    def __init__(self, owner: FastPathOwner, route: Route, request: ClientRequest, token: AccessToken | None) -> None:
         self._owner = owner
         self._streaming = False
         self._events = False
@@ -86,8 +85,10 @@ class FastPathRequest:
         self.route = route
         self.request = request
         self.token = token
-        self.size = size
-        """Bytes that the owner counts as kept for this request: its body, or what waits for a slow client."""
+        self.size = 0
+        """Bytes of the body, as long as the owner counts them."""
+        self.kept = 0
+        """Bytes that wait for the client and that the owner counts."""
         self.response: Response | None = None
         self.error: UpstreamError | None = None
         """Why there is no response."""

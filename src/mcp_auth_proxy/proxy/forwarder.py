@@ -86,15 +86,16 @@ class Forwarder:
             return False
         if is_in_loop(request.fields):
             return False
-        size = len(content)
-        if not self.memory.take(route.server.name, size):
+        memory, size = self.memory, len(content)
+        if memory.fast + size > memory.limit_of_fast:
             return False
-        fast = FastPathRequest(self, route, request, token, size)
+        fast = FastPathRequest(self, route, request, token)
         head = fast.head(size)
         connection = self.upstream.idle_connection(route)
         if connection is None:
-            self.release(fast)
             return False
+        fast.size = size
+        memory.fast += size
         self.fast_requests.add(fast)
         fast.send(connection, head, content)
         if connection.head_latency < BUSY_POLL_THRESHOLD and self.active_requests == 1:
@@ -122,14 +123,16 @@ class Forwarder:
         if not self.memory.take(server, size):
             self._warn_of_overload(server, "limits.memory")
             return False
-        fast.size += size
+        fast.kept += size
         return True
 
     def release(self, fast: FastPathRequest) -> None:
         """Give back the memory of a request on the fast path."""
-        size, fast.size = fast.size, 0
-        if size:
-            self.memory.give_back(fast.route.server.name, size)
+        self.memory.fast -= fast.size
+        fast.size = 0
+        if fast.kept:
+            self.memory.give_back(fast.route.server.name, fast.kept)
+            fast.kept = 0
 
     def _warn_of_overload(self, server: str, key: str) -> None:
         """Log that requests to a server are refused, and which client has most of what there are too many of."""
@@ -141,7 +144,7 @@ class Forwarder:
                 peers[handler.peer] += handler.held if key == "limits.held" else handler.memory.size
         for fast in self.fast_requests:
             if fast.route.server.name == server:
-                peers[fast.request.peer] += fast.size
+                peers[fast.request.peer] += fast.size + fast.kept
         peer, most = peers.most_common(1)[0] if peers else ("unknown", 0)
         unit = "requests" if key == "limits.held" else "bytes"
         reason = f"{key} is used up, and requests are refused. Client {peer} uses most of it ({most} {unit})."

@@ -46,21 +46,35 @@ class Quota:
 
 
 class MemoryBudget(Quota):
-    """The bytes that requests keep. Large requests get three quarters of them: the rest is left to small ones."""
+    """The bytes that requests keep.
+
+    A quarter is for bodies on the fast path, which counts them without servers because of its cost. Large requests get
+    at most half, so at least a quarter is left to small ones.
+    """
 
     def __init__(self, limit: int, *, several: bool) -> None:
+        self.fast = 0
+        """Bytes on the fast path. It adds to them itself, up to ``limit_of_fast``."""
         self.large = 0
         """Bytes of large requests."""
         super().__init__(limit, several=several)
 
+    def configure(self, limit: int, *, several: bool) -> None:
+        """Change the limit; ``limit`` is here what is left of it beside the fast path."""
+        self.limit_of_fast = limit // 4
+        self.limit_of_large = limit // 2
+        super().configure(limit - self.limit_of_fast, several=several)
+        if several:
+            self.share = max(1, limit // 2)
+
     @property
-    def limit_of_large(self) -> int:
-        return self.limit * 3 // 4
+    def total(self) -> int:
+        return self.used + self.fast
 
     @property
     def largest(self) -> int:
         """Bytes that one request can keep if there is no other."""
-        return max(min(self.share, self.limit_of_large), min(self.share, SMALL))
+        return min(self.share, max(self.limit_of_large, SMALL))
 
 
 class RequestMemory:
