@@ -9,7 +9,7 @@ import pytest
 from fakes.listener import listener
 from fakes.proxy import until, wait_until_stable
 from fakes.raw_client import RawClient
-from mcp_auth_proxy.errors import BodyTooLarge, ClientDisconnected, McpAuthProxyError
+from mcp_auth_proxy.errors import BodyTooLarge, ClientDisconnected, McpAuthProxyError, Overloaded
 from mcp_auth_proxy.net.client_request import ClientRequest, Serve
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -305,6 +305,33 @@ async def test_a_cancelled_handler_closes_the_connection() -> None:
 
 
 # The body of a request
+
+
+async def test_a_body_for_which_there_is_no_memory_is_not_read_to_its_end() -> None:  # T82
+    counted: list[int] = []
+    ended: list[Exception] = []
+
+    def take(size: int) -> bool:
+        counted.append(size)
+        return sum(counted) <= 5
+
+    async def serve(request: ClientRequest) -> None:
+        try:
+            await request.body(100, take)
+        except Overloaded as error:
+            ended.append(error)
+        request.respond(503, [], b"")
+
+    async with client_of(serve) as client:
+        client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n12345")
+        await until(lambda: counted)
+        client.send(b"6")
+        await until(lambda: ended)
+        assert (await client.answer()).status == 503
+    assert (sum(counted), str(ended[0])) == (
+        6,
+        "The proxy has too much to do: limits.memory is used up. Try again later.",
+    )
 
 
 async def body_within(sent: list[bytes], limit: int) -> bytes | Exception:

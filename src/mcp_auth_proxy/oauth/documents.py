@@ -34,7 +34,7 @@ class _Object(dict[str, object]):
 def parse_object(body: bytes) -> dict[str, object]:
     """Return the JSON object in ``body`` (RFC 8259). Raises ValueError with the reason in words."""
     if count_values(body) > MAX_VALUES:
-        raise ValueError(f"it has over {MAX_VALUES} values")
+        raise ValueError(f"it is over {MAX_VALUES} values long")
     try:
         value = json.loads(
             body.decode("utf-8-sig"), object_pairs_hook=_Object, parse_constant=_refuse_constant, parse_int=_integer

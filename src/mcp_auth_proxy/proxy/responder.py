@@ -71,8 +71,8 @@ class Responder:
         if response.status == 200 and is_events:
             self._relays_events = True
             async for data in decoded(response):
-                await self._write_events(data)
-            await self._write_events(b"", last=True)
+                await self._write(data)
+            await self._write(b"", last=True)
             return
         whole = bytearray()
         pieces = decoded(response)
@@ -88,16 +88,16 @@ class Responder:
         del whole
         if document.too_costly and _is_json(response):
             self._relays_events = True
-            await self._write_events(events.MESSAGE_START + events.one_line(document.content))
+            await self._write(events.MESSAGE_START + events.one_line(document.content))
             document.release()
             self._memory.release()
             async for data in pieces:
-                await self._write_events(events.one_line(data))
-            await self._write_events(events.MESSAGE_END, last=True)
+                await self._write(events.one_line(data))
+            await self._write(events.MESSAGE_END, last=True)
         elif document.messages and document.messages[0].id is not None and response.status < 500:
-            await self._write_events(events.message_event(document.content), last=True)
+            await self._write(events.message_event(document.content), last=True)
         elif response.status in (202, 204) or self._request.method == b"GET":
-            await self._write_events(b"", last=True)
+            await self._write(b"", last=True)
         else:
             text = f"Server {self.server} answered HTTP {response.status}."
             await self.fail(body, 502, text, answers.UPSTREAM_FAILED)
@@ -129,21 +129,29 @@ class Responder:
 
     async def answer(self, status: int, document: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """Answer with JSON, or with one event if an event stream was started."""
+        # The client may be slow to read the answer to a batch: then it waits here, where it counts.
+        if len(document) > SMALL and not self._memory.take(len(document)):
+            text = str(Overloaded("limits.memory"))
+            status, headers = 503, [(b"retry-after", b"5")]
+            document = encode(answers.failure(None, text, code=answers.UPSTREAM_FAILED, server=self.server))
         if self.started == "events":
             listens = self._request.method == b"GET"
-            await self._write_events(b"" if listens else events.message_event(document), last=True)
+            await self._write_own(b"" if listens else events.message_event(document))
             return
         self.started = "relay"
         head = [*answers.JSON_HEADERS, *headers]
         if len(document) <= SMALL:
             self._request.respond(status, head, document)
             return
-        # The client may be slow to read the answer to a batch: then it waits here, where it counts.
-        if not self._memory.take(len(document)):
-            self._request.respond(503, [*head, (b"retry-after", b"5")], self._overloaded())
-            return
         self._request.start_nowait(status, [*head, (b"content-length", b"%d" % len(document))])
-        await self._write(document, last=True)
+        await self._write_own(document)
+
+    async def _write_own(self, data: bytes) -> None:
+        """Send the last part of an answer of the proxy's own."""
+        while len(data) > STOPPED:
+            await self._request.write(data[:STOPPED])
+            data = data[STOPPED:]
+        await self._request.write(data, last=True)
 
     async def fail(
         self,
@@ -164,13 +172,13 @@ class Responder:
         headers = [] if retry_after is None else [(b"retry-after", b"%d" % max(1, math.ceil(retry_after)))]
         await self.answer(status, answers.answer_all(body, failure, lambda: failure(None)), headers)
 
-    def _overloaded(self) -> bytes:
-        text = str(Overloaded("limits.memory"))
-        return encode(answers.failure(None, text, code=answers.UPSTREAM_FAILED, server=self.server))
-
     async def keep_alive(self, text: bytes) -> None:
         """Send a comment in an event stream of the proxy's own; the first comment starts the stream."""
-        await self._write_events(events.comment(text))
+        if not self.started:
+            self.started = "events"
+            self.streaming = True
+            await self._request.start(200, _EVENTS_HEAD)
+        await self._request.write(events.comment(text))
 
     async def finish_early(self, body: RequestBody, text: str) -> None:
         """End the response: with an error while it is the proxy's own, else with a final chunk if possible.
@@ -183,13 +191,6 @@ class Responder:
                     await self.fail(body, 503, text, answers.UPSTREAM_FAILED, retry_after=5.0)
                 elif self.streaming and not self._request.complete:
                     await self._request.write(b"", last=True)
-
-    async def _write_events(self, data: bytes, *, last: bool = False) -> None:
-        if not self.started:
-            self.started = "events"
-            self.streaming = True
-            await self._request.start(200, _EVENTS_HEAD)
-        await self._write(data, last=last)
 
 
 def _is_json(response: Response) -> bool:
