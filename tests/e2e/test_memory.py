@@ -305,7 +305,7 @@ RESPONSES = {
     "chunks": big(LARGEST),
     "a bomb": FakeResponse(
         headers=(("content-type", "application/json"), ("content-encoding", "gzip")),
-        body=gzip.compress(b'{"jsonrpc":"2.0","id":1,"result":[' + b" " * 2 * LARGEST + b"]}", 9),
+        body=gzip.compress(b'{"jsonrpc":"2.0","id":1,"result":[' + b" " * LARGEST + b"]}", 9),
     ),
 }
 

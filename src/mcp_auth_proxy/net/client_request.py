@@ -202,8 +202,8 @@ class ClientRequest:
     # The client
 
     @property
-    def peer(self) -> str:
-        """The address of the client, or of a proxy before this one; for the log."""
+    def client(self) -> str:
+        """Whose request it is, for a log: an address."""
         address = self._connection.transport.get_extra_info("peername")
         return str(address[0]) if address else "unknown"
 

@@ -138,16 +138,16 @@ class Forwarder:
         """Log that requests to a server are refused, and which client has most of what there are too many of."""
         if not self._overloads.is_due(server):
             return
-        peers: Counter[str] = Counter()
+        clients: Counter[str] = Counter()
         for handler in self._handlers:
             if handler.route.server.name == server:
-                peers[handler.peer] += handler.held if key == "limits.held" else handler.memory.size
+                clients[handler.client] += handler.held if key == "limits.held" else handler.memory.size
         for fast in self.fast_requests:
             if fast.route.server.name == server:
-                peers[fast.request.peer] += fast.size + fast.kept
-        peer, most = peers.most_common(1)[0] if peers else ("unknown", 0)
+                clients[fast.request.client] += fast.size + fast.kept
+        client, most = clients.most_common(1)[0] if clients else ("unknown", 0)
         unit = "requests" if key == "limits.held" else "bytes"
-        reason = f"{key} is used up, and requests are refused. Client {peer} uses most of it ({most} {unit})."
+        reason = f"{key} is used up, and requests are refused. Client {client} uses most of it ({most} {unit})."
         self._overloads.warn(server, reason)
 
     def record(self, route: Route, request: ClientRequest, started_at: float, mcp_method: str | None = None) -> None:

@@ -114,9 +114,9 @@ class RequestHandler:
         request.when_disconnected(lambda: self.end("disconnected"))
 
     @property
-    def peer(self) -> str:
-        """The address of the client."""
-        return self._request.peer
+    def client(self) -> str:
+        """Whose request it is, for a log."""
+        return self._request.client
 
     @property
     def mcp_method(self) -> str | None:
