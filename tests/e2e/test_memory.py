@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -81,7 +81,6 @@ class Flooded:
     base: int
     peak: int = 0
     slowest: float = 0.0
-    statuses: list[int] = field(default_factory=list)
 
     async def flood(self, bodies: list[bytes], *fields: str) -> list[RawResponse]:
         """Send requests at the same time, and meanwhile call the good server and look at the memory."""
@@ -232,13 +231,13 @@ async def test_a_body_in_tiny_chunks_takes_no_more_memory(servers: Servers, tmp_
                 client.send(chunks + b"0\r\n\r\n")
                 return await client.answer()
 
-        attack = asyncio.gather(*(post() for _ in range(4)))
+        attack = asyncio.create_task(post())
         while not attack.done():
             begun = time.monotonic()
             assert (await setup.good.call("echo", text="x")).text == "x"
             setup.slowest = max(setup.slowest, time.monotonic() - begun)
             setup.peak = max(setup.peak, resident(setup.proxy) - setup.base)
-        assert all(b"/connect/notes" in answer.body for answer in attack.result())
+        assert b"/connect/notes" in attack.result().body
         assert setup.slowest < SECONDS
         assert setup.peak < 40 * MIB
 
