@@ -75,7 +75,9 @@ class Application:
         self.broker.set_allow_private(settings.authorization.allow_private)
         self.broker.set_opens_links(_opens_links(settings))
         self.http.set_limit(settings.limits.upstream_connections)
-        self.forwarder.configure(body_limit=settings.limits.body, wait=settings.authorization.wait)
+        self.forwarder.configure(
+            limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
+        )
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
 
     async def drain(self) -> None:
@@ -135,8 +137,15 @@ async def lifespan(
         stack.push_async_callback(http.aclose)
         stack.callback(metrics.tokens.add_source(broker.token_states))
         stack.callback(metrics.upstream_connections.add_source(http.connections))
-        limits, wait = settings.limits, settings.authorization.wait
-        forwarder = Forwarder(broker=broker, http=http, body_limit=limits.body, wait=wait)
+        forwarder = Forwarder(
+            broker=broker,
+            http=http,
+            limits=settings.limits,
+            wait=settings.authorization.wait,
+            several=len(settings.servers) > 1,
+        )
+        stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
+        stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
         site = Site(
             broker=broker,
             servers=servers,

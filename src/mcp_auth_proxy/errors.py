@@ -6,6 +6,7 @@
     ├── AddressInUse                   another program listens on the address already
     ├── RequestRejected                a client's request breaks HTTP or a limit, or uses a method that is not served
     ├── BodyTooLarge                   a client's request has a larger body than allowed
+    ├── Overloaded                     the memory for buffered bytes, or the number of held requests, is used up
     ├── LoopDetected                   a client's request has come through too many proxies
     ├── ClientDisconnected             the client went away before its request was complete
     ├── ConfigurationError             the configuration is invalid; lists all errors at once
@@ -85,11 +86,19 @@ class RequestRejected(McpAuthProxyError):
 
 
 class BodyTooLarge(McpAuthProxyError):
-    """The request body is larger than allowed. ``limit`` is in bytes."""
+    """The request body is larger than allowed. ``limit`` is in bytes, ``key`` the configuration key that sets it."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, key: str = "limits.body") -> None:
         self.limit = limit
-        super().__init__(f"The request body is over {limit} bytes; limits.body allows more.")
+        super().__init__(f"The request body is over {limit} bytes; {key} allows more.")
+
+
+class Overloaded(McpAuthProxyError):
+    """Other requests use all that the configuration key ``key`` allows: temporary, try again."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(f"The proxy has too much to do: {key} is used up. Try again later.")
 
 
 class LoopDetected(McpAuthProxyError):

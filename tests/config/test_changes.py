@@ -47,6 +47,8 @@ APPLIED = {
     "authorization.cold_start": replace(BASE, authorization=AuthorizationSettings(cold_start=False)),
     "authorization.allow_private": replace(BASE, authorization=AuthorizationSettings(allow_private=("10.0.0.1",))),
     "limits.body": replace(BASE, limits=LimitSettings(body=1)),
+    "limits.memory": replace(BASE, limits=LimitSettings(memory=1)),
+    "limits.held": replace(BASE, limits=LimitSettings(held=1)),
     "limits.upstream_connections": replace(BASE, limits=LimitSettings(upstream_connections=1)),
     "inbound.allowed_hosts": replace(BASE, inbound=InboundSettings(allowed_hosts=("proxy.example",))),
 }

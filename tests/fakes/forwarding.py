@@ -9,7 +9,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization
-from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.config.settings import LimitSettings, ServerSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.models import (
     AccessToken,
@@ -116,7 +116,8 @@ async def forwarding(
 ) -> AsyncIterator[ForwardingServer]:
     """Run the data plane before the upstream at ``url``."""
     http = HttpClient(Dialer(environ={}), connections_per_origin=4)
-    forwarder = Forwarder(broker=cast(Broker, broker), http=http, body_limit=body_limit, wait=wait)
+    limits = LimitSettings(body=body_limit)
+    forwarder = Forwarder(broker=cast(Broker, broker), http=http, limits=limits, wait=wait, several=False)
     server = ServerSettings(name="notes", url=url, upstream_timeout=timeout)
     running = ForwardingServer(forwarder, routes.build({"notes": server})[b"/notes/mcp"])
     config, state = Config(cast(Any, running), interface="asgi3", log_config=None), ServerState()

@@ -15,7 +15,7 @@ from fakes.listener import listener as serving
 from fakes.proxy import until
 from mcp_auth_proxy.errors import ClientDisconnected
 from mcp_auth_proxy.net.client_request import ClientRequest
-from mcp_auth_proxy.net.http_server import MIN_BODY_RATE, HttpServerConnection
+from mcp_auth_proxy.net.http_server import MAX_PIPELINED, MIN_BODY_RATE, HttpServerConnection
 
 HEADER_TIMEOUT = 0.3
 """Seconds; that of the connection is too long for a test."""
@@ -43,7 +43,7 @@ class EchoServer:
     async def serve(self, request: ClientRequest) -> None:
         self.served += 1
         try:
-            body = b"" if request.path == b"/early" else await request.body(10**8)
+            body = b"" if request.path == b"/early" else await request.body(10**8, lambda size: True)
         except ClientDisconnected:
             self.disconnects += 1
             return
@@ -361,6 +361,18 @@ async def test_pipelined_requests_are_bounded_even_if_reads_end_within_them(list
     assert status == 503
     assert await client.is_closed()
     assert answered < 100 * 50 / 2
+
+
+async def test_the_requests_of_one_read_are_bounded_too(listener: Listener) -> None:  # T82
+    client = await listener.connect(post(b"", path=b"/held") + GOOD * 7000)
+    await until(lambda: listener.app.served == 1)
+    listener.app.release.set()
+    assert (await client.echo())["path"] == "/held"
+    answered = 0
+    while (status := await client.status()) == 200:
+        answered += 1
+    assert status == 503
+    assert answered < 2 * MAX_PIPELINED / len(GOOD)
 
 
 async def test_pipelined_bodies_are_bounded_together(listener: Listener) -> None:  # T30

@@ -1,8 +1,10 @@
 """``serve``: the proxy in the foreground until a signal ends it."""
 
 import contextlib
+import ctypes
 import gc
 import logging
+import platform
 import resource
 
 import click
@@ -22,6 +24,12 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 20
 
+_M_MMAP_THRESHOLD = -3
+"""mallopt(3)"""
+
+_MMAP_THRESHOLD = 128 * 1024
+"""Bytes from which a block is mapped on its own: the value that glibc starts with."""
+
 
 async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     """Serve until SIGTERM or SIGINT, then drain. Return the exit code. Raises McpAuthProxyError.
@@ -29,6 +37,7 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     ``file`` is what ``settings`` were read from, and is read again when it changes; None if there is no file.
     """
     _raise_file_limit()
+    _return_large_blocks()
     if warning := first_contact_warning(settings.servers):
         logger.warning("%s", warning)
     sock, address = bind(settings.listen)
@@ -51,6 +60,16 @@ def _raise_file_limit() -> None:
     # If the hard limit is infinite, macOS refuses it as the soft limit, which then stays as it is.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _return_large_blocks() -> None:
+    """Let the system have large blocks back when they are freed.
+
+    glibc raises the threshold with each large block that is freed. Request bodies then lie on its heap, and their
+    pages stay with the process.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
 
 
 def _say_what_is_served(application: Application) -> None:

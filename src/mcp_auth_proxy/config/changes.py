@@ -22,6 +22,8 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "authorization.cold_start": lambda settings: settings.authorization.cold_start,
     "authorization.allow_private": lambda settings: settings.authorization.allow_private,
     "limits.body": lambda settings: settings.limits.body,
+    "limits.memory": lambda settings: settings.limits.memory,
+    "limits.held": lambda settings: settings.limits.held,
     "limits.upstream_connections": lambda settings: settings.limits.upstream_connections,
     "inbound.allowed_hosts": lambda settings: settings.inbound.allowed_hosts,
 }

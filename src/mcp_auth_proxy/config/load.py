@@ -195,6 +195,8 @@ def _read_limits(section: Section) -> LimitSettings:
     default = LimitSettings()
     settings = LimitSettings(
         body=section.parsed("body", values.size, default.body),
+        memory=section.parsed("memory", values.size, default.memory),
+        held=section.parsed("held", values.count, default.held),
         upstream_connections=section.parsed("upstream_connections", values.count, default.upstream_connections),
     )
     section.close()

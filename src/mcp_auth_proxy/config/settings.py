@@ -136,6 +136,10 @@ class ServerSettings:
 class LimitSettings:
     body: int = 16 * 1024 * 1024
     """Maximum size of a request body in bytes."""
+    memory: int = 128 * 1024 * 1024
+    """Maximum number of bytes that all requests together keep."""
+    held: int = 1000
+    """Maximum number of requests that wait for a user, or for the proxy's own requests."""
     upstream_connections: int = 10_000
     """Maximum number of connections to one upstream origin."""
 

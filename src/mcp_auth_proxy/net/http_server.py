@@ -25,6 +25,10 @@ READ_AHEAD = 64 * 1024
 MAX_PIPELINED = MAX_HEAD
 """Bytes of further requests that are read while an earlier one is not answered."""
 
+MAX_PARSED = MAX_PIPELINED + 32 * 1024
+"""Bytes that are parsed at a time. A read may hold 10,000 requests: from the second piece on they count as pipelined. A
+request of the fast path fits."""
+
 _REFUSAL = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
 
 
@@ -115,6 +119,10 @@ class HttpServerConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._lingering is not None:
             self._lingering.data_received()
+            return
+        if len(data) > MAX_PARSED:
+            for start in range(0, len(data), MAX_PARSED):
+                self.data_received(data[start : start + MAX_PARSED])
             return
         if (self._unfinished or self._pipelined) and not self._may_parse(data):
             return

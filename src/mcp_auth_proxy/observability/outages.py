@@ -22,12 +22,14 @@ class OutageLog:
 
         ``trace_id`` is that of the request that failed.
         """
-        now = time.monotonic()
+        if self.is_due(server):
+            self._warned_at[server] = time.monotonic()
+            logger.warning("server %s: %s", server, reason, extra=log_extra(trace_id))
+
+    def is_due(self, server: str) -> bool:
+        """Return whether ``warn`` would log a warning about a server."""
         last = self._warned_at.get(server)
-        if last is not None and now - last < INTERVAL:
-            return
-        self._warned_at[server] = now
-        logger.warning("server %s: %s", server, reason, extra=log_extra(trace_id))
+        return last is None or time.monotonic() - last >= INTERVAL
 
     def forget(self, server: str) -> None:
         """Forget a server that was removed or changed: the next failure is logged at once."""
