@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.errors import CallbackRefused
 from mcp_auth_proxy.models import Attempt, DeviceAuthorization, Flow, FlowStatus
 from mcp_auth_proxy.oauth import authorization_code
@@ -53,6 +54,7 @@ class AuthorizationAttempts:
         state = authorization_code.new_state()
         verifier = authorization_code.new_verifier()
         cookie = secrets.token_urlsafe(32)
+        secret_values.remember(state)
         added = await self._flows.add_attempt(
             Attempt(
                 flow_id=flow.id,

@@ -1,6 +1,5 @@
 """The result of ``doctor``, as text for people and as JSON for programs."""
 
-import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from enum import StrEnum
 
 import click
 
+from mcp_auth_proxy.cli.terminal import Styled
 from mcp_auth_proxy.errors import without_query_values
 
 FORMAT = 1
@@ -115,9 +115,9 @@ def shown(text: str | bytes, limit: int = 4000) -> str:
     return safe if len(safe) <= limit else f"{safe[:limit]}…"
 
 
-def as_json(report: Report) -> str:
-    """Return the report as JSON."""
-    document = {
+def as_document(report: Report) -> dict[str, object]:
+    """Return the report as a JSON object."""
+    return {
         "format": FORMAT,
         "server": report.server,
         "url": report.url,
@@ -129,27 +129,26 @@ def as_json(report: Report) -> str:
         "config_complete": report.config_complete,
         "changes": [_members(change) for change in report.changes],
     }
-    return json.dumps(document, indent=2, ensure_ascii=False)
 
 
-def as_text(report: Report) -> str:
-    """Return the report for a terminal. ``click.echo`` removes the colors if stdout is not one."""
+def as_lines(report: Report) -> list[str]:
+    """Return the report for a terminal, in lines."""
     lines = [f"{report.server}: {report.url}", ""]
     for number, step in enumerate(report.steps, 1):
         lines += _paragraph(number, step)
     lines += [*_wrapped(report.summary, ""), ""]
     if report.config is not None:
         how = "The configuration that works" if report.config_complete else "The configuration, to be completed"
-        lines += [f"{how}:", "", report.config.rstrip("\n")]
+        lines += [f"{how}:", "", *report.config.rstrip("\n").split("\n")]
     else:
         lines += ["No configuration can help: see what is refused above."]
-    return "\n".join(lines)
+    return lines
 
 
 def _paragraph(number: int, step: Step) -> Iterator[str]:
     mark, color = _MARKS[step.verdict]
     clause = f"  [{step.clause}]" if step.clause else ""
-    yield f"{number:>2}. {click.style(mark, fg=color)}  {click.style(step.step, bold=True)}{clause}"
+    yield Styled(f"{number:>2}. {click.style(mark, fg=color)}  {click.style(step.step, bold=True)}{clause}")
     if step.request is not None:
         rpc = f"  {step.request.rpc}" if step.request.rpc else ""
         yield f"{_INDENT}> {step.request.method} {step.request.url}{rpc}"
