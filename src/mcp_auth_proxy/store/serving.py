@@ -15,9 +15,9 @@ class Serving(Protocol):
 
 def hold(settings: StoreSettings, address: Address) -> Serving:
     """Tell other processes that this one serves the store at ``address``: a number, and the real port."""
-    return sqlite.ServingLock(settings.path, address)
+    return sqlite.ServingLock(settings.path.resolve(), address)
 
 
 def addresses(settings: StoreSettings) -> list[Address]:
     """Return the addresses of the processes that serve the store now."""
-    return sqlite.served_addresses(settings.path)
+    return sqlite.served_addresses(settings.path.resolve())

@@ -9,6 +9,7 @@ import click
 
 from mcp_auth_proxy.cli.terminal import Styled
 from mcp_auth_proxy.errors import without_query_values
+from mcp_auth_proxy.secret_values import masked
 
 FORMAT = 1
 """Version of the JSON. Increased if a member is removed or changes its meaning; new members may be added any time."""
@@ -107,11 +108,14 @@ class Report:
 
 
 def shown(text: str | bytes, limit: int = 4000) -> str:
-    """Return text from a server on one line of at most ``limit`` characters, without controls and URL query values."""
+    """Return text from a server on one line of at most ``limit`` characters.
+
+    It is without controls, URL query values and secrets of ours.
+    """
     if isinstance(text, bytes):
         text = text[: 4 * limit].decode("utf-8", "replace")
     line = without_query_values(" ".join(text.split()))
-    safe = "".join(character if character.isprintable() else "\ufffd" for character in line)
+    safe = masked("".join(character if character.isprintable() else "\ufffd" for character in line))
     return safe if len(safe) <= limit else f"{safe[:limit]}…"
 
 
