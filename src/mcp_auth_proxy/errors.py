@@ -28,12 +28,15 @@
         └── UpstreamPoolTimeout        all connections to the origin are in use
 
 ``str()`` of each is one or two plain sentences for the user: what is wrong and, if there is one, the
-remedy. No error ever contains a token, code, verifier, secret or state, or a value from a URL's query. Whoever puts
+remedy. No error ever contains a token, code, verifier, secret or state (``secret_values`` masks those that a server
+repeats), or a value from a URL's query. Whoever puts
 a text from outside into a message cuts it (``excerpt``): it goes to the log and to every client that asks.
 """
 
 import re
 from dataclasses import dataclass
+
+from mcp_auth_proxy import secret_values
 
 MAX_FOREIGN = 200
 """Characters of one text from outside in a message of ours."""
@@ -41,14 +44,21 @@ MAX_FOREIGN = 200
 MAX_MESSAGE = 1200
 """Characters of the message of an AuthorizationError, which may hold several texts from outside."""
 
+_BEYOND = 64
+"""Characters after the cut that are searched for secrets too. Long texts are not searched as a whole, to save time."""
+
 # Neither part is ever given back (*+), and the first ends where the next URL begins: no character is read twice.
 _QUERY = re.compile(r"(https?://(?:(?!https?://)[^\s?#\"])*+\?)([^\s\"]*+)", re.IGNORECASE)
 _PUNCTUATION = ".,;:!)]}'"
 
 
 def excerpt(text: str, limit: int = MAX_FOREIGN) -> str:
-    """Return a text from outside as a message may show it: its first ``limit`` characters, "…" if that is not all."""
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    """Return a text from outside as a message may show it: its first ``limit`` characters, "…" if that is not all.
+
+    Our own secrets in it are masked, before it is cut: half a secret might not be recognized.
+    """
+    shown = secret_values.masked(text[: limit + _BEYOND])
+    return shown if len(text) <= limit else f"{shown[:limit]}…"
 
 
 def without_query_values(text: str) -> str:
@@ -70,7 +80,7 @@ class McpAuthProxyError(Exception):
     """Base of every error raised on purpose by this package."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(without_query_values(message))
+        super().__init__(without_query_values(secret_values.masked(message)))
 
 
 class AddressInUse(McpAuthProxyError):

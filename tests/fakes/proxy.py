@@ -158,7 +158,7 @@ async def start_command(
 async def run_command(
     *arguments: str, env: Environment | None = None, cwd: Path | None = None, timeout: float = 30
 ) -> tuple[int, str, str]:
-    """Run a command of the proxy to its end; return exit code, stdout and stderr."""
+    """Run a command of the proxy to its end; return exit code, stdout and stderr, which names no file (see below)."""
     process = await start_command(*arguments, env=env, cwd=cwd)
     try:
         out, err = await asyncio.wait_for(process.communicate(), timeout)
@@ -166,7 +166,12 @@ async def run_command(
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return process.returncode or 0, out.decode(), err.decode()
+    return process.returncode or 0, out.decode(), unnamed(err.decode())
+
+
+def unnamed(err: str) -> str:
+    """Return stderr without its first line, if that says which configuration file is used, as in every command."""
+    return re.sub(r"\Aconfiguration: .*\n", "", err)
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "proxy/upstream_client.py": "a reference is resolved (RFC 3986 §5), and the result read by net.urls",
     },
     "TLS contexts": {"net/tls.py": "the one client context"},
+    "prints": {"cli/terminal.py": "the one place, which escapes control characters"},
     "names looked up": {"net/resolver.py": "the one look-up, whose answer is checked and dialed"},
     "connections opened": {
         "net/dial.py": "the one dialer",
@@ -73,6 +74,8 @@ def look_for(what: str, tree: ast.AST) -> list[str]:
             return list(
                 found_in(tree, frozenset({"create_default_context", "SSLContext", "_create_unverified_context"}))
             )
+        case "prints":
+            return list(found_in(tree, frozenset({"echo", "secho", "print"})))
         case "names looked up":
             return list(found_in(tree, frozenset({"getaddrinfo", "gethostbyname", "gethostbyname_ex"})))
         case "connections opened":
@@ -139,6 +142,8 @@ def test_no_other_module_has_a_function_of_that_name(function: str) -> None:
         ("urls", "import urllib.parse\nx = urllib.parse.urlparse(y)"),
         ("TLS contexts", "import ssl\nssl.create_default_context()"),
         ("TLS contexts", "from ssl import SSLContext"),
+        ("prints", "click.echo('x')"),
+        ("prints", "print('x')"),
         ("names looked up", "await loop.getaddrinfo(host, 1)"),
         ("connections opened", "asyncio.open_connection(host, 1)"),
         ("connections opened", "socket.socket()"),

@@ -88,6 +88,7 @@ def copy(schema: int, folder: Path) -> StoreSettings:
     settings = store_settings(folder)
     shutil.copyfile(_STORES / f"schema-{schema}.db", settings.path)
     shutil.copyfile(_STORES / "store.key", settings.keys[0].name)
+    Path(settings.keys[0].name).chmod(0o600)
     return settings
 
 
@@ -122,6 +123,7 @@ async def _main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = store_settings(Path(folder))
         shutil.copyfile(_STORES / "store.key", settings.keys[0].name)
+        Path(settings.keys[0].name).chmod(0o600)
         engine = await open_store(settings)
         await write(engine, contents(NEWEST))
         await engine.close()

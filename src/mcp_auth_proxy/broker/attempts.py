@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.broker.sign_ins import SignIn, SignIns, sign_in
 from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.errors import CallbackRefused
@@ -97,6 +98,7 @@ class AuthorizationAttempts:
         state = authorization_code.new_state()
         verifier = authorization_code.new_verifier()
         cookie = (_CONFIRMED if confirmed else "") + secrets.token_urlsafe(32)
+        secret_values.remember(state)
         added = await self._flows.add_attempt(
             Attempt(
                 flow_id=flow.id,

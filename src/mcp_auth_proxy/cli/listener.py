@@ -3,8 +3,9 @@
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any, cast
 
@@ -44,11 +45,26 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
     return sock, Address(address.host, sock.getsockname()[1])
 
 
+def bound(sock: socket.socket) -> Address:
+    """Return the address that a socket is bound to, its host as a number."""
+    host, port, *_ = sock.getsockname()
+    return Address(host, port)
+
+
+def in_numbers(address: Address) -> Address:
+    """Return an address with the number of its host, as ``bind`` would take it. Raises McpAuthProxyError."""
+    sock, _ = bind(replace(address, port=0))
+    with sock:
+        return replace(bound(sock), port=address.port)
+
+
 class Server(uvicorn.Server):
     """Run uvicorn, but drain first on SIGTERM. The listener stays open meanwhile, so that probes see 503."""
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, *, before_close: Callable[[], None] | None = None) -> None:
+        """``before_close`` is called while the port is still bound."""
         self._application = application
+        self._before_close = before_close
         self._drain: asyncio.Task[None] | None = None
         self._signals = 0
         super().__init__(
@@ -97,6 +113,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close every connection; abort those whose clients have not read everything within ``FLUSH_TIMEOUT``."""
+        if self._before_close is not None:
+            self._before_close()
         abort = asyncio.get_running_loop().call_later(FLUSH_TIMEOUT, self._abort_connections)
         await super().shutdown(sockets)
         abort.cancel()

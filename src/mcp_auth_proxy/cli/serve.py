@@ -7,18 +7,18 @@ import logging
 import platform
 import resource
 
-import click
-
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.app import Application, effective_public_url, lifespan
-from mcp_auth_proxy.cli.listener import Server, bind
+from mcp_auth_proxy.cli.listener import Server, bind, bound
 from mcp_auth_proxy.cli.reloading import reloading
+from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.net.resolver import Resolver
+from mcp_auth_proxy.store import serving
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,9 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     sock, address = bind(settings.listen)
     with sock:
         await loops.check(settings, address, effective_public_url(settings, address), resolver=Resolver())
-        async with lifespan(settings, address, announce_key=lambda line: click.echo(line, err=True)) as application:
-            server = Server(application)
+        async with lifespan(settings, address, announce_key=complain) as application:
+            lock = serving.hold(settings.store, bound(sock))
+            server = Server(application, before_close=lock.release)
             async with reloading(application, file, stop=server.drain_and_exit):
                 _say_what_is_served(application)
                 # Objects made at start-up are never freed: the garbage collector need not visit them again.
@@ -90,4 +91,4 @@ def _say_what_is_served(application: Application) -> None:
         f'  Cursor, VS Code:  {{"url": "{base}/{first}/mcp"}} under the name "{first}"',
         "",
     ]
-    click.echo("\n".join(lines))
+    say(*lines)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.models import ClientAuth, DpopUse, GrantType
 
@@ -14,6 +15,9 @@ class Secret:
     """A secret that never appears in ``repr``, ``str`` or logs."""
 
     value: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        secret_values.remember(self.value)
 
     def __str__(self) -> str:
         return "****"
@@ -50,6 +54,8 @@ class StoreSettings:
     """The first key encrypts, all of them decrypt. Never empty: the default is a key file next to the store."""
     default_key: bool = False
     """True if ``keys`` is that default: only then may a missing key file be created."""
+    keys_named: bool = field(default=False, compare=False)
+    """True if ``store.keys`` names them, even if it names the default: then the mode of a file is the user's choice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote, unquote_plus, urlencode
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, excerpt
 from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.oauth import dpop, oauth_error, scopes
@@ -83,6 +84,7 @@ def check_response(params: Mapping[str, Sequence[str]], *, flow: Flow) -> str:
         if len(params.get(name, ())) > 1:
             raise CallbackRefused(f"The authorization response has {name} more than once (RFC 6749 §3.1).")
     values = {name: params[name][0] for name in _ONCE if params.get(name)}
+    secret_values.remember(values.get("code"), values.get("state"))
     iss = values.get("iss")
     if iss is None and flow.iss_supported:
         raise CallbackRefused(

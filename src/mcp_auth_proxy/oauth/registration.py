@@ -6,6 +6,7 @@ No ``scope`` is registered: some providers refuse it, others make it a limit, an
 import json
 from typing import Literal, NamedTuple
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.config.settings import server_key
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, RegistrationImpossible, excerpt
 from mcp_auth_proxy.models import ClientAuth
@@ -104,6 +105,8 @@ def read_response(
     document = Document.parse(body, name="client registration", url=url, clause="RFC 7591 §3.2.1")
     client_id = document.required_string("client_id")
     secret = document.string("client_secret") or None
+    management = document.get("registration_access_token")
+    secret_values.remember(secret, management if isinstance(management, str) else None)
     stated = document.string("token_endpoint_auth_method") or None
     if configured is not None and stated not in (None, configured.value):
         key = server_key(server, "oauth.client_auth")

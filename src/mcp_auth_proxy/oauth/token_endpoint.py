@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, TokenRefused, excerpt
 from mcp_auth_proxy.models import Attempt, Flow, Grant, TokenSet
 from mcp_auth_proxy.oauth import oauth_error, quirks, scopes
@@ -26,6 +27,8 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")
 _SECONDS = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
 
 BEARER_ONLY: tuple[str, ...] = ("Bearer",)
+
+_TOKENS = ("access_token", "refresh_token", "id_token", "device_code")
 
 _ERROR_CLAUSE = "RFC 6749 §5.2"
 # Temporary errors that some servers send with 400 (RFC 6749 §4.1.2.1 defines them for the front channel).
@@ -138,6 +141,8 @@ def read_answer(
     except ValueError as problem:
         broke = clause if succeeded else _ERROR_CLAUSE
         raise _unavailable(status, headers, f"{broken} {problem} ({broke}).") from None
+    # Before anything is refused: the rest of the response may repeat them.
+    secret_values.remember(*(value for name in _TOKENS if isinstance(value := answer.get(name), str)))
     error = answer.get("error")
     if isinstance(error, str) and error:
         own, description = oauth_error.code(error), answer.get("error_description")

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -36,6 +36,7 @@ _ID_BYTES = 4
 _NONCE_BYTES = 12
 _TAG_BYTES = 16
 _HEAD = 1 + _ID_BYTES + _NONCE_BYTES
+_MAX_KEY_TEXT = 4096
 _KEY_TEXT = re.compile(r"[A-Za-z0-9+/_-]{43}=?")
 _MAKE = "make one with: openssl rand -base64 32"
 
@@ -54,10 +55,19 @@ class Key:
         return cls(fingerprint.hexdigest()[: 2 * _ID_BYTES], secret)
 
 
-def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
-    """Load a key from ``env:NAME`` or ``file:PATH``: 32 bytes as base64 or base64url text. Raises StoreRejected."""
+def load_keys(settings: StoreSettings, environ: Mapping[str, str] = os.environ) -> tuple[Key, ...]:
+    """Load the keys of a store. Raises StoreRejected."""
+    private = settings.default_key and not settings.keys_named
+    return tuple(load_key(source, environ, private=private) for source in settings.keys)
+
+
+def load_key(source: KeySource, environ: Mapping[str, str] = os.environ, *, private: bool = False) -> Key:
+    """Load a key from ``env:NAME`` or ``file:PATH``: 32 bytes as base64 or base64url text. Raises StoreRejected.
+
+    ``private``: the file must be its user's alone.
+    """
     try:
-        text = environ[source.name] if source.kind == "env" else Path(source.name).read_text("ascii")
+        text = environ[source.name] if source.kind == "env" else _read(source, private=private)
     except KeyError:
         raise StoreRejected(f"The store key {source} is not set; {_MAKE}") from None
     except OSError as error:
@@ -77,6 +87,30 @@ def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
     return Key.of(secret)
 
 
+def _read(source: KeySource, *, private: bool) -> str:
+    with Path(source.name).open(encoding="ascii") as file:
+        # The file that is read, whatever the path leads to a moment later.
+        if private and (problem := files.exposure(os.fstat(file.fileno()))):
+            raise StoreRejected(
+                f"The store key {source} {problem}. It must be this user's alone: chmod 600 {source.name} (and chown, "
+                f"if it is another user's). If that is intended, name the file in the key store.keys."
+            )
+        return file.read(_MAX_KEY_TEXT)
+
+
+def key_warnings(settings: StoreSettings) -> list[str]:
+    """Return what is dangerous about the key files that ``store.keys`` names."""
+    warnings = []
+    for source in settings.keys if settings.keys_named else ():
+        try:
+            found = os.stat(source.name) if source.kind == "file" else None
+        except OSError:
+            continue
+        if found is not None and (problem := files.exposure(found, reading=False)):
+            warnings.append(f"The store key {source} {problem}, who could replace it: chmod 600 {source.name}")
+    return warnings
+
+
 def key_errors(settings: StoreSettings) -> list[ConfigError]:
     """Return the errors in the keys of a store. A default key file may be missing: it is created at the first start."""
     errors = []
@@ -84,7 +118,7 @@ def key_errors(settings: StoreSettings) -> list[ConfigError]:
         if settings.default_key and not Path(source.name).exists():
             continue
         try:
-            load_key(source)
+            load_keys(replace(settings, keys=(source,)))
         except StoreRejected as error:
             errors.append(ConfigError("store.keys", str(error)))
     return errors

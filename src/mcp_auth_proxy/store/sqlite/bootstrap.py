@@ -10,7 +10,15 @@ from pathlib import Path
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
 from mcp_auth_proxy.store import files
-from mcp_auth_proxy.store.cipher import BEFORE_SEALED_ROWS, VERSION, Cipher, Key, generate_key_file, load_key
+from mcp_auth_proxy.store.cipher import (
+    BEFORE_SEALED_ROWS,
+    VERSION,
+    Cipher,
+    Key,
+    generate_key_file,
+    key_warnings,
+    load_keys,
+)
 from mcp_auth_proxy.store.sqlite import key_checks, schema
 from mcp_auth_proxy.store.sqlite.backup import find_backup, make_backup
 from mcp_auth_proxy.store.sqlite.errors import is_damage, read_text, translated, unavailable
@@ -44,7 +52,9 @@ def obtain_keys(
         with _writing(default):
             files.make_folder(default.parent)
             created = default if generate_key_file(default) else None
-    return tuple(load_key(source, environ) for source in settings.keys), created
+    for warning in key_warnings(settings):
+        _log.warning("%s", warning)
+    return load_keys(settings, environ), created
 
 
 def prepare(path: Path, cipher: Cipher) -> None:

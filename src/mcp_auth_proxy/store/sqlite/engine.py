@@ -15,7 +15,7 @@ import aiosqlite
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreUnavailable
 from mcp_auth_proxy.observability import metrics
-from mcp_auth_proxy.store.cipher import Cipher, load_key
+from mcp_auth_proxy.store.cipher import Cipher, load_keys
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
 from mcp_auth_proxy.store.sqlite import schema
 from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, inspect, obtain_keys, prepare
@@ -75,7 +75,7 @@ class SqliteEngine:
         cls, settings: StoreSettings, *, environ: Mapping[str, str] = os.environ
     ) -> "SqliteEngine":
         """Open the store without writing anything; see ``store.open_store_read_only``."""
-        cipher = Cipher([await asyncio.to_thread(load_key, source, environ) for source in settings.keys])
+        cipher = Cipher(await asyncio.to_thread(load_keys, settings, environ))
         found, newest = await asyncio.to_thread(inspect, settings.path, cipher), len(schema.MIGRATIONS)
         if found < newest:
             raise StoreUnavailable(
