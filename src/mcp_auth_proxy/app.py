@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.changes import SettingsChange
-from mcp_auth_proxy.config.settings import Address, Settings
+from mcp_auth_proxy.config.settings import Address, LimitSettings, Settings
 from mcp_auth_proxy.models import Flow
+from mcp_auth_proxy.net import descriptors
+from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
+from mcp_auth_proxy.net.descriptors import Shares
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.urls import is_loopback
@@ -61,6 +64,7 @@ class Application:
     servers: ServerRegistry
     announcer: "Announcer"
     broker: Broker
+    connections: ConnectionLimits
     http: HttpClient
     forwarder: Forwarder
     router: Router
@@ -71,7 +75,9 @@ class Application:
         self.servers.replace(settings.servers)
         self.announcer.configure(settings)
         self.broker.set_allow_private(settings.authorization.allow_private)
-        self.http.set_limit(settings.limits.upstream_connections)
+        shares = _shares(settings.limits)
+        self.connections.rules = _connection_rules(settings, shares)
+        self.http.set_limit(settings.limits.upstream_connections, shares.upstreams)
         self.forwarder.configure(body_limit=settings.limits.body, wait=settings.authorization.wait)
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
 
@@ -123,7 +129,10 @@ async def lifespan(
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
         if background:
             await broker.start()
-        http = HttpClient(dialer, connections_per_origin=settings.limits.upstream_connections)
+        shares = _shares(settings.limits)
+        http = HttpClient(
+            dialer, connections_per_origin=settings.limits.upstream_connections, connections=shares.upstreams
+        )
         stack.push_async_callback(http.aclose)
         stack.callback(metrics.tokens.add_source(broker.token_states))
         stack.callback(metrics.upstream_connections.add_source(http.connections))
@@ -146,10 +155,27 @@ async def lifespan(
             servers=servers,
             announcer=announcer,
             broker=broker,
+            connections=ConnectionLimits(_connection_rules(settings, shares)),
             http=http,
             forwarder=forwarder,
             router=router,
         )
+
+
+def _connection_rules(settings: Settings, shares: Shares) -> ConnectionRules:
+    return ConnectionRules.of(shares.clients, settings.limits.connections_per_address, settings.inbound.trusted_proxies)
+
+
+def _shares(limits: LimitSettings) -> Shares:
+    """Divide the process's descriptors; warn if there are fewer than configured."""
+    shares = descriptors.shares(limits.connections)
+    if limits.connections is not None and shares.clients < limits.connections:
+        logger.warning(
+            "the process may open too few files for limits.connections: %d connections of clients are accepted, not %d",
+            shares.clients,
+            limits.connections,
+        )
+    return shares
 
 
 def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:

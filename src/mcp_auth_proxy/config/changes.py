@@ -23,7 +23,10 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "authorization.allow_private": lambda settings: settings.authorization.allow_private,
     "limits.body": lambda settings: settings.limits.body,
     "limits.upstream_connections": lambda settings: settings.limits.upstream_connections,
+    "limits.connections": lambda settings: settings.limits.connections,
+    "limits.connections_per_address": lambda settings: settings.limits.connections_per_address,
     "inbound.allowed_hosts": lambda settings: settings.inbound.allowed_hosts,
+    "inbound.trusted_proxies": lambda settings: settings.inbound.trusted_proxies,
 }
 """The keys besides ``servers`` that a running proxy applies."""
 

@@ -14,19 +14,20 @@ class KeepAliveTimer:
     One timer of the event loop covers many responses: setting and cancelling one for each costs more.
     """
 
-    __slots__ = ("_callback", "_idle_since", "_loop", "_timeout", "_timer")
+    __slots__ = ("_callback", "_loop", "_timeout", "_timer", "idle_since")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float, callback: Callable[[], None]) -> None:
         """``callback`` has to check whether the connection is idle."""
         self._loop = loop
         self._timeout = timeout
         self._callback = callback
-        self._idle_since = 0.0
+        self.idle_since = 0.0
+        """When the last response was complete, by the clock of the event loop."""
         self._timer: asyncio.TimerHandle | None = None
 
     def restart(self) -> None:
         """Count from now."""
-        self._idle_since = self._loop.time()
+        self.idle_since = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_later(self._timeout, self._check)
 
@@ -37,7 +38,7 @@ class KeepAliveTimer:
 
     def _check(self) -> None:
         self._timer = None
-        left = self._idle_since + self._timeout - self._loop.time()
+        left = self.idle_since + self._timeout - self._loop.time()
         if left > 0:
             self._timer = self._loop.call_later(left, self._check)
         else:
