@@ -41,6 +41,9 @@ class ClientConnection(Protocol):
     def resume_reading(self) -> None:
         """Continue reading: there is space for more of the request's body."""
 
+    def client(self, request: "ClientRequest") -> str:
+        """Return whose request it is, for a log."""
+
     def run(self, request: "ClientRequest", serve: Serve) -> None:
         """Run ``serve`` for this request in a task."""
 
@@ -192,6 +195,11 @@ class ClientRequest:
                 self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # The client
+
+    @property
+    def client(self) -> str:
+        """Whose request it is, for a log: an address."""
+        return self._connection.client(self)
 
     @property
     def may_write(self) -> bool:

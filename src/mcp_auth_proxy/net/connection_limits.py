@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Protocol
 
-from mcp_auth_proxy.net.peers import IPAddress, IPNetwork, holder, is_in, parse_address
+from mcp_auth_proxy.net.http_head import Headers
+from mcp_auth_proxy.net.peers import IPAddress, IPNetwork, client_of, holder, is_in, parse_address
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.peer_log import PeerLog
 
@@ -19,13 +20,22 @@ PER_ADDRESS_SHARE = 0.75
 """The part of all connections that one address may have by default: on loopback every client has the same one."""
 
 SEARCH_INTERVAL = 0.05
-"""Seconds between two searches that find little: in a flood each new connection asks for one."""
+"""Seconds for which the connections that a search has found are taken one after the other."""
 
-SMALL = 64
-"""Connections that are searched in no time."""
+MANY = 64
+"""Connections that a search finds if it is worth its time."""
 
 Rank = tuple[int, float]
-"""How readily a connection can be missed, lowest first: a class, and since when the connection is in it."""
+"""How readily a connection can be missed, lowest first: one of the next three, and since when."""
+
+IDLE = 0
+"""No request is here; maybe none ever was."""
+
+UNFINISHED = 1
+"""A head is incomplete, or a response was written and not read, or the connection is being closed."""
+
+SLOW = 2
+"""The body of a request is incomplete, after a while."""
 
 
 class LimitedConnection(Protocol):
@@ -33,6 +43,9 @@ class LimitedConnection(Protocol):
 
     def rank(self) -> Rank | None:
         """Return how readily the connection can be missed; None if it is in use."""
+
+    def has_unread(self) -> bool:
+        """Return whether the client has sent something that was not read yet, a request maybe."""
 
     def make_room(self) -> None:
         """Close at once: another connection takes the place."""
@@ -52,16 +65,31 @@ class ConnectionSlot:
         for group in groups:
             group.members.add(self)
 
-    def rank(self) -> Rank | None:
-        """Return the rank of the connection; None before it has begun."""
-        return None if self.connection is None else self.connection.rank()
-
     def release(self) -> None:
         """Give the place back. Idempotent."""
         self.connection = None
         for group in self._groups:
             group.members.discard(self)
         self._limits.forget_empty(self._groups[-1])
+
+    def may_be_evicted(self, rank: Rank) -> bool:
+        """Return whether the connection still has this rank, and no request of an idle one has come meanwhile."""
+        connection = self.connection
+        return (
+            connection is not None and connection.rank() == rank and not (rank[0] == IDLE and connection.has_unread())
+        )
+
+    def evict(self) -> None:
+        """Close the connection, and give its place back."""
+        connection = self.connection
+        self.release()
+        if connection is not None:
+            connection.make_room()
+
+    def client(self, headers: Headers) -> str:
+        """Return whose request with these fields came on the connection, for a log."""
+        forwarded_for = b",".join(value for name, value in headers if name == b"x-forwarded-for")
+        return client_of(self.peer, forwarded_for, self._limits.rules.trusted)
 
     def warn_slow(self) -> None:
         """Count and log a request that was given up, because it arrived too slowly."""
@@ -71,35 +99,42 @@ class ConnectionSlot:
 class _Group:
     """The connections that share a limit."""
 
-    __slots__ = ("_candidates", "_search_at", "address", "members")
+    __slots__ = ("_candidates", "_search_at", "_worthwhile", "address", "members")
 
     def __init__(self, address: IPAddress | None = None) -> None:
         self.address = address
         """None for the group of all."""
         self.members: set[ConnectionSlot] = set()
         self._candidates: list[tuple[Rank, ConnectionSlot]] = []
-        """What is left of the last search, the least recently used at the end."""
+        """What is left of the last search, those that can be missed most readily at the end."""
         self._search_at = 0.0
+        """When the last search is out of date."""
+        self._worthwhile = False
+        """Whether the last search found so many that another is paid for by the places that it finds."""
 
     def least_needed(self, now: float) -> ConnectionSlot | None:
         """Return the connection that can be missed most readily; None if all are in use, as far as is known."""
-        while self._candidates or self._search(now):
+        if now >= self._search_at:
+            self._search(now)
+        slot = self._next_candidate()
+        if slot is None and self._worthwhile:
+            self._search(now)
+            slot = self._next_candidate()
+        return slot
+
+    def _next_candidate(self) -> ConnectionSlot | None:
+        while self._candidates:
             rank, slot = self._candidates.pop()
-            if slot.rank() == rank:
+            if slot.may_be_evicted(rank):
                 return slot
         return None
 
-    def _search(self, now: float) -> bool:
-        """Look for connections of the lowest class; return whether there are any."""
-        if now < self._search_at:
-            return False
-        ranked = [(rank, slot) for slot in self.members if (rank := slot.rank()) is not None]
-        lowest = min((rank[0] for rank, _ in ranked), default=0)
-        self._candidates = sorted((pair for pair in ranked if pair[0][0] == lowest), key=itemgetter(0), reverse=True)
-        # If many are found, the next search is far away.
-        if len(self.members) > SMALL and len(self._candidates) < len(self.members) // 8:
-            self._search_at = now + SEARCH_INTERVAL
-        return bool(self._candidates)
+    def _search(self, now: float) -> None:
+        begun = [(slot.connection, slot) for slot in self.members if slot.connection is not None]
+        ranked = [(rank, slot) for connection, slot in begun if (rank := connection.rank()) is not None]
+        self._candidates = sorted(ranked, key=itemgetter(0), reverse=True)
+        self._search_at = now + SEARCH_INTERVAL
+        self._worthwhile = len(ranked) >= min(len(self.members) // 8, MANY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +173,10 @@ class ConnectionLimits:
         """
         rules = self.rules
         address = parse_address(peer)
-        key = holder(address)
+        trusted = is_in(address, rules.trusted)
+        key = address if trusted else holder(address)
         group = self._by_address.get(key) or _Group(key)
-        if not is_in(address, rules.trusted) and len(group.members) >= rules.per_address:
+        if not trusted and len(group.members) >= rules.per_address:
             self._warn_address(address, len(group.members))
             if not self._make_room(group, rules.per_address):
                 return None
@@ -169,13 +205,11 @@ class ConnectionLimits:
     def _make_room(self, group: _Group, limit: int) -> bool:
         while len(group.members) >= limit:
             slot = group.least_needed(self._loop.time())
-            if slot is None or slot.connection is None:
+            if slot is None:
                 metrics.closed_connections.labels("refused").inc()
                 return False
             metrics.closed_connections.labels("evicted").inc()
-            connection = slot.connection
-            slot.release()
-            connection.make_room()
+            slot.evict()
         return True
 
     def _warn_address(self, address: IPAddress, count: int) -> None:

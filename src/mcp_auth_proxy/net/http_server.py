@@ -5,6 +5,7 @@
 
 import asyncio
 import http
+import select
 from collections import deque
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from uvicorn.server import ServerState
 from mcp_auth_proxy.errors import RequestRejected
 from mcp_auth_proxy.net.client_request import ClientRequest, RequestServer, Serve
 from mcp_auth_proxy.net.client_timeouts import KeepAliveTimer, LingeringClose, SendTimer
-from mcp_auth_proxy.net.connection_limits import ConnectionSlot, Rank
+from mcp_auth_proxy.net.connection_limits import IDLE, SLOW, UNFINISHED, ConnectionSlot, Rank
 from mcp_auth_proxy.net.request_parser import MAX_HEAD, RequestHead, RequestParser
 
 MIN_BODY_RATE = 1024
@@ -202,6 +203,10 @@ class HttpServerConnection(asyncio.Protocol):
             self._read_paused = False
             self.transport.resume_reading()
 
+    def client(self, request: ClientRequest) -> str:
+        """Return whose request it is, for a log."""
+        return self._slot.client(request.headers) if self._slot is not None else "unknown"
+
     def run(self, request: ClientRequest, serve: Serve) -> None:
         """Run ``serve`` for this request in a task."""
         task = self._loop.create_task(request.run_to_end(serve))
@@ -319,9 +324,15 @@ class HttpServerConnection(asyncio.Protocol):
         if self._unfinished:
             slow = self._body_since and self._loop.time() - self._body_since >= self.body_patience
             alone = len(self._unfinished) == 1 and self._unfinished[0] is self._receiving
-            return (2, self._body_since) if slow and alone and not self._unfinished[0].started else None
+            return (SLOW, self._body_since) if slow and alone and not self._unfinished[0].started else None
         busy = self._pipelined or not self._parser.idle or self._lingering or self.transport.get_write_buffer_size()
-        return (1 if busy else 0, self._keep_alive_timer.idle_since)
+        return (UNFINISHED if busy else IDLE, self._keep_alive_timer.idle_since)
+
+    def has_unread(self) -> bool:
+        """Return whether the client has sent something that was not read yet, a request maybe."""
+        poller = select.poll()
+        poller.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return bool(poller.poll(0))
 
     def make_room(self) -> None:
         """Close at once, without waiting for the client to read."""
@@ -333,11 +344,6 @@ class HttpServerConnection(asyncio.Protocol):
         self.transport.close()
 
     # The end of the connection
-
-    @property
-    def peer(self) -> str:
-        """The address of the client."""
-        return self._slot.peer if self._slot is not None else str(self.transport.get_extra_info("peername")[0])
 
     def shutdown(self) -> None:
         """Close once the requests are answered; called by uvicorn's server."""

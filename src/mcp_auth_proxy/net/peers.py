@@ -29,6 +29,23 @@ def parse_network(text: str) -> IPNetwork:
     return network
 
 
+def client_of(peer: str, forwarded_for: bytes, trusted: Collection[IPNetwork]) -> str:
+    """Return whose request came from an address, for a log: "CLIENT through PEER" if a trusted proxy names the client.
+
+    ``forwarded_for`` is X-Forwarded-For: each proxy has added the address that it saw, so everything before the last
+    one that is not a trusted proxy's may be forged.
+    """
+    try:
+        client = address = parse_address(peer)
+        for text in reversed(forwarded_for.decode("latin-1").split(",")):
+            if not is_in(address, trusted):
+                break
+            client = address = parse_address(text.strip())
+    except ValueError:
+        pass
+    return peer if str(client) == peer else f"{client} through {peer}"
+
+
 def is_in(address: IPAddress, networks: Collection[IPNetwork]) -> bool:
     """Return whether an address is in one of the networks."""
     return any(address in network for network in networks)
