@@ -236,25 +236,6 @@ async def test_what_finds_no_place_is_answered_at_once(servers: Servers, tmp_pat
         assert statuses[-1] == 200
 
 
-async def test_a_slow_body_makes_room_after_a_while_but_not_at_once(servers: Servers, tmp_path: Path) -> None:
-    body = HEAD + b"Content-Length: 1000000\r\n\r\n"
-    async with attacked(servers, tmp_path) as proxy, flood(proxy, [ATTACKER] * 66, body) as opened:
-        feeding = asyncio.create_task(feed(opened))
-        assert (await answer(proxy, ATTACKER))[0] == 503
-        await asyncio.sleep(10.5)
-        assert await serves(proxy, ATTACKER)
-        feeding.cancel()
-        assert (await opened[0].response())[0] == 408
-
-
-async def feed(connections: Sequence[Connection]) -> None:
-    """Send 2 KB a second on each."""
-    while True:
-        for connection in connections:
-            connection.writer.write(b" " * 1024)
-        await asyncio.sleep(0.5)
-
-
 async def test_160_kb_in_8_s_pass(servers: Servers, tmp_path: Path) -> None:
     async with attacked(servers, tmp_path) as proxy:
         connection = await Connection.open(proxy, ATTACKER, HEAD + b"Content-Length: 160000\r\n\r\n" + PING)
