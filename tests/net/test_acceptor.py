@@ -21,6 +21,7 @@ from mcp_auth_proxy.net.acceptor import Acceptor
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
 from mcp_auth_proxy.net.http_server import HttpServerConnection
+from mcp_auth_proxy.observability import metrics
 
 GOOD = b"GET /good HTTP/1.1\r\nHost: a\r\n\r\n"
 HELD = b"GET /held HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -100,7 +101,9 @@ class Running:
 
 
 @asynccontextmanager
-async def accepting(connections: int, listening: socket.socket | None = None) -> AsyncIterator[Running]:
+async def accepting(
+    connections: int, listening: socket.socket | None = None, protocol: type[Connection] = Connection
+) -> AsyncIterator[Running]:
     sock = listening or socket.socket()
     sock.bind(("127.0.0.1", 0))
     sock.listen(100)
@@ -108,7 +111,7 @@ async def accepting(connections: int, listening: socket.socket | None = None) ->
     server, state = Server(), ServerState()
     config = uvicorn.Config(cast(Any, server), log_config=None)
     limits = ConnectionLimits(ConnectionRules.of(connections, connections))
-    accepting = Acceptor(sock, limits, lambda slot: Connection(config, state, {}, slot=slot))
+    accepting = Acceptor(sock, limits, lambda slot: protocol(config, state, {}, slot=slot))
     running = Running(sock.getsockname()[1], server)
     try:
         yield running
@@ -204,3 +207,19 @@ async def test_without_descriptors_the_listener_waits_and_goes_on(
         assert listening.failures == 5
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert line == "new connections of clients have to wait: Too many open files"
+
+
+async def test_requests_that_are_too_slow_are_named_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    class Impatient(Connection):
+        header_timeout = 0.2
+        body_timeout = 0.3
+
+    slow = metrics.closed_connections.labels("slow")
+    before = slow.value
+    async with accepting(10, protocol=Impatient) as running:
+        late = [await running.client(first) for first in (BODY + b"x" * 100_000, BODY, GOOD[:-2], b"")]
+        assert [await client.read() for client in late[3:]] == [b""]  # it sent nothing: there is nothing to answer
+        assert [await client.status() for client in late[:3]] == [408] * 3
+    assert slow.value == before + 3
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line == "client 127.0.0.1 sends too slowly: its request was not complete in time (408)"
