@@ -26,11 +26,12 @@ from mcp_auth_proxy.observability import metrics
 GOOD = b"GET /good HTTP/1.1\r\nHost: a\r\n\r\n"
 HELD = b"GET /held HTTP/1.1\r\nHost: a\r\n\r\n"
 LARGE = b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n"
+STREAM = b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n"
 BODY = b"POST /good HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"
 
 
 class Server:
-    """Answers ``/large`` with more than the kernel buffers, and ``/held`` when it is told to."""
+    """Answers ``/large`` with more than the kernel buffers, ``/stream`` without end, ``/held`` when it is told to."""
 
     def __init__(self) -> None:
         self.release = asyncio.Event()
@@ -46,6 +47,11 @@ class Server:
         except ClientDisconnected:
             self.disconnects += 1
             return
+        if request.path == b"/stream":
+            await request.start(200, [])
+            while not request.disconnected:
+                await request.write(b"x" * 65_536)
+            self.disconnects += 1
         if request.path == b"/held":
             self.held += 1
             await self.release.wait()
@@ -54,6 +60,7 @@ class Server:
 
 class Connection(HttpServerConnection):
     body_patience = 0.3
+    send_patience = 0.3
 
 
 class Client:
@@ -186,6 +193,22 @@ async def test_an_incomplete_head_and_an_unread_response_make_room() -> None:
         while (part := await unread.read()) not in (b"", b"reset"):
             received += part
         assert len(received) < 20_000_000
+
+
+async def test_clients_that_never_read_make_room_only_after_a_while() -> None:
+    async with accepting(2) as running:
+        pipelined = [await running.client(STREAM + GOOD * 20) for _ in range(2)]
+        for client in pipelined:
+            assert (await client.read()).startswith(b"HTTP/1.1 200 ")
+        assert await (await running.client(GOOD)).status() == 503
+        statuses = [503]
+        for _ in range(100):
+            if statuses[-1] == 200:
+                break
+            await asyncio.sleep(0.05)
+            statuses.append(await (await running.client(GOOD)).status())
+        assert statuses[-1] == 200
+        await until(lambda: running.server.disconnects >= 1, "the end of a response that nobody reads")
 
 
 async def test_without_descriptors_the_listener_waits_and_goes_on(

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionSlot
+from mcp_auth_proxy.net.dial import keep_alive
 from mcp_auth_proxy.observability.peer_log import PeerLog
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,9 @@ class Acceptor:
         self._reaper: asyncio.TimerHandle | None = None
         self._resume: asyncio.TimerHandle | None = None
         self._error_log = PeerLog()
-        # Accepted connections inherit it.
+        # Accepted connections inherit both. The client of a silent stream may vanish without a word.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(sock)
         self._listen()
 
     def close(self) -> None:

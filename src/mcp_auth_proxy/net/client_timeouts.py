@@ -51,21 +51,26 @@ class SendTimer:
     Otherwise such a client would keep a connection to an upstream busy too.
     """
 
-    __slots__ = ("_loop", "_timeout", "_timer", "_transport", "_unsent")
+    __slots__ = ("_loop", "_timeout", "_timer", "_transport", "_unsent", "since")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, timeout: float) -> None:
         self._loop = loop
         self._transport = transport
         self._timeout = timeout
         self._unsent = 0
+        self.since: float | None = None
+        """Since when the client does not keep up; None if it does."""
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         if self._timer is None:
+            if self.since is None:
+                self.since = self._loop.time()
             self._unsent = self._transport.get_write_buffer_size()
             self._timer = self._loop.call_later(self._timeout, self._check)
 
     def stop(self) -> None:
+        self.since = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -26,7 +26,7 @@ MANY = 64
 """Connections that a search finds if it is worth its time."""
 
 Rank = tuple[int, float]
-"""How readily a connection can be missed, lowest first: one of the next three, and since when."""
+"""How readily a connection can be missed, lowest first: one of the next four, and since when."""
 
 IDLE = 0
 """No request is here; maybe none ever was."""
@@ -36,6 +36,9 @@ UNFINISHED = 1
 
 SLOW = 2
 """The body of a request is incomplete, after a while."""
+
+STALLED = 3
+"""The client does not read the response, after a while."""
 
 
 class LimitedConnection(Protocol):

@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 from mcp_auth_proxy.errors import RequestRejected
 from mcp_auth_proxy.net.client_request import ClientRequest, RequestServer, Serve
 from mcp_auth_proxy.net.client_timeouts import KeepAliveTimer, LingeringClose, SendTimer
-from mcp_auth_proxy.net.connection_limits import IDLE, SLOW, UNFINISHED, ConnectionSlot, Rank
+from mcp_auth_proxy.net.connection_limits import IDLE, SLOW, STALLED, UNFINISHED, ConnectionSlot, Rank
 from mcp_auth_proxy.net.request_parser import MAX_HEAD, RequestHead, RequestParser
 
 MIN_BODY_RATE = 1024
@@ -48,6 +48,9 @@ class HttpServerConnection(asyncio.Protocol):
     send_timeout = 300.0
     """Seconds within which a client must read some of its pending data. The kernel buffers megabytes first, so a slow
     client may seem to read nothing for minutes."""
+
+    send_patience = 30.0
+    """The same if the limit on connections is reached, and others wait for a place."""
 
     transport: asyncio.Transport
     write_paused: bool
@@ -319,14 +322,20 @@ class HttpServerConnection(asyncio.Protocol):
         """Return how readily the connection can be missed: best if idle, then if a head is incomplete.
 
         A request whose body has not arrived for ``body_patience`` seconds is not running yet, so it can be missed too;
-        one that is being answered can't.
+        last comes one whose client has read none of the response for ``send_patience`` seconds.
         """
-        if self._unfinished:
-            slow = self._body_since and self._loop.time() - self._body_since >= self.body_patience
-            alone = len(self._unfinished) == 1 and self._unfinished[0] is self._receiving
-            return (SLOW, self._body_since) if slow and alone and not self._unfinished[0].started else None
-        busy = self._pipelined or not self._parser.idle or self._lingering or self.transport.get_write_buffer_size()
-        return (UNFINISHED if busy else IDLE, self._keep_alive_timer.idle_since)
+        if not self._unfinished:
+            idle = self._parser.idle and not (self._pipelined or self._lingering)
+            idle = idle and not self.transport.get_write_buffer_size()
+            return (IDLE if idle else UNFINISHED, self._keep_alive_timer.idle_since)
+        now, stalled_since = self._loop.time(), self._send_timer.since
+        if self._body_since and now - self._body_since >= self.body_patience:
+            request = self._unfinished[0]
+            if request is self._receiving and not request.started:
+                return (SLOW, self._body_since)
+        if stalled_since is not None and now - stalled_since >= self.send_patience:
+            return (STALLED, stalled_since)
+        return None
 
     def has_unread(self) -> bool:
         """Return whether the client has sent something that was not read yet, a request maybe."""
