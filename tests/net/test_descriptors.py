@@ -46,7 +46,7 @@ def test_clients_and_upstreams_share_what_the_reserve_leaves(
     ("soft", "hard", "changed"),
     [
         (256, 4096, [(4096, 4096)]),
-        (256, resource.RLIM_INFINITY, [(65_536, resource.RLIM_INFINITY)]),
+        (256, resource.RLIM_INFINITY, [(10_240, resource.RLIM_INFINITY)]),
         (100_000, resource.RLIM_INFINITY, [(100_000, resource.RLIM_INFINITY)]),
         (resource.RLIM_INFINITY, resource.RLIM_INFINITY, []),
     ],

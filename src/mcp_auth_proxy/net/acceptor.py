@@ -29,7 +29,7 @@ MAX_REFUSED = 16
 LINGER = 1.0
 """Seconds for which they are kept."""
 
-READ_SIZE = 256 * 1024
+READ_SIZE = 64 * 1024
 """Bytes of a refused request that are read: closing with unread ones would reset the connection."""
 
 _TEXT = b"Too many connections are open."

@@ -22,7 +22,7 @@ class KeepAliveTimer:
         self._timeout = timeout
         self._callback = callback
         self.idle_since = 0.0
-        """When the last response was complete, by the clock of the event loop."""
+        """When the last response was complete, or the connection was made, by the clock of the event loop."""
         self._timer: asyncio.TimerHandle | None = None
 
     def restart(self) -> None:

@@ -4,8 +4,8 @@ import contextlib
 import resource
 from dataclasses import dataclass
 
-SOFT_LIMIT = 65_536
-"""The limit that is asked for if the hard one is infinite: macOS refuses infinity, and then starts with 256."""
+SOFT_LIMIT = 10_240
+"""The limit that is asked for if the hard one is infinite: macOS, which starts with 256, grants no more for sure."""
 
 MIN_RESERVE = 80
 MAX_RESERVE = 512
