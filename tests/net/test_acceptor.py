@@ -195,6 +195,15 @@ async def test_an_incomplete_head_and_an_unread_response_make_room() -> None:
         assert len(received) < 20_000_000
 
 
+@pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="the system does not tell that a client is gone")
+async def test_connections_whose_clients_are_gone_make_room_at_once() -> None:
+    async with accepting(2) as running:
+        for _ in range(50):
+            client = await running.client(GOOD)
+            assert await client.status() == 200
+            client.sock.close()
+
+
 async def test_clients_that_never_read_make_room_only_after_a_while() -> None:
     async with accepting(2) as running:
         pipelined = [await running.client(STREAM + GOOD * 20) for _ in range(2)]

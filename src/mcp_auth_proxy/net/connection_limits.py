@@ -48,7 +48,7 @@ class LimitedConnection(Protocol):
         """Return how readily the connection can be missed; None if it is in use."""
 
     def has_unread(self) -> bool:
-        """Return whether the client has sent something that was not read yet, a request maybe."""
+        """Return whether a client that is still there has sent something that was not read yet, a request maybe."""
 
     def make_room(self) -> None:
         """Close at once: another connection takes the place."""

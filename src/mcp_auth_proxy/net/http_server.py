@@ -27,6 +27,9 @@ READ_AHEAD = 64 * 1024
 MAX_PIPELINED = MAX_HEAD
 """Bytes of further requests that are read while an earlier one is not answered."""
 
+_POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
+"""The client has closed its side; only Linux tells."""
+
 _REFUSAL = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
 
 
@@ -338,10 +341,11 @@ class HttpServerConnection(asyncio.Protocol):
         return None
 
     def has_unread(self) -> bool:
-        """Return whether the client has sent something that was not read yet, a request maybe."""
+        """Return whether a client that is still there has sent something that was not read yet, a request maybe."""
         poller = select.poll()
-        poller.register(self.transport.get_extra_info("socket"), select.POLLIN)
-        return bool(poller.poll(0))
+        poller.register(self.transport.get_extra_info("socket"), select.POLLIN | _POLLRDHUP)
+        events = poller.poll(0)
+        return bool(events) and not events[0][1] & (select.POLLHUP | select.POLLERR | _POLLRDHUP)
 
     def make_room(self) -> None:
         """Close at once, without waiting for the client to read."""
