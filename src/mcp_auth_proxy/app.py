@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from mcp_auth_proxy.broker import Broker, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
-from mcp_auth_proxy.config.settings import Address, Settings
+from mcp_auth_proxy.config.settings import Address, LimitSettings, Settings
 from mcp_auth_proxy.models import Flow
+from mcp_auth_proxy.net import descriptors
+from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
+from mcp_auth_proxy.net.descriptors import Shares
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.resolver import Resolver
@@ -63,6 +66,7 @@ class Application:
     announcer: "Announcer"
     broker: Broker
     resolver: Resolver
+    connections: ConnectionLimits
     http: HttpClient
     forwarder: Forwarder
     router: Router
@@ -74,7 +78,9 @@ class Application:
         self.announcer.configure(settings)
         self.broker.set_allow_private(settings.authorization.allow_private)
         self.broker.set_opens_links(_opens_links(settings))
-        self.http.set_limit(settings.limits.upstream_connections)
+        shares = _shares(settings.limits)
+        self.connections.rules = _connection_rules(settings, shares)
+        self.http.set_limit(settings.limits.upstream_connections, shares.upstreams)
         self.forwarder.configure(
             limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
         )
@@ -133,7 +139,10 @@ async def lifespan(
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
         if background:
             await broker.start()
-        http = HttpClient(dialer, connections_per_origin=settings.limits.upstream_connections)
+        shares = _shares(settings.limits)
+        http = HttpClient(
+            dialer, connections_per_origin=settings.limits.upstream_connections, connections=shares.upstreams
+        )
         stack.push_async_callback(http.aclose)
         stack.callback(metrics.tokens.add_source(broker.token_states))
         stack.callback(metrics.upstream_connections.add_source(http.connections))
@@ -164,6 +173,7 @@ async def lifespan(
             announcer=announcer,
             broker=broker,
             resolver=dialer.resolver,
+            connections=ConnectionLimits(_connection_rules(settings, shares)),
             http=http,
             forwarder=forwarder,
             router=router,
@@ -173,6 +183,22 @@ async def lifespan(
 def _opens_links(settings: Settings) -> bool:
     """Return whether the proxy or ``login`` may open links in a browser, wherever there is a desktop."""
     return settings.authorization.open_browser != "never"
+
+
+def _connection_rules(settings: Settings, shares: Shares) -> ConnectionRules:
+    return ConnectionRules.of(shares.clients, settings.limits.connections_per_address, settings.inbound.trusted_proxies)
+
+
+def _shares(limits: LimitSettings) -> Shares:
+    """Divide the process's descriptors; warn if there are fewer than configured."""
+    shares = descriptors.shares(limits.connections)
+    if limits.connections is not None and shares.clients < limits.connections:
+        logger.warning(
+            "the process may open too few files for limits.connections: %d connections of clients are accepted, not %d",
+            shares.clients,
+            limits.connections,
+        )
+    return shares
 
 
 def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:

@@ -139,10 +139,12 @@ Environment = Mapping[str, str | None]
 
 
 async def start_command(
-    *arguments: str, env: Environment | None = None, cwd: Path | None = None
+    *arguments: str, env: Environment | None = None, cwd: Path | None = None, max_files: int | None = None
 ) -> asyncio.subprocess.Process:
-    """Start a command of the proxy without a terminal."""
+    """Start a command of the proxy without a terminal. ``max_files`` is its limit on open files, soft and hard."""
+    limited = ("/bin/sh", "-c", f'ulimit -n {max_files} && exec "$@"', "sh") if max_files else ()
     return await asyncio.create_subprocess_exec(
+        *limited,
         sys.executable,
         "-m",
         "mcp_auth_proxy",
@@ -176,19 +178,24 @@ def unnamed(err: str) -> str:
 
 @asynccontextmanager
 async def proxy_process(
-    config: Path, *arguments: str, listen: str = "127.0.0.1:0", env: Environment | None = None
+    config: Path,
+    *arguments: str,
+    listen: str = "127.0.0.1:0",
+    env: Environment | None = None,
+    max_files: int | None = None,
 ) -> AsyncIterator[ProxyProcess]:
     """Run ``serve`` with this file until the block ends; yield the process once it is ready."""
-    async with serving("--config", str(config), "--listen", listen, *arguments, env=env) as proxy:
+    options = ("--config", str(config), "--listen", listen, *arguments)
+    async with serving(*options, env=env, max_files=max_files) as proxy:
         yield proxy
 
 
 @asynccontextmanager
 async def serving(
-    *arguments: str, env: Environment | None = None, cwd: Path | None = None
+    *arguments: str, env: Environment | None = None, cwd: Path | None = None, max_files: int | None = None
 ) -> AsyncIterator[ProxyProcess]:
     """Run ``serve`` with these arguments until the block ends; yield the process once it is ready."""
-    process = await start_command("serve", *arguments, env=env, cwd=cwd)
+    process = await start_command("serve", *arguments, env=env, cwd=cwd, max_files=max_files)
     proxy = ProxyProcess(process, "")
     started = asyncio.Event()
 

@@ -20,6 +20,8 @@ from mcp_auth_proxy.net.http_server import MAX_PIPELINED, MIN_BODY_RATE, HttpSer
 HEADER_TIMEOUT = 0.3
 """Seconds; that of the connection is too long for a test."""
 
+FRAMINGS = (b"Content-Length: 1000000", b"Transfer-Encoding: chunked")
+
 GOOD = b"GET /good HTTP/1.1\r\nHost: a\r\n\r\n"
 TWO_HOSTS = b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"
 
@@ -237,6 +239,38 @@ async def test_a_large_body_behind_a_small_head_passes(listener: Listener) -> No
 async def test_silence_after_connect_is_closed(impatient: Listener) -> None:  # T29
     client = await impatient.connect()
     assert await client.is_closed()
+
+
+async def test_a_body_must_be_complete_in_time_whatever_its_rate() -> None:  # T83
+    class Limited(ImpatientConnection):
+        body_timeout = 1.0
+
+    async with listening(Limited) as listener:
+        started = asyncio.get_running_loop().time()
+        heads = [b"POST /good HTTP/1.1\r\nHost: a\r\n" + framing + b"\r\n\r\n" for framing in FRAMINGS]
+        clients = [await listener.connect(head) for head in heads]
+
+        async def feed() -> None:
+            while True:
+                await clients[0].send(b"x" * 1000)
+                await clients[1].send(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
+                await asyncio.sleep(0.05)
+
+        feeding = asyncio.create_task(feed())
+        for client in clients:
+            assert await client.status() == 408
+        assert 0.9 < asyncio.get_running_loop().time() - started < 3
+        feeding.cancel()
+        await asyncio.gather(feeding, return_exceptions=True)
+        assert listener.app.disconnects == 2
+        # The time of one request does not count for the next.
+        again = await listener.connect()
+        for _ in range(3):
+            body = post(b"x" * 4000)
+            for start in range(0, len(body), 1000):
+                await again.send(body[start : start + 1000])
+                await asyncio.sleep(0.15)
+            assert (await again.echo())["length"] == 4000
 
 
 async def test_a_head_that_comes_byte_by_byte_is_closed(impatient: Listener) -> None:  # T29

@@ -14,6 +14,8 @@ import uvicorn
 from mcp_auth_proxy.app import Application
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.errors import AddressInUse, McpAuthProxyError
+from mcp_auth_proxy.net.acceptor import Acceptor
+from mcp_auth_proxy.net.connection_limits import ConnectionSlot
 from mcp_auth_proxy.net.http_server import HttpServerConnection
 from mcp_auth_proxy.observability import metrics
 
@@ -67,6 +69,7 @@ class Server(uvicorn.Server):
         self._before_close = before_close
         self._drain: asyncio.Task[None] | None = None
         self._signals = 0
+        self._acceptors: list[Acceptor] = []
         super().__init__(
             uvicorn.Config(
                 cast(Any, application.router),  # our connections take a RequestServer, not an ASGI application
@@ -106,8 +109,11 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept connections, and to count them."""
-        await super().startup(sockets)
+        """Begin to accept connections, and to count them. ``sockets`` are listening."""
+        for sock in sockets or []:
+            self._acceptors.append(Acceptor(sock, self._application.connections, self._connection))
+        self.servers = []
+        self.started = True
         connections = self.server_state.connections
         self._stop_counting = metrics.inbound_connections.add_source(lambda: {(): len(connections)})
 
@@ -115,10 +121,17 @@ class Server(uvicorn.Server):
         """Close every connection; abort those whose clients have not read everything within ``FLUSH_TIMEOUT``."""
         if self._before_close is not None:
             self._before_close()
+        for acceptor in self._acceptors:
+            acceptor.close()
+        for acceptor in self._acceptors:
+            await acceptor.wait_closed()
         abort = asyncio.get_running_loop().call_later(FLUSH_TIMEOUT, self._abort_connections)
         await super().shutdown(sockets)
         abort.cancel()
         self._stop_counting()
+
+    def _connection(self, slot: ConnectionSlot) -> HttpServerConnection:
+        return HttpServerConnection(self.config, self.server_state, {}, slot=slot)
 
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):

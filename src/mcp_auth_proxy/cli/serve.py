@@ -1,11 +1,9 @@
 """``serve``: the proxy in the foreground until a signal ends it."""
 
-import contextlib
 import ctypes
 import gc
 import logging
 import platform
-import resource
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.app import Application, effective_public_url, lifespan
@@ -17,6 +15,7 @@ from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import without_query_values
+from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.resolver import Resolver
 from mcp_auth_proxy.store import serving
 
@@ -36,7 +35,7 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
 
     ``file`` is what ``settings`` were read from, and is read again when it changes; None if there is no file.
     """
-    _raise_file_limit()
+    descriptors.raise_limit()
     _return_large_blocks()
     if warning := first_contact_warning(settings.servers):
         logger.warning("%s", warning)
@@ -53,14 +52,6 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
                 gc.freeze()
                 await server.serve(sockets=[sock])
     return 0
-
-
-def _raise_file_limit() -> None:
-    """Allow as many open files as the system grants: each open stream takes two, and 1,024 is a usual default."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # If the hard limit is infinite, macOS refuses it as the soft limit, which then stays as it is.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _return_large_blocks() -> None:

@@ -208,13 +208,18 @@ def _read_limits(section: Section) -> LimitSettings:
         memory=section.parsed("memory", values.size, default.memory),
         held=section.parsed("held", values.count, default.held),
         upstream_connections=section.parsed("upstream_connections", values.count, default.upstream_connections),
+        connections=section.parsed("connections", values.count, None),
+        connections_per_address=section.parsed("connections_per_address", values.count, None),
     )
     section.close()
     return settings
 
 
 def _read_inbound(section: Section) -> InboundSettings:
-    settings = InboundSettings(allowed_hosts=section.each("allowed_hosts", values.allowed_host) or ())
+    settings = InboundSettings(
+        allowed_hosts=section.each("allowed_hosts", values.allowed_host) or (),
+        trusted_proxies=section.each("trusted_proxies", values.network) or (),
+    )
     section.close()
     return settings
 

@@ -8,6 +8,7 @@ from typing import Literal
 from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.models import ClientAuth, DpopUse, GrantType
+from mcp_auth_proxy.net.peers import IPNetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +149,17 @@ class LimitSettings:
     """Maximum number of requests that wait for a user, or for the proxy's own requests."""
     upstream_connections: int = 10_000
     """Maximum number of connections to one upstream origin."""
+    connections: int | None = None
+    """Maximum number of connections of clients. None: as many as the process's limit on open files leaves."""
+    connections_per_address: int | None = None
+    """The same for one address. None: three quarters of ``connections``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboundSettings:
     allowed_hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[IPNetwork, ...] = ()
+    """Web servers in front of the proxy: many clients share such an address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

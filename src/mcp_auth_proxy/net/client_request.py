@@ -41,6 +41,9 @@ class ClientConnection(Protocol):
     def resume_reading(self) -> None:
         """Continue reading: there is space for more of the request's body."""
 
+    def client(self, request: "ClientRequest") -> str:
+        """Return whose request it is, for a log."""
+
     def run(self, request: "ClientRequest", serve: Serve) -> None:
         """Run ``serve`` for this request in a task."""
 
@@ -204,8 +207,7 @@ class ClientRequest:
     @property
     def client(self) -> str:
         """Whose request it is, for a log: an address."""
-        address = self._connection.transport.get_extra_info("peername")
-        return str(address[0]) if address else "unknown"
+        return self._connection.client(self)
 
     @property
     def may_write(self) -> bool:

@@ -58,6 +58,13 @@ upstream_connections = Computed(
     registry, "mcp_auth_proxy_upstream_connections", "Connections to upstreams, active or idle.", ("origin", "state")
 )
 inbound_connections = Computed(registry, "mcp_auth_proxy_inbound_connections", "Connections of clients.")
+closed_connections = Counter(
+    registry,
+    "mcp_auth_proxy_inbound_connections_closed_total",
+    "Connections of clients that the proxy did not want: evicted (to make room for others), refused (no room) or slow "
+    "(a request was not complete in time).",
+    ("reason",),
+)
 tokens = Computed(
     registry,
     "mcp_auth_proxy_tokens",

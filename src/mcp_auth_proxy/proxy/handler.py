@@ -329,7 +329,9 @@ class RequestHandler:
         elif isinstance(error, Overloaded):
             self._context.overloaded(server, error.key)
         elif not isinstance(error, BodyTooLarge):
-            self._context.outages.warn(server, str(error), trace_id=self._responder.trace_id)
+            # The others are about the server.
+            peer = f" It came from {self._request.client}." if isinstance(error, LoopDetected) else ""
+            self._context.outages.warn(server, f"{error}{peer}", trace_id=self._responder.trace_id)
         if isinstance(error, UpstreamError):
             self.route.metrics.upstream_failed(failure_kind(error))
         status, retry_after = _status_of(error)
