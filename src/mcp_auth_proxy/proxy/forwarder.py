@@ -10,7 +10,6 @@ from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
 from mcp_auth_proxy.observability.access_log import AccessLog, Entry, method_of, method_token
 from mcp_auth_proxy.observability.metrics import CLIENT_GONE
-from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.observability.trace import trace_id_of
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_eligible
@@ -31,7 +30,7 @@ class Forwarder:
         self._body_limit = body_limit
         self.upstream = UpstreamClient(http)
         self._sessions = Sessions()
-        self._outages = OutageLog()
+        self._outages = broker.outages
         self._draining: asyncio.Future[None] = self._loop.create_future()
         self._context = self._make_context(body_limit, wait)
         self._access_log = AccessLog()
