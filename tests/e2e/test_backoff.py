@@ -69,7 +69,7 @@ class Attacked:
 
 @asynccontextmanager
 async def attacked(servers: Servers, folder: Path, **notes: Any) -> AsyncIterator[Attacked]:
-    issuer = await servers.authorization_server()
+    issuer = await servers.authorization_server(token_seconds=10 * HOUR)
     upstream, other = await servers.mcp_server(issuer, **notes), await servers.mcp_server(issuer)
     config = {"notes": unattended(issuer, upstream.url, folder), "good": unattended(issuer, other.url, folder)}
     clock = Clock()
@@ -220,6 +220,20 @@ async def test_a_server_that_refuses_one_tool_is_not_asked_without_a_pause(  # T
             assert "result" in (await setup.client.post("tools/list")).message
             await setup.load(5)
         assert setup.token_requests - before <= 3
+
+
+async def test_tokens_that_expire_at_once_cause_no_more_requests(servers: Servers, tmp_path: Path) -> None:  # T86
+    async with attacked(servers, tmp_path, endless_401=True) as setup:
+        setup.issuer.token_changes = {"expires_in": 1}
+        for _ in range(5):
+            wait = await setup.wait_told()
+            setup.clock.ahead += wait
+        await setup.wait_told()
+        before = setup.token_requests
+        for _ in range(10):
+            setup.clock.ahead += 1
+            told((await setup.load(5))[0])
+        assert setup.token_requests == before
 
 
 async def test_a_user_s_grant_is_not_renewed_for_each_request(servers: Servers, tmp_path: Path) -> None:  # T86

@@ -5,7 +5,8 @@ Other packages use ``Broker``, which is built from the modules here::
     broker ── token_cache ── renewal
        ├───── authorization ── planning ── discovery, client_registration
        ├───── flows ── device               token_requests ── authenticated_requests, unattended
-       └───── attempts, store_watch, connections
+       ├───── attempts, store_watch, connections
+       └───── backoff: what waits after a failure
 
 Requests use ``token()`` and, after a 401 or 403, ``challenged()``. Pages use ``open_link()`` and ``complete()``,
 commands ``authorize()``, ``disconnect()`` and ``connections()``.

@@ -5,7 +5,7 @@ import logging
 import random
 from collections.abc import Callable
 
-from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer
+from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -77,12 +77,12 @@ class Renewer:
         self._owner = lease.new_owner()
 
     async def renew(self, server: ServerSettings, grant: Grant) -> Grant:
-        """Return the grant with new tokens, which are stored already.
+        """Return the grant with new tokens, which are stored already. Nothing is sent during a pause.
 
         Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked later;
         StoreUnavailable, before anything is sent, if the result could not be stored.
         """
-        self._backoff.check(*_subjects(grant))
+        self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
         current = await self._grants.get(grant.id)
         if current is None or current.ended_at is not None:
             raise GrantEnded
@@ -109,7 +109,7 @@ class Renewer:
 
     def retry_at(self, grant: Grant) -> float | None:
         """Return when a renewal may be tried again, in Unix seconds; None if the last one did not fail."""
-        ends = self._backoff.retry_at(*_subjects(grant))
+        ends = self._backoff.retry_at(*_subjects(grant), of_tokens(grant.key.account))
         # Not all grants of an issuer at once: the first failure is a pause for the others.
         return None if ends is None else ends + (ends - self._clock()) * JITTER * random.random()
 
