@@ -94,6 +94,8 @@ class Authorizations:
             return pending
         everyone, own = of_server(server.name), of_account(account)
         self._backoff.check(everyone, own)
+        # A token that can't be read is no server's failure: no pause, and nothing is fetched in vain.
+        await self._token_client.check_credentials(server)
         try:
             plan = await self._plan(account, server, challenge, already, schemes)
             made = await (self._obtain(plan) if server.oauth.grant.unattended else self._new_flow(plan))

@@ -283,7 +283,8 @@ class Broker:
             code = authorization_code.check_response(params, flow=flow)
             grant = await self._token_client.redeem(server, flow, attempt, code)
         except (AuthorizationError, CallbackRefused) as error:
-            if isinstance(error, AuthorizationServerUnavailable):
+            if isinstance(error, AuthorizationServerUnavailable) and error.server_retry_after:
+                # Without it there is no pause: people are slow enough.
                 self._backoff.failed(of_issuer(flow.key.account.server, flow.key.issuer), error)
             if isinstance(error, TokenRefused | AuthorizationDenied):
                 await self._authorizations.note_rejection(error.error, flow)

@@ -77,6 +77,10 @@ class TokenClient:
         """Raise AuthorizationError if a grant that asks no user could not even be requested; send no token request."""
         await self._forms.build(plan.server, plan.server.oauth.grant, plan.key, plan.scopes)
 
+    async def check_credentials(self, server: ServerSettings) -> None:
+        """Raise AuthorizationError if a configured token that a grant begins with can't be read; send nothing."""
+        await self._forms.check_credentials(server)
+
     async def obtain(self, plan: Plan, *, subject: SubjectToken | None = None) -> Grant:
         """Obtain a grant that asks no user, not yet stored. ``subject`` is the caller's token."""
         grant_type = plan.server.oauth.grant

@@ -28,7 +28,7 @@ async def callback(request: Request, broker: Broker) -> Response:
         return message("Not authorized", str(denied), status=400, hint=RETRY_HINT)
     except AuthorizationError as error:
         logger.warning("an authorization failed: %s", error)
-        wait = "" if error.retry_after is None else f" It can be tried again in {ceil(error.retry_after)} s."
+        wait = "" if error.pause is None else f" The server asks to wait {ceil(error.retry_after or 0)} s."
         return message("The authorization failed", str(error), status=502, hint=RETRY_HINT + wait)
     except StoreError as error:
         logger.error("a grant could not be stored: %s", error)
