@@ -419,7 +419,6 @@ async def test_every_answer_has_a_numeric_retry_after(servers: Servers, tmp_path
                 assert answer.headers["retry-after"] == "50"
                 assert "429" in answer.text
             setup.clock.ahead += 0.5
-        setup.upstream.metadata_answer = FakeResponse.html("", 404)
 
 
 async def test_a_refused_document_is_explained_again_during_the_pause(servers: Servers, tmp_path: Path) -> None:  # T86
