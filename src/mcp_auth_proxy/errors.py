@@ -167,11 +167,28 @@ class ConfigHint:
     value: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The pause after a failure. Times are Unix seconds; ``reason`` is the text of the failure."""
+
+    ends: float
+    asked: float
+    """When it ends as the server's own Retry-After asks; 0 if there was none."""
+    reason: str
+
+
 class AuthorizationError(McpAuthProxyError):
-    """An authorization can't continue. A new request may try again. ``hint`` is None if no key would allow it."""
+    """An authorization can't continue. ``hint`` is None if no key would allow it.
+
+    A new request may try again after ``retry_after`` seconds, at once if that is None. ``server_retry_after`` is the
+    server's own Retry-After in seconds, 0 if it sent none. ``pause`` is what the failure has begun, if anything.
+    """
 
     def __init__(self, message: str, *, hint: ConfigHint | None = None) -> None:
         self.hint = hint
+        self.retry_after: float | None = None
+        self.server_retry_after = 0.0
+        self.pause: Pause | None = None
         super().__init__(excerpt(message, MAX_MESSAGE))
 
 
@@ -218,9 +235,8 @@ class TokenRefused(AuthorizationError):
 
 
 class AuthorizationServerUnavailable(AuthorizationError):
-    """The authorization server can't be used now. ``retry_after`` is what MCP clients are told, in seconds.
+    """The authorization server can't be used now.
 
-    ``server_retry_after``: the server's own Retry-After in seconds, 0 if it sent none.
     ``maybe_processed``: the request may have been processed, and only the response was lost.
     """
 
@@ -232,10 +248,10 @@ class AuthorizationServerUnavailable(AuthorizationError):
         server_retry_after: float = 0.0,
         maybe_processed: bool = False,
     ) -> None:
+        super().__init__(message)
         self.retry_after = retry_after
         self.server_retry_after = server_retry_after
         self.maybe_processed = maybe_processed
-        super().__init__(message)
 
 
 class CallbackRefused(McpAuthProxyError):

@@ -38,6 +38,7 @@ async def refused_quickly(setup: ProxySetup, *words: str) -> None:
     async with asyncio.timeout(5):
         assert_refused(await setup.ask(), *words)
     assert setup.proxy.links == []
+    setup.skip_pause()
 
 
 def challenge_naming(url: str) -> dict[int, list[str]]:

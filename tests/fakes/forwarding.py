@@ -25,6 +25,7 @@ from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_server import HttpServerConnection
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 
@@ -66,6 +67,12 @@ class ScriptedBroker:
         self.verdicts = list(verdicts)
         self.challenges: list[dict[str, Any]] = []
         self.waiting: PendingAuthorization | None = None
+        self.outages = OutageLog()
+        self.accepted_by: list[Account] = []
+        """The accounts whose token was accepted in a handler."""
+
+    def accepted(self, account: Account) -> None:
+        self.accepted_by.append(account)
 
     async def token(self, account: Account) -> AccessToken | None:
         if isinstance(self.current, McpAuthProxyError):

@@ -6,7 +6,8 @@ Other packages use ``Broker``, which is built from the modules here::
        ├───── authorization ── planning ── discovery, client_registration
        ├───── flows ── device               token_requests ── authenticated_requests, unattended
        ├───── attempts ── visits, sign_ins
-       └───── store_watch, connections
+       ├───── store_watch, connections
+       └───── backoff: what waits after a failure
 
 Requests use ``token()`` and, after a 401 or 403, ``challenged()``. Pages use ``open_link()``, ``confirm_link()`` and
 ``complete()``, commands ``authorize()``, ``disconnect()`` and ``connections()``.

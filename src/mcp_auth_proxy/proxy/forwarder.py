@@ -39,7 +39,7 @@ class Forwarder:
         self.held = Quota(limits.held, several=several)
         self.upstream = UpstreamClient(http)
         self._sessions = Sessions()
-        self._outages = OutageLog()
+        self._outages = broker.outages
         self._overloads = OutageLog()
         self._draining: asyncio.Future[None] = self._loop.create_future()
         self._context = self._make_context(wait)

@@ -193,6 +193,8 @@ class RequestHandler:
         for _ in range(MAX_SENDS):
             response = await self._send(token)
             if response.status != 401 and response.status != 403:
+                if token is not None:
+                    broker.accepted(account)
                 await self._relay(response)
                 return
             with self._hold():
@@ -318,11 +320,12 @@ class RequestHandler:
         """Answer with the error, and log it."""
         server = self.route.server.name
         if isinstance(error, AuthorizationError) and not isinstance(error, AuthorizationServerUnavailable):
-            logger.warning("server %s: %s", server, error, extra=self._log_extra)
+            text = f"Server {server} can't be authorized: {error}"
+            self._context.outages.warn(server, str(error), trace_id=self._responder.trace_id)
             # HTTP 200, because a 4xx means other things to MCP clients.
             status = 200 if self._body.requests else 502
-            text = f"Server {server} can't be authorized: {error}"
-            await self._responder.fail(self._body, status, text, answers.AUTHORIZATION_REQUIRED)
+            code, retry_after = answers.AUTHORIZATION_REQUIRED, error.retry_after
+            await self._responder.fail(self._body, status, text, code, retry_after=retry_after)
             return
         if isinstance(error, StoreError):
             logger.error("server %s: %s", server, error, extra=self._log_extra)

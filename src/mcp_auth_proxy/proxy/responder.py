@@ -163,13 +163,25 @@ class Responder:
         retry_after: float | None = None,
         link: str | None = None,
     ) -> None:
-        """Answer every request of the body with a JSON-RPC error. ``retry_after`` is in seconds."""
+        """Answer every request of the body with a JSON-RPC error. ``retry_after`` is in seconds.
+
+        It is in the error too: an event stream that was started has no header any more.
+        """
         text = answers.reason(text)
+        seconds = None if retry_after is None else max(1, math.ceil(retry_after))
 
         def failure(message: Message | None) -> dict[str, object]:
-            return answers.failure(message, text, code=code, server=self.server, link=link, trace_id=self.trace_id)
+            return answers.failure(
+                message,
+                text,
+                code=code,
+                server=self.server,
+                link=link,
+                retry_after=seconds,
+                trace_id=self.trace_id,
+            )
 
-        headers = [] if retry_after is None else [(b"retry-after", b"%d" % max(1, math.ceil(retry_after)))]
+        headers = [] if seconds is None else [(b"retry-after", b"%d" % seconds)]
         await self.answer(status, answers.answer_all(body, failure, lambda: failure(None)), headers)
 
     async def keep_alive(self, text: bytes) -> None:

@@ -1,6 +1,7 @@
 """``/oauth/callback``: the redirect URI. It shows a page that says what happened."""
 
 import logging
+from math import ceil
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,7 +28,8 @@ async def callback(request: Request, broker: Broker) -> Response:
         return message("Not authorized", str(denied), status=400, hint=RETRY_HINT)
     except AuthorizationError as error:
         logger.warning("an authorization failed: %s", error)
-        return message("The authorization failed", str(error), status=502, hint=RETRY_HINT)
+        wait = "" if error.pause is None else f" The server asks to wait {ceil(error.retry_after or 0)} s."
+        return message("The authorization failed", str(error), status=502, hint=RETRY_HINT + wait)
     except StoreError as error:
         logger.error("a grant could not be stored: %s", error)
         return message("The authorization could not be stored", str(error), status=503, hint=RETRY_HINT)

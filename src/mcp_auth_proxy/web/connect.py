@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from html import escape
+from math import ceil
 from urllib.parse import quote, urlencode
 
 from starlette.requests import Request
@@ -48,7 +49,11 @@ async def connect(request: Request, broker: Broker, *, public_url: str, warn: Ca
     except CallbackRefused as refused:
         return message("This link can't be used", str(refused), status=refused.status)
     except AuthorizationError as error:
-        return message("The authorization can't start", str(error), status=502)
+        if error.retry_after is None:
+            return message("The authorization can't start", str(error), status=502)
+        later = message("The authorization can't start yet", str(error), status=503)
+        later.headers["retry-after"] = str(max(1, ceil(error.retry_after)))
+        return later
     if isinstance(opened, DevicePrompt):
         return _device_page(opened)
     if isinstance(opened, ConfirmationPrompt):
