@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError, excerpt
+from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.pages import message
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ async def callback(request: Request, broker: Broker) -> Response:
     for name, value in request.query_params.multi_items():
         params.setdefault(name, []).append(value)
     try:
-        flow = await broker.complete(params, request.cookies)
+        flow = await broker.complete(params, read_cookies(request))
     except CallbackRefused as refused:
         return message("This authorization was not accepted", str(refused), status=refused.status)
     except AuthorizationDenied as denied:

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mcp_auth_proxy.broker import ConfirmationPrompt
+from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.pages import SECURITY_HEADERS, ScopeList, page
 
 COOKIE_PREFIX = "mcp_auth_page_"
@@ -26,7 +27,7 @@ def confirmation_page(request: Request, prompt: ConfirmationPrompt, *, secure: b
     proxy over https.
     """
     name = _cookie_name(prompt.flow_id)
-    cookie = request.cookies.get(name, "")
+    cookie = read_cookies(request).get(name, "")
     if not _COOKIE_VALUE.fullmatch(cookie):
         cookie = secrets.token_urlsafe(32)
     response = page(
@@ -53,7 +54,7 @@ async def is_confirmed(request: Request, flow_id: str) -> bool:
 
     It may be sent twice, as with a double click: each starts an attempt of its own.
     """
-    cookie = request.cookies.get(_cookie_name(flow_id), "")
+    cookie = read_cookies(request).get(_cookie_name(flow_id), "")
     tokens = parse_qs(await _body(request)).get("token", [])
     if len(tokens) != 1 or not _COOKIE_VALUE.fullmatch(cookie):
         return False
