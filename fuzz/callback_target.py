@@ -12,6 +12,8 @@ from fuzz.checks import check_error, check_fields
 from fuzz.oauth_targets import FLOW, ISSUER, NOW
 from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.broker.attempts import AuthorizationAttempts, digest
+from mcp_auth_proxy.broker.sign_ins import SignIns
+from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.models import Attempt, Flow
 from mcp_auth_proxy.oauth import authorization_code
@@ -48,11 +50,16 @@ class CodeReader:
     def __init__(self) -> None:
         self.code = ""
         self.error: McpAuthProxyError | None = None
-        self._attempts = AuthorizationAttempts(flows=cast(Flows, OneAttempt()), clock=lambda: NOW)
+        self._attempts = AuthorizationAttempts(
+            flows=cast(Flows, OneAttempt()),
+            sign_ins=cast(SignIns, None),  # for links; a callback uses neither
+            visits=LinkVisits(clock=lambda: NOW, first_only=False),
+            clock=lambda: NOW,
+        )
 
     async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
         try:
-            flow, _ = await self._attempts.accept(params, cookies)
+            flow = (await self._attempts.accept(params, cookies)).flow
             self.code = authorization_code.check_response(params, flow=flow)
         except McpAuthProxyError as error:
             self.error = error

@@ -32,6 +32,7 @@ from mcp_auth_proxy.oauth import (
     documents,
     oauth_error,
     registration,
+    retry_after,
     token_endpoint,
     token_exchange,
 )
@@ -76,7 +77,8 @@ def challenge(data: bytes) -> None:
             assert not _FIELD_CONTROLS.search(value), f"a control character: {value!r}"
     written = [_written(one).encode("latin-1") for one in found]
     together = b", ".join(written)
-    if len(together) <= challenges.MAX_BYTES:
+    parts = sum(2 + len(one.params) for one in found)
+    if len(together) <= challenges.MAX_BYTES and parts <= challenges.MAX_PARTS:
         assert challenges.parse(written) == found, "another challenge if it is written out"
         assert challenges.parse([together]) == found, "another challenge if all are in one field"
     bearer = challenges.bearer(values)
@@ -177,10 +179,10 @@ def _read(read: Callable[[], T]) -> T | None:
 def token(data: bytes) -> None:
     """Check what is read of an answer. The first line of the input is the status and Retry-After, the rest the body."""
     line, _, body = data.partition(b"\n")
-    number, _, retry_after = line.decode("latin-1").partition(" ")
+    number, _, pause = line.decode("latin-1").partition(" ")
     status = int(number) if re.fullmatch("[2-5][0-9]{2}", number) else 200
-    headers = {"retry-after": retry_after} if retry_after else {}
-    assert 1 <= token_endpoint.read_retry_after(retry_after) <= token_endpoint.RETRY_AFTER_MAX
+    headers = {"retry-after": pause} if pause else {}
+    assert 0 <= retry_after.read(pause) <= retry_after.LONGEST
     tokens = _answer(
         lambda: token_endpoint.read_tokens(
             status,
@@ -245,7 +247,7 @@ def _answer(read: Callable[[], T], secrets: Sequence[str] = (SECRET,)) -> T | No
     try:
         return read()
     except AuthorizationServerUnavailable as error:
-        assert 1 <= error.retry_after <= token_endpoint.RETRY_AFTER_MAX
+        assert error.retry_after is not None and 0 < error.retry_after <= retry_after.LONGEST
         check_error(error, secrets)
     except (DocumentRefused, TokenRefused, RegistrationImpossible) as error:
         check_error(error, secrets)

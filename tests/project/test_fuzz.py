@@ -75,7 +75,7 @@ FIELDS = b"".join(b"X-%d: y\r\n" % number for number in range(201))
 CALLBACK = b"state=the-state&iss=https://as.example&code=a&error=b\n%s=the-cookie" % cookie_name("the-state").encode()
 
 BREAKS: list[tuple[str, object, str, object, bytes]] = [
-    ("challenge", challenge, "_QUOTED", re.compile(r'"([^"]*)"'), b'Bearer scope="a\x00"'),
+    ("challenge", challenge, "_QUOTED", re.compile(r'"([^"]*)"'), b'Bearer scope="a\x01"'),
     ("metadata", documents, "_is_text", lambda value: isinstance(value, str), SERVER),
     ("token", token_endpoint, "_TOKEN", ANYTHING, b'200\n{"access_token":"a\\r","token_type":"bearer"}'),
     (
