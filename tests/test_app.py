@@ -229,15 +229,18 @@ async def test_a_link_is_logged_and_opened_where_somebody_is_there_to_see_it(
     announcer = Announcer(
         settings(tmp_path, authorization=AuthorizationSettings(open_browser=choice)),  # type: ignore[arg-type]
         listening,
+        opening=lambda flow: opened.append(flow.id),
     )
     announcer(pending_authorization().flow, LINK)
-    assert opened == ([LINK] if opens else [])
+    assert opened == (["F1", LINK] if opens else [])
     (record,) = caplog.records
     assert (record.levelno, LINK in record.getMessage()) == (logging.WARNING, True)
 
 
 async def test_a_changed_choice_holds_for_the_next_link(opened: list[str], tmp_path: Path) -> None:
-    announcer = Announcer(settings(tmp_path, authorization=AuthorizationSettings(open_browser="never")), LOOPBACK)
+    announcer = Announcer(
+        settings(tmp_path, authorization=AuthorizationSettings(open_browser="never")), LOOPBACK, opening=print
+    )
     announcer(pending_authorization().flow, LINK)
     announcer.configure(settings(tmp_path, authorization=AuthorizationSettings(open_browser="always")))
     announcer(pending_authorization().flow, LINK)
@@ -250,7 +253,7 @@ async def test_a_code_for_another_device_is_logged_with_the_address_that_any_dev
     device = DeviceAuthorization(
         device_code="canary-device-code", user_code="AB-CD", verification_uri="https://as.example/device"
     )
-    announce: Callable[..., None] = Announcer(settings(tmp_path), LOOPBACK)
+    announce: Callable[..., None] = Announcer(settings(tmp_path), LOOPBACK, opening=print)
     announce(replace(pending_authorization().flow, device=device), LINK)
     first, second = (record.getMessage() for record in caplog.records)
     assert LINK in first

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 import mcp_auth_proxy
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.oauth import challenge, oauth_error
 from mcp_auth_proxy.observability.redaction import redact
+from mcp_auth_proxy.web.cookies import read_cookies
 
 SIZE = 64 * 1024
 SMALL = 4 * 1024
@@ -77,12 +79,17 @@ def applied(pattern: re.Pattern[Any], method: str) -> Subject:
     return apply
 
 
+def with_cookie(text: str) -> Request:
+    return Request({"type": "http", "headers": [(b"cookie", f'a="{text}"'.encode("latin-1"))]})
+
+
 SUBJECTS: dict[str, Subject] = {
     **{name: applied(pattern, method) for name, pattern, method in patterns()},
     "without_query_values": without_query_values,
     "redact": redact,
     "challenge.parse": lambda text: challenge.parse([text.encode("latin-1")]),
     "challenge.parse of a quoted value": lambda text: challenge.parse([b'Bearer a="' + text.encode("latin-1")]),
+    "read_cookies": lambda text: read_cookies(with_cookie(text)),
     "format_error": lambda text: oauth_error.format_error("e", text, secrets=["secret", "a"]),
 }
 

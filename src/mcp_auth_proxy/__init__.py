@@ -13,6 +13,7 @@ Each layer imports only from those below it; layers on one line do not import ea
     net                 sockets, HTTP/1.1 and URLs
     rpc | observability | models | errors
                         JSON-RPC; logs and metrics; frozen values; the error tree
+    secret_values       what to mask in texts from outside
 
 ``docs/architecture.md`` follows a call, a challenge, a refresh and a reload through them.
 """

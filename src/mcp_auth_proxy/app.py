@@ -8,12 +8,16 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from mcp_auth_proxy.broker import Broker
+from mcp_auth_proxy.broker import Broker, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
-from mcp_auth_proxy.config.settings import Address, Settings
+from mcp_auth_proxy.config.settings import Address, LimitSettings, Settings
 from mcp_auth_proxy.models import Flow
+from mcp_auth_proxy.net import descriptors
+from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
+from mcp_auth_proxy.net.descriptors import Shares
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
+from mcp_auth_proxy.net.resolver import Resolver
 from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
@@ -61,6 +65,8 @@ class Application:
     servers: ServerRegistry
     announcer: "Announcer"
     broker: Broker
+    resolver: Resolver
+    connections: ConnectionLimits
     http: HttpClient
     forwarder: Forwarder
     router: Router
@@ -71,8 +77,13 @@ class Application:
         self.servers.replace(settings.servers)
         self.announcer.configure(settings)
         self.broker.set_allow_private(settings.authorization.allow_private)
-        self.http.set_limit(settings.limits.upstream_connections)
-        self.forwarder.configure(body_limit=settings.limits.body, wait=settings.authorization.wait)
+        self.broker.set_opens_links(_opens_links(settings))
+        shares = _shares(settings.limits)
+        self.connections.rules = _connection_rules(settings, shares)
+        self.http.set_limit(settings.limits.upstream_connections, shares.upstreams)
+        self.forwarder.configure(
+            limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
+        )
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
 
     async def drain(self) -> None:
@@ -103,7 +114,11 @@ async def lifespan(
     """
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
-    announcer = Announcer(settings, listening)
+
+    def opening(flow: Flow) -> None:
+        broker.link_opened(flow)
+
+    announcer = Announcer(settings, listening, opening=opening)
     async with AsyncExitStack() as stack:
         database = await open_store(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
@@ -118,17 +133,28 @@ async def lifespan(
             public_url=public_url,
             announce=announce or announcer,
             clock=clock,
+            opens_links=_opens_links(settings),
         )
         stack.push_async_callback(broker.aclose)
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
         if background:
             await broker.start()
-        http = HttpClient(dialer, connections_per_origin=settings.limits.upstream_connections)
+        shares = _shares(settings.limits)
+        http = HttpClient(
+            dialer, connections_per_origin=settings.limits.upstream_connections, connections=shares.upstreams
+        )
         stack.push_async_callback(http.aclose)
         stack.callback(metrics.tokens.add_source(broker.token_states))
         stack.callback(metrics.upstream_connections.add_source(http.connections))
-        limits, wait = settings.limits, settings.authorization.wait
-        forwarder = Forwarder(broker=broker, http=http, body_limit=limits.body, wait=wait)
+        forwarder = Forwarder(
+            broker=broker,
+            http=http,
+            limits=settings.limits,
+            wait=settings.authorization.wait,
+            several=len(settings.servers) > 1,
+        )
+        stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
+        stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
         site = Site(
             broker=broker,
             servers=servers,
@@ -146,10 +172,33 @@ async def lifespan(
             servers=servers,
             announcer=announcer,
             broker=broker,
+            resolver=dialer.resolver,
+            connections=ConnectionLimits(_connection_rules(settings, shares)),
             http=http,
             forwarder=forwarder,
             router=router,
         )
+
+
+def _opens_links(settings: Settings) -> bool:
+    """Return whether the proxy or ``login`` may open links in a browser, wherever there is a desktop."""
+    return settings.authorization.open_browser != "never"
+
+
+def _connection_rules(settings: Settings, shares: Shares) -> ConnectionRules:
+    return ConnectionRules.of(shares.clients, settings.limits.connections_per_address, settings.inbound.trusted_proxies)
+
+
+def _shares(limits: LimitSettings) -> Shares:
+    """Divide the process's descriptors; warn if there are fewer than configured."""
+    shares = descriptors.shares(limits.connections)
+    if limits.connections is not None and shares.clients < limits.connections:
+        logger.warning(
+            "the process may open too few files for limits.connections: %d connections of clients are accepted, not %d",
+            shares.clients,
+            limits.connections,
+        )
+    return shares
 
 
 def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:
@@ -164,7 +213,9 @@ def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:
 class Announcer:
     """Announce each new flow once: in the log, and in a browser if there is a desktop."""
 
-    def __init__(self, settings: Settings, listening: Address) -> None:
+    def __init__(self, settings: Settings, listening: Address, *, opening: Callable[[Flow], None]) -> None:
+        """``opening`` is called with a flow right before its link is opened in a browser."""
+        self._opening = opening
         self._on_loopback = is_loopback(listening.host)
         self.configure(settings)
 
@@ -175,11 +226,12 @@ class Announcer:
         )
 
     def __call__(self, flow: Flow, link: str) -> None:
-        server = flow.key.account.server
-        logger.warning("server %s needs your authorization, open this link: %s", server, link)
+        server, address = flow.key.account.server, sign_in(flow).address
+        logger.warning("server %s needs your authorization at %s, open this link: %s", server, address, link)
         if flow.device is not None:
             # The link may lead to a machine that no browser reaches; this address works on any device.
             url, code = flow.device.verification_uri, flow.device.user_code
             logger.warning("server %s: or open %s on any device, and enter %s", server, url, code)
         if self._opens:
+            self._opening(flow)
             browser.open_link(link)

@@ -6,6 +6,7 @@
     ├── AddressInUse                   another program listens on the address already
     ├── RequestRejected                a client's request breaks HTTP or a limit, or uses a method that is not served
     ├── BodyTooLarge                   a client's request has a larger body than allowed
+    ├── Overloaded                     the memory for buffered bytes, or the number of held requests, is used up
     ├── LoopDetected                   a client's request has come through too many proxies
     ├── ClientDisconnected             the client went away before its request was complete
     ├── ConfigurationError             the configuration is invalid; lists all errors at once
@@ -28,12 +29,15 @@
         └── UpstreamPoolTimeout        all connections to the origin are in use
 
 ``str()`` of each is one or two plain sentences for the user: what is wrong and, if there is one, the
-remedy. No error ever contains a token, code, verifier, secret or state, or a value from a URL's query. Whoever puts
+remedy. No error ever contains a token, code, verifier, secret or state (``secret_values`` masks those that a server
+repeats), or a value from a URL's query. Whoever puts
 a text from outside into a message cuts it (``excerpt``): it goes to the log and to every client that asks.
 """
 
 import re
 from dataclasses import dataclass
+
+from mcp_auth_proxy import secret_values
 
 MAX_FOREIGN = 200
 """Characters of one text from outside in a message of ours."""
@@ -41,14 +45,21 @@ MAX_FOREIGN = 200
 MAX_MESSAGE = 1200
 """Characters of the message of an AuthorizationError, which may hold several texts from outside."""
 
+_BEYOND = 64
+"""Characters after the cut that are searched for secrets too. Long texts are not searched as a whole, to save time."""
+
 # Neither part is ever given back (*+), and the first ends where the next URL begins: no character is read twice.
 _QUERY = re.compile(r"(https?://(?:(?!https?://)[^\s?#\"])*+\?)([^\s\"]*+)", re.IGNORECASE)
 _PUNCTUATION = ".,;:!)]}'"
 
 
 def excerpt(text: str, limit: int = MAX_FOREIGN) -> str:
-    """Return a text from outside as a message may show it: its first ``limit`` characters, "…" if that is not all."""
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    """Return a text from outside as a message may show it: its first ``limit`` characters, "…" if that is not all.
+
+    Our own secrets in it are masked, before it is cut: half a secret might not be recognized.
+    """
+    shown = secret_values.masked(text[: limit + _BEYOND])
+    return shown if len(text) <= limit else f"{shown[:limit]}…"
 
 
 def without_query_values(text: str) -> str:
@@ -70,7 +81,7 @@ class McpAuthProxyError(Exception):
     """Base of every error raised on purpose by this package."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(without_query_values(message))
+        super().__init__(without_query_values(secret_values.masked(message)))
 
 
 class AddressInUse(McpAuthProxyError):
@@ -86,11 +97,19 @@ class RequestRejected(McpAuthProxyError):
 
 
 class BodyTooLarge(McpAuthProxyError):
-    """The request body is larger than allowed. ``limit`` is in bytes."""
+    """The request body is larger than allowed. ``limit`` is in bytes, ``key`` the configuration key that sets it."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, key: str = "limits.body") -> None:
         self.limit = limit
-        super().__init__(f"The request body is over {limit} bytes; limits.body allows more.")
+        super().__init__(f"The request body is over {limit} bytes; {key} allows more.")
+
+
+class Overloaded(McpAuthProxyError):
+    """Other requests use all that the configuration key ``key`` allows: temporary, try again."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(f"The proxy has too much to do: {key} is used up. Try again later.")
 
 
 class LoopDetected(McpAuthProxyError):
@@ -153,11 +172,28 @@ class ConfigHint:
     value: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The pause after a failure. Times are Unix seconds; ``reason`` is the text of the failure."""
+
+    ends: float
+    asked: float
+    """When it ends as the server's own Retry-After asks; 0 if there was none."""
+    reason: str
+
+
 class AuthorizationError(McpAuthProxyError):
-    """An authorization can't continue. A new request may try again. ``hint`` is None if no key would allow it."""
+    """An authorization can't continue. ``hint`` is None if no key would allow it.
+
+    A new request may try again after ``retry_after`` seconds, at once if that is None. ``server_retry_after`` is the
+    server's own Retry-After in seconds, 0 if it sent none. ``pause`` is what the failure has begun, if anything.
+    """
 
     def __init__(self, message: str, *, hint: ConfigHint | None = None) -> None:
         self.hint = hint
+        self.retry_after: float | None = None
+        self.server_retry_after = 0.0
+        self.pause: Pause | None = None
         super().__init__(excerpt(message, MAX_MESSAGE))
 
 
@@ -204,9 +240,8 @@ class TokenRefused(AuthorizationError):
 
 
 class AuthorizationServerUnavailable(AuthorizationError):
-    """The authorization server can't be used now. ``retry_after`` is what MCP clients are told, in seconds.
+    """The authorization server can't be used now.
 
-    ``server_retry_after``: the server's own Retry-After in seconds, 0 if it sent none.
     ``maybe_processed``: the request may have been processed, and only the response was lost.
     """
 
@@ -218,10 +253,10 @@ class AuthorizationServerUnavailable(AuthorizationError):
         server_retry_after: float = 0.0,
         maybe_processed: bool = False,
     ) -> None:
+        super().__init__(message)
         self.retry_after = retry_after
         self.server_retry_after = server_retry_after
         self.maybe_processed = maybe_processed
-        super().__init__(message)
 
 
 class CallbackRefused(McpAuthProxyError):

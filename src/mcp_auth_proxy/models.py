@@ -1,4 +1,4 @@
-"""Frozen values shared by all layers. Secrets are left out of ``repr``.
+"""Frozen values shared by all layers. Secrets are left out of ``repr``, and masked in texts from outside.
 
 Times are Unix seconds (float, UTC); scopes are tuples in the order given, without duplicates.
 """
@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
+
+from mcp_auth_proxy import secret_values
 
 LOCAL = "local"
 """The only principal if callers are not identified."""
@@ -90,6 +92,9 @@ class Registration:
     account: str = DEFAULT_ACCOUNT
     """The name of the account of that server (``Account.name``)."""
 
+    def __post_init__(self) -> None:
+        secret_values.remember(self.client_secret)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSet:
@@ -103,6 +108,9 @@ class TokenSet:
     expires_at: float | None = None
     """None if the server did not say: then only a 401 shows that the token has expired."""
     scopes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        secret_values.remember(self.access_token, self.refresh_token)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,14 +126,15 @@ class Endpoints:
 class GrantKey:
     """What a grant is for. ``resource`` is empty if the resource parameter is omitted.
 
-    ``upstream`` is the origin that the tokens may be sent to; None in grants from before this was stored. A new
-    authorization for another origin replaces the old grant.
+    ``upstream`` is the origin that the tokens may be sent to, ``path`` the path of the server's URL there; None in
+    grants from before this was stored. A new authorization for another origin or path replaces the old grant.
     """
 
     account: Account
     resource: str
     issuer: str
     upstream: str | None = None
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +182,9 @@ class DeviceAuthorization:
     interval: float = 5.0
     """Seconds between polls."""
 
+    def __post_init__(self) -> None:
+        secret_values.remember(self.device_code)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
@@ -212,6 +224,9 @@ class Attempt:
     code_verifier: str = field(repr=False)
     created_at: float
     expires_at: float
+
+    def __post_init__(self) -> None:
+        secret_values.remember(self.code_verifier)
 
 
 class DPoPSigner(Protocol):

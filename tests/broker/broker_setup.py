@@ -12,7 +12,13 @@ import httpx2
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.headless import Browser
 from fakes.proxy_setup import Clock
-from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, ChallengeHistory, PendingAuthorization
+from mcp_auth_proxy.broker import (
+    AuthorizationRedirect,
+    Broker,
+    ChallengeHistory,
+    ConfirmationPrompt,
+    PendingAuthorization,
+)
 from mcp_auth_proxy.config.settings import OAuthSettings, Secret, ServerSettings
 from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, GrantType
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -74,7 +80,10 @@ class BrokerSetup:
 
     async def callback(self, pending: PendingAuthorization) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Open a link and consent; return the parameters and the cookies that reach the callback."""
-        redirect = await self.broker.open_link(pending.flow.key.account.server, pending.flow.id)
+        server, flow_id = pending.flow.key.account.server, pending.flow.id
+        redirect = await self.broker.open_link(server, flow_id)
+        if isinstance(redirect, ConfirmationPrompt):
+            redirect = await self.broker.confirm_link(server, flow_id)
         assert isinstance(redirect, AuthorizationRedirect)
         async with Browser() as browser:
             url = await browser.stop_before(redirect.authorization_url)

@@ -14,11 +14,15 @@ from mcp_auth_proxy.broker.attempts import (
     cookie_name,
     digest,
 )
+from mcp_auth_proxy.broker.sign_ins import SignIns
+from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.errors import CallbackRefused
-from mcp_auth_proxy.models import Account, Attempt, DeviceAuthorization, FlowStatus
+from mcp_auth_proxy.models import Account, Attempt, DeviceAuthorization, Flow, FlowStatus
 from mcp_auth_proxy.oauth.authorization_code import challenge_s256
 from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.flows import Flows
+from mcp_auth_proxy.store.grants import Grants
 from store.builders import NOW, flow, store_settings
 
 
@@ -36,7 +40,12 @@ class Setup:
         self.database = database
         self.flows = Flows(database)
         self.clock = Clock()
-        self.attempts = AuthorizationAttempts(flows=self.flows, clock=self.clock)
+        self.visits = LinkVisits(clock=self.clock, first_only=False)
+        self.attempts = self.with_flows(self.flows)
+
+    def with_flows(self, flows: Flows) -> AuthorizationAttempts:
+        sign_ins = SignIns(confirmations=Confirmations(self.database), grants=Grants(self.database), clock=self.clock)
+        return AuthorizationAttempts(flows=flows, sign_ins=sign_ins, visits=self.visits, clock=self.clock)
 
     async def open(self) -> tuple[AuthorizationRedirect, str]:
         """Open the link; return the redirect and its state."""
@@ -56,9 +65,15 @@ class Setup:
 async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
     database = await open_store(store_settings(tmp_path))
     setup = Setup(database)
-    await setup.flows.save(flow())
+    await setup.flows.save(linear())
     yield setup
     await database.close()
+
+
+def linear() -> Flow:
+    """A flow of a server that is on the site of its authorization server."""
+    pending = flow()
+    return replace(pending, key=replace(pending.key, upstream="https://mcp.as.example"))
 
 
 def query(opened: AuthorizationRedirect) -> dict[str, str]:
@@ -71,8 +86,8 @@ def cookies_of(*attempts: AuthorizationRedirect) -> dict[str, str]:
 
 async def test_the_browser_that_opened_the_link_is_accepted(setup: Setup) -> None:
     opened, state = await setup.open()
-    found, attempt = await setup.attempts.accept({"state": [state], "code": ["x"]}, cookies_of(opened))
-    assert found.id == "flow-1"
+    found, attempt, confirmed = await setup.attempts.accept({"state": [state], "code": ["x"]}, cookies_of(opened))
+    assert (found.id, confirmed) == ("flow-1", False)
     assert challenge_s256(attempt.code_verifier) == query(opened)["code_challenge"]
     assert query(opened)["code_challenge_method"] == "S256"
 
@@ -181,7 +196,7 @@ class EndedMeanwhile(Flows):
 async def test_a_link_that_ends_while_it_is_opened_says_so(
     setup: Setup, end: Callable[[Flows], Awaitable[object]], status: int, text: str
 ) -> None:
-    attempts = AuthorizationAttempts(flows=EndedMeanwhile(setup.database, end), clock=setup.clock)
+    attempts = setup.with_flows(EndedMeanwhile(setup.database, end))
     with pytest.raises(CallbackRefused, match=text) as refused:
         await attempts.open("linear", "flow-1")
     assert refused.value.status == status
@@ -202,15 +217,27 @@ async def test_the_cookie_lives_no_longer_than_the_flow(setup: Setup) -> None:
     assert opened.max_age == 1
 
 
-async def test_after_many_attempts_the_newest_are_usable(setup: Setup) -> None:
-    attempts = []
-    for _ in range(30):
-        setup.clock.now += 1
-        attempts.append(await setup.open())
-    opened, state = attempts[-1]
-    await setup.attempts.accept({"state": [state]}, cookies_of(opened))
-    opened, state = attempts[0]
-    assert await setup.refused(state, cookies_of(opened)) == 400
+async def test_many_attempts_by_others_do_not_end_an_earlier_or_a_later_one(setup: Setup) -> None:  # T89
+    opened = []
+    for number in range(401):
+        setup.clock.now += 0.1
+        if number in (0, 200, 400):
+            opened.append(await setup.open())
+        else:
+            await setup.open()
+    for redirect, state in opened:
+        await setup.attempts.accept({"state": [state]}, cookies_of(redirect))
+
+
+async def test_who_has_confirmed_is_known_at_the_callback_and_can_not_be_claimed(setup: Setup) -> None:  # T78
+    redirect = await setup.attempts.confirm("linear", "flow-1")
+    assert isinstance(redirect, AuthorizationRedirect)
+    cookies, state = cookies_of(redirect), query(redirect)["state"]
+    assert (await setup.attempts.accept({"state": [state]}, cookies)).confirmed
+    opened, state = await setup.open()
+    name, value = opened.cookie_name, opened.cookie_value
+    assert await setup.refused(state, {name: f"confirmed.{value}"}) == 403
+    assert not (await setup.attempts.accept({"state": [state]}, {name: value})).confirmed
 
 
 async def test_no_secret_is_shown_in_a_repr(setup: Setup) -> None:  # T45

@@ -11,6 +11,7 @@ from fakes.fixtures import Servers
 from fakes.http_exchange import FakeResponse
 from fakes.mcp_server import FakeMcpServer
 from mcp_auth_proxy.broker import ChallengeHistory, PendingAuthorization
+from mcp_auth_proxy.broker.backoff import FIRST
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError
 from mcp_auth_proxy.models import GrantType
 from mcp_auth_proxy.oauth.scopes import OFFLINE_ACCESS
@@ -68,6 +69,7 @@ async def test_a_refusal_where_nobody_is_asked_is_told_to_the_request(
         assert denied.value.error == "unauthorized_client"
         assert setup.announced == []
         issuer.answers.clear()
+        setup.clock.ahead += 2 * FIRST
         assert await setup.challenged() is not None
 
 
@@ -82,6 +84,7 @@ async def test_a_refused_device_authorization_is_told_to_the_request(
             with pytest.raises(AuthorizationDenied, match=error):
                 await setup.challenged()
             issuer.answers.clear()
+            setup.clock.ahead += 2 * FIRST
             assert isinstance(await setup.challenged(), PendingAuthorization)
             assert issuer.registrations == registrations
 

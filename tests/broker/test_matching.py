@@ -39,6 +39,40 @@ def test_a_grant_is_used_only_at_the_origin_it_was_requested_for(url: str, same:
     assert matches(stored, settings(url, resource="omit")) is same
 
 
+@pytest.mark.parametrize(
+    ("path", "same"),
+    [("/mcp", True), ("/mcp?key=1", True), ("/", False), ("", False), ("/mcp/", False), ("/MCP", False), ("/m", False)],
+)
+@pytest.mark.parametrize("resource", ["", "https://linear.example", "https://linear.example/mcp", "api://notes"])
+def test_a_grant_is_used_only_at_the_path_it_was_requested_for(path: str, same: bool, resource: str) -> None:  # T89
+    key = replace(grant().key, resource=resource, upstream="https://linear.example", path="/mcp")
+    configured = {"": "omit", "api://notes": resource}.get(resource, "auto")
+    assert matches(replace(grant(), key=key), settings(f"https://linear.example{path}", resource=configured)) is same
+
+
+def test_an_empty_path_is_the_same_as_the_root() -> None:
+    key = replace(grant().key, resource="https://linear.example", upstream="https://linear.example", path="/")
+    for url in ("https://linear.example", "https://linear.example/", "https://LINEAR.example:443"):
+        assert matches(replace(grant(), key=key), settings(url))
+
+
+@pytest.mark.parametrize(
+    ("resource", "url", "same"),
+    [
+        ("https://linear.example/mcp", "https://linear.example/mcp", True),
+        ("https://linear.example/mcp", "https://linear.example/mcp/below", True),
+        ("https://linear.example", "https://linear.example/other", True),
+        ("https://linear.example/mcp?key=1", "https://linear.example/mcp?key=2", True),
+        ("https://linear.example/mcp", "https://linear.example/other", False),
+        ("https://linear.example/mcp", "https://linear.example/mcp2", False),
+        ("https://linear.example/mcp", "https://linear.example/", False),
+    ],
+)
+def test_of_a_grant_from_before_paths_were_stored_the_resource_decides(resource: str, url: str, same: bool) -> None:
+    key = replace(grant().key, resource=resource, upstream="https://linear.example")
+    assert matches(replace(grant(), key=key), settings(url)) is same
+
+
 def test_a_grant_from_before_origins_were_stored_is_still_used() -> None:
     old = replace(grant(), key=replace(grant().key, resource=""))
     assert matches(old, settings("https://any.example/mcp", resource="omit"))

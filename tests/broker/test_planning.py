@@ -15,6 +15,7 @@ from fakes.fixtures import Servers
 from fakes.http_exchange import ABSENT
 from fakes.mcp_server import FakeMcpServer
 from mcp_auth_proxy.broker import planning
+from mcp_auth_proxy.broker.backoff import Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.planning import Planner
@@ -40,7 +41,9 @@ async def planner(tmp_path: Path) -> AsyncIterator[Planner]:
         fetcher=fetcher, registrations=Registrations(database), public_url=PUBLIC_URL, clock=time.time
     )
     token_client = TokenClient(fetcher=fetcher, discoverer=discoverer, clock=time.time)
-    yield Planner(discoverer=discoverer, registrar=registrar, token_client=token_client)
+    yield Planner(
+        discoverer=discoverer, registrar=registrar, token_client=token_client, backoff=Backoff(clock=time.time)
+    )
     await fetcher.aclose()
     await database.close()
 

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mcp_auth_proxy.broker.backoff import FIRST, LONGEST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.renewal import (
-    BACKOFF_MAX,
     MARGIN_MAX,
-    REQUEST_GATE,
     GrantEnded,
     Renewer,
     renew_at,
@@ -29,6 +28,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import Account, Grant, GrantType, TokenSet
 from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
@@ -76,7 +76,14 @@ class Setup:
         registrar = ClientRegistrar(
             fetcher=Fetcher(), registrations=self.registrations, public_url="http://127.0.0.1:8787", clock=self.clock
         )
-        return Renewer(token_client=self.endpoint, registrar=registrar, grants=grants or self.grants, clock=self.clock)
+        return Renewer(
+            token_client=self.endpoint,
+            registrar=registrar,
+            grants=grants or self.grants,
+            backoff=Backoff(clock=self.clock),
+            outages=OutageLog(),
+            clock=self.clock,
+        )
 
     async def registered(self) -> bool:
         """Whether the store still has the client registration of the grant."""
@@ -227,6 +234,7 @@ async def test_temporary_failures_end_no_grant(setup: Setup, failure: Exception)
     setup.endpoint.outcome = failure
     with pytest.raises(AuthorizationServerUnavailable) as raised:
         await setup.renew()
+    assert raised.value.retry_after is not None
     assert raised.value.retry_after >= 1
     stored = await setup.stored()
     assert stored.ended_at is None
@@ -239,15 +247,15 @@ async def test_a_refresh_whose_response_is_lost_stays_recorded(setup: Setup) -> 
     with pytest.raises(AuthorizationServerUnavailable):
         await setup.renew()
     assert (await setup.stored()).refresh_begun_at is not None
-    setup.clock.now += REQUEST_GATE + 1
+    setup.clock.now += 2 * FIRST
     setup.endpoint.outcome = tokens("2")
     assert (await setup.renew()).version == 2
 
 
-async def test_after_a_failure_the_server_is_left_alone_for_a_while(setup: Setup) -> None:  # F1
+async def test_after_a_failure_the_server_is_left_alone_for_a_while(setup: Setup) -> None:  # F1, T86
     setup.endpoint.outcome = AuthorizationServerUnavailable("down")
     assert setup.backoff() is None
-    waits = []
+    told = []
     for _ in range(12):
         with pytest.raises(AuthorizationServerUnavailable, match="down"):
             await setup.renew()
@@ -255,37 +263,43 @@ async def test_after_a_failure_the_server_is_left_alone_for_a_while(setup: Setup
         with pytest.raises(AuthorizationServerUnavailable, match="down") as raised:
             await setup.renew()
         assert len(setup.endpoint.asked) == before
-        assert 1 <= raised.value.retry_after <= REQUEST_GATE
+        assert raised.value.retry_after is not None
+        told.append(raised.value.retry_after)
         wait = setup.backoff()
         assert wait is not None
-        waits.append(wait)
-        setup.clock.now += REQUEST_GATE + 0.1
-    for wait, seconds in ((waits[0], 1), (waits[1], 2), (waits[-1], BACKOFF_MAX)):
-        assert_jittered(wait, seconds)
+        assert_jittered(wait, told[-1])
+        setup.clock.now += told[-1] + 0.1
+    first = told[0]
+    assert FIRST <= first <= 2 * FIRST
+    assert told == pytest.approx([min(first * 2**number, LONGEST) for number in range(12)], abs=0.01)
     setup.endpoint.outcome = tokens("2")
     await setup.renew()
     assert setup.backoff() is None
 
 
-@pytest.mark.parametrize(("asked", "pause"), [(17.0, 17.0), (0.5, 1.0), (0.0, 1.0), (1e9, BACKOFF_MAX)])
-async def test_a_server_is_left_alone_for_as_long_as_it_asks(setup: Setup, asked: float, pause: float) -> None:
+@pytest.mark.parametrize(("asked", "pause"), [(17.0, 17.0), (0.5, None), (0.0, None), (3600.0, 3600.0)])
+async def test_a_server_is_left_alone_for_as_long_as_it_asks(  # T86
+    setup: Setup, asked: float, pause: float | None
+) -> None:
     setup.endpoint.outcome = AuthorizationServerUnavailable("busy", retry_after=5.0, server_retry_after=asked)
-    with pytest.raises(AuthorizationServerUnavailable):
+    with pytest.raises(AuthorizationServerUnavailable) as raised:
         await setup.renew()
-    wait = setup.backoff()
+    wait, told = setup.backoff(), raised.value.retry_after
     assert wait is not None
-    assert_jittered(wait, pause)
+    assert told is not None
+    assert told == pytest.approx(pause) if pause else FIRST <= told <= 2 * FIRST
+    assert_jittered(wait, told)
 
 
 async def test_a_server_that_asks_for_less_than_the_backoff_does_not_shorten_it(setup: Setup) -> None:
     setup.endpoint.outcome = AuthorizationServerUnavailable("busy", server_retry_after=2.0)
     for _ in range(5):
-        setup.clock.now += REQUEST_GATE + 0.1
+        setup.clock.now += 2**5 * FIRST
         with pytest.raises(AuthorizationServerUnavailable):
             await setup.renew()
     wait = setup.backoff()
     assert wait is not None
-    assert_jittered(wait, 16)
+    assert wait >= 16 * FIRST
 
 
 async def test_a_clock_that_is_set_back_does_not_prolong_the_backoff(setup: Setup) -> None:  # F9

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from fakes.proxy import until
+from mcp_auth_proxy.broker.backoff import FIRST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
-from mcp_auth_proxy.broker.renewal import REQUEST_GATE, Renewer
+from mcp_auth_proxy.broker.renewal import Renewer
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, TokenRefused
 from mcp_auth_proxy.models import Account, Grant, TokenSet
 from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
@@ -82,7 +84,14 @@ class Setup:
         registrar = ClientRegistrar(
             fetcher=Fetcher(), registrations=Registrations(database), public_url="http://127.0.0.1", clock=self.clock
         )
-        self.renewer = Renewer(token_client=self.endpoint, registrar=registrar, grants=self.grants, clock=self.clock)
+        self.renewer = Renewer(
+            token_client=self.endpoint,
+            registrar=registrar,
+            grants=self.grants,
+            backoff=Backoff(clock=self.clock),
+            outages=OutageLog(),
+            clock=self.clock,
+        )
         self.cache = TokenCache(servers=self.servers, grants=self.grants, renewer=self.renewer, clock=self.clock)
 
     async def text(self) -> str:
@@ -219,12 +228,12 @@ async def test_an_ended_grant_leaves_no_token(setup: Setup) -> None:
 async def test_after_a_failure_no_request_renews_before_the_server_wants_it(setup: Setup) -> None:  # F1
     """Requests come in every turn of the event loop, also in the one in which the failed renewal ends.
 
-    The renewal takes so long to end that a request with a dead token would be allowed to try again.
+    The renewal takes so long to end that a pause of its first length would be over.
     """
     stored = await setup.grants.add(grant())
     await setup.text()
     setup.endpoint.outcome = BUSY
-    setup.grants.release_takes = REQUEST_GATE + 1
+    setup.grants.release_takes = 2 * FIRST
     setup.clock.now = NOW + 0.95 * HOUR
 
     async def request() -> None:
@@ -249,23 +258,23 @@ async def test_a_backoff_outlives_the_cached_token(setup: Setup) -> None:
     with pytest.raises(AuthorizationServerUnavailable):
         await setup.cache.renew(ACCOUNT, cached)
     setup.cache.evict(ACCOUNT)
-    setup.clock.now += REQUEST_GATE + 1
+    setup.clock.now += 6
     assert await setup.text() == "Bearer canary-access-1"
     assert setup.cache.token_nowait(ACCOUNT)[0] is True
     setup.clock.now += 90
     assert setup.cache.token_nowait(ACCOUNT)[0] is False
 
 
-async def test_a_request_with_an_expired_token_tries_again_before_the_background_does(setup: Setup) -> None:
+async def test_a_request_with_an_expired_token_waits_as_long_as_the_server_asks(setup: Setup) -> None:  # T86
     await setup.grants.add(grant())
     setup.clock.now = NOW + 2 * HOUR
     setup.endpoint.outcome = BUSY
-    for refreshes in (1, 1, 2):
-        with pytest.raises(AuthorizationServerUnavailable):
+    for left in (60, 31, 2):
+        with pytest.raises(AuthorizationServerUnavailable) as raised:
             await setup.text()
-        assert setup.endpoint.refreshes == refreshes
-        setup.clock.now += 3
-    setup.clock.now += 3
+        assert raised.value.retry_after == pytest.approx(left, abs=0.1)
+        assert setup.endpoint.refreshes == 1
+        setup.clock.now += 29
     setup.endpoint.outcome = tokens("2", setup.clock.now)
     assert await setup.text() == "Bearer canary-access-2"
 

@@ -11,6 +11,7 @@ import pytest
 from fakes.extension_server import TOKEN_EXCHANGE, ExtensionServer
 from fakes.fixtures import Servers
 from mcp_auth_proxy.broker import credentials
+from mcp_auth_proxy.broker.backoff import Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.planning import Planner
@@ -46,7 +47,9 @@ async def client(tmp_path: Path) -> AsyncIterator[Client]:
         public_url="http://127.0.0.1:8787",
         clock=time.time,
     )
-    yield Client(planner=Planner(discoverer=discoverer, registrar=registrar, token_client=tokens), tokens=tokens)
+    backoff = Backoff(clock=time.time)
+    planner = Planner(discoverer=discoverer, registrar=registrar, token_client=tokens, backoff=backoff)
+    yield Client(planner=planner, tokens=tokens)
     await fetcher.aclose()
     await database.close()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,12 @@ APPLIED = {
     "authorization.cold_start": replace(BASE, authorization=AuthorizationSettings(cold_start=False)),
     "authorization.allow_private": replace(BASE, authorization=AuthorizationSettings(allow_private=("10.0.0.1",))),
     "limits.body": replace(BASE, limits=LimitSettings(body=1)),
+    "limits.memory": replace(BASE, limits=LimitSettings(memory=1)),
+    "limits.held": replace(BASE, limits=LimitSettings(held=1)),
     "limits.upstream_connections": replace(BASE, limits=LimitSettings(upstream_connections=1)),
+    "limits.connections": replace(BASE, limits=LimitSettings(connections=1)),
+    "limits.connections_per_address": replace(BASE, limits=LimitSettings(connections_per_address=1)),
+    "inbound.trusted_proxies": replace(BASE, inbound=InboundSettings(trusted_proxies=(IPv4Network("10.0.0.0/8"),))),
     "inbound.allowed_hosts": replace(BASE, inbound=InboundSettings(allowed_hosts=("proxy.example",))),
 }
 

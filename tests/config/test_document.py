@@ -1,5 +1,7 @@
 """Reading YAML without guessing types."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,6 +89,16 @@ def test_a_document_that_contains_itself_does_not_hang(data: bytes) -> None:
         parse(data)
     except ConfigurationError as error:
         assert error.errors
+
+
+def test_merges_that_multiply_are_refused_at_once() -> None:
+    """Each line merges the one before ten times, so the last would have 10^10 keys."""
+    lines = [b"k0: &k0 {a: 1}"]
+    lines += [b"k%d: &k%d {<<: [%s]}" % (n, n, b", ".join([b"*k%d" % (n - 1)] * 10)) for n in range(1, 11)]
+    begun = time.process_time()
+    with pytest.raises(ConfigurationError, match=r"line 6, column 5: not valid YAML: .* merged keys"):
+        parse(b"\n".join(lines))
+    assert time.process_time() - begun < 5
 
 
 @given(st.binary(max_size=60))

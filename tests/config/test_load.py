@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mcp_auth_proxy.config.load import find, load, single
 from mcp_auth_proxy.config.servers import RESERVED
-from mcp_auth_proxy.config.settings import Address, KeySource, Settings
+from mcp_auth_proxy.config.settings import Address, KeySource, LimitSettings, Settings
 from mcp_auth_proxy.errors import ConfigurationError
 from mcp_auth_proxy.models import ClientAuth, GrantType
 
@@ -59,8 +59,9 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         upstream_timeout: 1m
         store: {url: "sqlite:////var/lib/x/s.db", keys: [env:NEW, env:OLD]}
         authorization: {wait: 0, open_browser: never, cold_start: off, allow_private: [10.0.0.0/8, AS.internal]}
-        limits: {body: 1MB, upstream_connections: 7}
-        inbound: {allowed_hosts: ["proxy.internal:8787"]}
+        limits:
+          {body: 1MB, memory: 64MiB, held: 9, upstream_connections: 7, connections: 50, connections_per_address: 5}
+        inbound: {allowed_hosts: ["proxy.internal:8787"], trusted_proxies: [10.0.0.1, "::ffff:10.1.0.0/112"]}
         outbound: {ca_bundle: ca.pem, trust_proxy: true}
         servers:
           a:
@@ -94,7 +95,10 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert found.authorization.allow_private == ("10.0.0.0/8", "as.internal")
     assert (found.authorization.wait, found.authorization.open_browser) == (0.0, "never")
     assert found.authorization.cold_start is False
-    assert (found.limits.body, found.limits.upstream_connections) == (10**6, 7)
+    assert found.limits == LimitSettings(
+        body=10**6, memory=64 * 2**20, held=9, upstream_connections=7, connections=50, connections_per_address=5
+    )
+    assert [str(network) for network in found.inbound.trusted_proxies] == ["10.0.0.1/32", "10.1.0.0/16"]
     assert found.inbound.allowed_hosts == ("proxy.internal:8787",)
     assert found.outbound.ca_bundle == tmp_path / "ca.pem"
     assert found.outbound.trust_proxy

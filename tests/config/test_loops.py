@@ -10,6 +10,7 @@ import pytest
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.settings import Address, KeySource, ServerSettings, Settings, StoreSettings
 from mcp_auth_proxy.errors import ConfigurationError
+from mcp_auth_proxy.net.resolver import Resolver
 
 LISTEN = Address("127.0.0.1", 8787)
 
@@ -126,7 +127,7 @@ async def test_a_name_at_the_port_of_the_listener_is_looked_up() -> None:
     urls = [f"https://{name}.example:8787/mcp" for name in names]
     with pytest.raises(ConfigurationError) as caught:
         await loops.check(
-            settings(*urls, "https://other.example/mcp"), LISTEN, "http://127.0.0.1:8787", resolve=resolve
+            settings(*urls, "https://other.example/mcp"), LISTEN, "http://127.0.0.1:8787", resolver=Resolver(resolve)
         )
     assert [error.path for error in caught.value.errors] == ["servers.s0.url", "servers.s3.url"]
     assert sorted(asked) == sorted(f"{name}.example" for name in names)
@@ -136,10 +137,10 @@ async def test_the_name_that_the_proxy_listens_at_is_looked_up() -> None:
     async def resolve(host: str, port: int) -> Sequence[str]:
         return ("192.0.2.7",)
 
-    listening = Address("proxy.example", 8787)
+    listening, resolver = Address("proxy.example", 8787), Resolver(resolve)
     with pytest.raises(ConfigurationError, match=r"servers\.s0\.url"):
-        await loops.check(settings("https://192.0.2.7:8787/mcp"), listening, "http://proxy.example", resolve=resolve)
-    await loops.check(settings("https://192.0.2.8:8787/mcp"), listening, "http://proxy.example", resolve=resolve)
+        await loops.check(settings("https://192.0.2.7:8787/mcp"), listening, "http://proxy.example", resolver=resolver)
+    await loops.check(settings("https://192.0.2.8:8787/mcp"), listening, "http://proxy.example", resolver=resolver)
 
 
 async def test_a_name_that_takes_long_to_look_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,4 +149,5 @@ async def test_a_name_that_takes_long_to_look_up_is_not_waited_for(monkeypatch: 
         return ()
 
     monkeypatch.setattr(loops, "LOOKUP_TIMEOUT", 0.05)
-    await loops.check(settings("https://slow.example:8787/mcp"), LISTEN, "http://127.0.0.1:8787", resolve=hang)
+    slow = settings("https://slow.example:8787/mcp")
+    await loops.check(slow, LISTEN, "http://127.0.0.1:8787", resolver=Resolver(hang))

@@ -158,3 +158,9 @@ def test_an_invalid_allowed_host_is_refused(text: str) -> None:
 )
 def test_a_single_server_is_named_after_its_host(url: str, name: str) -> None:
     assert single_name(url) == name
+
+
+@pytest.mark.parametrize("text", ["proxy.internal", "10.0.0.1/8", "10.0.0.0/99", "10.0.0.1:80", "*"])
+def test_a_trusted_proxy_is_an_address_or_a_network(text: str) -> None:
+    with pytest.raises(ValueError, match="must be an address or a network such as"):
+        values.network(text)

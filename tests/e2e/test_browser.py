@@ -1,58 +1,29 @@
 """The pages in a real browser: a complete consent, attacks by other pages, and how the pages look."""
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import Browser, BrowserContext, Page, async_playwright
-from starlette.responses import HTMLResponse
-from starlette.types import ASGIApp
+from playwright.async_api import Browser, Page
 
+from fakes.chromium import EVIL, chromium, contrast, watched, website
 from fakes.fixtures import Servers
 from fakes.mcp_client import PlainClient
 from fakes.proxy import RunningProxy, running_proxy, until
-from mcp_auth_proxy.cli.demo_servers.local_server import serve
 
 pytestmark = pytest.mark.chromium
 
-EVIL = "evil.example"
-"""A name that the browser resolves to this machine."""
-
 ALLOW = "button[value=allow]"
 CALL = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"echo","arguments":{"text":"stolen"}}}'
-
-
-@asynccontextmanager
-async def chromium() -> AsyncIterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(found for name in names if (found := shutil.which(name)))
-    arguments = ["--disable-gpu", "--disable-dev-shm-usage", f"--host-resolver-rules=MAP {EVIL} 127.0.0.1"]
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, chromium_sandbox=False, args=arguments)
-        try:
-            yield browser
-        finally:
-            await browser.close()
 
 
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
     async with chromium() as started:
         yield started
-
-
-async def watched(context: BrowserContext) -> tuple[Page, list[str]]:
-    """A page, and what goes wrong on it: script errors, refused loads, violations of the policy."""
-    page = await context.new_page()
-    faults: list[str] = []
-    page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("requestfailed", lambda request: faults.append(f"{request.url}: {request.failure}"))
-    return page, faults
 
 
 @asynccontextmanager
@@ -64,17 +35,6 @@ async def notes(servers: Servers, folder: Path, **sections: Any) -> AsyncIterato
         proxy.client("notes") as client,
     ):
         yield proxy, client
-
-
-@asynccontextmanager
-async def website(html: str) -> AsyncIterator[str]:
-    """A foreign page on this machine; yields its port."""
-
-    def make(origin: str) -> ASGIApp:
-        return HTMLResponse(html)
-
-    async with serve(make) as local:
-        yield local.origin.rpartition(":")[2]
 
 
 @pytest.mark.parametrize("script", [True, False], ids=["with-script", "without-script"])
@@ -114,25 +74,6 @@ async def test_the_pages_can_be_read_in_light_and_dark(
         assert await contrast(page) >= 4.5
         await call
     assert faults == []
-
-
-async def contrast(page: Page) -> float:
-    """The least contrast of a text to its background on the page (WCAG 2.2 §1.4.3), and nothing wider than it."""
-    assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    return float(
-        await page.evaluate("""() => {
-            const light = text => {
-                const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(Number).map(value => value / 255)
-                    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-                return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-            };
-            const paper = light(getComputedStyle(document.body).backgroundColor);
-            return Math.min(...[...document.querySelectorAll('h1, p, td, th, footer')].map(element => {
-                const ink = light(getComputedStyle(element).color);
-                return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
-            }));
-        }""")
-    )
 
 
 async def test_a_reload_of_the_last_page_is_refused_and_the_grant_stays(

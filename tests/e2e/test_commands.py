@@ -14,7 +14,7 @@ import yaml
 
 from fakes.fixtures import Servers
 from fakes.mcp_client import PlainClient
-from fakes.proxy import proxy_process, run_command, serving, until, write_config
+from fakes.proxy import proxy_process, run_command, serving, unnamed, until, write_config
 
 FAULTY = """
 listen: 8787
@@ -206,7 +206,7 @@ async def test_only_the_first_start_announces_the_key_that_it_created(tmp_path: 
         assert await second.stop() == 0
     assert first.err.count(KEY_LINE) == 1
     assert str(tmp_path / "proxy.key") in first.err
-    assert second.err == ""
+    assert unnamed(second.err) == ""
 
 
 async def test_serve_prints_what_it_serves_and_how_to_configure_a_client(tmp_path: Path) -> None:
@@ -267,4 +267,4 @@ async def test_an_interrupt_ends_serve_without_an_error(tmp_path: Path) -> None:
     async with proxy_process(config) as proxy:
         await until(lambda: KEY_LINE in proxy.err)
         assert await proxy.stop(signal.SIGINT) == 0
-    assert len(proxy.err.splitlines()) == 1
+    assert len(unnamed(proxy.err).splitlines()) == 1

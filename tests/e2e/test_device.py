@@ -56,6 +56,8 @@ async def test_the_page_shows_the_code_and_the_held_request_continues(
             page = await browser.open(link)
             assert page.status_code == 200
             assert user_code(issuer) in page.text
+            for told in (upstream.url.removesuffix("/mcp"), issuer.issuer, "read"):  # T78
+                assert f"<code>{told}</code>" in page.text
             assert "<script" not in page.text
             assert "frame-ancestors 'none'" in page.headers["content-security-policy"]  # T17
             (there,) = Page(page.text).links
@@ -252,6 +254,7 @@ async def test_login_prints_the_code_for_any_device(servers: Servers, issuer: Ex
     upstream = await servers.real_mcp_server(issuer)
     code, out = await log_in(write_config(tmp_path, at(upstream.url)), issuer)
     assert code == 0
+    assert f"To authorize notes at {upstream.local.origin}" in out  # T78
     assert f"{issuer.issuer}/device\n" in out
     assert f"{issuer.issuer}/device?user_code={user_code(issuer)}" in out
     assert "/connect/" not in out

@@ -15,7 +15,7 @@ from fakes.http_exchange import ABSENT, FakeResponse, RecordedRequest
 from fakes.mcp_server import MODERN, FakeMcpServer
 from fakes.proxy import Json, Sections, link_in, running_proxy, write_config
 from mcp_auth_proxy.cli.doctor.examine import examine
-from mcp_auth_proxy.cli.doctor.report import Outcome, Report, as_json, as_text
+from mcp_auth_proxy.cli.doctor.report import Outcome, Report, as_document, as_lines
 from mcp_auth_proxy.config.load import load
 
 UNHELD: Sections = {"authorization": {"wait": "0s"}}
@@ -248,7 +248,7 @@ async def test_a_401_that_may_be_from_oauth_is_not_a_refusal(
 async def test_the_json_has_the_members_that_programs_rely_on(servers: Servers, tmp_path: Path) -> None:
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
-    document = json.loads(as_json(await diagnose(tmp_path, upstream.url)))
+    document = json.loads(json.dumps(as_document(await diagnose(tmp_path, upstream.url))))
     assert list(document) == MEMBERS
     assert (document["format"], document["verdict"]) == (1, "ready")
     assert all(list(step) == STEP_MEMBERS for step in document["steps"])
@@ -264,8 +264,10 @@ async def test_text_from_a_server_can_not_control_the_terminal(servers: Servers,
     issuer = await servers.authorization_server(answers={"metadata": FakeResponse.html(nasty, 404)})
     upstream = await servers.mcp_server(issuer, challenges={401: [f'Bearer realm="a", nasty="{chr(0x9B)}2J"']})
     report = await diagnose(tmp_path, upstream.url)
-    assert not [c for c in as_json(report) + as_text(report).replace("\x1b[", "") if c in "\x1b\x07\x9b"]
-    assert "owned" in as_json(report)
+    assert not [
+        c for c in str(as_document(report)) + "".join(as_lines(report)).replace("\x1b[", "") if c in "\x1b\x07\x9b"
+    ]
+    assert "owned" in str(as_document(report))
 
 
 async def test_a_relative_resource_metadata_is_noted_and_ignored(servers: Servers, tmp_path: Path) -> None:

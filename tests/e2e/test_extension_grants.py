@@ -1,6 +1,7 @@
 """Grants that ask no user: signatures in place of secrets, workload tokens, ID-JAGs, and token exchange."""
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fakes.headless import consent
 from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import PlainClient
 from fakes.proxy import Sections, proxy_process, run_command, running_proxy, write_config
+from fakes.proxy_setup import Clock
 
 NOW: Sections = {"authorization": {"wait": "0s"}}
 PLATFORM = "https://platform.example"
@@ -44,10 +46,12 @@ async def idp() -> AsyncIterator[ExtensionServer]:
 
 
 @asynccontextmanager
-async def client_of(folder: Path, url: str, oauth: dict[str, object]) -> AsyncIterator[PlainClient]:
+async def client_of(
+    folder: Path, url: str, oauth: dict[str, object], clock: Callable[[], float] = time.time
+) -> AsyncIterator[PlainClient]:
     """Run the proxy before the server ``notes``; nobody is there to authorize."""
     config = {"notes": {"url": url, "oauth": oauth}}
-    async with running_proxy(folder, config, **NOW) as proxy, proxy.client("notes") as client:
+    async with running_proxy(folder, config, clock=clock, **NOW) as proxy, proxy.client("notes") as client:
         yield client
 
 
@@ -315,11 +319,13 @@ async def test_an_expired_id_token_is_reported_and_a_new_one_is_used(
     upstream = await servers.mcp_server(issuer)
     oauth = with_idp(issuer, idp, tmp_path)
     (tmp_path / "id_token").write_text(idp.id_token("agent-at-idp", seconds=-60))
-    async with client_of(tmp_path, upstream.url, oauth) as client:
+    clock = Clock()
+    async with client_of(tmp_path, upstream.url, oauth, clock) as client:
         answer = await client.call("echo", text="x")
         assert "ExpiredSignatureError" in answer.error["message"]
         assert idp.issuer in answer.error["message"]
         (tmp_path / "id_token").write_text(idp.id_token("agent-at-idp"))
+        clock.ahead += int(answer.headers["retry-after"])
         assert (await client.call("echo", text="y")).text == "y"
 
 

@@ -20,13 +20,25 @@ from fakes.proxy_setup import ProxySetup, proxy_setup
 from mcp_auth_proxy.broker import planning
 
 RESOURCE, SERVER = "protected resource metadata", "authorization server metadata"
-PRIVATE = ["169.254.169.254", "[64:ff9b::a9fe:a9fe]", "192.0.0.192", "100.64.0.1", "10.0.0.1", "[fd00::1]"]
+PRIVATE = [
+    "169.254.169.254",
+    "[64:ff9b::a9fe:a9fe]",
+    "192.0.0.192",
+    "100.64.0.1",
+    "10.0.0.1",
+    "[fd00::1]",
+    "168.63.129.16",
+    "0xa83f8110",
+    "[fd00:ec2::254]",
+    "[::ffff:100.100.100.200]",
+]
 
 
 async def refused_quickly(setup: ProxySetup, *words: str) -> None:
     async with asyncio.timeout(5):
         assert_refused(await setup.ask(), *words)
     assert setup.proxy.links == []
+    setup.skip_pause()
 
 
 def challenge_naming(url: str) -> dict[int, list[str]]:
@@ -38,7 +50,7 @@ def challenge_naming(url: str) -> dict[int, list[str]]:
 
 @pytest.mark.parametrize("host", PRIVATE)
 @pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_a_challenge_leads_to_no_private_address(  # T1, T2
+async def test_a_challenge_leads_to_no_private_address(  # T1, T2, T89
     servers: Servers, tmp_path: Path, host: str, scheme: str
 ) -> None:
     url = f"{scheme}://{host}/latest/meta-data"

@@ -18,6 +18,7 @@ from fakes.mcp_client import PlainClient
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import ProxyProcess, link_in, proxy_process, until, write_config
 from fakes.proxy_setup import proxy_setup
+from fakes.raw_client import RawClient
 
 ANSWER = 4096
 """Bytes of an answer of the proxy's own to one request, and of its log line."""
@@ -97,6 +98,20 @@ async def test_a_challenge_with_a_long_text_stops_nobody_and_fills_no_log(  # T7
         assert len(lines) <= 2 * len(replies)
         # 200 characters of it, and in JSON up to four bytes for each.
         assert not any(value[:900] in line for line in lines)
+
+
+@pytest.mark.parametrize("repeated", ["\\", '\\"', "a=;"])
+async def test_a_long_cookie_stops_nobody(servers: Servers, tmp_path: Path, repeated: str) -> None:  # T79
+    async def callback(origin: str) -> int:
+        async with RawClient.to(origin) as raw:
+            cookie = 'a="' + repeated * (LONG // len(repeated)) + '"'
+            raw.send(f"GET /oauth/callback?state=x HTTP/1.1\nHost: HOST\nCookie: {cookie}\n\n")
+            return (await raw.head())[0]
+
+    async with attacked(servers, tmp_path) as setup:
+        attack = asyncio.ensure_future(callback(setup.proxy.origin))
+        assert await setup.slowest_meanwhile(attack) < SECONDS
+        assert await attack == 400
 
 
 def batch(client: PlainClient, identifiers: list[int | str]) -> tuple[str, dict[str, str]]:

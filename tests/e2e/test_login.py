@@ -18,7 +18,7 @@ from fakes.fixtures import RealMcpServer, Servers
 from fakes.headless import Browser, consent, decline
 from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import PlainClient
-from fakes.proxy import link_in, proxy_process, run_command, running_proxy, start_command, until, write_config
+from fakes.proxy import link_in, proxy_process, run_command, running_proxy, start_command, unnamed, until, write_config
 from fakes.proxy_setup import proxy_setup
 
 TOOLS = ["add", "count", "echo", "large", "whoami", "write_note"]
@@ -44,7 +44,7 @@ class Login:
     async def end(self) -> tuple[int, str, str]:
         """Exit code, stdout, stderr; bounded."""
         out, err = await asyncio.wait_for(self.process.communicate(), 15)
-        return self.process.returncode or 0, self.out + out.decode(), err.decode()
+        return self.process.returncode or 0, self.out + out.decode(), unnamed(err.decode())
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import pytest
 import yaml
 
 from fakes.fixtures import Servers
@@ -98,6 +99,22 @@ async def test_a_circle_of_proxies_ends_with_508(tmp_path: Path) -> None:
         for proxy in (first, second):
             opened = sum(proxy.application.http.connections().values())
             assert opened <= 2
+
+
+async def test_the_log_names_who_sent_a_request_in_a_loop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    named = []
+    for trusted in ([], ["127.0.0.1"]):
+        caplog.clear()
+        inbound = {"trusted_proxies": trusted}
+        async with running_proxy(tmp_path, {"notes": "http://127.0.0.1:9/mcp"}, inbound=inbound) as proxy:
+            headers = {"mcp-auth-proxy-hops": "3", "x-forwarded-for": "198.51.100.9, 192.0.2.7"}  # T33
+            async with PlainClient(f"{proxy.origin}/notes/mcp", headers=headers) as client:
+                for _ in range(3):
+                    reply = await client.call("echo", text="x")
+                    assert (reply.status, "127.0.0.1" in reply.message) == (508, False)
+        (line,) = [record.getMessage() for record in caplog.records if "loop" in record.getMessage()]
+        named.append(line.partition("It came from ")[2])
+    assert named == ["127.0.0.1.", "192.0.2.7 through 127.0.0.1."]
 
 
 async def test_a_chain_of_proxies_works(servers: Servers, tmp_path: Path) -> None:

@@ -238,6 +238,7 @@ async def test_a_pinned_issuer_is_the_only_one(servers: Servers, tmp_path: Path)
         assert "servers.notes.oauth.issuer" in reply.error["message"]
         assert setup.issuer.requests == []
         setup.upstream.authorization_servers.append(pinned)
+        setup.skip_pause()
         await setup.connect()
         assert setup.issuer.requests == []
 

@@ -9,7 +9,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization
-from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.config.settings import LimitSettings, ServerSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.models import (
     AccessToken,
@@ -25,6 +25,7 @@ from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_server import HttpServerConnection
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 
@@ -48,7 +49,7 @@ def pending_authorization(link: str = "http://127.0.0.1:8787/connect/notes?flow=
         id="F1",
         key=GrantKey(account=Account("local", "notes"), resource="https://notes.example", issuer="https://as.example"),
         registration=registration,
-        endpoints=Endpoints(token="https://as.example/token"),
+        endpoints=Endpoints(authorization="https://as.example/authorize", token="https://as.example/token"),
         scopes=(),
         redirect_uri="",
         iss_supported=False,
@@ -66,6 +67,12 @@ class ScriptedBroker:
         self.verdicts = list(verdicts)
         self.challenges: list[dict[str, Any]] = []
         self.waiting: PendingAuthorization | None = None
+        self.outages = OutageLog()
+        self.accepted_by: list[Account] = []
+        """The accounts whose token was accepted in a handler."""
+
+    def accepted(self, account: Account) -> None:
+        self.accepted_by.append(account)
 
     async def token(self, account: Account) -> AccessToken | None:
         if isinstance(self.current, McpAuthProxyError):
@@ -116,7 +123,8 @@ async def forwarding(
 ) -> AsyncIterator[ForwardingServer]:
     """Run the data plane before the upstream at ``url``."""
     http = HttpClient(Dialer(environ={}), connections_per_origin=4)
-    forwarder = Forwarder(broker=cast(Broker, broker), http=http, body_limit=body_limit, wait=wait)
+    limits = LimitSettings(body=body_limit)
+    forwarder = Forwarder(broker=cast(Broker, broker), http=http, limits=limits, wait=wait, several=False)
     server = ServerSettings(name="notes", url=url, upstream_timeout=timeout)
     running = ForwardingServer(forwarder, routes.build({"notes": server})[b"/notes/mcp"])
     config, state = Config(cast(Any, running), interface="asgi3", log_config=None), ServerState()

@@ -142,10 +142,16 @@ PROGRAM = (sys.executable, "-m", "mcp_auth_proxy")
 
 
 async def start_command(
-    *arguments: str, env: Environment | None = None, cwd: Path | None = None, program: Sequence[str] = PROGRAM
+    *arguments: str,
+    env: Environment | None = None,
+    cwd: Path | None = None,
+    max_files: int | None = None,
+    program: Sequence[str] = PROGRAM,
 ) -> asyncio.subprocess.Process:
-    """Start a command of the proxy without a terminal."""
+    """Start a command of the proxy without a terminal. ``max_files`` is its limit on open files, soft and hard."""
+    limited = ("/bin/sh", "-c", f'ulimit -n {max_files} && exec "$@"', "sh") if max_files else ()
     return await asyncio.create_subprocess_exec(
+        *limited,
         *program,
         *arguments,
         env={name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None},
@@ -159,7 +165,7 @@ async def start_command(
 async def run_command(
     *arguments: str, env: Environment | None = None, cwd: Path | None = None, timeout: float = 30
 ) -> tuple[int, str, str]:
-    """Run a command of the proxy to its end; return exit code, stdout and stderr."""
+    """Run a command of the proxy to its end; return exit code, stdout and stderr, which names no file (see below)."""
     process = await start_command(*arguments, env=env, cwd=cwd)
     try:
         out, err = await asyncio.wait_for(process.communicate(), timeout)
@@ -167,24 +173,38 @@ async def run_command(
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return process.returncode or 0, out.decode(), err.decode()
+    return process.returncode or 0, out.decode(), unnamed(err.decode())
+
+
+def unnamed(err: str) -> str:
+    """Return stderr without its first line, if that says which configuration file is used, as in every command."""
+    return re.sub(r"\Aconfiguration: .*\n", "", err)
 
 
 @asynccontextmanager
 async def proxy_process(
-    config: Path, *arguments: str, listen: str = "127.0.0.1:0", env: Environment | None = None
+    config: Path,
+    *arguments: str,
+    listen: str = "127.0.0.1:0",
+    env: Environment | None = None,
+    max_files: int | None = None,
 ) -> AsyncIterator[ProxyProcess]:
     """Run ``serve`` with this file until the block ends; yield the process once it is ready."""
-    async with serving("--config", str(config), "--listen", listen, *arguments, env=env) as proxy:
+    options = ("--config", str(config), "--listen", listen, *arguments)
+    async with serving(*options, env=env, max_files=max_files) as proxy:
         yield proxy
 
 
 @asynccontextmanager
 async def serving(
-    *arguments: str, env: Environment | None = None, cwd: Path | None = None, program: Sequence[str] = PROGRAM
+    *arguments: str,
+    env: Environment | None = None,
+    cwd: Path | None = None,
+    max_files: int | None = None,
+    program: Sequence[str] = PROGRAM,
 ) -> AsyncIterator[ProxyProcess]:
     """Run ``serve`` with these arguments until the block ends; yield the process once it is ready."""
-    process = await start_command("serve", *arguments, env=env, cwd=cwd, program=program)
+    process = await start_command("serve", *arguments, env=env, cwd=cwd, max_files=max_files, program=program)
     proxy = ProxyProcess(process, "")
     started = asyncio.Event()
 

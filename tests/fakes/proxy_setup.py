@@ -14,6 +14,7 @@ from fakes.headless import consent
 from fakes.mcp_client import McpResponse, PlainClient
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import RunningProxy, link_in, running_proxy
+from mcp_auth_proxy.broker.backoff import LONGEST
 
 
 class Clock:
@@ -21,9 +22,14 @@ class Clock:
 
     def __init__(self) -> None:
         self.ahead = 0.0
+        self._stopped_at: float | None = None
 
     def __call__(self) -> float:
-        return time.time() + self.ahead
+        return (self._stopped_at or time.time()) + self.ahead
+
+    def stop(self) -> None:
+        """Let time pass only if a test advances it, however slow the machine is."""
+        self._stopped_at = time.time()
 
 
 @dataclass(kw_only=True)
@@ -43,6 +49,10 @@ class ProxySetup:
     async def link(self) -> str:
         """Return the link with which a request is answered."""
         return link_in((await self.ask()).message)
+
+    def skip_pause(self) -> None:
+        """Advance the clock to the end of the pause after the last failures, if the server asked for none itself."""
+        self.clock.ahead += LONGEST
 
     async def connect(self) -> None:
         """Authorize as a user would; for setups in which requests do not wait for consent."""
@@ -85,9 +95,10 @@ async def proxy_setup(
     authority = await servers.authorization_server(**{"auto_consent": True, **(issuer or {})})
     server = await servers.mcp_server(authority, **(upstream or {}))
     clock = Clock()
+    sections.setdefault("authorization", {"wait": wait})
     config = {"url": server.url, **({"oauth": dict(oauth)} if oauth else {})}
     async with (
-        running_proxy(folder, {"notes": config}, clock=clock, authorization={"wait": wait}, **sections) as proxy,
+        running_proxy(folder, {"notes": config}, clock=clock, **sections) as proxy,
         proxy.client("notes", **(client or {})) as plain,
     ):
         yield ProxySetup(issuer=authority, upstream=server, proxy=proxy, client=plain, clock=clock)

@@ -49,6 +49,34 @@ LOCAL = AddressPolicy.for_upstream("http://127.0.0.1:3000/mcp")
         ("64:ff9b::7f00:1", "NAT64 of loopback"),
         ("64:ff9b:1::1", "local NAT64"),
         ("100::1", "reserved"),
+        ("100.100.100.200", "cloud platform"),
+        ("100.100.100.201", "carrier-grade NAT"),
+        ("161.26.0.10", "cloud platform"),
+        ("166.11.255.255", "cloud platform"),
+        ("168.63.129.16", "cloud platform"),
+        ("fd00:42::42", "cloud platform"),
+        ("fd00:ec2::254", "cloud platform"),
+        ("fd00:ec2::23", "cloud platform"),
+        ("fd20:ce::254", "cloud platform"),
+        ("::ffff:168.63.129.16", "cloud platform"),
+        ("64:ff9b::168.63.129.16", "NAT64 of cloud platform"),
+        ("64:ff9b::100.100.100.200", "NAT64 of cloud platform"),
+        ("64:ff9b:1::168.63.129.16", "local NAT64"),
+        ("2002:a83f:8110::1", "6to4"),
+        ("2001:0:a83f:8110::1", "Teredo"),
+        ("::168.63.129.16", "reserved"),
+        ("::ffff:0:168.63.129.16", "reserved"),
+        ("0.1.2.3", "this-network"),
+        ("100.127.255.255", "carrier-grade NAT"),
+        ("169.254.170.2", "link-local"),
+        ("239.255.255.255", "multicast"),
+        ("fe80::a9fe:a9fe", "link-local"),
+        ("168.63.129.15", ""),
+        ("168.63.129.17", ""),
+        ("100.63.255.255", ""),
+        ("100.128.0.0", ""),
+        ("161.27.0.0", ""),
+        ("166.12.0.0", ""),
         ("8.8.8.8", ""),
         ("172.32.0.1", ""),
         ("2606:4700::1111", ""),
@@ -56,7 +84,7 @@ LOCAL = AddressPolicy.for_upstream("http://127.0.0.1:3000/mcp")
         ("64:ff9b::808:808", ""),
     ],
 )
-def test_the_class_of_an_address_is_known(address: str, expected: str) -> None:  # T2
+def test_the_class_of_an_address_is_known(address: str, expected: str) -> None:  # T2, T89
     assert address_class(address) == expected
 
 
@@ -101,6 +129,15 @@ def test_an_upstream_by_name_may_be_private_at_its_own_origin() -> None:  # T3
     assert PUBLIC.refusal("mcp.example.com", 8443, "10.0.0.1") == "private"
     for address in ("127.0.0.1", "169.254.169.254"):
         assert PUBLIC.refusal("mcp.example.com", 443, address)
+
+
+@pytest.mark.parametrize("address", ["168.63.129.16", "100.100.100.200", "fd00:ec2::254", "64:ff9b::168.63.129.16"])
+def test_no_name_of_a_server_leads_to_a_cloud_platform_unless_that_is_listed(address: str) -> None:  # T89
+    for policy in (PUBLIC, LOCAL, AddressPolicy.for_upstream("https://mcp/mcp", ["10.0.0.0/8", "100.64.0.0/16"])):
+        assert "cloud platform" in policy.refusal("as.example.com", 443, address)
+        assert "cloud platform" in policy.refusal("mcp.example.com", 443, address)
+    listed = AddressPolicy.for_upstream("https://mcp.example.com/mcp", [address])
+    assert listed.refusal("as.example.com", 443, address) == ""
 
 
 def test_an_http_upstream_opens_http_at_its_own_origin_only() -> None:

@@ -9,7 +9,7 @@ import pytest
 from fakes.listener import listener
 from fakes.proxy import until, wait_until_stable
 from fakes.raw_client import RawClient
-from mcp_auth_proxy.errors import BodyTooLarge, ClientDisconnected, McpAuthProxyError
+from mcp_auth_proxy.errors import BodyTooLarge, ClientDisconnected, McpAuthProxyError, Overloaded
 from mcp_auth_proxy.net.client_request import ClientRequest, Serve
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -228,7 +228,7 @@ async def test_an_invalid_whole_response_closes_the_connection_and_raises_nothin
 
 async def test_a_request_of_the_fast_path_may_be_left_to_a_coroutine() -> None:
     async def finish(request: ClientRequest) -> None:
-        request.respond(200, [], request.peek_body() + await request.body(10) + request.peek_body())
+        request.respond(200, [], request.peek_body() + await request.body(10, lambda size: True) + request.peek_body())
 
     def leave(request: ClientRequest) -> bool:
         request.run(finish)
@@ -307,6 +307,33 @@ async def test_a_cancelled_handler_closes_the_connection() -> None:
 # The body of a request
 
 
+async def test_a_body_for_which_there_is_no_memory_is_not_read_to_its_end() -> None:  # T82
+    counted: list[int] = []
+    ended: list[Exception] = []
+
+    def take(size: int) -> bool:
+        counted.append(size)
+        return sum(counted) <= 5
+
+    async def serve(request: ClientRequest) -> None:
+        try:
+            await request.body(100, take)
+        except Overloaded as error:
+            ended.append(error)
+        request.respond(503, [], b"")
+
+    async with client_of(serve) as client:
+        client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n12345")
+        await until(lambda: counted)
+        client.send(b"6")
+        await until(lambda: ended)
+        assert (await client.answer()).status == 503
+    assert (sum(counted), str(ended[0])) == (
+        6,
+        "The proxy has too much to do: limits.memory is used up. Try again later.",
+    )
+
+
 async def body_within(sent: list[bytes], limit: int) -> bytes | Exception:
     """Send a request in parts, each when the one before has arrived; return what its handler reads."""
     results: list[bytes | Exception] = []
@@ -315,7 +342,7 @@ async def body_within(sent: list[bytes], limit: int) -> bytes | Exception:
     async def serve(request: ClientRequest) -> None:
         requests.append(request)
         try:
-            results.append(await request.body(limit))
+            results.append(await request.body(limit, lambda size: True))
         except McpAuthProxyError as error:
             results.append(error)
 
@@ -401,7 +428,7 @@ EXPECT = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-contin
 
 async def test_a_client_that_expects_100_continue_gets_it() -> None:
     async def serve(request: ClientRequest) -> None:
-        request.respond(200, [], await request.body(5))
+        request.respond(200, [], await request.body(5, lambda size: True))
 
     async with client_of(serve) as client:
         client.send(EXPECT)
@@ -415,7 +442,7 @@ async def test_a_client_that_expects_100_continue_gets_it() -> None:
 async def test_100_continue_is_not_sent_for_a_body_over_the_limit() -> None:
     async def serve(request: ClientRequest) -> None:
         with pytest.raises(BodyTooLarge):
-            await request.body(4)
+            await request.body(4, lambda size: True)
         request.respond(413, [], b"")
 
     async with client_of(serve) as client:

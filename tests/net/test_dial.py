@@ -17,10 +17,11 @@ from cryptography.x509.oid import NameOID
 
 from fakes.raw_server import Peer, RawServer, answers, ok
 from mcp_auth_proxy.errors import ConfigurationError, UpstreamUnreachable
-from mcp_auth_proxy.net import dial
+from mcp_auth_proxy.net import dial, resolver
 from mcp_auth_proxy.net.addresses import AddressPolicy, AddressRefused
-from mcp_auth_proxy.net.dial import Dialer, Resolve
+from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
+from mcp_auth_proxy.net.resolver import Resolve
 from mcp_auth_proxy.net.urls import Origin
 
 REQUEST = b"GET /mcp HTTP/1.1\r\nhost: h\r\n\r\n"
@@ -98,7 +99,7 @@ async def get() -> AsyncIterator[Get]:
         ca: Path | None = None,
         environ: dict[str, str] | None = None,
         timeout: float = 5.0,
-        resolve: Resolve = dial.resolve,
+        resolve: Resolve = resolver.resolve,
     ) -> bytes:
         dialer = Dialer(ca_bundle=ca, environ=environ or {}, resolve=resolve)
         upstream = HttpClient(dialer, connections_per_origin=5, connect_timeout=timeout)
@@ -305,7 +306,7 @@ async def test_a_look_up_has_its_own_deadline(get: Get, monkeypatch: pytest.Monk
         await asyncio.Event().wait()
         return ()
 
-    monkeypatch.setattr(dial, "LOOKUP_TIMEOUT", 0.05)
+    monkeypatch.setattr(resolver, "LOOKUP_TIMEOUT", 0.05)
     with pytest.raises(UpstreamUnreachable, match=r"x\.example can't be looked up now"):
         await get(Origin("https", "x.example", 443), resolve=hang)
 
@@ -322,9 +323,9 @@ def test_families_alternate_starting_with_that_of_the_first_address() -> None:  
 
 
 def test_a_link_local_address_keeps_its_zone() -> None:
-    address = dial._with_zone(("fe80::1", 443, 0, 2))
+    address = resolver._with_zone(("fe80::1", 443, 0, 2))
     assert dial._socket_address(address, 443) == ("fe80::1", 443, 0, 2)
-    assert dial._socket_address(dial._with_zone(("127.0.0.1", 443)), 443) == ("127.0.0.1", 443)
+    assert dial._socket_address(resolver._with_zone(("127.0.0.1", 443)), 443) == ("127.0.0.1", 443)
 
 
 # Address policies
@@ -341,6 +342,75 @@ async def test_every_address_is_checked_before_any_is_dialed(addresses: list[str
         with pytest.raises(AddressRefused, match=r"as\.example\.com leads to 127\.0\.0\.1, a loopback address"):
             await dialer.open(origin, lambda _: asyncio.Protocol(), timeout=5, policy=PUBLIC)
     assert server.peers == []
+
+
+async def test_an_address_from_an_earlier_look_up_is_checked_again() -> None:  # T81, T3
+    asked: list[str] = []
+
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        asked.append(host)
+        return ("127.0.0.1",)
+
+    async with RawServer(answers(ok())) as server:
+        dialer = Dialer(environ={}, resolve=resolve)
+        origin = Origin("http", "as.example.com", server.port)
+        allowing = AddressPolicy.for_upstream("https://mcp.example.com/mcp", ["as.example.com"])
+        opened = await dialer.open(origin, lambda _: asyncio.Protocol(), timeout=5, policy=allowing)
+        with pytest.raises(AddressRefused, match=r"as\.example\.com leads to 127\.0\.0\.1, a loopback address"):
+            await dialer.open(origin, lambda _: asyncio.Protocol(), timeout=5, policy=PUBLIC)
+        assert isinstance(opened, asyncio.Protocol)
+        assert len(server.peers) == 1
+    assert asked == ["as.example.com"]
+
+
+async def test_a_name_whose_addresses_cannot_be_reached_is_looked_up_at_its_next_use() -> None:  # T81
+    asked: list[str] = []
+
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        asked.append(host)
+        return ("127.0.0.3",) if len(asked) == 1 else ("127.0.0.1",)
+
+    async with RawServer(answers(ok(), ok())) as server:
+        upstream = HttpClient(Dialer(environ={}, resolve=resolve), connections_per_origin=5)
+        origin = Origin("http", "moved.example", server.port)
+        with pytest.raises(UpstreamUnreachable, match="connection refused"):
+            await upstream.send(origin, REQUEST, method=b"GET", head_timeout=5)
+        async with asyncio.timeout(5):
+            await until_served(upstream, origin)
+        await upstream.aclose()
+    assert len(asked) == 2
+
+
+async def until_served(upstream: HttpClient, origin: Origin) -> None:
+    """Send requests until one is answered: on a busy machine, the last good address may be tried once more."""
+    while True:
+        with contextlib.suppress(UpstreamUnreachable):
+            await (await upstream.send(origin, REQUEST, method=b"GET", head_timeout=5)).read()
+            return
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_documents_that_name_unanswered_hosts_leave_their_server_its_own_look_up(scheme: str) -> None:  # T81
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        if host.startswith("hang"):
+            await asyncio.Event().wait()
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    dialer = Dialer(environ={}, resolve=resolve)
+    policy = AddressPolicy.for_upstream(f"{scheme}://mcp.example.com/mcp")
+
+    def open_document(host: str) -> "asyncio.Future[asyncio.Protocol]":
+        origin = Origin("https", host, 443)
+        return asyncio.ensure_future(dialer.open(origin, lambda _: asyncio.Protocol(), timeout=0.1, policy=policy))
+
+    documents = [open_document(f"hang{number}.example") for number in range(20)]
+    for failed in await asyncio.gather(*documents, return_exceptions=True):
+        assert "can't be looked up now" in str(failed)
+    # Their look-ups are still out. The server itself gets its answer, and so does another server.
+    with pytest.raises(UpstreamUnreachable, match="was not found"):
+        await dialer.open(Origin(scheme, "mcp.example.com", 443), lambda _: asyncio.Protocol(), timeout=5)
+    with pytest.raises(UpstreamUnreachable, match="because 4 other look-ups are unanswered"):
+        await open_document("as.example.com")
 
 
 @pytest.mark.parametrize("host", ["0x7f.1", "2130706433", "10.0.0.1", "fd00::1"])

@@ -140,6 +140,32 @@ async def test_a_lower_limit_is_reached_as_connections_close_though_others_wait(
         assert len(server.peers) == 4
 
 
+async def test_all_pools_share_a_limit_and_idle_connections_make_room() -> None:  # T83
+    async with (
+        RawServer(answers(ok())) as server,
+        RawServer(silent) as other,
+        RawServer(silent) as third,
+        http_client() as client,
+    ):
+        client.set_limit(10, 2)
+        assert await ask(client, server) == b"hi"
+        waiting: list[asyncio.Task[Response]] = []
+        for silent_server in (other, third):  # the second one gets the place of the idle connection
+            waiting.append(asyncio.create_task(send(client, silent_server)))
+            await until(lambda: silent_server.requests, "a request")  # noqa: B023
+            assert sum(client.connections().values()) == 2
+        pool = client.pool(origin(server))
+        assert pool is not None
+        assert pool.open == 0
+        for full in (server, other):
+            with pytest.raises(UpstreamPoolTimeout, match="All 2 connections that the process may open"):
+                await send(client, full)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert await ask(client, server) == b"hi"
+
+
 # Races: what is handed over just as the wait for it ends
 
 

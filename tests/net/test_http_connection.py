@@ -19,6 +19,7 @@ from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError, Upstream
 from mcp_auth_proxy.net import http_connection as connection_module
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import (
+    BODY_PIECE,
     BUSY_POLL_THRESHOLD,
     FIELD_LIMIT,
     HEAD_LIMIT,
@@ -43,9 +44,6 @@ class Wire(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += data
-
-    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
-        self.written += b"".join(list_of_data)
 
     def get_write_buffer_size(self) -> int:
         return self.unsent
@@ -99,9 +97,9 @@ class Line:
         self.connection = HttpConnection(self.owner, None)  # type: ignore[arg-type]  # the transport here has no socket
         self.connection.connection_made(self.wire)
 
-    def ask(self, method: bytes = b"POST", timeout: float = 60.0) -> asyncio.Future[Response]:
+    def ask(self, method: bytes = b"POST", timeout: float = 60.0, body: bytes = b"body") -> asyncio.Future[Response]:
         waiter: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        self.connection.send(waiter, b"head", b"body", bodiless=method == b"HEAD", timeout=timeout)
+        self.connection.send(waiter, b"head", body, bodiless=method == b"HEAD", timeout=timeout)
         return waiter
 
     def receive(self, data: bytes) -> None:
@@ -320,6 +318,43 @@ async def test_a_response_without_body_loses_its_content_length() -> None:
 async def test_a_connection_is_released_only_after_a_complete_response(raw: bytes, reused: bool) -> None:
     outcome = await play([raw], end=False)
     assert (outcome.error, outcome.reused) == (None, reused)
+
+
+async def test_a_large_body_is_written_in_pieces_while_others_have_their_turn() -> None:  # T82
+    line, body = Line(), b"0123456789" * (BODY_PIECE // 4)
+    line.ask(body=body)
+    assert line.wire.written == b"head" + body[:BODY_PIECE]
+    await asyncio.sleep(0)
+    assert line.wire.written == b"head" + body[: 2 * BODY_PIECE]
+    line.connection.pause_writing()
+    await asyncio.sleep(0)
+    line.connection.resume_writing()
+    line.connection.pause_writing()
+    await asyncio.sleep(0)
+    assert line.wire.written == b"head" + body[: 2 * BODY_PIECE]
+    line.connection.resume_writing()
+    await asyncio.sleep(0)
+    assert line.wire.written == b"head" + body
+
+
+async def test_a_response_before_all_of_the_body_was_written_ends_the_connection() -> None:  # T82
+    line = Line()
+    waiter = line.ask(body=b"x" * 3 * BODY_PIECE)
+    line.receive(b"HTTP/1.1 413 X\r\nContent-Length: 2\r\n\r\nno")
+    assert (await waiter).status == 413
+    written = line.wire.written
+    await asyncio.sleep(0)
+    assert (line.wire.written, line.wire.closed, line.owner.back) == (written, "closed", [])
+
+
+async def test_tiny_chunks_that_nobody_takes_are_joined() -> None:  # T82
+    line = Line()
+    waiter = line.ask()
+    line.receive(b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n" + b"2\r\nab\r\n" * (READ_AHEAD // 2 + 1))
+    response = await waiter
+    assert not line.wire.is_reading()
+    assert len(response._chunks) == 1
+    assert await response.read() == b"ab" * (READ_AHEAD // 2 + 1)
 
 
 async def test_a_connection_with_part_of_the_request_unsent_is_not_used_again() -> None:

@@ -15,10 +15,12 @@ from fakes.listener import listener as serving
 from fakes.proxy import until
 from mcp_auth_proxy.errors import ClientDisconnected
 from mcp_auth_proxy.net.client_request import ClientRequest
-from mcp_auth_proxy.net.http_server import MIN_BODY_RATE, HttpServerConnection
+from mcp_auth_proxy.net.http_server import MAX_PIPELINED, MIN_BODY_RATE, HttpServerConnection
 
 HEADER_TIMEOUT = 0.3
 """Seconds; that of the connection is too long for a test."""
+
+FRAMINGS = (b"Content-Length: 1000000", b"Transfer-Encoding: chunked")
 
 GOOD = b"GET /good HTTP/1.1\r\nHost: a\r\n\r\n"
 TWO_HOSTS = b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"
@@ -43,7 +45,7 @@ class EchoServer:
     async def serve(self, request: ClientRequest) -> None:
         self.served += 1
         try:
-            body = b"" if request.path == b"/early" else await request.body(10**8)
+            body = b"" if request.path == b"/early" else await request.body(10**8, lambda size: True)
         except ClientDisconnected:
             self.disconnects += 1
             return
@@ -239,6 +241,38 @@ async def test_silence_after_connect_is_closed(impatient: Listener) -> None:  # 
     assert await client.is_closed()
 
 
+async def test_a_body_must_be_complete_in_time_whatever_its_rate() -> None:  # T83
+    class Limited(ImpatientConnection):
+        body_timeout = 1.0
+
+    async with listening(Limited) as listener:
+        started = asyncio.get_running_loop().time()
+        heads = [b"POST /good HTTP/1.1\r\nHost: a\r\n" + framing + b"\r\n\r\n" for framing in FRAMINGS]
+        clients = [await listener.connect(head) for head in heads]
+
+        async def feed() -> None:
+            while True:
+                await clients[0].send(b"x" * 1000)
+                await clients[1].send(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
+                await asyncio.sleep(0.05)
+
+        feeding = asyncio.create_task(feed())
+        for client in clients:
+            assert await client.status() == 408
+        assert 0.9 < asyncio.get_running_loop().time() - started < 3
+        feeding.cancel()
+        await asyncio.gather(feeding, return_exceptions=True)
+        assert listener.app.disconnects == 2
+        # The time of one request does not count for the next.
+        again = await listener.connect()
+        for _ in range(3):
+            body = post(b"x" * 4000)
+            for start in range(0, len(body), 1000):
+                await again.send(body[start : start + 1000])
+                await asyncio.sleep(0.15)
+            assert (await again.echo())["length"] == 4000
+
+
 async def test_a_head_that_comes_byte_by_byte_is_closed(impatient: Listener) -> None:  # T29
     client = await impatient.connect()
 
@@ -361,6 +395,18 @@ async def test_pipelined_requests_are_bounded_even_if_reads_end_within_them(list
     assert status == 503
     assert await client.is_closed()
     assert answered < 100 * 50 / 2
+
+
+async def test_the_requests_of_one_read_are_bounded_too(listener: Listener) -> None:  # T82
+    client = await listener.connect(post(b"", path=b"/held") + GOOD * 7000)
+    await until(lambda: listener.app.served == 1)
+    listener.app.release.set()
+    assert (await client.echo())["path"] == "/held"
+    answered = 0
+    while (status := await client.status()) == 200:
+        answered += 1
+    assert status == 503
+    assert answered < 2 * MAX_PIPELINED / len(GOOD)
 
 
 async def test_pipelined_bodies_are_bounded_together(listener: Listener) -> None:  # T30

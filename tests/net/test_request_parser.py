@@ -107,6 +107,15 @@ def test_a_request_without_a_body() -> None:
     assert events_of(request) == [head, END]
 
 
+def test_white_space_around_a_value_is_not_part_of_it() -> None:
+    """RFC 9112 §5: also after it, and also in fields that are checked."""
+    fields = (b"X-A: \t b c \t", b"X-B: \t ", b"Expect: 100-continue ", b"Transfer-Encoding: chunked ")
+    request = b"POST / HTTP/1.1\r\nHost: a \r\n%s\r\n\r\n" % b"\r\n".join(fields)
+    for again in heads_of((request + chunks(b"a")) * 2):
+        assert (again.host, again.expects_continue) == (b"a", True)
+        assert again.headers[:3] == [(b"host", b"a"), (b"x-a", b"b c"), (b"x-b", b"")]
+
+
 def test_a_body_with_content_length() -> None:
     head = head_of(post(b"hello"))
     assert (head.method, head.headers, head.content_length) == (b"POST", [(b"host", b"a")], 5)

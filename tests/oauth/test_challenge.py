@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mcp_auth_proxy.oauth.challenge import (
     MAX_BYTES,
+    MAX_PARTS,
     BearerChallenge,
     Challenge,
     bearer,
@@ -213,3 +214,33 @@ def test_other_schemes_are_listed_once_and_at_most_three(fields: list[bytes], ex
 )
 def test_only_an_absolute_url_names_metadata(value: str, expected: bool) -> None:
     assert BearerChallenge(resource_metadata=value).names_metadata is expected
+
+
+@pytest.mark.parametrize(
+    "part", ["a,", "a=b,", 'a="",', "a b=c,", "Bearer a=b, ", 'x="\\\\",', "k{}=1,"], ids=lambda part: part.strip()
+)
+def test_64_kib_are_read_in_a_few_milliseconds(part: str) -> None:  # T82
+    value = "Bearer " + "".join(part.format(number) for number in range(64_000 // len(part)))
+    begun = time.process_time()
+    parse([value.encode()])
+    assert time.process_time() - begun < 0.04
+
+
+def test_a_quoted_string_of_escapes_is_read_in_a_few_milliseconds() -> None:  # T82
+    value = b'Bearer error="' + b"\\a" * 32_000 + b'"'
+    begun = time.process_time()
+    assert one(value.decode()).params == {"error": "a" * 32_000}
+    assert time.process_time() - begun < 0.04
+
+
+def test_what_follows_too_many_parts_is_ignored() -> None:  # T82
+    many = ", ".join(f"k{number}=1" for number in range(MAX_PARTS - 2))
+    (first, second) = parse([f"Bearer {many}, Basic realm=x, DPoP".encode()])
+    assert (len(first.params), second.scheme, second.params) == (MAX_PARTS - 2, "basic", {})
+    assert [found.scheme for found in parse([b"a," * 1000])] == ["a"] * MAX_PARTS
+
+
+@given(st.text(alphabet='a\\"', max_size=20))
+def test_escapes_mean_what_they_escape(text: str) -> None:
+    quoted = text.replace("\\", r"\\").replace('"', r"\"")
+    assert one(f'Bearer error="{quoted}"').params == {"error": text}

@@ -17,10 +17,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, DocumentRefused
+from mcp_auth_proxy.net import resolver, urls
 from mcp_auth_proxy.net import tls as net_tls
-from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
+from mcp_auth_proxy.net.resolver import Resolve
 from mcp_auth_proxy.net.tls import client_context
 from mcp_auth_proxy.oauth.fetch import MAX_BODY, AddressPolicy, Fetcher, Response
 
@@ -183,15 +184,32 @@ async def test_no_packet_is_sent_to_a_refused_address() -> None:  # T1
     assert server.connections == 0
 
 
-async def test_the_name_is_resolved_once_and_the_checked_address_is_dialed() -> None:  # T3
-    asked: list[str] = []
+def rebinding(asked: list[str]) -> Resolve:
+    """A resolver whose answer is allowed the first time only."""
 
-    async def rebinding(host: str, port: int) -> Sequence[str]:
+    async def resolve(host: str, port: int) -> Sequence[str]:
         asked.append(host)
         return ["127.0.0.1"] if len(asked) == 1 else ["169.254.169.254"]
 
+    return resolve
+
+
+async def test_the_checked_address_is_dialed_whatever_the_name_leads_to_meanwhile() -> None:  # T3
+    asked: list[str] = []
     async with running(Server()) as server:
-        fetcher = Fetcher(Dialer(resolve=rebinding))
+        fetcher = Fetcher(Dialer(resolve=rebinding(asked)))
+        for _ in range(3):
+            assert (await fetch(f"http://localhost:{server.port}/x", LOCAL, fetcher)).status == 200
+
+    assert (len(asked), server.connections) == (1, 3)
+
+
+async def test_the_addresses_of_each_look_up_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:  # T3
+    monkeypatch.setattr(resolver, "FRESH", -1.0)
+    monkeypatch.setattr(resolver, "PATIENCE", 5.0)
+    asked: list[str] = []
+    async with running(Server()) as server:
+        fetcher = Fetcher(Dialer(resolve=rebinding(asked)))
         assert (await fetch(f"http://localhost:{server.port}/x", LOCAL, fetcher)).status == 200
         with pytest.raises(DocumentRefused, match="link-local"):
             await fetch(f"http://localhost:{server.port}/x", LOCAL, fetcher)

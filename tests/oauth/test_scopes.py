@@ -33,6 +33,21 @@ def test_configuration_then_challenge_then_resource_metadata(
     assert chosen == expected
 
 
+@pytest.mark.parametrize("challenged", [None, ("s",)], ids=["resource metadata", "challenge"])
+def test_of_endless_scopes_the_first_4000_characters_are_requested(challenged: tuple[str, ...] | None) -> None:  # T79
+    endless = ("first", *(f"{number:05}" for number in range(20_000)))
+
+    chosen = choose(
+        configured=None,
+        challenged=challenged and endless,
+        supported_by_resource=None if challenged else endless,
+        supported_by_server=None,
+    )
+
+    assert chosen == endless[: len(chosen)]
+    assert 3990 < len(" ".join(chosen)) <= 4000
+
+
 @pytest.mark.parametrize(("configured", "expected"), [(None, ("a", "b", "c")), (("d",), ("a", "b", "d", "c"))])
 def test_a_step_up_requests_old_and_new_scopes_in_order(
     configured: tuple[str, ...] | None, expected: tuple[str, ...]

@@ -1,7 +1,6 @@
 """Token requests and responses."""
 
 import json
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from mcp_auth_proxy.models import (
     TokenSet,
 )
 from mcp_auth_proxy.oauth import token_endpoint
-from mcp_auth_proxy.oauth.token_endpoint import MAX_LIFETIME, read_lifetime, read_retry_after
+from mcp_auth_proxy.oauth.token_endpoint import MAX_LIFETIME, read_lifetime
 
 URL = "https://as.example.com/token"
 NOW = 1_000_000.0
@@ -257,33 +256,6 @@ def test_without_retry_after_there_is_no_server_retry_after() -> None:
     with pytest.raises(AuthorizationServerUnavailable) as failed:
         read(503, b"")
     assert (failed.value.retry_after, failed.value.server_retry_after) == (5.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (None, 5.0),
-        ("", 5.0),
-        ("0", 1.0),
-        ("30", 30.0),
-        ("86400", 300.0),
-        ("9" * 400, 5.0),
-        ("-3", 5.0),
-        ("soon", 5.0),
-        ("Wed, 01 Jan 2025 00:00:30 GMT", 30.0),
-        ("Wed, 01 Jan 2025 00:00:30 -0000", 30.0),
-        ("Tue, 31 Dec 2024 00:00:00 GMT", 1.0),
-        ("Wed, 01 Jan 9999 00:00:00 GMT", 300.0),
-        ("Wed, 99 Jan 2025 00:00:00 GMT", 5.0),
-    ],
-)
-def test_retry_after_is_read_and_clamped(value: str | None, expected: float) -> None:
-    assert read_retry_after(value, now=datetime(2025, 1, 1, tzinfo=UTC)) == expected
-
-
-@given(st.text(max_size=40))
-def test_arbitrary_retry_after_never_raises(value: str) -> None:
-    assert 1.0 <= read_retry_after(value) <= 300.0
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10) | st.lists(st.text(max_size=3))

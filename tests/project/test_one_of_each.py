@@ -25,7 +25,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "proxy/upstream_client.py": "a reference is resolved (RFC 3986 §5), and the result read by net.urls",
     },
     "TLS contexts": {"net/tls.py": "the one client context"},
-    "names looked up": {"net/dial.py": "the one look-up, whose result is checked and dialed"},
+    "prints": {"cli/terminal.py": "the one place, which escapes control characters"},
+    "names looked up": {"net/resolver.py": "the one look-up, whose answer is checked and dialed"},
     "connections opened": {
         "net/dial.py": "the one dialer",
         "cli/demo_servers/": "sockets that listen, and a free port",
@@ -33,6 +34,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "net/addresses.py": "a datagram socket that sends nothing, to ask the system for a route",
     },
     "the environment's forward proxy": {"net/forward_proxy.py": "the one reading"},
+    "cookies read by a library": {},  # web/cookies.py does it in linear time
     "loopback addresses": {
         "net/urls.py": "the one is_loopback",
         "net/addresses.py": "one of the classes of addresses, in a table of them all",
@@ -73,6 +75,8 @@ def look_for(what: str, tree: ast.AST) -> list[str]:
             return list(
                 found_in(tree, frozenset({"create_default_context", "SSLContext", "_create_unverified_context"}))
             )
+        case "prints":
+            return list(found_in(tree, frozenset({"echo", "secho", "print"})))
         case "names looked up":
             return list(found_in(tree, frozenset({"getaddrinfo", "gethostbyname", "gethostbyname_ex"})))
         case "connections opened":
@@ -82,6 +86,9 @@ def look_for(what: str, tree: ast.AST) -> list[str]:
                 for node in ast.walk(tree)
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "socket.socket"
             ]
+        case "cookies read by a library":
+            library = list(found_in(tree, frozenset({"cookie_parser", "SimpleCookie"})))
+            return library + [node for node in map(ast.unparse, ast.walk(tree)) if node == "request.cookies"]
         case "the environment's forward proxy":
             wanted = ("no_proxy", "https_proxy", "http_proxy", "all_proxy")
             return [text for text in texts_in(tree) if text.lower() in wanted]
@@ -139,10 +146,14 @@ def test_no_other_module_has_a_function_of_that_name(function: str) -> None:
         ("urls", "import urllib.parse\nx = urllib.parse.urlparse(y)"),
         ("TLS contexts", "import ssl\nssl.create_default_context()"),
         ("TLS contexts", "from ssl import SSLContext"),
+        ("prints", "click.echo('x')"),
+        ("prints", "print('x')"),
         ("names looked up", "await loop.getaddrinfo(host, 1)"),
         ("connections opened", "asyncio.open_connection(host, 1)"),
         ("connections opened", "socket.socket()"),
         ("the environment's forward proxy", "os.environ.get('NO_PROXY')"),
+        ("cookies read by a library", "request.cookies"),
+        ("cookies read by a library", "from starlette.requests import cookie_parser"),
         ("loopback addresses", "host in ('localhost', '127.0.0.1')"),
         ("loopback addresses", "ipaddress.ip_address(host).is_loopback"),
     ],

@@ -16,6 +16,7 @@ from mcp_auth_proxy.config.load import load
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = [ROOT / "requirements" / name for name in ("dev.txt", "run.txt", "build.txt")]
+TOOLS = [ROOT / "requirements" / name for name in ("conformance.txt", "fuzz.txt", "sbom.txt", "audit.txt")]
 PINNED = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)", re.MULTILINE)
 
 
@@ -30,7 +31,7 @@ def test_image_manifest_and_changelog_name_the_version_of_the_package() -> None:
 
 
 def test_every_locked_package_has_a_hash() -> None:
-    for lock in LOCKS:
+    for lock in LOCKS + TOOLS:
         for entry in re.split(r"\n(?=\S)", lock.read_text()):
             assert entry.startswith("#") or "--hash=sha256:" in entry, f"{lock.name}: {entry[:60]}"
 
@@ -43,11 +44,14 @@ def test_the_locks_name_no_index() -> None:
 def test_every_dependency_is_locked_and_the_locks_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     dev, run, build = map(pins, LOCKS)
+    fuzz = pins(ROOT / "requirements/fuzz.txt")
     for requirement in project["dependencies"]:
         name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
         assert name in run, f"{name} is not in requirements/run.txt: run `make lock`"
     for name, version in {**run, **build}.items():
         assert dev[name] == version, f"{name} differs between the locks: run `make lock`"
+    for name, version in run.items():
+        assert fuzz[name] == version, f"{name} differs between the locks: run `make lock`"
 
 
 def test_the_wheel_has_the_type_marker_and_the_pages(tmp_path: Path) -> None:
@@ -169,10 +173,13 @@ def test_the_sidecar_is_up_before_the_agent_and_has_time_to_drain() -> None:
         compile(command[2], name, "exec")
 
 
-def test_make_prints_its_commands() -> None:
+def test_make_prints_its_commands_and_they_are_described() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
-    for target in ("demo", "test", "check", "bench", "run", "lock"):
-        assert re.search(rf"^{target} ", done.stdout, re.MULTILINE)
+    printed = re.findall(r"^([a-z]+) ", done.stdout, re.MULTILINE)
+    wanted = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert printed == wanted
+    described = re.findall(r"^\| `make ([a-z]+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert {*wanted} - {*described} == {"help", "clean"}
 
 
 def test_the_ci_script_is_valid_and_can_be_started() -> None:

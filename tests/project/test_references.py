@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (".ci", "bench", "conformance", "deploy", "docs", "requirements", "src", "tests")
-GENERATED = {"node_modules", "results", "__pycache__", "package-lock.json"}
+FOLDERS = (".ci", "bench", "conformance", "deploy", "docs", "fuzz", "requirements", "src", "tests")
+GENERATED = {"node_modules", "results", "__pycache__", "package-lock.json", "corpus", "found", "findings"}
 
 MENTION = re.compile(r"(?<![\w/.:-])[\w./-]+\.md\b")
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")

@@ -11,7 +11,7 @@ ROWS = {
     number: re.findall(r"`(\S+\.py)`", files)
     for number, files in re.findall(r"^\| ([TF]\d+) \|.*\|([^|]*)\|$", PAGE, re.MULTILINE)
 }
-THREATS = [*range(1, 51), 77, 79, 84, 85, 87, 88]
+THREATS = [*range(1, 51), 77, 78, 79, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89]
 NUMBERS = [*(f"T{number}" for number in THREATS), *(f"F{number}" for number in range(1, 15))]
 
 

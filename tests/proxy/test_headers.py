@@ -54,7 +54,7 @@ def test_without_token_and_body_there_is_neither_authorization_nor_length() -> N
         "true-client-ip", "True-Client-Ip", "true_client_ip", "cf-connecting-ip", "cf_connecting-ip", "x-client-ip",
         "x_client_ip", "x-remote-user", "x_remote_user", "remote-user", "remote_user", "x-ssl-client-verify",
         "x-ssl-client-s-dn", "x_ssl_cert", "x-original-url", "x_original_url", "x-rewrite-url", "x.rewrite.url",
-        "x-http-method-override", "x_http_method_override",
+        "x-http-method-override", "x_http_method_override", "x-http-method", "x-method-override", "x-original-uri",
         # hop-by-hop and framing
         "connection", "keep-alive", "proxy-connection", "proxy-authorization", "proxy_authorization",
         "proxy-authenticate", "te", "trailer", "transfer-encoding", "transfer_encoding", "upgrade",

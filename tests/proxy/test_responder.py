@@ -14,6 +14,7 @@ from fakes.raw_client import RawClient, RawResponse
 from fakes.raw_server import Peer, RawServer, Script, answers
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable
 from mcp_auth_proxy.proxy import consent_wait
+from mcp_auth_proxy.rpc.encoding import MAX_PARSED
 
 CALL = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": {"name": "pay"}}).encode()
 ANSWER = b'{"jsonrpc": "2.0",\n "id": 9, "result": {}}'
@@ -114,6 +115,19 @@ async def test_a_stream_for_messages_of_the_server_that_is_refused_just_ends(
         assert (answer.body, answer.ended) == (b"", True)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("result", ["y" * 3_000_000, [[]] * 500_000, [1.5] * 20_000], ids=["long", "lists", "numbers"])
+async def test_a_json_answer_that_is_not_parsed_becomes_one_event(  # T82
+    result: object, compressed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = json.dumps({"jsonrpc": "2.0", "id": 9, "result": result}, indent=0).encode()
+    body, fields = (gzip.compress(document), ["Content-Encoding: gzip"]) if compressed else (document, [])
+    script = answers(response(200, body, "Content-Type: application/json", *fields))
+    async with begun(script, monkeypatch) as (_, proxy, client):
+        assert event_of(await rest(client)) == json.loads(document)
+        await until(lambda: not proxy.forwarder.memory.used, "memory given back")
+
+
 # What does not
 
 
@@ -138,7 +152,7 @@ async def test_a_response_that_is_no_answer_is_an_error_with_its_status(
 @pytest.mark.parametrize(
     ("body", "fields", "text"),
     [
-        (b"x" * (LIMIT + 1), [], "too long"),
+        (b"x" * (MAX_PARSED + 1), [], "too long"),
         (gzip.compress(b" " * 10_000_000), ["Content-Encoding: gzip"], "too long"),  # T24
         (b"x", ["Content-Encoding: br"], "'br'"),
         (b"plain text", ["Content-Encoding: gzip"], "Content-Encoding"),

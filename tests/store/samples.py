@@ -16,6 +16,7 @@ from pathlib import Path
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.models import Account, Attempt, DeviceAuthorization, Flow, Grant, Registration
 from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
@@ -46,6 +47,8 @@ class Contents:
     flows: list[Flow]
     attempts: list[Attempt]
     registrations: list[Registration]
+    confirmations: list[tuple[Account, str, str]]
+    """Account, issuer, sign-in host."""
 
     @property
     def last_id(self) -> int:
@@ -57,7 +60,7 @@ def contents(schema: int) -> Contents:
     """Return what the store of a schema holds."""
     linear = replace(grant(), id=1, refresh_begun_at=NOW, refresh_owner=OWNER)
     notes = replace(grant("notes", name="2"), id=2, ended_at=NOW + 60, ended_reason="The refresh token was revoked.")
-    found = Contents([linear, notes], [flow()], [attempt("state")], [registration()])
+    found = Contents([linear, notes], [flow()], [attempt("state")], [registration()], [])
     if schema >= 2:
         found.flows.append(replace(flow("flow-2", "notes"), device=DEVICE, redirect_uri=""))
     if schema >= 3:
@@ -73,6 +76,10 @@ def contents(schema: int) -> Contents:
         waiting = flow("flow-3")
         found.flows.append(replace(waiting, key=replace(waiting.key, account=WORK), registration=client))
         found.registrations.append(client)
+    if schema >= 6:
+        found.grants[0] = replace(found.grants[0], key=replace(found.grants[0].key, path="/mcp"))
+        found.flows[0] = replace(found.flows[0], key=replace(found.flows[0].key, path="/mcp"))
+        found.confirmations.append((WORK, "https://as.example", "login.example"))
     return found
 
 
@@ -81,6 +88,7 @@ def copy(schema: int, folder: Path) -> StoreSettings:
     settings = store_settings(folder)
     shutil.copyfile(_STORES / f"schema-{schema}.db", settings.path)
     shutil.copyfile(_STORES / "store.key", settings.keys[0].name)
+    Path(settings.keys[0].name).chmod(0o600)
     return settings
 
 
@@ -104,6 +112,8 @@ async def write(engine: Engine, given_contents: Contents) -> None:
     for client in given_contents.registrations:
         await registrations.save(client)
     await registrations.bind_client(*BINDING)
+    for account, issuer, host in given_contents.confirmations:
+        await Confirmations(engine).add(account, issuer=issuer, sign_in_host=host, now=NOW)
 
 
 async def _main() -> None:
@@ -113,6 +123,7 @@ async def _main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = store_settings(Path(folder))
         shutil.copyfile(_STORES / "store.key", settings.keys[0].name)
+        Path(settings.keys[0].name).chmod(0o600)
         engine = await open_store(settings)
         await write(engine, contents(NEWEST))
         await engine.close()

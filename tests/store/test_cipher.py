@@ -4,6 +4,7 @@ import base64
 import os
 import stat
 from pathlib import Path
+from typing import TypedDict
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,15 @@ from mcp_auth_proxy.store.cipher import Cipher, Key, generate_key_file, load_key
 
 OLD, NEW = Key.of(b"o" * 32), Key.of(b"n" * 32)
 CIPHER = Cipher([NEW, OLD])
-PLACE = {"table": "grants", "row": "r1", "column": "access_token"}
+
+
+class Place(TypedDict):
+    table: str
+    row: str
+    column: str
+
+
+PLACE: Place = {"table": "grants", "row": "r1", "column": "access_token"}
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
 

@@ -9,7 +9,7 @@ import httpx2
 
 from fakes.forwarding import pending_authorization
 from fakes.listener import listener
-from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, DevicePrompt
+from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, ConfirmationPrompt, DevicePrompt, SignIn
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.models import Flow
@@ -26,16 +26,26 @@ REDIRECT = AuthorizationRedirect(
 )
 
 
+SIGN_IN = SignIn(
+    server="notes", upstream="https://notes.example", address="https://as.example", scopes=("read", "write")
+)
+
+
 class ScriptedVisits:
     """A broker that shows ``visit`` for each link, and answers each callback with ``outcome``."""
 
     def __init__(self) -> None:
-        self.visit: AuthorizationRedirect | DevicePrompt | McpAuthProxyError = REDIRECT
+        self.visit: AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | McpAuthProxyError = REDIRECT
         self.outcome: Flow | McpAuthProxyError = pending_authorization().flow
         self.opened: list[tuple[str, str]] = []
+        self.confirmed: list[tuple[str, str]] = []
         self.callbacks: list[tuple[dict[str, list[str]], dict[str, str]]] = []
 
-    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
+    async def confirm_link(self, server: str, flow_id: str) -> AuthorizationRedirect:
+        self.confirmed.append((server, flow_id))
+        return REDIRECT
+
+    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt:
         self.opened.append((server, flow_id))
         if isinstance(self.visit, McpAuthProxyError):
             raise self.visit

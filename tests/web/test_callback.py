@@ -23,7 +23,7 @@ CALLBACK = "/oauth/callback?code=C&state=S"
 
 async def test_a_user_who_has_consented_sees_which_server_is_connected_and_loses_the_cookie() -> None:
     async with site_setup() as setup:
-        page = await setup.client.get(f"{CALLBACK}&iss=a&iss=b&empty=", headers={"cookie": "one=1; two=2"})
+        page = await setup.client.get(f"{CALLBACK}&iss=a&iss=b&empty=", headers={"cookie": 'one=1; two ="2";=3; four'})
         assert page.status_code == 200
         assert "notes is connected" in page.text
         assert "https://as.example" in page.text
@@ -32,7 +32,7 @@ async def test_a_user_who_has_consented_sees_which_server_is_connected_and_loses
         # Repeated parameters are for the broker to refuse (RFC 6749 §3.1).
         ((params, cookies),) = setup.broker.callbacks
         assert params == {"code": ["C"], "state": ["S"], "iss": ["a", "b"], "empty": [""]}
-        assert cookies == {"one": "1", "two": "2"}
+        assert cookies == {"one": "1", "two": '"2"', "": "3"}
 
 
 @pytest.mark.parametrize(

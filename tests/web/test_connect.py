@@ -9,7 +9,7 @@ from mcp_auth_proxy.broker import DevicePrompt
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, McpAuthProxyError
 from mcp_auth_proxy.models import DeviceAuthorization
 from mcp_auth_proxy.web.connect import REDIRECTED
-from web.site_setup import REDIRECT, site_setup
+from web.site_setup import REDIRECT, SIGN_IN, site_setup
 
 LINK = "/connect/notes?flow=F1"
 
@@ -62,14 +62,16 @@ async def test_a_code_for_another_device_is_shown_until_the_user_is_done(complet
         verification_uri_complete=complete,
     )
     async with site_setup() as setup:
-        setup.broker.visit = DevicePrompt(server="notes", device=device)
+        setup.broker.visit = DevicePrompt(server="notes", device=device, sign_in=SIGN_IN)
         page = await setup.client.get(LINK)
         assert page.status_code == 200
         assert "AB-CD&lt;" in page.text
         assert f'href="{escape(complete or device.verification_uri)}"' in page.text
         assert 'http-equiv="refresh"' in page.text
         assert "secret-device-code" not in page.text
-        setup.broker.visit = DevicePrompt(server="notes", device=None)
+        for told in (SIGN_IN.upstream, SIGN_IN.address, *SIGN_IN.scopes):
+            assert f"<code>{told}</code>" in page.text
+        setup.broker.visit = DevicePrompt(server="notes", device=None, sign_in=SIGN_IN)
         page = await setup.client.get(LINK)
         assert (page.status_code, "notes is connected" in page.text) == (200, True)
         assert 'http-equiv="refresh"' not in page.text

@@ -71,7 +71,7 @@ async def test_a_page_that_there_is_not_says_so() -> None:
         assert (page.status_code, "There is no page at this address." in page.text) == (404, True)
 
 
-@pytest.mark.parametrize("path", ["/", "/readyz", "/connect/notes", "/oauth/callback"])
+@pytest.mark.parametrize("path", ["/", "/readyz", "/oauth/callback"])
 async def test_pages_can_not_be_written_to(path: str) -> None:
     async with site_setup() as setup:
         assert (await setup.client.post(path)).status_code == 405

@@ -5,13 +5,15 @@ Other packages use ``Broker``, which is built from the modules here::
     broker ── token_cache ── renewal
        ├───── authorization ── planning ── discovery, client_registration
        ├───── flows ── device               token_requests ── authenticated_requests, unattended
-       └───── attempts, store_watch, connections
+       ├───── attempts ── visits, sign_ins
+       ├───── store_watch, connections
+       └───── backoff: what waits after a failure
 
-Requests use ``token()`` and, after a 401 or 403, ``challenged()``. Pages use ``open_link()`` and ``complete()``,
-commands ``authorize()``, ``disconnect()`` and ``connections()``.
+Requests use ``token()`` and, after a 401 or 403, ``challenged()``. Pages use ``open_link()``, ``confirm_link()`` and
+``complete()``, commands ``authorize()``, ``disconnect()`` and ``connections()``.
 """
 
-from mcp_auth_proxy.broker.attempts import AuthorizationRedirect, DevicePrompt, cookie_name
+from mcp_auth_proxy.broker.attempts import AuthorizationRedirect, ConfirmationPrompt, DevicePrompt, cookie_name
 from mcp_auth_proxy.broker.broker import Broker
 from mcp_auth_proxy.broker.challenge_history import ChallengeHistory
 from mcp_auth_proxy.broker.connections import (
@@ -23,11 +25,13 @@ from mcp_auth_proxy.broker.connections import (
     stored_connections,
 )
 from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker.sign_ins import SignIn, sign_in
 
 __all__ = [
     "AuthorizationRedirect",
     "Broker",
     "ChallengeHistory",
+    "ConfirmationPrompt",
     "Connection",
     "ConnectionState",
     "DevicePrompt",
@@ -35,6 +39,8 @@ __all__ = [
     "ForgottenGrant",
     "PendingAuthorization",
     "Revocation",
+    "SignIn",
     "cookie_name",
+    "sign_in",
     "stored_connections",
 ]

@@ -5,13 +5,20 @@ import hmac
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from mcp_auth_proxy import secret_values
+from mcp_auth_proxy.broker.sign_ins import SignIn, SignIns, sign_in
+from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.errors import CallbackRefused
 from mcp_auth_proxy.models import Attempt, DeviceAuthorization, Flow, FlowStatus
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.store.flows import Flows
 
 COOKIE_PREFIX = "mcp_auth_flow_"
+
+_CONFIRMED = "confirmed."
+"""What the cookie of an attempt starts with whose user has confirmed. Its hash is stored, so a browser can't add it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,47 +38,89 @@ class DevicePrompt:
 
     server: str
     device: DeviceAuthorization | None
+    sign_in: SignIn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfirmationPrompt:
+    """What a user has to confirm before their browser is redirected. ``max_age``: seconds that the link can be used."""
+
+    flow_id: str
+    sign_in: SignIn
+    max_age: int
+
+
+class AcceptedCallback(NamedTuple):
+    """The flow and the attempt that a callback belongs to. ``confirmed``: whether the user had to confirm, and did."""
+
+    flow: Flow
+    attempt: Attempt
+    confirmed: bool
 
 
 class AuthorizationAttempts:
     """Open links and accept callbacks. Each attempt has its own state, verifier and cookie, good for one callback."""
 
-    def __init__(self, *, flows: Flows, clock: Callable[[], float]) -> None:
+    def __init__(self, *, flows: Flows, sign_ins: SignIns, visits: LinkVisits, clock: Callable[[], float]) -> None:
         self._flows = flows
+        self._sign_ins = sign_ins
+        self._visits = visits
         self._clock = clock
 
-    async def open(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
-        """Start an attempt for a link. Raises CallbackRefused if the link is unknown, used or too old."""
-        flow = await self._find(server, flow_id)
-        now = self._clock()
-        if flow.device is not None and flow.status is FlowStatus.DONE:
-            return DevicePrompt(server=server, device=None)
-        if flow.status is not FlowStatus.PENDING or flow.expires_at <= now:
-            raise _ended(flow)
+    async def open(self, server: str, flow_id: str) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt:
+        """Start an attempt for a link, unless its user has to confirm first.
+
+        Raises CallbackRefused if the link is unknown, used or too old, AuthorizationError if the authorization server
+        has no page to sign in at, and StoreError.
+        """
+        flow = await self._usable(server, flow_id)
         if flow.device is not None:
-            return DevicePrompt(server=server, device=flow.device)
+            return _device_prompt(flow)
+        if self._visits.goes_on(flow) and not await self._sign_ins.need_confirmation(flow):
+            return await self._start(flow, confirmed=False)
+        return ConfirmationPrompt(flow_id=flow.id, sign_in=sign_in(flow), max_age=self._seconds_left(flow))
+
+    async def confirm(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
+        """Start an attempt for a link whose user has confirmed. Raises as ``open`` does."""
+        flow = await self._usable(server, flow_id)
+        return _device_prompt(flow) if flow.device is not None else await self._start(flow, confirmed=True)
+
+    async def _usable(self, server: str, flow_id: str) -> Flow:
+        """Return a flow that waits for its user, or one that is done on another device."""
+        flow = await self._find(server, flow_id)
+        if flow.device is not None and flow.status is FlowStatus.DONE:
+            return flow
+        if flow.status is not FlowStatus.PENDING or flow.expires_at <= self._clock():
+            raise _ended(flow)
+        return flow
+
+    async def _start(self, flow: Flow, *, confirmed: bool) -> AuthorizationRedirect:
         state = authorization_code.new_state()
         verifier = authorization_code.new_verifier()
-        cookie = secrets.token_urlsafe(32)
+        cookie = (_CONFIRMED if confirmed else "") + secrets.token_urlsafe(32)
+        secret_values.remember(state)
         added = await self._flows.add_attempt(
             Attempt(
                 flow_id=flow.id,
                 state_hash=digest(state),
                 browser_hash=digest(cookie),
                 code_verifier=verifier,
-                created_at=now,
+                created_at=self._clock(),
                 expires_at=flow.expires_at,
             )
         )
         if not added:
             # The flow has ended since it was read.
-            raise _ended(await self._find(server, flow_id))
+            raise _ended(await self._find(flow.key.account.server, flow.id))
         return AuthorizationRedirect(
             authorization_url=authorization_code.authorization_url(flow, state=state, code_verifier=verifier),
             cookie_name=cookie_name(state),
             cookie_value=cookie,
-            max_age=max(1, int(flow.expires_at - now)),
+            max_age=self._seconds_left(flow),
         )
+
+    def _seconds_left(self, flow: Flow) -> int:
+        return max(1, int(flow.expires_at - self._clock()))
 
     async def _find(self, server: str, flow_id: str) -> Flow:
         flow = await self._flows.get(flow_id)
@@ -79,7 +128,7 @@ class AuthorizationAttempts:
             raise CallbackRefused("This link is not known here. Ask your MCP client again: it gets a new one.", 404)
         return flow
 
-    async def accept(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> tuple[Flow, Attempt]:
+    async def accept(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> AcceptedCallback:
         """Find the attempt that a callback belongs to, and use it up (RFC 6749 §10.12, RFC 9700 §2.1).
 
         Raises CallbackRefused: 400 if the state is unknown or used, 403 if another browser made the attempt. A 403
@@ -104,7 +153,12 @@ class AuthorizationAttempts:
         taken = await self._flows.take_attempt(digest(state), self._clock())
         if taken is None:
             raise unknown_state
-        return taken
+        return AcceptedCallback(*taken, confirmed=cookie.startswith(_CONFIRMED))
+
+
+def _device_prompt(flow: Flow) -> DevicePrompt:
+    device = flow.device if flow.status is FlowStatus.PENDING else None
+    return DevicePrompt(server=flow.key.account.server, device=device, sign_in=sign_in(flow))
 
 
 def _ended(flow: Flow) -> CallbackRefused:

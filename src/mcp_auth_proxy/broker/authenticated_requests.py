@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.dpop import Nonces
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -12,7 +13,20 @@ from mcp_auth_proxy.oauth import client_auth, dpop
 from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher, Response
 
-_SECRET_FIELDS = frozenset({"code", "code_verifier", "refresh_token", "assertion", "subject_token", "device_code"})
+_SECRET_FIELDS = frozenset(
+    {
+        "code",
+        "code_verifier",
+        "refresh_token",
+        "assertion",
+        "subject_token",
+        "actor_token",
+        "device_code",
+        "client_secret",
+        "client_assertion",
+        "token",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +125,10 @@ class AuthenticatedRequests:
             now=self._clock(),
             audience=request.audience,
             include_client_id=include_client_id,
+        )
+        secret_values.remember(
+            *(value for name, value in fields if name in _SECRET_FIELDS),
+            *(value.rpartition(" ")[2] for _, value in (*auth_headers, *headers)),
         )
         return await self._fetcher.post(
             request.url,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_server
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.flows import PendingFlows, clone_flow, new_flow
 from mcp_auth_proxy.broker.pending import PendingAuthorization
@@ -11,8 +12,8 @@ from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.broker.step_up import StepUpLimiter
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationDenied, TokenRefused
-from mcp_auth_proxy.models import AccessToken, Account, Flow, GrantType
+from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, TokenRefused
+from mcp_auth_proxy.models import AccessToken, Account, Flow, Grant, GrantType
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.store.grants import Grants
 
@@ -28,6 +29,7 @@ class Authorizations:
         token_client: TokenClient,
         grants: Grants,
         pending: PendingFlows,
+        backoff: Backoff,
         clock: Callable[[], float],
     ) -> None:
         self._planner = planner
@@ -35,6 +37,7 @@ class Authorizations:
         self._token_client = token_client
         self._grants = grants
         self._pending = pending
+        self._backoff = backoff
         self._clock = clock
         self._step_ups = StepUpLimiter(clock=clock)
         self._running: SingleFlight[Account, AccessToken | PendingAuthorization] = SingleFlight()
@@ -55,7 +58,8 @@ class Authorizations:
 
         ``server``: the settings of the server that sent the challenge. ``already``: scopes granted before a step-up;
         None if this is not a step-up. ``schemes``: authentication schemes other than Bearer that the server asked for.
-        Raises AuthorizationError and StoreError.
+        After a failure nothing is tried again until the pause ends; a flow that waits for its user is returned all the
+        same. Raises AuthorizationError and StoreError.
         """
         return await self._running.run(account, lambda: self._authorize(account, server, challenge, already, schemes))
 
@@ -88,30 +92,64 @@ class Authorizations:
         pending = self._pending.usable(account) or await self._pending.resume(account, challenge)
         if pending is not None:
             return pending
+        everyone, own = of_server(server.name), of_account(account)
+        self._backoff.check(everyone, own)
+        # A token that can't be read is no server's failure: no pause, and nothing is fetched in vain.
+        await self._token_client.check_credentials(server)
+        try:
+            plan = await self._plan(account, server, challenge, already, schemes)
+            made = await (self._obtain(plan) if server.oauth.grant.unattended else self._new_flow(plan))
+        except AuthorizationDenied as denied:
+            # An OAuth error may be about this account's credentials or request, and says that the issuer works.
+            self._backoff.failed(own, denied)
+            raise
+        except AuthorizationError as error:
+            self._backoff.failed(everyone, error)
+            raise
+        self._backoff.succeeded(everyone, own, of_issuer(server.name, plan.key.issuer))
+        if isinstance(made, Flow):
+            return await self._pending.start(made)
+        return self._pending.activate(await self._grants.add(made)).token
+
+    async def _plan(
+        self,
+        account: Account,
+        server: ServerSettings,
+        challenge: BearerChallenge | None,
+        already: tuple[str, ...] | None,
+        schemes: tuple[str, ...],
+    ) -> Plan:
         plan = await self._planner.plan(account, server, challenge, already=already or (), schemes=schemes)
         if already is not None:
             requested = (challenge and challenge.scopes) or ()
             self._step_ups.count(account, server=server.name, requested=requested, already=already)
-        if server.oauth.grant.unattended:
-            return await self._obtain(plan)
-        return await self._start(plan)
+        return plan
 
-    async def _obtain(self, plan: Plan) -> AccessToken:
+    async def _obtain(self, plan: Plan) -> Grant:
         try:
-            grant = await self._token_client.obtain(plan)
+            with self._backoff.attempt(of_issuer(plan.server.name, plan.key.issuer)):
+                return await self._token_client.obtain(plan)
         except TokenRefused as refused:
-            raise AuthorizationDenied(str(refused), refused.error, hint=refused.hint) from None
-        return self._pending.activate(await self._grants.add(grant)).token
+            raise _denied(refused) from None
 
-    async def _start(self, plan: Plan) -> PendingAuthorization:
+    async def _new_flow(self, plan: Plan) -> Flow:
+        """Return a flow, not yet stored; for another device it needs a code of the authorization server."""
         if plan.server.oauth.grant is not GrantType.DEVICE_CODE:
-            return await self._pending.start(new_flow(plan, now=self._clock()))
+            return new_flow(plan, now=self._clock())
         try:
-            device = await self._token_client.start_device(plan)
+            with self._backoff.attempt(of_issuer(plan.server.name, plan.key.issuer)):
+                device = await self._token_client.start_device(plan)
         except TokenRefused as refused:
             await self.note_rejection(refused.error, plan)
-            raise AuthorizationDenied(str(refused), refused.error, hint=refused.hint) from None
-        return await self._pending.start(new_flow(plan, now=self._clock(), device=device))
+            raise _denied(refused) from None
+        return new_flow(plan, now=self._clock(), device=device)
 
     async def _replace(self, flow: Flow) -> PendingAuthorization:
         return await self._pending.start(clone_flow(flow, now=self._clock()))
+
+
+def _denied(refused: TokenRefused) -> AuthorizationDenied:
+    """Return the error for a request without a user that was refused."""
+    denied = AuthorizationDenied(str(refused), refused.error, hint=refused.hint)
+    denied.server_retry_after = refused.server_retry_after
+    return denied

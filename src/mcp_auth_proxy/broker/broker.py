@@ -1,13 +1,20 @@
 """The broker: which token a request may use, and what to do if there is none."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from mcp_auth_proxy.broker import dpop
-from mcp_auth_proxy.broker.attempts import AuthorizationAttempts, AuthorizationRedirect, DevicePrompt
+from mcp_auth_proxy.broker.attempts import (
+    AuthorizationAttempts,
+    AuthorizationRedirect,
+    ConfirmationPrompt,
+    DevicePrompt,
+)
 from mcp_auth_proxy.broker.authorization import Authorizations
-from mcp_auth_proxy.broker.challenge_history import ChallengeHistory
+from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_tokens
+from mcp_auth_proxy.broker.challenge_history import MAX_REFUSED, ChallengeHistory
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connections import Connection, Disconnected, ForgottenGrant, Revocation, stored_connections
 from mcp_auth_proxy.broker.device import DevicePolls
@@ -17,15 +24,19 @@ from mcp_auth_proxy.broker.matching import configured, configured_at, configured
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
+from mcp_auth_proxy.broker.sign_ins import SignIns
 from mcp_auth_proxy.broker.store_watch import StoreWatch
 from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
+from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
     AuthorizationDenied,
     AuthorizationError,
+    AuthorizationServerUnavailable,
     CallbackRefused,
     McpAuthProxyError,
+    StoreError,
     TokenRefused,
     excerpt,
 )
@@ -34,6 +45,8 @@ from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
+from mcp_auth_proxy.observability.outages import OutageLog
+from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
@@ -55,15 +68,19 @@ class Broker:
         announce: Announce,
         clock: Callable[[], float],
         allow_private: tuple[str, ...] = (),
+        opens_links: bool = False,
     ) -> None:
         """``servers`` may change at any time; call ``servers_changed`` afterwards.
 
         ``announce`` is called with each new flow and its link. ``allow_private``: private hosts and networks that
-        metadata documents may lead to.
+        metadata documents may lead to. ``opens_links``: whether links may be opened in a browser (``link_opened``);
+        then every visit but the first after that has to be confirmed.
         """
         self._servers = servers
         self._database = database
         self._clock = clock
+        self.outages = OutageLog()
+        self._backoff = backoff = Backoff(clock=clock)
         self._grants = Grants(database)
         self._flows = Flows(database)
         self._discoverer = discoverer = Discoverer(fetcher=fetcher, allow_private=allow_private)
@@ -71,9 +88,25 @@ class Broker:
         self._registrar = ClientRegistrar(
             fetcher=fetcher, registrations=Registrations(database), public_url=public_url, clock=clock
         )
-        renewer = Renewer(token_client=self._token_client, registrar=self._registrar, grants=self._grants, clock=clock)
+        renewer = Renewer(
+            token_client=self._token_client,
+            registrar=self._registrar,
+            grants=self._grants,
+            backoff=backoff,
+            outages=self.outages,
+            clock=clock,
+        )
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
-        self._attempts = AuthorizationAttempts(flows=self._flows, clock=clock)
+        self._visits = LinkVisits(clock=clock, first_only=opens_links)
+        self._sign_ins = SignIns(confirmations=Confirmations(database), grants=self._grants, clock=clock)
+        self._attempts = AuthorizationAttempts(
+            flows=self._flows, sign_ins=self._sign_ins, visits=self._visits, clock=clock
+        )
+
+        def announce_started(flow: Flow, link: str) -> None:
+            self._visits.started(flow)
+            announce(flow, link)
+
         self._pending = PendingFlows(
             servers=servers,
             flows=self._flows,
@@ -87,15 +120,18 @@ class Broker:
                 clock=clock,
             ),
             public_url=public_url,
-            announce=announce,
+            announce=announce_started,
             clock=clock,
         )
         self._authorizations = Authorizations(
-            planner=Planner(discoverer=discoverer, registrar=self._registrar, token_client=self._token_client),
+            planner=Planner(
+                discoverer=discoverer, registrar=self._registrar, token_client=self._token_client, backoff=backoff
+            ),
             registrar=self._registrar,
             token_client=self._token_client,
             grants=self._grants,
             pending=self._pending,
+            backoff=backoff,
             clock=clock,
         )
         self._watch = StoreWatch(
@@ -128,10 +164,18 @@ class Broker:
     def token_nowait(self, account: Account) -> tuple[bool, AccessToken | None]:
         """Return (ready, token). ``ready`` is False if the caller must await ``token()`` instead.
 
-        A token of None with ``ready`` means that there is neither a grant nor a pending authorization.
+        A token of None with ``ready`` means that there is neither a grant nor a pending authorization. Never ready if
+        the server has just refused a fresh token: ``accepted`` has to be called if it accepts this one.
         """
         ready, token = self._tokens.token_nowait(account)
+        if self._backoff.failures and self._backoff.has_failed(of_tokens(account)):
+            ready = False
         return ready and (token is not None or account not in self._pending), token
+
+    def accepted(self, account: Account) -> None:
+        """Note that the server of an account has accepted its token."""
+        if self._backoff.failures:
+            self._backoff.accepted(of_tokens(account))
 
     def check_origin(self, sent_to: ServerSettings) -> None:
         """Check that a token may still be sent where these settings say, right before that is done.
@@ -175,17 +219,27 @@ class Broker:
         server = configured_at(self._servers, sent_to)
         cached = self._tokens.get(account) or await self._tokens.load(account)
         if cached is not None and (used is None or cached.token.generation > used.generation):
-            cached.used = True
+            cached.used = history.given = True
             return cached.token
         if status == 401 and used is not None:
             same = _with_new_nonce(used, server, challenge, nonce, history)
-            token = same or await self._renew_after_401(server, cached, history)
+            if same is not None:
+                return same
+        if server.oauth.grant.unattended:
+            self._backoff.check(of_tokens(account))
+        if status == 401 and used is not None:
+            token = await self._renew_after_401(account, server, cached, history)
             if token is not None:
                 return token
-        history.count_authorization(server.name, (bearer and bearer.scopes) or ())
+        try:
+            history.count_authorization(server.name, (bearer and bearer.scopes) or ())
+        except AuthorizationDenied as denied:
+            self._backoff.failed(of_tokens(account), denied)
+            raise
         if status == 403 and bearer is not None and used is not None and used.signer is not None:
             # The server accepted the proof: the new scopes must not come with a token that is not bound.
             bearer = replace(bearer, dpop=True)
+        history.given = True
         return await self._authorizations.authorize(
             account,
             server,
@@ -195,33 +249,59 @@ class Broker:
         )
 
     async def _renew_after_401(
-        self, server: ServerSettings, cached: CachedToken | None, history: ChallengeHistory
+        self, account: Account, server: ServerSettings, cached: CachedToken | None, history: ChallengeHistory
     ) -> AccessToken | None:
-        """Return a renewed token; None if a new authorization is needed."""
-        may_renew = history.count_unauthorized()
-        if cached is not None and renewable(cached.grant) and may_renew:
-            renewed = await self._tokens.renew(cached.grant.key.account, cached)
+        """Return a renewed token; None if a new authorization is needed.
+
+        If fresh tokens are refused, renewals are paused. After the pause one more is tried.
+        """
+        tokens = of_tokens(account)
+        history.refused += history.given
+        may_renew = history.refused < (1 if self._backoff.has_failed(tokens) else MAX_REFUSED)
+        if cached is not None and renewable(cached.grant) and may_renew and not self._backoff.is_paused(tokens):
+            renewed = await self._tokens.renew(account, cached)
             if renewed is not None:
-                renewed.used = True
+                renewed.used = history.given = True
                 return renewed.token
-        elif history.authorizations:
-            raise AuthorizationError(
+        elif history.given:
+            refused = AuthorizationError(
                 f"Server {server.name} refuses a token that its authorization server has just issued"
                 f"{f' ({excerpt(cached.grant.key.issuer)})' if cached else ''}. Check "
                 f"{server.key('oauth.resource')} and scopes, "
                 f"authorization_params or token_params if the provider wants an audience there "
                 f"(docs/providers.md), and what the account may use."
             )
+            self._backoff.failed(tokens, refused)
+            if history.authorizations or (cached is not None and cached.grant.grant_type.repeatable):
+                # Another authorization would bring more of the same.
+                raise refused
         return None
 
     # For browsers
 
-    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
+    def link_opened(self, flow: Flow) -> None:
+        """Note that a flow's link is about to be opened in a browser on this machine."""
+        self._visits.opened(flow)
+
+    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt:
         """Return what to show to the browser that opened a link.
 
-        Raises CallbackRefused if the link can't be used, AuthorizationError if its server was removed.
+        Raises CallbackRefused if the link can't be used, AuthorizationError if its server was removed, or if the
+        authorization server has asked for a pause that has not ended, and StoreError.
         """
+        flow = await self._flows.get(flow_id)
+        if flow is not None and flow.device is None and flow.key.account.server == server:
+            self._backoff.check_asked(of_issuer(server, flow.key.issuer))
         opened = await self._attempts.open(server, flow_id)
+        configured(self._servers, server)
+        return opened
+
+    async def confirm_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
+        """Return where to send the browser whose user has confirmed a ``ConfirmationPrompt``.
+
+        Raises as ``open_link`` does.
+        """
+        opened = await self._attempts.confirm(server, flow_id)
         configured(self._servers, server)
         return opened
 
@@ -230,12 +310,15 @@ class Broker:
 
         Raises CallbackRefused if it belongs to none, AuthorizationError if the authorization failed.
         """
-        flow, attempt = await self._attempts.accept(params, cookies)
+        flow, attempt, confirmed = await self._attempts.accept(params, cookies)
         try:
             server = configured_for(self._servers, flow)
             code = authorization_code.check_response(params, flow=flow)
             grant = await self._token_client.redeem(server, flow, attempt, code)
         except (AuthorizationError, CallbackRefused) as error:
+            if isinstance(error, AuthorizationServerUnavailable) and error.server_retry_after:
+                # Without it there is no pause: people are slow enough.
+                self._backoff.failed(of_issuer(flow.key.account.server, flow.key.issuer), error)
             if isinstance(error, TokenRefused | AuthorizationDenied):
                 await self._authorizations.note_rejection(error.error, flow)
             await self._pending.fail(flow, error)
@@ -247,6 +330,12 @@ class Broker:
             self._pending.drop(flow, AuthorizationDenied(CANCELLED))
             raise AuthorizationDenied(CANCELLED)
         self._pending.activate(stored)
+        if confirmed:
+            # If it can't be stored, the user is only asked again.
+            with contextlib.suppress(StoreError):
+                await self._sign_ins.remember(flow)
+        account, issuer = stored.key.account, stored.key.issuer
+        self._backoff.succeeded(of_issuer(server.name, issuer), of_account(account), of_tokens(account))
         metrics.flows.labels(server.name, "completed").inc()
         logger.info("server %s is connected", server.name)
         return flow
@@ -260,8 +349,18 @@ class Broker:
 
         ``status`` and ``challenge`` (the WWW-Authenticate fields) are the server's response to a request without a
         token. Returns the token, which may have been stored before, or the pending authorization to wait for; None if
-        the server asks for no authorization. Raises AuthorizationError and StoreError.
+        the server asks for no authorization. This is for what a person begins: of the pauses after failures, only those
+        hold that the server itself has asked for. Raises AuthorizationError and StoreError.
         """
+        self._backoff.person_begins(account.server)
+        try:
+            return await self._authorize(account, status, challenge)
+        except AuthorizationError as error:
+            raise self._backoff.with_time(error) from None
+
+    async def _authorize(
+        self, account: Account, status: int, challenge: Sequence[bytes]
+    ) -> AccessToken | PendingAuthorization | None:
         token = await self.token(account)
         if token is not None:
             return token
@@ -311,7 +410,13 @@ class Broker:
 
     def set_allow_private(self, hosts: tuple[str, ...]) -> None:
         """Change the private hosts and networks that metadata documents may lead to."""
-        self._discoverer.allow_private = hosts
+        if hosts != self._discoverer.allow_private:
+            self._discoverer.allow_private = hosts
+            self._backoff.clear()
+
+    def set_opens_links(self, opens: bool) -> None:
+        """Change whether links may be opened in a browser."""
+        self._visits.first_only = opens
 
     def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
         """Adapt to a changed configuration; call this after the mapping of servers was changed.
@@ -321,6 +426,7 @@ class Broker:
         configuration is used with the next request.
         """
         names = {*removed, *changed}
+        self._backoff.forget(names)
         self._tokens.servers_changed(names)
         self._pending.servers_changed(names)
 

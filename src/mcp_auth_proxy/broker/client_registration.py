@@ -7,7 +7,7 @@ from dataclasses import replace
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, RegistrationImpossible, excerpt
 from mcp_auth_proxy.models import Account, ClientAuth, GrantType, Registration, RegistrationKind
-from mcp_auth_proxy.oauth import client_auth, registration
+from mcp_auth_proxy.oauth import client_auth, registration, retry_after
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher
 from mcp_auth_proxy.store.registrations import Registrations
@@ -167,17 +167,18 @@ class ClientRegistrar:
             document="client registration",
             policy=policy,
         )
-        if metadata.is_fallback and registration.is_not_oauth(response.status, response.body):
-            raise registration.oauth_not_found(endpoint, response.status, server=server.name, schemes=schemes)
-        registered = registration.read_response(
-            response.status,
-            response.body,
-            url=endpoint,
-            server=server.name,
-            supported=metadata.token_endpoint_auth_methods_supported,
-            requested=method,
-            configured=server.oauth.client_auth,
-        )
+        with retry_after.heeded(response.headers):
+            if metadata.is_fallback and registration.is_not_oauth(response.status, response.body):
+                raise registration.oauth_not_found(endpoint, response.status, server=server.name, schemes=schemes)
+            registered = registration.read_response(
+                response.status,
+                response.body,
+                url=endpoint,
+                server=server.name,
+                supported=metadata.token_endpoint_auth_methods_supported,
+                requested=method,
+                configured=server.oauth.client_auth,
+            )
         client = replace(
             self._registration(
                 account,

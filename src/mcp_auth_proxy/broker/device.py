@@ -68,8 +68,8 @@ class DevicePolls:
                 answer = await self._polls.run(flow.id, partial(self._poll, server, flow, interval))
             except (AuthorizationServerUnavailable, StoreUnavailable) as failure:
                 # RFC 8628 §3.5: if the server does not answer, each wait is twice as long.
-                retry_after = failure.retry_after if isinstance(failure, AuthorizationServerUnavailable) else 0.0
-                delay = min(max(2 * delay, retry_after), INTERVAL_MAX)
+                asked = failure.server_retry_after if isinstance(failure, AuthorizationServerUnavailable) else 0.0
+                delay = max(min(2 * delay, INTERVAL_MAX), asked)
                 logger.debug("polling for server %s: %s", server.name, failure)
                 continue
             if not isinstance(answer, Poll):

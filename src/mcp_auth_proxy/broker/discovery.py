@@ -16,7 +16,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import GrantType
 from mcp_auth_proxy.net import urls
-from mcp_auth_proxy.oauth import discovery
+from mcp_auth_proxy.oauth import discovery, retry_after
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher, Response
@@ -107,7 +107,7 @@ class Discoverer:
                         response.body, url=url, server_url=server.url
                     )
                     return found
-                if response.status >= 500:
+                if retry_after.is_temporary(response.status):
                     raise _unavailable(lookup.document, url, response)
         return None
 
@@ -152,7 +152,7 @@ class Discoverer:
                         response.body, url=url, issuer=issuer, policy_http_loopback=policy.loopback, legacy=legacy
                     )
                     return found
-                if response.status >= 500:
+                if retry_after.is_temporary(response.status):
                     lookup.error = failed = _unavailable(lookup.document, url, response)
         if failed is not None:
             raise failed
@@ -199,4 +199,5 @@ def _is_document(response: Response, *, required: bool) -> bool:
 
 
 def _unavailable(document: str, url: str, response: Response) -> AuthorizationServerUnavailable:
-    return AuthorizationServerUnavailable(f"The {document} at {excerpt(url)} can't be read: HTTP {response.status}.")
+    text = f"The {document} at {excerpt(url)} can't be read: HTTP {response.status}."
+    return retry_after.unavailable(text, response.headers)

@@ -197,7 +197,9 @@ class PendingFlows:
         if pending is not None and pending.flow.id == flow.id:
             del self._pending[account]
             metrics.flows.labels(account.server, "failed").inc()
-            pending.fail(AuthorizationDenied(str(error)))
+            denied = AuthorizationDenied(str(error))
+            denied.retry_after = error.retry_after if isinstance(error, AuthorizationError) else None
+            pending.fail(denied)
 
     def cancel(self, account: Account) -> None:
         """Raise an error for everyone who waits for an account's flow, and stop polling for it."""

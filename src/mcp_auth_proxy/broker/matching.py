@@ -11,7 +11,7 @@ from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import DpopUse, Flow, Grant, GrantKey, GrantType
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.urls import Origin
-from mcp_auth_proxy.oauth import dpop
+from mcp_auth_proxy.oauth import discovery, dpop
 
 
 def matches(stored: Grant | Flow, server: ServerSettings) -> bool:
@@ -34,11 +34,11 @@ def configured(servers: Mapping[str, ServerSettings], name: str) -> ServerSettin
 def configured_at(servers: Mapping[str, ServerSettings], sent_to: ServerSettings) -> ServerSettings:
     """Return the settings of a server that a request was sent to, or is about to be, as ``sent_to`` says.
 
-    Raises AuthorizationError if the server was removed, or if its url now has another origin: its token must not be
-    sent to the old one, and what the old one answers says nothing about the new one.
+    Raises AuthorizationError if the server was removed, or if its url now has another origin or path: its token must
+    not be sent to the old one, and what the old one answers says nothing about the new one.
     """
     server = configured(servers, sent_to.name)
-    if server.url != sent_to.url and urls.parse(server.url).origin != urls.parse(sent_to.url).origin:
+    if server.url != sent_to.url and _place(server.url) != _place(sent_to.url):
         raise AuthorizationError(
             f"The configuration of server {server.name} was changed after this request began: its url leads elsewhere "
             f"now. Try again."
@@ -79,10 +79,12 @@ def _grant_type(stored: Grant | Flow) -> GrantType:
 def _key_matches(key: GrantKey, server: ServerSettings) -> bool:
     """Return whether a key names the server's current upstream, issuer and resource.
 
-    Comparing the resource is not enough: it may be omitted, and a token goes only to the origin it was requested for.
+    Comparing the resource is not enough: it may be omitted, or cover several servers, and a token goes only to the
+    origin and path that it was requested for.
     """
     oauth = server.oauth
-    if key.upstream is not None and key.upstream != urls.parse(server.url).origin.serialized:
+    origin, path = _place(server.url)
+    if key.upstream not in (None, origin.serialized) or key.path not in (None, path):
         return False
     if oauth.issuer is not None and key.issuer != oauth.issuer:
         return False
@@ -90,17 +92,16 @@ def _key_matches(key: GrantKey, server: ServerSettings) -> bool:
         case "omit":
             return not key.resource
         case "auto":
-            return _origin(key.resource) == urls.parse(server.url).origin
+            # Without its query, which the canonical identifier of a server without metadata may have.
+            return discovery.covers(key.resource.partition("?")[0], server.url)
         case exact:
             return key.resource == exact
 
 
-def _origin(resource: str) -> Origin | None:
-    """Return the origin of a resource; None if it has none: a configured one may be any URI, such as ``api://…``."""
-    try:
-        return urls.parse(resource).origin
-    except ValueError:
-        return None
+def _place(url: str) -> tuple[Origin, str]:
+    """Return the origin and the path of a server's URL: one origin may have a server at each path."""
+    parsed = urls.parse(url)
+    return parsed.origin, parsed.path or "/"
 
 
 def _binding_matches(stored: Grant | Flow, use: DpopUse) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from mcp_auth_proxy.broker.backoff import Backoff, of_issuer
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.plan import Plan
@@ -22,10 +23,13 @@ DISCOVERY_DEADLINE = 15.0
 class Planner:
     """Work out how to authorize at a server. Raises AuthorizationError and StoreError."""
 
-    def __init__(self, *, discoverer: Discoverer, registrar: ClientRegistrar, token_client: TokenClient) -> None:
+    def __init__(
+        self, *, discoverer: Discoverer, registrar: ClientRegistrar, token_client: TokenClient, backoff: Backoff
+    ) -> None:
         self._discoverer = discoverer
         self._registrar = registrar
         self._token_client = token_client
+        self._backoff = backoff
         self._without_offline_access: set[tuple[str, str]] = set()
 
     async def plan(
@@ -37,7 +41,7 @@ class Planner:
         already: tuple[str, ...] = (),
         schemes: tuple[str, ...] = (),
     ) -> Plan:
-        """Return what to request, registering a client if necessary.
+        """Return what to request, registering a client if necessary, unless its issuer is paused.
 
         ``already``: scopes that a step-up must not lose. ``schemes``: authentication schemes other than Bearer that
         the server asked for, to be named if it turns out not to use OAuth.
@@ -45,7 +49,8 @@ class Planner:
 
         async def register(metadata: ServerMetadata) -> Registration:
             policy = self._discoverer.policy(server.url)
-            return await self._registrar.register(account, server, metadata, policy, schemes=schemes)
+            with self._backoff.attempt(of_issuer(server.name, metadata.issuer)):
+                return await self._registrar.register(account, server, metadata, policy, schemes=schemes)
 
         return await self._plan(account, server, challenge, already, register)
 
@@ -90,13 +95,15 @@ class Planner:
             raise AuthorizationServerUnavailable(
                 f"Discovery for server {server.name} did not end within {DISCOVERY_DEADLINE:.0f} s."
             ) from None
+        place = urls.parse(server.url)
         return Plan(
             server=server,
             key=GrantKey(
                 account=account,
                 resource=_resource(server, resource),
                 issuer=metadata.issuer,
-                upstream=urls.parse(server.url).origin.serialized,
+                upstream=place.origin.serialized,
+                path=place.path or "/",
             ),
             metadata=metadata,
             registration=registration,

@@ -4,14 +4,15 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, StoreUnavailable, TokenRefused
 from mcp_auth_proxy.models import Grant, TokenSet
 from mcp_auth_proxy.observability import metrics
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.grants import Grants
 
@@ -23,15 +24,8 @@ MARGIN_SHARE = 0.2
 MARGIN_MAX = 240.0
 """Maximum seconds that are left when a token is renewed."""
 
-BACKOFF_FIRST = 1.0
-BACKOFF_MAX = 300.0
-"""Seconds between attempts after temporary failures, doubling; the server's own Retry-After may prolong them."""
-
 JITTER = 0.2
 """Share by which times are varied at random, so that replicas and servers with one lifetime do not renew in step."""
-
-REQUEST_GATE = 5.0
-"""Seconds after a failure until a request with an expired token may try again, even if the backoff is longer."""
 
 SAVE_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to store tokens that have been issued."""
@@ -58,42 +52,37 @@ def renew_at(tokens: TokenSet) -> float | None:
         return None
     lifetime = max(0.0, tokens.expires_at - tokens.obtained_at)
     margin = min(lifetime * MARGIN_SHARE, MARGIN_MAX)
-    return tokens.expires_at - margin * _jitter()
-
-
-@dataclass(slots=True)
-class _Backoff:
-    """What is remembered of a grant whose last renewal failed for a temporary reason."""
-
-    failures: int
-    failed_at: float
-    seconds: float
-    """How long to wait in the background, without jitter."""
-    retry_at: float
-    """When to try again in the background, with jitter."""
-    error: AuthorizationServerUnavailable
+    return tokens.expires_at - margin * (1 + JITTER * random.random())
 
 
 class Renewer:
     """Renew grants. The caller makes sure that one grant is renewed only once at a time in this process."""
 
     def __init__(
-        self, *, token_client: TokenClient, registrar: ClientRegistrar, grants: Grants, clock: Callable[[], float]
+        self,
+        *,
+        token_client: TokenClient,
+        registrar: ClientRegistrar,
+        grants: Grants,
+        backoff: Backoff,
+        outages: OutageLog,
+        clock: Callable[[], float],
     ) -> None:
         self._token_client = token_client
         self._registrar = registrar
         self._grants = grants
+        self._backoff = backoff
+        self._outages = outages
         self._clock = clock
-        self._backoffs: dict[int, _Backoff] = {}
         self._owner = lease.new_owner()
 
     async def renew(self, server: ServerSettings, grant: Grant) -> Grant:
-        """Return the grant with new tokens, which are stored already.
+        """Return the grant with new tokens, which are stored already. Nothing is sent during a pause.
 
         Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked later;
         StoreUnavailable, before anything is sent, if the result could not be stored.
         """
-        self._check_backoff(grant)
+        self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
         current = await self._grants.get(grant.id)
         if current is None or current.ended_at is not None:
             raise GrantEnded
@@ -109,7 +98,7 @@ class Renewer:
             return await self._refused(current, refused)
         except AuthorizationError as failure:
             raise await self._failed(current, failure) from None
-        self._backoffs.pop(current.id, None)
+        self._backoff.succeeded(*_subjects(current))
         stored = await self._save_with_retry(current, tokens)
         if stored is None:
             # Fenced off: another process took over the lease, so its result is the one to use.
@@ -119,9 +108,10 @@ class Renewer:
         return stored
 
     def retry_at(self, grant: Grant) -> float | None:
-        """Return when a background renewal may be tried again, in Unix seconds; None if the last one did not fail."""
-        backoff = self._backoffs.get(grant.id)
-        return backoff.retry_at if backoff else None
+        """Return when a renewal may be tried again, in Unix seconds; None if the last one did not fail."""
+        ends = self._backoff.retry_at(*_subjects(grant), of_tokens(grant.key.account))
+        # Not all grants of an issuer at once: the first failure is a pause for the others.
+        return None if ends is None else ends + (ends - self._clock()) * JITTER * random.random()
 
     async def _save_with_retry(self, grant: Grant, tokens: TokenSet) -> Grant | None:
         """Store new tokens before anyone uses them.
@@ -138,36 +128,18 @@ class Renewer:
                 await asyncio.sleep(delay)
         return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
 
-    def _check_backoff(self, grant: Grant) -> None:
-        backoff = self._backoffs.get(grant.id)
-        if backoff is None:
-            return
-        left = backoff.failed_at + min(backoff.seconds, REQUEST_GATE) - self._clock()
-        # If the clock was set back, ``left`` is too large: do not wait longer for that.
-        if 0 < left <= REQUEST_GATE:
-            raise AuthorizationServerUnavailable(str(backoff.error), retry_after=max(left, 1.0))
-
-    def _back_off(self, grant: Grant, error: AuthorizationServerUnavailable) -> None:
-        before, now = self._backoffs.get(grant.id), self._clock()
-        failures = before.failures + 1 if before else 1
-        seconds = float(min(max(BACKOFF_FIRST * 2 ** (failures - 1), error.server_retry_after), BACKOFF_MAX))
-        self._backoffs[grant.id] = _Backoff(failures, now, seconds, now + seconds * _jitter(), error)
-
     async def _failed(self, grant: Grant, failure: AuthorizationError) -> AuthorizationServerUnavailable:
         """Remember a temporary failure; return the error for requests that need the token."""
         unavailable = failure if isinstance(failure, AuthorizationServerUnavailable) else None
-        error = AuthorizationServerUnavailable(
-            str(failure),
-            retry_after=max(1.0, unavailable.retry_after if unavailable else 5.0),
-            server_retry_after=unavailable.server_retry_after if unavailable else 0.0,
-        )
-        self._back_off(grant, error)
+        error = AuthorizationServerUnavailable(str(failure), server_retry_after=failure.server_retry_after)
+        issuer, own = _subjects(grant)
+        self._backoff.failed(issuer if unavailable else own, error)
         # If the response was lost, the intent stays stored: the refresh token may be used up, and the next try
         # should know.
         if unavailable is None or not unavailable.maybe_processed:
             await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
         metrics.refreshes.labels(grant.key.account.server, "failed").inc()
-        logger.warning("the grant of server %s can't be renewed now: %s", grant.key.account.server, error)
+        self._outages.warn(grant.key.account.server, f"its grant can't be renewed now: {error}")
         return error
 
     async def _refused(self, grant: Grant, refused: TokenRefused) -> Grant:
@@ -179,7 +151,7 @@ class Renewer:
         reason = str(refused)
         if grant.refresh_begun_at is not None:
             reason = f"a renewal was interrupted before its result was stored. {reason}"
-        self._backoffs.pop(grant.id, None)
+        self._backoff.succeeded(of_grant(grant))
         if not await self._grants.end(grant.id, version=grant.version, reason=reason, now=self._clock()):
             newer = await self._grants.get(grant.id)
             if newer is not None and newer.ended_at is None:
@@ -205,5 +177,6 @@ class Renewer:
         )
 
 
-def _jitter() -> float:
-    return 1 + JITTER * random.random()
+def _subjects(grant: Grant) -> tuple[Subject, Subject]:
+    """Return what a failed renewal pauses: its issuer, if that can't be used now, or else the grant."""
+    return of_issuer(grant.key.account.server, grant.key.issuer), of_grant(grant)

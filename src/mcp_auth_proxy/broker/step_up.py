@@ -7,7 +7,7 @@ never satisfied would make the user consent again for each request of the client
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-from mcp_auth_proxy.errors import AuthorizationError, excerpt
+from mcp_auth_proxy.errors import AuthorizationDenied, excerpt
 
 MAX_AUTHORIZATIONS = 3
 """Authorizations for the same scopes, including the first: more do not help (MCP, scope challenge handling)."""
@@ -32,7 +32,7 @@ class StepUpLimiter:
     def count(self, key: Hashable, *, server: str, requested: Iterable[str], already: Iterable[str]) -> None:
         """Record that ``requested`` will be authorized in addition to ``already``.
 
-        Raises AuthorizationError if the limit is reached.
+        Raises AuthorizationDenied if the limit is reached.
         """
         requested, now = tuple(requested), self._clock()
         if not set(requested) <= set(already):
@@ -45,10 +45,11 @@ class StepUpLimiter:
         self._repeated[key] = _Repeated(times + 1, now)
 
 
-def step_up_limit(server: str, requested: Iterable[str]) -> AuthorizationError:
+def step_up_limit(server: str, requested: Iterable[str]) -> AuthorizationDenied:
     """Return the error for a server that keeps asking for more."""
-    return AuthorizationError(
+    return AuthorizationDenied(
         f"Server {server} keeps asking for more permission after {MAX_AUTHORIZATIONS} authorizations "
         f"(insufficient_scope, RFC 6750 §3.1). The scopes it asked for last: {excerpt(' '.join(requested)) or 'none'}. "
-        f"Check what the account may grant there; it can be asked again in {REMEMBERED / 60:.0f} minutes."
+        f"Check what the account may grant there; it can be asked again in {REMEMBERED / 60:.0f} minutes.",
+        "insufficient_scope",
     )

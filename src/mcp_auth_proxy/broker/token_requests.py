@@ -10,7 +10,7 @@ from mcp_auth_proxy.broker.unattended import UnattendedForms
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, TokenRefused
 from mcp_auth_proxy.models import Attempt, Flow, Grant, GrantType, Registration, TokenSet
-from mcp_auth_proxy.oauth import device_authorization, dpop, revocation, token_endpoint
+from mcp_auth_proxy.oauth import device_authorization, dpop, retry_after, revocation, token_endpoint
 from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart, Poll
 from mcp_auth_proxy.oauth.fetch import Fetcher, Response
@@ -44,14 +44,15 @@ class TokenClient:
         response = await self._requests.post(
             plan.server, plan.registration, url, form, document="device authorization response"
         )
-        return device_authorization.read_response(
-            response.status,
-            response.headers,
-            response.body,
-            url=url,
-            http_loopback=self._discoverer.policy(plan.server.url).loopback,
-            secrets=secrets_in(plan.server, plan.registration, form),
-        )
+        with retry_after.heeded(response.headers):
+            return device_authorization.read_response(
+                response.status,
+                response.headers,
+                response.body,
+                url=url,
+                http_loopback=self._discoverer.policy(plan.server.url).loopback,
+                secrets=secrets_in(plan.server, plan.registration, form),
+            )
 
     async def poll(self, server: ServerSettings, flow: Flow) -> Grant | Poll:
         """Ask once whether the user has authorized on the other device (RFC 8628 §3.4)."""
@@ -75,6 +76,10 @@ class TokenClient:
     async def check_unattended(self, plan: Plan) -> None:
         """Raise AuthorizationError if a grant that asks no user could not even be requested; send no token request."""
         await self._forms.build(plan.server, plan.server.oauth.grant, plan.key, plan.scopes)
+
+    async def check_credentials(self, server: ServerSettings) -> None:
+        """Raise AuthorizationError if a configured token that a grant begins with can't be read; send nothing."""
+        await self._forms.check_credentials(server)
 
     async def obtain(self, plan: Plan, *, subject: SubjectToken | None = None) -> Grant:
         """Obtain a grant that asks no user, not yet stored. ``subject`` is the caller's token."""
@@ -139,20 +144,20 @@ class TokenClient:
         """Return the tokens that a form brings (RFC 6749 §5.1), bound to ``dpop_key`` if there is one."""
         url, client = source.endpoints.token, source.registration
         response = await self._ask(server, client, url, form, dpop_key=dpop_key)
-        return token_endpoint.read_tokens(
-            response.status,
-            response.headers,
-            response.body,
-            url=url,
-            now=self._clock(),
-            requested_scopes=source.scopes,
-            previous=previous,
-            token_types=_token_types(server, dpop_key, previous),
-            secrets=secrets_in(server, client, form),
-            context=TokenRequestContext(
-                server=server.name, resource=dict(form).get("resource", ""), scopes=source.scopes
-            ),
-        )
+        resource = dict(form).get("resource", "")
+        with retry_after.heeded(response.headers):
+            return token_endpoint.read_tokens(
+                response.status,
+                response.headers,
+                response.body,
+                url=url,
+                now=self._clock(),
+                requested_scopes=source.scopes,
+                previous=previous,
+                token_types=_token_types(server, dpop_key, previous),
+                secrets=secrets_in(server, client, form),
+                context=TokenRequestContext(server=server.name, resource=resource, scopes=source.scopes),
+            )
 
     async def _ask(
         self, server: ServerSettings, client: Registration, url: str, form: Fields, *, dpop_key: str | None

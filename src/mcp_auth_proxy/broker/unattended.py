@@ -57,16 +57,17 @@ class UnattendedForms:
                     f"is no longer configured. Run `mcp-auth-proxy logout {server.name}`, or configure it again."
                 )
 
+    async def check_credentials(self, server: ServerSettings) -> None:
+        """Raise AuthorizationError if a configured token that a grant begins with can't be read; send nothing."""
+        oauth = server.oauth
+        if oauth.grant is GrantType.JWT_BEARER and oauth.assertion is not None:
+            await credentials.read(oauth.assertion, server.key("oauth.assertion"))
+        elif oauth.grant is GrantType.ID_JAG and oauth.idp is not None:
+            await _user_token(server, oauth.idp)
+
     async def _id_jag(self, server: ServerSettings, idp: IdpSettings, key: GrantKey, scopes: tuple[str, ...]) -> IdJag:
         """Get an ID-JAG from the identity provider for the user's token (enterprise-managed authorization, §4)."""
-        setting = server.key("oauth.idp")
-        if idp.id_token is not None:
-            user = SubjectToken(await credentials.read(idp.id_token, f"{setting}.id_token"), TokenType.ID_TOKEN)
-        elif idp.refresh_token is not None:
-            token = await credentials.read(idp.refresh_token, f"{setting}.refresh_token")
-            user = SubjectToken(token, TokenType.REFRESH_TOKEN)
-        else:
-            raise AuthorizationError(f"{setting} does not say who the user is: set id_token or refresh_token.")
+        user = await _user_token(server, idp)
         try:
             async with asyncio.timeout(IDP_DEADLINE):
                 return await self._exchange(server, idp, user, key, scopes)
@@ -92,6 +93,16 @@ class UnattendedForms:
         )
         secrets = [user.value, client.client_secret or ""]
         return token_exchange.read_id_jag(response.status, response.headers, response.body, url=url, secrets=secrets)
+
+
+async def _user_token(server: ServerSettings, idp: IdpSettings) -> SubjectToken:
+    setting = server.key("oauth.idp")
+    if idp.id_token is not None:
+        return SubjectToken(await credentials.read(idp.id_token, f"{setting}.id_token"), TokenType.ID_TOKEN)
+    if idp.refresh_token is not None:
+        token = await credentials.read(idp.refresh_token, f"{setting}.refresh_token")
+        return SubjectToken(token, TokenType.REFRESH_TOKEN)
+    raise AuthorizationError(f"{setting} does not say who the user is: set id_token or refresh_token.")
 
 
 def _idp_client(

@@ -1,6 +1,5 @@
 """``login``, ``logout`` and ``status``. They use the store directly, whether or not a proxy is running."""
 
-import json
 import logging
 import os
 import time
@@ -10,9 +9,6 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-import click
-import httpx2
-
 from mcp_auth_proxy.app import Application, lifespan, reachable
 from mcp_auth_proxy.broker import (
     Connection,
@@ -21,15 +17,24 @@ from mcp_auth_proxy.broker import (
     ForgottenGrant,
     PendingAuthorization,
     Revocation,
+    sign_in,
     stored_connections,
 )
-from mcp_auth_proxy.cli.listener import bind, listening
-from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings
-from mcp_auth_proxy.errors import AddressInUse, ConfigError, ConfigurationError, McpAuthProxyError
+from mcp_auth_proxy.cli.listener import bind, in_numbers, listening
+from mcp_auth_proxy.cli.terminal import complain, say, say_json
+from mcp_auth_proxy.config.settings import ServerSettings, Settings
+from mcp_auth_proxy.errors import (
+    MAX_MESSAGE,
+    AddressInUse,
+    ConfigError,
+    ConfigurationError,
+    McpAuthProxyError,
+    excerpt,
+)
 from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.probe import probe
-from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store import open_store, serving
 from mcp_auth_proxy.web import browser
 
 
@@ -47,15 +52,15 @@ async def login(settings: Settings, name: str) -> int:
             sock, address = bind(settings.listen)
         except AddressInUse:
             sock, address = None, settings.listen
-            await _require_our_proxy(address)
+            _require_our_proxy(settings)
         application = await stack.enter_async_context(
-            lifespan(settings, address, announce=_say_nothing, announce_key=_say)
+            lifespan(settings, address, announce=_say_nothing, announce_key=complain)
         )
         if sock is not None:
             stack.enter_context(sock)
             await stack.enter_async_context(listening(application, sock))
         token = await _authorize(application, server)
-        click.echo(f"{server.name} is connected." if token else f"{server.name} asks for no authorization.")
+        say(f"{server.name} is connected." if token else f"{server.name} asks for no authorization.")
         await _list_tools(server, f"http://{reachable(address)}/{server.name}/mcp")
     return 0
 
@@ -65,16 +70,17 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     broker, account = application.broker, Account(LOCAL, server.name)
     stored = await broker.token(account)
     if stored is not None:
-        click.echo(f"A login for {server.name} is stored already; `mcp-auth-proxy logout {server.name}` forgets it.")
+        say(f"A login for {server.name} is stored already; `mcp-auth-proxy logout {server.name}` forgets it.")
         return stored
     route = routes.build({server.name: server})[f"/{server.name}/mcp".encode()]
     status, challenge = await probe(application.forwarder.upstream, route)
     outcome = await broker.authorize(account, status=status, challenge=challenge)
     if not isinstance(outcome, PendingAuthorization):
         return outcome
-    click.echo(_invitation(server.name, outcome))
+    say(*_invitation(server.name, outcome))
     opens = browser.should_open(application.settings.authorization.open_browser, loopback=True, environ=os.environ)
     if opens:
+        broker.link_opened(outcome.flow)
         browser.open_link(outcome.link)
     token = await outcome.wait(max(0.0, outcome.flow.expires_at - time.time()))
     if token is None:
@@ -82,15 +88,16 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     return token
 
 
-def _invitation(server: str, pending: PendingAuthorization) -> str:
-    """Return what the user has to do: open a link here or, with a code, on any device (RFC 8628)."""
+def _invitation(server: str, pending: PendingAuthorization) -> list[str]:
+    """Return in lines what the user has to do: open a link here or, with a code, on any device (RFC 8628)."""
     device = pending.flow.device
     if device is None:
-        return f"Open this link to authorize {server}:\n\n  {pending.link}\n"
-    lines = [f"To authorize {server}, open on any device", device.verification_uri, "and enter", device.user_code]
+        return [f"Open this link to authorize {server}:", "", f"  {pending.link}", ""]
+    asked = sign_in(pending.flow).in_words
+    lines = [f"To authorize {asked}, open on any device", device.verification_uri, "and enter", device.user_code]
     if device.verification_uri_complete:
         lines += ["or open this address, and check that it shows the same code:", device.verification_uri_complete]
-    return "\n".join(f"\n  {line}\n" if number % 2 else line for number, line in enumerate(lines))
+    return [part for number, line in enumerate(lines) for part in (("", f"  {line}", "") if number % 2 else (line,))]
 
 
 async def _list_tools(server: ServerSettings, url: str) -> None:
@@ -105,10 +112,11 @@ async def _list_tools(server: ServerSettings, url: str) -> None:
             tools = (await client.list_tools()).tools
     except Exception as error:  # the SDK raises groups of whatever went wrong in its tasks
         raise McpAuthProxyError(
-            f"The tools of {server.name} could not be listed: {_first(error)}. Is {server.url} its MCP endpoint?"
+            f"The tools of {server.name} could not be listed: {excerpt(_first(error), MAX_MESSAGE)}. "
+            f"Is {server.url} its MCP endpoint?"
         ) from None
-    names = ", ".join(sorted(tool.name for tool in tools))
-    click.echo(f"It offers {len(tools)} tool{'s'[: len(tools) != 1]}{': ' if names else ''}{names}")
+    names = ", ".join(sorted(excerpt(tool.name) for tool in tools))
+    say(f"It offers {len(tools)} tool{'s'[: len(tools) != 1]}{': ' if names else ''}{names}")
 
 
 def _first(error: BaseException) -> str:
@@ -124,15 +132,15 @@ async def logout(settings: Settings, name: str, *, forget_client: bool) -> int:
     If a revocation fails, the grant is deleted all the same, and the error says so.
     """
     server = server_of(settings, name)
-    async with lifespan(settings, settings.listen, background=False, announce_key=_say) as application:
+    async with lifespan(settings, settings.listen, background=False, announce_key=complain) as application:
         result = await application.broker.disconnect(Account(LOCAL, server.name), forget_client=forget_client)
     done, failed = _logout_lines(result)
     for line in done:
-        click.echo(line)
+        say(line)
     if failed:
         raise McpAuthProxyError(" ".join(failed))
     if not done:
-        click.echo(f"{server.name}: nothing was connected.")
+        say(f"{server.name}: nothing was connected.")
     return 0
 
 
@@ -171,11 +179,11 @@ async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
         servers = {server.name: server}
     rows = [_row(connection) for connection in await _connections(settings, servers)]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        say_json(rows)
         return 0
     width = max(len(row["server"]) for row in rows)
     for row in rows:
-        click.echo(f"{row['server']:<{width}}  {_in_words(row)}")
+        say(f"{row['server']:<{width}}  {_in_words(row)}")
     return 0
 
 
@@ -231,19 +239,20 @@ def server_of(settings: Settings, name: str) -> ServerSettings:
         raise ConfigurationError([ConfigError("", f"There is no server {name!r}. Configured: {known}.")]) from None
 
 
-async def _require_our_proxy(address: Address) -> None:
-    """Raise AddressInUse if another program would answer the callback."""
-    try:
-        async with httpx2.AsyncClient(trust_env=False, timeout=5) as client:
-            answer = (await client.get(f"http://{reachable(address)}/healthz")).json()
-    except (httpx2.HTTPError, ValueError):
-        answer = None
-    if not isinstance(answer, dict) or answer.get("service") != "mcp-auth-proxy":
-        raise AddressInUse(f"{address} is taken by another program, so the callback could not be received there.")
+def _require_our_proxy(settings: Settings) -> None:
+    """Raise AddressInUse if another program has the address of the proxy: it would get the callback with the code.
 
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
+    What a program answers proves nothing, so nothing is asked. A running proxy holds a lock beside its store.
+    """
+    wanted = reachable(in_numbers(settings.listen))
+    everywhere = "::" if ":" in wanted.host else "0.0.0.0"
+    served = serving.addresses(settings.store)
+    if not any(address.port == wanted.port and address.host in (wanted.host, everywhere) for address in served):
+        raise AddressInUse(
+            f"{settings.listen} is taken by another program, so the callback could not be received there: no running "
+            f"proxy holds the store {settings.store.path} and that address. End that program, or choose another "
+            f"address with the key 'listen'."
+        )
 
 
 def _say_nothing(flow: Flow, link: str) -> None:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import httpx2
 
 from mcp_auth_proxy.app import lifespan
@@ -19,6 +18,7 @@ from mcp_auth_proxy.cli.demo_servers.ledger import Rules
 from mcp_auth_proxy.cli.demo_servers.local_server import serve
 from mcp_auth_proxy.cli.demo_servers.mcp_server import ProtectedMcpServer, Protection
 from mcp_auth_proxy.cli.listener import bind, listening
+from mcp_auth_proxy.cli.terminal import say
 from mcp_auth_proxy.config.settings import (
     Address,
     AuthorizationSettings,
@@ -45,12 +45,12 @@ class Story:
         self.steps: list[str] = []
 
     def chapter(self, title: str) -> None:
-        click.echo(f"\n{title}")
+        say("", title)
 
     def show(self, step: str, words: str) -> None:
         name = WORDS.get(step, step)
         self.steps.append(name)
-        click.echo(f"  {name:<14} {words}")
+        say(f"  {name:<14} {words}")
 
     def require(self, *steps: str) -> None:
         """Raise McpAuthProxyError if one of the steps has not happened since the last call."""
@@ -70,7 +70,7 @@ async def demo() -> int:
             settings = _settings(Path(folder), resource)
             await _first_call(story, settings)
             await _after_restart(story, settings, authorization_server)
-    click.echo("\nDone: one consent for each scope, and the client never saw OAuth.")
+    say("", "Done: one consent for each scope, and the client never saw OAuth.")
     return 0
 
 

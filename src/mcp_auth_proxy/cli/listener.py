@@ -3,8 +3,9 @@
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any, cast
 
@@ -14,6 +15,8 @@ from mcp_auth_proxy.app import Application
 from mcp_auth_proxy.cli.notify import READY, STOPPING, notify
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.errors import AddressInUse, McpAuthProxyError
+from mcp_auth_proxy.net.acceptor import Acceptor
+from mcp_auth_proxy.net.connection_limits import ConnectionSlot
 from mcp_auth_proxy.net.http_server import HttpServerConnection
 from mcp_auth_proxy.observability import metrics
 
@@ -45,13 +48,29 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
     return sock, Address(address.host, sock.getsockname()[1])
 
 
+def bound(sock: socket.socket) -> Address:
+    """Return the address that a socket is bound to, its host as a number."""
+    host, port, *_ = sock.getsockname()
+    return Address(host, port)
+
+
+def in_numbers(address: Address) -> Address:
+    """Return an address with the number of its host, as ``bind`` would take it. Raises McpAuthProxyError."""
+    sock, _ = bind(replace(address, port=0))
+    with sock:
+        return replace(bound(sock), port=address.port)
+
+
 class Server(uvicorn.Server):
     """Run uvicorn, but drain first on SIGTERM. The listener stays open meanwhile, so that probes see 503."""
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, *, before_close: Callable[[], None] | None = None) -> None:
+        """``before_close`` is called while the port is still bound."""
         self._application = application
+        self._before_close = before_close
         self._drain: asyncio.Task[None] | None = None
         self._signals = 0
+        self._acceptors: list[Acceptor] = []
         super().__init__(
             uvicorn.Config(
                 cast(Any, application.router),  # our connections take a RequestServer, not an ASGI application
@@ -92,18 +111,30 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept connections, and to count them."""
-        await super().startup(sockets)
+        """Begin to accept connections, and to count them. ``sockets`` are listening."""
+        for sock in sockets or []:
+            self._acceptors.append(Acceptor(sock, self._application.connections, self._connection))
+        self.servers = []
+        self.started = True
         connections = self.server_state.connections
         self._stop_counting = metrics.inbound_connections.add_source(lambda: {(): len(connections)})
         notify(READY)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close every connection; abort those whose clients have not read everything within ``FLUSH_TIMEOUT``."""
+        if self._before_close is not None:
+            self._before_close()
+        for acceptor in self._acceptors:
+            acceptor.close()
+        for acceptor in self._acceptors:
+            await acceptor.wait_closed()
         abort = asyncio.get_running_loop().call_later(FLUSH_TIMEOUT, self._abort_connections)
         await super().shutdown(sockets)
         abort.cancel()
         self._stop_counting()
+
+    def _connection(self, slot: ConnectionSlot) -> HttpServerConnection:
+        return HttpServerConnection(self.config, self.server_state, {}, slot=slot)
 
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):

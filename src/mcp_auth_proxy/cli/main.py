@@ -1,6 +1,8 @@
 """The command line: finds the configuration, runs a command, turns errors into one line and an exit code."""
 
 import asyncio
+import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Coroutine
@@ -12,10 +14,14 @@ import click
 import uvloop
 
 from mcp_auth_proxy import __version__
+from mcp_auth_proxy.cli.hardening import protect_process
+from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config import load as config
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, KeyRejected, McpAuthProxyError
 from mcp_auth_proxy.observability import logs
+
+logger = logging.getLogger(__name__)
 
 EXAMPLE = "https://mcp.example.com/mcp"
 LEVEL_VARIABLE = "MCP_AUTH_PROXY_LOG_LEVEL"
@@ -61,7 +67,18 @@ def settings_from(
         if config_file is not None:
             raise click.UsageError("Give a URL or --config, not both.")
         return config.single(url, environ=os.environ, listen=listen)
-    return config.load(config_path(config_file), environ=os.environ, listen=listen, secrets_of=secrets_of)
+    path = config_path(config_file)
+    settings = config.load(path, environ=os.environ, listen=listen, secrets_of=secrets_of)
+    name_file(path)
+    return settings
+
+
+def name_file(path: Path) -> None:
+    """Say on stderr which configuration file is used; as a log line if lines there must be JSON."""
+    if click.get_current_context().params.get("log_format") == "json":
+        logger.info("configuration: %s", path)
+    else:
+        complain(f"configuration: {path}")
 
 
 def config_path(config_file: str | None) -> Path:
@@ -107,7 +124,9 @@ def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
         run(serve_forever(settings_from(config_file, url, listen), None))
         return
     file = ConfigFile(config_path(config_file), environ=os.environ, listen=listen)
-    run(serve_forever(file.read(), file))
+    settings = file.read()
+    name_file(file.path)
+    run(serve_forever(settings, file))
 
 
 @cli.command()
@@ -115,15 +134,16 @@ def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
 def check(config_file: str | None) -> None:
     """Validate the configuration and print all errors at once."""
     from mcp_auth_proxy.config.oauth import first_contact_warning
-    from mcp_auth_proxy.store.cipher import key_errors
+    from mcp_auth_proxy.store.cipher import key_errors, key_warnings
 
-    settings = settings_from(config_file)
+    path = config_path(config_file)
+    settings = config.load(path, environ=os.environ)
     errors = key_errors(settings.store)
     if errors:
-        raise ConfigurationError(errors)
-    if warning := first_contact_warning(settings.servers):
-        click.echo(f"warning: {warning}", err=True)
-    click.echo(f"{settings.source}: valid, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
+        raise ConfigurationError(errors, str(path))
+    for warning in filter(None, [first_contact_warning(settings.servers), *key_warnings(settings.store)]):
+        complain(f"warning: {warning}")
+    say(f"{path}: valid, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
 
 
 @cli.command()
@@ -230,26 +250,26 @@ def main() -> None:
 
     The exit code is 2 for errors of the configuration and of the store's key, else 1.
     """
+    protect_process()
     try:
         cli(standalone_mode=False)
     except ConfigurationError as error:
         source = f"{error.source}: " if error.source else ""
         for problem in error.errors:
-            click.echo(f"error: {source}{problem}", err=True)
+            complain(f"error: {source}{problem}")
         sys.exit(2)
     except McpAuthProxyError as error:
-        click.echo(f"error: {error}", err=True)
+        complain(f"error: {error}")
         # Another start would not help, as with the configuration: service managers are told not to try.
         sys.exit(2 if isinstance(error, KeyRejected) else 1)
-    except click.UsageError as error:
-        error.show()
-        sys.exit(2)
     except click.ClickException as error:
-        error.show()
-        sys.exit(1)
+        shown = io.StringIO()
+        error.show(shown)
+        say(*shown.getvalue().rstrip("\n").split("\n"), err=True)
+        sys.exit(2 if isinstance(error, click.UsageError) else 1)
     except OSError as error:
         # Expected failures of files and sockets are McpAuthProxyErrors; this is a full disk under stdout, for example.
-        click.echo(f"error: {error}", err=True)
+        complain(f"error: {error}")
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)

@@ -29,7 +29,7 @@ async def reloading(
     ends_with_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
 
     async def validate(settings: Settings) -> None:
-        await loops.check(settings, application.listening, application.public_url)
+        await loops.check(settings, application.listening, application.public_url, resolver=application.resolver)
 
     reloader = Reloader(file, application.settings, application.apply, validate=validate) if file is not None else None
 

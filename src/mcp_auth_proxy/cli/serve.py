@@ -1,25 +1,33 @@
 """``serve``: the proxy in the foreground until a signal ends it."""
 
-import contextlib
+import ctypes
 import gc
 import logging
-import resource
-
-import click
+import platform
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.app import Application, effective_public_url, lifespan
-from mcp_auth_proxy.cli.listener import Server, bind
+from mcp_auth_proxy.cli.listener import Server, bind, bound
 from mcp_auth_proxy.cli.reloading import reloading
+from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import without_query_values
+from mcp_auth_proxy.net import descriptors
+from mcp_auth_proxy.net.resolver import Resolver
+from mcp_auth_proxy.store import serving
 
 logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 20
+
+_M_MMAP_THRESHOLD = -3
+"""mallopt(3)"""
+
+_MMAP_THRESHOLD = 128 * 1024
+"""Bytes from which a block is mapped on its own: the value that glibc starts with."""
 
 
 async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
@@ -27,14 +35,16 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
 
     ``file`` is what ``settings`` were read from, and is read again when it changes; None if there is no file.
     """
-    _raise_file_limit()
+    descriptors.raise_limit()
+    _return_large_blocks()
     if warning := first_contact_warning(settings.servers):
         logger.warning("%s", warning)
     sock, address = bind(settings.listen)
     with sock:
-        await loops.check(settings, address, effective_public_url(settings, address))
-        async with lifespan(settings, address, announce_key=lambda line: click.echo(line, err=True)) as application:
-            server = Server(application)
+        await loops.check(settings, address, effective_public_url(settings, address), resolver=Resolver())
+        async with lifespan(settings, address, announce_key=complain) as application:
+            lock = serving.hold(settings.store, bound(sock))
+            server = Server(application, before_close=lock.release)
             async with reloading(application, file, stop=server.drain_and_exit):
                 _say_what_is_served(application)
                 # Objects made at start-up are never freed: the garbage collector need not visit them again.
@@ -44,12 +54,14 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     return 0
 
 
-def _raise_file_limit() -> None:
-    """Allow as many open files as the system grants: each open stream takes two, and 1,024 is a usual default."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # If the hard limit is infinite, macOS refuses it as the soft limit, which then stays as it is.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _return_large_blocks() -> None:
+    """Let the system have large blocks back when they are freed.
+
+    glibc raises the threshold with each large block that is freed. Request bodies then lie on its heap, and their
+    pages stay with the process.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
 
 
 def _say_what_is_served(application: Application) -> None:
@@ -70,4 +82,4 @@ def _say_what_is_served(application: Application) -> None:
         f'  Cursor, VS Code:  {{"url": "{base}/{first}/mcp"}} under the name "{first}"',
         "",
     ]
-    click.echo("\n".join(lines))
+    say(*lines)

@@ -22,8 +22,13 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "authorization.cold_start": lambda settings: settings.authorization.cold_start,
     "authorization.allow_private": lambda settings: settings.authorization.allow_private,
     "limits.body": lambda settings: settings.limits.body,
+    "limits.memory": lambda settings: settings.limits.memory,
+    "limits.held": lambda settings: settings.limits.held,
     "limits.upstream_connections": lambda settings: settings.limits.upstream_connections,
+    "limits.connections": lambda settings: settings.limits.connections,
+    "limits.connections_per_address": lambda settings: settings.limits.connections_per_address,
     "inbound.allowed_hosts": lambda settings: settings.inbound.allowed_hosts,
+    "inbound.trusted_proxies": lambda settings: settings.inbound.trusted_proxies,
 }
 """The keys besides ``servers`` that a running proxy applies."""
 

@@ -16,6 +16,10 @@ from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 _NULL = ("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z"))
 _MERGE = ("tag:yaml.org,2002:merge", re.compile(r"<<\Z"))
 
+_MAX_KEYS = 200_000
+"""Keys of all mappings together. A merged key counts in every mapping that it is merged into: a few lines can merge so
+often that neither time nor memory would suffice."""
+
 _QUOTED = re.compile(r"(alias|anchor|tag handle|tag) ['\"].*['\"]", re.DOTALL)
 
 # All other tags, such as !!int or !!python/…, are refused with line and column.
@@ -38,6 +42,15 @@ class _Loader(_Base):  # type: ignore[misc, valid-type]  # chosen at import time
     # PyYAML's way to say which unquoted scalars and which tags have a meaning.
     yaml_implicit_resolvers = {first: [_NULL] for first in ("", "~", "n", "N")} | {"<": [_MERGE]}
     yaml_constructors = {tag: _Base.yaml_constructors[tag] for tag in _TAGS}  # noqa: RUF012
+    _keys = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # Called for each mapping, and for a merged one each time before its keys are copied.
+        super().flatten_mapping(node)
+        self._keys += len(node.value)
+        if self._keys > _MAX_KEYS:
+            problem = f"over {_MAX_KEYS} keys, with merged keys (<<)"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from mcp_auth_proxy.config.settings import (
     Settings,
     StoreSettings,
 )
+from mcp_auth_proxy.config.trust import distrust
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 
 FILE_NAME = "mcp-auth-proxy.yaml"
@@ -38,7 +39,8 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
     """Return the file to read; None if there is none.
 
     In order: ``--config``, ``$MCP_AUTH_PROXY_CONFIG``, ``./mcp-auth-proxy.yaml``, the platform's configuration folder.
-    Raises ConfigurationError if a file given by flag or variable does not exist.
+    Raises ConfigurationError if a file given by flag or variable does not exist, and if others could have put the one
+    in the current folder there: it decides where tokens are sent.
     """
     for text, origin in ((explicit, "--config"), (environ.get(VARIABLE), f"${VARIABLE}")):
         if text:
@@ -46,10 +48,17 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
             if not path.is_file():
                 raise ConfigurationError([ConfigError("", f"{path} (from {origin}) does not exist or is not a file")])
             return path
-    for folder in (Path.cwd(), platformdirs.user_config_path(_APP, appauthor=False)):
-        if (folder / FILE_NAME).is_file():
-            return folder / FILE_NAME
-    return None
+    here = Path.cwd() / FILE_NAME
+    if here.is_file():
+        if problem := distrust(here):
+            refusal = (
+                f"{here} was found in the current folder, but {problem}: somebody else may have put it there. "
+                f"If it is yours, name it with --config or ${VARIABLE}"
+            )
+            raise ConfigurationError([ConfigError("", refusal)])
+        return here
+    platform = platformdirs.user_config_path(_APP, appauthor=False) / FILE_NAME
+    return platform if platform.is_file() else None
 
 
 def load(
@@ -147,7 +156,8 @@ def _read_store(section: Section) -> StoreSettings:
     default = _default_key(path)
     keys = section.each("keys", lambda text: _key_source(text, context, default), min_items=1)
     section.close()
-    return StoreSettings(path=path, keys=keys or (default,), default_key=not keys or keys == (default,))
+    default_key = not keys or keys == (default,)
+    return StoreSettings(path=path, keys=keys or (default,), default_key=default_key, keys_named=bool(keys))
 
 
 def _store_path(text: str, context: Context) -> Path:
@@ -195,14 +205,21 @@ def _read_limits(section: Section) -> LimitSettings:
     default = LimitSettings()
     settings = LimitSettings(
         body=section.parsed("body", values.size, default.body),
+        memory=section.parsed("memory", values.size, default.memory),
+        held=section.parsed("held", values.count, default.held),
         upstream_connections=section.parsed("upstream_connections", values.count, default.upstream_connections),
+        connections=section.parsed("connections", values.count, None),
+        connections_per_address=section.parsed("connections_per_address", values.count, None),
     )
     section.close()
     return settings
 
 
 def _read_inbound(section: Section) -> InboundSettings:
-    settings = InboundSettings(allowed_hosts=section.each("allowed_hosts", values.allowed_host) or ())
+    settings = InboundSettings(
+        allowed_hosts=section.each("allowed_hosts", values.allowed_host) or (),
+        trusted_proxies=section.each("trusted_proxies", values.network) or (),
+    )
     section.close()
     return settings
 

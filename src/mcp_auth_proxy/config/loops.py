@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from mcp_auth_proxy.config.settings import Address, Settings
-from mcp_auth_proxy.errors import ConfigError, ConfigurationError
-from mcp_auth_proxy.net import dial, urls
+from mcp_auth_proxy.errors import ConfigError, ConfigurationError, UpstreamUnreachable
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.addresses import IPAddress, addresses_of, is_own, literal, unmapped
+from mcp_auth_proxy.net.resolver import Resolver
 
 LOOKUP_TIMEOUT = 5.0
 """Seconds to look up a name; one that takes longer is not checked, because the hop count remains."""
@@ -44,9 +45,7 @@ def errors(
     return found
 
 
-async def check(
-    settings: Settings, listening: Address, public_url: str, *, resolve: dial.Resolve = dial.resolve
-) -> None:
+async def check(settings: Settings, listening: Address, public_url: str, *, resolver: Resolver) -> None:
     """Raise ConfigurationError if a server's URL leads to the proxy that listens there.
 
     Looked up are the name that it listens at, and those of servers at its port.
@@ -54,19 +53,19 @@ async def check(
     origins = {urls.parse(server.url).origin for server in settings.servers.values()}
     hosts = {listening.host, *(origin.host for origin in origins if origin.port == listening.port)}
     names = {host for host in hosts if not addresses_of(host)}
-    found_addresses = await asyncio.gather(*(_look_up(name, listening.port, resolve) for name in names))
+    found_addresses = await asyncio.gather(*(_look_up(name, listening.port, resolver) for name in names))
     looked_up = dict(zip(names, found_addresses, strict=True))
     found = errors(settings, listening, public_url, looked_up)
     if found:
         raise ConfigurationError(found, str(settings.source or ""))
 
 
-async def _look_up(name: str, port: int, resolve: dial.Resolve) -> Collection[IPAddress]:
+async def _look_up(name: str, port: int, resolver: Resolver) -> Collection[IPAddress]:
     try:
-        async with asyncio.timeout(LOOKUP_TIMEOUT):
-            return [unmapped(address) for address in await resolve(name, port)]
-    except (OSError, UnicodeError):
+        addresses = await resolver.look_up(name, port, owner=f"{name}:{port}", timeout=LOOKUP_TIMEOUT)
+    except UpstreamUnreachable:
         return ()
+    return [unmapped(address) for address in addresses]
 
 
 def _leads_to(origin: urls.Origin, place: Address, looked_up: LookedUp) -> bool:

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.models import ClientAuth, DpopUse, GrantType
+from mcp_auth_proxy.net.peers import IPNetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +16,9 @@ class Secret:
     """A secret that never appears in ``repr``, ``str`` or logs."""
 
     value: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        secret_values.remember(self.value)
 
     def __str__(self) -> str:
         return "****"
@@ -50,6 +55,8 @@ class StoreSettings:
     """The first key encrypts, all of them decrypt. Never empty: the default is a key file next to the store."""
     default_key: bool = False
     """True if ``keys`` is that default: only then may a missing key file be created."""
+    keys_named: bool = field(default=False, compare=False)
+    """True if ``store.keys`` names them, even if it names the default: then the mode of a file is the user's choice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,13 +143,23 @@ class ServerSettings:
 class LimitSettings:
     body: int = 16 * 1024 * 1024
     """Maximum size of a request body in bytes."""
+    memory: int = 128 * 1024 * 1024
+    """Maximum number of bytes that all requests together keep."""
+    held: int = 1000
+    """Maximum number of requests that wait for a user, or for the proxy's own requests."""
     upstream_connections: int = 10_000
     """Maximum number of connections to one upstream origin."""
+    connections: int | None = None
+    """Maximum number of connections of clients. None: as many as the process's limit on open files leaves."""
+    connections_per_address: int | None = None
+    """The same for one address. None: three quarters of ``connections``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboundSettings:
     allowed_hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[IPNetwork, ...] = ()
+    """Web servers in front of the proxy: many clients share such an address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

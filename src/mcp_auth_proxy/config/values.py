@@ -6,6 +6,7 @@ import re
 
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.peers import IPNetwork, parse_network
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|m|h)?", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
@@ -108,6 +109,14 @@ def private_target(text: str) -> str:
         return str(ipaddress.ip_network(text))
     except ValueError as error:
         raise ValueError(f"must be a host name, an address or a network such as 10.0.0.0/8 ({error})") from None
+
+
+def network(text: str) -> IPNetwork:
+    """Return the network of an address or of a network (CIDR); IPv4 even if it is written as IPv6."""
+    try:
+        return parse_network(text)
+    except ValueError as error:
+        raise ValueError(f"must be an address or a network such as 10.0.0.0/8 ({error})") from None
 
 
 def url(text: str) -> urls.Url:

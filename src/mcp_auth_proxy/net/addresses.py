@@ -16,9 +16,19 @@ from mcp_auth_proxy.net.urls import Origin
 
 IPAddress = IPv4Address | IPv6Address
 
+_CLOUD = "cloud platform"
+"""What a provider shows only to the machines of its customers: credentials, configuration, name servers.
+
+These addresses are public ones, or private ones that are nobody's own network, so that no server's name may lead there.
+"""
+
 _V4_CLASSES = tuple(
     (IPv4Network(network), name)
     for network, name in (
+        ("100.100.100.200/32", _CLOUD),  # Alibaba Cloud
+        ("161.26.0.0/16", _CLOUD),  # IBM Cloud
+        ("166.8.0.0/14", _CLOUD),  # IBM Cloud
+        ("168.63.129.16/32", _CLOUD),  # Azure
         ("0.0.0.0/8", "this-network"),
         ("10.0.0.0/8", "private"),
         ("100.64.0.0/10", "carrier-grade NAT"),
@@ -41,6 +51,9 @@ _V4_CLASSES = tuple(
 _V6_CLASSES = tuple(
     (IPv6Network(network), name)
     for network, name in (
+        ("fd00:42::42/128", _CLOUD),  # Scaleway
+        ("fd00:ec2::/32", _CLOUD),  # Amazon Web Services
+        ("fd20:ce::254/128", _CLOUD),  # Google Cloud
         ("::/128", "unspecified"),
         ("::1/128", "loopback"),
         ("64:ff9b:1::/48", "local NAT64"),

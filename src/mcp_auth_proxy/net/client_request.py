@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
-from mcp_auth_proxy.errors import BodyTooLarge, ClientDisconnected
+from mcp_auth_proxy.errors import BodyTooLarge, ClientDisconnected, Overloaded
 from mcp_auth_proxy.net.http_head import Fields, Headers, encode_fields
 from mcp_auth_proxy.net.request_parser import RequestHead
 
@@ -40,6 +40,9 @@ class ClientConnection(Protocol):
 
     def resume_reading(self) -> None:
         """Continue reading: there is space for more of the request's body."""
+
+    def client(self, request: "ClientRequest") -> str:
+        """Return whose request it is, for a log."""
 
     def run(self, request: "ClientRequest", serve: Serve) -> None:
         """Run ``serve`` for this request in a task."""
@@ -155,21 +158,29 @@ class ClientRequest:
         self._parts = []
         self._size = 0
 
-    async def body(self, limit: int) -> bytes:
+    async def body(self, limit: int, take: Callable[[int], bool]) -> bytes:
         """Return the whole body, at most ``limit`` bytes; call this once.
 
-        A Content-Length over the limit is refused before anything is read. Raises BodyTooLarge, ClientDisconnected.
+        A Content-Length over the limit is refused before anything is read. ``take`` counts the bytes of each part, and
+        returns False if there is no memory for them. Raises BodyTooLarge, Overloaded, ClientDisconnected.
         """
         if not self.received and self.content_length is not None and self.content_length > limit:
             raise BodyTooLarge(limit)
-        parts: list[bytes] = []
-        size = 0
+        body = b""
+        # Not a list of parts: a client that sends single bytes would make it fifty times as large as the body.
+        parts = bytearray()
         while part := await self.read():
-            size += len(part)
-            if size > limit:
+            if len(body) + len(parts) + len(part) > limit:
                 raise BodyTooLarge(limit)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            if not take(len(part)):
+                raise Overloaded("limits.memory")
+            if body or parts:
+                parts += body
+                parts += part
+                body = b""
+            else:
+                body = part
+        return bytes(parts) if parts else body
 
     async def read(self) -> bytes:
         """Return the next part of the body, ``b""`` at its end. Raises ClientDisconnected."""
@@ -192,6 +203,11 @@ class ClientRequest:
                 self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # The client
+
+    @property
+    def client(self) -> str:
+        """Whose request it is, for a log: an address."""
+        return self._connection.client(self)
 
     @property
     def may_write(self) -> bool:

@@ -14,19 +14,20 @@ class KeepAliveTimer:
     One timer of the event loop covers many responses: setting and cancelling one for each costs more.
     """
 
-    __slots__ = ("_callback", "_idle_since", "_loop", "_timeout", "_timer")
+    __slots__ = ("_callback", "_loop", "_timeout", "_timer", "idle_since")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float, callback: Callable[[], None]) -> None:
         """``callback`` has to check whether the connection is idle."""
         self._loop = loop
         self._timeout = timeout
         self._callback = callback
-        self._idle_since = 0.0
+        self.idle_since = 0.0
+        """When the last response was complete, or the connection was made, by the clock of the event loop."""
         self._timer: asyncio.TimerHandle | None = None
 
     def restart(self) -> None:
         """Count from now."""
-        self._idle_since = self._loop.time()
+        self.idle_since = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_later(self._timeout, self._check)
 
@@ -37,7 +38,7 @@ class KeepAliveTimer:
 
     def _check(self) -> None:
         self._timer = None
-        left = self._idle_since + self._timeout - self._loop.time()
+        left = self.idle_since + self._timeout - self._loop.time()
         if left > 0:
             self._timer = self._loop.call_later(left, self._check)
         else:
@@ -50,21 +51,26 @@ class SendTimer:
     Otherwise such a client would keep a connection to an upstream busy too.
     """
 
-    __slots__ = ("_loop", "_timeout", "_timer", "_transport", "_unsent")
+    __slots__ = ("_loop", "_timeout", "_timer", "_transport", "_unsent", "since")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, timeout: float) -> None:
         self._loop = loop
         self._transport = transport
         self._timeout = timeout
         self._unsent = 0
+        self.since: float | None = None
+        """Since when the client does not keep up; None if it does."""
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         if self._timer is None:
+            if self.since is None:
+                self.since = self._loop.time()
             self._unsent = self._transport.get_write_buffer_size()
             self._timer = self._loop.call_later(self._timeout, self._check)
 
     def stop(self) -> None:
+        self.since = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

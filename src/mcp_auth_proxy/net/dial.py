@@ -1,7 +1,7 @@
 """Open connections: look up the name, try its addresses, ask a forward proxy, start TLS.
 
 Upstreams and OAuth documents are both dialed here. An address policy applies to the latter, whose URLs come from the
-network: the name is looked up once, every address is checked, and a checked address is dialed, so that no second
+network: every address that the resolver answers with is checked, and a checked address is dialed, so that no second
 look-up can lead elsewhere (DNS rebinding).
 """
 
@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import TypeVar
@@ -20,10 +20,8 @@ from mcp_auth_proxy.errors import UpstreamUnreachable
 from mcp_auth_proxy.net import forward_proxy, tls
 from mcp_auth_proxy.net.addresses import AddressPolicy
 from mcp_auth_proxy.net.forward_proxy import ForwardProxy
+from mcp_auth_proxy.net.resolver import Resolve, Resolver, resolve
 from mcp_auth_proxy.net.urls import Origin
-
-LOOKUP_TIMEOUT = 10.0
-"""Seconds to look up a name; a resolver asks a second server after some five."""
 
 PROXIED_LOOKUP_TIMEOUT = 3.0
 """Seconds to look up a name before it is left to a forward proxy that is trusted with it."""
@@ -37,22 +35,13 @@ STAGGER = 0.25
 KEEP_ALIVE = ((("TCP_KEEPIDLE", "TCP_KEEPALIVE"), 60), (("TCP_KEEPINTVL",), 15), (("TCP_KEEPCNT",), 4))
 """TCP keep-alive, in seconds: a vanished peer is noticed within two minutes. Event streams have no other time-out."""
 
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""Look up the addresses of a host, for a port. Raises OSError if there are none."""
-
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 
 Protocol = TypeVar("Protocol", bound=asyncio.BaseProtocol)
 
 
-async def resolve(host: str, port: int) -> Sequence[str]:
-    """Look up the addresses of a host, in the order of the system's resolver. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-    return tuple(dict.fromkeys(_with_zone(sockaddr) for _, _, _, _, sockaddr in found))
-
-
 class Dialer:
-    """Open connections. A process has one dialer, and so one TLS context and one reading of the environment.
+    """Open connections. A process has one dialer: one TLS context, one ``resolver``, one reading of the environment.
 
     Raises ConfigurationError if ``ca_bundle`` or the proxy in ``environ`` can't be used.
     """
@@ -67,7 +56,7 @@ class Dialer:
     ) -> None:
         """``trust_proxy``: leave names that can't be looked up here to the forward proxy."""
         self._proxies = forward_proxy.from_environment(environ)
-        self._resolve = resolve
+        self.resolver = Resolver(resolve)
         self._trust_proxy = trust_proxy
         # The trust store takes megabytes, so it is loaded when it is needed; but a bad ca_bundle is reported at once.
         self._tls = tls.client_context(ca_bundle) if ca_bundle else None
@@ -90,20 +79,19 @@ class Dialer:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         proxy = self._proxies.towards(origin)
-        if proxy is None:
-            addresses = await self._look_up(origin.host, origin.port, timeout)
-            if policy is not None:
-                policy.check(origin, addresses)
-        else:
-            if policy is not None:
-                await self._check_proxied(origin, policy, timeout)
-            addresses = await self._look_up(proxy.host, proxy.port, timeout)
+        owner = _owner(origin, policy)
+        if proxy is not None and policy is not None:
+            await self._check_proxied(origin, policy, owner, timeout)
+        host, port = (origin.host, origin.port) if proxy is None else (proxy.host, proxy.port)
+        addresses = await self.resolver.look_up(host, port, owner=owner, timeout=timeout)
+        if proxy is None and policy is not None:
+            policy.check(origin, addresses)
         if connect_timeout is not None and loop.time() + connect_timeout < deadline:
             timeout, deadline = connect_timeout, loop.time() + connect_timeout
         try:
             async with asyncio.timeout_at(deadline):
                 if proxy is None:
-                    sock = await _connect_first(addresses, origin.port)
+                    sock = await _connect_first(addresses, port)
                 else:
                     sock = await _tunnel(proxy, addresses, origin)
                 return await self._start(sock, origin, protocol_factory, timeout)
@@ -113,15 +101,18 @@ class Dialer:
             reason = tls.failure_reason(error)
         except OSError as error:
             reason = _reason(error)
+        except UpstreamUnreachable as error:
+            reason = str(error)
+        self.resolver.expire(host, owner=owner)
         raise UpstreamUnreachable(reason)
 
-    async def _check_proxied(self, origin: Origin, policy: AddressPolicy, timeout: float) -> None:
+    async def _check_proxied(self, origin: Origin, policy: AddressPolicy, owner: str, timeout: float) -> None:
         """Check an origin that a forward proxy is to be asked for: it would look up the name for us, and not check."""
         policy.check_literal(origin)
         # Without a name server here no answer may come: time has to be left for the proxy, or for an error of ours.
         limit = min(timeout / 2, PROXIED_LOOKUP_TIMEOUT) if self._trust_proxy else timeout / 2
         try:
-            addresses = await self._look_up(origin.host, origin.port, limit)
+            addresses = await self.resolver.look_up(origin.host, origin.port, owner=owner, timeout=limit)
         except UpstreamUnreachable as error:
             if self._trust_proxy:
                 return
@@ -130,18 +121,6 @@ class Dialer:
                 "refuses private addresses, set the key outbound.trust_proxy"
             ) from None
         policy.check(origin, addresses)
-
-    async def _look_up(self, host: str, port: int, timeout: float) -> Sequence[str]:
-        try:
-            async with asyncio.timeout(min(timeout, LOOKUP_TIMEOUT)):
-                return await self._resolve(host, port)
-        except TimeoutError:
-            temporary = True
-        except (OSError, UnicodeError) as error:
-            temporary = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-        raise UpstreamUnreachable(
-            f"the name {host} can't be looked up now" if temporary else f"the name {host} was not found"
-        )
 
     async def _start(
         self, sock: socket.socket, origin: Origin, protocol_factory: Callable[[socket.socket], Protocol], timeout: float
@@ -169,6 +148,17 @@ class Dialer:
                 sock.shutdown(socket.SHUT_RDWR)
             raise
         return protocol
+
+
+def _owner(origin: Origin, policy: AddressPolicy | None) -> str:
+    """Return whose look-up it is: that of an upstream, or of the upstream whose documents are fetched.
+
+    They count separately: documents that name hosts without an answer do not stop the upstream itself.
+    """
+    if policy is None or policy.own is None:
+        return str(origin)
+    host, port = policy.own
+    return f"{Origin(origin.scheme, host, port)} (documents)"
 
 
 async def _tunnel(proxy: ForwardProxy, addresses: Sequence[str], origin: Origin) -> socket.socket:
@@ -235,12 +225,7 @@ async def _connect(address: str, port: int) -> socket.socket:
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for names, value in KEEP_ALIVE:
-            option = next((getattr(socket, name) for name in names if hasattr(socket, name)), None)
-            if option is not None:
-                with contextlib.suppress(OSError):
-                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        keep_alive(sock)
         await asyncio.get_running_loop().sock_connect(sock, _socket_address(address, port))
     except BaseException:  # also if cancelled: nobody else closes the socket
         sock.close()
@@ -248,11 +233,14 @@ async def _connect(address: str, port: int) -> socket.socket:
     return sock
 
 
-def _with_zone(sockaddr: tuple[object, ...]) -> str:
-    """Return the address of a socket address; a link-local one with its zone, without which it can't be dialed."""
-    zone = sockaddr[3] if len(sockaddr) > 3 else 0
-    address = str(sockaddr[0]).partition("%")[0]
-    return f"{address}%{zone}" if zone else address
+def keep_alive(sock: socket.socket) -> None:
+    """Let the kernel notice that a peer has vanished; connections inherit it from a listening socket."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for names, value in KEEP_ALIVE:
+        option = next((getattr(socket, name) for name in names if hasattr(socket, name)), None)
+        if option is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _socket_address(address: str, port: int) -> SocketAddress:

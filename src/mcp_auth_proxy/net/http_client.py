@@ -9,12 +9,14 @@ shown.
 """
 
 import asyncio
+import sys
+from operator import itemgetter
 
 from mcp_auth_proxy.errors import UpstreamPoolTimeout
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_connection import READ_SIZE, HttpConnection, StaleConnection
 from mcp_auth_proxy.net.http_response import Response
-from mcp_auth_proxy.net.pool import ConnectionPool
+from mcp_auth_proxy.net.pool import ConnectionPool, SharedSlots
 from mcp_auth_proxy.net.urls import Origin
 
 _REPEATABLE = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
@@ -24,17 +26,23 @@ class HttpClient:
     """Send requests to upstreams. Belongs to one event loop.
 
     ``connections_per_origin`` bounds each pool; ``connect_timeout`` is in seconds and includes the look-up of the
-    name, a forward proxy and TLS.
+    name, a forward proxy and TLS. ``connections`` bounds all pools together; None: nothing does.
     """
 
     def __init__(
-        self, dialer: Dialer | None = None, *, connections_per_origin: int, connect_timeout: float = 10.0
+        self,
+        dialer: Dialer | None = None,
+        *,
+        connections_per_origin: int,
+        connections: int | None = None,
+        connect_timeout: float = 10.0,
     ) -> None:
         self._dialer = dialer or Dialer()
         self._limit = connections_per_origin
         self._connect_timeout = connect_timeout
         self._pools: dict[Origin, ConnectionPool] = {}
         self._buffer = memoryview(bytearray(READ_SIZE))
+        self._shared = SharedSlots(connections or sys.maxsize, self._close_idle)
         self._closed = False
 
     async def send(
@@ -64,9 +72,12 @@ class HttpClient:
         """Return the pool of an origin, or None before the first request to it."""
         return self._pools.get(origin)
 
-    def set_limit(self, connections_per_origin: int) -> None:
-        """Change how many connections an origin may have. Those over the limit are used until they close."""
+    def set_limit(self, connections_per_origin: int, connections: int | None = None) -> None:
+        """Change how many connections there may be, as in the constructor. Those over a limit are used until they
+        close.
+        """
         self._limit = connections_per_origin
+        self._shared.limit = connections or sys.maxsize
         for pool in self._pools.values():
             pool.limit = connections_per_origin
 
@@ -97,5 +108,14 @@ class HttpClient:
             limit=self._limit,
             connect_timeout=self._connect_timeout,
             buffer=self._buffer,
+            shared=self._shared,
         )
         return pool
+
+    def _close_idle(self) -> bool:
+        """Close the connection that has been idle for longest; return False if none is idle."""
+        idle = [(since, pool) for pool in self._pools.values() if (since := pool.idle_since) is not None]
+        if not idle:
+            return False
+        min(idle, key=itemgetter(0))[1].close_idle()
+        return True

@@ -5,6 +5,7 @@
 
 import asyncio
 import http
+import select
 from collections import deque
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from uvicorn.server import ServerState
 from mcp_auth_proxy.errors import RequestRejected
 from mcp_auth_proxy.net.client_request import ClientRequest, RequestServer, Serve
 from mcp_auth_proxy.net.client_timeouts import KeepAliveTimer, LingeringClose, SendTimer
+from mcp_auth_proxy.net.connection_limits import IDLE, SLOW, STALLED, UNFINISHED, ConnectionSlot, Rank
 from mcp_auth_proxy.net.request_parser import MAX_HEAD, RequestHead, RequestParser
 
 MIN_BODY_RATE = 1024
@@ -25,6 +27,13 @@ READ_AHEAD = 64 * 1024
 MAX_PIPELINED = MAX_HEAD
 """Bytes of further requests that are read while an earlier one is not answered."""
 
+MAX_PARSED = MAX_PIPELINED + 32 * 1024
+"""Bytes that are parsed at a time. A read may hold 10,000 requests: from the second piece on they count as pipelined. A
+request of the fast path fits."""
+
+_POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
+"""The client has closed its side; only Linux tells."""
+
 _REFUSAL = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
 
 
@@ -34,12 +43,21 @@ class HttpServerConnection(asyncio.Protocol):
     header_timeout = 8.0
     """Seconds within which a head must be complete, and between two checks of the rate of a body."""
 
+    body_timeout = 120.0
+    """Seconds from the beginning of a body within which it must be complete, whatever its rate."""
+
+    body_patience = 10.0
+    """The same if the limit on connections is reached, and others wait for a place."""
+
     lingering_timeout = 30.0
     """Maximum seconds for which a client may send what is no longer read (see LingeringClose)."""
 
     send_timeout = 300.0
     """Seconds within which a client must read some of its pending data. The kernel buffers megabytes first, so a slow
     client may seem to read nothing for minutes."""
+
+    send_patience = 30.0
+    """The same if the limit on connections is reached, and others wait for a place."""
 
     transport: asyncio.Transport
     write_paused: bool
@@ -51,8 +69,12 @@ class HttpServerConnection(asyncio.Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        slot: ConnectionSlot | None = None,
     ) -> None:
+        """``slot``: the place of the connection, if their number is limited."""
         self._loop = _loop or asyncio.get_running_loop()
+        self._slot = slot
         self._server = cast(RequestServer, config.app)
         self._connections = server_state.connections
         self._tasks = server_state.tasks
@@ -71,6 +93,8 @@ class HttpServerConnection(asyncio.Protocol):
         """The status of a refusal that has to wait until the requests before it are answered."""
         self._body_bytes = 0
         """Bytes of body since the header timer was started."""
+        self._body_since = 0.0
+        """When the rest of the body was first waited for; 0 if there is nothing to wait for."""
         self._header_timer: asyncio.TimerHandle | None = None
         self._keep_alive_timer = KeepAliveTimer(self._loop, config.timeout_keep_alive, self._close_if_idle)
         self._lingering: LingeringClose | None = None
@@ -83,10 +107,15 @@ class HttpServerConnection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         self._send_timer = SendTimer(self._loop, self.transport, self.send_timeout)
         self._connections.add(cast(Any, self))
+        self._keep_alive_timer.idle_since = self._loop.time()
         self._start_header_timer()
+        if self._slot is not None:
+            self._slot.connection = self
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.discard(cast(Any, self))
+        if self._slot is not None:
+            self._slot.release()
         self._stop_header_timer()
         self._keep_alive_timer.stop()
         self._send_timer.stop()
@@ -115,6 +144,10 @@ class HttpServerConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._lingering is not None:
             self._lingering.data_received()
+            return
+        if len(data) > MAX_PARSED:
+            for start in range(0, len(data), MAX_PARSED):
+                self.data_received(data[start : start + MAX_PARSED])
             return
         if (self._unfinished or self._pipelined) and not self._may_parse(data):
             return
@@ -157,6 +190,7 @@ class HttpServerConnection(asyncio.Protocol):
     def on_request(self, head: RequestHead) -> None:
         self._stop_header_timer()
         self._body_bytes = 0
+        self._body_since = 0.0
         self._receiving = request = ClientRequest(self, head)
         if not self._unfinished:
             self._unserved = request
@@ -182,6 +216,10 @@ class HttpServerConnection(asyncio.Protocol):
         if self._read_paused:
             self._read_paused = False
             self.transport.resume_reading()
+
+    def client(self, request: ClientRequest) -> str:
+        """Return whose request it is, for a log."""
+        return self._slot.client(request.headers) if self._slot is not None else "unknown"
 
     def run(self, request: ClientRequest, serve: Serve) -> None:
         """Run ``serve`` for this request in a task."""
@@ -235,8 +273,11 @@ class HttpServerConnection(asyncio.Protocol):
     # Timeouts and refusals
 
     def _start_header_timer(self) -> None:
-        if not self.transport.is_closing():
-            self._header_timer = self._loop.call_later(self.header_timeout, self._check_progress)
+        if self.transport.is_closing():
+            return
+        if self._parser.in_body and not self._body_since:
+            self._body_since = self._loop.time()
+        self._header_timer = self._loop.call_later(self.header_timeout, self._check_progress)
 
     def _stop_header_timer(self) -> None:
         if self._header_timer is not None:
@@ -244,19 +285,23 @@ class HttpServerConnection(asyncio.Protocol):
             self._header_timer = None
 
     def _check_progress(self) -> None:
-        """Close if the client sends nothing, a head that does not end, or a body below the minimum rate."""
+        """Close if the client sends nothing, a head that does not end, or a body that is slow or takes too long."""
         self._header_timer = None
         if self.transport.is_closing():
             return
         parser = self._parser
-        steady = parser.in_body and self._body_bytes >= MIN_BODY_RATE * self.header_timeout
         if not parser.in_head and not parser.in_body:
             self.transport.close()
-        elif steady or self._read_paused:
+            return
+        steady = parser.in_body and self._body_bytes >= MIN_BODY_RATE * self.header_timeout
+        late = parser.in_body and self._loop.time() - self._body_since >= self.body_timeout
+        if (steady or self._read_paused) and not late:
             self._body_bytes = 0
             self._start_header_timer()
-        else:
-            self._refuse(408)
+            return
+        if self._slot is not None:
+            self._slot.warn_slow()
+        self._refuse(408)
 
     def _refuse(self, status: int) -> None:
         """Answer in plain text and close. The requests before the refused one are answered first."""
@@ -275,9 +320,49 @@ class HttpServerConnection(asyncio.Protocol):
         if refused is not None and refused.started:
             self.transport.close()
             return
+        self._write_refusal(status)
+        self._close_lingering()
+
+    def _write_refusal(self, status: int) -> None:
         phrase = http.HTTPStatus(status).phrase.encode()
         self.transport.write(_REFUSAL % (status, phrase, len(phrase), phrase))
-        self._close_lingering()
+
+    # The limit on connections
+
+    def rank(self) -> Rank | None:
+        """Return how readily the connection can be missed: best if idle, then if a head is incomplete.
+
+        A request whose body has not arrived for ``body_patience`` seconds is not running yet, so it can be missed too;
+        last comes one whose client has read none of the response for ``send_patience`` seconds.
+        """
+        if not self._unfinished:
+            idle = self._parser.idle and not (self._pipelined or self._lingering)
+            idle = idle and not self.transport.get_write_buffer_size()
+            return (IDLE if idle else UNFINISHED, self._keep_alive_timer.idle_since)
+        now, stalled_since = self._loop.time(), self._send_timer.since
+        if self._body_since and now - self._body_since >= self.body_patience:
+            request = self._unfinished[0]
+            if request is self._receiving and not request.started:
+                return (SLOW, self._body_since)
+        if stalled_since is not None and now - stalled_since >= self.send_patience:
+            return (STALLED, stalled_since)
+        return None
+
+    def has_unread(self) -> bool:
+        """Return whether a client that is still there has sent something that was not read yet, a request maybe."""
+        poller = select.poll()
+        poller.register(self.transport.get_extra_info("socket"), select.POLLIN | _POLLRDHUP)
+        events = poller.poll(0)
+        return bool(events) and not events[0][1] & (select.POLLHUP | select.POLLERR | _POLLRDHUP)
+
+    def make_room(self) -> None:
+        """Close at once, without waiting for the client to read."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+            return
+        if self._lingering is None and not self._parser.idle:
+            self._write_refusal(408)
+        self.transport.close()
 
     # The end of the connection
 

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections import deque
+from collections.abc import Callable
 
 from mcp_auth_proxy.errors import UpstreamPoolTimeout, UpstreamProtocolError, UpstreamUnreachable
 from mcp_auth_proxy.net.dial import Dialer
@@ -31,6 +32,28 @@ POOL_TIMEOUT = 5.0
 """Seconds that a request waits for a connection if all are in use."""
 
 
+class SharedSlots:
+    """The connections of all pools together, open or being opened: each takes a descriptor of the process."""
+
+    def __init__(self, limit: int, close_idle: Callable[[], bool]) -> None:
+        """``close_idle`` closes an idle connection of any pool; it returns False if there is none."""
+        self.limit = limit
+        self.used = 0
+        self._close_idle = close_idle
+
+    def acquire(self) -> None:
+        """Take a slot; close an idle connection if none is left. Raises UpstreamPoolTimeout if none is idle either."""
+        if self.used >= self.limit and not self._close_idle():
+            raise UpstreamPoolTimeout(
+                f"All {self.limit} connections that the process may open to servers are in use: its limit on open "
+                "files (ulimit -n) is too low."
+            )
+        self.used += 1
+
+    def release(self) -> None:
+        self.used -= 1
+
+
 class ConnectionPool:
     """The connections to one origin. The most recently used is acquired first, so that the others can expire.
 
@@ -38,7 +61,14 @@ class ConnectionPool:
     """
 
     def __init__(
-        self, origin: Origin, dialer: Dialer, *, limit: int, connect_timeout: float, buffer: memoryview
+        self,
+        origin: Origin,
+        dialer: Dialer,
+        *,
+        limit: int,
+        connect_timeout: float,
+        buffer: memoryview,
+        shared: SharedSlots,
     ) -> None:
         self.name = str(origin)
         self.buffer = buffer
@@ -47,6 +77,7 @@ class ConnectionPool:
         self.limit = limit
         self._connect_timeout = connect_timeout
         self._loop = asyncio.get_running_loop()
+        self._shared = shared
         self._slots = 0
         """Connections, open or being opened. At most ``limit``."""
         self._connections: set[HttpConnection] = set()
@@ -97,6 +128,7 @@ class ConnectionPool:
                 return connection
             connection.close()
         else:
+            self._shared.acquire()
             self._slots += 1
         try:
             connection = await self._connect()
@@ -111,6 +143,15 @@ class ConnectionPool:
         now = self._loop.time()
         self._idle_timeout = min(self._current_idle_timeout(now), idle_for * LEARNED_SHARE)
         self._learned_until = now + (LEARNED_FOR if idle_for >= MIN_LEARNED_IDLE else LEARNED_BRIEFLY)
+
+    @property
+    def idle_since(self) -> float | None:
+        """When the connection that has been idle for longest was released; None if none is idle."""
+        return self._idle[0].idle_since if self._idle else None
+
+    def close_idle(self) -> None:
+        """Close the connection that has been idle for longest."""
+        self._idle.popleft().close()
 
     def close(self) -> None:
         """Abort every connection and refuse new ones."""
@@ -203,6 +244,7 @@ class ConnectionPool:
                 waiter.set_result(None)
                 return
         self._slots -= 1
+        self._shared.release()
 
     def _current_idle_timeout(self, now: float) -> float:
         if self._idle_timeout < IDLE_TIMEOUT and now > self._learned_until:

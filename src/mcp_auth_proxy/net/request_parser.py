@@ -245,6 +245,8 @@ class RequestParser:
         expects_continue = False
         fields, host = self._fields, self._host
         if fields is None or headers != fields.headers:
+            # White space after a value is not part of it (RFC 9112 §5); llhttp removes only what comes before.
+            headers = [(name, value.rstrip(b" \t")) for name, value in headers]
             by_name = dict(headers)
             host = _host_of(by_name, headers)
             if _SPECIAL.isdisjoint(by_name):

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote, unquote_plus, urlencode
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, excerpt
 from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.oauth import dpop, oauth_error, scopes
@@ -36,6 +37,16 @@ def new_state() -> str:
     return secrets.token_urlsafe(32)
 
 
+def endpoint(flow: Flow) -> str:
+    """Return the authorization endpoint of a flow. Raises AuthorizationError if there is none."""
+    if not flow.endpoints.authorization:
+        raise AuthorizationError(
+            f"The authorization server {excerpt(flow.key.issuer)} has no authorization_endpoint, "
+            f"so users can't authorize there."
+        )
+    return flow.endpoints.authorization
+
+
 def authorization_url(flow: Flow, *, state: str, code_verifier: str) -> str:
     """Return the URL of the authorization request, for the user's browser (RFC 6749 §4.1.1, RFC 8707 §2).
 
@@ -44,11 +55,7 @@ def authorization_url(flow: Flow, *, state: str, code_verifier: str) -> str:
     that scope without it (OpenID Connect Core §11). If the flow has a key, the code is bound to it (RFC 9449 §10).
     Raises AuthorizationError if there is no authorization endpoint.
     """
-    if not flow.endpoints.authorization:
-        raise AuthorizationError(
-            f"The authorization server {excerpt(flow.key.issuer)} has no authorization_endpoint, "
-            f"so users can't authorize there."
-        )
+    base, _, query = endpoint(flow).partition("?")
     params = {
         "response_type": "code",
         "client_id": flow.registration.client_id,
@@ -62,7 +69,6 @@ def authorization_url(flow: Flow, *, state: str, code_verifier: str) -> str:
         "prompt": "consent" if scopes.OFFLINE_ACCESS in flow.scopes else "",
     }
     params.update((name, value) for name, value in flow.extra_params if name not in PROTECTED)
-    base, _, query = flow.endpoints.authorization.partition("?")
     kept = [pair for pair in query.split("&") if pair and unquote_plus(pair.partition("=")[0]) not in params]
     ours = urlencode([(name, value) for name, value in params.items() if value], quote_via=quote)
     return f"{base}?{'&'.join([*kept, ours])}"
@@ -78,6 +84,7 @@ def check_response(params: Mapping[str, Sequence[str]], *, flow: Flow) -> str:
         if len(params.get(name, ())) > 1:
             raise CallbackRefused(f"The authorization response has {name} more than once (RFC 6749 §3.1).")
     values = {name: params[name][0] for name in _ONCE if params.get(name)}
+    secret_values.remember(values.get("code"), values.get("state"))
     iss = values.get("iss")
     if iss is None and flow.iss_supported:
         raise CallbackRefused(

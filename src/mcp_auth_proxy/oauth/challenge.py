@@ -16,6 +16,9 @@ from mcp_auth_proxy.oauth import scopes as scope_grammar
 MAX_BYTES = 64 * 1024
 """Maximum size of all fields together in bytes; fields beyond it are ignored."""
 
+MAX_PARTS = 256
+"""Schemes and parameters in one field; the rest of it is ignored. 64 KB of ``a,`` would take 80 ms."""
+
 _LONGEST_SCHEME = 20
 """Maximum length of a scheme that is shown to a user."""
 
@@ -28,7 +31,6 @@ _EQUALS = re.compile(r"[ \t]*+=[ \t]*+")
 _QUOTED = re.compile(r'"((?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*+)"')
 _UNQUOTED = re.compile(r"[\x21\x23-\x2b\x2d-\x7e]++")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*+:")
-_ESCAPE = re.compile(r"\\(.)")
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -114,19 +116,21 @@ def demands_authorization(status: int, challenge: BearerChallenge | None) -> boo
 def _parse_field(text: str) -> list[Challenge]:
     challenges: list[Challenge] = []
     position = _skip(_SEPARATORS, text, 0)
-    while position < len(text):
+    left = MAX_PARTS
+    while position < len(text) and left > 0:
         scheme = _TOKEN.match(text, position)
         if scheme is None:
             break
-        params, position, valid = _parse_params(text, scheme.end())
+        params, position, valid = _parse_params(text, scheme.end(), left)
         challenges.append(Challenge(scheme.group().lower(), params))
         if not valid:
             break
+        left -= 1 + len(params)
     return challenges
 
 
-def _parse_params(text: str, position: int) -> tuple[Mapping[str, str], int, bool]:
-    """Return (parameters, position of the next challenge, whether all of it followed the grammar)."""
+def _parse_params(text: str, position: int, limit: int) -> tuple[Mapping[str, str], int, bool]:
+    """Return (parameters, position of the next challenge, whether all of it followed the grammar and ``limit``)."""
     after = _skip(_BLANK, text, position)
     token68 = _TOKEN68.match(text, after) if after > position else None
     if token68 is not None:
@@ -138,6 +142,9 @@ def _parse_params(text: str, position: int) -> tuple[Mapping[str, str], int, boo
     position = _skip(_SEPARATORS, text, after)
     listed = "," in text[after:position]
     while position < len(text):
+        limit -= 1
+        if limit < 0:
+            return _NOTHING, position, False
         name = _TOKEN.match(text, position)
         equals = _EQUALS.match(text, name.end()) if name else None
         if name is None or (equals is None and not listed):
@@ -154,8 +161,14 @@ def _parse_params(text: str, position: int) -> tuple[Mapping[str, str], int, boo
         key = name.group().lower()
         if key in params:
             repeated.add(key)
-        params[key] = _ESCAPE.sub(r"\1", value.group(1)) if value.re is _QUOTED else value.group()
+        params[key] = _unescaped(value.group(1)) if value.re is _QUOTED else value.group()
     return {key: value for key, value in params.items() if key not in repeated}, position, True
+
+
+def _unescaped(text: str) -> str:
+    """Return the meaning of a quoted string (RFC 9110 §5.6.4), in which there is no NUL."""
+    # A pattern takes 18 ms for 64 KB of escapes, this takes 1 ms.
+    return text.replace(r"\\", "\0").replace("\\", "").replace("\0", "\\")
 
 
 def _skip(pattern: re.Pattern[str], text: str, position: int) -> int:

@@ -97,7 +97,7 @@ def read_resource_metadata(
     """
     document = Document.parse(body, name=RESOURCE_METADATA, url=url, clause="RFC 9728 §2", form="RFC 9728 §3.2")
     resource = document.required_string("resource")
-    if not _covers(resource, server_url):
+    if not covers(resource, server_url):
         raise document.refusal(
             f"it is for the resource {excerpt(resource)}, not for {excerpt(server_url)}", "RFC 9728 §3.3"
         )
@@ -291,7 +291,7 @@ def _is_below(issuer: str, origin: str) -> bool:
     return issuer.startswith(f"{origin}/") and "?" not in issuer and "#" not in issuer
 
 
-def _covers(resource: str, server_url: str) -> bool:
+def covers(resource: str, server_url: str) -> bool:
     """Return whether a resource identifier is the server URL, or its origin with a parent path (whole segments)."""
     if resource == server_url:
         return True

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from typing import TypeGuard
 
 from mcp_auth_proxy.errors import DocumentRefused
+from mcp_auth_proxy.rpc.encoding import count_values
 
 MAX_TEXT = 4096
 """Maximum length of a string."""
+
+MAX_VALUES = 10_000
+"""Values in a document: one with 256 KiB of ``{},`` would stop the event loop for 0.1 s."""
 
 _LONGEST_INTEGER = 30
 """Digits. Longer integers become floats, because ``int`` takes quadratic time and then raises."""
@@ -29,6 +33,8 @@ class _Object(dict[str, object]):
 
 def parse_object(body: bytes) -> dict[str, object]:
     """Return the JSON object in ``body`` (RFC 8259). Raises ValueError with the reason in words."""
+    if count_values(body) > MAX_VALUES:
+        raise ValueError(f"it is over {MAX_VALUES} values long")
     try:
         value = json.loads(
             body.decode("utf-8-sig"), object_pairs_hook=_Object, parse_constant=_refuse_constant, parse_int=_integer

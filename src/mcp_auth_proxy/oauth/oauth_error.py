@@ -70,9 +70,9 @@ def format_error(error: str, description: object = None, *, secrets: Iterable[st
         if secret:
             error = error.replace(secret, "****")
             description = description.replace(secret, "****")
-    description = _OPAQUE.sub(_mask, description)
+    description = _OPAQUE.sub(_mask, excerpt(description, 4 * MAX_DESCRIPTION))
     # isprintable() is also False for characters that change the direction of the text.
-    printable = (character if character.isprintable() else " " for character in description[: 4 * MAX_DESCRIPTION])
+    printable = (character if character.isprintable() else " " for character in description)
     words = " ".join("".join(printable).split())
     if len(words) > MAX_DESCRIPTION:
         words = words[:MAX_DESCRIPTION] + "…"

@@ -6,11 +6,12 @@ No ``scope`` is registered: some providers refuse it, others make it a limit, an
 import json
 from typing import Literal, NamedTuple
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.config.settings import server_key
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, RegistrationImpossible, excerpt
 from mcp_auth_proxy.models import ClientAuth
 from mcp_auth_proxy.net import urls
-from mcp_auth_proxy.oauth import client_auth, device_authorization, oauth_error
+from mcp_auth_proxy.oauth import client_auth, device_authorization, oauth_error, retry_after
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
 from mcp_auth_proxy.oauth.documents import Document, parse_object
 
@@ -95,15 +96,17 @@ def read_response(
     one of ``supported``, the server's methods. A method other than the ``configured`` one is an error.
 
     Raises RegistrationImpossible with the server's reason and the keys that replace registration, DocumentRefused for
-    a response that breaks RFC 7591 §3.2.1, AuthorizationServerUnavailable for 429 and 5xx.
+    a response that breaks RFC 7591 §3.2.1, AuthorizationServerUnavailable for 408, 429 and 5xx.
     """
-    if status == 429 or status >= 500:
+    if retry_after.is_temporary(status):
         raise AuthorizationServerUnavailable(f"Could not register a client at {excerpt(url)}: HTTP {status}.")
     if status not in (200, 201):
         raise _refused(_error_text(status, body), url, server)
     document = Document.parse(body, name="client registration", url=url, clause="RFC 7591 §3.2.1")
     client_id = document.required_string("client_id")
     secret = document.string("client_secret") or None
+    management = document.get("registration_access_token")
+    secret_values.remember(secret, management if isinstance(management, str) else None)
     stated = document.string("token_endpoint_auth_method") or None
     if configured is not None and stated not in (None, configured.value):
         key = server_key(server, "oauth.client_auth")

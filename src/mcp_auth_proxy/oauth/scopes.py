@@ -2,9 +2,13 @@
 
 import re
 from collections.abc import Iterable
+from itertools import accumulate
 
 OFFLINE_ACCESS = "offline_access"
 """Requests a refresh token (OpenID Connect Core §11)."""
+
+MAX_FOREIGN = 4000
+"""Characters of the scopes that a server asks for; those beyond are not requested. All scopes are part of a URL."""
 
 _TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
 
@@ -30,17 +34,23 @@ def choose(
     to configured scopes, because those were not enough. ``offline_access``: whether to add that scope if the
     authorization server lists it; False for grants without a refresh token.
     """
-    step_up = (challenged or ()) if already else ()
+    challenged = _bounded(challenged or ())
+    step_up = challenged if already else ()
     if configured is not None:
         base = (*configured, *step_up)
     elif challenged:
         base = challenged
     else:
-        base = supported_by_resource or ()
+        base = _bounded(supported_by_resource or ())
     chosen = _clean((*already, *base))
     if chosen and offline_access and OFFLINE_ACCESS in (supported_by_server or ()):
         chosen = _clean((*chosen, OFFLINE_ACCESS))
     return chosen
+
+
+def _bounded(scopes: tuple[str, ...]) -> tuple[str, ...]:
+    ends = accumulate(len(scope) + 1 for scope in scopes)
+    return tuple(scope for scope, end in zip(scopes, ends, strict=True) if end <= MAX_FOREIGN)
 
 
 def _clean(scopes: Iterable[str]) -> tuple[str, ...]:

@@ -3,12 +3,11 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
+from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, TokenRefused, excerpt
 from mcp_auth_proxy.models import Attempt, Flow, Grant, TokenSet
-from mcp_auth_proxy.oauth import oauth_error, quirks, scopes
+from mcp_auth_proxy.oauth import oauth_error, quirks, retry_after, scopes
 from mcp_auth_proxy.oauth.documents import Document, parse_object
 from mcp_auth_proxy.oauth.oauth_error import TokenRequestContext
 
@@ -18,14 +17,12 @@ MAX_TOKEN = 16 * 1024
 MAX_LIFETIME = 10 * 365 * 86400.0
 """Seconds. A longer expires_in is reduced to this."""
 
-RETRY_AFTER_DEFAULT = 5.0
-RETRY_AFTER_MAX = 300.0
-"""Seconds."""
-
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _SECONDS = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
 
 BEARER_ONLY: tuple[str, ...] = ("Bearer",)
+
+_TOKENS = ("access_token", "refresh_token", "id_token", "device_code")
 
 _ERROR_CLAUSE = "RFC 6749 §5.2"
 # Temporary errors that some servers send with 400 (RFC 6749 §4.1.2.1 defines them for the front channel).
@@ -129,7 +126,7 @@ def read_answer(
     response. Its text says "now" only if waiting may help.
     """
     shown = excerpt(url)
-    if status in (408, 429) or status >= 500:
+    if retry_after.is_temporary(status):
         raise _unavailable(status, headers, f"The {endpoint} {shown} can't be used now: HTTP {status}.")
     broken = f"The {endpoint} {shown} can't be used: HTTP {status}, and"
     succeeded = 200 <= status < 300
@@ -138,6 +135,8 @@ def read_answer(
     except ValueError as problem:
         broke = clause if succeeded else _ERROR_CLAUSE
         raise _unavailable(status, headers, f"{broken} {problem} ({broke}).") from None
+    # Before anything is refused: the rest of the response may repeat them.
+    secret_values.remember(*(value for name in _TOKENS if isinstance(value := answer.get(name), str)))
     error = answer.get("error")
     if isinstance(error, str) and error:
         own, description = oauth_error.code(error), answer.get("error_description")
@@ -165,30 +164,10 @@ def read_lifetime(value: object) -> float | None:
     return float(min(value, MAX_LIFETIME))
 
 
-def read_retry_after(value: str | None, *, now: datetime | None = None) -> float:
-    """Return a Retry-After in seconds, from 1 to 300 (RFC 9110 §10.2.3); 5 if it is absent or unreadable."""
-    text = (value or "").strip()
-    if _SECONDS.fullmatch(text):
-        seconds = float(text)
-    else:
-        try:
-            date = parsedate_to_datetime(text)
-        except (ValueError, OverflowError, IndexError, TypeError):
-            return RETRY_AFTER_DEFAULT
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - (now or datetime.now(UTC))).total_seconds()
-    return min(max(seconds, 1.0), RETRY_AFTER_MAX)
-
-
 def _unavailable(status: int, headers: Mapping[str, str], message: str) -> AuthorizationServerUnavailable:
-    stated = headers.get("retry-after")
-    retry_after = read_retry_after(stated)
     # After a gateway's 502 or 504, or a page with status 200, the request may still have been processed.
-    return AuthorizationServerUnavailable(
-        message,
-        retry_after=retry_after,
-        server_retry_after=retry_after if stated else 0.0,
-        maybe_processed=status < 300 or (status >= 500 and status != 503),
-    )
+    maybe_processed = status < 300 or (status >= 500 and status != 503)
+    return retry_after.unavailable(message, headers, maybe_processed=maybe_processed)
 
 
 def _token(document: Document, member: str) -> str | None:

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Literal
 
+from mcp_auth_proxy.observability.controls import escaped, escaped_json
 from mcp_auth_proxy.observability.redaction import redact
 
 Format = Literal["text", "json"]
@@ -30,7 +31,6 @@ MAX_FIELD = 200
 MAX_TRACE_LINE = 1000
 """Bytes of one line of a traceback, counted as JSON: the last one may quote anything."""
 
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _BARE = re.compile(r"[\w./:@+~-]+", re.ASCII)
 
 
@@ -48,10 +48,10 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         fields = "".join(f" {name}={_bare_or_quoted(value)}" for name, value in _fields(record).items())
-        lines = [f"{clock} {record.levelname.lower():<7} {_on_one_line(_message(record))}{fields}"]
+        lines = [f"{clock} {record.levelname.lower():<7} {escaped(_message(record))}{fields}"]
         if record.exc_info:
             lines += _traceback(self.formatException(record.exc_info))
-        return "\n    ".join([lines[0], *map(_on_one_line, lines[1:])])
+        return "\n    ".join([lines[0], *map(escaped, lines[1:])])
 
 
 class _JsonFormatter(logging.Formatter):
@@ -66,7 +66,7 @@ class _JsonFormatter(logging.Formatter):
         if record.exc_info:
             entry["exception"] = "\n".join(_traceback(self.formatException(record.exc_info)))
         # In ASCII: whatever the encoding of stderr is, the line is JSON.
-        return json.dumps(entry)
+        return escaped_json(json.dumps(entry))
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -101,9 +101,4 @@ def _fields(record: logging.LogRecord) -> dict[str, str | int | float]:
 
 def _bare_or_quoted(value: str | float) -> str:
     text = str(value)
-    return text if _BARE.fullmatch(text) else json.dumps(text)
-
-
-def _on_one_line(text: str) -> str:
-    """Escape what would start another line or control a terminal: messages contain texts from servers."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return text if _BARE.fullmatch(text) else escaped_json(json.dumps(text))

@@ -36,6 +36,16 @@ requests = Requests(
 waiting_for_consent = Gauge(
     registry, "mcp_auth_proxy_requests_waiting_for_consent", "Requests held until a user authorizes.", ("server",)
 )
+buffered_bytes = Computed(
+    registry,
+    "mcp_auth_proxy_buffered_bytes",
+    "Bytes that requests keep, of their bodies and for clients that are slow to read (limits.memory).",
+)
+held_requests = Computed(
+    registry,
+    "mcp_auth_proxy_held_requests",
+    "Requests that wait for a user, or for the proxy's own requests to an authorization server (limits.held).",
+)
 open_streams = Gauge(registry, "mcp_auth_proxy_open_streams", "Event streams that are being sent.", ("server",))
 upstream_failures = Counter(
     registry,
@@ -48,6 +58,13 @@ upstream_connections = Computed(
     registry, "mcp_auth_proxy_upstream_connections", "Connections to upstreams, active or idle.", ("origin", "state")
 )
 inbound_connections = Computed(registry, "mcp_auth_proxy_inbound_connections", "Connections of clients.")
+closed_connections = Counter(
+    registry,
+    "mcp_auth_proxy_inbound_connections_closed_total",
+    "Connections of clients that the proxy did not want: evicted (to make room for others), refused (no room) or slow "
+    "(a request was not complete in time).",
+    ("reason",),
+)
 tokens = Computed(
     registry,
     "mcp_auth_proxy_tokens",

@@ -1,7 +1,10 @@
 """Warn about servers that can't be used, at a bounded rate."""
 
+import asyncio
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from mcp_auth_proxy.observability.trace import log_extra
 
@@ -11,24 +14,55 @@ INTERVAL = 60.0
 """Seconds between two warnings about one server: in an outage every request fails, and its client gets the reason."""
 
 
-class OutageLog:
-    """Warn about servers; each at most once per ``INTERVAL``."""
+CallLater = Callable[[float, Callable[[], None]], object]
 
-    def __init__(self) -> None:
-        self._warned_at: dict[str, float] = {}
+
+@dataclass(slots=True)
+class _Warned:
+    """The last line about a server, and the failures since. ``at`` is a time of the monotonic clock."""
+
+    at: float
+    more: int = 0
+    reason: str = ""
+
+
+def _call_later(delay: float, callback: Callable[[], None]) -> object:
+    return asyncio.get_running_loop().call_later(delay, callback)
+
+
+class OutageLog:
+    """Warn about servers; each at most once per ``INTERVAL``. What is left out is counted, and logged later."""
+
+    def __init__(self, call_later: CallLater = _call_later) -> None:
+        self._call_later = call_later
+        self._warned: dict[str, _Warned] = {}
 
     def warn(self, server: str, reason: str, *, trace_id: str | None = None) -> None:
-        """Log a warning about a configured server, unless the last one is less than ``INTERVAL`` seconds old.
+        """Log a warning about a configured server, or count it if the last one is less than ``INTERVAL`` seconds old.
 
         ``trace_id`` is that of the request that failed.
         """
-        now = time.monotonic()
-        last = self._warned_at.get(server)
-        if last is not None and now - last < INTERVAL:
+        if self.is_due(server):
+            self._warned[server] = _Warned(time.monotonic())
+            logger.warning("server %s: %s", server, reason, extra=log_extra(trace_id))
             return
-        self._warned_at[server] = now
-        logger.warning("server %s: %s", server, reason, extra=log_extra(trace_id))
+        last = self._warned[server]
+        if not last.more:
+            self._call_later(last.at + INTERVAL - time.monotonic(), lambda: self._sum_up(server, last))
+        last.more += 1
+        last.reason = reason
+
+    def is_due(self, server: str) -> bool:
+        """Return whether ``warn`` would log at once."""
+        last = self._warned.get(server)
+        return last is None or (not last.more and time.monotonic() - last.at >= INTERVAL)
+
+    def _sum_up(self, server: str, last: _Warned) -> None:
+        """Log how many failures were left out, if there has not been a line about the server since."""
+        if self._warned.get(server) is last:
+            self._warned[server] = _Warned(time.monotonic())
+            logger.warning("server %s: %d more failures, the last: %s", server, last.more, last.reason)
 
     def forget(self, server: str) -> None:
         """Forget a server that was removed or changed: the next failure is logged at once."""
-        self._warned_at.pop(server, None)
+        self._warned.pop(server, None)

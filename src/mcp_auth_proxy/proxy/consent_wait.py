@@ -39,10 +39,17 @@ class ConsentWait:
         self._wait = wait
 
     async def token(
-        self, pending: PendingAuthorization, request: ClientRequest, body: RequestBody, responder: Responder
+        self,
+        pending: PendingAuthorization,
+        request: ClientRequest,
+        body: RequestBody,
+        responder: Responder,
+        *,
+        at_once: bool = False,
     ) -> AccessToken | None:
         """Return the token once the user has authorized; None if the request was answered instead.
 
+        ``at_once``: answer without waiting, because too many requests wait already.
         Raises AuthorizationError if the authorization failed or the user declined, and StoreError.
         """
         if not body.messages and body.error is not None and _should_be_json(request):
@@ -54,7 +61,7 @@ class ConsentWait:
             raise AuthorizationError("the user declined to open the link.")
         may_stream = _may_stream(request, body)
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._limit(body)
+        deadline = loop.time() + (0.0 if at_once else self._limit(body))
         while True:
             left = deadline - loop.time()
             token = await pending.wait(min(COMMENT_INTERVAL, left), self._draining)
@@ -69,6 +76,10 @@ class ConsentWait:
     def _limit(self, body: RequestBody) -> float:
         limit = max(self._wait, RETRY_WAIT) if body.consent_action else self._wait
         return min(limit, DISCOVER_WAIT) if body.has_method("server/discover") else limit
+
+    async def answer_unread(self, pending: PendingAuthorization, request: ClientRequest, responder: Responder) -> None:
+        """Answer a request whose body there is no memory for. Raises AuthorizationError and StoreError."""
+        await self._answer_with_link(await self._broker.fresh_link(pending), request, RequestBody(b""), responder)
 
     async def _answer_with_link(
         self, pending: PendingAuthorization, request: ClientRequest, body: RequestBody, responder: Responder

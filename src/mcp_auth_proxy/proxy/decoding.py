@@ -1,5 +1,6 @@
 """Decode a body for a response whose head was sent before, without Content-Encoding."""
 
+import asyncio
 import zlib
 from collections.abc import AsyncIterator, Sequence
 
@@ -35,6 +36,8 @@ async def decoded(response: Response) -> AsyncIterator[bytes]:
             data = unpack.unconsumed_tail
             if piece:
                 yield piece
+            # 64 KiB may become 64 MiB: others have their turn.
+            await asyncio.sleep(0)
     if unpack is not None and (rest := unpack.flush()):
         yield rest
 

@@ -16,6 +16,7 @@ from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.observability.trace import log_extra, trace_id_of
 from mcp_auth_proxy.proxy.headers import encoded_response_fields, response_headers
+from mcp_auth_proxy.proxy.quota import STOPPED
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream_client import build_head, failure_kind, is_redirect, note_nonce
 from mcp_auth_proxy.rpc import events
@@ -40,6 +41,12 @@ class FastPathOwner(Protocol):
     def record(self, route: Route, request: ClientRequest, started_at: float) -> None:
         """Count and log a request whose response is complete, or whose client is gone."""
 
+    def keep(self, request: "FastPathRequest", size: int) -> bool:
+        """Count bytes that wait for the client; return False if there is no memory for them."""
+
+    def release(self, request: "FastPathRequest") -> None:
+        """Give back the memory of a request: its body is not needed any more, or its client has read."""
+
     def fall_back(self, request: "FastPathRequest") -> None:
         """Continue in a handler: the response needs more than forwarding."""
 
@@ -59,9 +66,11 @@ class FastPathRequest:
         "_streaming",
         "ending",
         "error",
+        "kept",
         "request",
         "response",
         "route",
+        "size",
         "started_at",
         "token",
     )
@@ -76,6 +85,10 @@ class FastPathRequest:
         self.route = route
         self.request = request
         self.token = token
+        self.size = 0
+        """Bytes of the body, as long as the owner counts them."""
+        self.kept = 0
+        """Bytes that wait for the client and that the owner counts."""
         self.response: Response | None = None
         self.error: UpstreamError | None = None
         """Why there is no response."""
@@ -157,6 +170,7 @@ class FastPathRequest:
             response.expire_after(self.route.server.upstream_timeout)
         request = self.request
         request.release_body()
+        self._owner.release(self)
         if self._streaming:
             request.start_nowait(response.status, encoded_response_fields(response.fields))
         else:
@@ -172,9 +186,19 @@ class FastPathRequest:
             self._finish(data)
             return
         request.write_nowait(data)
-        if not request.may_write:
-            response.pause()
-            request.on_writable = response.resume
+        if request.may_write:
+            return
+        if not self._owner.keep(self, STOPPED):
+            response.close()
+            self._abort()
+            return
+        response.pause()
+        request.on_writable = self._on_writable
+
+    def _on_writable(self) -> None:
+        self._owner.release(self)
+        if self.response is not None:
+            self.response.resume()
 
     def _on_end(self, error: UpstreamError | None) -> None:
         if error is None:

@@ -2,9 +2,11 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Collection
 
 from mcp_auth_proxy.broker import Broker
+from mcp_auth_proxy.config.settings import LimitSettings
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
@@ -16,6 +18,7 @@ from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_eligible
 from mcp_auth_proxy.proxy.handler import ProxyContext, RequestHandler
 from mcp_auth_proxy.proxy.headers import is_in_loop
+from mcp_auth_proxy.proxy.quota import MemoryBudget, Quota
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
@@ -24,16 +27,22 @@ from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 class Forwarder:
     """Forward requests, count them, and end them at shutdown or on a reload. Belongs to one event loop."""
 
-    def __init__(self, *, broker: Broker, http: HttpClient, body_limit: int, wait: float) -> None:
-        """``body_limit`` is in bytes; ``wait`` is how long a request is held while a user authorizes, in seconds."""
+    def __init__(self, *, broker: Broker, http: HttpClient, limits: LimitSettings, wait: float, several: bool) -> None:
+        """``wait`` is how long a request is held while a user authorizes, in seconds.
+
+        ``several``: more than one server is configured.
+        """
         self._loop = asyncio.get_running_loop()
         self._broker = broker
-        self._body_limit = body_limit
+        self._body_limit = limits.body
+        self.memory = MemoryBudget(limits.memory, several=several)
+        self.held = Quota(limits.held, several=several)
         self.upstream = UpstreamClient(http)
         self._sessions = Sessions()
-        self._outages = OutageLog()
+        self._outages = broker.outages
+        self._overloads = OutageLog()
         self._draining: asyncio.Future[None] = self._loop.create_future()
-        self._context = self._make_context(body_limit, wait)
+        self._context = self._make_context(wait)
         self._access_log = AccessLog()
         self._idle: asyncio.Future[None] | None = None
         self.ended = False
@@ -41,12 +50,14 @@ class Forwarder:
         self.fast_requests: set[FastPathRequest] = set()
         self._handlers: set[RequestHandler] = set()
 
-    def configure(self, *, body_limit: int, wait: float) -> None:
+    def configure(self, *, limits: LimitSettings, wait: float, several: bool) -> None:
         """Change the limits for requests that begin from now on; the parameters are those of the constructor."""
-        self._body_limit = body_limit
-        self._context = self._make_context(body_limit, wait)
+        self._body_limit = limits.body
+        self.memory.configure(limits.memory, several=several)
+        self.held.configure(limits.held, several=several)
+        self._context = self._make_context(wait)
 
-    def _make_context(self, body_limit: int, wait: float) -> ProxyContext:
+    def _make_context(self, wait: float) -> ProxyContext:
         broker, sessions, draining = self._broker, self._sessions, self._draining
         return ProxyContext(
             broker=broker,
@@ -55,7 +66,10 @@ class Forwarder:
             consent=ConsentWait(broker=broker, sessions=sessions, draining=draining, wait=wait),
             outages=self._outages,
             draining=draining,
-            body_limit=body_limit,
+            body_limit=self._body_limit,
+            memory=self.memory,
+            held=self.held,
+            overloaded=self._warn_of_overload,
         )
 
     # Requests
@@ -72,11 +86,16 @@ class Forwarder:
             return False
         if is_in_loop(request.fields):
             return False
+        memory, size = self.memory, len(content)
+        if memory.fast + size > memory.limit_of_fast:
+            return False
         fast = FastPathRequest(self, route, request, token)
-        head = fast.head(len(content))
+        head = fast.head(size)
         connection = self.upstream.idle_connection(route)
         if connection is None:
             return False
+        fast.size = size
+        memory.fast += size
         self.fast_requests.add(fast)
         fast.send(connection, head, content)
         if connection.head_latency < BUSY_POLL_THRESHOLD and self.active_requests == 1:
@@ -94,8 +113,42 @@ class Forwarder:
     def finished(self, fast: FastPathRequest) -> None:
         """Forget a request of the fast path."""
         self.fast_requests.discard(fast)
+        self.release(fast)
         if self._idle is not None:
             self._check_idle()
+
+    def keep(self, fast: FastPathRequest, size: int) -> bool:
+        """Count bytes that wait for the client of a request on the fast path; log if there is no memory for them."""
+        server = fast.route.server.name
+        if not self.memory.take(server, size):
+            self._warn_of_overload(server, "limits.memory")
+            return False
+        fast.kept += size
+        return True
+
+    def release(self, fast: FastPathRequest) -> None:
+        """Give back the memory of a request on the fast path."""
+        self.memory.fast -= fast.size
+        fast.size = 0
+        if fast.kept:
+            self.memory.give_back(fast.route.server.name, fast.kept)
+            fast.kept = 0
+
+    def _warn_of_overload(self, server: str, key: str) -> None:
+        """Log that requests to a server are refused, and which client has most of what there are too many of."""
+        if not self._overloads.is_due(server):
+            return
+        clients: Counter[str] = Counter()
+        for handler in self._handlers:
+            if handler.route.server.name == server:
+                clients[handler.client] += handler.held if key == "limits.held" else handler.memory.size
+        for fast in self.fast_requests:
+            if fast.route.server.name == server:
+                clients[fast.request.client] += fast.size + fast.kept
+        client, most = clients.most_common(1)[0] if clients else ("unknown", 0)
+        unit = "requests" if key == "limits.held" else "bytes"
+        reason = f"{key} is used up, and requests are refused. Client {client} uses most of it ({most} {unit})."
+        self._overloads.warn(server, reason)
 
     def record(self, route: Route, request: ClientRequest, started_at: float, mcp_method: str | None = None) -> None:
         """Count and log a request whose response is complete, or whose client is gone."""
@@ -125,7 +178,8 @@ class Forwarder:
         )
 
     def fall_back(self, fast: FastPathRequest) -> None:
-        """Continue a request of the fast path in a handler."""
+        """Continue a request of the fast path in a handler, which counts the body again when it reads it."""
+        self.release(fast)
 
         async def serve(request: ClientRequest) -> None:
             self.fast_requests.discard(fast)
@@ -201,6 +255,7 @@ class Forwarder:
                 fast.end("removed")
         for name in (*removed, *changed):
             self._outages.forget(name)
+            self._overloads.forget(name)
 
     def _check_idle(self) -> None:
         if self._idle is not None and not self.active_requests and not self._idle.done():

@@ -6,7 +6,8 @@ while a user authorizes, and relays the response unchanged.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from mcp_auth_proxy.errors import (
     ClientDisconnected,
     LoopDetected,
     McpAuthProxyError,
+    Overloaded,
     StoreError,
     UpstreamError,
     UpstreamPoolTimeout,
@@ -33,6 +35,7 @@ from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import MAX_BODY, End, FastPathRequest
 from mcp_auth_proxy.proxy.headers import HOPS, MAX_HOPS, is_in_loop, response_headers
+from mcp_auth_proxy.proxy.quota import MemoryBudget, Quota, RequestMemory
 from mcp_auth_proxy.proxy.responder import Responder
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
@@ -61,6 +64,11 @@ class ProxyContext:
     """Done when the proxy begins to shut down."""
     body_limit: int
     """Bytes."""
+    memory: MemoryBudget
+    held: Quota
+    """Requests that wait."""
+    overloaded: Callable[[str, str], None]
+    """Called with a server and ``limits.memory`` or ``limits.held`` when that is used up: logs the client to blame."""
 
 
 class RequestHandler:
@@ -75,7 +83,9 @@ class RequestHandler:
         "_response",
         "_sent",
         "ending",
+        "held",
         "listening",
+        "memory",
         "route",
         "task",
     )
@@ -87,9 +97,10 @@ class RequestHandler:
         self._context = context
         self._request = request
         trace_id = trace.trace_id_of(request.headers)
-        self._responder = Responder(
-            request, server=route.server.name, body_limit=context.body_limit, trace_id=trace_id or ""
-        )
+        self.memory = RequestMemory(context.memory, route.server.name)
+        self._responder = Responder(request, server=route.server.name, memory=self.memory, trace_id=trace_id or "")
+        self.held = False
+        """Whether the request waits, and counts towards ``limits.held``."""
         self._body = RequestBody(b"")
         self._sent = sent
         self._response = sent.response if sent is not None else None
@@ -103,6 +114,11 @@ class RequestHandler:
         request.when_disconnected(lambda: self.end("disconnected"))
 
     @property
+    def client(self) -> str:
+        """Whose request it is, for a log."""
+        return self._request.client
+
+    @property
     def mcp_method(self) -> str | None:
         """The MCP method, if the body was parsed."""
         return self._body.method_if_parsed
@@ -110,21 +126,47 @@ class RequestHandler:
     async def run(self) -> None:
         """Forward the request and answer it; the kind of an error decides how it is answered."""
         try:
-            self._body = RequestBody(await self._request.body(self._context.body_limit))
-            await self._forward()
+            if await self._read_body():
+                await self._forward()
         except ClientDisconnected:
             return
-        except UpstreamProtocolError as error:
-            if not self._responder.relaying:
+        except (UpstreamProtocolError, Overloaded) as error:
+            if self._responder.relaying:
+                # The head was sent before. Without a final chunk the client notices that the response is incomplete.
+                self._note_break(error)
+            else:
                 await self._fail(error)
-                return
-            # The head was sent before. Without a final chunk the client notices that the response is incomplete.
-            logger.warning(
-                "server %s: the response broke off: %s", self.route.server.name, error, extra=self._log_extra
-            )
-            self.route.metrics.upstream_failed(failure_kind(error))
         except McpAuthProxyError as error:
             await self._fail(error)
+
+    def _note_break(self, error: McpAuthProxyError) -> None:
+        server = self.route.server.name
+        if isinstance(error, UpstreamError):
+            logger.warning("server %s: the response broke off: %s", server, error, extra=self._log_extra)
+            self.route.metrics.upstream_failed(failure_kind(error))
+        elif isinstance(error, Overloaded):
+            self._context.overloaded(server, error.key)
+
+    async def _read_body(self) -> bool:
+        """Read the body; return False if there is no memory for it and the request was answered with a link.
+
+        Raises BodyTooLarge, Overloaded if a link would not help, and what a link's authorization raises.
+        """
+        context, account = self._context, self.route.account
+        limit = min(context.body_limit, context.memory.largest)
+        try:
+            self._body = RequestBody(await self._request.body(limit, self.memory.take))
+        except BodyTooLarge:
+            raise BodyTooLarge(limit, "limits.body" if limit == context.body_limit else "limits.memory") from None
+        except Overloaded:
+            _, token = context.broker.token_nowait(account)
+            pending = context.broker.pending(account) if token is None else None
+            if pending is None:
+                raise
+            context.overloaded(account.server, "limits.memory")
+            await context.consent.answer_unread(pending, self._request, self._responder)
+            return False
+        return True
 
     async def _forward(self) -> None:
         broker, account = self._context.broker, self.route.account
@@ -139,7 +181,9 @@ class RequestHandler:
         if self._sent is not None:
             token = self._sent.token
         else:
-            token = await broker.token(account)
+            ready, _ = broker.token_nowait(account)
+            with nullcontext() if ready else self._hold():
+                token = await broker.token(account)
             pending = broker.pending(account) if token is None else None
             if pending is not None:
                 token = await self._wait_for_consent(pending)
@@ -149,17 +193,20 @@ class RequestHandler:
         for _ in range(MAX_SENDS):
             response = await self._send(token)
             if response.status != 401 and response.status != 403:
+                if token is not None:
+                    broker.accepted(account)
                 await self._relay(response)
                 return
-            verdict = await broker.challenged(
-                account,
-                sent_to=self.route.server,
-                status=response.status,
-                challenge=_fields(response, b"www-authenticate"),
-                nonce=_fields(response, b"dpop-nonce"),
-                used=token,
-                history=history,
-            )
+            with self._hold():
+                verdict = await broker.challenged(
+                    account,
+                    sent_to=self.route.server,
+                    status=response.status,
+                    challenge=_fields(response, b"www-authenticate"),
+                    nonce=_fields(response, b"dpop-nonce"),
+                    used=token,
+                    history=history,
+                )
             if verdict is None:
                 await self._relay(response)
                 return
@@ -173,9 +220,31 @@ class RequestHandler:
         waiting = self.route.metrics.waiting_for_consent
         waiting.inc()
         try:
-            return await self._context.consent.token(pending, self._request, self._body, self._responder)
+            with self._hold(or_refuse=False):
+                return await self._context.consent.token(
+                    pending, self._request, self._body, self._responder, at_once=not self.held
+                )
         finally:
             waiting.dec()
+
+    @contextmanager
+    def _hold(self, *, or_refuse: bool = True) -> Iterator[None]:
+        """Count the request as held, if ``limits.held`` allows that.
+
+        Otherwise raise Overloaded, unless not ``or_refuse``, or a link will be the answer.
+        """
+        held, account = self._context.held, self.route.account
+        self.held = held.take(account.server, 1)
+        if not self.held:
+            if or_refuse and self._context.broker.pending(account) is None:
+                raise Overloaded("limits.held")
+            self._context.overloaded(account.server, "limits.held")
+        try:
+            yield
+        finally:
+            if self.held:
+                self.held = False
+                held.give_back(account.server, 1)
 
     async def _send(self, token: AccessToken | None) -> Response:
         """Send the request, or take over what the fast path has sent. Raises UpstreamError."""
@@ -251,16 +320,21 @@ class RequestHandler:
         """Answer with the error, and log it."""
         server = self.route.server.name
         if isinstance(error, AuthorizationError) and not isinstance(error, AuthorizationServerUnavailable):
-            logger.warning("server %s: %s", server, error, extra=self._log_extra)
+            text = f"Server {server} can't be authorized: {error}"
+            self._context.outages.warn(server, str(error), trace_id=self._responder.trace_id)
             # HTTP 200, because a 4xx means other things to MCP clients.
             status = 200 if self._body.requests else 502
-            text = f"Server {server} can't be authorized: {error}"
-            await self._responder.fail(self._body, status, text, answers.AUTHORIZATION_REQUIRED)
+            code, retry_after = answers.AUTHORIZATION_REQUIRED, error.retry_after
+            await self._responder.fail(self._body, status, text, code, retry_after=retry_after)
             return
         if isinstance(error, StoreError):
             logger.error("server %s: %s", server, error, extra=self._log_extra)
+        elif isinstance(error, Overloaded):
+            self._context.overloaded(server, error.key)
         elif not isinstance(error, BodyTooLarge):
-            self._context.outages.warn(server, str(error), trace_id=self._responder.trace_id)
+            # The others are about the server.
+            peer = f" It came from {self._request.client}." if isinstance(error, LoopDetected) else ""
+            self._context.outages.warn(server, f"{error}{peer}", trace_id=self._responder.trace_id)
         if isinstance(error, UpstreamError):
             self.route.metrics.upstream_failed(failure_kind(error))
         status, retry_after = _status_of(error)
@@ -290,6 +364,7 @@ class RequestHandler:
 
     def close(self) -> None:
         """Release the upstream's response. Idempotent."""
+        self.memory.release()
         if self._response is not None:
             self._response.close()
 
@@ -301,6 +376,8 @@ def _status_of(error: McpAuthProxyError) -> tuple[int, float | None]:
             return 413, None
         case LoopDetected():
             return 508, None
+        case Overloaded():
+            return 503, 5.0
         case AuthorizationServerUnavailable():
             return 503, error.retry_after
         case StoreError():

@@ -40,7 +40,10 @@ _NOT_FORWARDED = _HOP_BY_HOP | {
     b"x-real-ip",
     b"x-remote-user",
     # They would replace the target or the method, which the proxy has checked.
+    b"x-http-method",
     b"x-http-method-override",
+    b"x-method-override",
+    b"x-original-uri",
     b"x-original-url",
     b"x-rewrite-url",
 }

@@ -86,10 +86,22 @@ def reason(text: str) -> str:
 
 
 def failure(
-    message: Message | None, text: str, *, code: int, server: str, link: str | None = None, trace_id: str = ""
+    message: Message | None,
+    text: str,
+    *,
+    code: int,
+    server: str,
+    link: str | None = None,
+    retry_after: int | None = None,
+    trace_id: str = "",
 ) -> Json:
-    """Return a JSON-RPC error; give ``link`` only if opening it helps. ``text`` is a result of ``reason``."""
+    """Return a JSON-RPC error; give ``link`` only if opening it helps. ``text`` is a result of ``reason``.
+
+    ``retry_after``: seconds after which trying again may help.
+    """
     data: Json = {"server": server, "reason": text}
+    if retry_after is not None:
+        data["retry_after"] = retry_after
     if link is not None:
         data["authorization_url"] = link
     return _error(message.id if message else None, code, text, _traced(data, trace_id))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mcp_auth_proxy.rpc.encoding import decode, encode
+from mcp_auth_proxy.rpc.encoding import MAX_PARSED, decode, encode, is_cheap
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
@@ -52,20 +52,21 @@ class Message:
 
 def needs_inspection(content: bytes) -> bool:
     """Return whether the proxy may have to act on a body itself: a search for markers, without parsing."""
-    return _INPUT_MARKER in content or (
-        len(content) <= MAX_INSPECTED and (_INITIALIZE_MARKER in content or _SUBSCRIPTION_MARKER in content)
-    )
+    if len(content) > MAX_INSPECTED:
+        return len(content) <= MAX_PARSED and _INPUT_MARKER in content
+    return _INPUT_MARKER in content or _INITIALIZE_MARKER in content or _SUBSCRIPTION_MARKER in content
 
 
 class RequestBody:
     """A request body. It is parsed at most once, when one of the parsed properties is first used."""
 
-    __slots__ = ("_action", "_error", "_is_batch", "_messages", "_parsed", "content")
+    __slots__ = ("_action", "_error", "_is_batch", "_messages", "_parsed", "_too_costly", "content")
 
     def __init__(self, content: bytes) -> None:
         self.content = content
         """The bytes to send to the upstream; ``parse`` may change them."""
         self._parsed = False
+        self._too_costly = False
         self._messages: tuple[Message, ...] = ()
         self._is_batch = False
         self._error: tuple[int, str] | None = None
@@ -73,7 +74,7 @@ class RequestBody:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The messages; none if the body is not JSON-RPC or has more than MAX_BATCH."""
+        """The messages; none if the body is not JSON-RPC, has more than MAX_BATCH or is ``too_costly``."""
         self.parse()
         return self._messages
 
@@ -93,6 +94,12 @@ class RequestBody:
         """Code and text of the JSON-RPC error if the body is not JSON-RPC (JSON-RPC 2.0 §5.1), else None."""
         self.parse()
         return self._error
+
+    @property
+    def too_costly(self) -> bool:
+        """Whether the body is not parsed because that would take too long: nothing is known of what it says."""
+        self.parse()
+        return self._too_costly
 
     @property
     def consent_action(self) -> str:
@@ -118,6 +125,9 @@ class RequestBody:
         if self._parsed:
             return
         self._parsed = True
+        if not is_cheap(self.content):
+            self._too_costly = True
+            return
         try:
             document = decode(self.content)
         except (ValueError, RecursionError):

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -21,12 +21,22 @@ from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.errors import ConfigError, DecryptionError, KeyRejected
 from mcp_auth_proxy.store import files
 
-_VERSION = b"\x01"
+VERSION = 2
+"""The version of new seals."""
+
+BEFORE_SEALED_ROWS = 1
+"""The version of seals in stores whose rows were not yet sealed as a whole, up to schema 5.
+
+Only a migration opens them. Otherwise a store that is made to look old would be migrated again, and its rows, changed
+at will, sealed.
+"""
+
 _KEY_BYTES = 32
 _ID_BYTES = 4
 _NONCE_BYTES = 12
 _TAG_BYTES = 16
-_HEAD = len(_VERSION) + _ID_BYTES + _NONCE_BYTES
+_HEAD = 1 + _ID_BYTES + _NONCE_BYTES
+_MAX_KEY_TEXT = 4096
 _KEY_TEXT = re.compile(r"[A-Za-z0-9+/_-]{43}=?")
 _MAKE = "make one with: openssl rand -base64 32"
 
@@ -45,10 +55,19 @@ class Key:
         return cls(fingerprint.hexdigest()[: 2 * _ID_BYTES], secret)
 
 
-def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
-    """Load a key from ``env:NAME`` or ``file:PATH``: 32 bytes as base64 or base64url text. Raises KeyRejected."""
+def load_keys(settings: StoreSettings, environ: Mapping[str, str] = os.environ) -> tuple[Key, ...]:
+    """Load the keys of a store. Raises KeyRejected."""
+    private = settings.default_key and not settings.keys_named
+    return tuple(load_key(source, environ, private=private) for source in settings.keys)
+
+
+def load_key(source: KeySource, environ: Mapping[str, str] = os.environ, *, private: bool = False) -> Key:
+    """Load a key from ``env:NAME`` or ``file:PATH``: 32 bytes as base64 or base64url text. Raises KeyRejected.
+
+    ``private``: the file must be its user's alone.
+    """
     try:
-        text = environ[source.name] if source.kind == "env" else Path(source.name).read_text("ascii")
+        text = environ[source.name] if source.kind == "env" else _read(source, private=private)
     except KeyError:
         raise KeyRejected(f"The store key {source} is not set; {_MAKE}") from None
     except OSError as error:
@@ -68,6 +87,30 @@ def load_key(source: KeySource, environ: Mapping[str, str] = os.environ) -> Key:
     return Key.of(secret)
 
 
+def _read(source: KeySource, *, private: bool) -> str:
+    with Path(source.name).open(encoding="ascii") as file:
+        # The file that is read, whatever the path leads to a moment later.
+        if private and (problem := files.exposure(os.fstat(file.fileno()))):
+            raise KeyRejected(
+                f"The store key {source} {problem}. It must be this user's alone: chmod 600 {source.name} (and chown, "
+                f"if it is another user's). If that is intended, name the file in the key store.keys."
+            )
+        return file.read(_MAX_KEY_TEXT)
+
+
+def key_warnings(settings: StoreSettings) -> list[str]:
+    """Return what is dangerous about the key files that ``store.keys`` names."""
+    warnings = []
+    for source in settings.keys if settings.keys_named else ():
+        try:
+            found = os.stat(source.name) if source.kind == "file" else None
+        except OSError:
+            continue
+        if found is not None and (problem := files.exposure(found, reading=False)):
+            warnings.append(f"The store key {source} {problem}, who could replace it: chmod 600 {source.name}")
+    return warnings
+
+
 def key_errors(settings: StoreSettings) -> list[ConfigError]:
     """Return the errors in the keys of a store. A default key file may be missing: it is created at the first start."""
     errors = []
@@ -75,7 +118,7 @@ def key_errors(settings: StoreSettings) -> list[ConfigError]:
         if settings.default_key and not Path(source.name).exists():
             continue
         try:
-            load_key(source)
+            load_keys(replace(settings, keys=(source,)))
         except KeyRejected as error:
             errors.append(ConfigError("store.keys", str(error)))
     return errors
@@ -104,13 +147,13 @@ class Cipher:
         """Encrypt a text for one place, with the first key unless ``key_id`` names another."""
         key_id = key_id or self._first
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        sealed = self._keys[key_id].encrypt(nonce, plaintext.encode(), _place(table, row, column, key_id))
-        return _VERSION + bytes.fromhex(key_id) + nonce + sealed
+        sealed = self._keys[key_id].encrypt(nonce, plaintext.encode(), _place(VERSION, table, row, column, key_id))
+        return bytes([VERSION]) + bytes.fromhex(key_id) + nonce + sealed
 
-    def open(self, sealed: bytes, *, table: str, row: str, column: str) -> str:
+    def open(self, sealed: bytes, *, table: str, row: str, column: str, version: int = VERSION) -> str:
         """Decrypt a text that was sealed for this place. Raises DecryptionError, which never contains the value."""
         place = f"{table}.{column} of row {row}"
-        if len(sealed) < _HEAD + _TAG_BYTES or sealed[:1] != _VERSION:
+        if len(sealed) < _HEAD + _TAG_BYTES or sealed[0] != version:
             raise DecryptionError(f"{place} is damaged: not a sealed value.")
         key_id = sealed[1 : 1 + _ID_BYTES].hex()
         key = self._keys.get(key_id)
@@ -118,14 +161,14 @@ class Cipher:
             raise DecryptionError(f"{place} is sealed with key {key_id}, which is not in store.keys.")
         nonce, content = sealed[1 + _ID_BYTES : _HEAD], sealed[_HEAD:]
         try:
-            return key.decrypt(nonce, content, _place(table, row, column, key_id)).decode()
+            return key.decrypt(nonce, content, _place(version, table, row, column, key_id)).decode()
         except (InvalidTag, UnicodeDecodeError):
             raise DecryptionError(
                 f"{place} cannot be decrypted: it was damaged, or moved there from elsewhere."
             ) from None
 
 
-def _place(*parts: str) -> bytes:
+def _place(version: int, *parts: str) -> bytes:
     # The length of each part comes first, so that no two places give the same bytes.
-    encoded = [part.encode() for part in ("mcp-auth-proxy seal 1", *parts)]
+    encoded = [part.encode() for part in (f"mcp-auth-proxy seal {version}", *parts)]
     return b"".join(len(part).to_bytes(4, "big") + part for part in encoded)

@@ -1,12 +1,8 @@
 """Turn the frozen values of ``models`` into rows and back, sealing and opening their secrets."""
 
 import json
-import secrets
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import TypeVar
 
-from mcp_auth_proxy.errors import DecryptionError
 from mcp_auth_proxy.models import (
     Account,
     Attempt,
@@ -22,58 +18,8 @@ from mcp_auth_proxy.models import (
     RegistrationKind,
     TokenSet,
 )
-from mcp_auth_proxy.store.cipher import Cipher
-from mcp_auth_proxy.store.engine import Engine, Row
-
-Columns = dict[str, object]
-T = TypeVar("T")
-
-
-def new_uid() -> str:
-    """Return an id for a row that is about to be written."""
-    return secrets.token_hex(16)
-
-
-class RowCipher:
-    """Seal and open the columns of one row."""
-
-    def __init__(self, cipher: Cipher, table: str, uid: str) -> None:
-        self._cipher = cipher
-        self._table = table
-        self._uid = uid
-
-    def seal(self, column: str, value: str) -> bytes:
-        """Encrypt a value for its column."""
-        return self._cipher.seal(value, table=self._table, row=self._uid, column=column)
-
-    def seal_if(self, column: str, value: str | None) -> bytes | None:
-        """Encrypt a value for its column; None stays None."""
-        return None if value is None else self.seal(column, value)
-
-    def open(self, column: str, sealed: bytes) -> str:
-        """Decrypt the value of a column. Raises DecryptionError."""
-        if not isinstance(sealed, bytes):
-            raise DecryptionError(f"{self._table}.{column} of row {self._uid} is damaged: not a sealed value.")
-        return self._cipher.open(sealed, table=self._table, row=self._uid, column=column)
-
-    def open_if(self, column: str, sealed: bytes | None) -> str | None:
-        """Decrypt the value of a column; None stays None. Raises DecryptionError."""
-        return None if sealed is None else self.open(column, sealed)
-
-
-def decode_rows(engine: Engine, table: str, rows: list[Row], read: Callable[[Row, RowCipher], T]) -> list[T]:
-    """Read rows into values; those that cannot be decrypted or decoded are logged and left out."""
-    found: list[T] = []
-    for row in rows:
-        uid = row["uid"]
-        try:
-            found.append(read(row, RowCipher(engine.cipher, table, uid)))
-        except DecryptionError as error:
-            engine.report_broken(table, uid, error)
-        except (ValueError, TypeError) as error:
-            # Only the type: the text of the error may contain a value of the row.
-            engine.report_broken(table, uid, DecryptionError(f"a value is damaged ({type(error).__name__})"))
-    return found
+from mcp_auth_proxy.store.engine import Row
+from mcp_auth_proxy.store.sealed_rows import Columns, RowCipher
 
 
 def registration_columns(registration: Registration, cipher: RowCipher) -> Columns:
@@ -118,9 +64,9 @@ def token_columns(tokens: TokenSet, cipher: RowCipher) -> Columns:
 
 
 def grant_columns(grant: Grant, cipher: RowCipher) -> Columns:
-    """Return the columns of a new grant: not being refreshed, not ended."""
+    """Return the columns of a new grant that has not ended, without its id."""
     return {
-        **_key_columns(grant.key),
+        **key_columns(grant.key),
         "grant_type": str(grant.grant_type),
         **registration_columns(grant.registration, cipher),
         **_endpoint_columns(grant.endpoints),
@@ -129,6 +75,8 @@ def grant_columns(grant: Grant, cipher: RowCipher) -> Columns:
         "granted_at": grant.granted_at,
         "dpop_key": cipher.seal_if("dpop_key", grant.dpop_key),
         "version": grant.version,
+        "ended_at": None,
+        "ended_reason": "",
     }
 
 
@@ -164,7 +112,7 @@ def flow_columns(flow: Flow, cipher: RowCipher) -> Columns:
     """Return the columns of a flow."""
     return {
         "id": flow.id,
-        **_key_columns(flow.key),
+        **key_columns(flow.key),
         **registration_columns(flow.registration, cipher),
         **_endpoint_columns(flow.endpoints),
         "scopes": " ".join(flow.scopes),
@@ -230,12 +178,14 @@ def account_params(account: Account) -> Columns:
     return {"principal": account.principal, "server": account.server, "account": account.name}
 
 
-def _key_columns(key: GrantKey) -> Columns:
+def key_columns(key: GrantKey) -> Columns:
+    """Return the columns of what a grant or a flow is for."""
     return {
         **account_params(key.account),
         "resource": key.resource,
         "issuer": key.issuer,
         "upstream": key.upstream,
+        "path": key.path,
     }
 
 
@@ -245,6 +195,7 @@ def _read_key(row: Row) -> GrantKey:
         resource=row["resource"],
         issuer=row["issuer"],
         upstream=row["upstream"],
+        path=row["path"],
     )
 
 

@@ -4,7 +4,7 @@ SQL is written once for every engine: parameters are named (``:name``), rows are
 SQLite and PostgreSQL share is used (``RETURNING``, ``ON CONFLICT … DO UPDATE``).
 """
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ class Row(Protocol):
 
     def __getitem__(self, column: str, /) -> Any:
         """Return the value of a column. Raises an error of the engine if there is no such column."""
+
+    def keys(self) -> Iterable[str]:
+        """Return the names of the columns."""
 
 
 class Transaction:

@@ -3,10 +3,12 @@
 import contextlib
 import os
 import secrets
+import stat
 from pathlib import Path
 
 PRIVATE = 0o600
 _GROUP_AND_OTHERS = 0o077
+_WRITE_OF_OTHERS = 0o022
 
 
 def make_folder(folder: Path) -> None:
@@ -57,6 +59,16 @@ def restrict_mode(path: Path) -> None:
         mode = path.stat().st_mode
         if os.name == "posix" and mode & _GROUP_AND_OTHERS:
             path.chmod(PRIVATE)
+
+
+def exposure(found: os.stat_result, *, reading: bool = True) -> str | None:
+    """Return in words why others than this user and root can write a file, or also read it; None if they can't."""
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"belongs to another user (uid {found.st_uid})"
+    if found.st_mode & (_GROUP_AND_OTHERS if reading else _WRITE_OF_OTHERS):
+        verb = "read or written" if reading else "written"
+        return f"can be {verb} by others (mode {stat.S_IMODE(found.st_mode):04o})"
+    return None
 
 
 def sync(path: Path) -> None:

@@ -2,20 +2,24 @@
 
 from mcp_auth_proxy.models import Account, Attempt, Flow, FlowStatus
 from mcp_auth_proxy.store import lease
-from mcp_auth_proxy.store.codec import (
-    RowCipher,
-    account_params,
-    attempt_columns,
-    decode_rows,
-    flow_columns,
-    new_uid,
-    read_attempt,
-    read_flow,
-)
-from mcp_auth_proxy.store.engine import Engine, Row
+from mcp_auth_proxy.store.codec import account_params, attempt_columns, flow_columns, read_attempt, read_flow
+from mcp_auth_proxy.store.engine import Engine, Row, Transaction
+from mcp_auth_proxy.store.sealed_rows import SEAL, RowCipher, change_row, decode_rows, intact_rows, new_uid
 
-KEPT_ATTEMPTS = 20
-"""The number of attempts that are kept for one flow; older ones are deleted."""
+KEPT_ATTEMPTS = 500
+"""The number of attempts that are kept for one flow: the oldest half, and the newest.
+
+Others may open a link as often as they like, before its user does or after.
+"""
+
+KEPT_FLOWS = 20
+"""The number of flows that are kept for one account; those that wait for their user are deleted last."""
+
+KEPT_IN_ALL = 5000
+"""The number of flows that are kept for all accounts together."""
+
+KEPT_ATTEMPTS_IN_ALL = 20_000
+"""The number of attempts that are kept for all flows together; the most visited flow loses its second oldest first."""
 
 KEPT_SECONDS = 3600.0
 """Seconds that a flow is kept after it has expired, so that its link can still say how it ended."""
@@ -27,12 +31,12 @@ _SAVE = """
         uid, id, principal, account, server, resource, issuer, client_id, client_auth, client_kind, client_secret,
         client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint, token_endpoint,
         revocation_endpoint, scopes, redirect_uri, iss_supported, extra_params, created_at, expires_at, status, reason,
-        device, dpop_key, upstream
+        device, dpop_key, upstream, path, seal
     ) VALUES (
         :uid, :id, :principal, :account, :server, :resource, :issuer, :client_id, :client_auth, :client_kind,
         :client_secret, :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint,
         :token_endpoint, :revocation_endpoint, :scopes, :redirect_uri, :iss_supported, :extra_params, :created_at,
-        :expires_at, :status, :reason, :device, :dpop_key, :upstream
+        :expires_at, :status, :reason, :device, :dpop_key, :upstream, :path, :seal
     )
     ON CONFLICT (id) DO UPDATE SET
         uid = excluded.uid, principal = excluded.principal, account = excluded.account, server = excluded.server,
@@ -45,17 +49,42 @@ _SAVE = """
         redirect_uri = excluded.redirect_uri, iss_supported = excluded.iss_supported,
         extra_params = excluded.extra_params, created_at = excluded.created_at, expires_at = excluded.expires_at,
         status = excluded.status, reason = excluded.reason, device = excluded.device,
-        dpop_key = excluded.dpop_key, upstream = excluded.upstream
+        dpop_key = excluded.dpop_key, upstream = excluded.upstream, path = excluded.path, seal = excluded.seal
 """
-_FORGET_OLD_ATTEMPTS = """
+# The new one is kept whatever the times of the others are.
+_FORGET_OLD_FLOWS = """
+    DELETE FROM flows
+    WHERE principal = :principal AND server = :server AND account = :account AND uid NOT IN (
+        SELECT uid FROM flows WHERE principal = :principal AND server = :server AND account = :account
+        ORDER BY uid = :uid DESC, (status = 'pending' AND expires_at > :now) DESC, created_at DESC LIMIT :kept
+    )
+"""
+_FORGET_OLD_IN_ALL = """
+    DELETE FROM flows
+    WHERE (SELECT count(*) FROM flows) > :kept AND uid NOT IN (
+        SELECT uid FROM flows
+        ORDER BY uid = :uid DESC, (status = 'pending' AND expires_at > :now) DESC, created_at DESC LIMIT :kept
+    )
+"""
+_FORGET_ATTEMPTS = """
     DELETE FROM attempts WHERE flow_id = :flow_id AND state_hash NOT IN (
-        SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at DESC, state_hash LIMIT :kept
+        SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at, state_hash LIMIT :oldest
+    ) AND state_hash NOT IN (
+        SELECT state_hash FROM attempts WHERE flow_id = :flow_id ORDER BY created_at DESC, state_hash DESC LIMIT :newest
+    )
+"""
+# Whoever visits one link again and again evicts neither its first visitor nor those of other links.
+_FORGET_ONE_ATTEMPT = """
+    DELETE FROM attempts WHERE (SELECT count(*) FROM attempts) >= :kept AND state_hash = (
+        SELECT state_hash FROM attempts
+        WHERE flow_id = (SELECT flow_id FROM attempts GROUP BY flow_id ORDER BY count(*) DESC LIMIT 1)
+        ORDER BY created_at, state_hash LIMIT 1 OFFSET 1
     )
 """
 # SELECT instead of VALUES, so that nothing is added, and nothing raised, if the flow was purged meanwhile.
 _ADD_ATTEMPT = """
-    INSERT INTO attempts (uid, state_hash, flow_id, browser_hash, code_verifier, created_at, expires_at)
-    SELECT :uid, :state_hash, id, :browser_hash, :code_verifier, :created_at, :expires_at
+    INSERT INTO attempts (uid, state_hash, flow_id, browser_hash, code_verifier, created_at, expires_at, seal)
+    SELECT :uid, :state_hash, id, :browser_hash, :code_verifier, :created_at, :expires_at, :seal
     FROM flows WHERE id = :flow_id AND status = 'pending'
     RETURNING state_hash
 """
@@ -65,11 +94,10 @@ _TAKE_ATTEMPT = """
     )
     RETURNING *
 """
-_END_ONE = "UPDATE flows SET status = :status, reason = :reason WHERE id = :id AND status = 'pending' RETURNING id"
-_END_ALL = """
-    UPDATE flows SET status = 'failed', reason = :reason
+_PENDING = "SELECT * FROM flows WHERE id = :id AND status = 'pending'"
+_OF_ACCOUNT = """
+    SELECT * FROM flows
     WHERE principal = :principal AND server = :server AND account = :account AND status <> 'failed'
-    RETURNING id
 """
 _BY_ID = "SELECT * FROM flows WHERE id = :id"
 _LIVE = """
@@ -81,7 +109,7 @@ _LIVE = """
 _DEVICES = """
     SELECT * FROM flows WHERE device IS NOT NULL AND status = 'pending' AND expires_at > :now ORDER BY created_at
 """
-_POLL = "SELECT poll_owner, next_poll_at FROM flows WHERE id = :id AND status = 'pending' AND expires_at > :now"
+_POLL = "SELECT * FROM flows WHERE id = :id AND status = 'pending' AND expires_at > :now"
 _CLAIM_POLL = """
     UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at WHERE id = :id AND status = 'pending'
     RETURNING id
@@ -97,11 +125,16 @@ class Flows:
         self._engine = engine
 
     async def save(self, flow: Flow) -> None:
-        """Store a flow; it replaces one with the same id."""
+        """Store a flow; it replaces one with the same id. All but KEPT_FLOWS of its account are deleted."""
         uid = new_uid()
-        columns = flow_columns(flow, RowCipher(self._engine.cipher, "flows", uid))
+        cipher = RowCipher(self._engine.cipher, "flows", uid)
+        columns = flow_columns(flow, cipher)
         async with self._engine.transaction() as transaction:
-            await transaction.execute(_SAVE, {"uid": uid, **columns})
+            await transaction.execute(_SAVE, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
+            new = {"uid": uid, "now": flow.created_at}
+            of_account = {**account_params(flow.key.account), **new, "kept": KEPT_FLOWS}
+            await transaction.execute(_FORGET_OLD_FLOWS, of_account)
+            await transaction.execute(_FORGET_OLD_IN_ALL, {**new, "kept": KEPT_IN_ALL})
 
     async def get(self, flow_id: str) -> Flow | None:
         """Return a flow, whatever its status is; None if it is gone or cannot be decrypted."""
@@ -123,25 +156,30 @@ class Flows:
         end the grant if a device code is sent again after it was exchanged for tokens.
         """
         async with self._engine.transaction() as transaction:
-            row = await transaction.fetch_one(_POLL, {"id": flow_id, "now": now})
-            if row is None:
+            rows = self._intact(await transaction.execute(_POLL, {"id": flow_id, "now": now}))
+            if not rows:
                 return False
-            holder = row["poll_owner"]
-            if holder and holder != owner and lease.is_held(holder, row["next_poll_at"], now):
+            holder = rows[0]["poll_owner"]
+            if holder and holder != owner and lease.is_held(holder, rows[0]["next_poll_at"], now):
                 return False
             values = {"id": flow_id, "owner": owner, "next_poll_at": next_poll_at}
             return bool(await transaction.execute(_CLAIM_POLL, values))
 
     async def add_attempt(self, attempt: Attempt) -> bool:
-        """Store an attempt, and delete all but the newest KEPT_ATTEMPTS of its flow.
+        """Store an attempt, and delete the middle ones of its flow if it has more than KEPT_ATTEMPTS.
 
         Return False if the flow is gone or no longer pending.
         """
         uid = new_uid()
-        columns = attempt_columns(attempt, RowCipher(self._engine.cipher, "attempts", uid))
+        cipher = RowCipher(self._engine.cipher, "attempts", uid)
+        columns = attempt_columns(attempt, cipher)
         async with self._engine.transaction() as transaction:
-            await transaction.execute(_FORGET_OLD_ATTEMPTS, {"flow_id": attempt.flow_id, "kept": KEPT_ATTEMPTS - 1})
-            return bool(await transaction.execute(_ADD_ATTEMPT, {"uid": uid, **columns}))
+            await transaction.execute(_FORGET_ONE_ATTEMPT, {"kept": KEPT_ATTEMPTS_IN_ALL})
+            kept = {"oldest": KEPT_ATTEMPTS // 2, "newest": KEPT_ATTEMPTS - KEPT_ATTEMPTS // 2 - 1}
+            await transaction.execute(_FORGET_ATTEMPTS, {"flow_id": attempt.flow_id, **kept})
+            return bool(
+                await transaction.execute(_ADD_ATTEMPT, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
+            )
 
     async def take_attempt(self, state_hash: str, now: float) -> tuple[Flow, Attempt] | None:
         """Delete the attempt of a state and return it with its flow, so that each state is accepted once.
@@ -149,27 +187,25 @@ class Flows:
         Return None if it is unknown, used or expired, or if its flow is no longer pending.
         """
         async with self._engine.transaction() as transaction:
-            taken = await transaction.execute(_TAKE_ATTEMPT, {"state_hash": state_hash, "now": now})
+            taken = self._attempts(await transaction.execute(_TAKE_ATTEMPT, {"state_hash": state_hash, "now": now}))
             if not taken:
                 return None
-            rows = await transaction.execute(_BY_ID, {"id": taken[0]["flow_id"]})
-        return self._pair(rows, taken)
+            flow = self._flow(await transaction.execute(_BY_ID, {"id": taken[0].flow_id}))
+        return None if flow is None else (flow, taken[0])
 
     async def find_attempt(self, state_hash: str) -> tuple[Flow, Attempt] | None:
         """Return the unused attempt of a state and its flow, even if they have expired, without using it up."""
-        attempts = await self._engine.fetch_all(_ATTEMPT, {"state_hash": state_hash})
-        if not attempts:
-            return None
-        rows = await self._engine.fetch_all(_BY_ID, {"id": attempts[0]["flow_id"]})
-        return self._pair(rows, attempts)
+        found = self._attempts(await self._engine.fetch_all(_ATTEMPT, {"state_hash": state_hash}))
+        flow = await self.get(found[0].flow_id) if found else None
+        return None if flow is None else (flow, found[0])
 
     async def finish(self, flow_id: str, status: FlowStatus, reason: str = "") -> bool:
         """End a pending flow and delete its attempts. Return False if it was not pending."""
         async with self._engine.transaction() as transaction:
-            ended = await transaction.execute(_END_ONE, {"id": flow_id, "status": str(status), "reason": reason})
-            if ended:
-                await transaction.execute(_DELETE_ATTEMPTS, {"id": flow_id})
-        return bool(ended)
+            rows = self._intact(await transaction.execute(_PENDING, {"id": flow_id}))
+            for row in rows:
+                await self._finish(transaction, row, status, reason)
+        return bool(rows)
 
     async def cancel(self, account: Account) -> None:
         """Fail all flows of an account, so that no grant can come from them any more (``Grants.add_from``).
@@ -177,8 +213,13 @@ class Flows:
         Flows that are done are included: a second browser may be finishing one of them.
         """
         async with self._engine.transaction() as transaction:
-            for row in await transaction.execute(_END_ALL, {**account_params(account), "reason": CANCELLED}):
-                await transaction.execute(_DELETE_ATTEMPTS, {"id": row["id"]})
+            for row in self._intact(await transaction.execute(_OF_ACCOUNT, account_params(account))):
+                await self._finish(transaction, row, FlowStatus.FAILED, CANCELLED)
+
+    async def _finish(self, transaction: Transaction, row: Row, status: FlowStatus, reason: str) -> None:
+        changes = {"status": str(status), "reason": reason}
+        await change_row(self._engine, transaction, "flows", row, changes)
+        await transaction.execute(_DELETE_ATTEMPTS, {"id": row["id"]})
 
     async def purge(self, now: float) -> None:
         """Delete expired attempts, and flows KEPT_SECONDS after they have expired."""
@@ -186,10 +227,11 @@ class Flows:
             await transaction.execute("DELETE FROM attempts WHERE expires_at <= :now", {"now": now})
             await transaction.execute("DELETE FROM flows WHERE expires_at <= :then", {"then": now - KEPT_SECONDS})
 
+    def _intact(self, rows: list[Row]) -> list[Row]:
+        return intact_rows(self._engine, "flows", rows)
+
     def _flow(self, rows: list[Row]) -> Flow | None:
         return next(iter(decode_rows(self._engine, "flows", rows, read_flow)), None)
 
-    def _pair(self, flows: list[Row], attempts: list[Row]) -> tuple[Flow, Attempt] | None:
-        flow = self._flow(flows)
-        attempt = next(iter(decode_rows(self._engine, "attempts", attempts, read_attempt)), None)
-        return (flow, attempt) if flow and attempt else None
+    def _attempts(self, rows: list[Row]) -> list[Attempt]:
+        return decode_rows(self._engine, "attempts", rows, read_attempt)

@@ -6,33 +6,27 @@ that they start from, so a process that comes late changes nothing.
 
 from dataclasses import replace
 
-from mcp_auth_proxy.models import Account, Grant, TokenSet
+from mcp_auth_proxy.models import Account, FlowStatus, Grant, GrantKey, TokenSet
 from mcp_auth_proxy.store import lease
-from mcp_auth_proxy.store.codec import (
-    RowCipher,
-    account_params,
-    decode_rows,
-    grant_columns,
-    new_uid,
-    read_grant,
-    token_columns,
-)
+from mcp_auth_proxy.store.codec import account_params, grant_columns, key_columns, read_grant, token_columns
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
+from mcp_auth_proxy.store.sealed_rows import SEAL, RowCipher, change_row, decode_rows, intact_rows, new_uid
 
 SUPERSEDED = "A newer authorization has replaced it."
 
 _TABLE = "grants"
+_NO_REFRESH = {"refresh_begun_at": None, "refresh_owner": ""}
 _ADD = """
     INSERT INTO grants (
         uid, principal, account, server, resource, issuer, grant_type, client_id, client_auth, client_kind,
         client_secret, client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint,
         token_endpoint, revocation_endpoint, access_token, refresh_token, token_type, token_scopes, obtained_at,
-        expires_at, scopes, granted_at, dpop_key, upstream, version
+        expires_at, scopes, granted_at, dpop_key, upstream, path, version, ended_at, ended_reason
     ) VALUES (
         :uid, :principal, :account, :server, :resource, :issuer, :grant_type, :client_id, :client_auth, :client_kind,
         :client_secret, :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint,
         :token_endpoint, :revocation_endpoint, :access_token, :refresh_token, :token_type, :token_scopes, :obtained_at,
-        :expires_at, :scopes, :granted_at, :dpop_key, :upstream, :version
+        :expires_at, :scopes, :granted_at, :dpop_key, :upstream, :path, :version, :ended_at, :ended_reason
     )
     ON CONFLICT (principal, account, server, resource, issuer) DO UPDATE SET
         uid = excluded.uid, grant_type = excluded.grant_type, client_id = excluded.client_id,
@@ -44,15 +38,28 @@ _ADD = """
         refresh_token = excluded.refresh_token, token_type = excluded.token_type, token_scopes = excluded.token_scopes,
         obtained_at = excluded.obtained_at, expires_at = excluded.expires_at, scopes = excluded.scopes,
         granted_at = excluded.granted_at, dpop_key = excluded.dpop_key, upstream = excluded.upstream,
-        version = grants.version + 1, refresh_begun_at = NULL, refresh_owner = '', ended_at = NULL, ended_reason = ''
-    RETURNING id, version
+        path = excluded.path, version = excluded.version, refresh_begun_at = NULL, refresh_owner = '',
+        ended_at = excluded.ended_at, ended_reason = excluded.ended_reason
+    RETURNING id
 """
-_SUPERSEDE = """
-    UPDATE grants SET ended_at = :now, ended_reason = :reason, refresh_begun_at = NULL, refresh_owner = ''
+# The seal covers the id, which is known only now.
+_SEAL = "UPDATE grants SET seal = :seal WHERE uid = :uid"
+_SAME = """
+    SELECT * FROM grants
+    WHERE principal = :principal AND account = :account AND server = :server AND resource = :resource
+        AND issuer = :issuer
+"""
+_DELETE_SAME = """
+    DELETE FROM grants
+    WHERE principal = :principal AND account = :account AND server = :server AND resource = :resource
+        AND issuer = :issuer
+"""
+_OTHERS = """
+    SELECT * FROM grants
     WHERE principal = :principal AND server = :server AND account = :account AND id <> :id AND ended_at IS NULL
 """
 # Also a flow that is done already: two browsers may finish the same link, and the later consent counts.
-_FINISH = "UPDATE flows SET status = 'done' WHERE id = :id AND status <> 'failed' RETURNING id"
+_FLOW = "SELECT * FROM flows WHERE id = :id AND status <> 'failed'"
 _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _ALL = "SELECT * FROM grants ORDER BY granted_at, id"
 _CURRENT = """
@@ -60,10 +67,9 @@ _CURRENT = """
     WHERE principal = :principal AND server = :server AND account = :account AND ended_at IS NULL
     ORDER BY granted_at DESC, id DESC
 """
+_OF_ISSUER = "SELECT * FROM grants WHERE issuer = :issuer AND ended_at IS NULL ORDER BY id"
 _DELETE = "DELETE FROM grants WHERE principal = :principal AND server = :server AND account = :account RETURNING *"
-_LEASE = """
-    SELECT refresh_begun_at, refresh_owner FROM grants WHERE id = :id AND version = :version AND ended_at IS NULL
-"""
+_LIVE = "SELECT * FROM grants WHERE id = :id AND version = :version AND ended_at IS NULL"
 _BEGIN = """
     UPDATE grants SET refresh_begun_at = :now, refresh_owner = :owner
     WHERE id = :id AND version = :version AND refresh_owner = :seen AND ended_at IS NULL
@@ -72,22 +78,9 @@ _BEGIN = """
 _HELD = """
     SELECT * FROM grants WHERE id = :id AND version = :version AND refresh_owner = :owner AND ended_at IS NULL
 """
-_RENEW = """
-    UPDATE grants SET
-        access_token = :access_token, refresh_token = :refresh_token, token_type = :token_type,
-        token_scopes = :token_scopes, obtained_at = :obtained_at, expires_at = :expires_at,
-        version = version + 1, refresh_begun_at = NULL, refresh_owner = ''
-    WHERE id = :id AND version = :version AND refresh_owner = :owner AND ended_at IS NULL
-    RETURNING *
-"""
 _RELEASE = """
     UPDATE grants SET refresh_begun_at = NULL, refresh_owner = ''
     WHERE id = :id AND version = :version AND refresh_owner = :owner
-"""
-_END = """
-    UPDATE grants SET ended_at = :now, ended_reason = :reason, refresh_begun_at = NULL, refresh_owner = ''
-    WHERE id = :id AND version = :version AND ended_at IS NULL
-    RETURNING id
 """
 
 
@@ -111,6 +104,10 @@ class Grants:
         """Return every grant that can be decrypted, ended ones too, oldest first."""
         return self._read(await self._engine.fetch_all(_ALL))
 
+    async def servers_of_issuer(self, issuer: str) -> list[GrantKey]:
+        """Return the keys of all grants of an issuer that have not ended, whoever's and for whichever server."""
+        return [grant.key for grant in self._read(await self._engine.fetch_all(_OF_ISSUER, {"issuer": issuer}))]
+
     async def add(self, grant: Grant) -> Grant:
         """Store a new grant durably, and return it with its id and version.
 
@@ -126,26 +123,31 @@ class Grants:
         Return None, and store nothing, if the flow was cancelled meanwhile, has failed or is gone.
         """
         async with self._engine.transaction() as transaction:
-            if not await transaction.execute(_FINISH, {"id": flow_id}):
+            flows = intact_rows(self._engine, "flows", await transaction.execute(_FLOW, {"id": flow_id}))
+            if not flows:
                 return None
+            await change_row(self._engine, transaction, "flows", flows[0], {"status": str(FlowStatus.DONE)})
             await transaction.execute("DELETE FROM attempts WHERE flow_id = :id", {"id": flow_id})
             return await self._add(transaction, grant)
 
     async def _add(self, transaction: Transaction, grant: Grant) -> Grant:
+        key = key_columns(grant.key)
+        before = self._intact(await transaction.execute(_SAME, key))
+        if before:
+            grant = replace(grant, version=before[0]["version"] + 1)
+        else:
+            # A row that is not as it was sealed must not lend its id and version to the new one.
+            await transaction.execute(_DELETE_SAME, key)
         uid = new_uid()
-        columns = grant_columns(grant, RowCipher(self._engine.cipher, _TABLE, uid))
+        cipher = RowCipher(self._engine.cipher, _TABLE, uid)
+        columns = grant_columns(grant, cipher)
         (row,) = await transaction.execute(_ADD, {"uid": uid, **columns})
-        ending = {"id": row["id"], "now": grant.granted_at, "reason": SUPERSEDED}
-        await transaction.execute(_SUPERSEDE, {**account_params(grant.key.account), **ending})
-        return replace(
-            grant,
-            id=row["id"],
-            version=row["version"],
-            refresh_begun_at=None,
-            refresh_owner="",
-            ended_at=None,
-            ended_reason="",
-        )
+        columns["id"] = row["id"]
+        await transaction.execute(_SEAL, {"uid": uid, SEAL: cipher.seal_row(columns)})
+        others = {**account_params(grant.key.account), "id": row["id"]}
+        for other in self._intact(await transaction.execute(_OTHERS, others)):
+            await self._end(transaction, other, now=grant.granted_at, reason=SUPERSEDED)
+        return replace(grant, id=row["id"], refresh_begun_at=None, refresh_owner="", ended_at=None, ended_reason="")
 
     async def begin_refresh(self, grant_id: int, *, version: int, owner: str, now: float) -> bool:
         """Record that a refresh is about to be sent. ``owner`` comes from ``lease.new_owner``, ``now`` is Unix seconds.
@@ -154,9 +156,10 @@ class Grants:
         alive has begun a refresh.
         """
         async with self._engine.transaction() as transaction:
-            row = await transaction.fetch_one(_LEASE, {"id": grant_id, "version": version})
-            if row is None:
+            rows = self._intact(await transaction.execute(_LIVE, {"id": grant_id, "version": version}))
+            if not rows:
                 return False
+            row = rows[0]
             begun_at, holder = row["refresh_begun_at"], row["refresh_owner"]
             if begun_at is not None and holder != owner and lease.is_held(holder, begun_at, now):
                 return False
@@ -167,11 +170,13 @@ class Grants:
         """Store the result of a refresh durably. Return None if another owner took over or the grant has ended."""
         values: dict[str, object] = {"id": grant_id, "version": version, "owner": owner}
         async with self._engine.transaction() as transaction:
-            row = await transaction.fetch_one(_HELD, values)
-            if row is None:
+            rows = self._intact(await transaction.execute(_HELD, values))
+            if not rows:
                 return None
-            columns = token_columns(tokens, RowCipher(self._engine.cipher, _TABLE, row["uid"]))
-            rows = await transaction.execute(_RENEW, {**values, **columns})
+            columns = token_columns(tokens, RowCipher(self._engine.cipher, _TABLE, rows[0]["uid"]))
+            changes = {**columns, "version": version + 1, **_NO_REFRESH}
+            await change_row(self._engine, transaction, _TABLE, rows[0], changes)
+            rows = await transaction.execute(_BY_ID, {"id": grant_id})
         return next(iter(self._read(rows)), None)
 
     async def release_refresh(self, grant_id: int, *, version: int, owner: str) -> None:
@@ -184,15 +189,24 @@ class Grants:
 
         Return False if it has another version by now or has ended already.
         """
-        values = {"id": grant_id, "version": version, "reason": reason, "now": now}
         async with self._engine.transaction() as transaction:
-            return bool(await transaction.execute(_END, values))
+            rows = self._intact(await transaction.execute(_LIVE, {"id": grant_id, "version": version}))
+            for row in rows:
+                await self._end(transaction, row, now=now, reason=reason)
+        return bool(rows)
 
     async def delete(self, account: Account) -> list[Grant]:
         """Delete all grants of an account, and return those that can be decrypted."""
         async with self._engine.transaction() as transaction:
             rows = await transaction.execute(_DELETE, account_params(account))
         return self._read(rows)
+
+    async def _end(self, transaction: Transaction, row: Row, *, now: float, reason: str) -> None:
+        changes = {"ended_at": now, "ended_reason": reason, **_NO_REFRESH}
+        await change_row(self._engine, transaction, _TABLE, row, changes)
+
+    def _intact(self, rows: list[Row]) -> list[Row]:
+        return intact_rows(self._engine, _TABLE, rows)
 
     def _read(self, rows: list[Row]) -> list[Grant]:
         return decode_rows(self._engine, _TABLE, rows, read_grant)

@@ -1,10 +1,18 @@
 """Client identities that authorization servers gave us, and the issuers that configured clients are bound to."""
 
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Registration
-from mcp_auth_proxy.store.codec import RowCipher, decode_rows, new_uid, read_registration, registration_columns
-from mcp_auth_proxy.store.engine import Engine
+from mcp_auth_proxy.store.codec import read_registration, registration_columns
+from mcp_auth_proxy.store.engine import Engine, Row
+from mcp_auth_proxy.store.sealed_rows import SEAL, RowCipher, decode_rows, intact_rows, new_uid
+
+KEPT_REGISTRATIONS = 20
+"""The number of registrations that are kept for one server, which may name a new issuer whenever it is asked.
+
+The oldest that no live grant uses are deleted first.
+"""
 
 _TABLE = "registrations"
+_BINDINGS = "client_bindings"
 _FIND = """
     SELECT * FROM registrations
     WHERE server = :server AND issuer = :issuer AND account = :account AND client_redirect_uri = :redirect_uri
@@ -12,23 +20,38 @@ _FIND = """
 _SAVE = """
     INSERT INTO registrations (
         uid, server, issuer, account, client_id, client_auth, client_kind, client_secret, client_redirect_uri,
-        client_secret_expires_at, client_created_at
+        client_secret_expires_at, client_created_at, seal
     ) VALUES (
         :uid, :server, :issuer, :account, :client_id, :client_auth, :client_kind, :client_secret, :client_redirect_uri,
-        :client_secret_expires_at, :client_created_at
+        :client_secret_expires_at, :client_created_at, :seal
     )
     ON CONFLICT (server, issuer, account, client_redirect_uri) DO UPDATE SET
         uid = excluded.uid, client_id = excluded.client_id, client_auth = excluded.client_auth,
         client_kind = excluded.client_kind, client_secret = excluded.client_secret,
-        client_secret_expires_at = excluded.client_secret_expires_at, client_created_at = excluded.client_created_at
+        client_secret_expires_at = excluded.client_secret_expires_at, client_created_at = excluded.client_created_at,
+        seal = excluded.seal
+"""
+# The new one is kept whatever the times of the others are; then come those that the next login of a live grant needs.
+_FORGET_OLD = """
+    DELETE FROM registrations WHERE server = :server AND uid NOT IN (
+        SELECT uid FROM registrations WHERE server = :server
+        ORDER BY uid = :uid DESC, EXISTS (
+            SELECT 1 FROM grants
+            WHERE grants.server = registrations.server AND grants.account = registrations.account
+                AND grants.issuer = registrations.issuer AND grants.client_id = registrations.client_id
+                AND grants.ended_at IS NULL
+        ) DESC, client_created_at DESC LIMIT :kept
+    )
 """
 _DELETE = "DELETE FROM registrations WHERE server = :server AND account = :account"
 _DELETE_AT_ISSUER = f"{_DELETE} AND issuer = :issuer"
 _BIND = """
-    INSERT INTO client_bindings (server, client_id, issuer) VALUES (:server, :client_id, :issuer)
-    ON CONFLICT (server, client_id) DO NOTHING
+    INSERT INTO client_bindings (uid, server, client_id, issuer, seal)
+    VALUES (:uid, :server, :client_id, :issuer, :seal)
+    ON CONFLICT (server, client_id) DO UPDATE SET
+        uid = excluded.uid, issuer = excluded.issuer, seal = excluded.seal
 """
-_BOUND = "SELECT issuer FROM client_bindings WHERE server = :server AND client_id = :client_id"
+_BOUND = "SELECT * FROM client_bindings WHERE server = :server AND client_id = :client_id"
 
 
 class Registrations:
@@ -49,18 +72,23 @@ class Registrations:
         return next(iter(decode_rows(self._engine, _TABLE, rows, read_registration)), None)
 
     async def save(self, registration: Registration) -> None:
-        """Store a registration; it replaces the one for the same server, issuer, account and redirect URI."""
+        """Store a registration; it replaces the one for the same server, issuer, account and redirect URI.
+
+        All but KEPT_REGISTRATIONS of the server are deleted.
+        """
         uid = new_uid()
-        columns = registration_columns(registration, RowCipher(self._engine.cipher, _TABLE, uid))
-        values = {
-            "uid": uid,
+        cipher = RowCipher(self._engine.cipher, _TABLE, uid)
+        columns = {
             "server": registration.server,
             "issuer": registration.issuer,
             "account": registration.account,
-            **columns,
+            **registration_columns(registration, cipher),
         }
+        values = {"uid": uid, **columns, SEAL: cipher.seal_row(columns)}
         async with self._engine.transaction() as transaction:
             await transaction.execute(_SAVE, values)
+            kept = {"server": registration.server, "uid": uid, "kept": KEPT_REGISTRATIONS}
+            await transaction.execute(_FORGET_OLD, kept)
 
     async def delete(self, server: str, issuer: str | None = None, *, account: str = DEFAULT_ACCOUNT) -> None:
         """Delete the registrations of an account, at one issuer or, if that is None, at all."""
@@ -73,16 +101,21 @@ class Registrations:
 
     async def bound_issuer(self, server: str, client_id: str) -> str | None:
         """Return the issuer that ``bind_client`` has bound a configured client to; None if it was never used."""
-        row = await self._engine.fetch_one(_BOUND, {"server": server, "client_id": client_id})
-        return None if row is None else str(row["issuer"])
+        rows = await self._engine.fetch_all(_BOUND, {"server": server, "client_id": client_id})
+        return self._issuer(rows)
 
     async def bind_client(self, server: str, client_id: str, issuer: str) -> str:
         """Bind a configured client to ``issuer`` unless it is bound, and return the issuer that it is bound to.
 
         A client is bound to the first issuer that it was used with. Its secret must not be sent to another.
         """
-        values = {"server": server, "client_id": client_id, "issuer": issuer}
+        uid, columns = new_uid(), {"server": server, "client_id": client_id, "issuer": issuer}
+        seal = RowCipher(self._engine.cipher, _BINDINGS, uid).seal_row(columns)
         async with self._engine.transaction() as transaction:
-            await transaction.execute(_BIND, values)
-            (row,) = await transaction.execute(_BOUND, {"server": server, "client_id": client_id})
-        return str(row["issuer"])
+            bound = self._issuer(await transaction.execute(_BOUND, {"server": server, "client_id": client_id}))
+            if bound is None:
+                await transaction.execute(_BIND, {"uid": uid, **columns, SEAL: seal})
+        return bound or issuer
+
+    def _issuer(self, bindings: list[Row]) -> str | None:
+        return next((str(row["issuer"]) for row in intact_rows(self._engine, _BINDINGS, bindings)), None)

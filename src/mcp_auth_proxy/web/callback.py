@@ -1,12 +1,14 @@
 """``/oauth/callback``: the redirect URI. It shows a page that says what happened."""
 
 import logging
+from math import ceil
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError, excerpt
+from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.pages import message
 
 logger = logging.getLogger(__name__)
@@ -20,14 +22,15 @@ async def callback(request: Request, broker: Broker) -> Response:
     for name, value in request.query_params.multi_items():
         params.setdefault(name, []).append(value)
     try:
-        flow = await broker.complete(params, request.cookies)
+        flow = await broker.complete(params, read_cookies(request))
     except CallbackRefused as refused:
         return message("This authorization was not accepted", str(refused), status=refused.status)
     except AuthorizationDenied as denied:
         return message("Not authorized", str(denied), status=400, hint=RETRY_HINT)
     except AuthorizationError as error:
         logger.warning("an authorization failed: %s", error)
-        return message("The authorization failed", str(error), status=502, hint=RETRY_HINT)
+        wait = "" if error.pause is None else f" The server asks to wait {ceil(error.retry_after or 0)} s."
+        return message("The authorization failed", str(error), status=502, hint=RETRY_HINT + wait)
     except StoreError as error:
         logger.error("a grant could not be stored: %s", error)
         return message("The authorization could not be stored", str(error), status=503, hint=RETRY_HINT)

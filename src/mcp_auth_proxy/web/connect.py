@@ -1,15 +1,18 @@
-"""``/connect/{server}?flow=…``: the link that a user opens. It redirects to the authorization server."""
+"""``/connect/{server}?flow=…``: the link that a user opens. It leads to the authorization server."""
 
+from collections.abc import Callable
 from html import escape
+from math import ceil
 from urllib.parse import quote, urlencode
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from mcp_auth_proxy.broker import Broker, DevicePrompt
+from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, ConfirmationPrompt, DevicePrompt
 from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused
 from mcp_auth_proxy.net import urls
-from mcp_auth_proxy.web.pages import SECURITY_HEADERS, message, page
+from mcp_auth_proxy.web.confirm import confirmation_page, is_confirmed
+from mcp_auth_proxy.web.pages import SECURITY_HEADERS, ScopeList, message, page
 
 REFRESH = 5
 """Seconds between reloads of a page that waits."""
@@ -18,34 +21,66 @@ REDIRECTED = "redirected"
 """Query parameter of a link that was redirected to another host name, so that this happens only once."""
 
 
-async def connect(request: Request, broker: Broker, *, public_url: str) -> Response:
+NOT_CONFIRMED = (
+    "This was not sent by the page of this link in this browser, or the browser keeps no cookies. Open the link again, "
+    "and continue from there."
+)
+
+
+async def connect(request: Request, broker: Broker, *, public_url: str, warn: Callable[[str, str], None]) -> Response:
+    """Redirect a browser to the authorization server, or ask its user first.
+
+    A POST is the form with which the user confirms (``web.confirm``). ``warn`` is called with the server and the reason
+    if a form is forged.
+    """
+    server, flow_id = request.path_params["server"], request.query_params.get("flow", "")
+    if _is_other_loopback_name(request, public_url):
+        query = urlencode([*request.query_params.multi_items(), (REDIRECTED, "1")])
+        return _redirect(f"{public_url}/connect/{quote(server)}?{query}", "Continue")
+    opened: AuthorizationRedirect | ConfirmationPrompt | DevicePrompt
+    try:
+        if request.method != "POST":
+            opened = await broker.open_link(server, flow_id)
+        elif await is_confirmed(request, flow_id):
+            opened = await broker.confirm_link(server, flow_id)
+        else:
+            warn(server, "a form to continue its sign-in was refused: it was not sent by our page in the same browser")
+            raise CallbackRefused(NOT_CONFIRMED, 403)
+    except CallbackRefused as refused:
+        return message("This link can't be used", str(refused), status=refused.status)
+    except AuthorizationError as error:
+        if error.retry_after is None:
+            return message("The authorization can't start", str(error), status=502)
+        later = message("The authorization can't start yet", str(error), status=503)
+        later.headers["retry-after"] = str(max(1, ceil(error.retry_after)))
+        return later
+    if isinstance(opened, DevicePrompt):
+        return _device_page(opened)
+    if isinstance(opened, ConfirmationPrompt):
+        return confirmation_page(request, opened, secure=_is_https(public_url))
+    return _authorization_redirect(opened, secure=_is_https(public_url))
+
+
+def _authorization_redirect(opened: AuthorizationRedirect, *, secure: bool) -> Response:
     """Bind this browser to the flow with a cookie, and redirect it to the authorization server (RFC 6749 §4.1.1).
 
     The cookie is for the callback only. It is ``Lax`` because the callback is a navigation from another site.
     """
-    server = request.path_params["server"]
-    if _is_other_loopback_name(request, public_url):
-        query = urlencode([*request.query_params.multi_items(), (REDIRECTED, "1")])
-        return _redirect(f"{public_url}/connect/{quote(server)}?{query}", "Continue")
-    try:
-        opened = await broker.open_link(server, request.query_params.get("flow", ""))
-    except CallbackRefused as refused:
-        return message("This link can't be used", str(refused), status=refused.status)
-    except AuthorizationError as error:
-        return message("The authorization can't start", str(error), status=502)
-    if isinstance(opened, DevicePrompt):
-        return _device_page(opened)
     response = _redirect(opened.authorization_url, "Continue to the authorization server")
     response.set_cookie(
         opened.cookie_name,
         opened.cookie_value,
         max_age=opened.max_age,
         path="/oauth/callback",
-        secure=public_url.startswith("https://"),
+        secure=secure,
         httponly=True,
         samesite="lax",
     )
     return response
+
+
+def _is_https(public_url: str) -> bool:
+    return public_url.startswith("https://")
 
 
 def _is_other_loopback_name(request: Request, public_url: str) -> bool:
@@ -78,4 +113,11 @@ def _device_page(opened: DevicePrompt) -> Response:
     if opened.device is None:
         text = "Your MCP client continues automatically. You can close this tab."
         return message(f"{opened.server} is connected", text, status=200)
-    return page("device.html", server=opened.server, device=opened.device, refresh=REFRESH)
+    return page(
+        "device.html",
+        server=opened.server,
+        device=opened.device,
+        sign_in=opened.sign_in,
+        scopes=ScopeList.of(opened.sign_in.scopes),
+        refresh=REFRESH,
+    )

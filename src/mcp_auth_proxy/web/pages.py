@@ -1,13 +1,28 @@
 """HTML pages: rendered on the server, without scripts or external resources."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from jinja2 import Environment, FileSystemLoader
 from starlette.responses import HTMLResponse
 
+from mcp_auth_proxy.errors import excerpt
+
+MAX_SCOPES = 1000
+"""Characters of all scopes on a page; the others are counted."""
+
 _templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
+
+
+def visible(text: str) -> str:
+    """Return a text without control characters, among them those that reverse what follows (U+202E)."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+_templates.filters["visible"] = visible
 
 SECURITY_HEADERS = {
     "content-security-policy": (
@@ -19,6 +34,26 @@ SECURITY_HEADERS = {
     "cache-control": "no-store",
     "cross-origin-opener-policy": "same-origin",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeList:
+    """The scopes to show on a page, and how many are left out."""
+
+    shown: list[str]
+    left_out: int
+
+    @classmethod
+    def of(cls, scopes: tuple[str, ...]) -> Self:
+        """Return the first scopes, up to ``MAX_SCOPES`` characters, each cut as any text from outside."""
+        shown: list[str] = []
+        size = 0
+        for scope in map(excerpt, scopes):
+            size += len(scope)
+            if size > MAX_SCOPES:
+                break
+            shown.append(scope)
+        return cls(shown, len(scopes) - len(shown))
 
 
 def page(template: str, *, status: int = 200, headers: dict[str, str] | None = None, **values: object) -> HTMLResponse:

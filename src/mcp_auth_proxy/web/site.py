@@ -16,6 +16,7 @@ from mcp_auth_proxy.models import GrantType
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.instruments import CONTENT_TYPE
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect
@@ -41,6 +42,7 @@ class Site:
         self._database = database
         self._public_url = public_url
         self._draining = draining
+        self._warnings = OutageLog()
 
     def build(self) -> Starlette:
         """Return the ASGI application."""
@@ -50,7 +52,7 @@ class Site:
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
                 Route("/metrics", _metrics),
-                Route("/connect/{server}", self._connect),
+                Route("/connect/{server}", self._connect, methods=["GET", "POST"]),
                 Route("/oauth/callback", self._callback),
                 Route("/oauth/client-metadata.json", self._client_metadata),
             ],
@@ -74,7 +76,11 @@ class Site:
         return JSONResponse({"status": "ready"})
 
     async def _connect(self, request: Request) -> Response:
-        return await connect(request, self._broker, public_url=self._public_url)
+        return await connect(request, self._broker, public_url=self._public_url, warn=self._warn)
+
+    def _warn(self, server: str, reason: str) -> None:
+        if server in self._servers:
+            self._warnings.warn(server, reason)
 
     async def _callback(self, request: Request) -> Response:
         return await callback(request, self._broker)

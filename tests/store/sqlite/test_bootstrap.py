@@ -17,6 +17,7 @@ import pytest
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
 from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.cipher import Cipher, Key
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.sqlite import schema
 from store.builders import grant, store_settings
@@ -229,14 +230,15 @@ async def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> No
 
 def test_a_failed_migration_leaves_the_schema_as_it_was() -> None:
     connection = sqlite3.connect(":memory:", isolation_level=None)
-    schema.migrate(connection)
+    cipher = Cipher([Key.of(b"k" * 32)])
+    schema.migrate(connection, cipher)
     broken = (*schema.MIGRATIONS, ("CREATE TABLE extra (a)", "NONSENSE"))
     with pytest.raises(sqlite3.OperationalError):
-        schema.migrate(connection, broken)
+        schema.migrate(connection, cipher, broken)
     assert connection.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS),)
     assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'extra'").fetchall()
-    schema.migrate(connection, (*schema.MIGRATIONS, ("CREATE TABLE extra (a)",)))
-    schema.migrate(connection, (*schema.MIGRATIONS, ("CREATE TABLE extra (a)",)))
+    schema.migrate(connection, cipher, (*schema.MIGRATIONS, ("CREATE TABLE extra (a)",)))
+    schema.migrate(connection, cipher, (*schema.MIGRATIONS, ("CREATE TABLE extra (a)",)))
     assert connection.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS) + 1,)
     connection.close()
 

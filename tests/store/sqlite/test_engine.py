@@ -14,7 +14,7 @@ from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.sqlite import engine as engine_module
 from store.builders import grant, store_settings
 
-INSERT = "INSERT INTO client_bindings (server, client_id, issuer) VALUES (:server, 'c', 'i')"
+INSERT = "INSERT INTO client_bindings (uid, server, client_id, issuer) VALUES (:server, :server, 'c', 'i')"
 COUNT = "SELECT COUNT(*) AS number FROM client_bindings"
 
 

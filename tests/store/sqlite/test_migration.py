@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from mcp_auth_proxy.config.settings import KeySource
 from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
 from mcp_auth_proxy.models import Account, Grant
 from mcp_auth_proxy.store import Engine, open_store, open_store_read_only
+from mcp_auth_proxy.store.cipher import generate_key_file
+from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.flows import KEPT_SECONDS, Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
@@ -48,6 +51,8 @@ async def assert_holds(engine: Engine, held: samples.Contents) -> None:
         assert await flows.find_attempt(attempt.state_hash) == (held.flows[0], attempt)
     for client in held.registrations:
         assert await registrations.find(client.server, client.issuer, CALLBACK, account=client.account) == client
+    for account, issuer, host in held.confirmations:
+        assert await Confirmations(engine).contains(account, issuer=issuer, sign_in_host=host)
     server, client_id, issuer = samples.BINDING
     assert await registrations.bound_issuer(server, client_id) == issuer
 
@@ -149,6 +154,49 @@ async def test_a_copy_of_the_store_as_it_was_is_kept(
     backup.replace(settings.path)
     engine = await open_store(settings)
     await assert_holds(engine, samples.contents(schema))
+    await engine.close()
+
+
+@pytest.mark.parametrize("schema", samples.OLDER)
+async def test_after_a_migration_a_row_that_is_changed_is_missing(tmp_path: Path, schema: int) -> None:  # T80
+    settings = samples.copy(schema, tmp_path)
+    await migrate(tmp_path)
+    with closing(sqlite3.connect(settings.path)) as connection, connection:
+        for table in ("grants", "flows"):
+            connection.execute(f"UPDATE {table} SET token_endpoint = 'https://evil.example'")
+        for table in ("client_bindings", "registrations"):
+            connection.execute(f"UPDATE {table} SET issuer = 'https://evil.example'")
+        connection.execute("UPDATE attempts SET browser_hash = 'evil'")
+    engine = await open_store(settings)
+    held, flows, registrations = samples.contents(schema), Flows(engine), Registrations(engine)
+    assert await Grants(engine).all() == []
+    assert [await flows.get(flow.id) for flow in held.flows] == [None] * len(held.flows)
+    assert await flows.find_attempt(held.attempts[0].state_hash) is None
+    assert await registrations.find("linear", "https://evil.example", CALLBACK) is None
+    assert await registrations.bound_issuer(*samples.BINDING[:2]) is None
+    await engine.close()
+
+
+@pytest.mark.parametrize("damage", ["x'0102'", "'plain text'", "CAST(x'ff' AS TEXT)"])
+async def test_a_row_that_cannot_be_read_before_a_migration_is_missing_after_it_and_stops_nothing(
+    tmp_path: Path, damage: str
+) -> None:
+    settings = samples.copy(5, tmp_path)
+    with closing(sqlite3.connect(settings.path)) as connection, connection:
+        connection.execute(f"UPDATE grants SET access_token = {damage} WHERE id = 1")
+    engine = await open_store(settings)
+    assert await Grants(engine).all() == samples.contents(5).grants[1:]
+    await engine.close()
+
+
+async def test_a_migration_seals_with_the_first_key_and_opens_with_the_others(tmp_path: Path) -> None:
+    settings = samples.copy(5, tmp_path)
+    generate_key_file(tmp_path / "new.key")
+    newer = KeySource(kind="file", name=str(tmp_path / "new.key"))
+    engine = await open_store(replace(settings, keys=(newer, *settings.keys), default_key=False))
+    await engine.close()
+    engine = await open_store(replace(settings, keys=(newer,), default_key=False))
+    await assert_holds(engine, samples.contents(5))
     await engine.close()
 
 

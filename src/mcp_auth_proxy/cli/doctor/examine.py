@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mcp_auth_proxy.app import effective_public_url
+from mcp_auth_proxy.broker.backoff import Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.discovery import Discoverer, MetadataLookup
 from mcp_auth_proxy.broker.plan import Plan
@@ -74,7 +75,8 @@ class _DiscoveryContext:
             fetcher=fetcher, registrations=self.registrations, public_url=self.public_url, clock=clock
         )
         token_client = TokenClient(fetcher=fetcher, discoverer=discoverer, clock=clock)
-        planner = Planner(discoverer=discoverer, registrar=registrar, token_client=token_client)
+        backoff = Backoff(clock=clock)
+        planner = Planner(discoverer=discoverer, registrar=registrar, token_client=token_client, backoff=backoff)
         try:
             run.plan = await planner.preview(Account(LOCAL, server.name), server, challenge)
         except AuthorizationError as error:

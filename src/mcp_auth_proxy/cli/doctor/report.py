@@ -1,6 +1,5 @@
 """The result of ``doctor``, as text for people and as JSON for programs."""
 
-import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +7,9 @@ from enum import StrEnum
 
 import click
 
+from mcp_auth_proxy.cli.terminal import Styled
 from mcp_auth_proxy.errors import without_query_values
+from mcp_auth_proxy.secret_values import masked
 
 FORMAT = 1
 """Version of the JSON. Increased if a member is removed or changes its meaning; new members may be added any time."""
@@ -107,17 +108,20 @@ class Report:
 
 
 def shown(text: str | bytes, limit: int = 4000) -> str:
-    """Return text from a server on one line of at most ``limit`` characters, without controls and URL query values."""
+    """Return text from a server on one line of at most ``limit`` characters.
+
+    It is without controls, URL query values and secrets of ours.
+    """
     if isinstance(text, bytes):
         text = text[: 4 * limit].decode("utf-8", "replace")
     line = without_query_values(" ".join(text.split()))
-    safe = "".join(character if character.isprintable() else "\ufffd" for character in line)
+    safe = masked("".join(character if character.isprintable() else "\ufffd" for character in line))
     return safe if len(safe) <= limit else f"{safe[:limit]}…"
 
 
-def as_json(report: Report) -> str:
-    """Return the report as JSON."""
-    document = {
+def as_document(report: Report) -> dict[str, object]:
+    """Return the report as a JSON object."""
+    return {
         "format": FORMAT,
         "server": report.server,
         "url": report.url,
@@ -129,27 +133,26 @@ def as_json(report: Report) -> str:
         "config_complete": report.config_complete,
         "changes": [_members(change) for change in report.changes],
     }
-    return json.dumps(document, indent=2, ensure_ascii=False)
 
 
-def as_text(report: Report) -> str:
-    """Return the report for a terminal. ``click.echo`` removes the colors if stdout is not one."""
+def as_lines(report: Report) -> list[str]:
+    """Return the report for a terminal, in lines."""
     lines = [f"{report.server}: {report.url}", ""]
     for number, step in enumerate(report.steps, 1):
         lines += _paragraph(number, step)
     lines += [*_wrapped(report.summary, ""), ""]
     if report.config is not None:
         how = "The configuration that works" if report.config_complete else "The configuration, to be completed"
-        lines += [f"{how}:", "", report.config.rstrip("\n")]
+        lines += [f"{how}:", "", *report.config.rstrip("\n").split("\n")]
     else:
         lines += ["No configuration can help: see what is refused above."]
-    return "\n".join(lines)
+    return lines
 
 
 def _paragraph(number: int, step: Step) -> Iterator[str]:
     mark, color = _MARKS[step.verdict]
     clause = f"  [{step.clause}]" if step.clause else ""
-    yield f"{number:>2}. {click.style(mark, fg=color)}  {click.style(step.step, bold=True)}{clause}"
+    yield Styled(f"{number:>2}. {click.style(mark, fg=color)}  {click.style(step.step, bold=True)}{clause}")
     if step.request is not None:
         rpc = f"  {step.request.rpc}" if step.request.rpc else ""
         yield f"{_INDENT}> {step.request.method} {step.request.url}{rpc}"

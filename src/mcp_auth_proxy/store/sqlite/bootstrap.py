@@ -8,12 +8,20 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from mcp_auth_proxy.config.settings import StoreSettings
-from mcp_auth_proxy.errors import DecryptionError, KeyRejected, StoreRejected, StoreUnavailable
+from mcp_auth_proxy.errors import KeyRejected, StoreRejected, StoreUnavailable
 from mcp_auth_proxy.store import files
-from mcp_auth_proxy.store.cipher import Cipher, Key, generate_key_file, load_key
-from mcp_auth_proxy.store.sqlite import schema
+from mcp_auth_proxy.store.cipher import (
+    BEFORE_SEALED_ROWS,
+    VERSION,
+    Cipher,
+    Key,
+    generate_key_file,
+    key_warnings,
+    load_keys,
+)
+from mcp_auth_proxy.store.sqlite import key_checks, schema
 from mcp_auth_proxy.store.sqlite.backup import find_backup, make_backup
-from mcp_auth_proxy.store.sqlite.errors import is_damage, translated, unavailable
+from mcp_auth_proxy.store.sqlite.errors import is_damage, read_text, translated, unavailable
 from mcp_auth_proxy.store.sqlite.paths import connection_uri, read_only_uri, wal_files
 
 BUSY_TIMEOUT = 5.0
@@ -22,8 +30,6 @@ BUSY_TIMEOUT = 5.0
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
 _OLDEST_SQLITE = (3, 35, 0)  # RETURNING
-_CHECK = "mcp-auth-proxy store"
-_KEY_ROWS = "key:"
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +52,9 @@ def obtain_keys(
         with _writing(default):
             files.make_folder(default.parent)
             created = default if generate_key_file(default) else None
-    return tuple(load_key(source, environ) for source in settings.keys), created
+    for warning in key_warnings(settings):
+        _log.warning("%s", warning)
+    return load_keys(settings, environ), created
 
 
 def prepare(path: Path, cipher: Cipher) -> None:
@@ -100,6 +108,7 @@ def _explain(path: Path, error: sqlite3.DatabaseError) -> StoreRejected | StoreU
 
 def _inspect(path: Path, uri: str, cipher: Cipher) -> int:
     with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT)) as connection:
+        connection.text_factory = read_text
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         version: int
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -109,7 +118,7 @@ def _inspect(path: Path, uri: str, cipher: Cipher) -> int:
             )
         if version > len(schema.MIGRATIONS):
             raise _newer(path, version)
-        _check_keys(path, cipher, _key_checks(connection))
+        _check_keys(path, cipher, key_checks.read_all(connection), version)
         return version
 
 
@@ -128,21 +137,17 @@ def _newer(path: Path, version: int) -> StoreRejected:
     )
 
 
-def _key_checks(connection: sqlite3.Connection) -> dict[str, bytes]:
-    rows = connection.execute("SELECT name, value FROM meta").fetchall()
-    return {name.removeprefix(_KEY_ROWS): value for name, value in rows if name.startswith(_KEY_ROWS)}
-
-
-def _check_keys(path: Path, cipher: Cipher, checks: Mapping[str, bytes]) -> None:
-    known = [key_id for key_id in cipher.key_ids if key_id in checks]
-    try:
-        opened = [cipher.open(checks[key_id], table="meta", row=_KEY_ROWS + key_id, column="value") for key_id in known]
-    except DecryptionError:
-        opened = []
-    if not opened or any(text != _CHECK for text in opened):
+def _check_keys(path: Path, cipher: Cipher, checks: Mapping[str, bytes], found_schema: int) -> None:
+    if not set(cipher.key_ids) & set(checks):
         raise KeyRejected(
             f"Wrong key: the store {path} was sealed with key {', '.join(sorted(checks)) or '(none)'}, but store.keys "
             f"has {', '.join(cipher.key_ids)}. Nothing was written. Set the right key, or move the store away."
+        )
+    version = VERSION if found_schema >= schema.SEALED_ROWS else BEFORE_SEALED_ROWS
+    if not key_checks.open_with(cipher, checks, version=version):
+        raise StoreRejected(
+            f"The store {path} was changed by something else than mcp-auth-proxy: its key check is not one of schema "
+            f"{found_schema}. It was left as it is. Put a backup in its place, or move it away to start with a new one."
         )
 
 
@@ -162,8 +167,7 @@ def _create(path: Path, cipher: Cipher) -> None:
             with closing(sqlite3.connect(draft, isolation_level=None)) as connection:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
-                schema.migrate(connection)
-                _add_key_checks(connection, cipher)
+                schema.migrate(connection, cipher)
             files.link_into_place(draft, path)
         finally:
             for leftover in (draft, *wal_files(draft)):
@@ -182,22 +186,13 @@ def _update(path: Path, cipher: Cipher) -> None:
             files.restrict_mode(file)
         uri = connection_uri(path, "rw")
         with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)) as connection:
+            connection.text_factory = read_text
             connection.execute("PRAGMA synchronous = FULL")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version < newest:
-                schema.migrate(connection, before=back_up)
-            if set(cipher.key_ids) - set(_key_checks(connection)):
-                _add_key_checks(connection, cipher)
-
-
-def _add_key_checks(connection: sqlite3.Connection, cipher: Cipher) -> None:
-    for key_id in cipher.key_ids:
-        name = _KEY_ROWS + key_id
-        value = cipher.seal(_CHECK, table="meta", row=name, column="value", key_id=key_id)
-        connection.execute(
-            "INSERT INTO meta (name, value) VALUES (:name, :value) ON CONFLICT (name) DO NOTHING",
-            {"name": name, "value": value},
-        )
+                schema.migrate(connection, cipher, before=back_up)
+            if set(cipher.key_ids) - set(key_checks.read_all(connection)):
+                key_checks.add(connection, cipher)
 
 
 @contextmanager

@@ -15,11 +15,11 @@ import aiosqlite
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreUnavailable
 from mcp_auth_proxy.observability import metrics
-from mcp_auth_proxy.store.cipher import Cipher, load_key
+from mcp_auth_proxy.store.cipher import Cipher, load_keys
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
 from mcp_auth_proxy.store.sqlite import schema
 from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, inspect, obtain_keys, prepare
-from mcp_auth_proxy.store.sqlite.errors import translated
+from mcp_auth_proxy.store.sqlite.errors import read_text, translated
 from mcp_auth_proxy.store.sqlite.paths import connection_uri, read_only_uri
 
 T = TypeVar("T")
@@ -30,6 +30,8 @@ _PROBE = """
 """
 _QUEUE_TIMEOUT = 10.0
 _MIN_FREE_BYTES = 256 * 1024
+# Whoever can write to the store can make broken rows without end, which must fill neither the log nor the memory.
+_MAX_REPORTED = 1000
 _log = logging.getLogger(__name__)
 
 
@@ -73,7 +75,7 @@ class SqliteEngine:
         cls, settings: StoreSettings, *, environ: Mapping[str, str] = os.environ
     ) -> "SqliteEngine":
         """Open the store without writing anything; see ``store.open_store_read_only``."""
-        cipher = Cipher([await asyncio.to_thread(load_key, source, environ) for source in settings.keys])
+        cipher = Cipher(await asyncio.to_thread(load_keys, settings, environ))
         found, newest = await asyncio.to_thread(inspect, settings.path, cipher), len(schema.MIGRATIONS)
         if found < newest:
             raise StoreUnavailable(
@@ -136,7 +138,7 @@ class SqliteEngine:
 
     def report_broken(self, table: str, uid: str, problem: Exception) -> None:
         """Log, once for each row, that it is skipped because it cannot be decrypted or decoded."""
-        if (table, uid) not in self._reported:
+        if (table, uid) not in self._reported and len(self._reported) < _MAX_REPORTED:
             self._reported.add((table, uid))
             metrics.store_failures.labels("decryption").inc()
             _log.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
@@ -209,6 +211,7 @@ async def _connect(path: Path, uri: str) -> aiosqlite.Connection:
         # isolation_level=None: transactions are begun and ended by our own statements.
         connection = await aiosqlite.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
     connection.row_factory = sqlite3.Row
+    connection.text_factory = read_text
     return connection
 
 

@@ -54,3 +54,8 @@ def translated(path: Path) -> Iterator[None]:
 def _primary(error: sqlite3.Error) -> int:
     # Errors that the Python module raises itself have no code.
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def read_text(raw: bytes) -> str:
+    """Read a text of the database that may not be UTF-8: an error would keep all rows of a query from being read."""
+    return raw.decode("utf-8", "surrogateescape")

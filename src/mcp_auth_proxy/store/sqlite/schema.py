@@ -1,7 +1,7 @@
 """The tables, as an ordered list of migrations; ``PRAGMA user_version`` counts those that were applied.
 
-Rows with sealed values have a ``uid``: a random id that is chosen before the row is written and is part of the
-associated data of the seal. Times are Unix seconds; scopes are one text, separated by spaces.
+Every row but those of ``meta`` has a ``uid``: a random id that is chosen before the row is written and is part of the
+associated data of its seals. Times are Unix seconds; scopes are one text, separated by spaces.
 
 A new schema is a new entry of ``MIGRATIONS``; entries that were released never change. Each leaves behind a store in
 ``tests/store/stores`` (see ``tests/store/samples.py``).
@@ -9,6 +9,9 @@ A new schema is a new entry of ``MIGRATIONS``; entries that were released never 
 
 import sqlite3
 from collections.abc import Callable
+
+from mcp_auth_proxy.store.cipher import Cipher
+from mcp_auth_proxy.store.sqlite.sealing import seal_rows
 
 APPLICATION_ID = 0x4D41_5031  # "MAP1"
 
@@ -232,12 +235,67 @@ _ACCOUNTS = (
     "CREATE INDEX flows_by_account ON flows (principal, account, server, status)",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_FIRST, _DEVICE_FLOWS, _DPOP_KEYS, _UPSTREAM_ORIGINS, _ACCOUNTS)
+# Rows are sealed as a whole; a path on the origin tells servers apart too; what users confirmed before their first
+# redirect to a sign-in host is remembered.
+_SEALED_ROWS = (
+    "ALTER TABLE grants ADD COLUMN path TEXT",
+    "ALTER TABLE grants ADD COLUMN seal BLOB",
+    "ALTER TABLE flows ADD COLUMN path TEXT",
+    "ALTER TABLE flows ADD COLUMN seal BLOB",
+    "ALTER TABLE attempts ADD COLUMN seal BLOB",
+    "ALTER TABLE registrations ADD COLUMN seal BLOB",
+    """
+    CREATE TABLE new_client_bindings (
+        uid TEXT NOT NULL UNIQUE,
+        server TEXT NOT NULL,
+        client_id TEXT NOT NULL,
+        issuer TEXT NOT NULL,
+        seal BLOB,
+        PRIMARY KEY (server, client_id)
+    )
+    """,
+    """
+    INSERT INTO new_client_bindings (uid, server, client_id, issuer)
+    SELECT lower(hex(randomblob(16))), server, client_id, issuer FROM client_bindings
+    """,
+    "DROP TABLE client_bindings",
+    "ALTER TABLE new_client_bindings RENAME TO client_bindings",
+    """
+    CREATE TABLE confirmations (
+        uid TEXT NOT NULL UNIQUE,
+        principal TEXT NOT NULL,
+        account TEXT NOT NULL,
+        server TEXT NOT NULL,
+        issuer TEXT NOT NULL,
+        sign_in_host TEXT NOT NULL,
+        confirmed_at DOUBLE PRECISION NOT NULL,
+        seal BLOB NOT NULL,
+        PRIMARY KEY (principal, account, server, issuer, sign_in_host)
+    )
+    """,
+    seal_rows,
+)
+
+Step = str | Callable[[sqlite3.Connection, Cipher], None]
+"""One statement of a migration, or a function for what SQL can't do."""
+
+SEALED_ROWS = 6
+"""The first schema whose rows are sealed as a whole."""
+
+MIGRATIONS: tuple[tuple[Step, ...], ...] = (
+    _FIRST,
+    _DEVICE_FLOWS,
+    _DPOP_KEYS,
+    _UPSTREAM_ORIGINS,
+    _ACCOUNTS,
+    _SEALED_ROWS,
+)
 
 
 def migrate(
     connection: sqlite3.Connection,
-    migrations: tuple[tuple[str, ...], ...] = MIGRATIONS,
+    cipher: Cipher,
+    migrations: tuple[tuple[Step, ...], ...] = MIGRATIONS,
     *,
     before: Callable[[int], None] = lambda schema: None,
 ) -> None:
@@ -254,9 +312,9 @@ def migrate(
         (applied,) = connection.execute("PRAGMA user_version").fetchone()
         if applied < len(migrations):
             before(applied)
-            for statements in migrations[applied:]:
-                for statement in statements:
-                    connection.execute(statement)
+            for steps in migrations[applied:]:
+                for step in steps:
+                    connection.execute(step) if isinstance(step, str) else step(connection, cipher)
             connection.execute(f"PRAGMA user_version = {len(migrations):d}")
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID:d}")
         connection.execute("COMMIT")

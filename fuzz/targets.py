@@ -1,0 +1,28 @@
+"""The targets: functions that give an input to a parser and raise if it breaks what the parser promises."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fuzz import callback_target, config_target, http_targets, oauth_targets, rpc_targets
+
+HERE = Path(__file__).resolve().parent
+CORPUS = HERE / "corpus"
+
+Target = Callable[[bytes], None]
+
+TARGETS: Mapping[str, Target] = {
+    "challenge": oauth_targets.challenge,
+    "metadata": oauth_targets.metadata,
+    "token": oauth_targets.token,
+    "callback": callback_target.callback,
+    "config": config_target.config,
+    "request": http_targets.request,
+    "response": http_targets.response,
+    "messages": rpc_targets.messages,
+    "decoding": rpc_targets.decoding,
+}
+
+
+def corpus(name: str) -> list[Path]:
+    """Return the inputs of a target that are kept in the repository."""
+    return sorted((CORPUS / name).iterdir())

@@ -1,0 +1,59 @@
+"""What a user has confirmed: to be sent by this server to sign in at this host, for this issuer."""
+
+from mcp_auth_proxy.models import Account
+from mcp_auth_proxy.store.codec import account_params
+from mcp_auth_proxy.store.engine import Engine
+from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, intact_rows, new_uid
+
+KEPT_CONFIRMATIONS = 20
+"""The number of confirmations that are kept for one account; older ones are deleted, and the user is asked again."""
+
+_TABLE = "confirmations"
+_FIND = """
+    SELECT * FROM confirmations
+    WHERE principal = :principal AND account = :account AND server = :server
+        AND issuer = :issuer AND sign_in_host = :sign_in_host
+"""
+_ADD = """
+    INSERT INTO confirmations (uid, principal, account, server, issuer, sign_in_host, confirmed_at, seal)
+    VALUES (:uid, :principal, :account, :server, :issuer, :sign_in_host, :confirmed_at, :seal)
+    ON CONFLICT (principal, account, server, issuer, sign_in_host) DO UPDATE SET
+        uid = excluded.uid, confirmed_at = excluded.confirmed_at, seal = excluded.seal
+"""
+# The new one is kept whatever the times of the others are: they may be forged, or from before the clock was set back.
+_FORGET_OLD = """
+    DELETE FROM confirmations
+    WHERE principal = :principal AND account = :account AND server = :server AND uid NOT IN (
+        SELECT uid FROM confirmations WHERE principal = :principal AND account = :account AND server = :server
+        ORDER BY uid = :uid DESC, confirmed_at DESC LIMIT :kept
+    )
+"""
+
+
+class Confirmations:
+    """The confirmations in the store. Every method raises StoreUnavailable if the store cannot be used now."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def add(self, account: Account, *, issuer: str, sign_in_host: str, now: float) -> None:
+        """Remember a confirmation, at ``now`` (Unix seconds); it replaces an earlier one of the same.
+
+        All but the newest KEPT_CONFIRMATIONS of the account are deleted.
+        """
+        uid = new_uid()
+        columns = {**_params(account, issuer, sign_in_host), "confirmed_at": now}
+        seal = RowCipher(self._engine.cipher, _TABLE, uid).seal_row(columns)
+        async with self._engine.transaction() as transaction:
+            await transaction.execute(_ADD, {"uid": uid, **columns, SEAL: seal})
+            kept = {**account_params(account), "uid": uid, "kept": KEPT_CONFIRMATIONS}
+            await transaction.execute(_FORGET_OLD, kept)
+
+    async def contains(self, account: Account, *, issuer: str, sign_in_host: str) -> bool:
+        """Return whether this was confirmed. A row that was changed in the store counts as missing."""
+        rows = await self._engine.fetch_all(_FIND, _params(account, issuer, sign_in_host))
+        return bool(intact_rows(self._engine, _TABLE, rows))
+
+
+def _params(account: Account, issuer: str, sign_in_host: str) -> Columns:
+    return {**account_params(account), "issuer": issuer, "sign_in_host": sign_in_host}

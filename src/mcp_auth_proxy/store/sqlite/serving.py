@@ -1,0 +1,139 @@
+"""Which processes serve over a store: each holds a ``flock`` on a file of its own beside it, which names its address.
+
+The system drops the lock when its process ends, however that ends. So a file whose lock is held was written by a
+process that lives, and the others are leftovers.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from mcp_auth_proxy.config.settings import Address
+from mcp_auth_proxy.store import files
+
+_SUFFIX = ".serving"
+_MAX_BYTES = 512
+_log = logging.getLogger(__name__)
+
+
+class ServingLock:
+    """The file of this process, locked from ``hold`` to ``release``."""
+
+    def __init__(self, store: Path, address: Address) -> None:
+        """Lock a file that says that this process serves the store at ``address``; remove those of dead processes.
+
+        If that fails, it is logged: the proxy serves all the same, but ``login`` does not believe it.
+        """
+        self._path = files.temporary_path(store).with_suffix(_SUFFIX)
+        self._descriptor: int | None = None
+        try:
+            _remove_leftovers(store)
+            self._descriptor = _lock(self._path, _content(store, address))
+        except OSError as error:
+            _log.warning(
+                "store: %s can't be made and locked (%s), so `login` can't tell that this proxy is running",
+                self._path,
+                error.strerror,
+            )
+
+    def release(self) -> None:
+        """Give up the lock and remove the file. Call it while the port is still bound: nobody else can have it then."""
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def served_addresses(store: Path) -> list[Address]:
+    """Return the addresses of the processes that serve a store now."""
+    found = []
+    for path in _files(store):
+        try:
+            with closing(_Candidate(path)) as candidate:
+                address = candidate.address(store)
+        except OSError:
+            continue
+        if address is not None:
+            found.append(address)
+    return found
+
+
+class _Candidate:
+    """A file that may be one of ours, opened to be judged: not a link, and of an owner who controls the store."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def address(self, store: Path) -> Address | None:
+        """Return the address of a living process, None if nothing here can be believed. Raises OSError."""
+        found, database = os.fstat(self._descriptor), store.stat()
+        if not stat.S_ISREG(found.st_mode) or stat.S_IMODE(found.st_mode) & ~files.PRIVATE:
+            return None
+        if found.st_uid not in (os.geteuid(), 0, database.st_uid) or not self.is_locked():
+            return None
+        try:
+            content = json.loads(os.read(self._descriptor, _MAX_BYTES))
+            # In a folder that others can write, the file of another store may have been moved here.
+            if content["store"] != [database.st_dev, database.st_ino]:
+                return None
+            return Address(str(content["host"]), int(content["port"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def is_locked(self) -> bool:
+        """Return whether another process holds the file. Shared locks of those who ask do not count."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def _files(store: Path) -> Iterator[Path]:
+    prefix = f".{store.name}."
+    try:
+        names = os.listdir(store.parent)
+    except OSError:
+        return
+    yield from (store.parent / name for name in names if name.startswith(prefix) and name.endswith(_SUFFIX))
+
+
+def _content(store: Path, address: Address) -> bytes:
+    found = store.stat()
+    text = {"store": [found.st_dev, found.st_ino], "host": address.host, "port": address.port, "pid": os.getpid()}
+    return json.dumps(text).encode()
+
+
+def _lock(path: Path, content: bytes) -> int:
+    """Return the descriptor of a new, locked file, which gets its name last: unlocked, it would be a leftover."""
+    draft = files.temporary_path(path)
+    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, files.PRIVATE)
+    try:
+        os.fchmod(descriptor, files.PRIVATE)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, content)
+        draft.rename(path)
+    except BaseException:
+        os.close(descriptor)
+        draft.unlink(missing_ok=True)
+        raise
+    return descriptor
+
+
+def _remove_leftovers(store: Path) -> None:
+    for path in _files(store):
+        try:
+            with closing(_Candidate(path)) as candidate:
+                if not candidate.is_locked():
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            # Another user's file, or a link: it is believed by nobody.
+            _log.debug("store: %s was not removed (%s)", path, error.strerror)

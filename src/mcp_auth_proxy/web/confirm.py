@@ -1,0 +1,95 @@
+"""The page that a user confirms before the redirect to a sign-in page, and the check of the form on it."""
+
+import hashlib
+import hmac
+import re
+import secrets
+from urllib.parse import parse_qs, quote
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from mcp_auth_proxy.broker import ConfirmationPrompt
+from mcp_auth_proxy.web.cookies import read_cookies
+from mcp_auth_proxy.web.pages import SECURITY_HEADERS, ScopeList, page
+
+COOKIE_PREFIX = "mcp_auth_page_"
+MAX_FORM = 1024
+"""Bytes of the form."""
+
+_COOKIE_VALUE = re.compile(r"[A-Za-z0-9_-]{43}")
+
+
+def confirmation_page(request: Request, prompt: ConfirmationPrompt, *, secure: bool) -> Response:
+    """Return the page, which works without JavaScript, and the cookie that ties its form to this browser.
+
+    A browser keeps its cookie if it has one, so that the page can be open twice. ``secure``: whether browsers reach the
+    proxy over https.
+    """
+    name = _cookie_name(prompt.flow_id)
+    cookie = read_cookies(request).get(name, "")
+    if not _COOKIE_VALUE.fullmatch(cookie):
+        cookie = secrets.token_urlsafe(32)
+    response = page(
+        "confirm.html",
+        sign_in=prompt.sign_in,
+        scopes=ScopeList.of(prompt.sign_in.scopes),
+        token=_token(prompt.flow_id, cookie),
+        headers=_headers(prompt.sign_in.address),
+    )
+    response.set_cookie(
+        name,
+        cookie,
+        max_age=prompt.max_age,
+        path=f"/connect/{quote(prompt.sign_in.server)}",
+        secure=secure,
+        httponly=True,
+        samesite="strict",
+    )
+    return response
+
+
+async def is_confirmed(request: Request, flow_id: str) -> bool:
+    """Return whether a form comes from our page for this flow, in the same browser. The guard has checked Origin.
+
+    It may be sent twice, as with a double click: each starts an attempt of its own.
+    """
+    cookie = read_cookies(request).get(_cookie_name(flow_id), "")
+    tokens = parse_qs(await _body(request)).get("token", [])
+    if len(tokens) != 1 or not _COOKIE_VALUE.fullmatch(cookie):
+        return False
+    return hmac.compare_digest(tokens[0].encode("utf-8", "replace"), _token(flow_id, cookie).encode())
+
+
+def _headers(address: str) -> dict[str, str]:
+    """Return the headers in which this page differs from others.
+
+    Chromium applies ``form-action`` also to the redirects after a form. A sign-in may lead over origins that can't be
+    known here; they are https unless the first is on loopback. If a page forbids referrers, browsers send ``Origin:
+    null`` with its form.
+    """
+    schemes = "https:" if address.startswith("https://") else "https: http:"
+    policy = SECURITY_HEADERS["content-security-policy"].replace("form-action 'none'", f"form-action 'self' {schemes}")
+    return {"content-security-policy": policy, "referrer-policy": "same-origin"}
+
+
+async def _body(request: Request) -> str:
+    """Return the body of a form; an empty one if it is too long or incomplete."""
+    body = b""
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_FORM:
+                return ""
+    except ClientDisconnect:
+        return ""
+    return body.decode("ascii", "replace")
+
+
+def _cookie_name(flow_id: str) -> str:
+    return COOKIE_PREFIX + hashlib.sha256(flow_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def _token(flow_id: str, cookie: str) -> str:
+    """Return the token of a flow's form: only who has the browser's cookie can know it."""
+    return hmac.digest(cookie.encode(), flow_id.encode("utf-8", "surrogatepass"), "sha256").hex()

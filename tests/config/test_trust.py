@@ -1,0 +1,126 @@
+"""Whose file a configuration may be that was found and not named."""
+
+import grp
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+
+from fakes.other_users import NOBODY, as_root
+from mcp_auth_proxy.config.load import find
+from mcp_auth_proxy.config.trust import distrust
+from mcp_auth_proxy.errors import ConfigurationError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file of this user in a private folder."""
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o700)
+    path = folder / "mcp-auth-proxy.yaml"
+    path.touch(mode=0o600)
+    return path
+
+
+@pytest.mark.parametrize(("folder", "mode"), [(0o700, 0o600), (0o755, 0o644), (0o755, 0o444), (0o500, 0o600)])
+def test_a_file_that_only_its_user_can_write_is_trusted(file: Path, folder: int, mode: int) -> None:
+    file.chmod(mode)
+    file.parent.chmod(folder)
+    assert distrust(file) is None
+
+
+@pytest.mark.parametrize("mode", [0o757, 0o1777, 0o702])
+def test_a_folder_that_everyone_can_write_is_not(file: Path, mode: int) -> None:  # T89
+    file.parent.chmod(mode)
+    assert distrust(file) == f"{file.parent} can be written by everyone"
+
+
+@pytest.mark.parametrize("mode", [0o606, 0o666, 0o602])
+def test_a_file_that_everyone_can_write_is_not(file: Path, mode: int) -> None:  # T89
+    file.chmod(mode)
+    assert distrust(file) == f"{file} can be written by everyone"
+
+
+@as_root
+@pytest.mark.parametrize("others", ["file", "folder"])
+def test_what_belongs_to_another_user_is_not(file: Path, others: str) -> None:  # T89
+    place = file if others == "file" else file.parent
+    os.chown(place, NOBODY, -1)
+    assert distrust(file) == f"{place} belongs to the user {pwd.getpwuid(NOBODY).pw_name}"
+
+
+@as_root
+@pytest.mark.parametrize("others", ["file", "folder"])
+def test_what_another_group_can_write_is_not(file: Path, others: str) -> None:  # T89
+    place = file if others == "file" else file.parent
+    os.chown(place, -1, NOBODY)
+    assert distrust(file) is None
+    place.chmod(0o770)
+    assert distrust(file) == f"{place} can be written by the group {grp.getgrgid(NOBODY).gr_name}"
+
+
+def account(name: str, uid: int, gid: int) -> pwd.struct_passwd:
+    return pwd.struct_passwd((name, "x", uid, gid, "", "/", "/bin/sh"))
+
+
+@pytest.mark.parametrize(
+    ("name", "members", "others", "trusted"),
+    [
+        ("me", [], [], True),
+        ("me", ["me"], [], True),
+        ("users", [], [], False),
+        ("me", ["me", "you"], [], False),
+        ("me", [], [account("you", 1, os.getegid())], False),
+    ],
+)
+def test_the_group_of_this_user_alone_may_write(  # T89
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    members: list[str],
+    others: list[pwd.struct_passwd],
+    trusted: bool,
+) -> None:
+    me = account("me", os.geteuid(), os.getegid())
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: me)
+    monkeypatch.setattr(pwd, "getpwall", lambda: [me, *others])
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group((name, "x", gid, members)))
+    os.chown(file, -1, os.getegid())
+    file.chmod(0o660)
+    assert (distrust(file) is None) is trusted
+
+
+def test_the_target_of_a_link_and_its_folder_count_too(file: Path, tmp_path: Path) -> None:  # T89
+    here = tmp_path / "here"
+    here.mkdir(mode=0o700)
+    link = here / "mcp-auth-proxy.yaml"
+    link.symlink_to("../folder/mcp-auth-proxy.yaml")
+    assert distrust(link) is None
+    file.chmod(0o666)
+    assert str(distrust(link)).endswith("folder/mcp-auth-proxy.yaml can be written by everyone")
+    file.chmod(0o600)
+    file.parent.chmod(0o777)
+    assert str(distrust(link)).endswith("folder can be written by everyone")
+    link.unlink()
+    link.symlink_to(link)
+    assert "symbolic links" in str(distrust(link))
+
+
+@as_root
+def test_a_link_of_another_user_is_not_followed(file: Path) -> None:  # T89
+    link = file.with_name("link.yaml")
+    link.symlink_to(file)
+    os.chown(link, NOBODY, -1, follow_symlinks=False)
+    assert str(distrust(link)).startswith(f"{link} belongs to the user")
+
+
+def test_a_file_that_is_not_trusted_is_refused_unless_it_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parent)
+    file.parent.chmod(0o1777)
+    with pytest.raises(
+        ConfigurationError, match=r"current folder.*everyone.*--config or .MCP_AUTH_PROXY_CONFIG"
+    ):  # T89
+        find(None, {})
+    assert find(file.name, {}) == file
+    assert find(None, {"MCP_AUTH_PROXY_CONFIG": str(file)}) == file

@@ -1,0 +1,368 @@
+"""Rows that are changed by somebody without the key count as missing, whichever column is changed (T80)."""
+
+import logging
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcp_auth_proxy.config.settings import KeySource
+from mcp_auth_proxy.errors import StoreRejected
+from mcp_auth_proxy.models import Account, FlowStatus
+from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.store.cipher import generate_key_file
+from mcp_auth_proxy.store.confirmations import Confirmations
+from mcp_auth_proxy.store.flows import Flows
+from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.registrations import Registrations
+from store import samples
+from store.builders import NOW, attempt, flow, grant, registration, sha256, store_settings, tokens
+
+OWN_TABLES = {"grants", "registrations", "client_bindings", "flows", "attempts", "confirmations"}
+LEFT_OUT = {("grants", "refresh_begun_at"), ("grants", "refresh_owner"), ("flows", "poll_owner")} | {
+    ("flows", "next_poll_at")
+}
+"""The columns that nothing but the pace of renewals and polls depends on. Every other one is sealed."""
+
+VALID = {
+    "client_auth": "none",
+    "client_kind": "configured",
+    "grant_type": "device_code",
+    "token_type": "DPoP",
+    "status": "done",
+    "extra_params": '[["audience", "evil"]]',
+    "scopes": "read write admin",
+}
+"""Other values that a row could really have, for columns that do not take any text."""
+
+NOT_UTF8 = "\udcff"
+LINEAR = Account("local", "linear")
+CALLBACK = registration().redirect_uri
+ISSUER = "https://as.example"
+
+
+async def fill(engine: Engine) -> None:
+    """Store two rows in each table. The first one has a value in every column that may be NULL."""
+    grants, flows, registrations = Grants(engine), Flows(engine), Registrations(engine)
+    key = grant().key
+    given = replace(grant(), key=replace(key, upstream="https://linear.example", path="/mcp"), dpop_key="canary-dpop")
+    await grants.add(given)
+    await grants.add(grant("notes", name="2"))
+    device = samples.DEVICE
+    await flows.save(replace(flow(), key=given.key, device=device, dpop_key="canary-dpop"))
+    await flows.save(flow("flow-2", "notes"))
+    for name in ("linear", "notes"):
+        await registrations.save(registration(name))
+        await registrations.bind_client(name, "c", ISSUER)
+    await flows.add_attempt(attempt("state"))
+    await flows.add_attempt(attempt("other", "flow-2"))
+    for account in (LINEAR, Account("local", "notes")):
+        await Confirmations(engine).add(account, issuer=ISSUER, sign_in_host="login.example", now=NOW)
+
+
+def columns() -> list[tuple[str, str]]:
+    """Return every table and column of the newest schema."""
+    with closing(sqlite3.connect(Path(__file__).parent / "stores" / f"schema-{samples.NEWEST}.db")) as store:
+        found = store.execute(
+            "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type = 'table'"
+        ).fetchall()
+    return [(table, column) for table, column in found if table not in ("meta", "sqlite_sequence")]
+
+
+@contextmanager
+def attacker(folder: Path) -> Iterator[sqlite3.Connection]:
+    """Write to the store without a key."""
+    with closing(sqlite3.connect(folder / "store.db")) as connection, connection:
+        connection.row_factory = sqlite3.Row
+        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+        yield connection
+
+
+def other_values(column: str, row: sqlite3.Row, sibling: sqlite3.Row) -> list[Any]:
+    """Return other values for a column of ``row``: valid ones first, then those that no row of ours has."""
+    now = row[column]
+    values: list[Any]
+    match now:
+        case str():
+            values = [VALID.get(column, now + "2"), "", b"blob", 7, NOT_UTF8]
+        case bytes():
+            values = [sibling[column], now[:-1] + bytes([now[-1] ^ 1]), b"", "text", None]
+        case int() | float():
+            values = [now + 1, 0, -now, 9e18, "text", None]
+        case _:
+            values = ["text", 1.5, b"blob"]
+    return [value for value in values if value != now]
+
+
+async def seen(engine: Engine, folder: Path, table: str) -> int:
+    """Return how many rows of a table some look-up returns, asked for with what is in their columns now."""
+    with attacker(folder) as connection:
+        rows = connection.execute(f"SELECT * FROM {table}").fetchall()
+    grants, flows, registrations = Grants(engine), Flows(engine), Registrations(engine)
+
+    async def found(row: sqlite3.Row) -> object:
+        match table:
+            case "grants":
+                account = Account(row["principal"], row["server"], row["account"])
+                by_key = [it for it in await grants.servers_of_issuer(row["issuer"]) if it.account == account]
+                listed = [it for it in await grants.all() if it.id == row["id"]]
+                return by_key or listed or await grants.get(row["id"]) or await grants.current(account)
+            case "flows":
+                account = Account(row["principal"], row["server"], row["account"])
+                polled = [it for it in await flows.devices(NOW) if it.id == row["id"]]
+                return polled or await flows.get(row["id"]) or await flows.live(account, NOW)
+            case "attempts":
+                return await flows.find_attempt(row["state_hash"])
+            case "registrations":
+                uri = row["client_redirect_uri"]
+                return await registrations.find(row["server"], row["issuer"], uri, account=row["account"])
+            case "client_bindings":
+                return await registrations.bound_issuer(row["server"], row["client_id"])
+            case _:
+                account = Account(row["principal"], row["server"], row["account"])
+                return await Confirmations(engine).contains(
+                    account, issuer=row["issuer"], sign_in_host=row["sign_in_host"]
+                )
+
+    total = 0
+    for row in rows:
+        # A text that is not UTF-8 can't be asked for.
+        if not any(isinstance(value, str) and not value.isprintable() for value in tuple(row)):
+            total += bool(await found(row))
+    return total
+
+
+def test_the_tables_are_those_that_are_known_here() -> None:
+    assert {table for table, _ in columns()} == OWN_TABLES
+    assert set(columns()) > LEFT_OUT
+
+
+@pytest.mark.parametrize(("table", "column"), [pytest.param(*it, id=".".join(it)) for it in columns()])
+async def test_a_row_with_a_changed_column_is_missing(engine: Engine, tmp_path: Path, table: str, column: str) -> None:
+    await fill(engine)
+    with attacker(tmp_path) as connection:
+        row, sibling = connection.execute(f"SELECT rowid AS place, * FROM {table} ORDER BY place").fetchall()
+    values = other_values(column, row, sibling)
+    for value in values:
+        if not write(tmp_path, table, column, value, sibling):
+            continue
+        if (table, column) not in LEFT_OUT:
+            assert await seen(engine, tmp_path, table) == 1, value
+        elif value == values[0]:
+            assert await seen(engine, tmp_path, table) == 2, value
+        assert write(tmp_path, table, column, row[column], sibling)
+        assert await seen(engine, tmp_path, table) == 2
+
+
+def write(folder: Path, table: str, column: str, value: object, sibling: sqlite3.Row) -> bool:
+    """Set a column of the row that is not ``sibling``. Return False if the database does not take the value."""
+    new = "CAST(x'ff' AS TEXT)" if value == NOT_UTF8 else ":value"
+    sql = f"UPDATE {table} SET {column} = {new} WHERE rowid <> :sibling"
+    with attacker(folder) as connection:
+        try:
+            changed = connection.execute(sql, {"value": value, "sibling": sibling["place"]}).rowcount
+        except sqlite3.IntegrityError:
+            return False
+    assert changed == 1
+    return True
+
+
+EVIL = "https://evil.example/token"
+
+
+def tamper(folder: Path, sql: str, **values: object) -> None:
+    with attacker(folder) as connection:
+        connection.execute(sql, values)
+
+
+@pytest.mark.parametrize("column", ["token_endpoint", "server", "version", "id", "upstream", "dpop_key"])
+async def test_a_changed_grant_does_not_block_the_next_one(engine: Engine, tmp_path: Path, column: str) -> None:
+    await fill(engine)
+    grants = Grants(engine)
+    highest = 9223372036854775807
+    values = {"version": highest, "id": highest, "server": "warehouse", "dpop_key": None}
+    tamper(tmp_path, f"UPDATE grants SET {column} = :it WHERE server = 'linear'", it=values.get(column, EVIL))
+    for name in ("linear", "warehouse"):
+        account = Account("local", name)
+        assert await grants.current(account) is None
+        stored = await grants.add(grant(name, name="new"))
+        assert stored.version == 1
+        assert await grants.current(account) == stored
+        assert await grants.begin_refresh(stored.id, version=1, owner="o", now=NOW)
+        renewed = await grants.renewed(stored.id, version=1, owner="o", tokens=tokens("newer"))
+        assert renewed == await grants.current(account)
+
+
+async def test_other_changed_rows_do_not_block_the_next_ones(engine: Engine, tmp_path: Path) -> None:
+    await fill(engine)
+    registrations, flows = Registrations(engine), Flows(engine)
+    for table in ("registrations", "client_bindings", "confirmations"):
+        tamper(tmp_path, f"UPDATE {table} SET issuer = :evil", evil=EVIL)
+        assert await seen(engine, tmp_path, table) == 0
+    await registrations.save(registration(issuer=EVIL))
+    assert await registrations.find("linear", EVIL, CALLBACK) == registration(issuer=EVIL)
+    assert await registrations.bind_client("linear", "c", ISSUER) == ISSUER
+    assert await registrations.bound_issuer("linear", "c") == ISSUER
+    await Confirmations(engine).add(LINEAR, issuer=EVIL, sign_in_host="login.example", now=NOW)
+    assert await Confirmations(engine).contains(LINEAR, issuer=EVIL, sign_in_host="login.example")
+    tamper(tmp_path, "UPDATE flows SET token_endpoint = :evil", evil=EVIL)
+    await flows.save(flow())
+    assert await flows.get("flow-1") == flow()
+
+
+async def test_no_later_write_seals_what_was_changed(engine: Engine, tmp_path: Path) -> None:
+    grants, flows = Grants(engine), Flows(engine)
+    stored = await grants.add(grant())
+    assert await grants.begin_refresh(stored.id, version=1, owner="o", now=NOW)
+    await flows.save(flow())
+    await flows.add_attempt(attempt("state"))
+    for table in ("grants", "flows"):
+        tamper(tmp_path, f"UPDATE {table} SET token_endpoint = :evil", evil=EVIL)
+    assert await grants.renewed(stored.id, version=1, owner="o", tokens=tokens("2")) is None
+    assert not await grants.begin_refresh(stored.id, version=1, owner="o", now=NOW)
+    assert not await grants.end(stored.id, version=1, reason="r", now=NOW)
+    assert not await flows.claim_poll("flow-1", owner="o", now=NOW, next_poll_at=NOW)
+    assert await grants.add_from(grant("notes"), "flow-1") is None
+    assert await flows.take_attempt(sha256("state"), NOW) is None
+    await flows.cancel(LINEAR)
+    assert not await flows.finish("flow-1", FlowStatus.FAILED)
+    assert await grants.all() == []
+    assert await flows.get("flow-1") is None
+    # The new grant of this account ends the others, but only those that are ours.
+    new = await grants.add(grant("linear", "https://b.example"))
+    assert await grants.all() == [new]
+
+
+async def test_what_has_ended_does_not_come_back(engine: Engine, tmp_path: Path) -> None:
+    grants, flows = Grants(engine), Flows(engine)
+    stored = await grants.add(grant())
+    await grants.end(stored.id, version=1, reason="r", now=NOW)
+    await flows.save(flow())
+    await flows.finish("flow-1", FlowStatus.DONE)
+    tamper(tmp_path, "UPDATE grants SET ended_at = NULL, ended_reason = ''")
+    tamper(tmp_path, "UPDATE flows SET status = 'pending'")
+    assert await grants.all() == []
+    assert await flows.get("flow-1") is None
+
+
+async def test_two_grants_whose_ids_were_exchanged_do_not_get_each_others_tokens(
+    engine: Engine, tmp_path: Path
+) -> None:
+    grants = Grants(engine)
+    linear, notes = await grants.add(grant()), await grants.add(grant("notes"))
+    assert await grants.begin_refresh(linear.id, version=1, owner="o", now=NOW)
+    for old, new in ((linear.id, 1000), (notes.id, linear.id), (1000, notes.id)):
+        tamper(tmp_path, "UPDATE grants SET id = :new, refresh_owner = 'o' WHERE id = :old", old=old, new=new)
+    assert await grants.renewed(linear.id, version=1, owner="o", tokens=tokens("of linear")) is None
+    assert await grants.all() == []
+
+
+@pytest.mark.parametrize("event", ["INSERT", "UPDATE OF version", "UPDATE OF ended_at", "UPDATE OF seal"])
+async def test_a_trigger_in_the_database_gets_nothing_sealed(engine: Engine, tmp_path: Path, event: str) -> None:
+    tamper(
+        tmp_path,
+        f"CREATE TRIGGER evil AFTER {event} ON grants BEGIN UPDATE grants SET token_endpoint = '{EVIL}'; END",
+    )
+    grants = Grants(engine)
+    stored = await grants.add(grant())
+    await grants.begin_refresh(stored.id, version=1, owner="o", now=NOW)
+    await grants.renewed(stored.id, version=1, owner="o", tokens=tokens("2"))
+    await grants.end(stored.id, version=2, reason="r", now=NOW)
+    assert EVIL not in [it.endpoints.token for it in await grants.all()]
+
+
+async def test_rows_stay_valid_when_the_key_is_rotated(tmp_path: Path) -> None:
+    settings = store_settings(tmp_path)
+    engine = await open_store(settings)
+    await fill(engine)
+    await engine.close()
+    generate_key_file(tmp_path / "new.key")
+    newer = KeySource(kind="file", name=str(tmp_path / "new.key"))
+    settings = replace(settings, keys=(newer, *settings.keys), default_key=False)
+    engine = await open_store(settings)
+    for table in OWN_TABLES:
+        assert await seen(engine, tmp_path, table) == 2
+    grants = Grants(engine)
+    held = await grants.current(LINEAR)
+    assert held is not None
+    assert await grants.begin_refresh(held.id, version=1, owner="o", now=NOW)
+    renewed = await grants.renewed(held.id, version=1, owner="o", tokens=tokens("2"))
+    assert renewed == await grants.current(LINEAR)
+    row = await engine.fetch_one("SELECT seal FROM grants WHERE id = :id", {"id": held.id})
+    assert row is not None
+    assert row["seal"][1:5].hex() == engine.cipher.key_ids[0]
+    tamper(tmp_path, "UPDATE grants SET token_endpoint = :evil", evil=EVIL)
+    assert await grants.all() == []
+    await engine.close()
+
+
+async def test_the_log_has_one_line_for_a_changed_row_which_names_its_server(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fill(engine)
+    tamper(tmp_path, "UPDATE grants SET token_endpoint = :evil WHERE server = 'linear'", evil=EVIL)
+    with caplog.at_level(logging.DEBUG, "mcp_auth_proxy"):
+        for _ in range(3):
+            assert len(await Grants(engine).all()) == 1
+            assert await Grants(engine).current(LINEAR) is None
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "a row of grants is skipped" in line
+    assert "has changed it" in line
+    assert "'linear'" in line
+    assert "canary" not in line
+
+
+async def test_what_is_in_a_changed_row_does_no_harm_in_the_log(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fill(engine)
+    long = "\x1b[31m\n" * 10_000
+    tamper(tmp_path, "UPDATE grants SET server = :it WHERE server = 'linear'", it=long)
+    tamper(tmp_path, "UPDATE grants SET uid = :it WHERE server = 'notes'", it=long)
+    with caplog.at_level(logging.DEBUG, "mcp_auth_proxy"):
+        assert await Grants(engine).all() == []
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert all(len(line) < 500 and line.isprintable() for line in lines)
+
+
+async def test_a_store_that_is_made_to_look_old_is_refused(tmp_path: Path) -> None:
+    settings = store_settings(tmp_path)
+    engine = await open_store(settings)
+    await fill(engine)
+    await engine.close()
+    make_old(tmp_path)
+    with pytest.raises(StoreRejected, match="was changed by something else"):
+        await open_store(settings)
+
+
+async def test_the_key_check_of_an_older_copy_gets_no_row_sealed(tmp_path: Path) -> None:
+    settings = samples.copy(5, tmp_path)
+    engine = await open_store(settings)
+    stored = await Grants(engine).add(grant("new"))
+    await engine.close()
+    make_old(tmp_path)
+    with attacker(tmp_path) as connection, closing(sqlite3.connect(tmp_path / "store.db.schema-5.bak")) as copy:
+        checks = copy.execute("SELECT name, value FROM meta").fetchall()
+        connection.executemany("UPDATE meta SET value = ? WHERE name = ?", [(it[1], it[0]) for it in checks])
+    engine = await open_store(settings)
+    grants = Grants(engine)
+    assert await grants.get(stored.id) is None
+    assert await grants.all() == []
+    await engine.close()
+
+
+def make_old(folder: Path) -> None:
+    """Make the store look like one of schema 5, whose rows the next start would seal."""
+    with attacker(folder) as connection:
+        connection.execute("UPDATE grants SET token_endpoint = :evil", {"evil": EVIL})
+        for table in ("grants", "flows"):
+            connection.execute(f"ALTER TABLE {table} DROP COLUMN path")
+        for table in ("grants", "flows", "attempts", "registrations"):
+            connection.execute(f"ALTER TABLE {table} DROP COLUMN seal")
+        connection.execute("DROP TABLE confirmations")
+        connection.execute("PRAGMA user_version = 5")
