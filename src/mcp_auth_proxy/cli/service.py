@@ -11,8 +11,7 @@ from importlib import resources
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-import click
-
+from mcp_auth_proxy.cli.terminal import say
 from mcp_auth_proxy.config import load as config
 from mcp_auth_proxy.config.document import parse
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError
@@ -109,7 +108,7 @@ def install(config_file: Path, *, print_only: bool) -> int:
     found = manager()
     text = unit_text(found, config_file)
     if print_only:
-        click.echo(text, nl=False)
+        say(*text.rstrip("\n").split("\n"))
         return 0
     errors = _config_errors(config_file)
     if found.template == "system.service":
@@ -118,16 +117,16 @@ def install(config_file: Path, *, print_only: bool) -> int:
         raise ConfigurationError(errors, str(config_file))
     _require_program(found)
     if _installed(found) == text and _succeeds(found.check):
-        click.echo(f"{NAME} is installed and running already: {found.path}")
+        say(f"{NAME} is installed and running already: {found.path}")
         return 0
     running = _installed(found) is not None and _succeeds(found.check)
     _write(found.path, text)
     if running and found.template == "launchd.plist":
         _run(found.stop, found)
     _run(found.start, found)
-    click.echo(f"{NAME} is installed and running: {found.path}\nIts log: {found.log}")
+    say(f"{NAME} is installed and running: {found.path}", f"Its log: {found.log}")
     if found.template == "user.service":
-        click.echo(f"To start it at boot, before you log in: loginctl enable-linger {getpass.getuser()}")
+        say(f"To start it at boot, before you log in: loginctl enable-linger {getpass.getuser()}")
     return 0
 
 
@@ -136,10 +135,10 @@ def uninstall(*, print_only: bool) -> int:
     found = manager()
     if print_only:
         commands = [*found.stop, ["rm", str(found.path)], *found.after_removal]
-        click.echo("\n".join(" ".join(command) for command in commands))
+        say(*(" ".join(command) for command in commands))
         return 0
     if _installed(found) is None:
-        click.echo(f"{NAME} is not installed: there is no {found.path}")
+        say(f"{NAME} is not installed: there is no {found.path}")
         return 0
     _require_program(found)
     if found.template != "launchd.plist" or _succeeds(found.check):
@@ -149,7 +148,7 @@ def uninstall(*, print_only: bool) -> int:
     except OSError as error:
         raise McpAuthProxyError(f"{found.path} can't be deleted: {error.strerror}.") from None
     _run(found.after_removal, found)
-    click.echo(f"{NAME} is uninstalled. Its configuration and its store are still there.")
+    say(f"{NAME} is uninstalled. Its configuration and its store are still there.")
     return 0
 
 
@@ -157,13 +156,13 @@ def status() -> int:
     """Print whether the service is installed and active. Return 0 if it is active, else 1."""
     found = manager()
     if _installed(found) is None:
-        click.echo(f"{NAME} is not installed: there is no {found.path}. Install it with: {NAME} service install")
+        say(f"{NAME} is not installed: there is no {found.path}. Install it with: {NAME} service install")
         return 1
     _require_program(found)
     if not _succeeds(found.check):
-        click.echo(f"{NAME} is installed, but not running. Its log: {found.log}")
+        say(f"{NAME} is installed, but not running. Its log: {found.log}")
         return 1
-    click.echo(f"{NAME} is running: {found.path}")
+    say(f"{NAME} is running: {found.path}")
     return 0
 
 
