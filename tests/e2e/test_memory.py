@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.http_exchange import FakeResponse
@@ -255,7 +256,9 @@ async def test_requests_that_wait_are_bounded_in_number(servers: Servers, tmp_pa
             at_once = [await next(completed) for _ in range(100)]
             assert all(b"/connect/notes" in answer.body for answer in at_once)
             assert await setup.gauge("mcp_auth_proxy_held_requests") == 1000
-            setup.upstream.authorization_servers[0].authorize_error = ("access_denied", "no")
+            issuer = setup.upstream.authorization_servers[0]
+            assert isinstance(issuer, FakeAuthorizationServer)
+            issuer.authorize_error = ("access_denied", "no")
             await consent(setup.proxy.links[0])
             assert {(await answer).status for answer in answers} == {200}
         assert len(setup.overloads("limits.held")) == 1
