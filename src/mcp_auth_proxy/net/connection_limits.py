@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import Protocol
 
 from mcp_auth_proxy.net.http_head import Headers
-from mcp_auth_proxy.net.peers import IPAddress, IPNetwork, client_of, holder, is_in, parse_address
+from mcp_auth_proxy.net.peers import IPAddress, IPNetwork, client_of, is_in, limit_key, parse_address
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.peer_log import PeerLog
 
@@ -177,7 +177,7 @@ class ConnectionLimits:
         rules = self.rules
         address = parse_address(peer)
         trusted = is_in(address, rules.trusted)
-        key = address if trusted else holder(address)
+        key = address if trusted else limit_key(address)
         group = self._by_address.get(key) or _Group(key)
         if not trusted and len(group.members) >= rules.per_address:
             self._warn_address(address, len(group.members))

@@ -47,7 +47,7 @@ _NOT_FORWARDED = _HOP_BY_HOP | {
     b"x-original-url",
     b"x-rewrite-url",
 }
-"""Fields that are meant for the proxy, or that a client cannot be trusted with. Also ``x-forwarded-*``, ``x-ssl-*``."""
+"""Fields that are meant for the proxy, or that a client can't be trusted with. Also ``x-forwarded-*``, ``x-ssl-*``."""
 
 _DROPPED_UNCHECKED = _NOT_FORWARDED - {b"connection"}
 """The fields that are dropped whatever their value is."""

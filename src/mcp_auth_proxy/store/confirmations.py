@@ -31,7 +31,7 @@ _FORGET_OLD = """
 
 
 class Confirmations:
-    """The confirmations in the store. Every method raises StoreUnavailable if the store cannot be used now."""
+    """The confirmations in the store. Every method raises StoreUnavailable if the store can't be used now."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -119,7 +119,7 @@ _DELETE_ATTEMPTS = "DELETE FROM attempts WHERE flow_id = :id"
 
 
 class Flows:
-    """The flows in the store. Every method raises StoreUnavailable if the store cannot be used now."""
+    """The flows in the store. Every method raises StoreUnavailable if the store can't be used now."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -137,7 +137,7 @@ class Flows:
             await transaction.execute(_FORGET_OLD_IN_ALL, {**new, "kept": KEPT_IN_ALL})
 
     async def get(self, flow_id: str) -> Flow | None:
-        """Return a flow, whatever its status is; None if it is gone or cannot be decrypted."""
+        """Return a flow, whatever its status is; None if it is gone or can't be decrypted."""
         return self._flow(await self._engine.fetch_all(_BY_ID, {"id": flow_id}))
 
     async def live(self, account: Account, now: float) -> Flow | None:

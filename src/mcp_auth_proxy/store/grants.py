@@ -85,7 +85,7 @@ _RELEASE = """
 
 
 class Grants:
-    """The grants in the store. Every method raises StoreUnavailable if the store cannot be used now."""
+    """The grants in the store. Every method raises StoreUnavailable if the store can't be used now."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -96,7 +96,7 @@ class Grants:
         return next(iter(self._read(rows)), None)
 
     async def get(self, grant_id: int) -> Grant | None:
-        """Return a grant, ended or not; None if it is gone or cannot be decrypted."""
+        """Return a grant, ended or not; None if it is gone or can't be decrypted."""
         rows = await self._engine.fetch_all(_BY_ID, {"id": grant_id})
         return next(iter(self._read(rows)), None)
 

@@ -55,7 +55,7 @@ _BOUND = "SELECT * FROM client_bindings WHERE server = :server AND client_id = :
 
 
 class Registrations:
-    """The registrations in the store. Every method raises StoreUnavailable if the store cannot be used now.
+    """The registrations in the store. Every method raises StoreUnavailable if the store can't be used now.
 
     ``account`` is the name of an account of the server (``models.Account.name``).
     """
@@ -66,7 +66,7 @@ class Registrations:
     async def find(
         self, server: str, issuer: str, redirect_uri: str, *, account: str = DEFAULT_ACCOUNT
     ) -> Registration | None:
-        """Return the registration for a redirect URI; None if there is none or it cannot be decrypted."""
+        """Return the registration for a redirect URI; None if there is none or it can't be decrypted."""
         values = {"server": server, "issuer": issuer, "account": account, "redirect_uri": redirect_uri}
         rows = await self._engine.fetch_all(_FIND, values)
         return next(iter(decode_rows(self._engine, _TABLE, rows, read_registration)), None)

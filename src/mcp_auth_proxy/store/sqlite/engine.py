@@ -32,7 +32,7 @@ _QUEUE_TIMEOUT = 10.0
 _MIN_FREE_BYTES = 256 * 1024
 # Whoever can write to the store can make broken rows without end, which must fill neither the log nor the memory.
 _MAX_REPORTED = 1000
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class SqliteEngine:
@@ -56,7 +56,7 @@ class SqliteEngine:
         """Open, create or migrate the store; see ``store.open_store``."""
         keys, created = await asyncio.to_thread(obtain_keys, settings, environ)
         if created is not None:
-            announce(f"A new store key was made: {created}. Back it up: without it the store cannot be opened.")
+            announce(f"A new store key was made: {created}. Back it up: without it the store can't be opened.")
         cipher = Cipher(keys)
         await asyncio.to_thread(prepare, settings.path, cipher)
         connection = await _connect(settings.path, connection_uri(settings.path, "rw"))
@@ -137,11 +137,11 @@ class SqliteEngine:
                 await _uninterrupted(self._roll_back())
 
     def report_broken(self, table: str, uid: str, problem: Exception) -> None:
-        """Log, once for each row, that it is skipped because it cannot be decrypted or decoded."""
+        """Log, once for each row, that it is skipped because it can't be decrypted or decoded."""
         if (table, uid) not in self._reported and len(self._reported) < _MAX_REPORTED:
             self._reported.add((table, uid))
             metrics.store_failures.labels("decryption").inc()
-            _log.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
+            logger.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
 
     @asynccontextmanager
     async def _exclusive(self) -> AsyncIterator[None]:
@@ -183,7 +183,7 @@ class SqliteEngine:
         try:
             await self._run("ROLLBACK")
         except (sqlite3.Error, StoreUnavailable) as error:
-            _log.debug("store: nothing rolled back (%s)", error)
+            logger.debug("store: nothing rolled back (%s)", error)
 
     def _check_file(self) -> None:
         if _identity(self._path) != self._identity:
@@ -191,7 +191,7 @@ class SqliteEngine:
 
     def _check_space(self) -> None:
         if not os.access(self._path, os.W_OK):
-            raise StoreUnavailable(f"The store {self._path} cannot be written: its file is read-only.")
+            raise StoreUnavailable(f"The store {self._path} can't be written: its file is read-only.")
         if shutil.disk_usage(self._path.parent).free < _MIN_FREE_BYTES:
             raise StoreUnavailable(f"The disk of the store {self._path} is full. Free some space.")
 

@@ -9,7 +9,7 @@ from mcp_auth_proxy.errors import StoreUnavailable
 from mcp_auth_proxy.observability import metrics
 
 _LOCKED = "The store {path} is locked by another process. Wait for that process or end it, then try again."
-_READ_ONLY = "The store {path} cannot be written. Make the file and its folder writable for this user."
+_READ_ONLY = "The store {path} can't be written. Make the file and its folder writable for this user."
 _DAMAGED = "The store {path} is damaged. Put a backup in its place."
 _MESSAGES = {
     sqlite3.SQLITE_BUSY: _LOCKED,

@@ -144,7 +144,7 @@ _UPSTREAM_ORIGINS = (
     "ALTER TABLE flows ADD COLUMN upstream TEXT",
 )
 
-# One principal may use a server with several accounts. SQLite cannot change a UNIQUE or PRIMARY KEY constraint, so
+# One principal may use a server with several accounts. SQLite can't change a UNIQUE or PRIMARY KEY constraint, so
 # grants and registrations are rebuilt: https://www.sqlite.org/lang_altertable.html#otheralter
 _ACCOUNTS = (
     """
