@@ -43,6 +43,7 @@ NOT_UTF8 = "\udcff"
 LINEAR = Account("local", "linear")
 CALLBACK = registration().redirect_uri
 ISSUER = "https://as.example"
+UPSTREAM = "https://mcp.example"
 
 
 async def fill(engine: Engine) -> None:
@@ -61,7 +62,9 @@ async def fill(engine: Engine) -> None:
     await flows.add_attempt(attempt("state"))
     await flows.add_attempt(attempt("other", "flow-2"))
     for account in (LINEAR, Account("local", "notes")):
-        await Confirmations(engine).add(account, issuer=ISSUER, sign_in_host="login.example", now=NOW)
+        await Confirmations(engine).add(
+            account, upstream=UPSTREAM, issuer=ISSUER, sign_in_host="login.example", now=NOW
+        )
 
 
 def columns() -> list[tuple[str, str]]:
@@ -125,7 +128,7 @@ async def seen(engine: Engine, folder: Path, table: str) -> int:
             case _:
                 account = Account(row["principal"], row["server"], row["account"])
                 return await Confirmations(engine).contains(
-                    account, issuer=row["issuer"], sign_in_host=row["sign_in_host"]
+                    account, upstream=row["upstream"], issuer=row["issuer"], sign_in_host=row["sign_in_host"]
                 )
 
     total = 0
@@ -207,8 +210,8 @@ async def test_other_changed_rows_do_not_block_the_next_ones(engine: Engine, tmp
     assert await registrations.find("linear", EVIL, CALLBACK) == registration(issuer=EVIL)
     assert await registrations.bind_client("linear", "c", ISSUER) == ISSUER
     assert await registrations.bound_issuer("linear", "c") == ISSUER
-    await Confirmations(engine).add(LINEAR, issuer=EVIL, sign_in_host="login.example", now=NOW)
-    assert await Confirmations(engine).contains(LINEAR, issuer=EVIL, sign_in_host="login.example")
+    await Confirmations(engine).add(LINEAR, upstream=UPSTREAM, issuer=EVIL, sign_in_host="login.example", now=NOW)
+    assert await Confirmations(engine).contains(LINEAR, upstream=UPSTREAM, issuer=EVIL, sign_in_host="login.example")
     tamper(tmp_path, "UPDATE flows SET token_endpoint = :evil", evil=EVIL)
     await flows.save(flow())
     assert await flows.get("flow-1") == flow()

@@ -51,8 +51,8 @@ async def assert_holds(engine: Engine, held: samples.Contents) -> None:
         assert await flows.find_attempt(attempt.state_hash) == (held.flows[0], attempt)
     for client in held.registrations:
         assert await registrations.find(client.server, client.issuer, CALLBACK, account=client.account) == client
-    for account, issuer, host in held.confirmations:
-        assert await Confirmations(engine).contains(account, issuer=issuer, sign_in_host=host)
+    for account, upstream, issuer, host in held.confirmations:
+        assert await Confirmations(engine).contains(account, upstream=upstream, issuer=issuer, sign_in_host=host)
     server, client_id, issuer = samples.BINDING
     assert await registrations.bound_issuer(server, client_id) == issuer
 
