@@ -39,6 +39,16 @@ VALID = {
 }
 """Other values that a row could really have, for columns that do not take any text."""
 
+ASKED_FOR = {
+    "grants": ("id", "principal", "server", "account", "issuer"),
+    "flows": ("id", "principal", "server", "account"),
+    "attempts": ("state_hash",),
+    "registrations": ("server", "issuer", "account", "client_redirect_uri"),
+    "client_bindings": ("server", "client_id"),
+    "confirmations": ("issuer",),
+}
+"""Columns that rows are looked up by."""
+
 NOT_UTF8 = "\udcff"
 LINEAR = Account("local", "linear")
 CALLBACK = registration().redirect_uri
@@ -276,6 +286,43 @@ async def test_a_trigger_in_the_database_gets_nothing_sealed(engine: Engine, tmp
     await grants.renewed(stored.id, version=1, owner="o", tokens=tokens("2"))
     await grants.end(stored.id, version=2, reason="r", now=NOW)
     assert EVIL not in [it.endpoints.token for it in await grants.all()]
+
+
+@pytest.mark.parametrize("table", sorted(OWN_TABLES))
+async def test_a_view_can_not_pass_one_row_off_as_another(engine: Engine, tmp_path: Path, table: str) -> None:
+    await fill(engine)
+    with attacker(tmp_path) as connection:
+        names = [name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")]
+        lies = {name: f"CASE WHEN random() & 1 THEN {name} ELSE asked_for.other END" for name in ASKED_FOR[table]}
+        connection.execute(f"ALTER TABLE {table} RENAME TO true_{table}")
+        connection.execute("CREATE TABLE asked_for (other)")
+        connection.execute(
+            f"CREATE VIEW {table} AS SELECT {', '.join(f'{lies.get(it, it)} AS {it}' for it in names)} "
+            f"FROM true_{table}, asked_for"
+        )
+        connection.execute("INSERT INTO asked_for VALUES ('another'), (77)")
+    grants, flows, registrations = Grants(engine), Flows(engine), Registrations(engine)
+    another = Account("another", "another", "another")
+    for _ in range(300):
+        match table:
+            case "grants":
+                assert await grants.get(77) is None
+                assert await grants.servers_of_issuer("another") == []
+                assert await grants.current(another) is None
+            case "flows":
+                assert await flows.get("another") is None
+                assert await flows.live(another, NOW) is None
+            case "attempts":
+                assert await flows.find_attempt("another") is None
+            case "registrations":
+                assert await registrations.find("another", "another", "another", account="another") is None
+            case "client_bindings":
+                assert await registrations.bound_issuer("another", "another") is None
+            case _:
+                confirmed = await Confirmations(engine).contains(
+                    LINEAR, upstream=UPSTREAM, issuer="another", sign_in_host="login.example"
+                )
+                assert not confirmed
 
 
 async def test_rows_stay_valid_when_the_key_is_rotated(tmp_path: Path) -> None:

@@ -93,14 +93,23 @@ class RowCipher:
         return hashed.hexdigest()
 
 
-def decode_rows(engine: Engine, table: str, rows: list[Row], read: Callable[[Row, RowCipher], T]) -> list[T]:
-    """Read rows into values; those that are not as they were sealed, or can't be decoded, are logged and left out."""
+def decode_rows(
+    engine: Engine, table: str, rows: list[Row], asked: Mapping[str, object], read: Callable[[Row, RowCipher], T]
+) -> list[T]:
+    """Read rows into values; those that are not as they were sealed, or can't be decoded, are logged and left out.
+
+    So are those that do not have the values that were ``asked`` for, by column: a view in place of the table may
+    compute a column twice, and pass one intact row off as another.
+    """
     found: list[T] = []
     for row in rows:
         uid = _uid(row)
         try:
             cipher = RowCipher(engine.cipher, table, uid)
-            cipher.check_row(_columns(row))
+            columns = _columns(row)
+            cipher.check_row(columns)
+            if any(columns[name] != value for name, value in asked.items()):
+                raise DecryptionError("something else than mcp-auth-proxy has put it in the place of another one.")
             found.append(read(row, cipher))
         except DecryptionError as error:
             engine.report_broken(table, uid, error)
@@ -110,9 +119,9 @@ def decode_rows(engine: Engine, table: str, rows: list[Row], read: Callable[[Row
     return found
 
 
-def intact_rows(engine: Engine, table: str, rows: list[Row]) -> list[Row]:
-    """Return the rows that are as they were sealed; the others are logged and left out."""
-    return decode_rows(engine, table, rows, lambda row, _: row)
+def intact_rows(engine: Engine, table: str, rows: list[Row], asked: Mapping[str, object]) -> list[Row]:
+    """Return the rows that are as they were sealed, and as they were asked for; the others are logged and left out."""
+    return decode_rows(engine, table, rows, asked, lambda row, _: row)
 
 
 async def change_row(
