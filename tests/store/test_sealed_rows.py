@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from mcp_auth_proxy.config.settings import KeySource
-from mcp_auth_proxy.errors import StoreRejected
+from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
 from mcp_auth_proxy.models import Account, FlowStatus
 from mcp_auth_proxy.store import Engine, open_store
-from mcp_auth_proxy.store.cipher import generate_key_file
+from mcp_auth_proxy.store.cipher import Cipher, generate_key_file
 from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
+from mcp_auth_proxy.store.sqlite import bootstrap
 from store import samples
 from store.builders import NOW, attempt, flow, grant, registration, sha256, store_settings, tokens
 
@@ -288,6 +289,47 @@ async def test_a_trigger_in_the_database_gets_nothing_sealed(engine: Engine, tmp
     assert EVIL not in [it.endpoints.token for it in await grants.all()]
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        *(f"ALTER TABLE {table} RENAME COLUMN {it} TO evil" for table in ("grants", "flows") for it in ("seal", "uid")),
+        *(f"ALTER TABLE grants RENAME COLUMN {it} TO evil" for it in ("server", "issuer", "access_token")),
+        *(f"DROP TABLE {table}" for table in ("grants", "flows", "attempts")),
+        "ALTER TABLE grants RENAME TO evil; CREATE VIEW grants AS SELECT * FROM evil",
+        "CREATE TRIGGER evil BEFORE INSERT ON grants BEGIN SELECT RAISE(IGNORE); END",
+        "CREATE TRIGGER evil BEFORE INSERT ON grants BEGIN SELECT RAISE(ABORT, '\x1b[31m'); END",
+        "CREATE TRIGGER evil BEFORE DELETE ON flows BEGIN SELECT RAISE(ROLLBACK, 'evil'); END",
+        "INSERT INTO meta VALUES (NULL, 5); INSERT INTO meta VALUES (x'00', 5)",
+    ],
+)
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+async def test_other_tables_are_an_error_of_the_store_at_most(tmp_path: Path, sql: str, running: bool) -> None:
+    engine = await open_store(store_settings(tmp_path))
+    await fill(engine)
+    if not running:
+        await engine.close()
+    with attacker(tmp_path) as connection:
+        connection.executescript(sql)
+    if not running:
+        engine = await open_store(store_settings(tmp_path))
+    grants, flows = Grants(engine), Flows(engine)
+    for work in (
+        grants.all,
+        lambda: grants.current(LINEAR),
+        lambda: grants.add(grant()),
+        lambda: grants.delete(LINEAR),
+        lambda: flows.live(LINEAR, NOW),
+        lambda: flows.save(flow()),
+        lambda: flows.purge(NOW * 2),
+        lambda: flows.find_attempt("state"),
+    ):
+        try:
+            await work()
+        except StoreUnavailable as error:
+            assert len(str(error)) < 500
+    await engine.close()
+
+
 @pytest.mark.parametrize("table", sorted(OWN_TABLES))
 async def test_a_view_can_not_pass_one_row_off_as_another(engine: Engine, tmp_path: Path, table: str) -> None:
     await fill(engine)
@@ -388,6 +430,26 @@ async def test_a_store_that_is_made_to_look_old_is_refused(tmp_path: Path) -> No
     make_old(tmp_path)
     with pytest.raises(StoreRejected, match="was changed by something else"):
         await open_store(settings)
+
+
+async def test_a_store_that_is_made_to_look_old_after_it_was_inspected_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = store_settings(tmp_path)
+    engine = await open_store(settings)
+    await Registrations(engine).bind_client("linear", "client", ISSUER)
+    await engine.close()
+    inspected = bootstrap.inspect
+
+    def inspect(path: Path, cipher: Cipher) -> int:
+        found = inspected(path, cipher)
+        make_old(tmp_path)
+        return found
+
+    monkeypatch.setattr(bootstrap, "inspect", inspect)
+    with pytest.raises(StoreRejected, match="was changed by something else"):
+        await open_store(settings)
+    assert not list(tmp_path.glob("*.bak"))
 
 
 async def test_the_key_check_of_an_older_copy_gets_no_row_sealed(tmp_path: Path) -> None:

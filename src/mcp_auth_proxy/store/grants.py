@@ -6,6 +6,7 @@ that they start from, so a process that comes late changes nothing.
 
 from dataclasses import replace
 
+from mcp_auth_proxy.errors import StoreUnavailable
 from mcp_auth_proxy.models import Account, FlowStatus, Grant, GrantKey, TokenSet
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.codec import account_params, grant_columns, key_columns, read_grant, token_columns
@@ -145,7 +146,10 @@ class Grants:
         uid = new_uid()
         cipher = RowCipher(self._engine.cipher, _TABLE, uid)
         columns = grant_columns(grant, cipher)
-        (row,) = await transaction.execute(_ADD, {"uid": uid, **columns})
+        rows = await transaction.execute(_ADD, {"uid": uid, **columns})
+        if not rows:
+            raise StoreUnavailable("The store has not kept a new grant: a trigger of somebody else is in its way.")
+        row = rows[0]
         columns["id"] = row["id"]
         await transaction.execute(_SEAL, {"uid": uid, SEAL: cipher.seal_row(columns)})
         asked = account_params(grant.key.account)

@@ -72,7 +72,7 @@ class RowCipher:
 
     def check_row(self, columns: Mapping[str, object]) -> None:
         """Raise DecryptionError if a row with these columns is not as it was sealed."""
-        sealed = columns[SEAL]
+        sealed = columns.get(SEAL)
         if not isinstance(sealed, bytes) or not hmac.compare_digest(
             self._fingerprint(columns), self.open(SEAL, sealed)
         ):
@@ -141,7 +141,7 @@ async def change_row(
 
 def _uid(row: Row) -> str:
     """Return the id of a row; "?" for one that we have not made, which must not reach a log."""
-    uid = row["uid"]
+    uid = _columns(row).get("uid")
     return uid if isinstance(uid, str) and _UID.fullmatch(uid) else "?"
 
 

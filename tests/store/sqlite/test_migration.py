@@ -231,7 +231,7 @@ async def test_a_migration_that_fails_changes_nothing_and_is_copied_once(tmp_pat
     with closing(sqlite3.connect(settings.path)) as connection:
         connection.execute("CREATE TABLE new_registrations (in_the_way)")
     for _ in range(2):
-        with pytest.raises(sqlite3.OperationalError, match="new_registrations"):
+        with pytest.raises(StoreUnavailable, match="new_registrations"):
             await open_store(settings)
         assert schema_of(settings.path) == 4
         assert backups(tmp_path) == ["store.db.schema-4.bak"]
