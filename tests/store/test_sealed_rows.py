@@ -1,7 +1,9 @@
 """Rows that are changed by somebody without the key count as missing, whichever column is changed (T80)."""
 
+import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -20,6 +22,7 @@ from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.store.sqlite import bootstrap
+from mcp_auth_proxy.store.sqlite import engine as sqlite_engine
 from store import samples
 from store.builders import NOW, attempt, flow, grant, registration, sha256, store_settings, tokens
 
@@ -365,6 +368,47 @@ async def test_a_view_can_not_pass_one_row_off_as_another(engine: Engine, tmp_pa
                     LINEAR, upstream=UPSTREAM, issuer="another", sign_in_host="login.example"
                 )
                 assert not confirmed
+
+
+async def test_a_view_without_an_end_is_interrupted(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(engine)
+    monkeypatch.setattr(sqlite_engine, "_STATEMENT_TIMEOUT", 0.2)
+    tamper(tmp_path, "ALTER TABLE grants RENAME TO true_grants")
+    endless = "WITH RECURSIVE it(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM it)"
+    tamper(tmp_path, f"CREATE VIEW grants AS {endless} SELECT true_grants.* FROM true_grants, it WHERE n < 0")
+    async with asyncio.timeout(5):
+        with pytest.raises(StoreUnavailable, match="did not answer in time"):
+            await Grants(engine).all()
+    assert await Flows(engine).get("flow-1") is not None
+
+
+async def test_thousands_of_forged_rows_stop_nobody_and_do_not_fill_the_log(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fill(engine)
+    numbers = "WITH RECURSIVE it(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM it LIMIT 20000)"
+    names = "principal, account, server, upstream, issuer, sign_in_host, confirmed_at, seal"
+    tamper(
+        tmp_path,
+        f"CREATE TABLE forged AS {numbers} SELECT lower(hex(randomblob(16))) AS uid, {names} FROM it, confirmations "
+        "WHERE server = 'linear'",
+    )
+    with attacker(tmp_path) as connection:
+        connection.execute("ALTER TABLE confirmations RENAME TO old")
+        connection.execute("ALTER TABLE forged RENAME TO confirmations")
+    host = "login.example"
+    waiting = asyncio.ensure_future(
+        Confirmations(engine).contains(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=host)
+    )
+    longest, before = 0.0, time.monotonic()
+    while not waiting.done():
+        await asyncio.sleep(0)
+        longest, before = max(longest, time.monotonic() - before), time.monotonic()
+    assert not await waiting
+    assert longest < 0.2
+    assert len(caplog.records) <= 21
 
 
 async def test_rows_stay_valid_when_the_key_is_rotated(tmp_path: Path) -> None:

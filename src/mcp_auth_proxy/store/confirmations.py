@@ -53,7 +53,7 @@ class Confirmations:
     async def contains(self, account: Account, *, upstream: str, issuer: str, sign_in_host: str) -> bool:
         """Return whether this was confirmed. A row that was changed in the store counts as missing."""
         asked = _params(account, upstream, issuer, sign_in_host)
-        return bool(intact_rows(self._engine, _TABLE, await self._engine.fetch_all(_FIND, asked), asked))
+        return bool(await intact_rows(self._engine, _TABLE, await self._engine.fetch_all(_FIND, asked), asked))
 
 
 def _params(account: Account, upstream: str, issuer: str, sign_in_host: str) -> Columns:

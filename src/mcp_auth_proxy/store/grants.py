@@ -95,21 +95,21 @@ class Grants:
     async def current(self, account: Account) -> Grant | None:
         """Return the newest grant that has not ended, or None."""
         asked = account_params(account)
-        return next(iter(self._read(await self._engine.fetch_all(_CURRENT, asked), asked)), None)
+        return next(iter(await self._read(await self._engine.fetch_all(_CURRENT, asked), asked)), None)
 
     async def get(self, grant_id: int) -> Grant | None:
         """Return a grant, ended or not; None if it is gone or cannot be decrypted."""
         asked: Columns = {"id": grant_id}
-        return next(iter(self._read(await self._engine.fetch_all(_BY_ID, asked), asked)), None)
+        return next(iter(await self._read(await self._engine.fetch_all(_BY_ID, asked), asked)), None)
 
     async def all(self) -> list[Grant]:
         """Return every grant that can be decrypted, ended ones too, oldest first."""
-        return self._read(await self._engine.fetch_all(_ALL), {})
+        return await self._read(await self._engine.fetch_all(_ALL), {})
 
     async def servers_of_issuer(self, issuer: str) -> list[GrantKey]:
         """Return the keys of all grants of an issuer that have not ended, whoever's and for whichever server."""
         asked: Columns = {"issuer": issuer}
-        return [grant.key for grant in self._read(await self._engine.fetch_all(_OF_ISSUER, asked), asked)]
+        return [grant.key for grant in await self._read(await self._engine.fetch_all(_OF_ISSUER, asked), asked)]
 
     async def add(self, grant: Grant) -> Grant:
         """Store a new grant durably, and return it with its id and version.
@@ -127,7 +127,7 @@ class Grants:
         """
         async with self._engine.transaction() as transaction:
             asked: Columns = {"id": flow_id}
-            flows = intact_rows(self._engine, "flows", await transaction.execute(_FLOW, asked), asked)
+            flows = await intact_rows(self._engine, "flows", await transaction.execute(_FLOW, asked), asked)
             if not flows:
                 return None
             await change_row(self._engine, transaction, "flows", flows[0], {"status": str(FlowStatus.DONE)})
@@ -137,7 +137,7 @@ class Grants:
     async def _add(self, transaction: Transaction, grant: Grant) -> Grant:
         key = key_columns(grant.key)
         same = {name: key[name] for name in _UNIQUE}
-        before = self._intact(await transaction.execute(_SAME, same), same)
+        before = await self._intact(await transaction.execute(_SAME, same), same)
         if before:
             grant = replace(grant, version=before[0]["version"] + 1)
         else:
@@ -153,7 +153,7 @@ class Grants:
         columns["id"] = row["id"]
         await transaction.execute(_SEAL, {"uid": uid, SEAL: cipher.seal_row(columns)})
         asked = account_params(grant.key.account)
-        for other in self._intact(await transaction.execute(_OTHERS, {**asked, "id": row["id"]}), asked):
+        for other in await self._intact(await transaction.execute(_OTHERS, {**asked, "id": row["id"]}), asked):
             await self._end(transaction, other, now=grant.granted_at, reason=SUPERSEDED)
         return replace(grant, id=row["id"], refresh_begun_at=None, refresh_owner="", ended_at=None, ended_reason="")
 
@@ -165,7 +165,7 @@ class Grants:
         """
         async with self._engine.transaction() as transaction:
             asked: Columns = {"id": grant_id, "version": version}
-            rows = self._intact(await transaction.execute(_LIVE, asked), asked)
+            rows = await self._intact(await transaction.execute(_LIVE, asked), asked)
             if not rows:
                 return False
             row = rows[0]
@@ -180,14 +180,14 @@ class Grants:
         values: dict[str, object] = {"id": grant_id, "version": version, "owner": owner}
         async with self._engine.transaction() as transaction:
             asked: Columns = {"id": grant_id, "version": version}
-            rows = self._intact(await transaction.execute(_HELD, values), asked)
+            rows = await self._intact(await transaction.execute(_HELD, values), asked)
             if not rows:
                 return None
             columns = token_columns(tokens, RowCipher(self._engine.cipher, _TABLE, rows[0]["uid"]))
             changes = {**columns, "version": version + 1, **_NO_REFRESH}
             await change_row(self._engine, transaction, _TABLE, rows[0], changes)
             rows = await transaction.execute(_BY_ID, {"id": grant_id})
-        return next(iter(self._read(rows, {"id": grant_id})), None)
+        return next(iter(await self._read(rows, {"id": grant_id})), None)
 
     async def release_refresh(self, grant_id: int, *, version: int, owner: str) -> None:
         """Undo ``begin_refresh`` after a refresh that is known not to have been processed."""
@@ -201,7 +201,7 @@ class Grants:
         """
         async with self._engine.transaction() as transaction:
             asked: Columns = {"id": grant_id, "version": version}
-            rows = self._intact(await transaction.execute(_LIVE, asked), asked)
+            rows = await self._intact(await transaction.execute(_LIVE, asked), asked)
             for row in rows:
                 await self._end(transaction, row, now=now, reason=reason)
         return bool(rows)
@@ -210,14 +210,14 @@ class Grants:
         """Delete all grants of an account, and return those that can be decrypted."""
         async with self._engine.transaction() as transaction:
             rows = await transaction.execute(_DELETE, account_params(account))
-        return self._read(rows, account_params(account))
+        return await self._read(rows, account_params(account))
 
     async def _end(self, transaction: Transaction, row: Row, *, now: float, reason: str) -> None:
         changes = {"ended_at": now, "ended_reason": reason, **_NO_REFRESH}
         await change_row(self._engine, transaction, _TABLE, row, changes)
 
-    def _intact(self, rows: list[Row], asked: Columns) -> list[Row]:
-        return intact_rows(self._engine, _TABLE, rows, asked)
+    async def _intact(self, rows: list[Row], asked: Columns) -> list[Row]:
+        return await intact_rows(self._engine, _TABLE, rows, asked)
 
-    def _read(self, rows: list[Row], asked: Columns) -> list[Grant]:
-        return decode_rows(self._engine, _TABLE, rows, asked, read_grant)
+    async def _read(self, rows: list[Row], asked: Columns) -> list[Grant]:
+        return await decode_rows(self._engine, _TABLE, rows, asked, read_grant)

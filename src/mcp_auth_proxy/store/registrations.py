@@ -70,7 +70,7 @@ class Registrations:
         values = {"server": server, "issuer": issuer, "account": account, "redirect_uri": redirect_uri}
         rows = await self._engine.fetch_all(_FIND, values)
         asked = {"server": server, "issuer": issuer, "account": account, "client_redirect_uri": redirect_uri}
-        return next(iter(decode_rows(self._engine, _TABLE, rows, asked, read_registration)), None)
+        return next(iter(await decode_rows(self._engine, _TABLE, rows, asked, read_registration)), None)
 
     async def save(self, registration: Registration) -> None:
         """Store a registration; it replaces the one for the same server, issuer, account and redirect URI.
@@ -103,7 +103,7 @@ class Registrations:
     async def bound_issuer(self, server: str, client_id: str) -> str | None:
         """Return the issuer that ``bind_client`` has bound a configured client to; None if it was never used."""
         asked: Columns = {"server": server, "client_id": client_id}
-        return self._issuer(await self._engine.fetch_all(_BOUND, asked), asked)
+        return await self._issuer(await self._engine.fetch_all(_BOUND, asked), asked)
 
     async def bind_client(self, server: str, client_id: str, issuer: str) -> str:
         """Bind a configured client to ``issuer`` unless it is bound, and return the issuer that it is bound to.
@@ -114,10 +114,10 @@ class Registrations:
         seal = RowCipher(self._engine.cipher, _BINDINGS, uid).seal_row(columns)
         async with self._engine.transaction() as transaction:
             asked: Columns = {"server": server, "client_id": client_id}
-            bound = self._issuer(await transaction.execute(_BOUND, asked), asked)
+            bound = await self._issuer(await transaction.execute(_BOUND, asked), asked)
             if bound is None:
                 await transaction.execute(_BIND, {"uid": uid, **columns, SEAL: seal})
         return bound or issuer
 
-    def _issuer(self, bindings: list[Row], asked: Columns) -> str | None:
-        return next((str(row["issuer"]) for row in intact_rows(self._engine, _BINDINGS, bindings, asked)), None)
+    async def _issuer(self, bindings: list[Row], asked: Columns) -> str | None:
+        return next((str(row["issuer"]) for row in await intact_rows(self._engine, _BINDINGS, bindings, asked)), None)

@@ -20,6 +20,7 @@ _MESSAGES = {
     sqlite3.SQLITE_FULL: "The disk of the store {path} is full. Free some space.",
     sqlite3.SQLITE_IOERR: "Could not read or write the store {path} ({name}). Check the disk and its free space.",
     sqlite3.SQLITE_CANTOPEN: "Could not open the store {path}. Check the permissions of the file and its folder.",
+    sqlite3.SQLITE_INTERRUPT: "The store {path} did not answer in time. Put a backup in its place if this lasts.",
     sqlite3.SQLITE_NOMEM: "There is not enough memory to use the store {path}.",
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
     sqlite3.SQLITE_NOTADB: _DAMAGED,
