@@ -187,10 +187,11 @@ async def test_an_attempt_cannot_be_given_to_another_browser(place: Place) -> No
 
 async def test_a_changed_registration_is_made_again(place: Place) -> None:  # T80
     async with place.serving() as (proxy, client):
-        assert link_in((await client.call("echo")).message)
+        link = link_in((await client.call("echo")).message)
         code, _, _ = await run_command("logout", "notes", "--config", str(place.config))
         assert code == 0
         place.change("UPDATE registrations SET client_id = 'evil'")
+        await other_link(client, link)
         await asked_once(proxy, client, place)
     assert place.issuer.registrations == 2
     assert not place.issuer.seen("token", client_id="evil")
