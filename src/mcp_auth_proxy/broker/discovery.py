@@ -79,6 +79,8 @@ class Discoverer:
             if oauth.issuer is None:
                 # It may load the public suffix list, which takes 50 ms.
                 await asyncio.to_thread(discovery.require_own_authorization_endpoint, metadata, server=server.name)
+        elif oauth.grant is GrantType.DEVICE_CODE and oauth.issuer is None:
+            await asyncio.to_thread(discovery.require_own_device_endpoint, metadata, server=server.name)
         return resource, metadata
 
     async def identity_provider(self, idp: IdpSettings) -> tuple[str, tuple[str, ...] | None]:

@@ -194,5 +194,5 @@ async def test_a_store_that_was_removed_accepts_no_writes(engine: Engine, tmp_pa
 
 
 async def test_errors_in_our_own_sql_are_not_hidden(engine: Engine) -> None:
-    with pytest.raises(sqlite3.OperationalError):
+    with pytest.raises(StoreUnavailable, match="syntax error"):
         await engine.fetch_all("SELECT nothing FROM nowhere")

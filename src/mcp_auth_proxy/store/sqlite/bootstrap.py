@@ -177,6 +177,8 @@ def _create(path: Path, cipher: Cipher) -> None:
 
 def _update(path: Path, cipher: Cipher) -> None:
     def back_up(version: int) -> None:
+        # Again: nobody else can write from now on, and the schema may have been changed since the store was inspected.
+        _check_keys(path, cipher, key_checks.read_all(connection), version)
         backup = make_backup(path, version)
         logger.info("store: migrating from schema %d to %d; a copy was kept: %s", version, newest, backup)
 

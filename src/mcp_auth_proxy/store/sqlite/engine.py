@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,9 +30,13 @@ _PROBE = """
     INSERT INTO meta (name, value) VALUES ('probe', :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value
 """
 _QUEUE_TIMEOUT = 10.0
+_STATEMENT_TIMEOUT = 8.0
+"""Seconds. Our statements take milliseconds, or BUSY_TIMEOUT; a view in place of a table may never end."""
+
+_STEPS_BETWEEN_CHECKS = 100_000
 _MIN_FREE_BYTES = 256 * 1024
 # Whoever can write to the store can make broken rows without end, which must fill neither the log nor the memory.
-_MAX_REPORTED = 1000
+_MAX_REPORTED = 20
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +50,7 @@ class SqliteEngine:
         self._lock = asyncio.Lock()
         self._identity = _identity(path)
         self._data_version = 0
+        self._statement_begun_at = 0.0
         self._closed = False
         self._last_write_failed = False
         self._reported: set[tuple[str, str]] = set()
@@ -62,6 +68,7 @@ class SqliteEngine:
         connection = await _connect(settings.path, connection_uri(settings.path, "rw"))
         try:
             engine = cls(connection, settings.path, cipher)
+            await connection.set_progress_handler(engine._is_overdue, _STEPS_BETWEEN_CHECKS)
             for pragma in _PRAGMAS:
                 await engine._run(pragma)
             await engine.changed()
@@ -142,6 +149,8 @@ class SqliteEngine:
             self._reported.add((table, uid))
             metrics.store_failures.labels("decryption").inc()
             logger.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
+            if len(self._reported) == _MAX_REPORTED:
+                logger.warning("store: more rows that are skipped are not logged until the proxy is started again")
 
     @asynccontextmanager
     async def _exclusive(self) -> AsyncIterator[None]:
@@ -165,8 +174,13 @@ class SqliteEngine:
     async def _run(self, sql: str, params: Params = NO_PARAMS) -> list[Row]:
         if self._closed:
             raise StoreUnavailable("The store is closed: the proxy is shutting down.")
+        self._statement_begun_at = time.monotonic()
         with translated(self._path):
             return list(await self._connection.execute_fetchall(sql, params))
+
+    def _is_overdue(self) -> bool:
+        """Return whether SQLite must interrupt the running statement. Called in the thread of the connection."""
+        return time.monotonic() > self._statement_begun_at + _STATEMENT_TIMEOUT
 
     async def _commit(self) -> None:
         try:

@@ -266,11 +266,12 @@ _SEALED_ROWS = (
         principal TEXT NOT NULL,
         account TEXT NOT NULL,
         server TEXT NOT NULL,
+        upstream TEXT NOT NULL,
         issuer TEXT NOT NULL,
         sign_in_host TEXT NOT NULL,
         confirmed_at DOUBLE PRECISION NOT NULL,
         seal BLOB NOT NULL,
-        PRIMARY KEY (principal, account, server, issuer, sign_in_host)
+        PRIMARY KEY (principal, account, server, upstream, issuer, sign_in_host)
     )
     """,
     seal_rows,
