@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import socket
+import weakref
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -693,3 +694,25 @@ async def test_a_body_that_turns_out_bad_after_the_response_has_begun_cuts_that_
         assert await client.is_closed()
         await client.close()
         assert app.disconnects == 1
+
+
+@pytest.mark.parametrize(
+    "first", [GOOD[:-2], GOOD, TWO_HOSTS, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"]
+)
+async def test_what_a_client_has_sent_is_freed_as_soon_as_it_is_gone(first: bytes) -> None:  # T82
+    made: list[weakref.ref[HttpServerConnection]] = []
+
+    class Watched(HttpServerConnection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            made.append(weakref.ref(self))
+
+    gc.disable()
+    try:
+        async with listening(Watched) as listener:
+            client = await listener.connect(first)
+            await until(lambda: made, "a connection")
+            await client.close()
+            await until(lambda: made[0]() is None, "a connection that is freed")
+    finally:
+        gc.enable()
