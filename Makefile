@@ -83,7 +83,7 @@ chart: $(DEPLOY_STAMP) ## render the Helm chart, and check it and the manifests 
 fuzz: $(FUZZ_STAMP) ## the parsers under a fuzzer, 10,000 runs each (ARGS="--target challenge --seconds 3600", ARGS=--help)
 	@PYTHONPATH=src $(FUZZ_VENV)/bin/python -m fuzz $(ARGS)
 
-sbom: $(STAMP) $(SBOM_STAMP) ## what a running proxy is made of, with hashes and licences: dist/sbom.cdx.json (CycloneDX)
+sbom: $(STAMP) $(SBOM_STAMP) ## what a running proxy is made of, with hashes and licenses: dist/sbom.cdx.json (CycloneDX)
 	@$(SBOM_VENV)/bin/python deploy/sbom.py --environment $(VENV) --output dist/sbom.cdx.json
 
 audit: $(AUDIT_STAMP) ## known vulnerabilities of the locked packages (asks pypi.org)

@@ -30,8 +30,8 @@
 
 ``str()`` of each is one or two plain sentences for the user: what is wrong and, if there is one, the
 remedy. No error ever contains a token, code, verifier, secret or state (``secret_values`` masks those that a server
-repeats), or a value from a URL's query. Whoever puts
-a text from outside into a message cuts it (``excerpt``): it goes to the log and to every client that asks.
+repeats), or a value from a URL's query. Whoever puts a text from outside into a message cuts it (``excerpt``): it goes
+to the log and to every client that asks.
 """
 
 import re

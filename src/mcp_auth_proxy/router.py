@@ -1,7 +1,9 @@
 """Route each request: check it with the guard, then pass it to the forwarder (MCP endpoints) or to the site."""
 
+from mcp_auth_proxy.errors import excerpt
 from mcp_auth_proxy.net.asgi import App, run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.observability.peer_log import RefusalLog
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.rpc import answers
@@ -11,6 +13,10 @@ from mcp_auth_proxy.web.guard import Guard
 
 UNKNOWN_SERVER = -32004
 """JSON-RPC error code of the proxy's own: the path names a server that is not configured."""
+
+MAX_TARGET = 16 * 1024
+"""Bytes of the path and query of a page. The longest are callbacks, whose code may be a JWT. To read 60 KB takes
+30 ms."""
 
 _SAFE_METHODS = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 
@@ -26,6 +32,7 @@ class Router:
         self._site = site
         self._routes = routes.build(servers)
         self.draining = False
+        self._refusals = RefusalLog()
         servers.on_change(self._servers_changed)
 
     def try_fast_path(self, request: ClientRequest) -> bool:
@@ -53,19 +60,26 @@ class Router:
             page_write=route is None and request.method not in _SAFE_METHODS,
         )
         if refused is not None:
-            _respond_text(request, *refused)
+            self._refuse(request, *refused)
         elif route is not None:
             await self._forwarder.serve(route, request)
         elif not routes.is_canonical_path(path):
-            _respond_text(request, 400, "The path is not in canonical form.")
+            self._refuse(request, 400, "The path is not in canonical form.")
         elif routes.is_endpoint(path):
             self._respond_unknown_server(request)
+        elif len(path) + len(request.query) > MAX_TARGET:
+            self._refuse(request, 414, "The target is too long for a page.")
         else:
             await run_asgi(self._site, request)
 
+    def _refuse(self, request: ClientRequest, status: int, reason: str) -> None:
+        self._refusals.warn(request.client, status, reason, kind=str(status))
+        request.respond(status, [(b"content-type", b"text/plain; charset=utf-8")], reason.encode())
+
     def _respond_unknown_server(self, request: ClientRequest) -> None:
         names = sorted(self._servers)
-        text = f"There is no server at {request.path.decode('latin-1')}. Configured servers: {', '.join(names)}."
+        place = excerpt(request.path.decode("latin-1"))
+        text = f"There is no server at {place}. Configured servers: {', '.join(names)}."
         error = {"code": UNKNOWN_SERVER, "message": text, "data": {"servers": names}}
         document = encode({"jsonrpc": "2.0", "id": None, "error": error})
         request.respond(404, answers.JSON_HEADERS, document)
@@ -73,7 +87,3 @@ class Router:
     def _servers_changed(self, change: ServerChange) -> None:
         self._routes = routes.build(self._servers)
         self._forwarder.servers_changed(change.removed, change.changed)
-
-
-def _respond_text(request: ClientRequest, status: int, text: str) -> None:
-    request.respond(status, [(b"content-type", b"text/plain; charset=utf-8")], text.encode())

@@ -10,6 +10,7 @@ import threading
 from bisect import bisect, bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
+from html import escape
 from urllib.parse import quote
 
 MASK = "****"
@@ -26,8 +27,8 @@ _ENOUGH_WORDS = 20
 _HEAD = 64
 """Characters of each value that are kept. JWTs of one issuer often have the same ones."""
 
-_MOST = 20_000
-"""Values kept, some ten for each secret; beyond that the oldest is dropped."""
+_MOST = 40_000
+"""Values kept, some twenty for each secret; beyond that the oldest is dropped."""
 
 _WORDS = re.compile(r"[a-z_.-]*")
 _RUN = re.compile(r"\S*")
@@ -117,7 +118,12 @@ def _spellings(value: str) -> Iterator[str]:
     """Yield a value as it is and as a server may write it; in base64 also amid other text, without the ends."""
     data = value.encode("utf-8", "surrogatepass")
     yield value
-    found = {quote(value, safe=""), quote(value, safe="").lower(), quote(value), value.replace("/", r"\/"), data.hex()}
+    percent = quote(value, safe="")
+    found = {percent, percent.lower(), quote(percent), quote(value), value.replace("/", r"\/"), escape(value)}
+    # Every character may be written as its code.
+    for codes in (data.hex("%"), data.hex("%").upper()):
+        found |= {codes.replace("%", ""), f"%{codes}", r"\u00" + codes.replace("%", r"\u00")}
+    found.add("".join(f"&#{code};" for code in data))
     for shift in range(3):
         encoded = base64.b64encode(bytes(shift) + data).decode().rstrip("=")
         # The first characters depend on what stands before the value, the last one on what follows.

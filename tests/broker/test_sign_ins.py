@@ -117,11 +117,13 @@ async def test_it_is_confirmed_once(setup: Setup) -> None:
 
 
 async def test_a_confirmation_does_not_hold_for_another_server_of_the_same_name(setup: Setup) -> None:
-    linear = Account("local", "linear")
+    # Whether or not a grant of the first server is still stored.
     await setup.sign_ins.remember(asking(ELSEWHERE))
-    await setup.granted(ELSEWHERE, account=linear)
     assert not await setup.asks(asking(ELSEWHERE))
-    assert await setup.asks(asking("https://mcp.evil.example"))
+    for upstream in ("https://mcp.evil.example", ELSEWHERE + ":8443", ELSEWHERE.replace("https", "http"), None):
+        assert await setup.asks(asking(upstream))
+    await setup.sign_ins.remember(asking(None))
+    assert await setup.asks(asking(None))
 
 
 @pytest.mark.parametrize(

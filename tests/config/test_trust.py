@@ -9,7 +9,7 @@ import pytest
 
 from fakes.other_users import NOBODY, as_root
 from mcp_auth_proxy.config.load import find
-from mcp_auth_proxy.config.trust import distrust
+from mcp_auth_proxy.config.trust import reason_to_distrust
 from mcp_auth_proxy.errors import ConfigurationError
 
 
@@ -27,19 +27,19 @@ def file(tmp_path: Path) -> Path:
 def test_a_file_that_only_its_user_can_write_is_trusted(file: Path, folder: int, mode: int) -> None:
     file.chmod(mode)
     file.parent.chmod(folder)
-    assert distrust(file) is None
+    assert reason_to_distrust(file) is None
 
 
 @pytest.mark.parametrize("mode", [0o757, 0o1777, 0o702])
 def test_a_folder_that_everyone_can_write_is_not(file: Path, mode: int) -> None:  # T89
     file.parent.chmod(mode)
-    assert distrust(file) == f"{file.parent} can be written by everyone"
+    assert reason_to_distrust(file) == f"{file.parent} can be written by everyone"
 
 
 @pytest.mark.parametrize("mode", [0o606, 0o666, 0o602])
 def test_a_file_that_everyone_can_write_is_not(file: Path, mode: int) -> None:  # T89
     file.chmod(mode)
-    assert distrust(file) == f"{file} can be written by everyone"
+    assert reason_to_distrust(file) == f"{file} can be written by everyone"
 
 
 @as_root
@@ -47,7 +47,7 @@ def test_a_file_that_everyone_can_write_is_not(file: Path, mode: int) -> None:  
 def test_what_belongs_to_another_user_is_not(file: Path, others: str) -> None:  # T89
     place = file if others == "file" else file.parent
     os.chown(place, NOBODY, -1)
-    assert distrust(file) == f"{place} belongs to the user {pwd.getpwuid(NOBODY).pw_name}"
+    assert reason_to_distrust(file) == f"{place} belongs to the user {pwd.getpwuid(NOBODY).pw_name}"
 
 
 @as_root
@@ -55,9 +55,9 @@ def test_what_belongs_to_another_user_is_not(file: Path, others: str) -> None:  
 def test_what_another_group_can_write_is_not(file: Path, others: str) -> None:  # T89
     place = file if others == "file" else file.parent
     os.chown(place, -1, NOBODY)
-    assert distrust(file) is None
+    assert reason_to_distrust(file) is None
     place.chmod(0o770)
-    assert distrust(file) == f"{place} can be written by the group {grp.getgrgid(NOBODY).gr_name}"
+    assert reason_to_distrust(file) == f"{place} can be written by the group {grp.getgrgid(NOBODY).gr_name}"
 
 
 def account(name: str, uid: int, gid: int) -> pwd.struct_passwd:
@@ -88,7 +88,7 @@ def test_the_group_of_this_user_alone_may_write(  # T89
     monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group((name, "x", gid, members)))
     os.chown(file, -1, os.getegid())
     file.chmod(0o660)
-    assert (distrust(file) is None) is trusted
+    assert (reason_to_distrust(file) is None) is trusted
 
 
 def test_the_target_of_a_link_and_its_folder_count_too(file: Path, tmp_path: Path) -> None:  # T89
@@ -96,15 +96,15 @@ def test_the_target_of_a_link_and_its_folder_count_too(file: Path, tmp_path: Pat
     here.mkdir(mode=0o700)
     link = here / "mcp-auth-proxy.yaml"
     link.symlink_to("../folder/mcp-auth-proxy.yaml")
-    assert distrust(link) is None
+    assert reason_to_distrust(link) is None
     file.chmod(0o666)
-    assert str(distrust(link)).endswith("folder/mcp-auth-proxy.yaml can be written by everyone")
+    assert str(reason_to_distrust(link)).endswith("folder/mcp-auth-proxy.yaml can be written by everyone")
     file.chmod(0o600)
     file.parent.chmod(0o777)
-    assert str(distrust(link)).endswith("folder can be written by everyone")
+    assert str(reason_to_distrust(link)).endswith("folder can be written by everyone")
     link.unlink()
     link.symlink_to(link)
-    assert "symbolic links" in str(distrust(link))
+    assert "symbolic links" in str(reason_to_distrust(link))
 
 
 @as_root
@@ -112,7 +112,7 @@ def test_a_link_of_another_user_is_not_followed(file: Path) -> None:  # T89
     link = file.with_name("link.yaml")
     link.symlink_to(file)
     os.chown(link, NOBODY, -1, follow_symlinks=False)
-    assert str(distrust(link)).startswith(f"{link} belongs to the user")
+    assert str(reason_to_distrust(link)).startswith(f"{link} belongs to the user")
 
 
 def test_a_file_that_is_not_trusted_is_refused_unless_it_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -505,7 +505,7 @@ async def test_a_refusal_by_the_user_begins_no_pause(servers: Servers, tmp_path:
 # other servers, other processes
 
 
-async def test_a_changed_configuration_begins_anew(servers: Servers, tmp_path: Path) -> None:  # T86
+async def test_a_changed_configuration_ends_the_pause(servers: Servers, tmp_path: Path) -> None:  # T86
     async with paused_setup(
         servers, tmp_path, issuer={"answers": {"register": FakeResponse.too_many("3597")}}
     ) as setup:

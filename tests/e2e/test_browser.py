@@ -9,21 +9,14 @@ from typing import Any
 import pytest
 from playwright.async_api import Browser, Page
 
-from fakes.chromium import EVIL, chromium, contrast, watched, website
+from fakes.chromium import ALLOW, EVIL, contrast, watched, website
 from fakes.fixtures import Servers
 from fakes.mcp_client import PlainClient
 from fakes.proxy import RunningProxy, running_proxy, until
 
 pytestmark = pytest.mark.chromium
 
-ALLOW = "button[value=allow]"
 CALL = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"echo","arguments":{"text":"stolen"}}}'
-
-
-@pytest.fixture
-async def browser() -> AsyncIterator[Browser]:
-    async with chromium() as started:
-        yield started
 
 
 @asynccontextmanager

@@ -103,10 +103,14 @@ async def test_a_changed_grant_is_not_used_after_a_restart(place: Place, column:
     assert place.issuer.refreshes == 0
 
 
+def send_refreshes_to_evil(place: Place) -> None:
+    place.change("UPDATE grants SET token_endpoint = :it", it=evil_endpoints(place)["token_endpoint"])
+
+
 async def test_a_grant_that_is_changed_while_the_proxy_runs_is_not_used(place: Place) -> None:  # T80
     async with place.serving() as (proxy, client):
         await log_in(client)
-        place.change("UPDATE grants SET token_endpoint = :it", it=evil_endpoints(place)["token_endpoint"])
+        send_refreshes_to_evil(place)
         place.issuer.end_access_tokens()
         await asked_once(proxy, client, place)
     assert place.issuer.refreshes == 0
@@ -115,7 +119,7 @@ async def test_a_grant_that_is_changed_while_the_proxy_runs_is_not_used(place: P
 async def test_a_grant_that_is_changed_while_the_proxy_runs_is_dropped_by_itself(place: Place) -> None:  # T80
     async with place.serving() as (proxy, client):
         await log_in(client)
-        place.change("UPDATE grants SET token_endpoint = :it", it=evil_endpoints(place)["token_endpoint"])
+        send_refreshes_to_evil(place)
         await until(lambda: SKIPPED in proxy.log)
         await asked_once(proxy, client, place)
 
@@ -187,10 +191,11 @@ async def test_an_attempt_cannot_be_given_to_another_browser(place: Place) -> No
 
 async def test_a_changed_registration_is_made_again(place: Place) -> None:  # T80
     async with place.serving() as (proxy, client):
-        assert link_in((await client.call("echo")).message)
+        link = link_in((await client.call("echo")).message)
         code, _, _ = await run_command("logout", "notes", "--config", str(place.config))
         assert code == 0
         place.change("UPDATE registrations SET client_id = 'evil'")
+        await other_link(client, link)
         await asked_once(proxy, client, place)
     assert place.issuer.registrations == 2
     assert not place.issuer.seen("token", client_id="evil")

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fakes.chromium import EVIL, chromium, contrast, watched, website
+from fakes.chromium import ALLOW, EVIL, contrast, watched, website
 from fakes.fixtures import Servers
 from fakes.mcp_client import PlainClient
 from fakes.proxy import RunningProxy, running_proxy
@@ -20,14 +20,7 @@ from mcp_auth_proxy.cli.demo_servers.local_server import serve
 
 pytestmark = pytest.mark.chromium
 
-ALLOW = "button[value=allow]"
 PROMISE = "authorization_response_iss_parameter_supported"
-
-
-@pytest.fixture
-async def browser() -> AsyncIterator[Browser]:
-    async with chromium() as started:
-        yield started
 
 
 def hop(target: str) -> ASGIApp:

@@ -6,8 +6,10 @@ import socket
 import time
 from pathlib import Path
 
+import pytest
+
 from fakes.fixtures import Servers
-from fakes.proxy import RunningProxy, Sections, link_in, running_proxy, until
+from fakes.proxy import RunningProxy, Sections, link_in, proxy_process, running_proxy, until, write_config
 from fakes.raw_client import RawClient
 from fakes.unattended import connected
 from mcp_auth_proxy.config.settings import Address
@@ -289,3 +291,31 @@ async def test_clients_that_stall_are_closed_within_ten_seconds(servers: Servers
 
 def _number(value: float | BaseException) -> float:
     return value if isinstance(value, float) else -1
+
+
+REFUSED = {
+    "another protocol (400)": "OPTIONS /notes/mcp RTSP/1.0\nHost: HOST\n\n",  # T88
+    "not exactly one Host (RFC 9112 §3.2) (400)": "GET /mcp HTTP/1.1\nHost: HOST\nHost: HOST\n\n",  # T26
+    "not HTTP/1.1 (400)": "POST /mcp HTTP/1.1\nHost: HOST\nContent-Length: 1\nContent-Length: 2\n\n{",  # T25
+    "the head is too long (431)": "GET /mcp HTTP/1.1\nHost: HOST\nX-A: " + "a" * 70_000,  # T28
+    "The path is not in canonical form (400)": "GET /notes/../mcp HTTP/1.1\nHost: HOST\n\n",  # T27
+    "this web origin are not served (403)": "GET /mcp HTTP/1.1\nHost: HOST\nOrigin: http://evil\n\n",  # T41
+    "is not a name of this proxy": "GET /mcp HTTP/1.1\nHost: NUMBER.evil.example\n\n",  # T41
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+async def test_one_line_a_minute_names_who_sends_what_is_refused(
+    servers: Servers, tmp_path: Path, reason: str
+) -> None:  # T79
+    upstream = await servers.mcp_server(protected=False)
+    async with proxy_process(write_config(tmp_path, {"notes": upstream.url})) as proxy:
+        for number in range(20):
+            async with RawClient.to(proxy.origin) as raw:
+                raw.send(REFUSED[reason].replace("NUMBER", str(number)))
+                assert (await raw.head())[0] >= 400
+        await until(lambda: "refused" in proxy.err, "a log line")
+        (line,) = [line for line in proxy.err.splitlines() if "refused" in line]
+        assert "client 127.0.0.1 sent a request that is refused: " in line
+        assert reason in line
+        assert len(line) <= 400

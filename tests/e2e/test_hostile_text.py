@@ -114,6 +114,36 @@ async def test_a_long_cookie_stops_nobody(servers: Servers, tmp_path: Path, repe
         assert await attack == 400
 
 
+TARGETS = {
+    "no such server": ("/" + "a" * LONG + "/mcp", 404),
+    "a long link": ("/connect/notes?flow=" + "%2e" * (LONG // 3), 414),
+    "a link under another name": ("/connect/notes?flow=" + "%2e" * 3000, 404),
+    "a link of a long name": ("/connect/" + "a" * 9000 + "?flow=x", 404),
+    "many parameters": ("/oauth/callback?" + "state=x&" * (LONG // 8), 414),
+    "a long error": ("/oauth/callback?state=x&error=" + "a" * LONG, 414),
+    "no page": ("/" + "a" * 9000, 404),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+async def test_a_long_target_stops_nobody_and_is_not_repeated(
+    servers: Servers, tmp_path: Path, name: str
+) -> None:  # T79
+    target, status = TARGETS[name]
+
+    async def get(origin: str) -> tuple[int, int]:
+        async with RawClient.to(origin) as raw:
+            raw.send(f"GET {target} HTTP/1.1\nHost: localhost\nConnection: close\n\n")
+            head = await raw.head()
+            return head[0], len(str(head)) + len(await raw.rest())
+
+    async with attacked(servers, tmp_path) as setup:
+        attack = asyncio.gather(*(get(setup.proxy.origin) for _ in range(20)))
+        assert await setup.slowest_meanwhile(attack) < SECONDS
+        for answered, size in await attack:
+            assert (answered, size <= ANSWER) == (status, True)
+
+
 def batch(client: PlainClient, identifiers: list[int | str]) -> tuple[str, dict[str, str]]:
     calls = [client.message("tools/call", {"name": "echo"}, id=identifier) for identifier in identifiers]
     return json.dumps(calls), client.headers(calls[0])

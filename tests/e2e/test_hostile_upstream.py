@@ -152,6 +152,21 @@ async def test_no_command_to_a_web_server_in_front_reaches_the_client(tmp_path: 
             assert b"secret" not in rest, name
 
 
+async def test_responses_that_break_off_do_not_fill_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def script(peer: Peer) -> None:  # T86
+        await peer.request()
+        await peer.send(CHUNKED + b"5\r\nhello\r\n")
+
+    async with RawServer(script) as upstream, open_proxy(tmp_path, upstream) as (proxy, _):
+        for body in (CALL, CALL + b" " * 100_000):  # on the fast path, and in a handler
+            for _ in range(20):
+                async with RawClient.to(proxy.origin) as raw:
+                    raw.post(body)
+                    assert not (await raw.answer()).ended
+    (line,) = [record.getMessage() for record in caplog.records if "broke off" in record.getMessage()]
+    assert "server notes" in line
+
+
 @pytest.mark.parametrize(
     "framing", [CHUNKED + b"5\r\nhello\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nhello"]
 )

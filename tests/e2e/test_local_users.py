@@ -16,7 +16,7 @@ from fakes.fixtures import RealMcpServer, Servers
 from fakes.http_exchange import FakeResponse, RecordedRequest
 from fakes.other_users import NOBODY, as_root
 from fakes.proxy import Environment, proxy_process, run_command, serving, start_command, until, write_config
-from fakes.raw_server import RawServer, answers, ok
+from fakes.raw_server import Peer, RawServer, answers, ok
 
 CONTROLS = "\x07\x1b[2J\x7f\x9b31m\u202e\u2066\u061c\u200f\u2028"
 """A bell, sequences of C0 and C1 for the terminal, DEL, and what turns the direction of text or starts a line."""
@@ -240,7 +240,14 @@ async def test_what_the_user_wrote_does_not_control_the_terminal(tmp_path: Path)
 
 async def test_the_keys_of_tls_connections_are_written_nowhere(tmp_path: Path) -> None:  # T89
     log = tmp_path / "keys.log"
-    async with RawServer(answers()) as server:
+    make_context = [sys.executable, "-c", "import ssl; ssl.create_default_context()"]
+    subprocess.run(make_context, check=True, env={**os.environ, "SSLKEYLOGFILE": str(log)})
+    log.unlink()  # Python makes the file with the first context, unless the variable is ignored
+
+    async def not_tls(peer: Peer) -> None:
+        await peer.send(ok())
+
+    async with RawServer(not_tls) as server:
         env = {"SSLKEYLOGFILE": str(log), "MCP_AUTH_PROXY_CONFIG": None, "XDG_DATA_HOME": str(tmp_path)}
         code, out, _ = await run_command("doctor", f"https://127.0.0.1:{server.port}/mcp", env=env, cwd=tmp_path)
         assert code == 1

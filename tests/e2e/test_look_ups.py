@@ -92,7 +92,7 @@ async def test_a_thousand_requests_for_one_name_wait_for_one_look_up_and_are_log
     monkeypatch.setattr(resolver, "LOOKUP_TIMEOUT", 2.0)
     urls = {"good": await clean_server(servers), "bad": HANGING.format(0)}
     async with (
-        running_proxy(tmp_path, urls) as proxy,
+        running_proxy(tmp_path, urls, limits={"held": 4000}) as proxy,
         proxy.client("good") as good,
         calls(proxy, *["bad"] * 1000) as clients,
     ):

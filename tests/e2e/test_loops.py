@@ -1,5 +1,6 @@
 """Proxies that lead to themselves or to each other (T85): refused at start, and bounded by a hop count."""
 
+import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -141,3 +142,17 @@ async def test_a_client_can_only_shorten_its_own_way(servers: Servers, tmp_path:
             async with PlainClient(f"{proxy.origin}/notes/mcp", headers=headers) as client:
                 assert (await client.call("echo", text="x")).status == status, sent
     assert hops_at(upstream) == [b"1", b"3"]
+
+
+async def test_a_document_that_leads_to_the_proxy_itself_is_refused_at_once(servers: Servers, tmp_path: Path) -> None:
+    # T85: the discovery of a server would wait for a request that waits for the discovery.
+    upstream = await servers.mcp_server(await servers.authorization_server())
+    async with (
+        running_proxy(tmp_path, {"notes": upstream.url}, authorization={"wait": "0s"}) as proxy,
+        proxy.client("notes") as client,
+    ):
+        upstream.challenges = {401: [f'Bearer resource_metadata="{proxy.origin}/notes/mcp"']}
+        async with asyncio.timeout(5):
+            reply = await client.call("echo", text="x")
+        assert "HTTP 508" in reply.error["message"]
+        assert len(upstream.calls()) == 1

@@ -198,7 +198,7 @@ async def test_a_closed_listener_is_no_longer_counted(servers: Servers, tmp_path
     async with connected(servers, tmp_path):
         assert "\nmcp_auth_proxy_inbound_connections 0\n" in metrics.registry.render()
     for name in ("inbound_connections", "upstream_connections", "tokens"):
-        assert f"\nmcp_auth_proxy_{name}" not in metrics.registry.render()
+        assert not re.search(rf"^mcp_auth_proxy_{name}[ {{]", metrics.registry.render(), re.MULTILINE)
 
 
 async def test_the_series_of_a_removed_server_are_dropped(

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from fakes.authorization_server import FakeAuthorizationServer
+from fakes.extension_server import ExtensionServer
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.hostile import assert_refused
 from fakes.http_exchange import ABSENT, FakeResponse
-from fakes.proxy import link_in
+from fakes.proxy import link_in, running_proxy
 from fakes.proxy_setup import ProxySetup, proxy_setup
 from mcp_auth_proxy.errors import DocumentRefused
 from mcp_auth_proxy.oauth import discovery
@@ -128,6 +129,46 @@ async def test_grants_without_a_sign_in_page_are_not_affected(servers: Servers, 
         setup.issuer.add_client(client_id="agent", secret="s")
         setup.issuer.metadata_changes = {"authorization_endpoint": "https://other.example/a", PROMISE: ABSENT}
         assert (await setup.ask("in")).text == "in"
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["found", "pinned"])
+async def test_the_device_codes_of_another_server_are_not_asked_for(  # T77
+    servers: Servers, tmp_path: Path, pinned: bool
+) -> None:
+    async with ExtensionServer.running() as honest, ExtensionServer.running() as hostile:
+        honest.issuer = honest.issuer.replace("127.0.0.1", "localhost")
+        upstream = await servers.mcp_server(hostile)
+        endpoint = honest.metadata()["device_authorization_endpoint"]
+        hostile.metadata_changes = {"device_authorization_endpoint": endpoint, PROMISE: True}
+        pin = {"issuer": hostile.issuer} if pinned else {}
+        config = {"notes": {"url": upstream.url, "oauth": {"grant": "device_code", **pin}}}
+        async with (
+            running_proxy(tmp_path, config, authorization={"wait": "0s"}) as proxy,
+            proxy.client("notes") as client,
+        ):
+            answer = await client.call("echo")
+        assert bool(honest.seen("device_authorization")) is pinned
+        if not pinned:
+            assert_refused(answer, "device_authorization_endpoint", "servers.notes.oauth.issuer")
+            assert (hostile.registrations, hostile.polls) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "token", "refused"),
+    [
+        ("https://oauth2.googleapis.com/device/code", "https://oauth2.googleapis.com/token", False),
+        ("https://device.as.example/code", "https://elsewhere.example/token", False),
+        ("https://oauth2.googleapis.com/device/code", "https://as.example/token", True),
+    ],
+)
+def test_a_device_endpoint_belongs_to_the_issuer_or_to_the_token_endpoint(  # T77
+    device: str, token: str, refused: bool
+) -> None:
+    metadata = discovery.ServerMetadata(
+        issuer="https://as.example", token_endpoint=token, device_authorization_endpoint=device
+    )
+    with pytest.raises(DocumentRefused, match="another site") if refused else nullcontext():
+        discovery.require_own_device_endpoint(metadata, server="notes")
 
 
 def test_an_issuer_that_is_not_quite_a_url_is_no_fault_of_the_check() -> None:

@@ -13,6 +13,9 @@ from mcp_auth_proxy.cli.demo_servers.local_server import serve
 EVIL = "evil.example"
 """A name that the browser resolves to this machine."""
 
+ALLOW = "button[value=allow]"
+"""The button of the fake authorization server with which a user consents."""
+
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:

@@ -68,12 +68,12 @@ class RawClient:
         """Send one GET that accepts an event stream."""
         self.send("\n".join([f"GET {path} HTTP/1.1", "Host: HOST", "Accept: text/event-stream", *fields, "", ""]))
 
-    async def answer(self) -> RawResponse:
-        """Read one response to its end, or until it is cut off."""
-        status, headers = await self.head()
+    async def answer(self, seconds: float = SECONDS) -> RawResponse:
+        """Read one response to its end, or until it is cut off; wait that long for its head, and then for its body."""
+        status, headers = await self.head(seconds)
         named = dict(headers)
         try:
-            async with asyncio.timeout(SECONDS):
+            async with asyncio.timeout(seconds):
                 if named.get("transfer-encoding") == "chunked":
                     return RawResponse(status, headers, *await self._chunks())
                 length = int(named.get("content-length", 0))
@@ -82,9 +82,9 @@ class RawClient:
             return RawResponse(status, headers, error.partial, False)
         return RawResponse(status, headers, body, True)
 
-    async def head(self) -> tuple[int, list[tuple[str, str]]]:
+    async def head(self, seconds: float = SECONDS) -> tuple[int, list[tuple[str, str]]]:
         """Read the head of a response: status, and fields with names in lower case."""
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(seconds):
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         pairs = [line.partition(":") for line in lines[1:] if line]
         return int(lines[0].split()[1]), [(name.lower(), value.strip()) for name, _, value in pairs]

@@ -413,10 +413,11 @@ async def test_documents_that_name_unanswered_hosts_leave_their_server_its_own_l
         await open_document("as.example.com")
 
 
-@pytest.mark.parametrize("host", ["0x7f.1", "2130706433", "10.0.0.1", "fd00::1"])
-async def test_an_address_in_any_spelling_is_checked_before_a_forward_proxy_is_asked(host: str) -> None:  # T2
-    async with RawServer(answers(ok())) as proxy:
-        dialer = Dialer(environ={"HTTPS_PROXY": f"http://127.0.0.1:{proxy.port}"})
+@pytest.mark.parametrize("host", ["0x7f.1", "2130706433", "10.0.0.1", "fd00::1", "10.0.0.1.", "0x7f.1.", "2130706433."])
+async def test_an_address_in_any_spelling_is_checked_before_a_forward_proxy_is_asked(host: str) -> None:  # T2, T87
+    async with RawServer(answers(b"HTTP/1.1 407 No\r\n\r\n")) as proxy:
+        # It would be let through as a name that is not found here.
+        dialer = Dialer(environ={"HTTPS_PROXY": f"http://127.0.0.1:{proxy.port}"}, trust_proxy=True)
         with pytest.raises(AddressRefused, match=r"a (loopback|private) address"):
             await dialer.open(Origin("https", host, 443), lambda _: asyncio.Protocol(), timeout=5, policy=PUBLIC)
     assert proxy.peers == []

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import socket
+import weakref
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -382,31 +383,30 @@ async def test_a_client_that_sends_all_of_its_body_before_it_reads_gets_the_resp
     assert impatient.app.served == 1
 
 
+async def answered_before_503(listener: Listener, client: Client) -> int:
+    """Let the held request be answered; return how many of those behind it are answered before one is refused."""
+    listener.app.release.set()
+    assert (await client.echo())["path"] == "/held"
+    answered = 0
+    while (status := await client.status()) == 200:
+        answered += 1
+    assert status == 503
+    return answered
+
+
 async def test_pipelined_requests_are_bounded_even_if_reads_end_within_them(listener: Listener) -> None:  # T30
     client = await listener.connect(post(b"", path=b"/held") + GOOD[:10])
     await until(lambda: listener.app.served == 1)
     for _ in range(100):
         await client.send(GOOD[10:] + GOOD * 50 + GOOD[:10])
-    listener.app.release.set()
-    assert (await client.echo())["path"] == "/held"
-    answered = 0
-    while (status := await client.status()) == 200:
-        answered += 1
-    assert status == 503
+    assert await answered_before_503(listener, client) < 100 * 50 / 2
     assert await client.is_closed()
-    assert answered < 100 * 50 / 2
 
 
 async def test_the_requests_of_one_read_are_bounded_too(listener: Listener) -> None:  # T82
     client = await listener.connect(post(b"", path=b"/held") + GOOD * 7000)
     await until(lambda: listener.app.served == 1)
-    listener.app.release.set()
-    assert (await client.echo())["path"] == "/held"
-    answered = 0
-    while (status := await client.status()) == 200:
-        answered += 1
-    assert status == 503
-    assert answered < 2 * MAX_PIPELINED / len(GOOD)
+    assert await answered_before_503(listener, client) < 2 * MAX_PIPELINED / len(GOOD)
 
 
 async def test_pipelined_bodies_are_bounded_together(listener: Listener) -> None:  # T30
@@ -694,3 +694,25 @@ async def test_a_body_that_turns_out_bad_after_the_response_has_begun_cuts_that_
         assert await client.is_closed()
         await client.close()
         assert app.disconnects == 1
+
+
+@pytest.mark.parametrize(
+    "first", [GOOD[:-2], GOOD, TWO_HOSTS, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"]
+)
+async def test_what_a_client_has_sent_is_freed_as_soon_as_it_is_gone(first: bytes) -> None:  # T82
+    made: list[weakref.ref[HttpServerConnection]] = []
+
+    class Watched(HttpServerConnection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            made.append(weakref.ref(self))
+
+    gc.disable()
+    try:
+        async with listening(Watched) as listener:
+            client = await listener.connect(first)
+            await until(lambda: made, "a connection")
+            await client.close()
+            await until(lambda: made[0]() is None, "a connection that is freed")
+    finally:
+        gc.enable()

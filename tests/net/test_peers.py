@@ -4,7 +4,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from mcp_auth_proxy.net.peers import client_of, holder, parse_address, parse_network
+from mcp_auth_proxy.net.peers import client_of, limit_key, parse_address, parse_network
 
 TRUSTED = [parse_network("10.0.0.0/8"), parse_network("fd00::/8")]
 
@@ -20,7 +20,7 @@ TRUSTED = [parse_network("10.0.0.0/8"), parse_network("fd00::/8")]
     ],
 )
 def test_an_address_has_one_notation_and_ipv6_is_counted_by_network(text: str, read: str, counted: str) -> None:  # T83
-    assert (str(parse_address(text)), str(holder(parse_address(text)))) == (read, counted)
+    assert (str(parse_address(text)), str(limit_key(parse_address(text)))) == (read, counted)
 
 
 @pytest.mark.parametrize(

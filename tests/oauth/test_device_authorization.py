@@ -76,6 +76,13 @@ def test_googles_name_for_the_verification_uri_is_accepted() -> None:
     assert read(verification_uri=None, verification_url="https://google.example/device").device.verification_uri
 
 
+def test_a_complete_uri_that_leads_elsewhere_than_the_one_that_is_shown_is_ignored() -> None:  # T78
+    complete = "https://as.example/d?user_code=WDJB-MJHT"
+    assert read(verification_uri_complete=complete).device.verification_uri_complete == complete
+    for other in ("https://honest.example/d?user_code=A", "https://as.example:8443/d"):
+        assert read(verification_uri_complete=other).device.verification_uri_complete == ""
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [(0, 5.0), (-1, 5.0), (True, 5.0), ("x", 5.0), (0.001, 5.0), (1, 1.0), (2, 2.0), ("7", 7.0), (10**30, 60.0)],

@@ -77,9 +77,9 @@ def test_a_date_in_the_future_is_counted_from_now() -> None:
 
 
 def test_the_errors_of_a_response_have_its_retry_after() -> None:
-    with pytest.raises(TokenRefused) as refused, retry_after.heeded({"retry-after": "9"}):
+    with pytest.raises(TokenRefused) as refused, retry_after.attached({"retry-after": "9"}):
         raise TokenRefused("invalid_client", "no")
     assert (refused.value.server_retry_after, refused.value.retry_after) == (9.0, 9.0)
-    with pytest.raises(AuthorizationServerUnavailable) as down, retry_after.heeded({"retry-after": "-9"}):
+    with pytest.raises(AuthorizationServerUnavailable) as down, retry_after.attached({"retry-after": "-9"}):
         raise AuthorizationServerUnavailable("down")
     assert (down.value.server_retry_after, down.value.retry_after) == (0.0, 5.0)

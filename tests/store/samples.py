@@ -47,8 +47,8 @@ class Contents:
     flows: list[Flow]
     attempts: list[Attempt]
     registrations: list[Registration]
-    confirmations: list[tuple[Account, str, str]]
-    """Account, issuer, sign-in host."""
+    confirmations: list[tuple[Account, str, str, str]]
+    """Account, upstream, issuer, sign-in host."""
 
     @property
     def last_id(self) -> int:
@@ -79,7 +79,7 @@ def contents(schema: int) -> Contents:
     if schema >= 6:
         found.grants[0] = replace(found.grants[0], key=replace(found.grants[0].key, path="/mcp"))
         found.flows[0] = replace(found.flows[0], key=replace(found.flows[0].key, path="/mcp"))
-        found.confirmations.append((WORK, "https://as.example", "login.example"))
+        found.confirmations.append((WORK, UPSTREAM, "https://as.example", "login.example"))
     return found
 
 
@@ -112,8 +112,8 @@ async def write(engine: Engine, given_contents: Contents) -> None:
     for client in given_contents.registrations:
         await registrations.save(client)
     await registrations.bind_client(*BINDING)
-    for account, issuer, host in given_contents.confirmations:
-        await Confirmations(engine).add(account, issuer=issuer, sign_in_host=host, now=NOW)
+    for account, upstream, issuer, host in given_contents.confirmations:
+        await Confirmations(engine).add(account, upstream=upstream, issuer=issuer, sign_in_host=host, now=NOW)
 
 
 async def _main() -> None:

@@ -13,6 +13,7 @@ from mcp_auth_proxy.store.confirmations import KEPT_CONFIRMATIONS, Confirmations
 from mcp_auth_proxy.store.grants import Grants
 from store.builders import NOW, grant
 
+UPSTREAM = "https://mcp.example"
 ISSUER = "https://as.example"
 HOST = "login.as.example"
 LINEAR = Account("local", "linear")
@@ -24,18 +25,20 @@ def confirmations(engine: Engine) -> Confirmations:
 
 
 async def test_a_confirmation_holds_for_exactly_what_was_confirmed(confirmations: Confirmations) -> None:
-    await confirmations.add(LINEAR, issuer=ISSUER, sign_in_host=HOST, now=NOW)
-    assert await confirmations.contains(LINEAR, issuer=ISSUER, sign_in_host=HOST)
+    await confirmations.add(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=HOST, now=NOW)
+    assert await confirmations.contains(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=HOST)
     for account in (Account("other", "linear"), Account("local", "other"), LINEAR._replace(name="work")):
-        assert not await confirmations.contains(account, issuer=ISSUER, sign_in_host=HOST)
-    assert not await confirmations.contains(LINEAR, issuer=ISSUER + "/", sign_in_host=HOST)
-    assert not await confirmations.contains(LINEAR, issuer=ISSUER, sign_in_host="evil.example")
+        assert not await confirmations.contains(account, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=HOST)
+    for other in ("https://mcp.example:8443", "http://mcp.example"):
+        assert not await confirmations.contains(LINEAR, upstream=other, issuer=ISSUER, sign_in_host=HOST)
+    assert not await confirmations.contains(LINEAR, upstream=UPSTREAM, issuer=ISSUER + "/", sign_in_host=HOST)
+    assert not await confirmations.contains(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host="evil.example")
 
 
 async def test_confirming_again_changes_nothing_else(confirmations: Confirmations, engine: Engine) -> None:
     for now in (NOW, NOW + 60):
-        await confirmations.add(LINEAR, issuer=ISSUER, sign_in_host=HOST, now=now)
-    assert await confirmations.contains(LINEAR, issuer=ISSUER, sign_in_host=HOST)
+        await confirmations.add(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=HOST, now=now)
+    assert await confirmations.contains(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=HOST)
     (row,) = await engine.fetch_all("SELECT confirmed_at FROM confirmations")
     assert row["confirmed_at"] == NOW + 60
 
@@ -44,25 +47,27 @@ async def test_only_the_newest_confirmations_of_an_account_are_kept(
     confirmations: Confirmations, engine: Engine
 ) -> None:
     other = Account("local", "other")
-    await confirmations.add(other, issuer=ISSUER, sign_in_host=HOST, now=NOW)
+    await confirmations.add(other, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=HOST, now=NOW)
     for number in range(KEPT_CONFIRMATIONS + 5):
-        await confirmations.add(LINEAR, issuer=f"{ISSUER}/{number}", sign_in_host=HOST, now=NOW + number)
+        await confirmations.add(
+            LINEAR, upstream=UPSTREAM, issuer=f"{ISSUER}/{number}", sign_in_host=HOST, now=NOW + number
+        )
     (row,) = await engine.fetch_all("SELECT count(*) AS found FROM confirmations WHERE server = 'linear'")
     assert row["found"] == KEPT_CONFIRMATIONS
-    assert not await confirmations.contains(LINEAR, issuer=f"{ISSUER}/4", sign_in_host=HOST)
-    assert await confirmations.contains(LINEAR, issuer=f"{ISSUER}/5", sign_in_host=HOST)
-    assert await confirmations.contains(other, issuer=ISSUER, sign_in_host=HOST)
+    assert not await confirmations.contains(LINEAR, upstream=UPSTREAM, issuer=f"{ISSUER}/4", sign_in_host=HOST)
+    assert await confirmations.contains(LINEAR, upstream=UPSTREAM, issuer=f"{ISSUER}/5", sign_in_host=HOST)
+    assert await confirmations.contains(other, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=HOST)
 
 
 async def test_a_forged_confirmation_is_none_and_does_not_block_the_next(
     confirmations: Confirmations, engine: Engine, tmp_path: Path
 ) -> None:
-    await confirmations.add(LINEAR, issuer=ISSUER, sign_in_host=HOST, now=NOW)
+    await confirmations.add(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=HOST, now=NOW)
     with closing(sqlite3.connect(tmp_path / "store.db")) as attacker, attacker:
         attacker.execute("UPDATE confirmations SET sign_in_host = 'evil.example'")
-    assert not await confirmations.contains(LINEAR, issuer=ISSUER, sign_in_host="evil.example")
-    await confirmations.add(LINEAR, issuer=ISSUER, sign_in_host="evil.example", now=NOW)
-    assert await confirmations.contains(LINEAR, issuer=ISSUER, sign_in_host="evil.example")
+    assert not await confirmations.contains(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host="evil.example")
+    await confirmations.add(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host="evil.example", now=NOW)
+    assert await confirmations.contains(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host="evil.example")
 
 
 async def test_the_grants_of_an_issuer_are_those_that_have_not_ended(engine: Engine) -> None:

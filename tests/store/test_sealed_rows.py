@@ -1,7 +1,9 @@
 """Rows that are changed by somebody without the key count as missing, whichever column is changed (T80)."""
 
+import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -11,14 +13,16 @@ from typing import Any
 import pytest
 
 from mcp_auth_proxy.config.settings import KeySource
-from mcp_auth_proxy.errors import StoreRejected
+from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
 from mcp_auth_proxy.models import Account, FlowStatus
 from mcp_auth_proxy.store import Engine, open_store
-from mcp_auth_proxy.store.cipher import generate_key_file
+from mcp_auth_proxy.store.cipher import Cipher, generate_key_file
 from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
+from mcp_auth_proxy.store.sqlite import bootstrap
+from mcp_auth_proxy.store.sqlite import engine as sqlite_engine
 from store import samples
 from store.builders import NOW, attempt, flow, grant, registration, sha256, store_settings, tokens
 
@@ -39,10 +43,21 @@ VALID = {
 }
 """Other values that a row could really have, for columns that do not take any text."""
 
+ASKED_FOR = {
+    "grants": ("id", "principal", "server", "account", "issuer"),
+    "flows": ("id", "principal", "server", "account"),
+    "attempts": ("state_hash",),
+    "registrations": ("server", "issuer", "account", "client_redirect_uri"),
+    "client_bindings": ("server", "client_id"),
+    "confirmations": ("issuer",),
+}
+"""Columns that rows are looked up by."""
+
 NOT_UTF8 = "\udcff"
 LINEAR = Account("local", "linear")
 CALLBACK = registration().redirect_uri
 ISSUER = "https://as.example"
+UPSTREAM = "https://mcp.example"
 
 
 async def fill(engine: Engine) -> None:
@@ -61,7 +76,9 @@ async def fill(engine: Engine) -> None:
     await flows.add_attempt(attempt("state"))
     await flows.add_attempt(attempt("other", "flow-2"))
     for account in (LINEAR, Account("local", "notes")):
-        await Confirmations(engine).add(account, issuer=ISSUER, sign_in_host="login.example", now=NOW)
+        await Confirmations(engine).add(
+            account, upstream=UPSTREAM, issuer=ISSUER, sign_in_host="login.example", now=NOW
+        )
 
 
 def columns() -> list[tuple[str, str]]:
@@ -125,7 +142,7 @@ async def seen(engine: Engine, folder: Path, table: str) -> int:
             case _:
                 account = Account(row["principal"], row["server"], row["account"])
                 return await Confirmations(engine).contains(
-                    account, issuer=row["issuer"], sign_in_host=row["sign_in_host"]
+                    account, upstream=row["upstream"], issuer=row["issuer"], sign_in_host=row["sign_in_host"]
                 )
 
     total = 0
@@ -207,8 +224,8 @@ async def test_other_changed_rows_do_not_block_the_next_ones(engine: Engine, tmp
     assert await registrations.find("linear", EVIL, CALLBACK) == registration(issuer=EVIL)
     assert await registrations.bind_client("linear", "c", ISSUER) == ISSUER
     assert await registrations.bound_issuer("linear", "c") == ISSUER
-    await Confirmations(engine).add(LINEAR, issuer=EVIL, sign_in_host="login.example", now=NOW)
-    assert await Confirmations(engine).contains(LINEAR, issuer=EVIL, sign_in_host="login.example")
+    await Confirmations(engine).add(LINEAR, upstream=UPSTREAM, issuer=EVIL, sign_in_host="login.example", now=NOW)
+    assert await Confirmations(engine).contains(LINEAR, upstream=UPSTREAM, issuer=EVIL, sign_in_host="login.example")
     tamper(tmp_path, "UPDATE flows SET token_endpoint = :evil", evil=EVIL)
     await flows.save(flow())
     assert await flows.get("flow-1") == flow()
@@ -275,6 +292,125 @@ async def test_a_trigger_in_the_database_gets_nothing_sealed(engine: Engine, tmp
     assert EVIL not in [it.endpoints.token for it in await grants.all()]
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        *(f"ALTER TABLE {table} RENAME COLUMN {it} TO evil" for table in ("grants", "flows") for it in ("seal", "uid")),
+        *(f"ALTER TABLE grants RENAME COLUMN {it} TO evil" for it in ("server", "issuer", "access_token")),
+        *(f"DROP TABLE {table}" for table in ("grants", "flows", "attempts")),
+        "ALTER TABLE grants RENAME TO evil; CREATE VIEW grants AS SELECT * FROM evil",
+        "CREATE TRIGGER evil BEFORE INSERT ON grants BEGIN SELECT RAISE(IGNORE); END",
+        "CREATE TRIGGER evil BEFORE INSERT ON grants BEGIN SELECT RAISE(ABORT, '\x1b[31m'); END",
+        "CREATE TRIGGER evil BEFORE DELETE ON flows BEGIN SELECT RAISE(ROLLBACK, 'evil'); END",
+        "INSERT INTO meta VALUES (NULL, 5); INSERT INTO meta VALUES (x'00', 5)",
+    ],
+)
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+async def test_other_tables_are_an_error_of_the_store_at_most(tmp_path: Path, sql: str, running: bool) -> None:
+    engine = await open_store(store_settings(tmp_path))
+    await fill(engine)
+    if not running:
+        await engine.close()
+    with attacker(tmp_path) as connection:
+        connection.executescript(sql)
+    if not running:
+        engine = await open_store(store_settings(tmp_path))
+    grants, flows = Grants(engine), Flows(engine)
+    for work in (
+        grants.all,
+        lambda: grants.current(LINEAR),
+        lambda: grants.add(grant()),
+        lambda: grants.delete(LINEAR),
+        lambda: flows.live(LINEAR, NOW),
+        lambda: flows.save(flow()),
+        lambda: flows.purge(NOW * 2),
+        lambda: flows.find_attempt("state"),
+    ):
+        try:
+            await work()
+        except StoreUnavailable as error:
+            assert len(str(error)) < 500
+    await engine.close()
+
+
+@pytest.mark.parametrize("table", sorted(OWN_TABLES))
+async def test_a_view_can_not_pass_one_row_off_as_another(engine: Engine, tmp_path: Path, table: str) -> None:
+    await fill(engine)
+    with attacker(tmp_path) as connection:
+        names = [name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")]
+        lies = {name: f"CASE WHEN random() & 1 THEN {name} ELSE asked_for.other END" for name in ASKED_FOR[table]}
+        connection.execute(f"ALTER TABLE {table} RENAME TO true_{table}")
+        connection.execute("CREATE TABLE asked_for (other)")
+        connection.execute(
+            f"CREATE VIEW {table} AS SELECT {', '.join(f'{lies.get(it, it)} AS {it}' for it in names)} "
+            f"FROM true_{table}, asked_for"
+        )
+        connection.execute("INSERT INTO asked_for VALUES ('another'), (77)")
+    grants, flows, registrations = Grants(engine), Flows(engine), Registrations(engine)
+    another = Account("another", "another", "another")
+    for _ in range(300):
+        match table:
+            case "grants":
+                assert await grants.get(77) is None
+                assert await grants.servers_of_issuer("another") == []
+                assert await grants.current(another) is None
+            case "flows":
+                assert await flows.get("another") is None
+                assert await flows.live(another, NOW) is None
+            case "attempts":
+                assert await flows.find_attempt("another") is None
+            case "registrations":
+                assert await registrations.find("another", "another", "another", account="another") is None
+            case "client_bindings":
+                assert await registrations.bound_issuer("another", "another") is None
+            case _:
+                confirmed = await Confirmations(engine).contains(
+                    LINEAR, upstream=UPSTREAM, issuer="another", sign_in_host="login.example"
+                )
+                assert not confirmed
+
+
+async def test_a_view_without_an_end_is_interrupted(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(engine)
+    monkeypatch.setattr(sqlite_engine, "_STATEMENT_TIMEOUT", 0.2)
+    tamper(tmp_path, "ALTER TABLE grants RENAME TO true_grants")
+    endless = "WITH RECURSIVE it(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM it)"
+    tamper(tmp_path, f"CREATE VIEW grants AS {endless} SELECT true_grants.* FROM true_grants, it WHERE n < 0")
+    async with asyncio.timeout(5):
+        with pytest.raises(StoreUnavailable, match="did not answer in time"):
+            await Grants(engine).all()
+    assert await Flows(engine).get("flow-1") is not None
+
+
+async def test_thousands_of_forged_rows_stop_nobody_and_do_not_fill_the_log(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fill(engine)
+    numbers = "WITH RECURSIVE it(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM it LIMIT 20000)"
+    names = "principal, account, server, upstream, issuer, sign_in_host, confirmed_at, seal"
+    tamper(
+        tmp_path,
+        f"CREATE TABLE forged AS {numbers} SELECT lower(hex(randomblob(16))) AS uid, {names} FROM it, confirmations "
+        "WHERE server = 'linear'",
+    )
+    with attacker(tmp_path) as connection:
+        connection.execute("ALTER TABLE confirmations RENAME TO old")
+        connection.execute("ALTER TABLE forged RENAME TO confirmations")
+    host = "login.example"
+    waiting = asyncio.ensure_future(
+        Confirmations(engine).contains(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=host)
+    )
+    longest, before = 0.0, time.monotonic()
+    while not waiting.done():
+        await asyncio.sleep(0)
+        longest, before = max(longest, time.monotonic() - before), time.monotonic()
+    assert not await waiting
+    assert longest < 0.2
+    assert len(caplog.records) <= 21
+
+
 async def test_rows_stay_valid_when_the_key_is_rotated(tmp_path: Path) -> None:
     settings = store_settings(tmp_path)
     engine = await open_store(settings)
@@ -338,6 +474,26 @@ async def test_a_store_that_is_made_to_look_old_is_refused(tmp_path: Path) -> No
     make_old(tmp_path)
     with pytest.raises(StoreRejected, match="was changed by something else"):
         await open_store(settings)
+
+
+async def test_a_store_that_is_made_to_look_old_after_it_was_inspected_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = store_settings(tmp_path)
+    engine = await open_store(settings)
+    await Registrations(engine).bind_client("linear", "client", ISSUER)
+    await engine.close()
+    inspected = bootstrap.inspect
+
+    def inspect(path: Path, cipher: Cipher) -> int:
+        found = inspected(path, cipher)
+        make_old(tmp_path)
+        return found
+
+    monkeypatch.setattr(bootstrap, "inspect", inspect)
+    with pytest.raises(StoreRejected, match="was changed by something else"):
+        await open_store(settings)
+    assert not list(tmp_path.glob("*.bak"))
 
 
 async def test_the_key_check_of_an_older_copy_gets_no_row_sealed(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class AuthorizationAttempts:
         flow = await self._usable(server, flow_id)
         if flow.device is not None:
             return _device_prompt(flow)
-        if self._visits.goes_on(flow) and not await self._sign_ins.need_confirmation(flow):
+        if self._visits.is_direct(flow) and not await self._sign_ins.need_confirmation(flow):
             return await self._start(flow, confirmed=False)
         return ConfirmationPrompt(flow_id=flow.id, sign_in=sign_in(flow), max_age=self._seconds_left(flow))
 

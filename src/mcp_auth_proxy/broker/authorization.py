@@ -97,7 +97,10 @@ class Authorizations:
         # A token that can't be read is no server's failure: no pause, and nothing is fetched in vain.
         await self._token_client.check_credentials(server)
         try:
-            plan = await self._plan(account, server, challenge, already, schemes)
+            plan = await self._planner.plan(account, server, challenge, already=already or (), schemes=schemes)
+            if already is not None:
+                requested = (challenge and challenge.scopes) or ()
+                self._step_ups.count(account, server=server.name, requested=requested, already=already)
             made = await (self._obtain(plan) if server.oauth.grant.unattended else self._new_flow(plan))
         except AuthorizationDenied as denied:
             # An OAuth error may be about this account's credentials or request, and says that the issuer works.
@@ -110,20 +113,6 @@ class Authorizations:
         if isinstance(made, Flow):
             return await self._pending.start(made)
         return self._pending.activate(await self._grants.add(made)).token
-
-    async def _plan(
-        self,
-        account: Account,
-        server: ServerSettings,
-        challenge: BearerChallenge | None,
-        already: tuple[str, ...] | None,
-        schemes: tuple[str, ...],
-    ) -> Plan:
-        plan = await self._planner.plan(account, server, challenge, already=already or (), schemes=schemes)
-        if already is not None:
-            requested = (challenge and challenge.scopes) or ()
-            self._step_ups.count(account, server=server.name, requested=requested, already=already)
-        return plan
 
     async def _obtain(self, plan: Plan) -> Grant:
         try:

@@ -167,7 +167,7 @@ class ClientRegistrar:
             document="client registration",
             policy=policy,
         )
-        with retry_after.heeded(response.headers):
+        with retry_after.attached(response.headers):
             if metadata.is_fallback and registration.is_not_oauth(response.status, response.body):
                 raise registration.oauth_not_found(endpoint, response.status, server=server.name, schemes=schemes)
             registered = registration.read_response(

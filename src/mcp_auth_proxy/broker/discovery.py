@@ -20,6 +20,7 @@ from mcp_auth_proxy.oauth import discovery, retry_after
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher, Response
+from mcp_auth_proxy.observability.peer_log import PeerLog
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Discoverer:
         self._fetcher = fetcher
         self.allow_private = allow_private
         self._observe = observe
+        self._ignored_log = PeerLog()
 
     def policy(self, url: str) -> AddressPolicy:
         """Return which addresses may be fetched in a discovery that starts from a configured URL."""
@@ -79,6 +81,8 @@ class Discoverer:
             if oauth.issuer is None:
                 # It may load the public suffix list, which takes 50 ms.
                 await asyncio.to_thread(discovery.require_own_authorization_endpoint, metadata, server=server.name)
+        elif oauth.grant is GrantType.DEVICE_CODE and oauth.issuer is None:
+            await asyncio.to_thread(discovery.require_own_device_endpoint, metadata, server=server.name)
         return resource, metadata
 
     async def identity_provider(self, idp: IdpSettings) -> tuple[str, tuple[str, ...] | None]:
@@ -121,7 +125,8 @@ class Discoverer:
         )
         ignored = DocumentRefused(discovery.RESOURCE_METADATA, "", problem, "RFC 9728 §5.1")
         self._observe(MetadataLookup(discovery.RESOURCE_METADATA, "", error=ignored))
-        logger.warning("%s", ignored)
+        if self._ignored_log.may_warn(server.name):
+            logger.warning("%s", ignored)
         return None
 
     async def _server_metadata(self, issuer: str, policy: AddressPolicy) -> ServerMetadata:

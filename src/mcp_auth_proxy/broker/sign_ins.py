@@ -60,22 +60,32 @@ class SignIns:
         They must if the page is on another site than the server, or if the issuer has granted tokens for another
         origin, and they have not confirmed it before.
         """
-        account, issuer, host = flow.key.account, flow.key.issuer, _host(flow)
-        if await self._confirmations.contains(account, issuer=issuer, sign_in_host=host):
-            # Unless the name stood for another server then, whose grant is still stored.
-            current = await self._grants.current(account)
-            return current is not None and current.key.upstream != flow.key.upstream
-        upstream = urls.parse_origin(flow.key.upstream or "")
-        # It may load the public suffix list, which takes 50 ms.
-        if upstream is None or not await asyncio.to_thread(same_site, upstream.host, host):
+        key, host = flow.key, _host(flow)
+        upstream = urls.parse_origin(key.upstream or "")
+        if upstream is None:
             return True
-        others = await self._grants.servers_of_issuer(issuer)
-        return any(other.upstream != flow.key.upstream for other in others)
+        confirmed = await self._confirmations.contains(
+            key.account, upstream=upstream.serialized, issuer=key.issuer, sign_in_host=host
+        )
+        if confirmed:
+            return False
+        # It may load the public suffix list, which takes 50 ms.
+        if not await asyncio.to_thread(same_site, upstream.host, host):
+            return True
+        others = await self._grants.servers_of_issuer(key.issuer)
+        return any(other.upstream != key.upstream for other in others)
 
     async def remember(self, flow: Flow) -> None:
         """Remember that a user has confirmed, and has authorized there."""
         key = flow.key
-        await self._confirmations.add(key.account, issuer=key.issuer, sign_in_host=_host(flow), now=self._clock())
+        if key.upstream:
+            await self._confirmations.add(
+                key.account,
+                upstream=key.upstream,
+                issuer=key.issuer,
+                sign_in_host=_host(flow),
+                now=self._clock(),
+            )
 
 
 def _host(flow: Flow) -> str:

@@ -44,7 +44,7 @@ class TokenClient:
         response = await self._requests.post(
             plan.server, plan.registration, url, form, document="device authorization response"
         )
-        with retry_after.heeded(response.headers):
+        with retry_after.attached(response.headers):
             return device_authorization.read_response(
                 response.status,
                 response.headers,
@@ -145,7 +145,7 @@ class TokenClient:
         url, client = source.endpoints.token, source.registration
         response = await self._ask(server, client, url, form, dpop_key=dpop_key)
         resource = dict(form).get("resource", "")
-        with retry_after.heeded(response.headers):
+        with retry_after.attached(response.headers):
             return token_endpoint.read_tokens(
                 response.status,
                 response.headers,

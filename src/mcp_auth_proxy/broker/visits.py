@@ -30,8 +30,8 @@ class LinkVisits:
         """Note that a flow's link is about to be opened in a browser."""
         self._note(flow, awaited=True)
 
-    def goes_on(self, flow: Flow) -> bool:
-        """Return whether a visit goes on directly, and note it.
+    def is_direct(self, flow: Flow) -> bool:
+        """Return whether a visit goes on directly, and note the visit.
 
         A flow that another process has started is ``login``'s, which opens the link as soon as it has one.
         """

@@ -1,12 +1,11 @@
 """``serve``: the proxy in the foreground until a signal ends it."""
 
-import ctypes
 import gc
 import logging
-import platform
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.app import Application, effective_public_url, lifespan
+from mcp_auth_proxy.cli.allocator import returning_memory
 from mcp_auth_proxy.cli.listener import Server, bind, bound
 from mcp_auth_proxy.cli.reloading import reloading
 from mcp_auth_proxy.cli.terminal import complain, say
@@ -23,12 +22,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 20
 
-_M_MMAP_THRESHOLD = -3
-"""mallopt(3)"""
-
-_MMAP_THRESHOLD = 128 * 1024
-"""Bytes from which a block is mapped on its own: the value that glibc starts with."""
-
 
 async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     """Serve until SIGTERM or SIGINT, then drain. Return the exit code. Raises McpAuthProxyError.
@@ -36,7 +29,6 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     ``file`` is what ``settings`` were read from, and is read again when it changes; None if there is no file.
     """
     descriptors.raise_limit()
-    _return_large_blocks()
     if warning := first_contact_warning(settings.servers):
         logger.warning("%s", warning)
     sock, address = bind(settings.listen)
@@ -45,23 +37,13 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
         async with lifespan(settings, address, announce_key=complain) as application:
             lock = serving.hold(settings.store, bound(sock))
             server = Server(application, before_close=lock.release)
-            async with reloading(application, file, stop=server.drain_and_exit):
+            async with returning_memory(), reloading(application, file, stop=server.drain_and_exit):
                 _say_what_is_served(application)
                 # Objects made at start-up are never freed: the garbage collector need not visit them again.
                 gc.collect()
                 gc.freeze()
                 await server.serve(sockets=[sock])
     return 0
-
-
-def _return_large_blocks() -> None:
-    """Let the system have large blocks back when they are freed.
-
-    glibc raises the threshold with each large block that is freed. Request bodies then lie on its heap, and their
-    pages stay with the process.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
 
 
 def _say_what_is_served(application: Application) -> None:

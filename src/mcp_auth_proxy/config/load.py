@@ -22,7 +22,7 @@ from mcp_auth_proxy.config.settings import (
     Settings,
     StoreSettings,
 )
-from mcp_auth_proxy.config.trust import distrust
+from mcp_auth_proxy.config.trust import reason_to_distrust
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 
 FILE_NAME = "mcp-auth-proxy.yaml"
@@ -50,7 +50,7 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
             return path
     here = Path.cwd() / FILE_NAME
     if here.is_file():
-        if problem := distrust(here):
+        if problem := reason_to_distrust(here):
             refusal = (
                 f"{here} was found in the current folder, but {problem}: somebody else may have put it there. "
                 f"If it is yours, name it with --config or ${VARIABLE}"

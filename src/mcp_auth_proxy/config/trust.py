@@ -11,7 +11,7 @@ _MAX_LINKS = 40
 """Symbolic links that are followed, as by Linux."""
 
 
-def distrust(path: Path) -> str | None:
+def reason_to_distrust(path: Path) -> str | None:
     """Return why a file can't be trusted; None if only this user and root can write it or replace it.
 
     The file, its folder, and both for the target of a symbolic link are looked at, but not the folders above.

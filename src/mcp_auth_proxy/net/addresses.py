@@ -158,16 +158,13 @@ class AddressPolicy:
     def check_literal(self, origin: Origin) -> None:
         """Check a host that is an address, for a forward proxy that resolves names itself. Raises AddressRefused.
 
-        ``0x7f.1`` and ``2130706433`` are addresses too, as system resolvers read them.
+        ``0x7f.1``, ``2130706433`` and ``127.0.0.1.`` are addresses too, as system resolvers read them, and so are the
+        names of loopback, which may have no address here.
         """
-        host = address = origin.host
-        if ":" not in host:
-            try:
-                address = socket.inet_ntoa(socket.inet_aton(host))
-            except OSError:
-                return
-        if kind := self.refusal(host, origin.port, address):
-            raise AddressRefused(f"{host} is {address}, a {kind} address")
+        found = literal(origin.host)
+        for address in addresses_of(origin.host) if found is None else (found,):
+            if kind := self.refusal(origin.host, origin.port, str(address)):
+                raise AddressRefused(f"{origin.host} is {address}, a {kind} address")
 
     def refusal(self, host: str, port: int, address: str) -> str:
         """Return the class for which a resolved address must not be dialed; empty if it may be."""

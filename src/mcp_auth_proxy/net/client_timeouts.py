@@ -31,10 +31,12 @@ class KeepAliveTimer:
         if self._timer is None:
             self._timer = self._loop.call_later(self._timeout, self._check)
 
-    def stop(self) -> None:
+    def close(self) -> None:
+        """Stop for good, and release the owner of the callback: it refers to this timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        del self._callback
 
     def _check(self) -> None:
         self._timer = None

@@ -10,9 +10,9 @@ from operator import itemgetter
 from typing import Protocol
 
 from mcp_auth_proxy.net.http_head import Headers
-from mcp_auth_proxy.net.peers import IPAddress, IPNetwork, client_of, holder, is_in, parse_address
+from mcp_auth_proxy.net.peers import IPAddress, IPNetwork, client_of, is_in, limit_key, parse_address
 from mcp_auth_proxy.observability import metrics
-from mcp_auth_proxy.observability.peer_log import PeerLog
+from mcp_auth_proxy.observability.peer_log import PeerLog, RefusalLog
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,10 @@ class ConnectionSlot:
         """Count and log a request that was given up, because it arrived too slowly."""
         self._limits.warn_slow(self.peer)
 
+    def warn_refused(self, status: int, reason: str) -> None:
+        """Log a request that breaks HTTP or a limit."""
+        self._limits.refusals.warn(self.peer, status, reason)
+
 
 class _Group:
     """The connections that share a limit."""
@@ -168,6 +172,7 @@ class ConnectionLimits:
         self._by_address: dict[IPAddress | None, _Group] = {}
         self._full_log = PeerLog()
         self._slow_log = PeerLog()
+        self.refusals = RefusalLog()
 
     def admit(self, peer: str) -> ConnectionSlot | None:
         """Return the place for one more connection from an address, or None if it has to be refused.
@@ -177,7 +182,7 @@ class ConnectionLimits:
         rules = self.rules
         address = parse_address(peer)
         trusted = is_in(address, rules.trusted)
-        key = address if trusted else holder(address)
+        key = address if trusted else limit_key(address)
         group = self._by_address.get(key) or _Group(key)
         if not trusted and len(group.members) >= rules.per_address:
             self._warn_address(address, len(group.members))

@@ -2,6 +2,13 @@
 
 Headers = list[tuple[bytes, bytes]]
 
+HOPS = b"mcp-auth-proxy-hops"
+"""How many proxies of this kind a request has come through. Each writes the field itself: nothing of what came is
+sent on but the number."""
+
+MAX_HOPS = 3
+"""Proxies in a row; a chain of two is usual, and what comes through more goes in a circle."""
+
 
 class Fields:
     """The header fields of a message, without Content-Length.

@@ -34,6 +34,8 @@ request of the fast path fits."""
 _POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
 """The client has closed its side; only Linux tells."""
 
+_TOO_MANY = "too many bytes of further requests before an answer"
+
 _REFUSAL = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
 
 
@@ -117,14 +119,16 @@ class HttpServerConnection(asyncio.Protocol):
         if self._slot is not None:
             self._slot.release()
         self._stop_header_timer()
-        self._keep_alive_timer.stop()
+        self._keep_alive_timer.close()
         self._send_timer.stop()
         if self._lingering is not None:
             self._lingering.stop()
+            self._lingering = None
         for request in self._unfinished:
             request.disconnect()
         self._unfinished.clear()
         self._unserved = self._receiving = None
+        self._pipelined = b""
         self._parser.close()
 
     def pause_writing(self) -> None:
@@ -157,7 +161,7 @@ class HttpServerConnection(asyncio.Protocol):
         except RequestRejected as error:
             if self._unserved is not self._receiving:
                 self._serve_first()
-            self._refuse(error.status)
+            self._refuse(error.status, str(error))
             return
         if self._unserved is not None:
             self._serve_first()
@@ -176,12 +180,12 @@ class HttpServerConnection(asyncio.Protocol):
             self._pipelined += data
             if len(self._pipelined) > MAX_PIPELINED:
                 self._pipelined = b""
-                self._deferred_status = 503
+                self._refuse(503, _TOO_MANY)
             return False
         if self._unfinished[0] is not self._receiving:
             self._read_ahead += len(data)
             if self._read_ahead > MAX_PIPELINED:
-                self._refuse(503)
+                self._refuse(503, _TOO_MANY)
                 return False
         return True
 
@@ -303,10 +307,15 @@ class HttpServerConnection(asyncio.Protocol):
             self._slot.warn_slow()
         self._refuse(408)
 
-    def _refuse(self, status: int) -> None:
-        """Answer in plain text and close. The requests before the refused one are answered first."""
+    def _refuse(self, status: int, reason: str = "") -> None:
+        """Answer in plain text and close. The requests before the refused one are answered first.
+
+        ``reason`` is for the log; empty if the refusal was logged before.
+        """
         if self.transport.is_closing() or self._lingering is not None:
             return
+        if self._slot is not None and reason:
+            self._slot.warn_refused(status, reason)
         refused = self._receiving
         if refused is not None and len(self._unfinished) > 1:
             self._unfinished.pop()

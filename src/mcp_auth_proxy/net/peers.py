@@ -51,7 +51,7 @@ def is_in(address: IPAddress, networks: Collection[IPNetwork]) -> bool:
     return any(address in network for network in networks)
 
 
-def holder(address: IPAddress) -> IPAddress:
+def limit_key(address: IPAddress) -> IPAddress:
     """Return the address to count a peer by: its own, or the first one of its subnet for IPv6."""
     if isinstance(address, IPv4Address):
         return address

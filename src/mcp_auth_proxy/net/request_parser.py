@@ -170,8 +170,11 @@ class RequestParser:
             raise RequestRejected(400, "too many bytes of framing without a byte of body")
 
     def close(self) -> None:
-        """Release llhttp: it refers to bound methods of this object, a cycle that only the garbage collector ends."""
-        del self._parser
+        """Release llhttp, which refers to bound methods of this object, and the handler, which refers to it too.
+
+        Else only the garbage collector would end these cycles, with 64 KiB of an incomplete head in each.
+        """
+        del self._parser, self._events
 
     def _feed(self, data: bytes) -> None:
         while data:

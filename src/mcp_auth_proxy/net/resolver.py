@@ -1,6 +1,6 @@
 """Look up names so that unanswered look-ups delay nobody else.
 
-A look-up is a call of ``getaddrinfo`` in a daemon thread of its own. Only the platform's resolver heeds hosts files,
+A look-up is a call of ``getaddrinfo`` in a daemon thread of its own. Only the platform's resolver knows hosts files,
 search domains and whatever else is configured, and it can't be interrupted: in a pool of threads, such as that of the
 event loop, a few names whose servers do not answer would stop all look-ups, and the end of the process too. Therefore
 look-ups are shared by name, bounded by owner, and never cancelled with a request that waits for them. The last good

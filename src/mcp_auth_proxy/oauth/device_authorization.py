@@ -64,7 +64,8 @@ def read_response(
     """Return the validated device authorization response (RFC 8628 §3.2). Raises as ``token_endpoint.read_answer``.
 
     The verification URIs are shown to the user as links, so they must be https, or http on loopback if
-    ``http_loopback`` is true. ``verification_url`` is Google's name for the member.
+    ``http_loopback`` is true. ``verification_url`` is Google's name for the member. A verification_uri_complete at
+    another origin is ignored.
     """
     answer = token_endpoint.read_answer(
         status,
@@ -89,6 +90,9 @@ def read_response(
                 urls.check(uri, http_loopback=http_loopback)
         except ValueError as problem:
             raise document.refusal(f"{member} can't be used: it {problem}") from None
+    if complete and urls.parse(complete).origin != urls.parse(plain).origin:
+        # The user is shown the plain one, and must not be led elsewhere.
+        complete = ""
     device = DeviceAuthorization(
         device_code=device_code,
         user_code=user_code,

@@ -230,16 +230,44 @@ def require_own_authorization_endpoint(metadata: ServerMetadata, *, server: str)
     if metadata.iss_parameter_supported:
         return
     endpoint = urls.parse(metadata.authorization_endpoint).origin
-    issuer = urls.parse(urls.raw_origin(metadata.issuer)).origin
-    if same_site(endpoint.host, issuer.host):
+    if not same_site(endpoint.host, _issuer_host(metadata)):
+        raise _mixed_up(
+            metadata,
+            f"its authorization_endpoint is at {endpoint.serialized}, on another site than the issuer, and it does not "
+            f"promise iss (RFC 9207 §3)",
+            server=server,
+        )
+
+
+def require_own_device_endpoint(metadata: ServerMetadata, *, server: str) -> None:
+    """Raise DocumentRefused if the device authorization endpoint may be another server's, as above.
+
+    Its device codes are sent to the token endpoint, and there is no ``iss``. Some providers have both endpoints on
+    another site than the issuer.
+    """
+    if metadata.device_authorization_endpoint is None:
         return
-    key = server_key(server, "oauth.issuer")
-    raise DocumentRefused(
+    endpoint = urls.parse(metadata.device_authorization_endpoint).origin
+    token_host = urls.parse(metadata.token_endpoint).origin.host
+    if not any(same_site(endpoint.host, host) for host in (_issuer_host(metadata), token_host)):
+        raise _mixed_up(
+            metadata,
+            f"its device_authorization_endpoint is at {endpoint.serialized}, on another site than the issuer and the "
+            f"token_endpoint",
+            server=server,
+        )
+
+
+def _issuer_host(metadata: ServerMetadata) -> str:
+    return urls.parse(urls.raw_origin(metadata.issuer)).origin.host
+
+
+def _mixed_up(metadata: ServerMetadata, problem: str, *, server: str) -> DocumentRefused:
+    return DocumentRefused(
         SERVER_METADATA,
         metadata.issuer,
-        f"its authorization_endpoint is at {endpoint.serialized}, on another site than the issuer, and it does not "
-        f"promise iss (RFC 9207 §3), so the code of another server might be sent to it; if you know that this is the "
-        f"right authorization server for server {server}, set {key}: {metadata.issuer}",
+        f"{problem}, so the code of another server might be sent to it; if you know that this is the right "
+        f"authorization server for server {server}, set {server_key(server, 'oauth.issuer')}: {metadata.issuer}",
         "RFC 9700 §4.4",
         hint=ConfigHint("oauth.issuer", metadata.issuer),
     )

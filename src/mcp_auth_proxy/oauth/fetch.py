@@ -23,7 +23,7 @@ from mcp_auth_proxy.net import http_response, urls
 from mcp_auth_proxy.net.addresses import AddressPolicy, AddressRefused
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_connection import READ_SIZE, HttpConnection
-from mcp_auth_proxy.net.http_head import encode_head
+from mcp_auth_proxy.net.http_head import HOPS, MAX_HOPS, encode_head
 from mcp_auth_proxy.net.urls import Origin, Url
 
 __all__ = ["AddressPolicy", "Fetcher", "Response"]
@@ -183,6 +183,8 @@ def _request_head(method: str, url: Url, headers: Sequence[tuple[str, str]], bod
         ("Accept-Encoding", "identity"),
         ("User-Agent", "mcp-auth-proxy"),
         ("Connection", "close"),
+        # A document that leads to the endpoint of a proxy would come back here, and wait for itself: it is 508 there.
+        (HOPS.decode(), str(MAX_HOPS)),
         *headers,
     ]
     if body is not None:

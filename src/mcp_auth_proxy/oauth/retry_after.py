@@ -46,21 +46,21 @@ def unavailable(
 ) -> AuthorizationServerUnavailable:
     """Return the error for a response with these headers, whose names are in lower case."""
     error = AuthorizationServerUnavailable(message, maybe_processed=maybe_processed)
-    _heed(error, headers)
+    _attach(error, headers)
     return error
 
 
 @contextmanager
-def heeded(headers: Mapping[str, str]) -> Iterator[None]:
+def attached(headers: Mapping[str, str]) -> Iterator[None]:
     """Add the Retry-After of a response to the error that reading it raises, whatever its status is."""
     try:
         yield
     except AuthorizationError as error:
-        _heed(error, headers)
+        _attach(error, headers)
         raise
 
 
-def _heed(error: AuthorizationError, headers: Mapping[str, str]) -> None:
+def _attach(error: AuthorizationError, headers: Mapping[str, str]) -> None:
     seconds = read(headers.get("retry-after"))
     if seconds:
         error.retry_after = error.server_retry_after = seconds

@@ -1,6 +1,10 @@
 """Warn about clients that attack or misbehave, at a bounded rate: the log must not be what they fill."""
 
+import logging
 import time
+from collections import defaultdict
+
+logger = logging.getLogger(__name__)
 
 INTERVAL = 60.0
 """Seconds in which one client is named once."""
@@ -26,3 +30,15 @@ class PeerLog:
             return False
         self._warned.add(peer)
         return True
+
+
+class RefusalLog:
+    """Warn about requests that break a rule: for each kind of refusal, what ``PeerLog`` allows."""
+
+    def __init__(self) -> None:
+        self._kinds: defaultdict[str, PeerLog] = defaultdict(PeerLog)
+
+    def warn(self, client: str, status: int, reason: str, *, kind: str = "") -> None:
+        """Log why a request of a client is refused. ``kind``: one of few texts; by default the reason is one."""
+        if self._kinds[kind or reason].may_warn(client):
+            logger.warning("client %s sent a request that is refused: %s (%d)", client, reason.rstrip("."), status)

@@ -5,7 +5,6 @@ That is the usual case, and it costs half. If the response is a challenge or a r
 continues from there: nothing is sent twice.
 """
 
-import logging
 import time
 from typing import Literal, Protocol
 
@@ -14,15 +13,12 @@ from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.http_response import Response
-from mcp_auth_proxy.observability.trace import log_extra, trace_id_of
 from mcp_auth_proxy.proxy.headers import encoded_response_fields, response_headers
 from mcp_auth_proxy.proxy.quota import STOPPED
 from mcp_auth_proxy.proxy.routes import Route
-from mcp_auth_proxy.proxy.upstream_client import build_head, failure_kind, is_redirect, note_nonce
+from mcp_auth_proxy.proxy.upstream_client import build_head, is_redirect, note_nonce
 from mcp_auth_proxy.rpc import events
 from mcp_auth_proxy.rpc.messages import needs_inspection
-
-logger = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024
 """Bytes of request body. With a larger one, the cost of a task hardly matters."""
@@ -46,6 +42,9 @@ class FastPathOwner(Protocol):
 
     def release(self, request: "FastPathRequest") -> None:
         """Give back the memory of a request: its body is not needed any more, or its client has read."""
+
+    def broke_off(self, request: "FastPathRequest", error: UpstreamError) -> None:
+        """Count and log a response that ended too early."""
 
     def fall_back(self, request: "FastPathRequest") -> None:
         """Continue in a handler: the response needs more than forwarding."""
@@ -205,9 +204,7 @@ class FastPathRequest:
             self._finish()
             return
         # The head was sent before. Without a final chunk the client notices that the response is incomplete.
-        extra = log_extra(trace_id_of(self.request.headers))
-        logger.warning("server %s: the response broke off: %s", self.route.server.name, error, extra=extra)
-        self.route.metrics.upstream_failed(failure_kind(error))
+        self._owner.broke_off(self, error)
         self._abort()
 
     def _abort(self) -> None:

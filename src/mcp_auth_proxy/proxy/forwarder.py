@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.settings import LimitSettings
+from mcp_auth_proxy.errors import UpstreamError
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
@@ -21,7 +22,7 @@ from mcp_auth_proxy.proxy.headers import is_in_loop
 from mcp_auth_proxy.proxy.quota import MemoryBudget, Quota
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
-from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient, failure_kind
 
 
 class Forwarder:
@@ -134,6 +135,13 @@ class Forwarder:
             self.memory.give_back(fast.route.server.name, fast.kept)
             fast.kept = 0
 
+    def broke_off(self, fast: FastPathRequest, error: UpstreamError) -> None:
+        """Count and log a response of the fast path that ended too early."""
+        server = fast.route.server.name
+        trace_id = trace_id_of(fast.request.headers)
+        self._outages.warn(server, f"the response broke off: {error}", trace_id=trace_id)
+        fast.route.metrics.upstream_failed(failure_kind(error))
+
     def _warn_of_overload(self, server: str, key: str) -> None:
         """Log that requests to a server are refused, and which client has most of what there are too many of."""
         if not self._overloads.is_due(server):
@@ -143,7 +151,7 @@ class Forwarder:
             if handler.route.server.name == server:
                 clients[handler.client] += handler.held if key == "limits.held" else handler.memory.size
         for fast in self.fast_requests:
-            if fast.route.server.name == server:
+            if fast.route.server.name == server and key == "limits.memory":
                 clients[fast.request.client] += fast.size + fast.kept
         client, most = clients.most_common(1)[0] if clients else ("unknown", 0)
         unit = "requests" if key == "limits.held" else "bytes"

@@ -28,13 +28,13 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
-from mcp_auth_proxy.net.http_head import Fields
+from mcp_auth_proxy.net.http_head import HOPS, MAX_HOPS, Fields
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import MAX_BODY, End, FastPathRequest
-from mcp_auth_proxy.proxy.headers import HOPS, MAX_HOPS, is_in_loop, response_headers
+from mcp_auth_proxy.proxy.headers import is_in_loop, response_headers
 from mcp_auth_proxy.proxy.quota import MemoryBudget, Quota, RequestMemory
 from mcp_auth_proxy.proxy.responder import Responder
 from mcp_auth_proxy.proxy.routes import Route
@@ -142,7 +142,8 @@ class RequestHandler:
     def _note_break(self, error: McpAuthProxyError) -> None:
         server = self.route.server.name
         if isinstance(error, UpstreamError):
-            logger.warning("server %s: the response broke off: %s", server, error, extra=self._log_extra)
+            reason = f"the response broke off: {error}"
+            self._context.outages.warn(server, reason, trace_id=self._responder.trace_id)
             self.route.metrics.upstream_failed(failure_kind(error))
         elif isinstance(error, Overloaded):
             self._context.overloaded(server, error.key)

@@ -6,14 +6,7 @@ Heads are built from scratch, from the fields that may be forwarded, so nothing 
 
 from collections.abc import Iterable
 
-from mcp_auth_proxy.net.http_head import Fields, Headers, check_lines, encode_fields
-
-HOPS = b"mcp-auth-proxy-hops"
-"""How many proxies of this kind a request has come through. Each writes the field itself: nothing of what came is
-sent on but the number."""
-
-MAX_HOPS = 3
-"""Proxies in a row; a chain of two is usual, and what comes through more goes in a circle."""
+from mcp_auth_proxy.net.http_head import HOPS, MAX_HOPS, Fields, Headers, check_lines, encode_fields
 
 _COUNTS = {b"%d" % count: count for count in range(MAX_HOPS)}
 
@@ -25,34 +18,66 @@ _HOP_BY_HOP = frozenset(
 _NOT_FORWARDED = _HOP_BY_HOP | {
     b"authorization",
     b"cf-connecting-ip",
+    b"cf-connecting-ipv6",
+    b"client-ip",
     b"cookie",
     b"cookie2",
     b"dpop",
     b"expect",
+    b"fastly-client-ip",
     b"forwarded",
+    b"forwarded-for",
     b"host",
     b"http2-settings",
     HOPS,
     b"origin",
+    b"remote-addr",
     b"remote-user",
     b"true-client-ip",
+    b"x-authenticated-user",
+    b"x-azure-clientip",
     b"x-client-ip",
+    b"x-cluster-client-ip",
+    b"x-envoy-external-address",
+    b"x-forwarded",
+    b"x-originating-ip",
     b"x-real-ip",
+    b"x-remote-addr",
+    b"x-remote-ip",
     b"x-remote-user",
+    b"x-webauth-user",
     # They would replace the target or the method, which the proxy has checked.
+    b"x-envoy-original-path",
     b"x-http-method",
     b"x-http-method-override",
     b"x-method-override",
+    b"x-original-host",
+    b"x-original-method",
     b"x-original-uri",
     b"x-original-url",
     b"x-rewrite-url",
 }
-"""Fields that are meant for the proxy, or that a client cannot be trusted with. Also ``x-forwarded-*``, ``x-ssl-*``."""
+"""Fields that are meant for the proxy, or that a client can't be trusted with. Also those that begin as one of
+``_NOT_FORWARDED_PREFIXES``."""
 
 _DROPPED_UNCHECKED = _NOT_FORWARDED - {b"connection"}
 """The fields that are dropped whatever their value is."""
 
-_NOT_FORWARDED_PREFIXES = (b"proxy-", b"x-forwarded-", b"x-ssl-")
+_NOT_FORWARDED_PREFIXES = (
+    b"proxy-",
+    b"ssl-client-",
+    b"wl-proxy-",
+    b"x-accel-",
+    b"x-amzn-oidc-",
+    b"x-client-cert",
+    b"x-forwarded-",
+    b"x-goog-authenticated-user-",
+    b"x-ms-client-principal",
+    b"x-sendfile",
+    b"x-ssl-",
+)
+"""What a web server or cloud platform before the upstream says of a client and its certificate. ``x-accel-mapping`` and
+``x-sendfile-type`` tell an application how to let the web server send a file."""
 
 _FORWARDED_UNCHECKED = frozenset(
     {
@@ -93,7 +118,7 @@ _NOT_RETURNED = _HOP_BY_HOP | {
     b"strict-transport-security",
 }
 
-_NOT_RETURNED_PREFIXES = (b"proxy-", b"x-accel-", b"x-lighttpd-", b"x-reproxy-", b"x-sendfile")
+_NOT_RETURNED_PREFIXES = (b"proxy-", b"x-accel-", b"x-lighttpd-", b"x-litespeed-", b"x-reproxy-", b"x-sendfile")
 """All but the first are commands to a web server in front of the proxy: to send one of its files, or the response of
 another address, instead of this response."""
 

@@ -16,7 +16,7 @@ AUTHORIZATION_REQUIRED = -32001
 """The proxy's own code, from the range left to implementations: a user has to authorize, or could not."""
 
 UPSTREAM_FAILED = -32002
-"""The proxy's own code: the upstream server, or its authorization server, cannot be used now."""
+"""The proxy's own code: the upstream server, or its authorization server, can't be used now."""
 
 JSON_HEADERS = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
 """The headers of every JSON answer of the proxy's own."""

@@ -48,7 +48,7 @@ def decode(data: bytes) -> Any:
 
 def encode(value: object) -> bytes:
     """Return a value as JSON. Raises ValueError for infinities and NaN, RecursionError if it is nested too deep."""
-    # ASCII: an id or argument may hold half a surrogate pair, which JSON can express and UTF-8 cannot.
+    # ASCII: an id or argument may hold half a surrogate pair, which JSON can express and UTF-8 can't.
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 

@@ -169,7 +169,7 @@ def _message(item: Json) -> Message:
     identifier = item.get("id")
     usable = isinstance(identifier, (str, int, float)) and not isinstance(identifier, bool)
     if isinstance(identifier, float):
-        # A number too large for a float is read as infinity, which JSON cannot express.
+        # A number too large for a float is read as infinity, which JSON can't express.
         usable = math.isfinite(identifier)
     return Message(
         method=method if isinstance(method, str) else "",

@@ -1,7 +1,7 @@
 """Seal secrets with AES-256-GCM, each bound to its place in the store (table, row, column).
 
 A sealed value is ``version (1) | key id (4) | nonce (12) | ciphertext and tag``, in bytes. The associated data covers
-version, key id and place, so a value that was moved, or whose key id was changed, cannot be decrypted.
+version, key id and place, so a value that was moved, or whose key id was changed, can't be decrypted.
 """
 
 import base64
@@ -71,7 +71,7 @@ def load_key(source: KeySource, environ: Mapping[str, str] = os.environ, *, priv
     except KeyError:
         raise KeyRejected(f"The store key {source} is not set; {_MAKE}") from None
     except OSError as error:
-        raise KeyRejected(f"The store key {source} cannot be read ({error.strerror}).") from None
+        raise KeyRejected(f"The store key {source} can't be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         text = ""
     text = text.strip()
@@ -164,7 +164,7 @@ class Cipher:
             return key.decrypt(nonce, content, _place(version, table, row, column, key_id)).decode()
         except (InvalidTag, UnicodeDecodeError):
             raise DecryptionError(
-                f"{place} cannot be decrypted: it was damaged, or moved there from elsewhere."
+                f"{place} can't be decrypted: it was damaged, or moved there from elsewhere."
             ) from None
 
 

@@ -1,4 +1,4 @@
-"""What a user has confirmed: to be sent by this server to sign in at this host, for this issuer."""
+"""What a user has confirmed: to be sent by the server at this origin to sign in at this host, for this issuer."""
 
 from mcp_auth_proxy.models import Account
 from mcp_auth_proxy.store.codec import account_params
@@ -12,12 +12,12 @@ _TABLE = "confirmations"
 _FIND = """
     SELECT * FROM confirmations
     WHERE principal = :principal AND account = :account AND server = :server
-        AND issuer = :issuer AND sign_in_host = :sign_in_host
+        AND upstream = :upstream AND issuer = :issuer AND sign_in_host = :sign_in_host
 """
 _ADD = """
-    INSERT INTO confirmations (uid, principal, account, server, issuer, sign_in_host, confirmed_at, seal)
-    VALUES (:uid, :principal, :account, :server, :issuer, :sign_in_host, :confirmed_at, :seal)
-    ON CONFLICT (principal, account, server, issuer, sign_in_host) DO UPDATE SET
+    INSERT INTO confirmations (uid, principal, account, server, upstream, issuer, sign_in_host, confirmed_at, seal)
+    VALUES (:uid, :principal, :account, :server, :upstream, :issuer, :sign_in_host, :confirmed_at, :seal)
+    ON CONFLICT (principal, account, server, upstream, issuer, sign_in_host) DO UPDATE SET
         uid = excluded.uid, confirmed_at = excluded.confirmed_at, seal = excluded.seal
 """
 # The new one is kept whatever the times of the others are: they may be forged, or from before the clock was set back.
@@ -31,29 +31,30 @@ _FORGET_OLD = """
 
 
 class Confirmations:
-    """The confirmations in the store. Every method raises StoreUnavailable if the store cannot be used now."""
+    """The confirmations in the store. Every method raises StoreUnavailable if the store can't be used now."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def add(self, account: Account, *, issuer: str, sign_in_host: str, now: float) -> None:
+    async def add(self, account: Account, *, upstream: str, issuer: str, sign_in_host: str, now: float) -> None:
         """Remember a confirmation, at ``now`` (Unix seconds); it replaces an earlier one of the same.
 
+        ``upstream``: the origin of the server, because a name may later be configured for another server.
         All but the newest KEPT_CONFIRMATIONS of the account are deleted.
         """
         uid = new_uid()
-        columns = {**_params(account, issuer, sign_in_host), "confirmed_at": now}
+        columns = {**_params(account, upstream, issuer, sign_in_host), "confirmed_at": now}
         seal = RowCipher(self._engine.cipher, _TABLE, uid).seal_row(columns)
         async with self._engine.transaction() as transaction:
             await transaction.execute(_ADD, {"uid": uid, **columns, SEAL: seal})
             kept = {**account_params(account), "uid": uid, "kept": KEPT_CONFIRMATIONS}
             await transaction.execute(_FORGET_OLD, kept)
 
-    async def contains(self, account: Account, *, issuer: str, sign_in_host: str) -> bool:
+    async def contains(self, account: Account, *, upstream: str, issuer: str, sign_in_host: str) -> bool:
         """Return whether this was confirmed. A row that was changed in the store counts as missing."""
-        rows = await self._engine.fetch_all(_FIND, _params(account, issuer, sign_in_host))
-        return bool(intact_rows(self._engine, _TABLE, rows))
+        asked = _params(account, upstream, issuer, sign_in_host)
+        return bool(await intact_rows(self._engine, _TABLE, await self._engine.fetch_all(_FIND, asked), asked))
 
 
-def _params(account: Account, issuer: str, sign_in_host: str) -> Columns:
-    return {**account_params(account), "issuer": issuer, "sign_in_host": sign_in_host}
+def _params(account: Account, upstream: str, issuer: str, sign_in_host: str) -> Columns:
+    return {**account_params(account), "upstream": upstream, "issuer": issuer, "sign_in_host": sign_in_host}

@@ -71,7 +71,7 @@ class Engine(Protocol):
         """Check that the database can be written now. After a failed write this includes a write. See the class."""
 
     def report_broken(self, table: str, uid: str, problem: Exception) -> None:
-        """Log, once for each row, that it is skipped because it cannot be decrypted or decoded."""
+        """Log, once for each row, that it is skipped because it can't be decrypted or decoded."""
 
     async def close(self) -> None:
         """Close the database once a running transaction has ended. May be called again."""

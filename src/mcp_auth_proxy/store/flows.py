@@ -4,7 +4,7 @@ from mcp_auth_proxy.models import Account, Attempt, Flow, FlowStatus
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.codec import account_params, attempt_columns, flow_columns, read_attempt, read_flow
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
-from mcp_auth_proxy.store.sealed_rows import SEAL, RowCipher, change_row, decode_rows, intact_rows, new_uid
+from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, change_row, decode_rows, intact_rows, new_uid
 
 KEPT_ATTEMPTS = 500
 """The number of attempts that are kept for one flow: the oldest half, and the newest.
@@ -119,7 +119,7 @@ _DELETE_ATTEMPTS = "DELETE FROM attempts WHERE flow_id = :id"
 
 
 class Flows:
-    """The flows in the store. Every method raises StoreUnavailable if the store cannot be used now."""
+    """The flows in the store. Every method raises StoreUnavailable if the store can't be used now."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -137,17 +137,19 @@ class Flows:
             await transaction.execute(_FORGET_OLD_IN_ALL, {**new, "kept": KEPT_IN_ALL})
 
     async def get(self, flow_id: str) -> Flow | None:
-        """Return a flow, whatever its status is; None if it is gone or cannot be decrypted."""
-        return self._flow(await self._engine.fetch_all(_BY_ID, {"id": flow_id}))
+        """Return a flow, whatever its status is; None if it is gone or can't be decrypted."""
+        asked: Columns = {"id": flow_id}
+        return await self._flow(await self._engine.fetch_all(_BY_ID, asked), asked)
 
     async def live(self, account: Account, now: float) -> Flow | None:
         """Return the newest flow of an account that still waits for its user at ``now`` (Unix seconds), or None."""
-        return self._flow(await self._engine.fetch_all(_LIVE, {**account_params(account), "now": now}))
+        asked = account_params(account)
+        return await self._flow(await self._engine.fetch_all(_LIVE, {**asked, "now": now}), asked)
 
     async def devices(self, now: float) -> list[Flow]:
         """Return the flows that still wait for a user on another device, oldest first."""
         rows = await self._engine.fetch_all(_DEVICES, {"now": now})
-        return decode_rows(self._engine, "flows", rows, read_flow)
+        return await decode_rows(self._engine, "flows", rows, {}, read_flow)
 
     async def claim_poll(self, flow_id: str, *, owner: str, now: float, next_poll_at: float) -> bool:
         """Make ``owner`` (from ``lease.new_owner``) the only process that polls for a flow, until ``next_poll_at``.
@@ -156,7 +158,7 @@ class Flows:
         end the grant if a device code is sent again after it was exchanged for tokens.
         """
         async with self._engine.transaction() as transaction:
-            rows = self._intact(await transaction.execute(_POLL, {"id": flow_id, "now": now}))
+            rows = await self._intact(await transaction.execute(_POLL, {"id": flow_id, "now": now}), {"id": flow_id})
             if not rows:
                 return False
             holder = rows[0]["poll_owner"]
@@ -187,22 +189,24 @@ class Flows:
         Return None if it is unknown, used or expired, or if its flow is no longer pending.
         """
         async with self._engine.transaction() as transaction:
-            taken = self._attempts(await transaction.execute(_TAKE_ATTEMPT, {"state_hash": state_hash, "now": now}))
+            rows = await transaction.execute(_TAKE_ATTEMPT, {"state_hash": state_hash, "now": now})
+            taken = await self._attempts(rows, state_hash)
             if not taken:
                 return None
-            flow = self._flow(await transaction.execute(_BY_ID, {"id": taken[0].flow_id}))
+            asked: Columns = {"id": taken[0].flow_id}
+            flow = await self._flow(await transaction.execute(_BY_ID, asked), asked)
         return None if flow is None else (flow, taken[0])
 
     async def find_attempt(self, state_hash: str) -> tuple[Flow, Attempt] | None:
         """Return the unused attempt of a state and its flow, even if they have expired, without using it up."""
-        found = self._attempts(await self._engine.fetch_all(_ATTEMPT, {"state_hash": state_hash}))
+        found = await self._attempts(await self._engine.fetch_all(_ATTEMPT, {"state_hash": state_hash}), state_hash)
         flow = await self.get(found[0].flow_id) if found else None
         return None if flow is None else (flow, found[0])
 
     async def finish(self, flow_id: str, status: FlowStatus, reason: str = "") -> bool:
         """End a pending flow and delete its attempts. Return False if it was not pending."""
         async with self._engine.transaction() as transaction:
-            rows = self._intact(await transaction.execute(_PENDING, {"id": flow_id}))
+            rows = await self._intact(await transaction.execute(_PENDING, {"id": flow_id}), {"id": flow_id})
             for row in rows:
                 await self._finish(transaction, row, status, reason)
         return bool(rows)
@@ -213,7 +217,8 @@ class Flows:
         Flows that are done are included: a second browser may be finishing one of them.
         """
         async with self._engine.transaction() as transaction:
-            for row in self._intact(await transaction.execute(_OF_ACCOUNT, account_params(account))):
+            asked = account_params(account)
+            for row in await self._intact(await transaction.execute(_OF_ACCOUNT, asked), asked):
                 await self._finish(transaction, row, FlowStatus.FAILED, CANCELLED)
 
     async def _finish(self, transaction: Transaction, row: Row, status: FlowStatus, reason: str) -> None:
@@ -227,11 +232,11 @@ class Flows:
             await transaction.execute("DELETE FROM attempts WHERE expires_at <= :now", {"now": now})
             await transaction.execute("DELETE FROM flows WHERE expires_at <= :then", {"then": now - KEPT_SECONDS})
 
-    def _intact(self, rows: list[Row]) -> list[Row]:
-        return intact_rows(self._engine, "flows", rows)
+    async def _intact(self, rows: list[Row], asked: Columns) -> list[Row]:
+        return await intact_rows(self._engine, "flows", rows, asked)
 
-    def _flow(self, rows: list[Row]) -> Flow | None:
-        return next(iter(decode_rows(self._engine, "flows", rows, read_flow)), None)
+    async def _flow(self, rows: list[Row], asked: Columns) -> Flow | None:
+        return next(iter(await decode_rows(self._engine, "flows", rows, asked, read_flow)), None)
 
-    def _attempts(self, rows: list[Row]) -> list[Attempt]:
-        return decode_rows(self._engine, "attempts", rows, read_attempt)
+    async def _attempts(self, rows: list[Row], state_hash: str) -> list[Attempt]:
+        return await decode_rows(self._engine, "attempts", rows, {"state_hash": state_hash}, read_attempt)

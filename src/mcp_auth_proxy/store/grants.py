@@ -6,15 +6,17 @@ that they start from, so a process that comes late changes nothing.
 
 from dataclasses import replace
 
+from mcp_auth_proxy.errors import StoreUnavailable
 from mcp_auth_proxy.models import Account, FlowStatus, Grant, GrantKey, TokenSet
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.codec import account_params, grant_columns, key_columns, read_grant, token_columns
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
-from mcp_auth_proxy.store.sealed_rows import SEAL, RowCipher, change_row, decode_rows, intact_rows, new_uid
+from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, change_row, decode_rows, intact_rows, new_uid
 
 SUPERSEDED = "A newer authorization has replaced it."
 
 _TABLE = "grants"
+_UNIQUE = ("principal", "account", "server", "resource", "issuer")
 _NO_REFRESH = {"refresh_begun_at": None, "refresh_owner": ""}
 _ADD = """
     INSERT INTO grants (
@@ -85,28 +87,29 @@ _RELEASE = """
 
 
 class Grants:
-    """The grants in the store. Every method raises StoreUnavailable if the store cannot be used now."""
+    """The grants in the store. Every method raises StoreUnavailable if the store can't be used now."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     async def current(self, account: Account) -> Grant | None:
         """Return the newest grant that has not ended, or None."""
-        rows = await self._engine.fetch_all(_CURRENT, account_params(account))
-        return next(iter(self._read(rows)), None)
+        asked = account_params(account)
+        return next(iter(await self._read(await self._engine.fetch_all(_CURRENT, asked), asked)), None)
 
     async def get(self, grant_id: int) -> Grant | None:
-        """Return a grant, ended or not; None if it is gone or cannot be decrypted."""
-        rows = await self._engine.fetch_all(_BY_ID, {"id": grant_id})
-        return next(iter(self._read(rows)), None)
+        """Return a grant, ended or not; None if it is gone or can't be decrypted."""
+        asked: Columns = {"id": grant_id}
+        return next(iter(await self._read(await self._engine.fetch_all(_BY_ID, asked), asked)), None)
 
     async def all(self) -> list[Grant]:
         """Return every grant that can be decrypted, ended ones too, oldest first."""
-        return self._read(await self._engine.fetch_all(_ALL))
+        return await self._read(await self._engine.fetch_all(_ALL), {})
 
     async def servers_of_issuer(self, issuer: str) -> list[GrantKey]:
         """Return the keys of all grants of an issuer that have not ended, whoever's and for whichever server."""
-        return [grant.key for grant in self._read(await self._engine.fetch_all(_OF_ISSUER, {"issuer": issuer}))]
+        asked: Columns = {"issuer": issuer}
+        return [grant.key for grant in await self._read(await self._engine.fetch_all(_OF_ISSUER, asked), asked)]
 
     async def add(self, grant: Grant) -> Grant:
         """Store a new grant durably, and return it with its id and version.
@@ -123,7 +126,8 @@ class Grants:
         Return None, and store nothing, if the flow was cancelled meanwhile, has failed or is gone.
         """
         async with self._engine.transaction() as transaction:
-            flows = intact_rows(self._engine, "flows", await transaction.execute(_FLOW, {"id": flow_id}))
+            asked: Columns = {"id": flow_id}
+            flows = await intact_rows(self._engine, "flows", await transaction.execute(_FLOW, asked), asked)
             if not flows:
                 return None
             await change_row(self._engine, transaction, "flows", flows[0], {"status": str(FlowStatus.DONE)})
@@ -132,20 +136,24 @@ class Grants:
 
     async def _add(self, transaction: Transaction, grant: Grant) -> Grant:
         key = key_columns(grant.key)
-        before = self._intact(await transaction.execute(_SAME, key))
+        same = {name: key[name] for name in _UNIQUE}
+        before = await self._intact(await transaction.execute(_SAME, same), same)
         if before:
             grant = replace(grant, version=before[0]["version"] + 1)
         else:
             # A row that is not as it was sealed must not lend its id and version to the new one.
-            await transaction.execute(_DELETE_SAME, key)
+            await transaction.execute(_DELETE_SAME, same)
         uid = new_uid()
         cipher = RowCipher(self._engine.cipher, _TABLE, uid)
         columns = grant_columns(grant, cipher)
-        (row,) = await transaction.execute(_ADD, {"uid": uid, **columns})
+        rows = await transaction.execute(_ADD, {"uid": uid, **columns})
+        if not rows:
+            raise StoreUnavailable("The store has not kept a new grant: a trigger of somebody else is in its way.")
+        row = rows[0]
         columns["id"] = row["id"]
         await transaction.execute(_SEAL, {"uid": uid, SEAL: cipher.seal_row(columns)})
-        others = {**account_params(grant.key.account), "id": row["id"]}
-        for other in self._intact(await transaction.execute(_OTHERS, others)):
+        asked = account_params(grant.key.account)
+        for other in await self._intact(await transaction.execute(_OTHERS, {**asked, "id": row["id"]}), asked):
             await self._end(transaction, other, now=grant.granted_at, reason=SUPERSEDED)
         return replace(grant, id=row["id"], refresh_begun_at=None, refresh_owner="", ended_at=None, ended_reason="")
 
@@ -156,7 +164,8 @@ class Grants:
         alive has begun a refresh.
         """
         async with self._engine.transaction() as transaction:
-            rows = self._intact(await transaction.execute(_LIVE, {"id": grant_id, "version": version}))
+            asked: Columns = {"id": grant_id, "version": version}
+            rows = await self._intact(await transaction.execute(_LIVE, asked), asked)
             if not rows:
                 return False
             row = rows[0]
@@ -170,14 +179,15 @@ class Grants:
         """Store the result of a refresh durably. Return None if another owner took over or the grant has ended."""
         values: dict[str, object] = {"id": grant_id, "version": version, "owner": owner}
         async with self._engine.transaction() as transaction:
-            rows = self._intact(await transaction.execute(_HELD, values))
+            asked: Columns = {"id": grant_id, "version": version}
+            rows = await self._intact(await transaction.execute(_HELD, values), asked)
             if not rows:
                 return None
             columns = token_columns(tokens, RowCipher(self._engine.cipher, _TABLE, rows[0]["uid"]))
             changes = {**columns, "version": version + 1, **_NO_REFRESH}
             await change_row(self._engine, transaction, _TABLE, rows[0], changes)
             rows = await transaction.execute(_BY_ID, {"id": grant_id})
-        return next(iter(self._read(rows)), None)
+        return next(iter(await self._read(rows, {"id": grant_id})), None)
 
     async def release_refresh(self, grant_id: int, *, version: int, owner: str) -> None:
         """Undo ``begin_refresh`` after a refresh that is known not to have been processed."""
@@ -190,7 +200,8 @@ class Grants:
         Return False if it has another version by now or has ended already.
         """
         async with self._engine.transaction() as transaction:
-            rows = self._intact(await transaction.execute(_LIVE, {"id": grant_id, "version": version}))
+            asked: Columns = {"id": grant_id, "version": version}
+            rows = await self._intact(await transaction.execute(_LIVE, asked), asked)
             for row in rows:
                 await self._end(transaction, row, now=now, reason=reason)
         return bool(rows)
@@ -199,14 +210,14 @@ class Grants:
         """Delete all grants of an account, and return those that can be decrypted."""
         async with self._engine.transaction() as transaction:
             rows = await transaction.execute(_DELETE, account_params(account))
-        return self._read(rows)
+        return await self._read(rows, account_params(account))
 
     async def _end(self, transaction: Transaction, row: Row, *, now: float, reason: str) -> None:
         changes = {"ended_at": now, "ended_reason": reason, **_NO_REFRESH}
         await change_row(self._engine, transaction, _TABLE, row, changes)
 
-    def _intact(self, rows: list[Row]) -> list[Row]:
-        return intact_rows(self._engine, _TABLE, rows)
+    async def _intact(self, rows: list[Row], asked: Columns) -> list[Row]:
+        return await intact_rows(self._engine, _TABLE, rows, asked)
 
-    def _read(self, rows: list[Row]) -> list[Grant]:
-        return decode_rows(self._engine, _TABLE, rows, read_grant)
+    async def _read(self, rows: list[Row], asked: Columns) -> list[Grant]:
+        return await decode_rows(self._engine, _TABLE, rows, asked, read_grant)

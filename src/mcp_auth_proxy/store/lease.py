@@ -29,7 +29,7 @@ def is_held(owner: str, begun_at: float, now: float) -> bool:
     """Return whether a refresh that ``owner`` began at ``begun_at`` (Unix seconds) may still be running.
 
     A lease of a dead process on this machine is free at once: servers accept the previous refresh token for a few
-    seconds only, so its successor cannot wait. Of a process on another machine only the age of the lease is known.
+    seconds only, so its successor can't wait. Of a process on another machine only the age of the lease is known.
     """
     # abs(): after the clock was set back, a lease from the future must not last as long as the clock was off.
     if abs(now - begun_at) > LONGEST:

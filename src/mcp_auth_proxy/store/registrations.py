@@ -3,7 +3,7 @@
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Registration
 from mcp_auth_proxy.store.codec import read_registration, registration_columns
 from mcp_auth_proxy.store.engine import Engine, Row
-from mcp_auth_proxy.store.sealed_rows import SEAL, RowCipher, decode_rows, intact_rows, new_uid
+from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, decode_rows, intact_rows, new_uid
 
 KEPT_REGISTRATIONS = 20
 """The number of registrations that are kept for one server, which may name a new issuer whenever it is asked.
@@ -55,7 +55,7 @@ _BOUND = "SELECT * FROM client_bindings WHERE server = :server AND client_id = :
 
 
 class Registrations:
-    """The registrations in the store. Every method raises StoreUnavailable if the store cannot be used now.
+    """The registrations in the store. Every method raises StoreUnavailable if the store can't be used now.
 
     ``account`` is the name of an account of the server (``models.Account.name``).
     """
@@ -66,10 +66,11 @@ class Registrations:
     async def find(
         self, server: str, issuer: str, redirect_uri: str, *, account: str = DEFAULT_ACCOUNT
     ) -> Registration | None:
-        """Return the registration for a redirect URI; None if there is none or it cannot be decrypted."""
+        """Return the registration for a redirect URI; None if there is none or it can't be decrypted."""
         values = {"server": server, "issuer": issuer, "account": account, "redirect_uri": redirect_uri}
         rows = await self._engine.fetch_all(_FIND, values)
-        return next(iter(decode_rows(self._engine, _TABLE, rows, read_registration)), None)
+        asked = {"server": server, "issuer": issuer, "account": account, "client_redirect_uri": redirect_uri}
+        return next(iter(await decode_rows(self._engine, _TABLE, rows, asked, read_registration)), None)
 
     async def save(self, registration: Registration) -> None:
         """Store a registration; it replaces the one for the same server, issuer, account and redirect URI.
@@ -101,8 +102,8 @@ class Registrations:
 
     async def bound_issuer(self, server: str, client_id: str) -> str | None:
         """Return the issuer that ``bind_client`` has bound a configured client to; None if it was never used."""
-        rows = await self._engine.fetch_all(_BOUND, {"server": server, "client_id": client_id})
-        return self._issuer(rows)
+        asked: Columns = {"server": server, "client_id": client_id}
+        return await self._issuer(await self._engine.fetch_all(_BOUND, asked), asked)
 
     async def bind_client(self, server: str, client_id: str, issuer: str) -> str:
         """Bind a configured client to ``issuer`` unless it is bound, and return the issuer that it is bound to.
@@ -112,10 +113,11 @@ class Registrations:
         uid, columns = new_uid(), {"server": server, "client_id": client_id, "issuer": issuer}
         seal = RowCipher(self._engine.cipher, _BINDINGS, uid).seal_row(columns)
         async with self._engine.transaction() as transaction:
-            bound = self._issuer(await transaction.execute(_BOUND, {"server": server, "client_id": client_id}))
+            asked: Columns = {"server": server, "client_id": client_id}
+            bound = await self._issuer(await transaction.execute(_BOUND, asked), asked)
             if bound is None:
                 await transaction.execute(_BIND, {"uid": uid, **columns, SEAL: seal})
         return bound or issuer
 
-    def _issuer(self, bindings: list[Row]) -> str | None:
-        return next((str(row["issuer"]) for row in intact_rows(self._engine, _BINDINGS, bindings)), None)
+    async def _issuer(self, bindings: list[Row], asked: Columns) -> str | None:
+        return next((str(row["issuer"]) for row in await intact_rows(self._engine, _BINDINGS, bindings, asked)), None)

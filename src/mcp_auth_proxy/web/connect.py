@@ -20,6 +20,8 @@ REFRESH = 5
 REDIRECTED = "redirected"
 """Query parameter of a link that was redirected to another host name, so that this happens only once."""
 
+MAX_LINK = 500
+"""Characters of the path and query of a link that is redirected, which repeats them. Ours are shorter."""
 
 NOT_CONFIRMED = (
     "This was not sent by the page of this link in this browser, or the browser keeps no cookies. Open the link again, "
@@ -96,6 +98,7 @@ def _is_other_loopback_name(request: Request, public_url: str) -> bool:
         and urls.is_loopback(here)
         and urls.is_loopback(public)
         and REDIRECTED not in request.query_params
+        and len(request.url.path) + len(request.url.query) <= MAX_LINK
     )
 
 

@@ -224,7 +224,7 @@ async def test_an_acknowledged_grant_survives_a_kill(tmp_path: Path) -> None:  #
 
 async def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreUnavailable, match="cannot be created"):
+    with pytest.raises(StoreUnavailable, match="can't be created"):
         await open_store(store_settings(tmp_path / "file" / "folder"))
 
 

@@ -22,7 +22,7 @@ from mcp_auth_proxy.store.sqlite.paths import connection_uri
 def make_backup(path: Path, schema: int) -> Path:
     """Copy a store of the given schema, and return the path of the copy. The caller must keep others from writing.
 
-    Raises StoreUnavailable if the copy cannot be made; nothing is left of it then.
+    Raises StoreUnavailable if the copy can't be made; nothing is left of it then.
     """
     draft = files.temporary_path(path)
     try:

@@ -30,7 +30,7 @@ BUSY_TIMEOUT = 5.0
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
 _OLDEST_SQLITE = (3, 35, 0)  # RETURNING
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def obtain_keys(
@@ -53,7 +53,7 @@ def obtain_keys(
             files.make_folder(default.parent)
             created = default if generate_key_file(default) else None
     for warning in key_warnings(settings):
-        _log.warning("%s", warning)
+        logger.warning("%s", warning)
     return load_keys(settings, environ), created
 
 
@@ -80,7 +80,7 @@ def inspect(path: Path, cipher: Cipher) -> int:
         with path.open("rb") as file:
             head = file.read(_HEADER_BYTES)
     except OSError as error:
-        raise StoreUnavailable(f"The store {path} cannot be read ({error.strerror}).") from None
+        raise StoreUnavailable(f"The store {path} can't be read ({error.strerror}).") from None
     if len(head) < _HEADER_BYTES or not head.startswith(_MAGIC):
         raise StoreRejected(
             f"{path} is not a store: it is not an SQLite database, or it was cut off. It was left as it is. "
@@ -177,8 +177,10 @@ def _create(path: Path, cipher: Cipher) -> None:
 
 def _update(path: Path, cipher: Cipher) -> None:
     def back_up(version: int) -> None:
+        # Again: nobody else can write from now on, and the schema may have been changed since the store was inspected.
+        _check_keys(path, cipher, key_checks.read_all(connection), version)
         backup = make_backup(path, version)
-        _log.info("store: migrating from schema %d to %d; a copy was kept: %s", version, newest, backup)
+        logger.info("store: migrating from schema %d to %d; a copy was kept: %s", version, newest, backup)
 
     newest = len(schema.MIGRATIONS)
     with _writing(path), translated(path):
@@ -200,4 +202,4 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreUnavailable(f"{path} cannot be created or written ({error.strerror}).") from None
+        raise StoreUnavailable(f"{path} can't be created or written ({error.strerror}).") from None

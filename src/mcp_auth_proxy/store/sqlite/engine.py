@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,10 +30,14 @@ _PROBE = """
     INSERT INTO meta (name, value) VALUES ('probe', :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value
 """
 _QUEUE_TIMEOUT = 10.0
+_STATEMENT_TIMEOUT = 8.0
+"""Seconds. Our statements take milliseconds, or BUSY_TIMEOUT; a view in place of a table may never end."""
+
+_STEPS_BETWEEN_CHECKS = 100_000
 _MIN_FREE_BYTES = 256 * 1024
 # Whoever can write to the store can make broken rows without end, which must fill neither the log nor the memory.
-_MAX_REPORTED = 1000
-_log = logging.getLogger(__name__)
+_MAX_REPORTED = 20
+logger = logging.getLogger(__name__)
 
 
 class SqliteEngine:
@@ -45,6 +50,7 @@ class SqliteEngine:
         self._lock = asyncio.Lock()
         self._identity = _identity(path)
         self._data_version = 0
+        self._statement_begun_at = 0.0
         self._closed = False
         self._last_write_failed = False
         self._reported: set[tuple[str, str]] = set()
@@ -56,12 +62,13 @@ class SqliteEngine:
         """Open, create or migrate the store; see ``store.open_store``."""
         keys, created = await asyncio.to_thread(obtain_keys, settings, environ)
         if created is not None:
-            announce(f"A new store key was made: {created}. Back it up: without it the store cannot be opened.")
+            announce(f"A new store key was made: {created}. Back it up: without it the store can't be opened.")
         cipher = Cipher(keys)
         await asyncio.to_thread(prepare, settings.path, cipher)
         connection = await _connect(settings.path, connection_uri(settings.path, "rw"))
         try:
             engine = cls(connection, settings.path, cipher)
+            await connection.set_progress_handler(engine._is_overdue, _STEPS_BETWEEN_CHECKS)
             for pragma in _PRAGMAS:
                 await engine._run(pragma)
             await engine.changed()
@@ -137,11 +144,13 @@ class SqliteEngine:
                 await _uninterrupted(self._roll_back())
 
     def report_broken(self, table: str, uid: str, problem: Exception) -> None:
-        """Log, once for each row, that it is skipped because it cannot be decrypted or decoded."""
+        """Log, once for each row, that it is skipped because it can't be decrypted or decoded."""
         if (table, uid) not in self._reported and len(self._reported) < _MAX_REPORTED:
             self._reported.add((table, uid))
             metrics.store_failures.labels("decryption").inc()
-            _log.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
+            logger.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
+            if len(self._reported) == _MAX_REPORTED:
+                logger.warning("store: more rows that are skipped are not logged until the proxy is started again")
 
     @asynccontextmanager
     async def _exclusive(self) -> AsyncIterator[None]:
@@ -165,8 +174,13 @@ class SqliteEngine:
     async def _run(self, sql: str, params: Params = NO_PARAMS) -> list[Row]:
         if self._closed:
             raise StoreUnavailable("The store is closed: the proxy is shutting down.")
+        self._statement_begun_at = time.monotonic()
         with translated(self._path):
             return list(await self._connection.execute_fetchall(sql, params))
+
+    def _is_overdue(self) -> bool:
+        """Return whether SQLite must interrupt the running statement. Called in the thread of the connection."""
+        return time.monotonic() > self._statement_begun_at + _STATEMENT_TIMEOUT
 
     async def _commit(self) -> None:
         try:
@@ -183,7 +197,7 @@ class SqliteEngine:
         try:
             await self._run("ROLLBACK")
         except (sqlite3.Error, StoreUnavailable) as error:
-            _log.debug("store: nothing rolled back (%s)", error)
+            logger.debug("store: nothing rolled back (%s)", error)
 
     def _check_file(self) -> None:
         if _identity(self._path) != self._identity:
@@ -191,7 +205,7 @@ class SqliteEngine:
 
     def _check_space(self) -> None:
         if not os.access(self._path, os.W_OK):
-            raise StoreUnavailable(f"The store {self._path} cannot be written: its file is read-only.")
+            raise StoreUnavailable(f"The store {self._path} can't be written: its file is read-only.")
         if shutil.disk_usage(self._path.parent).free < _MIN_FREE_BYTES:
             raise StoreUnavailable(f"The disk of the store {self._path} is full. Free some space.")
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mcp_auth_proxy.errors import StoreUnavailable
+from mcp_auth_proxy.errors import StoreUnavailable, excerpt
 from mcp_auth_proxy.observability import metrics
 
 _LOCKED = "The store {path} is locked by another process. Wait for that process or end it, then try again."
-_READ_ONLY = "The store {path} cannot be written. Make the file and its folder writable for this user."
+_READ_ONLY = "The store {path} can't be written. Make the file and its folder writable for this user."
 _DAMAGED = "The store {path} is damaged. Put a backup in its place."
 _MESSAGES = {
     sqlite3.SQLITE_BUSY: _LOCKED,
@@ -20,10 +20,16 @@ _MESSAGES = {
     sqlite3.SQLITE_FULL: "The disk of the store {path} is full. Free some space.",
     sqlite3.SQLITE_IOERR: "Could not read or write the store {path} ({name}). Check the disk and its free space.",
     sqlite3.SQLITE_CANTOPEN: "Could not open the store {path}. Check the permissions of the file and its folder.",
+    sqlite3.SQLITE_INTERRUPT: "The store {path} did not answer in time. Put a backup in its place if this lasts.",
     sqlite3.SQLITE_NOMEM: "There is not enough memory to use the store {path}.",
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
     sqlite3.SQLITE_NOTADB: _DAMAGED,
 }
+_FOREIGN_TABLES = (
+    "The store {path} can't be used: its tables are not as mcp-auth-proxy has made them ({reason}). Put a backup in "
+    "its place."
+)
+_TABLES = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -40,11 +46,16 @@ def unavailable(path: Path, error: sqlite3.Error) -> StoreUnavailable | None:
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Raise StoreUnavailable for SQLite errors that the environment causes; let other errors pass."""
+    """Raise StoreUnavailable for SQLite errors that the environment causes; let other errors pass.
+
+    The environment includes who writes to the store without us: a column or a table is gone, or a trigger objects.
+    """
     try:
         yield
     except sqlite3.Error as error:
         translation = unavailable(path, error)
+        if _primary(error) in _TABLES:
+            translation = StoreUnavailable(_FOREIGN_TABLES.format(path=path, reason=excerpt(str(error))))
         if translation is None:
             raise
         metrics.store_failures.labels("unavailable").inc()

@@ -11,9 +11,9 @@ _KEY_ROWS = "key:"
 
 
 def read_all(connection: sqlite3.Connection) -> dict[str, bytes]:
-    """Return the checks, by the id of their key."""
+    """Return the checks, by the id of their key. Somebody else's program may have put anything into their columns."""
     rows = connection.execute("SELECT name, value FROM meta").fetchall()
-    return {name.removeprefix(_KEY_ROWS): value for name, value in rows if name.startswith(_KEY_ROWS)}
+    return {str(name).removeprefix(_KEY_ROWS): value for name, value in rows if str(name).startswith(_KEY_ROWS)}
 
 
 def open_with(cipher: Cipher, checks: Mapping[str, bytes], *, version: int) -> bool:

@@ -144,7 +144,7 @@ _UPSTREAM_ORIGINS = (
     "ALTER TABLE flows ADD COLUMN upstream TEXT",
 )
 
-# One principal may use a server with several accounts. SQLite cannot change a UNIQUE or PRIMARY KEY constraint, so
+# One principal may use a server with several accounts. SQLite can't change a UNIQUE or PRIMARY KEY constraint, so
 # grants and registrations are rebuilt: https://www.sqlite.org/lang_altertable.html#otheralter
 _ACCOUNTS = (
     """
@@ -266,11 +266,12 @@ _SEALED_ROWS = (
         principal TEXT NOT NULL,
         account TEXT NOT NULL,
         server TEXT NOT NULL,
+        upstream TEXT NOT NULL,
         issuer TEXT NOT NULL,
         sign_in_host TEXT NOT NULL,
         confirmed_at DOUBLE PRECISION NOT NULL,
         seal BLOB NOT NULL,
-        PRIMARY KEY (principal, account, server, issuer, sign_in_host)
+        PRIMARY KEY (principal, account, server, upstream, issuer, sign_in_host)
     )
     """,
     seal_rows,

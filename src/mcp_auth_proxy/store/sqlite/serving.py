@@ -18,7 +18,7 @@ from mcp_auth_proxy.store import files
 
 _SUFFIX = ".serving"
 _MAX_BYTES = 512
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class ServingLock:
@@ -35,7 +35,7 @@ class ServingLock:
             _remove_leftovers(store)
             self._descriptor = _lock(self._path, _content(store, address))
         except OSError as error:
-            _log.warning(
+            logger.warning(
                 "store: %s can't be made and locked (%s), so `login` can't tell that this proxy is running",
                 self._path,
                 error.strerror,
@@ -136,4 +136,4 @@ def _remove_leftovers(store: Path) -> None:
                     path.unlink(missing_ok=True)
         except OSError as error:
             # Another user's file, or a link: it is believed by nobody.
-            _log.debug("store: %s was not removed (%s)", path, error.strerror)
+            logger.debug("store: %s was not removed (%s)", path, error.strerror)
