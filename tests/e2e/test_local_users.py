@@ -168,7 +168,8 @@ async def test_login_believes_one_of_several_replicas_that_serves_its_store_at_t
 ) -> None:
     upstream = await servers.mcp_server(protected=False)
     config = write_config(tmp_path, {"open": upstream.url})
-    async with proxy_process(config, listen="0.0.0.0:0") as first, proxy_process(config) as second:
+    anonymous = proxy_process(config, "--allow-anonymous", listen="0.0.0.0:0")
+    async with anonymous as first, proxy_process(config) as second:
         for host, proxy in (("127.0.0.1", first), ("0.0.0.0", first), ("localhost", second)):
             port = proxy.origin.rpartition(":")[2]
             config = write_config(tmp_path, {"open": upstream.url}, listen=f"{host}:{port}")
