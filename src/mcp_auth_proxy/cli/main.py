@@ -60,7 +60,7 @@ def settings_from(
 ) -> "Settings":
     """Return the settings of the configuration file, or those for one URL. Raises ConfigurationError.
 
-    For all commands but ``serve``, which listens and keeps the file. ``secrets_of``: the servers whose secrets are needed, None for all.
+    Not for ``serve``, which listens. ``secrets_of``: the servers whose secrets are needed, None for all.
     """
     from mcp_auth_proxy.config import load as config
 
