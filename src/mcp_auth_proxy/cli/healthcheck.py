@@ -27,10 +27,10 @@ def problem_at(address: Address) -> str | None:
         if response.status == 200:
             return None
         return f"http://{address}/readyz answered {response.status} ({_reason(response.read(_MAX_BODY))})"
-    except OSError as error:
-        return f"http://{address}/readyz can't be reached: {error.strerror or error}"
     except http.client.HTTPException:
         return f"http://{address}/readyz gave no proper HTTP response"
+    except OSError as error:
+        return f"http://{address}/readyz can't be reached: {error.strerror or error}"
     finally:
         connection.close()
 

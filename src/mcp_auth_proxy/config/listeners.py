@@ -60,6 +60,8 @@ def probed(path: Path) -> Address:
         document = parse(path.read_bytes())
     except OSError as error:
         raise ConfigurationError([ConfigError("", f"{path} can't be read ({error.strerror})")]) from None
+    except ConfigurationError as error:
+        raise ConfigurationError(error.errors, str(path)) from None
     context = Context({}, path.parent)
     section = Section(document.content, "", context)
     listen = read_listen(section, None)
