@@ -6,6 +6,7 @@ import pytest
 
 from mcp_auth_proxy.config.listeners import probed
 from mcp_auth_proxy.config.load import load, single
+from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.errors import ConfigurationError
 
@@ -51,6 +52,14 @@ def test_commands_that_do_not_listen_need_no_leave(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("listen: 0.0.0.0:8787\n" + SERVERS)
     assert load(path, environ={}).listen == Address("0.0.0.0", 8787)
+
+
+def test_a_reload_needs_it_too(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("listen: 0.0.0.0:8787\n" + SERVERS)
+    with pytest.raises(ConfigurationError, match=r"inbound\.allow_anonymous"):
+        ConfigFile(path, environ={}).read()
+    assert ConfigFile(path, environ={}, allow_anonymous=True).read().listen == Address("0.0.0.0", 8787)
 
 
 def test_one_url_needs_the_flag() -> None:
