@@ -123,7 +123,7 @@ def cli() -> None:
 @config_option
 @click.option("--listen", metavar="HOST:PORT", help="Address to listen on. Overrides the configuration.")
 @click.option(
-    "--allow-anonymous", is_flag=True, help="Listen beyond loopback, as inbound.allow_anonymous in the configuration."
+    "--allow-anonymous", is_flag=True, help="Listen beyond loopback, as with inbound.allow_anonymous. Default: off."
 )
 @click.option("--access-log", is_flag=True, help="Log each finished request. At level debug it is always on.")
 @log_options
