@@ -39,6 +39,7 @@ RUN stdlib="$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 COPY --from=build /app /app
 ENV PATH=/app/bin:$PATH \
     HOME=/data \
+    MCP_AUTH_PROXY_CONFIG=/etc/mcp-auth-proxy/config.yaml \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 WORKDIR /data
@@ -48,4 +49,4 @@ EXPOSE 8787
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s --retries=3 CMD ["mcp-auth-proxy", "healthcheck"]
 ENTRYPOINT ["mcp-auth-proxy"]
-CMD ["serve", "--config", "/etc/mcp-auth-proxy/config.yaml"]
+CMD ["serve"]

@@ -26,6 +26,7 @@ PARTS = {
     "debootstrap": ("debootstrap",),
     "envoy": ("envoy",),
     "helm": ("helm",),
+    "iproute2": ("ip",),
     "nginx": ("nginx",),
     "systemd": ("systemd-analyze",),
     "wrk": ("wrk",),

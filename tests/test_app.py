@@ -15,7 +15,7 @@ from fakes.proxy import running_proxy, until
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, answers, ok
 from mcp_auth_proxy import app
-from mcp_auth_proxy.app import Announcer, Application, effective_public_url, lifespan, reachable
+from mcp_auth_proxy.app import Announcer, Application, effective_public_url, lifespan
 from mcp_auth_proxy.config.changes import compare
 from mcp_auth_proxy.config.settings import (
     Address,
@@ -24,6 +24,7 @@ from mcp_auth_proxy.config.settings import (
     LimitSettings,
     ServerSettings,
     Settings,
+    reachable,
 )
 from mcp_auth_proxy.errors import StoreRejected
 from mcp_auth_proxy.models import DeviceAuthorization

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mcp_auth_proxy.broker import Broker, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
-from mcp_auth_proxy.config.settings import Address, LimitSettings, Settings
+from mcp_auth_proxy.config.settings import Address, LimitSettings, Settings, reachable
 from mcp_auth_proxy.models import Flow
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
@@ -49,12 +49,6 @@ def effective_public_url(settings: Settings, listening: Address) -> str:
     return f"http://{reachable(listening)}"
 
 
-def reachable(listening: Address) -> Address:
-    """Return the address to connect to from this machine: a wildcard address becomes loopback."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listening.host, listening.host)
-    return Address(host, listening.port)
-
-
 @dataclass(slots=True, kw_only=True)
 class Application:
     """A running proxy, without its listener."""
@@ -70,6 +64,7 @@ class Application:
     http: HttpClient
     forwarder: Forwarder
     router: Router
+    site: Site
 
     def apply(self, change: SettingsChange) -> None:
         """Hand each section of a changed configuration to its owner. Active requests keep the old one."""
@@ -177,6 +172,7 @@ async def lifespan(
             http=http,
             forwarder=forwarder,
             router=router,
+            site=site,
         )
 
 

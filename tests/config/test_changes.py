@@ -34,6 +34,8 @@ BASE = Settings(
 
 RESTART = {
     "listen": replace(BASE, listen=Address("127.0.0.1", 8788)),
+    "health_listen": replace(BASE, health_listen=Address("0.0.0.0", 8788)),
+    "health_quit": replace(BASE, health_quit=True),
     "public_url": replace(BASE, public_url="https://proxy.example"),
     "store.url": replace(BASE, store=replace(BASE.store, path=Path("/x/other.db"))),
     "store.keys": replace(
@@ -54,6 +56,7 @@ APPLIED = {
     "limits.connections": replace(BASE, limits=LimitSettings(connections=1)),
     "limits.connections_per_address": replace(BASE, limits=LimitSettings(connections_per_address=1)),
     "inbound.trusted_proxies": replace(BASE, inbound=InboundSettings(trusted_proxies=(IPv4Network("10.0.0.0/8"),))),
+    "inbound.allow_anonymous": replace(BASE, inbound=InboundSettings(allow_anonymous=True)),
     "inbound.allowed_hosts": replace(BASE, inbound=InboundSettings(allowed_hosts=("proxy.example",))),
 }
 

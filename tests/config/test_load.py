@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_auth_proxy.config.load import find, load, single
+from mcp_auth_proxy.config.load import load, single
+from mcp_auth_proxy.config.location import find
 from mcp_auth_proxy.config.servers import RESERVED
 from mcp_auth_proxy.config.settings import Address, KeySource, LimitSettings, Settings
 from mcp_auth_proxy.errors import ConfigurationError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fakes.other_users import NOBODY, as_root
-from mcp_auth_proxy.config.load import find
+from mcp_auth_proxy.config.location import find
 from mcp_auth_proxy.config.trust import reason_to_distrust
 from mcp_auth_proxy.errors import ConfigurationError
 

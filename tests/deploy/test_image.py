@@ -1,10 +1,12 @@
 """The image as it is built and run: read-only, without /tmp and capabilities, as its own user and as any other."""
 
+import asyncio
 import os
 from pathlib import Path
 
 import pytest
 
+from bench.processes import free_port
 from fakes.container import CREATED, REVISION, Image, Mount, image
 from fakes.fixtures import Servers
 from fakes.headless import consent
@@ -37,6 +39,13 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
+def health_command(built: Image) -> list[str]:
+    """Return the arguments that HEALTHCHECK gives to the program."""
+    kind, program, *arguments = built.config["Healthcheck"]["Test"]
+    assert (kind, [program]) == ("CMD", built.config["Entrypoint"])
+    return [str(argument) for argument in arguments]
+
+
 @pytest.mark.parametrize("user", [None, ANY_UID], ids=["its own user", "any user"])
 async def test_a_consent_and_a_call(
     built: Image, servers: Servers, tmp_path: Path, data: Path, user: str | None
@@ -47,6 +56,7 @@ async def test_a_consent_and_a_call(
         tmp_path,
         {"notes": upstream.url},
         authorization={"wait": "0s"},
+        health_listen=f"127.0.0.1:{free_port()}",
         store={"url": "sqlite:////data/mcp-auth-proxy.db"},
     )
     config.chmod(0o644)
@@ -57,6 +67,10 @@ async def test_a_consent_and_a_call(
         page = await consent(link_in((await client.call("echo")).message))
         assert page.status_code == 200, page.text
         assert (await client.call("echo", text="in the image")).text == "in the image"
+        checked = await asyncio.to_thread(built.run, *health_command(built), user=user, mounts=mounts)
+        assert (checked.returncode, checked.stdout) == (0, "ready\n"), checked.stderr
+    checked = await asyncio.to_thread(built.run, *health_command(built), user=user, mounts=mounts)
+    assert (checked.returncode, checked.stderr.count("\n")) == (1, 1), checked.stderr
     uid = int((user or built.config["User"]).partition(":")[0])
     assert {file.stat().st_uid for file in data.iterdir()} == {uid}
 

@@ -29,6 +29,8 @@ class Sections(TypedDict, total=False):
     """The sections of a configuration file besides ``servers`` and ``listen``, with values as in YAML."""
 
     public_url: str
+    health_listen: str
+    health_quit: bool
     upstream_timeout: str
     store: Mapping[str, object]
     authorization: Mapping[str, object]

@@ -31,6 +31,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "net/dial.py": "the one dialer",
         "cli/demo_servers/": "sockets that listen, and a free port",
         "cli/listener.py": "the socket that listens",
+        "cli/notify.py": "a datagram to the service manager",
         "net/addresses.py": "a datagram socket that sends nothing, to ask the system for a route",
     },
     "the environment's forward proxy": {"net/forward_proxy.py": "the one reading"},
@@ -38,7 +39,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "loopback addresses": {
         "net/urls.py": "the one is_loopback",
         "net/addresses.py": "one of the classes of addresses, in a table of them all",
-        "app.py": "the address that stands for a wildcard",
+        "config/settings.py": "the address that stands for a wildcard",
         "cli/demo_servers/": "the demo's servers share nothing with the proxy that they show",
     },
 }

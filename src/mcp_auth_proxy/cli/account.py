@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from mcp_auth_proxy.app import Application, lifespan, reachable
+from mcp_auth_proxy.app import Application, lifespan
 from mcp_auth_proxy.broker import (
     Connection,
     ConnectionState,
@@ -22,7 +22,7 @@ from mcp_auth_proxy.broker import (
 )
 from mcp_auth_proxy.cli.listener import bind, in_numbers, listening
 from mcp_auth_proxy.cli.terminal import complain, say, say_json
-from mcp_auth_proxy.config.settings import ServerSettings, Settings
+from mcp_auth_proxy.config.settings import ServerSettings, Settings, reachable
 from mcp_auth_proxy.errors import (
     MAX_MESSAGE,
     AddressInUse,

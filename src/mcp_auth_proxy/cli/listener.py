@@ -16,9 +16,11 @@ from mcp_auth_proxy.cli.notify import READY, STOPPING, notify
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.errors import AddressInUse, McpAuthProxyError
 from mcp_auth_proxy.net.acceptor import Acceptor
-from mcp_auth_proxy.net.connection_limits import ConnectionSlot
+from mcp_auth_proxy.net.client_request import RequestServer
+from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules, ConnectionSlot
 from mcp_auth_proxy.net.http_server import HttpServerConnection
 from mcp_auth_proxy.observability import metrics
+from mcp_auth_proxy.web.health import HealthEndpoints
 
 BACKLOG = 2048
 FLUSH_TIMEOUT = 1.0
@@ -28,8 +30,15 @@ KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than most clients keep theirs."""
 
 
-def bind(address: Address) -> tuple[socket.socket, Address]:
-    """Return a listening socket and its address, with the real port. Raises AddressInUse, McpAuthProxyError."""
+HEALTH_RULES = ConnectionRules(16, 16, keys=("health_listen", "health_listen"))
+"""Connections of probes. They have places of their own: a proxy that is full of clients is not to be restarted."""
+
+
+def bind(address: Address, *, chosen_by: str = "--listen or the key 'listen'") -> tuple[socket.socket, Address]:
+    """Return a listening socket and its address, with the real port. Raises AddressInUse, McpAuthProxyError.
+
+    ``chosen_by`` says in an error how to choose another address.
+    """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -41,7 +50,7 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
         if error.errno == errno.EADDRINUSE:
             raise AddressInUse(
                 f"{address} is taken by another program, maybe another mcp-auth-proxy. End that one, or choose "
-                f"another address with --listen or the key 'listen'."
+                f"another address with {chosen_by}."
             ) from None
         raise McpAuthProxyError(f"Can't listen on {address}: {error.strerror or error}.") from None
     sock.setblocking(False)
@@ -64,29 +73,21 @@ def in_numbers(address: Address) -> Address:
 class Server(uvicorn.Server):
     """Run uvicorn, but drain first on SIGTERM. The listener stays open meanwhile, so that probes see 503."""
 
-    def __init__(self, application: Application, *, before_close: Callable[[], None] | None = None) -> None:
-        """``before_close`` is called while the port is still bound."""
+    def __init__(
+        self,
+        application: Application,
+        *,
+        health: socket.socket | None = None,
+        before_close: Callable[[], None] | None = None,
+    ) -> None:
+        """``health`` is the second listening socket; ``before_close`` is called while the ports are still bound."""
         self._application = application
+        self._health = health
         self._before_close = before_close
         self._drain: asyncio.Task[None] | None = None
         self._signals = 0
         self._acceptors: list[Acceptor] = []
-        super().__init__(
-            uvicorn.Config(
-                cast(Any, application.router),  # our connections take a RequestServer, not an ASGI application
-                interface="asgi3",
-                http=HttpServerConnection,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                date_header=False,
-                timeout_keep_alive=KEEP_ALIVE,
-                timeout_graceful_shutdown=5,
-            )
-        )
+        super().__init__(_config(application.router))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; a second signal ends the active requests, a third exits at once."""
@@ -114,6 +115,9 @@ class Server(uvicorn.Server):
         """Begin to accept connections, and to count them. ``sockets`` are listening."""
         for sock in sockets or []:
             self._acceptors.append(Acceptor(sock, self._application.connections, self._connection))
+        if self._health is not None:
+            limits = ConnectionLimits(HEALTH_RULES)
+            self._acceptors.append(Acceptor(self._health, limits, self._health_connections()))
         self.servers = []
         self.started = True
         connections = self.server_state.connections
@@ -136,9 +140,32 @@ class Server(uvicorn.Server):
     def _connection(self, slot: ConnectionSlot) -> HttpServerConnection:
         return HttpServerConnection(self.config, self.server_state, {}, slot=slot)
 
+    def _health_connections(self) -> Callable[[ConnectionSlot], HttpServerConnection]:
+        application = self._application
+        on_quit = self.drain_and_exit if application.settings.health_quit else None
+        config = _config(HealthEndpoints(application.site.health_routes(), on_quit=on_quit))
+        return lambda slot: HttpServerConnection(config, self.server_state, {}, slot=slot)
+
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+
+def _config(server: RequestServer) -> uvicorn.Config:
+    return uvicorn.Config(
+        cast(Any, server),  # our connections take a RequestServer, not an ASGI application
+        interface="asgi3",
+        http=HttpServerConnection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=5,
+    )
 
 
 @asynccontextmanager

@@ -1,6 +1,5 @@
 """The command line: finds the configuration, runs a command, turns errors into one line and an exit code."""
 
-import asyncio
 import io
 import logging
 import os
@@ -8,18 +7,19 @@ import sys
 from collections.abc import Callable, Collection, Coroutine
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import uvloop
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.cli.hardening import protect_process
 from mcp_auth_proxy.cli.terminal import complain, say
-from mcp_auth_proxy.config import load as config
-from mcp_auth_proxy.config.settings import Settings
+from mcp_auth_proxy.config import location
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, KeyRejected, McpAuthProxyError
 from mcp_auth_proxy.observability import logs
+
+if TYPE_CHECKING:
+    from mcp_auth_proxy.config.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -55,22 +55,27 @@ def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def settings_from(
     config_file: str | None,
     url: str | None = None,
-    listen: str | None = None,
     *,
     secrets_of: Collection[str] | None = None,
-) -> Settings:
+) -> "Settings":
     """Return the settings of the configuration file, or those for one URL. Raises ConfigurationError.
 
-    ``secrets_of``: the servers whose secrets are needed, None for all.
+    Not for ``serve``, which listens. ``secrets_of``: the servers whose secrets are needed, None for all.
     """
+    from mcp_auth_proxy.config import load as config
+
     if url is not None:
-        if config_file is not None:
-            raise click.UsageError("Give a URL or --config, not both.")
-        return config.single(url, environ=os.environ, listen=listen)
+        _refuse_both(config_file)
+        return config.single(url, environ=os.environ)
     path = config_path(config_file)
-    settings = config.load(path, environ=os.environ, listen=listen, secrets_of=secrets_of)
+    settings = config.load(path, environ=os.environ, secrets_of=secrets_of)
     name_file(path)
     return settings
+
+
+def _refuse_both(config_file: str | None) -> None:
+    if config_file is not None:
+        raise click.UsageError("Give a URL or --config, not both.")
 
 
 def name_file(path: Path) -> None:
@@ -83,14 +88,14 @@ def name_file(path: Path) -> None:
 
 def config_path(config_file: str | None) -> Path:
     """Return the configuration file to read. Raises ConfigurationError if there is none."""
-    path = config.find(config_file, os.environ)
+    path = location.find(config_file, os.environ)
     if path is not None:
         return path
     ways = "Use --config FILE, create mcp-auth-proxy.yaml in this folder"
     command = click.get_current_context().info_name
     last = (
         "set $MCP_AUTH_PROXY_CONFIG."
-        if command == "check"
+        if command in ("check", "healthcheck")
         else f"give the URL of a server: mcp-auth-proxy {command} {EXAMPLE}"
     )
     raise ConfigurationError([ConfigError("", f"No configuration was found. {ways}, or {last}")])
@@ -98,6 +103,10 @@ def config_path(config_file: str | None) -> Path:
 
 def run(work: Coroutine[Any, Any, int]) -> None:
     """Run the coroutine of a command on uvloop, and exit with its result."""
+    import asyncio
+
+    import uvloop
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(work)
     sys.exit(code)
@@ -113,17 +122,22 @@ def cli() -> None:
 @click.argument("url", required=False)
 @config_option
 @click.option("--listen", metavar="HOST:PORT", help="Address to listen on. Overrides the configuration.")
+@click.option(
+    "--allow-anonymous", is_flag=True, help="Listen beyond loopback, as with inbound.allow_anonymous. Default: off."
+)
 @click.option("--access-log", is_flag=True, help="Log each finished request. At level debug it is always on.")
 @log_options
-def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
+def serve(url: str | None, config_file: str | None, listen: str | None, allow_anonymous: bool) -> None:
     """Run the proxy for the configured servers, or for the server at URL."""
     from mcp_auth_proxy.cli.serve import serve_forever
+    from mcp_auth_proxy.config import load as config
     from mcp_auth_proxy.config.reload import ConfigFile
 
     if url is not None:
-        run(serve_forever(settings_from(config_file, url, listen), None))
+        _refuse_both(config_file)
+        run(serve_forever(config.single(url, listen=listen, allow_anonymous=allow_anonymous), None))
         return
-    file = ConfigFile(config_path(config_file), environ=os.environ, listen=listen)
+    file = ConfigFile(config_path(config_file), listen=listen, allow_anonymous=allow_anonymous)
     settings = file.read()
     name_file(file.path)
     run(serve_forever(settings, file))
@@ -133,17 +147,39 @@ def serve(url: str | None, config_file: str | None, listen: str | None) -> None:
 @config_option
 def check(config_file: str | None) -> None:
     """Validate the configuration and print all errors at once."""
+    from mcp_auth_proxy.config import load as config
     from mcp_auth_proxy.config.oauth import first_contact_warning
     from mcp_auth_proxy.store.cipher import key_errors, key_warnings
 
     path = config_path(config_file)
-    settings = config.load(path, environ=os.environ)
+    settings = config.load(path, environ=os.environ, allow_anonymous=False)
     errors = key_errors(settings.store)
     if errors:
         raise ConfigurationError(errors, str(path))
     for warning in filter(None, [first_contact_warning(settings.servers), *key_warnings(settings.store)]):
         complain(f"warning: {warning}")
     say(f"{path}: valid, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
+
+
+@cli.command()
+@config_option
+def healthcheck(config_file: str | None) -> None:
+    """Ask the proxy that runs with this configuration whether it is ready.
+
+    The exit code is 0 if it is, else 1, with one line that says why.
+    """
+    from mcp_auth_proxy.cli.healthcheck import problem_at
+    from mcp_auth_proxy.config.listeners import probed
+
+    try:
+        problem = problem_at(probed(config_path(config_file)))
+    except ConfigurationError as error:
+        # Docker reserves every other code than 0 and 1.
+        problem = f"{error.source}: {error.errors[0]}" if error.source else str(error.errors[0])
+    if problem is not None:
+        complain(f"error: {problem}")
+        sys.exit(1)
+    say("ready")
 
 
 @cli.command()
@@ -239,7 +275,7 @@ def service_status() -> None:
     sys.exit(service.status())
 
 
-def _settings_for(server: str | None, config_file: str | None, *, secrets: bool = True) -> Settings:
+def _settings_for(server: str | None, config_file: str | None, *, secrets: bool = True) -> "Settings":
     # Secrets of other servers may exist only in the environment of the service, and are not needed here.
     secrets_of = (server,) if secrets and server is not None else ()
     return settings_from(config_file, server if server and "://" in server else None, secrets_of=secrets_of)

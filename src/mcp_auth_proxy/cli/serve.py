@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from contextlib import ExitStack
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.app import Application, effective_public_url, lifespan
@@ -12,7 +13,7 @@ from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
-from mcp_auth_proxy.config.settings import Settings
+from mcp_auth_proxy.config.settings import Settings, reachable
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.resolver import Resolver
@@ -31,14 +32,21 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     descriptors.raise_limit()
     if warning := first_contact_warning(settings.servers):
         logger.warning("%s", warning)
-    sock, address = bind(settings.listen)
-    with sock:
+    with ExitStack() as sockets:
+        sock, address = bind(settings.listen)
+        sockets.enter_context(sock)
+        health = None
+        if settings.health_listen is not None:
+            health, health_address = bind(settings.health_listen, chosen_by="the key 'health_listen'")
+            sockets.enter_context(health)
         await loops.check(settings, address, effective_public_url(settings, address), resolver=Resolver())
         async with lifespan(settings, address, announce_key=complain) as application:
             lock = serving.hold(settings.store, bound(sock))
-            server = Server(application, before_close=lock.release)
+            server = Server(application, health=health, before_close=lock.release)
             async with returning_memory(), reloading(application, file, stop=server.drain_and_exit):
                 _say_what_is_served(application)
+                if health is not None:
+                    logger.info("/healthz, /readyz and /metrics are also at http://%s", reachable(health_address))
                 # Objects made at start-up are never freed: the garbage collector need not visit them again.
                 gc.collect()
                 gc.freeze()

@@ -169,7 +169,7 @@ def status() -> int:
 def _config_errors(config_file: Path) -> list[ConfigError]:
     """Return what is wrong with the configuration, apart from credentials that exist only inside of the service."""
     try:
-        config.load(config_file, environ=os.environ, secrets_of=())
+        config.load(config_file, environ=os.environ, allow_anonymous=False, secrets_of=())
     except ConfigurationError as error:
         return [problem for problem in error.errors if str(CREDENTIALS) not in problem.problem]
     return []

@@ -7,6 +7,8 @@ from mcp_auth_proxy.config.settings import ServerSettings, Settings
 
 _RESTART: Mapping[str, Callable[[Settings], object]] = {
     "listen": lambda settings: settings.listen,
+    "health_listen": lambda settings: settings.health_listen,
+    "health_quit": lambda settings: settings.health_quit,
     "public_url": lambda settings: settings.public_url,
     "store.url": lambda settings: settings.store.path,
     # A default follows the store.
@@ -29,6 +31,7 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "limits.connections_per_address": lambda settings: settings.limits.connections_per_address,
     "inbound.allowed_hosts": lambda settings: settings.inbound.allowed_hosts,
     "inbound.trusted_proxies": lambda settings: settings.inbound.trusted_proxies,
+    "inbound.allow_anonymous": lambda settings: settings.inbound.allow_anonymous,
 }
 """The keys besides ``servers`` that a running proxy applies."""
 
@@ -77,7 +80,15 @@ def compare_servers(old: Mapping[str, ServerSettings], new: Mapping[str, ServerS
 def compare(old: Settings, new: Settings) -> SettingsChange:
     """Return the changes that take a running proxy from ``old`` to ``new``."""
     return SettingsChange(
-        settings=replace(new, listen=old.listen, public_url=old.public_url, store=old.store, outbound=old.outbound),
+        settings=replace(
+            new,
+            listen=old.listen,
+            health_listen=old.health_listen,
+            health_quit=old.health_quit,
+            public_url=old.public_url,
+            store=old.store,
+            outbound=old.outbound,
+        ),
         servers=compare_servers(old.servers, new.servers),
         applied=_different(_APPLIED, old, new),
         needs_restart=_different(_RESTART, old, new),

@@ -1,4 +1,4 @@
-"""Find the configuration and turn file, environment and flags into Settings. All errors are reported at once."""
+"""Turn file, environment and flags into Settings. All errors are reported at once."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -7,12 +7,12 @@ from typing import Literal
 
 import platformdirs
 
-from mcp_auth_proxy.config import loops, values
+from mcp_auth_proxy.config import listeners, loops, values
 from mcp_auth_proxy.config.document import Document, parse
+from mcp_auth_proxy.config.location import APP
 from mcp_auth_proxy.config.reader import NOT_YET, Context, Section
 from mcp_auth_proxy.config.servers import read_servers, read_single
 from mcp_auth_proxy.config.settings import (
-    Address,
     AuthorizationSettings,
     InboundSettings,
     KeySource,
@@ -22,43 +22,11 @@ from mcp_auth_proxy.config.settings import (
     Settings,
     StoreSettings,
 )
-from mcp_auth_proxy.config.trust import reason_to_distrust
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 
-FILE_NAME = "mcp-auth-proxy.yaml"
-VARIABLE = "MCP_AUTH_PROXY_CONFIG"
-
-_APP = "mcp-auth-proxy"
-_LISTEN = Address("127.0.0.1", 8787)
 _UPSTREAM_TIMEOUT = ServerSettings(name="", url="").upstream_timeout
 _STORE = "sqlite:///mcp-auth-proxy.db"
 _BROWSER: Mapping[str, Literal["auto", "always", "never"]] = {"auto": "auto", "always": "always", "never": "never"}
-
-
-def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the file to read; None if there is none.
-
-    In order: ``--config``, ``$MCP_AUTH_PROXY_CONFIG``, ``./mcp-auth-proxy.yaml``, the platform's configuration folder.
-    Raises ConfigurationError if a file given by flag or variable does not exist, and if others could have put the one
-    in the current folder there: it decides where tokens are sent.
-    """
-    for text, origin in ((explicit, "--config"), (environ.get(VARIABLE), f"${VARIABLE}")):
-        if text:
-            path = Path(text).expanduser().absolute()
-            if not path.is_file():
-                raise ConfigurationError([ConfigError("", f"{path} (from {origin}) does not exist or is not a file")])
-            return path
-    here = Path.cwd() / FILE_NAME
-    if here.is_file():
-        if problem := reason_to_distrust(here):
-            refusal = (
-                f"{here} was found in the current folder, but {problem}: somebody else may have put it there. "
-                f"If it is yours, name it with --config or ${VARIABLE}"
-            )
-            raise ConfigurationError([ConfigError("", refusal)])
-        return here
-    platform = platformdirs.user_config_path(_APP, appauthor=False) / FILE_NAME
-    return platform if platform.is_file() else None
 
 
 def load(
@@ -66,12 +34,14 @@ def load(
     *,
     environ: Mapping[str, str] = os.environ,
     listen: str | None = None,
+    allow_anonymous: bool | None = None,
     secrets_of: Collection[str] | None = None,
     secret_files: set[Path] | None = None,
 ) -> Settings:
     """Return the settings of a file. Raises ConfigurationError with all errors.
 
-    ``listen`` is the flag, which overrides the file. ``secrets_of``: the servers whose secrets are needed, None for
+    ``listen`` is the flag, which overrides the file. ``allow_anonymous``: the flag if the settings are to be served
+    with; None if nothing will listen. ``secrets_of``: the servers whose secrets are needed, None for
     all. The secrets of other servers may be missing and are None in the settings; do not authorize those servers.
     ``secret_files`` collects the files that contain secrets, even if the configuration has errors.
     """
@@ -88,21 +58,26 @@ def load(
         raise ConfigurationError([ConfigError("", "the file must be a mapping (key: value lines)")], str(path))
     context = Context(environ, path.parent, secret_files=set() if secret_files is None else secret_files)
     settings = _read(Section(document.content, "", context), listen, path, secrets_of)
+    if allow_anonymous is not None:
+        context.errors.extend(listeners.exposure_errors(settings, allow_anonymous))
     _raise_errors([*document.errors, *context.errors], document, str(path))
     return settings
 
 
-def single(url: str, *, environ: Mapping[str, str] = os.environ, listen: str | None = None) -> Settings:
+def single(
+    url: str, *, environ: Mapping[str, str] = os.environ, listen: str | None = None, allow_anonymous: bool = False
+) -> Settings:
     """Return the settings of ``serve URL``: one server named after its host, a store in the platform's data folder."""
-    context = Context(environ, platformdirs.user_data_path(_APP, appauthor=False))
+    context = Context(environ, platformdirs.user_data_path(APP, appauthor=False))
     servers = read_single(url, context)
     section = Section({}, "", context)
     settings = Settings(
-        listen=_listen(section, listen),
+        listen=listeners.read_listen(section, listen),
         public_url=None,
         store=_read_store(section.section("store")),
         servers=servers,
     )
+    context.errors.extend(listeners.exposure_errors(settings, allow_anonymous))
     context.errors.extend(loops.errors(settings, settings.listen, settings.public_url))
     if context.errors:
         raise ConfigurationError(context.errors)
@@ -116,8 +91,12 @@ def _raise_errors(errors: list[ConfigError], document: Document, source: str) ->
 
 def _read(section: Section, listen: str | None, source: Path, secrets_of: Collection[str] | None) -> Settings:
     upstream_timeout = section.parsed("upstream_timeout", values.positive_duration, _UPSTREAM_TIMEOUT)
+    listening = listeners.read_listen(section, listen)
+    health_listen = listeners.read_health_listen(section, listening)
     settings = Settings(
-        listen=_listen(section, listen),
+        listen=listening,
+        health_listen=health_listen,
+        health_quit=listeners.read_health_quit(section, health_listen),
         public_url=section.parsed("public_url", values.public_url, None),
         store=_read_store(section.section("store")),
         authorization=_read_authorization(section.section("authorization")),
@@ -130,13 +109,6 @@ def _read(section: Section, listen: str | None, source: Path, secrets_of: Collec
     section.context.errors.extend(loops.errors(settings, settings.listen, settings.public_url))
     section.close()
     return settings
-
-
-def _listen(section: Section, flag: str | None) -> Address:
-    configured = section.parsed("listen", values.address, _LISTEN)
-    if flag is None:
-        return configured
-    return Section({"--listen": flag}, "", section.context).parsed("--listen", values.address, configured)
 
 
 def _read_servers(
@@ -219,6 +191,7 @@ def _read_inbound(section: Section) -> InboundSettings:
     settings = InboundSettings(
         allowed_hosts=section.each("allowed_hosts", values.allowed_host) or (),
         trusted_proxies=section.each("trusted_proxies", values.network) or (),
+        allow_anonymous=section.boolean("allow_anonymous", default=InboundSettings().allow_anonymous),
     )
     section.close()
     return settings

@@ -32,13 +32,22 @@ Stamp = tuple[int, int, int, int] | None
 class ConfigFile:
     """A configuration file that is read repeatedly, and the secret files that it names.
 
-    The command line flag ``listen`` overrides the file each time. The methods block on files: call them in a thread.
+    The command line flags ``listen`` and ``allow_anonymous`` override the file each time. The methods block on files:
+    call them in a thread.
     """
 
-    def __init__(self, path: Path, *, environ: Mapping[str, str] = os.environ, listen: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        listen: str | None = None,
+        allow_anonymous: bool = False,
+    ) -> None:
         self.path = path
         self._environ = environ
         self._listen = listen
+        self._allow_anonymous = allow_anonymous
         self._read: dict[Path, Stamp] = {path: None}
 
     def read(self) -> Settings:
@@ -50,7 +59,13 @@ class ConfigFile:
         before = self.stamps()
         named: set[Path] = set()
         try:
-            settings = load(self.path, environ=self._environ, listen=self._listen, secret_files=named)
+            settings = load(
+                self.path,
+                environ=self._environ,
+                listen=self._listen,
+                allow_anonymous=self._allow_anonymous,
+                secret_files=named,
+            )
         except ConfigurationError:
             # A file that can't be parsed names no secrets: keep polling those named last time.
             named |= self._read.keys()

@@ -36,6 +36,12 @@ class Address:
         return f"{host}:{self.port}"
 
 
+def reachable(listening: Address) -> Address:
+    """Return the address to connect to from this machine: a wildcard address becomes loopback."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listening.host, listening.host)
+    return Address(host, listening.port)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeySource:
     """The source of a store key: ``env`` and a variable name, or ``file`` and an absolute path."""
@@ -160,6 +166,8 @@ class InboundSettings:
     allowed_hosts: tuple[str, ...] = ()
     trusted_proxies: tuple[IPNetwork, ...] = ()
     """Web servers in front of the proxy: many clients share such an address."""
+    allow_anonymous: bool = False
+    """Callers are not identified, and may reach the proxy although it does not listen on loopback."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,5 +188,9 @@ class Settings:
     inbound: InboundSettings = InboundSettings()
     outbound: OutboundSettings = OutboundSettings()
     servers: Mapping[str, ServerSettings]
+    health_listen: Address | None = None
+    """A second listener, with the health endpoints only. None: there is none."""
+    health_quit: bool = False
+    """Whether ``POST /quitquitquit`` on it ends the process."""
     source: Path | None = None
     """The file that the settings were read from, for messages."""

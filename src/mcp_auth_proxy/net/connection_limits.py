@@ -152,6 +152,8 @@ class ConnectionRules:
     per_address: int
     """Those of one address; it does not hold for the addresses in ``trusted``."""
     trusted: tuple[IPNetwork, ...] = ()
+    keys: tuple[str, str] = ("limits.connections", "limits.connections_per_address")
+    """The configuration keys of both limits, for the log."""
 
     @classmethod
     def of(cls, connections: int, per_address: int | None, trusted: tuple[IPNetwork, ...] = ()) -> "ConnectionRules":
@@ -223,19 +225,21 @@ class ConnectionLimits:
     def _warn_address(self, address: IPAddress, count: int) -> None:
         if self._full_log.may_warn(str(address)):
             logger.warning(
-                "client %s has %d connections, the most for one address (limits.connections_per_address): idle ones "
-                "are closed for new ones, and if none is idle, new ones are refused (503)",
+                "client %s has %d connections, the most for one address (%s): idle ones are closed for new ones, and "
+                "if none is idle, new ones are refused (503)",
                 address,
                 count,
+                self.rules.keys[1],
             )
 
     def _warn_all(self) -> None:
         if self._full_log.may_warn(""):
             most = max(self._by_address.values(), key=lambda group: len(group.members))
             logger.warning(
-                "clients have %d connections, the most that are allowed (limits.connections), %d of them from %s: idle "
-                "ones are closed for new ones, and if none is idle, new ones are refused (503)",
+                "clients have %d connections, the most that are allowed (%s), %d of them from %s: idle ones are closed "
+                "for new ones, and if none is idle, new ones are refused (503)",
                 len(self._all.members),
+                self.rules.keys[0],
                 len(most.members),
                 most.address,
             )

@@ -49,15 +49,21 @@ class Site:
         return Starlette(
             routes=[
                 Route("/", self._index),
-                Route("/healthz", self._healthz),
-                Route("/readyz", self._readyz),
-                Route("/metrics", _metrics),
+                *self.health_routes(),
                 Route("/connect/{server}", self._connect, methods=["GET", "POST"]),
                 Route("/oauth/callback", self._callback),
                 Route("/oauth/client-metadata.json", self._client_metadata),
             ],
             exception_handlers={404: _not_found, StoreError: _store_error},
         )
+
+    def health_routes(self) -> list[Route]:
+        """Return the routes for probes and for Prometheus, which ``health_listen`` has too."""
+        return [
+            Route("/healthz", self._healthz),
+            Route("/readyz", self._readyz),
+            Route("/metrics", _metrics),
+        ]
 
     async def _index(self, request: Request) -> Response:
         servers = [{"name": name, "address": f"{self._public_url}/{name}/mcp"} for name in self._servers]

@@ -1,0 +1,42 @@
+"""Find the configuration file."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import platformdirs
+
+from mcp_auth_proxy.config.trust import reason_to_distrust
+from mcp_auth_proxy.errors import ConfigError, ConfigurationError
+
+APP = "mcp-auth-proxy"
+"""The name of the platform's folders."""
+
+FILE_NAME = "mcp-auth-proxy.yaml"
+VARIABLE = "MCP_AUTH_PROXY_CONFIG"
+
+
+def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the file to read; None if there is none.
+
+    In order: ``--config``, ``$MCP_AUTH_PROXY_CONFIG``, ``./mcp-auth-proxy.yaml``, the platform's configuration folder.
+    Raises ConfigurationError if a file given by flag or variable does not exist, and if others could have put the one
+    in the current folder there: it decides where tokens are sent.
+    """
+    for text, origin in ((explicit, "--config"), (environ.get(VARIABLE), f"${VARIABLE}")):
+        if text:
+            path = Path(text).expanduser().absolute()
+            if not path.is_file():
+                raise ConfigurationError([ConfigError("", f"{path} (from {origin}) does not exist or is not a file")])
+            return path
+    here = Path.cwd() / FILE_NAME
+    if here.is_file():
+        if problem := reason_to_distrust(here):
+            refusal = (
+                f"{here} was found in the current folder, but {problem}: somebody else may have put it there. "
+                f"If it is yours, name it with --config or ${VARIABLE}"
+            )
+            raise ConfigurationError([ConfigError("", refusal)])
+        return here
+    platform = platformdirs.user_config_path(APP, appauthor=False) / FILE_NAME
+    return platform if platform.is_file() else None

@@ -1,0 +1,121 @@
+"""The Helm chart: what it renders, and the values that it refuses."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fakes.manifests import CHART, EXAMPLES, Manifests, chart, helm
+from mcp_auth_proxy import __version__
+
+pytestmark = pytest.mark.helm
+
+
+def test_the_versions_are_those_of_the_package() -> None:
+    found = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (found["appVersion"], found["version"]) == (__version__, __version__)
+
+
+@pytest.mark.parametrize(
+    ("example", "setting", "message"),
+    [
+        ("shared", "mode=other", 'mode is "other"; it must be shared or sidecar'),
+        ("shared", "replicas=2", "replicas is 2; it must be 1, because the SQLite store works on one host"),
+        ("sidecar", "replicas=2", "replicas is 2"),
+        ("shared", "replicas=0", "replicas is 0"),
+        ("shared", "secretName=", "secretName is empty; create a Secret with the key store-key"),
+        ("shared", "config.servers=null", "config.servers is empty"),
+        ("shared", "allowAnonymous=false", "allowAnonymous is false; whoever reaches the Service uses its grants"),
+        ("sidecar", "agent.image=", "agent.image is empty"),
+        ("shared", "config.listen=127.0.0.1:1", "config.listen is set by the chart; remove it"),
+        ("shared", "config.health_listen=127.0.0.1:1", "config.health_listen is set by the chart"),
+        ("shared", "config.health_quit=true", "config.health_quit is set by the chart"),
+        ("shared", "config.store.url=x", "config.store is set by the chart"),
+        ("shared", "config.public_url=http://x", "config.public_url is set by the chart"),
+    ],
+)
+def test_values_that_can_not_work_are_refused_with_the_remedy(example: str, setting: str, message: str) -> None:
+    done = helm(setting, values=EXAMPLES / f"{example}.yaml")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+
+
+def test_the_values_alone_are_not_enough() -> None:
+    done = helm()
+    assert done.returncode == 1
+    assert "secretName is empty" in done.stderr
+
+
+@pytest.mark.parametrize("example", ["shared", "sidecar"])
+def test_a_changed_configuration_starts_new_pods_and_nothing_else_does(example: str) -> None:
+    def checksum(manifests: Manifests) -> str:
+        return str(manifests.template["metadata"]["annotations"]["checksum/config"])
+
+    before = checksum(chart(example))
+    assert checksum(chart(example, "config.authorization.wait=7s")) != before
+    assert checksum(chart(example, "service.type=NodePort")) == before
+
+
+def test_a_shared_proxy_is_a_service_with_the_names_that_clients_send() -> None:
+    shared = chart("shared")
+    spec = shared.objects["Service"]["spec"]
+    assert spec["selector"].items() <= shared.template["metadata"]["labels"].items()
+    targets = {port["targetPort"] for port in spec["ports"]}
+    assert targets == {port["name"] for port in shared.proxy["ports"]} == {"http", "health"}
+    name = shared.objects["Service"]["metadata"]["name"]
+    assert shared.config["inbound"]["allowed_hosts"] == [
+        name,
+        f"{name}.agents",
+        f"{name}.agents.svc",
+        f"{name}.agents.svc.cluster.local",
+    ]
+    assert shared.config["inbound"]["allow_anonymous"] is True
+
+
+def test_allowed_hosts_of_the_values_are_kept() -> None:
+    config = chart("shared", "config.inbound.allowed_hosts={mcp.example.com}").config
+    assert "mcp.example.com" in config["inbound"]["allowed_hosts"]
+    assert "mcp-auth-proxy" in config["inbound"]["allowed_hosts"]
+
+
+def test_a_node_can_be_drained() -> None:
+    for example in ("shared", "sidecar"):
+        found = chart(example)
+        spec = found.objects["PodDisruptionBudget"]["spec"]
+        assert spec["maxUnavailable"] == 1
+        assert "minAvailable" not in spec
+        assert spec["selector"]["matchLabels"].items() <= found.template["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("example", ["shared", "sidecar"])
+def test_prometheus_finds_the_metrics_through_a_service(example: str) -> None:
+    found = chart(example, "serviceMonitor.enabled=true")
+    spec = found.objects["ServiceMonitor"]["spec"]
+    service = found.objects["Service"]
+    assert spec["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    (endpoint,) = spec["endpoints"]
+    assert (endpoint["port"], endpoint["path"]) == ("health", "/metrics")
+    assert "health" in {port["name"] for port in service["spec"]["ports"]}
+
+
+def test_a_sidecar_has_no_service_that_would_lead_to_it() -> None:
+    assert chart("sidecar").objects.keys() & {"Service", "ServiceMonitor", "PersistentVolumeClaim"} == set()
+    ports = chart("sidecar", "serviceMonitor.enabled=true").objects["Service"]["spec"]["ports"]
+    assert [port["name"] for port in ports] == ["health"]
+
+
+def test_logins_of_a_shared_proxy_outlive_its_pod_and_its_release() -> None:
+    shared = chart("shared")
+    claim = shared.objects["PersistentVolumeClaim"]
+    assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    (data,) = (volume for volume in shared.pod["volumes"] if volume["name"] == "data")
+    assert data["persistentVolumeClaim"] == {"claimName": claim["metadata"]["name"]}
+    (data,) = (volume for volume in chart("sidecar").pod["volumes"] if volume["name"] == "data")
+    assert "emptyDir" in data
+
+
+def test_a_claim_that_exists_is_used(tmp_path: Path) -> None:
+    found = chart("sidecar", "persistence.enabled=true", "persistence.existingClaim=mine")
+    (data,) = (volume for volume in found.pod["volumes"] if volume["name"] == "data")
+    assert data["persistentVolumeClaim"] == {"claimName": "mine"}
+    assert "PersistentVolumeClaim" not in found.objects
