@@ -210,6 +210,7 @@ def _read_limits(section: Section) -> LimitSettings:
         upstream_connections=section.parsed("upstream_connections", values.count, default.upstream_connections),
         connections=section.parsed("connections", values.count, None),
         connections_per_address=section.parsed("connections_per_address", values.count, None),
+        sse_ping=section.parsed("sse_ping", values.duration, default.sse_ping),
     )
     section.close()
     return settings

@@ -153,6 +153,8 @@ class LimitSettings:
     """Maximum number of connections of clients. None: as many as the process's limit on open files leaves."""
     connections_per_address: int | None = None
     """The same for one address. None: three quarters of ``connections``."""
+    sse_ping: float = 15.0
+    """Seconds of silence in an event stream after which its client is sent a comment; 0 for none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,6 +71,7 @@ class ClientRequest:
         "_length",
         "_parts",
         "_size",
+        "added_fields",
         "complete",
         "content_length",
         "disconnected",
@@ -83,6 +84,7 @@ class ClientRequest:
         "method",
         "on_disconnect",
         "on_writable",
+        "on_write",
         "path",
         "query",
         "received",
@@ -134,6 +136,10 @@ class ClientRequest:
         """Called once if the client disconnects before it has its response."""
         self.on_writable: Callable[[], None] | None = None
         """Called once when ``may_write`` becomes true again."""
+        self.on_write: Callable[[bytes], None] | None = None
+        """Called with each part of the body that ``write`` sends, without its framing."""
+        self.added_fields = b""
+        """Encoded fields that every response to this request has, whoever answers it."""
         self._parts: list[bytes] = []
         """The parts of the body that have arrived and were not read yet."""
         self._size = 0
@@ -299,6 +305,8 @@ class ClientRequest:
         if not self.started or self.complete:
             raise RuntimeError("a body is written before the head of the response, or after its end")
         self._send(self._frame(data, last=last), last=last)
+        if self.on_write is not None:
+            self.on_write(data)
 
     def abort(self) -> None:
         """Close the connection in the middle of a response, so that the client notices that it is incomplete."""
@@ -329,7 +337,8 @@ class ClientRequest:
                 framing = b"transfer-encoding: chunked\r\n"
         self._length = 0 if status in _NO_BODY else length
         first = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
-        self._head = b"".join((first, fields, b"" if self.keep_alive else b"connection: close\r\n", framing, b"\r\n"))
+        close = b"" if self.keep_alive else b"connection: close\r\n"
+        self._head = b"".join((first, fields, self.added_fields, close, framing, b"\r\n"))
 
     def _encode(self, headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, int | None]:
         """Return the encoded fields, and Content-Length if it is among them."""
