@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_response import Response
@@ -54,7 +55,7 @@ class Pings:
     def watch(self, request: ClientRequest) -> None:
         """Send comments to the client of a request, whose response is an event stream. Idempotent."""
         if self._interval and request not in self._streams:
-            self._streams[request] = stream = _Stream(self._streams, request, self._loop)
+            self._streams[request] = stream = _Stream(self._streams, request, self._loop.time)
             request.on_write = stream.wrote
             self._schedule()
 
@@ -82,25 +83,25 @@ class Pings:
 class _Stream:
     """One event stream, and how what was sent of it ends."""
 
-    __slots__ = ("_loop", "_request", "_streams", "_tail", "silent_since")
+    __slots__ = ("_clock", "_request", "_streams", "_tail", "silent_since")
 
     def __init__(
         self,
         streams: "OrderedDict[ClientRequest, _Stream]",
         request: ClientRequest,
-        loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float],
     ) -> None:
         self._streams = streams
         self._request = request
-        self._loop = loop
+        self._clock = clock
         self._tail = b"\n\n"
         """The last three bytes that were sent. A stream begins as if an event had ended."""
-        self.silent_since = loop.time()
+        self.silent_since = clock()
 
     def wrote(self, data: bytes) -> None:
         """Note what is sent."""
         self._tail = data[-3:] if len(data) > 2 else (self._tail + data)[-3:]
-        self.silent_since = self._loop.time()
+        self.silent_since = self._clock()
         self._streams.move_to_end(self._request)
 
     def ping(self) -> None:
