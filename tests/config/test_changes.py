@@ -55,6 +55,7 @@ APPLIED = {
     "limits.connections_per_address": replace(BASE, limits=LimitSettings(connections_per_address=1)),
     "limits.sse_ping": replace(BASE, limits=LimitSettings(sse_ping=0)),
     "inbound.trusted_proxies": replace(BASE, inbound=InboundSettings(trusted_proxies=(IPv4Network("10.0.0.0/8"),))),
+    "inbound.allowed_origins": replace(BASE, inbound=InboundSettings(allowed_origins=("https://a.example",))),
     "inbound.allowed_hosts": replace(BASE, inbound=InboundSettings(allowed_hosts=("proxy.example",))),
 }
 

@@ -29,6 +29,7 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "limits.connections_per_address": lambda settings: settings.limits.connections_per_address,
     "limits.sse_ping": lambda settings: settings.limits.sse_ping,
     "inbound.allowed_hosts": lambda settings: settings.inbound.allowed_hosts,
+    "inbound.allowed_origins": lambda settings: settings.inbound.allowed_origins,
     "inbound.trusted_proxies": lambda settings: settings.inbound.trusted_proxies,
 }
 """The keys besides ``servers`` that a running proxy applies."""

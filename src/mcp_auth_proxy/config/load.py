@@ -219,6 +219,7 @@ def _read_limits(section: Section) -> LimitSettings:
 def _read_inbound(section: Section) -> InboundSettings:
     settings = InboundSettings(
         allowed_hosts=section.each("allowed_hosts", values.allowed_host) or (),
+        allowed_origins=section.each("allowed_origins", values.allowed_origin) or (),
         trusted_proxies=section.each("trusted_proxies", values.network) or (),
     )
     section.close()

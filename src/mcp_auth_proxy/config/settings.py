@@ -160,6 +160,8 @@ class LimitSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboundSettings:
     allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of web pages that may use the MCP endpoints, as browsers write them (RFC 6454 §6.2)."""
     trusted_proxies: tuple[IPNetwork, ...] = ()
     """Web servers in front of the proxy: many clients share such an address."""
 

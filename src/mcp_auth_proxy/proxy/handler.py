@@ -34,7 +34,7 @@ from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import MAX_BODY, End, FastPathRequest
-from mcp_auth_proxy.proxy.headers import HOPS, MAX_HOPS, is_in_loop, response_headers
+from mcp_auth_proxy.proxy.headers import HOPS, MAX_HOPS, is_in_loop, response_headers, without_cors
 from mcp_auth_proxy.proxy.pings import Pings, may_be_pinged
 from mcp_auth_proxy.proxy.quota import MemoryBudget, Quota, RequestMemory
 from mcp_auth_proxy.proxy.responder import Responder
@@ -296,6 +296,8 @@ class RequestHandler:
             await self._responder.relay_as_events(response, is_events=is_events, body=self._body)
             return
         headers = response_headers(response.headers)
+        if self._request.added_fields:
+            headers = without_cors(headers)
         self._remember_session(headers)
         self._responder.streaming = b"content-length" not in dict(headers)
         self.listening = self._responder.streaming and self._listens()

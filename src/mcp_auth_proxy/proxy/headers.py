@@ -206,7 +206,8 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
 
     Dropped are hop-by-hop fields and those that ``Connection`` lists, challenges, cookies, policies for a whole origin
     (HSTS, Alt-Svc, reporting), and commands to a web server in front of the proxy, in any spelling that could be read
-    as one. ``Content-Length`` stays, because it is there only if it frames the body; CORS fields stay.
+    as one. ``Content-Length`` stays, because it is there only if it frames the body; CORS fields stay, but see
+    ``without_cors``.
     ``Cache-Control: no-store`` is added if the upstream has no ``Cache-Control``: the response was made for the proxy's
     token, of which caches between proxy and client know nothing (RFC 9111 §3.5). A response that is neither JSON nor
     events is made inert, in case a browser was sent here.
@@ -250,6 +251,14 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
     if inert or types != 1:  # without a type, or with two, browsers guess
         kept.append(INERT)
     return kept
+
+
+def without_cors(headers: Headers) -> Headers:
+    """Return response fields without those of CORS: the proxy itself says which pages may read a response.
+
+    Two answers to that question, or ``*`` beside an origin, are none to a browser (WHATWG Fetch §4.10).
+    """
+    return [field for field in headers if not field[0].startswith(b"access-control-")]
 
 
 def _list_names(listed: set[bytes] | None, value: bytes) -> set[bytes]:
