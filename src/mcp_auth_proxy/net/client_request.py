@@ -5,6 +5,7 @@ client a system call and a wake-up each, which is a tenth of a small request.
 """
 
 import asyncio
+import contextlib
 import http
 import logging
 from collections.abc import Awaitable, Callable, Iterable
@@ -15,6 +16,12 @@ from mcp_auth_proxy.net.http_head import Fields, Headers, encode_fields
 from mcp_auth_proxy.net.request_parser import RequestHead
 
 logger = logging.getLogger(__name__)
+
+START = 4096
+"""Bytes of a body that is too large, which are kept for the answer to it."""
+
+START_PATIENCE = 0.2
+"""Seconds for which they are waited for: many clients send head and body one after the other."""
 
 _NO_BODY = frozenset({204, 304})
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
@@ -167,17 +174,17 @@ class ClientRequest:
     async def body(self, limit: int, take: Callable[[int], bool]) -> bytes:
         """Return the whole body, at most ``limit`` bytes; call this once.
 
-        A Content-Length over the limit is refused before anything is read. ``take`` counts the bytes of each part, and
-        returns False if there is no memory for them. Raises BodyTooLarge, Overloaded, ClientDisconnected.
+        With a Content-Length over the limit only the start is read. ``take`` counts the bytes of each part, and returns
+        False if there is no memory for them. Raises BodyTooLarge, Overloaded, ClientDisconnected.
         """
         if not self.received and self.content_length is not None and self.content_length > limit:
-            raise BodyTooLarge(limit)
+            raise BodyTooLarge(limit, start=await self._read_start())
         body = b""
         # Not a list of parts: a client that sends single bytes would make it fifty times as large as the body.
         parts = bytearray()
         while part := await self.read():
             if len(body) + len(parts) + len(part) > limit:
-                raise BodyTooLarge(limit)
+                raise BodyTooLarge(limit, start=b"".join((body[:START], parts[:START], part[:START]))[:START])
             if not take(len(part)):
                 raise Overloaded("limits.memory")
             if body or parts:
@@ -187,6 +194,15 @@ class ClientRequest:
             else:
                 body = part
         return bytes(parts) if parts else body
+
+    async def _read_start(self) -> bytes:
+        """Return the start of a body that is not read; ``b""`` if the client sends none of it without being asked."""
+        if self.expects_continue and not self._parts:
+            return b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_PATIENCE):
+                return (await self.read())[:START]
+        return b""
 
     async def read(self) -> bytes:
         """Return the next part of the body, ``b""`` at its end. Raises ClientDisconnected."""

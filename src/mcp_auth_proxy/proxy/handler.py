@@ -158,7 +158,8 @@ class RequestHandler:
         limit = min(context.body_limit, context.memory.largest)
         try:
             self._body = RequestBody(await self._request.body(limit, self.memory.take))
-        except BodyTooLarge:
+        except BodyTooLarge as error:
+            self._body = RequestBody.of_start(error.start)
             raise BodyTooLarge(limit, "limits.body" if limit == context.body_limit else "limits.memory") from None
         except Overloaded:
             _, token = context.broker.token_nowait(account)
