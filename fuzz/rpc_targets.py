@@ -26,6 +26,8 @@ def messages(data: bytes) -> None:
     assert len(body.messages) <= MAX_BATCH
     if body.error is not None:
         assert not body.messages and not body.consent_action
+    elif not body.too_costly and not body.is_batch:
+        assert RequestBody.of_start(data).requests in ([], body.requests), "the start shows another request"
     if body.content != data:
         _check_without_entry(data, body.content)
     link = answers.answer_all(

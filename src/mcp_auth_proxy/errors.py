@@ -97,11 +97,17 @@ class RequestRejected(McpAuthProxyError):
 
 
 class BodyTooLarge(McpAuthProxyError):
-    """The request body is larger than allowed. ``limit`` is in bytes, ``key`` the configuration key that sets it."""
+    """The request body is larger than allowed. ``limit`` is in bytes, ``key`` the configuration key that sets it.
 
-    def __init__(self, limit: int, key: str = "limits.body") -> None:
+    ``start`` is the start of the body, if some of it has arrived: the id of the request may be there.
+    """
+
+    def __init__(self, limit: int, key: str = "limits.body", *, start: bytes = b"") -> None:
         self.limit = limit
-        super().__init__(f"The request body is over {limit} bytes; {key} allows more.")
+        self.start = start
+        # A limit that is set for a test, maybe.
+        size = f"{limit / 2**20:,.2f}".rstrip("0").removesuffix(".") + " MiB" if limit >= 2**20 else f"{limit} bytes"
+        super().__init__(f"The request body is over {size}; {key} allows more.")
 
 
 class Overloaded(McpAuthProxyError):

@@ -9,6 +9,7 @@ from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.rpc import answers
 from mcp_auth_proxy.rpc.encoding import encode
 from mcp_auth_proxy.servers import ServerChange, ServerRegistry
+from mcp_auth_proxy.web.cors import preflight_fields
 from mcp_auth_proxy.web.guard import Guard
 
 UNKNOWN_SERVER = -32004
@@ -53,14 +54,20 @@ class Router:
             request.keep_alive = False
         path = request.path
         route = self._routes.get(path)
+        endpoint = route is not None or routes.is_endpoint(path)
+        allowed_origins = self.guard.allowed_origins
+        if endpoint:
+            request.added_fields = allowed_origins.response_fields(request.headers)
         refused = self.guard.refusal(
             path,
             request.headers,
-            endpoint=route is not None,
-            page_write=route is None and request.method not in _SAFE_METHODS,
+            endpoint=endpoint,
+            page_write=not endpoint and request.method not in _SAFE_METHODS,
         )
         if refused is not None:
             self._refuse(request, *refused)
+        elif endpoint and request.method == b"OPTIONS" and allowed_origins.origin_of(request.headers):
+            request.respond(204, preflight_fields(request.headers), b"")
         elif route is not None:
             await self._forwarder.serve(route, request)
         elif not routes.is_canonical_path(path):

@@ -61,8 +61,10 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         store: {url: "sqlite:////var/lib/x/s.db", keys: [env:NEW, env:OLD]}
         authorization: {wait: 0, open_browser: never, cold_start: off, allow_private: [10.0.0.0/8, AS.internal]}
         limits:
-          {body: 1MB, memory: 64MiB, held: 9, upstream_connections: 7, connections: 50, connections_per_address: 5}
-        inbound: {allowed_hosts: ["proxy.internal:8787"], trusted_proxies: [10.0.0.1, "::ffff:10.1.0.0/112"]}
+          {body: 1MB, memory: 64MiB, held: 9, upstream_connections: 7, connections: 50, connections_per_address: 5,
+           sse_ping: 1m}
+        inbound: {allowed_hosts: ["proxy.internal:8787"], allowed_origins: ["HTTP://Localhost:80"],
+          trusted_proxies: [10.0.0.1, "::ffff:10.1.0.0/112"]}
         outbound: {ca_bundle: ca.pem, trust_proxy: true}
         servers:
           a:
@@ -97,10 +99,17 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert (found.authorization.wait, found.authorization.open_browser) == (0.0, "never")
     assert found.authorization.cold_start is False
     assert found.limits == LimitSettings(
-        body=10**6, memory=64 * 2**20, held=9, upstream_connections=7, connections=50, connections_per_address=5
+        body=10**6,
+        memory=64 * 2**20,
+        held=9,
+        upstream_connections=7,
+        connections=50,
+        connections_per_address=5,
+        sse_ping=60.0,
     )
     assert [str(network) for network in found.inbound.trusted_proxies] == ["10.0.0.1/32", "10.1.0.0/16"]
     assert found.inbound.allowed_hosts == ("proxy.internal:8787",)
+    assert found.inbound.allowed_origins == ("http://localhost",)
     assert found.outbound.ca_bundle == tmp_path / "ca.pem"
     assert found.outbound.trust_proxy
     assert (a.url, a.upstream_timeout, found.servers["b"].upstream_timeout) == (

@@ -56,7 +56,8 @@ def test_an_invalid_size_is_refused(text: str) -> None:
 @given(
     st.text(max_size=30),
     st.sampled_from(
-        [values.duration, values.size, values.count, values.host, values.port, values.address, values.allowed_host,
+        [values.duration, values.size, values.count, values.host, values.port, values.address,
+         values.allowed_host, values.allowed_origin,
          values.private_target, values.url, values.public_url, values.issuer, values.client_metadata_url,
          values.resource, values.scope]
     ),
@@ -136,6 +137,33 @@ def test_allowed_host_is_host_with_or_without_port(text: str) -> None:
 def test_an_invalid_allowed_host_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         values.allowed_host(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ("http://localhost:6274", "http://localhost:6274"),
+        ("HTTPS://App.Example:443", "https://app.example"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("chrome-extension://abcdefghijklmnop", "chrome-extension://abcdefghijklmnop"),
+        ("vscode-webview://0a1b:5", "vscode-webview://0a1b:5"),
+    ],
+)
+def test_an_allowed_origin_is_read_as_browsers_write_it(text: str, origin: str) -> None:
+    assert values.allowed_origin(text) == origin
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "*", "null", "", "localhost:6274", "http://", "http://*", "http://*.example", "http://localhost:6274/",
+        "http://localhost/x", "http://user@localhost", "http://localhost:", "http://localhost:0", "http://a b",
+        "http://localhost:99999", "http://a?b", "http://a#b", "file://", "1x://a", "http:/a", "http://ä.example",
+    ],
+)  # fmt: skip
+def test_an_invalid_allowed_origin_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"must be|is not a URL"):
+        values.allowed_origin(text)
 
 
 @pytest.mark.parametrize(

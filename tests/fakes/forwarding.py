@@ -119,11 +119,17 @@ class ForwardingServer:
 
 @asynccontextmanager
 async def forwarding(
-    broker: ScriptedBroker, url: str, *, wait: float = 5.0, body_limit: int = 1 << 20, timeout: float = 5.0
+    broker: ScriptedBroker,
+    url: str,
+    *,
+    wait: float = 5.0,
+    body_limit: int = 1 << 20,
+    timeout: float = 5.0,
+    sse_ping: float = 15.0,
 ) -> AsyncIterator[ForwardingServer]:
     """Run the data plane before the upstream at ``url``."""
     http = HttpClient(Dialer(environ={}), connections_per_origin=4)
-    limits = LimitSettings(body=body_limit)
+    limits = LimitSettings(body=body_limit, sse_ping=sse_ping)
     forwarder = Forwarder(broker=cast(Broker, broker), http=http, limits=limits, wait=wait, several=False)
     server = ServerSettings(name="notes", url=url, upstream_timeout=timeout)
     running = ForwardingServer(forwarder, routes.build({"notes": server})[b"/notes/mcp"])

@@ -127,6 +127,51 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read() -> None:
     assert "limits.body" in answer.body.decode()
 
 
+LARGE = b'{"jsonrpc":"2.0","id":9,"method":"tools/call","params":{"text":"%b"}}' % (b"x" * (1 << 20))
+
+
+@pytest.mark.parametrize("size", [len(LARGE), 3000, 100], ids=["at-once", "in-parts", "in-small-parts"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["announced", "chunked"])
+async def test_the_answer_to_a_body_over_the_limit_has_the_id_of_its_request(size: int, chunked: bool) -> None:
+    async with (
+        forwarding(ScriptedBroker(), "http://127.0.0.1:1/mcp", body_limit=1 << 20) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(LARGE)}"
+        client.send(f"POST /notes/mcp HTTP/1.1\nHost: HOST\n{framing}\n\n")
+        await client.writer.drain()
+        for start in range(0, len(LARGE), size):
+            part = LARGE[start : start + size]
+            client.send(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
+        answer = await client.answer()
+    assert answer.status == 413
+    assert error_of(answer)["message"] == "The request body is over 1 MiB; limits.body allows more."
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        (LARGE, "\nExpect: 100-continue"),  # it waits to be asked for the body
+        (b"[%b]" % LARGE, ""),
+        (LARGE.replace(b'"id":9,', b""), ""),
+        (LARGE.replace(b'"method":"tools/call","params"', b'"result"'), ""),
+    ],
+    ids=["not-sent", "batch", "notification", "response"],
+)
+async def test_an_id_that_the_start_of_a_body_does_not_show_is_null(body: bytes, fields: str) -> None:
+    async with (
+        forwarding(ScriptedBroker(), "http://127.0.0.1:1/mcp", body_limit=1 << 20) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.send(f"POST /notes/mcp HTTP/1.1\nHost: HOST\nContent-Length: {len(body)}{fields}\n\n")
+        if not fields:
+            client.send(body)
+        answer = await client.answer()
+    document = json.loads(answer.body)
+    assert (answer.status, document["id"]) == (413, None)
+    assert "over 1 MiB; limits.body" in document["error"]["message"]
+
+
 # While a user authorizes
 
 

@@ -191,6 +191,15 @@ def test_only_the_value_no_of_accel_buffering_passes() -> None:
     assert got == [(b"x-accel-buffering", b"no"), (b"x-accel-buffering", b"No")]
 
 
+@pytest.mark.parametrize("kind", [b"text/event-stream", b"Text/Event-Stream; charset=utf-8"])
+@pytest.mark.parametrize("sent", [[], [b"yes"], [b"No"]])
+def test_every_event_stream_asks_a_web_server_once_not_to_buffer_it(kind: bytes, sent: list[bytes]) -> None:
+    commands = [(b"x-accel-buffering", value) for value in sent]
+    for fields in ([(b"content-type", kind), *commands], [*commands, (b"content-type", kind)]):
+        got = [value for name, value in response_headers(fields) if name == b"x-accel-buffering"]
+        assert got == [b"No" if b"No" in sent else b"no"]
+
+
 @pytest.mark.parametrize("headers", [[], [(b"connection", b"cache-control"), (b"cache-control", b"public")]])
 def test_a_response_without_cache_control_gets_no_store(headers: list[tuple[bytes, bytes]]) -> None:
     # T38

@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mcp_auth_proxy.rpc import messages
 from mcp_auth_proxy.rpc.encoding import decode
@@ -134,3 +136,61 @@ def test_the_entry_of_the_proxy_in_a_batch_is_not_looked_for() -> None:
     subject = body(document)
     assert subject.consent_action == ""
     assert json.loads(subject.content) == document
+
+
+# A body of which only the start is known
+
+
+@pytest.mark.parametrize(
+    ("start", "identifier"),
+    [
+        (b'{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"text":"xxx', 7),
+        (b'\r\n{ "method" : "ping" ,\t"id" : "a\\"b" , "params" : {"id": 1, "x', 'a"b'),
+        (b'{"params":{"id":1,"method":"x"},"method":"m","id":2}', 2),
+        (b'{"id":-1.5,"method":"m"}', -1.5),
+        ('{"method":"m","id":"é","x":"é'.encode()[:-1], "é"),
+    ],
+)
+def test_the_start_of_a_body_shows_the_id_of_its_request(start: bytes, identifier: object) -> None:
+    (request,) = RequestBody.of_start(start).requests
+    assert request.id == identifier
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"{",
+        b"{}",
+        b"xxx",
+        b'"id"',
+        b'[{"id":1,"method":"m"',
+        b'{"method":"m","id":12',  # maybe 123
+        b'{"method":"m","id":"12',
+        b'{"method":"m","id":12x',
+        b'{"method":"m","id" 12,',
+        b'{"method":"m" "id":12,',
+        b'{"method":"m",1:2,"id":12,',
+        b'{"id":1,"params":{"id":2,"method":"m"',  # the method is not here
+        b'{"id":1,"result":{"method":"m","id":3}',  # a response: its id is one of the server
+        b'{"method":"m","id":null,"params":{}',
+        b'{"method":"m","id":NaN,"params":{}',
+        b'{"method":"m","id":1e999,"params":{}',
+        b'{"method":"m","id":"\xff","params":{}',
+        b'{"method":"m","params":' + b"[" * 4000,
+    ],
+)
+def test_no_id_is_made_up_from_the_start_of_a_body(start: bytes) -> None:
+    assert RequestBody.of_start(start).requests == []
+
+
+@given(
+    st.dictionaries(st.sampled_from(["id", "method", "params", "x"]), st.integers() | st.text() | st.lists(st.text()))
+)
+def test_a_cut_shows_no_other_request_than_the_whole_body(document: dict[str, Any]) -> None:
+    content = json.dumps(document).encode()
+    whole = [(message.id, message.method) for message in RequestBody(content).requests]
+    for end in range(len(content) + 1):
+        shown = [(message.id, message.method) for message in RequestBody.of_start(content[:end]).requests]
+        assert shown in ([], whole)
+    assert shown == whole

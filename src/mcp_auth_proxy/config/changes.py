@@ -29,7 +29,9 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "limits.upstream_connections": lambda settings: settings.limits.upstream_connections,
     "limits.connections": lambda settings: settings.limits.connections,
     "limits.connections_per_address": lambda settings: settings.limits.connections_per_address,
+    "limits.sse_ping": lambda settings: settings.limits.sse_ping,
     "inbound.allowed_hosts": lambda settings: settings.inbound.allowed_hosts,
+    "inbound.allowed_origins": lambda settings: settings.inbound.allowed_origins,
     "inbound.trusted_proxies": lambda settings: settings.inbound.trusted_proxies,
     "inbound.allow_anonymous": lambda settings: settings.inbound.allow_anonymous,
 }

@@ -182,6 +182,7 @@ def _read_limits(section: Section) -> LimitSettings:
         upstream_connections=section.parsed("upstream_connections", values.count, default.upstream_connections),
         connections=section.parsed("connections", values.count, None),
         connections_per_address=section.parsed("connections_per_address", values.count, None),
+        sse_ping=section.parsed("sse_ping", values.duration, default.sse_ping),
     )
     section.close()
     return settings
@@ -190,6 +191,7 @@ def _read_limits(section: Section) -> LimitSettings:
 def _read_inbound(section: Section) -> InboundSettings:
     settings = InboundSettings(
         allowed_hosts=section.each("allowed_hosts", values.allowed_host) or (),
+        allowed_origins=section.each("allowed_origins", values.allowed_origin) or (),
         trusted_proxies=section.each("trusted_proxies", values.network) or (),
         allow_anonymous=section.boolean("allow_anonymous", default=InboundSettings().allow_anonymous),
     )

@@ -159,11 +159,15 @@ class LimitSettings:
     """Maximum number of connections of clients. None: as many as the process's limit on open files leaves."""
     connections_per_address: int | None = None
     """The same for one address. None: three quarters of ``connections``."""
+    sse_ping: float = 15.0
+    """Seconds of silence in an event stream after which its client is sent a comment; 0 for none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboundSettings:
     allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of web pages that may use the MCP endpoints, as browsers write them (RFC 6454 §6.2)."""
     trusted_proxies: tuple[IPNetwork, ...] = ()
     """Web servers in front of the proxy: many clients share such an address."""
     allow_anonymous: bool = False

@@ -101,6 +101,20 @@ def allowed_host(text: str) -> str:
     return f"[{bare}]" if ":" in bare else bare
 
 
+def allowed_origin(text: str) -> str:
+    """Return a web origin, ``scheme://host[:port]``, as browsers write it (RFC 6454 §6.2)."""
+    scheme, separator, authority = text.lower().partition("://")
+    found = urls.split_authority(authority)
+    if not separator or found is None or authority.endswith(":") or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+        raise ValueError(
+            "must be the origin of a web page, scheme://host or scheme://host:port: no path, no *, not null"
+        )
+    if scheme not in urls.DEFAULT_PORTS:
+        # Of an extension or an application: its host is a name that is not looked up.
+        return f"{scheme}://{authority}"
+    return url(f"{scheme}://{authority}").origin.serialized
+
+
 def private_target(text: str) -> str:
     """Return a host name, an address or a network (CIDR)."""
     if "/" not in text:

@@ -5,6 +5,7 @@ client a system call and a wake-up each, which is a tenth of a small request.
 """
 
 import asyncio
+import contextlib
 import http
 import logging
 from collections.abc import Awaitable, Callable, Iterable
@@ -15,6 +16,12 @@ from mcp_auth_proxy.net.http_head import Fields, Headers, encode_fields
 from mcp_auth_proxy.net.request_parser import RequestHead
 
 logger = logging.getLogger(__name__)
+
+START = 4096
+"""Bytes of a body that is too large, which are kept for the answer to it."""
+
+START_PATIENCE = 0.2
+"""Seconds for which they are waited for: many clients send head and body one after the other."""
 
 _NO_BODY = frozenset({204, 304})
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
@@ -71,6 +78,7 @@ class ClientRequest:
         "_length",
         "_parts",
         "_size",
+        "added_fields",
         "complete",
         "content_length",
         "disconnected",
@@ -83,6 +91,7 @@ class ClientRequest:
         "method",
         "on_disconnect",
         "on_writable",
+        "on_write",
         "path",
         "query",
         "received",
@@ -134,6 +143,10 @@ class ClientRequest:
         """Called once if the client disconnects before it has its response."""
         self.on_writable: Callable[[], None] | None = None
         """Called once when ``may_write`` becomes true again."""
+        self.on_write: Callable[[bytes], None] | None = None
+        """Called with each part of the body that ``write`` sends, without its framing."""
+        self.added_fields = b""
+        """Encoded fields that every response to this request has, whoever answers it."""
         self._parts: list[bytes] = []
         """The parts of the body that have arrived and were not read yet."""
         self._size = 0
@@ -161,17 +174,17 @@ class ClientRequest:
     async def body(self, limit: int, take: Callable[[int], bool]) -> bytes:
         """Return the whole body, at most ``limit`` bytes; call this once.
 
-        A Content-Length over the limit is refused before anything is read. ``take`` counts the bytes of each part, and
-        returns False if there is no memory for them. Raises BodyTooLarge, Overloaded, ClientDisconnected.
+        With a Content-Length over the limit only the start is read. ``take`` counts the bytes of each part, and returns
+        False if there is no memory for them. Raises BodyTooLarge, Overloaded, ClientDisconnected.
         """
         if not self.received and self.content_length is not None and self.content_length > limit:
-            raise BodyTooLarge(limit)
+            raise BodyTooLarge(limit, start=await self._read_start())
         body = b""
         # Not a list of parts: a client that sends single bytes would make it fifty times as large as the body.
         parts = bytearray()
         while part := await self.read():
             if len(body) + len(parts) + len(part) > limit:
-                raise BodyTooLarge(limit)
+                raise BodyTooLarge(limit, start=b"".join((body[:START], parts[:START], part[:START]))[:START])
             if not take(len(part)):
                 raise Overloaded("limits.memory")
             if body or parts:
@@ -181,6 +194,15 @@ class ClientRequest:
             else:
                 body = part
         return bytes(parts) if parts else body
+
+    async def _read_start(self) -> bytes:
+        """Return the start of a body that is not read; ``b""`` if the client sends none of it without being asked."""
+        if self.expects_continue and not self._parts:
+            return b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_PATIENCE):
+                return (await self.read())[:START]
+        return b""
 
     async def read(self) -> bytes:
         """Return the next part of the body, ``b""`` at its end. Raises ClientDisconnected."""
@@ -299,6 +321,8 @@ class ClientRequest:
         if not self.started or self.complete:
             raise RuntimeError("a body is written before the head of the response, or after its end")
         self._send(self._frame(data, last=last), last=last)
+        if self.on_write is not None:
+            self.on_write(data)
 
     def abort(self) -> None:
         """Close the connection in the middle of a response, so that the client notices that it is incomplete."""
@@ -329,7 +353,8 @@ class ClientRequest:
                 framing = b"transfer-encoding: chunked\r\n"
         self._length = 0 if status in _NO_BODY else length
         first = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
-        self._head = b"".join((first, fields, b"" if self.keep_alive else b"connection: close\r\n", framing, b"\r\n"))
+        close = b"" if self.keep_alive else b"connection: close\r\n"
+        self._head = b"".join((first, fields, self.added_fields, close, framing, b"\r\n"))
 
     def _encode(self, headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, int | None]:
         """Return the encoded fields, and Content-Length if it is among them."""

@@ -14,6 +14,7 @@ from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.headers import encoded_response_fields, response_headers
+from mcp_auth_proxy.proxy.pings import Pings, may_be_pinged
 from mcp_auth_proxy.proxy.quota import STOPPED
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream_client import build_head, is_redirect, note_nonce
@@ -30,6 +31,8 @@ End = Literal["disconnected", "draining", "removed"]
 
 class FastPathOwner(Protocol):
     """The object that keeps track of the requests on the fast path."""
+
+    pings: Pings
 
     def finished(self, request: "FastPathRequest") -> None:
         """Forget a request: it has its response, or its client is gone."""
@@ -174,6 +177,8 @@ class FastPathRequest:
             request.start_nowait(response.status, encoded_response_fields(response.fields))
         else:
             request.start_nowait(response.status, response_headers(response.headers))
+        if self._events and may_be_pinged(response):
+            self._owner.pings.watch(request)
         if not response.ready:
             request.write_nowait(b"")
         response.consume(self._on_data, self._on_end)
@@ -221,6 +226,7 @@ class FastPathRequest:
     def _record(self) -> None:
         if self._events:
             self.route.metrics.open_streams.dec()
+            self._owner.pings.forget(self.request)
         self._owner.record(self.route, self.request, self.started_at)
 
     def _on_disconnect(self) -> None:

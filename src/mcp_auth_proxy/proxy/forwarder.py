@@ -19,6 +19,7 @@ from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_eligible
 from mcp_auth_proxy.proxy.handler import ProxyContext, RequestHandler
 from mcp_auth_proxy.proxy.headers import is_in_loop
+from mcp_auth_proxy.proxy.pings import Pings
 from mcp_auth_proxy.proxy.quota import MemoryBudget, Quota
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
@@ -38,6 +39,7 @@ class Forwarder:
         self._body_limit = limits.body
         self.memory = MemoryBudget(limits.memory, several=several)
         self.held = Quota(limits.held, several=several)
+        self.pings = Pings(limits.sse_ping)
         self.upstream = UpstreamClient(http)
         self._sessions = Sessions()
         self._outages = broker.outages
@@ -56,6 +58,7 @@ class Forwarder:
         self._body_limit = limits.body
         self.memory.configure(limits.memory, several=several)
         self.held.configure(limits.held, several=several)
+        self.pings.configure(limits.sse_ping)
         self._context = self._make_context(wait)
 
     def _make_context(self, wait: float) -> ProxyContext:
@@ -70,6 +73,7 @@ class Forwarder:
             body_limit=self._body_limit,
             memory=self.memory,
             held=self.held,
+            pings=self.pings,
             overloaded=self._warn_of_overload,
         )
 

@@ -34,7 +34,8 @@ from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import MAX_BODY, End, FastPathRequest
-from mcp_auth_proxy.proxy.headers import is_in_loop, response_headers
+from mcp_auth_proxy.proxy.headers import is_in_loop, response_headers, without_cors
+from mcp_auth_proxy.proxy.pings import Pings, may_be_pinged
 from mcp_auth_proxy.proxy.quota import MemoryBudget, Quota, RequestMemory
 from mcp_auth_proxy.proxy.responder import Responder
 from mcp_auth_proxy.proxy.routes import Route
@@ -67,6 +68,7 @@ class ProxyContext:
     memory: MemoryBudget
     held: Quota
     """Requests that wait."""
+    pings: Pings
     overloaded: Callable[[str, str], None]
     """Called with a server and ``limits.memory`` or ``limits.held`` when that is used up: logs the client to blame."""
 
@@ -157,7 +159,8 @@ class RequestHandler:
         limit = min(context.body_limit, context.memory.largest)
         try:
             self._body = RequestBody(await self._request.body(limit, self.memory.take))
-        except BodyTooLarge:
+        except BodyTooLarge as error:
+            self._body = RequestBody.of_start(error.start)
             raise BodyTooLarge(limit, "limits.body" if limit == context.body_limit else "limits.memory") from None
         except Overloaded:
             _, token = context.broker.token_nowait(account)
@@ -261,6 +264,7 @@ class RequestHandler:
             # The head of the response is out already, without a Content-Encoding.
             kept = [field for field in fields.headers if field[0] != b"accept-encoding"]
             fields = Fields([*kept, (b"accept-encoding", b"identity")])
+            self._context.pings.watch(request)
         self.listening = request.method == b"GET"
         self._response = response = await self._context.upstream.send(
             self.route,
@@ -279,6 +283,8 @@ class RequestHandler:
             response.expire_after(self.route.server.upstream_timeout)
             await self._relay_as_started(response, is_events=False)
             return
+        if may_be_pinged(response):
+            self._context.pings.watch(self._request)
         open_streams = self.route.metrics.open_streams
         open_streams.inc()
         try:
@@ -292,6 +298,8 @@ class RequestHandler:
             await self._responder.relay_as_events(response, is_events=is_events, body=self._body)
             return
         headers = response_headers(response.headers)
+        if self._request.added_fields:
+            headers = without_cors(headers)
         self._remember_session(headers)
         self._responder.streaming = b"content-length" not in dict(headers)
         self.listening = self._responder.streaming and self._listens()
@@ -366,6 +374,7 @@ class RequestHandler:
     def close(self) -> None:
         """Release the upstream's response. Idempotent."""
         self.memory.release()
+        self._context.pings.forget(self._request)
         if self._response is not None:
             self._response.close()
 

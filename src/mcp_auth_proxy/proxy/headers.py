@@ -7,6 +7,7 @@ Heads are built from scratch, from the fields that may be forwarded, so nothing 
 from collections.abc import Iterable
 
 from mcp_auth_proxy.net.http_head import HOPS, MAX_HOPS, Fields, Headers, check_lines, encode_fields
+from mcp_auth_proxy.rpc import events
 
 _COUNTS = {b"%d" % count: count for count in range(MAX_HOPS)}
 
@@ -122,8 +123,8 @@ _NOT_RETURNED_PREFIXES = (b"proxy-", b"x-accel-", b"x-lighttpd-", b"x-litespeed-
 """All but the first are commands to a web server in front of the proxy: to send one of its files, or the response of
 another address, instead of this response."""
 
-_UNBUFFERED = (b"x-accel-buffering", b"no")
-"""The one command that passes: event streams need it behind nginx, and it reveals nothing."""
+UNBUFFERED = (b"x-accel-buffering", b"no")
+"""The one command that passes, and that every event stream gets: nginx would keep events back. It reveals nothing."""
 
 _RETURNED_UNCHECKED = frozenset(
     {b"content-length", b"content-encoding", b"date", b"mcp-session-id", b"server", b"vary"}
@@ -230,7 +231,8 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
 
     Dropped are hop-by-hop fields and those that ``Connection`` lists, challenges, cookies, policies for a whole origin
     (HSTS, Alt-Svc, reporting), and commands to a web server in front of the proxy, in any spelling that could be read
-    as one. ``Content-Length`` stays, because it is there only if it frames the body; CORS fields stay.
+    as one. ``Content-Length`` stays, because it is there only if it frames the body; CORS fields stay, but see
+    ``without_cors``.
     ``Cache-Control: no-store`` is added if the upstream has no ``Cache-Control``: the response was made for the proxy's
     token, of which caches between proxy and client know nothing (RFC 9111 §3.5). A response that is neither JSON nor
     events is made inert, in case a browser was sent here.
@@ -240,6 +242,7 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
     cacheable = False
     types = 0
     inert = False
+    is_events = unbuffered = False
     for field in raw:
         if field[0] in _RETURNED_UNCHECKED:
             kept.append(field)
@@ -247,13 +250,17 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
         name, value = field[0].lower(), field[1]
         key = name.translate(_CANONICAL).strip(b"-")
         if key in _NOT_RETURNED or key.startswith(_NOT_RETURNED_PREFIXES):
-            if name == b"content-length" or (name, value.lower()) == _UNBUFFERED:
+            if name == b"content-length":
+                kept.append((name, value))
+            elif (name, value.lower()) == UNBUFFERED:
+                unbuffered = True
                 kept.append((name, value))
             elif key == b"connection" and value not in _SIMPLE_CONNECTION:
                 listed = _list_names(listed, value)
             continue
         if name == b"content-type":
             types += 1
+            is_events = is_events or value.lower().startswith(events.CONTENT_TYPE)
             inert = inert or (value not in _NO_PAGES and value.partition(b";")[0].strip().lower() not in _NO_PAGES)
         elif name == b"cache-control":
             cacheable = True
@@ -264,9 +271,19 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
         inert = inert or b"content-type" in listed
     if not cacheable:
         kept.append(NO_STORE)
+    if is_events and not unbuffered:
+        kept.append(UNBUFFERED)
     if inert or types != 1:  # without a type, or with two, browsers guess
         kept.append(INERT)
     return kept
+
+
+def without_cors(headers: Headers) -> Headers:
+    """Return response fields without those of CORS: the proxy itself says which pages may read a response.
+
+    Two answers to that question, or ``*`` beside an origin, are none to a browser (WHATWG Fetch §4.10).
+    """
+    return [field for field in headers if not field[0].startswith(b"access-control-")]
 
 
 def _list_names(listed: set[bytes] | None, value: bytes) -> set[bytes]:

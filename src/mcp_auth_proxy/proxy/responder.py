@@ -10,6 +10,7 @@ from mcp_auth_proxy.errors import Overloaded, UpstreamProtocolError
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.decoding import decoded
+from mcp_auth_proxy.proxy.headers import NO_STORE, UNBUFFERED
 from mcp_auth_proxy.proxy.quota import SMALL, STOPPED, RequestMemory
 from mcp_auth_proxy.rpc import answers, events
 from mcp_auth_proxy.rpc.encoding import MAX_PARSED, encode
@@ -20,8 +21,8 @@ FLUSH_TIMEOUT = 1.0
 
 _EVENTS_HEAD = [
     (b"content-type", events.CONTENT_TYPE),
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),
+    NO_STORE,
+    UNBUFFERED,
 ]
 
 

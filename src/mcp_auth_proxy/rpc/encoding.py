@@ -41,6 +41,11 @@ def is_cheap(data: bytes) -> bool:
     return digits.count(_LONG_INTEGER) <= _MAX_LONG_INTEGERS
 
 
+def decode_value(text: str, at: int) -> tuple[Any, int]:
+    """Return the JSON value that begins at a position, and where it ends. Raises as ``decode`` does."""
+    return _DECODER.raw_decode(text, at)
+
+
 def decode(data: bytes) -> Any:
     """Return the value of a JSON text. Raises ValueError, and RecursionError if it is nested too deep."""
     return json.loads(data, parse_constant=_refuse_constant)
@@ -63,3 +68,6 @@ def shortened(text: str, limit: int) -> str:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

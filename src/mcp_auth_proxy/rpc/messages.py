@@ -3,12 +3,14 @@
 Decisions are based on the body, never on headers that mirror it.
 """
 
+import codecs
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mcp_auth_proxy.rpc.encoding import MAX_PARSED, decode, encode, is_cheap
+from mcp_auth_proxy.rpc.encoding import MAX_PARSED, decode, decode_value, encode, is_cheap
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
@@ -30,6 +32,8 @@ MAX_INSPECTED = 64 * 1024
 _INPUT_MARKER = INPUT_KEY.partition("/")[0].encode()
 _INITIALIZE_MARKER = b'"initialize"'
 _SUBSCRIPTION_MARKER = b"subscriptions"
+
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 _VERSION_META = "io.modelcontextprotocol/protocolVersion"
 _CAPABILITIES_META = "io.modelcontextprotocol/clientCapabilities"
@@ -71,6 +75,19 @@ class RequestBody:
         self._is_batch = False
         self._error: tuple[int, str] | None = None
         self._action = ""
+
+    @classmethod
+    def of_start(cls, start: bytes) -> "RequestBody":
+        """Return a body of which only the start is known: its one request, if the start has method and id, or nothing.
+
+        It has no content, so nothing can be sent of it.
+        """
+        body = cls(b"")
+        body._parsed = True
+        message = _message(_first_members(start))
+        if message.is_request:
+            body._messages = (message,)
+        return body
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -178,6 +195,36 @@ def _message(item: Json) -> Message:
         modern=modern,
         url_elicitation=isinstance(_mapping(_mapping(declared).get("elicitation")).get("url"), Mapping),
     )
+
+
+def _first_members(start: bytes) -> Json:
+    """Return the members that the JSON object of which this is the start has, as far as each is complete."""
+    members: Json = {}
+    try:
+        # Not final: the last character may be cut.
+        text, _ = codecs.utf_8_decode(start, "strict", False)
+        at = _skip_space(text, 0)
+        if text[at] != "{":
+            return members
+        while text[at] != "}":
+            name, at = decode_value(text, _skip_space(text, at + 1))
+            at = _skip_space(text, at)
+            if not isinstance(name, str) or text[at] != ":":
+                break
+            value, at = decode_value(text, _skip_space(text, at + 1))
+            at = _skip_space(text, at)
+            # A number is complete only if something follows.
+            if text[at] not in ",}":
+                break
+            members[name] = value
+    except (ValueError, IndexError, RecursionError):
+        pass
+    return members
+
+
+def _skip_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found is not None else at
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

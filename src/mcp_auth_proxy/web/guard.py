@@ -2,9 +2,11 @@
 
 from mcp_auth_proxy.config.settings import Address, InboundSettings
 from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.web.cors import AllowedOrigins
 
 PROBES = frozenset({b"/healthz", b"/readyz", b"/metrics"})
 _FROM_ELSEWHERE = frozenset({b"cross-site", b"same-site"})
+_REMEDY = " If scripts of that site should use the MCP servers, add its origin to inbound.allowed_origins."
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -21,6 +23,8 @@ class Guard:
         # The port None means any port.
         self._names: set[tuple[str, int | None]] = {(public_origin.host, None)}
         self._names.update(filter(None, map(urls.split_authority, inbound.allowed_hosts)))
+        self.allowed_origins = AllowedOrigins(inbound.allowed_origins)
+        """Whose pages may reach the MCP endpoints, and nothing else."""
         self._good_hosts: set[bytes] = set()
         self._good_origins: set[bytes] = set()
 
@@ -28,10 +32,11 @@ class Guard:
         """Return status and reason if a request must be refused, else None.
 
         ``endpoint``: the request is for an MCP endpoint. Pages of other sites must not reach it, not even with a GET,
-        which browsers send without Origin. ``page_write``: the request is for another route and may change something;
-        then only the proxy's own pages may send it.
+        which browsers send without Origin, unless their origin is allowed. ``page_write``: the request is for another
+        route and may change something; then only the proxy's own pages may send it.
         """
         origins = 0
+        allowed = from_elsewhere = False
         host = b""
         for name, value in headers:
             if name == b"host":
@@ -44,10 +49,14 @@ class Guard:
                     )
             elif name == b"origin":
                 origins += 1
-                if origins > 1 or (value not in self._good_origins and not self._origin_is_good(value)):
-                    return 403, "Requests from this web origin are not served."
+                allowed = endpoint and value in self.allowed_origins
+                good = allowed or value in self._good_origins or self._origin_is_good(value)
+                if origins > 1 or not good:
+                    return 403, "Requests from this web origin are not served." + (_REMEDY if endpoint else "")
             elif endpoint and name == b"sec-fetch-site" and value in _FROM_ELSEWHERE:
-                return 403, "Requests from pages of other sites are not served."
+                from_elsewhere = True
+        if from_elsewhere and not allowed:
+            return 403, "Requests from pages of other sites are not served." + _REMEDY
         if not host:
             return 400, "The request has no Host."
         if page_write and not self._is_own(headers, host):
