@@ -23,6 +23,7 @@ from mcp_auth_proxy.broker.connections import (
     ForgottenGrant,
     Revocation,
     stored_connections,
+    stored_servers,
 )
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.sign_ins import SignIn, sign_in
@@ -43,4 +44,5 @@ __all__ = [
     "cookie_name",
     "sign_in",
     "stored_connections",
+    "stored_servers",
 ]

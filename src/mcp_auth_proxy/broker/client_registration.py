@@ -18,9 +18,17 @@ Bind = Callable[[str, str, str], Awaitable[str]]
 """From server, client id and issuer to the issuer that the client id is bound to."""
 
 
+_CALLBACK = "/oauth/callback"
+
+
 def redirect_uri(public_url: str, grant: GrantType) -> str:
     """Return the redirect URI for a grant type; empty if it has no redirect."""
-    return f"{public_url}/oauth/callback" if grant is GrantType.AUTHORIZATION_CODE else ""
+    return f"{public_url}{_CALLBACK}" if grant is GrantType.AUTHORIZATION_CODE else ""
+
+
+def public_url_of(redirect_uri: str) -> str:
+    """Return the ``public_url`` that a redirect URI was made from."""
+    return redirect_uri.removesuffix(_CALLBACK)
 
 
 class ClientRegistrar:

@@ -109,6 +109,7 @@ _LIVE = """
 _DEVICES = """
     SELECT * FROM flows WHERE device IS NOT NULL AND status = 'pending' AND expires_at > :now ORDER BY created_at
 """
+_WAITING = "SELECT * FROM flows WHERE status = 'pending' AND expires_at > :now ORDER BY created_at"
 _POLL = "SELECT * FROM flows WHERE id = :id AND status = 'pending' AND expires_at > :now"
 _CLAIM_POLL = """
     UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at WHERE id = :id AND status = 'pending'
@@ -148,6 +149,10 @@ class Flows:
         """Return the flows that still wait for a user on another device, oldest first."""
         rows = await self._engine.fetch_all(_DEVICES, {"now": now})
         return decode_rows(self._engine, "flows", rows, read_flow)
+
+    async def waiting(self, now: float) -> list[Flow]:
+        """Return the flows of all accounts that still wait for their user, oldest first."""
+        return decode_rows(self._engine, "flows", await self._engine.fetch_all(_WAITING, {"now": now}), read_flow)
 
     async def claim_poll(self, flow_id: str, *, owner: str, now: float, next_poll_at: float) -> bool:
         """Make ``owner`` (from ``lease.new_owner``) the only process that polls for a flow, until ``next_poll_at``.
