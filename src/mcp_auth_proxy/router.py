@@ -46,14 +46,17 @@ class Router:
             request.keep_alive = False
         path = request.path
         route = self._routes.get(path)
+        page = route is not None and request.method == b"GET" and _wants_page(request)
         refused = self.guard.refusal(
             path,
             request.headers,
-            endpoint=route is not None,
+            endpoint=route is not None and not page,
             page_write=route is None and request.method not in _SAFE_METHODS,
         )
         if refused is not None:
             _respond_text(request, *refused)
+        elif page:
+            await run_asgi(self._site, request)
         elif route is not None:
             await self._forwarder.serve(route, request)
         elif not routes.is_canonical_path(path):
@@ -73,6 +76,12 @@ class Router:
     def _servers_changed(self, change: ServerChange) -> None:
         self._routes = routes.build(self._servers)
         self._forwarder.servers_changed(change.removed, change.changed)
+
+
+def _wants_page(request: ClientRequest) -> bool:
+    """Return whether a browser asks, not an MCP client: those accept event streams (MCP 2025-11-25, transports)."""
+    accepted = b",".join(value for name, value in request.headers if name == b"accept").lower()
+    return b"text/html" in accepted and b"text/event-stream" not in accepted
 
 
 def _respond_text(request: ClientRequest, status: int, text: str) -> None:

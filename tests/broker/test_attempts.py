@@ -10,6 +10,7 @@ import pytest
 from mcp_auth_proxy.broker.attempts import (
     AuthorizationAttempts,
     AuthorizationRedirect,
+    ConnectedServer,
     DevicePrompt,
     cookie_name,
     digest,
@@ -164,12 +165,21 @@ async def test_an_unknown_link_is_refused(setup: Setup, server: str, flow_id: st
     assert refused.value.status == status
 
 
-@pytest.mark.parametrize("status", [FlowStatus.DONE, FlowStatus.FAILED])
-async def test_a_link_that_has_ended_says_so(setup: Setup, status: FlowStatus) -> None:
-    await setup.flows.finish("flow-1", status)
-    with pytest.raises(CallbackRefused, match="connected" if status is FlowStatus.DONE else "new one") as refused:
-        await setup.attempts.open("linear", "flow-1")
-    assert refused.value.status == 410
+async def test_a_link_that_has_failed_says_so(setup: Setup) -> None:
+    await setup.flows.finish("flow-1", FlowStatus.FAILED)
+    for opened in (setup.attempts.open("linear", "flow-1"), setup.attempts.confirm("linear", "flow-1")):
+        with pytest.raises(CallbackRefused, match="new one") as refused:
+            await opened
+        assert refused.value.status == 410
+
+
+async def test_a_link_that_has_succeeded_says_that_the_server_is_connected(setup: Setup) -> None:
+    await setup.flows.finish("flow-1", FlowStatus.DONE)
+    assert await setup.attempts.open("linear", "flow-1") == ConnectedServer(
+        server="linear", issuer="https://as.example"
+    )
+    with pytest.raises(CallbackRefused, match="Nothing is left to do"):
+        await setup.attempts.confirm("linear", "flow-1")
 
 
 class EndedMeanwhile(Flows):
@@ -254,6 +264,6 @@ async def test_a_flow_on_another_device_shows_its_code_until_it_is_done(setup: S
     assert isinstance(opened, DevicePrompt)
     assert opened.device == device
     await setup.flows.finish("flow-2", FlowStatus.DONE)
-    opened = await setup.attempts.open("linear", "flow-2")
-    assert isinstance(opened, DevicePrompt)
-    assert opened.device is None
+    assert await setup.attempts.open("linear", "flow-2") == ConnectedServer(
+        server="linear", issuer="https://as.example"
+    )

@@ -19,7 +19,7 @@ async def test_a_client_that_the_token_endpoint_forgot_registers_once_more(serve
         async with Browser() as browser:
             callback = await browser.stop_before(link)
             setup.issuer.forget_clients()
-            assert "invalid_client" in (await browser.open(callback)).text
+            assert "invalid_client" in (await browser.follow(callback)).text
         await setup.connect()
         assert setup.issuer.registrations == 2
 

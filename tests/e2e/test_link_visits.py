@@ -73,7 +73,7 @@ async def test_only_the_first_visit_after_the_browser_was_opened_goes_on(  # T89
         callback = await owner.stop_before(link)
         assert owner.hops[1].split("?")[0].endswith("/authorize")
         assert await visits(other, link, 3) == [True] * 3
-        assert (await owner.open(callback)).status_code == 200
+        assert (await owner.follow(callback)).status_code == 200
         assert (await client.call("echo", text="in")).text == "in"
         assert await proxy.stop() == 0
 
@@ -158,7 +158,7 @@ async def test_many_visits_by_others_do_not_end_the_owner_s(  # T89
         callback = await owner.stop_before(link)
         if order != "others first":
             await act(others, link, 200)
-        assert (await owner.open(callback)).status_code == 200
+        assert (await owner.follow(callback)).status_code == 200
         assert (await setup.ask("in")).text == "in"
 
 

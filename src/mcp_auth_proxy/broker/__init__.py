@@ -9,11 +9,17 @@ Other packages use ``Broker``, which is built from the modules here::
        ├───── store_watch, connections
        └───── backoff: what waits after a failure
 
-Requests use ``token()`` and, after a 401 or 403, ``challenged()``. Pages use ``open_link()``, ``confirm_link()`` and
-``complete()``, commands ``authorize()``, ``disconnect()`` and ``connections()``.
+Requests use ``token()`` and, after a 401 or 403, ``challenged()``. Pages use ``open_link()``, ``confirm_link()``,
+``complete()``, ``connected()`` and ``begin()``, commands ``authorize()``, ``disconnect()`` and ``connections()``.
 """
 
-from mcp_auth_proxy.broker.attempts import AuthorizationRedirect, ConfirmationPrompt, DevicePrompt, cookie_name
+from mcp_auth_proxy.broker.attempts import (
+    AuthorizationRedirect,
+    ConfirmationPrompt,
+    ConnectedServer,
+    DevicePrompt,
+    cookie_name,
+)
 from mcp_auth_proxy.broker.broker import Broker
 from mcp_auth_proxy.broker.challenge_history import ChallengeHistory
 from mcp_auth_proxy.broker.connections import (
@@ -33,6 +39,7 @@ __all__ = [
     "Broker",
     "ChallengeHistory",
     "ConfirmationPrompt",
+    "ConnectedServer",
     "Connection",
     "ConnectionState",
     "DevicePrompt",

@@ -34,11 +34,19 @@ class AuthorizationRedirect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePrompt:
-    """What to show to a user who authorizes on another device. ``device`` is None once the user has done so."""
+    """What to show to a user who authorizes on another device."""
 
     server: str
-    device: DeviceAuthorization | None
+    device: DeviceAuthorization
     sign_in: SignIn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectedServer:
+    """A server whose user has authorized, and the authorization server that they did it at."""
+
+    server: str
+    issuer: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,28 +75,36 @@ class AuthorizationAttempts:
         self._visits = visits
         self._clock = clock
 
-    async def open(self, server: str, flow_id: str) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt:
-        """Start an attempt for a link, unless its user has to confirm first.
+    async def open(
+        self, server: str, flow_id: str
+    ) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer:
+        """Start an attempt for a link, unless its user has to confirm first, or has authorized with it.
 
-        Raises CallbackRefused if the link is unknown, used or too old, AuthorizationError if the authorization server
-        has no page to sign in at, and StoreError.
+        Raises CallbackRefused if the link is unknown, has failed or is too old, AuthorizationError if the authorization
+        server has no page to sign in at, and StoreError.
         """
         flow = await self._usable(server, flow_id)
+        if flow.status is FlowStatus.DONE:
+            return ConnectedServer(server=server, issuer=flow.key.issuer)
         if flow.device is not None:
-            return _device_prompt(flow)
+            return _device_prompt(flow, flow.device)
         if self._visits.goes_on(flow) and not await self._sign_ins.need_confirmation(flow):
             return await self._start(flow, confirmed=False)
         return ConfirmationPrompt(flow_id=flow.id, sign_in=sign_in(flow), max_age=self._seconds_left(flow))
 
     async def confirm(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
-        """Start an attempt for a link whose user has confirmed. Raises as ``open`` does."""
+        """Start an attempt for a link whose user has confirmed. Raises as ``open`` does, also if the link was used."""
         flow = await self._usable(server, flow_id)
-        return _device_prompt(flow) if flow.device is not None else await self._start(flow, confirmed=True)
+        if flow.status is FlowStatus.DONE:
+            raise _ended(flow)
+        if flow.device is not None:
+            return _device_prompt(flow, flow.device)
+        return await self._start(flow, confirmed=True)
 
     async def _usable(self, server: str, flow_id: str) -> Flow:
-        """Return a flow that waits for its user, or one that is done on another device."""
+        """Return a flow that waits for its user, or one that is done."""
         flow = await self._find(server, flow_id)
-        if flow.device is not None and flow.status is FlowStatus.DONE:
+        if flow.status is FlowStatus.DONE:
             return flow
         if flow.status is not FlowStatus.PENDING or flow.expires_at <= self._clock():
             raise _ended(flow)
@@ -156,8 +172,7 @@ class AuthorizationAttempts:
         return AcceptedCallback(*taken, confirmed=cookie.startswith(_CONFIRMED))
 
 
-def _device_prompt(flow: Flow) -> DevicePrompt:
-    device = flow.device if flow.status is FlowStatus.PENDING else None
+def _device_prompt(flow: Flow, device: DeviceAuthorization) -> DevicePrompt:
     return DevicePrompt(server=flow.key.account.server, device=device, sign_in=sign_in(flow))
 
 

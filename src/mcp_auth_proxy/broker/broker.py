@@ -10,6 +10,7 @@ from mcp_auth_proxy.broker.attempts import (
     AuthorizationAttempts,
     AuthorizationRedirect,
     ConfirmationPrompt,
+    ConnectedServer,
     DevicePrompt,
 )
 from mcp_auth_proxy.broker.authorization import Authorizations
@@ -20,7 +21,7 @@ from mcp_auth_proxy.broker.connections import Connection, Disconnected, Forgotte
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows
-from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, server_removed
+from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches, server_removed
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
@@ -40,7 +41,7 @@ from mcp_auth_proxy.errors import (
     TokenRefused,
     excerpt,
 )
-from mcp_auth_proxy.models import AccessToken, Account, Flow, Grant
+from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, FlowStatus, Grant
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -103,9 +104,19 @@ class Broker:
             flows=self._flows, sign_ins=self._sign_ins, visits=self._visits, clock=clock
         )
 
+        self._begun: set[Account] = set()
+        """The accounts for which a user in a browser begins an authorization right now."""
+
         def announce_started(flow: Flow, link: str) -> None:
-            self._visits.started(flow)
-            announce(flow, link)
+            if flow.key.account not in self._begun:
+                self._visits.started(flow)
+                announce(flow, link)
+                return
+            # The browser that its user sits at is on its way to the link: no other one need be opened.
+            self._visits.opened(flow)
+            logger.warning(
+                "server %s: an authorization was begun in a browser, with this link: %s", flow.key.account.server, link
+            )
 
         self._pending = PendingFlows(
             servers=servers,
@@ -283,17 +294,26 @@ class Broker:
         """Note that a flow's link is about to be opened in a browser on this machine."""
         self._visits.opened(flow)
 
-    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt:
+    async def open_link(
+        self, server: str, flow_id: str
+    ) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer:
         """Return what to show to the browser that opened a link.
 
         Raises CallbackRefused if the link can't be used, AuthorizationError if its server was removed, or if the
         authorization server has asked for a pause that has not ended, and StoreError.
         """
         flow = await self._flows.get(flow_id)
-        if flow is not None and flow.device is None and flow.key.account.server == server:
+        waits = flow is not None and flow.status is FlowStatus.PENDING and flow.device is None
+        if flow is not None and waits and flow.key.account.server == server:
             self._backoff.check_asked(of_issuer(server, flow.key.issuer))
         opened = await self._attempts.open(server, flow_id)
         configured(self._servers, server)
+        if isinstance(opened, ConnectedServer) and await self.connected(server) is None:
+            raise CallbackRefused(
+                "This link has been used, but the server is no longer connected. Ask your MCP client again: it gets a "
+                "new link.",
+                410,
+            )
         return opened
 
     async def confirm_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
@@ -304,6 +324,29 @@ class Broker:
         opened = await self._attempts.confirm(server, flow_id)
         configured(self._servers, server)
         return opened
+
+    async def connected(self, server: str) -> ConnectedServer | None:
+        """Return who has authorized a server, None if it is not connected. Raises StoreError."""
+        grant, settings = await self._grants.current(Account(LOCAL, server)), self._servers.get(server)
+        if grant is None or settings is None or not matches(grant, settings):
+            return None
+        return ConnectedServer(server=server, issuer=grant.key.issuer)
+
+    async def begin(
+        self, account: Account, *, status: int, challenge: Sequence[bytes]
+    ) -> AccessToken | PendingAuthorization | None:
+        """Authorize an account for a user who sits at a browser, also if there is a grant, which stays until then.
+
+        The rest is as with ``authorize``; the link is not opened in another browser.
+        """
+        self._backoff.person_begins(account.server)
+        self._begun.add(account)
+        try:
+            return await self._start(account, status, challenge)
+        except AuthorizationError as error:
+            raise self._backoff.with_time(error) from None
+        finally:
+            self._begun.discard(account)
 
     async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
         """Complete the flow that a callback belongs to, and let everyone who waits for it continue.
@@ -362,8 +405,11 @@ class Broker:
         self, account: Account, status: int, challenge: Sequence[bytes]
     ) -> AccessToken | PendingAuthorization | None:
         token = await self.token(account)
-        if token is not None:
-            return token
+        return token if token is not None else await self._start(account, status, challenge)
+
+    async def _start(
+        self, account: Account, status: int, challenge: Sequence[bytes]
+    ) -> AccessToken | PendingAuthorization | None:
         bearer = challenges.bearer(challenge)
         if not challenges.demands_authorization(status, bearer):
             return None

@@ -27,9 +27,8 @@ from mcp_auth_proxy.errors import (
     excerpt,
 )
 from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow
-from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.probe import ask, end_session, probe
-from mcp_auth_proxy.proxy.routes import Route
+from mcp_auth_proxy.proxy.routes import Route, route_to
 from mcp_auth_proxy.store import serving
 from mcp_auth_proxy.web import browser
 
@@ -67,7 +66,7 @@ async def login(settings: Settings, name: str) -> int:
 async def _authorize(application: Application, server: ServerSettings) -> AccessToken | None:
     """Return the server's token, after the user has consented if necessary; None if it asks for no authorization."""
     broker, account = application.broker, Account(LOCAL, server.name)
-    route = routes.build({server.name: server})[f"/{server.name}/mcp".encode()]
+    route = route_to(server)
     stored = await broker.token(account)
     outcome: AccessToken | PendingAuthorization | None
     if stored is not None:
