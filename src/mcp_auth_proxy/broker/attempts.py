@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mcp_auth_proxy import secret_values
+from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.sign_ins import SignIn, SignIns, sign_in
 from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.errors import CallbackRefused
@@ -56,6 +57,8 @@ class ConfirmationPrompt:
     flow_id: str
     sign_in: SignIn
     max_age: int
+    visited: bool
+    """Whether a browser was sent to sign in already, and has not come back: the client may be forgotten there."""
 
 
 class AcceptedCallback(NamedTuple):
@@ -69,8 +72,17 @@ class AcceptedCallback(NamedTuple):
 class AuthorizationAttempts:
     """Open links and accept callbacks. Each attempt has its own state, verifier and cookie, good for one callback."""
 
-    def __init__(self, *, flows: Flows, sign_ins: SignIns, visits: LinkVisits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        flows: Flows,
+        sign_ins: SignIns,
+        visits: LinkVisits,
+        clients: ForgottenClients,
+        clock: Callable[[], float],
+    ) -> None:
         self._flows = flows
+        self._clients = clients
         self._sign_ins = sign_ins
         self._visits = visits
         self._clock = clock
@@ -90,7 +102,12 @@ class AuthorizationAttempts:
             return _device_prompt(flow, flow.device)
         if self._visits.goes_on(flow) and not await self._sign_ins.need_confirmation(flow):
             return await self._start(flow, confirmed=False)
-        return ConfirmationPrompt(flow_id=flow.id, sign_in=sign_in(flow), max_age=self._seconds_left(flow))
+        return ConfirmationPrompt(
+            flow_id=flow_id,
+            sign_in=sign_in(flow),
+            max_age=self._seconds_left(flow),
+            visited=await self._clients.was_visited(flow),
+        )
 
     async def confirm(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
         """Start an attempt for a link whose user has confirmed. Raises as ``open`` does, also if the link was used."""
@@ -103,7 +120,7 @@ class AuthorizationAttempts:
 
     async def _usable(self, server: str, flow_id: str) -> Flow:
         """Return a flow that waits for its user, or one that is done."""
-        flow = await self._find(server, flow_id)
+        flow = await self._clients.newest(await self._find(server, flow_id))
         if flow.status is FlowStatus.DONE:
             return flow
         if flow.status is not FlowStatus.PENDING or flow.expires_at <= self._clock():
@@ -111,6 +128,7 @@ class AuthorizationAttempts:
         return flow
 
     async def _start(self, flow: Flow, *, confirmed: bool) -> AuthorizationRedirect:
+        flow = await self._clients.follow(flow)
         state = authorization_code.new_state()
         verifier = authorization_code.new_verifier()
         cookie = (_CONFIRMED if confirmed else "") + secrets.token_urlsafe(32)

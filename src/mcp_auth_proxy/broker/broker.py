@@ -21,6 +21,7 @@ from mcp_auth_proxy.broker.connections import Connection, Disconnected, Forgotte
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows
+from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches, server_removed
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
@@ -41,7 +42,7 @@ from mcp_auth_proxy.errors import (
     TokenRefused,
     excerpt,
 )
-from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, FlowStatus, Grant
+from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, FlowStatus, Grant, Registration
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -100,8 +101,15 @@ class Broker:
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
         self._visits = LinkVisits(clock=clock, first_only=opens_links)
         self._sign_ins = SignIns(confirmations=Confirmations(database), grants=self._grants, clock=clock)
+        self._forgotten_clients = ForgottenClients(
+            flows=self._flows, register=self._register_again, start=self._start_follower, clock=clock
+        )
         self._attempts = AuthorizationAttempts(
-            flows=self._flows, sign_ins=self._sign_ins, visits=self._visits, clock=clock
+            flows=self._flows,
+            sign_ins=self._sign_ins,
+            visits=self._visits,
+            clients=self._forgotten_clients,
+            clock=clock,
         )
 
         self._begun: set[Account] = set()
@@ -134,10 +142,11 @@ class Broker:
             announce=announce_started,
             clock=clock,
         )
+        self._planner = Planner(
+            discoverer=discoverer, registrar=self._registrar, token_client=self._token_client, backoff=backoff
+        )
         self._authorizations = Authorizations(
-            planner=Planner(
-                discoverer=discoverer, registrar=self._registrar, token_client=self._token_client, backoff=backoff
-            ),
+            planner=self._planner,
             registrar=self._registrar,
             token_client=self._token_client,
             grants=self._grants,
@@ -158,6 +167,7 @@ class Broker:
     async def aclose(self) -> None:
         """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
         await self._watch.aclose()
+        await self._forgotten_clients.aclose()
         await self._tokens.aclose()
         await self._pending.aclose()
         await self._authorizations.aclose()
@@ -324,6 +334,14 @@ class Broker:
         opened = await self._attempts.confirm(server, flow_id)
         configured(self._servers, server)
         return opened
+
+    async def _register_again(self, flow: Flow) -> Registration:
+        return await self._planner.register_again(configured_for(self._servers, flow), flow)
+
+    async def _start_follower(self, flow: Flow) -> None:
+        # Its link was not given out yet, and no visit of it is the first one.
+        self._visits.started(flow)
+        await self._pending.replace(flow)
 
     async def connected(self, server: str) -> ConnectedServer | None:
         """Return who has authorized a server, None if it is not connected. Raises StoreError."""

@@ -62,6 +62,13 @@ class ClientRegistrar:
         endpoint = self._registration_endpoint(server, metadata)
         return await self._register_dynamically(account, server, metadata, endpoint, policy, schemes)
 
+    async def register_again(
+        self, account: Account, server: ServerSettings, metadata: ServerMetadata, policy: AddressPolicy
+    ) -> Registration:
+        """Register a new client, in place of the one that is stored. Raises AuthorizationError and StoreError."""
+        endpoint = self._registration_endpoint(server, metadata)
+        return await self._register_dynamically(account, server, metadata, endpoint, policy, ())
+
     async def preview(self, account: Account, server: ServerSettings, metadata: ServerMetadata) -> Registration:
         """Return what ``register`` would, without registering or storing anything.
 

@@ -115,6 +115,11 @@ class PendingFlows:
         self._announce(flow, pending.link)
         return pending
 
+    async def replace(self, flow: Flow) -> None:
+        """Store a flow that follows the one that is pending, without announcing it. Raises StoreError."""
+        await self._flows.save(flow)
+        self._track(flow)
+
     async def resume(self, account: Account, challenge: BearerChallenge | None) -> PendingAuthorization | None:
         """Return a stored flow that an earlier run or another process started, if it can still be used."""
         flow = await self._flows.live(account, self._clock())

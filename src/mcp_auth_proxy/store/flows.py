@@ -115,6 +115,7 @@ _CLAIM_POLL = """
     UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at WHERE id = :id AND status = 'pending'
     RETURNING id
 """
+_VISITED = "SELECT state_hash FROM attempts WHERE flow_id = :id LIMIT 1"
 _ATTEMPT = "SELECT * FROM attempts WHERE state_hash = :state_hash"
 _DELETE_ATTEMPTS = "DELETE FROM attempts WHERE flow_id = :id"
 
@@ -185,6 +186,10 @@ class Flows:
             return bool(
                 await transaction.execute(_ADD_ATTEMPT, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
             )
+
+    async def was_visited(self, flow_id: str) -> bool:
+        """Return whether a flow has attempts that have not come back."""
+        return bool(await self._engine.fetch_all(_VISITED, {"id": flow_id}))
 
     async def take_attempt(self, state_hash: str, now: float) -> tuple[Flow, Attempt] | None:
         """Delete the attempt of a state and return it with its flow, so that each state is accepted once.

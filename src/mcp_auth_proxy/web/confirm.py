@@ -34,6 +34,7 @@ def confirmation_page(request: Request, prompt: ConfirmationPrompt, *, secure: b
         "confirm.html",
         sign_in=prompt.sign_in,
         scopes=ScopeList.of(prompt.sign_in.scopes),
+        visited=prompt.visited,
         token=_token(prompt.flow_id, cookie),
         headers=form_headers(http=not prompt.sign_in.address.startswith("https://")),
     )
