@@ -30,7 +30,7 @@ async def address_page(server: ServerSettings, broker: Broker, *, public_url: st
         "address.html",
         server=server.name,
         address=f"{public_url}/{server.name}/mcp",
-        connected=connected,
+        issuer=excerpt(connected.issuer) if connected is not None else "",
         headers=form_headers(http=not secure),
     )
 
