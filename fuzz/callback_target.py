@@ -12,6 +12,7 @@ from fuzz.checks import check_error, check_fields
 from fuzz.oauth_targets import FLOW, ISSUER, NOW
 from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.broker.attempts import AuthorizationAttempts, digest
+from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.sign_ins import SignIns
 from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.errors import McpAuthProxyError
@@ -52,8 +53,9 @@ class CodeReader:
         self.error: McpAuthProxyError | None = None
         self._attempts = AuthorizationAttempts(
             flows=cast(Flows, OneAttempt()),
-            sign_ins=cast(SignIns, None),  # for links; a callback uses neither
+            sign_ins=cast(SignIns, None),  # these three are for links; a callback uses none
             visits=LinkVisits(clock=lambda: NOW, first_only=False),
+            clients=cast(ForgottenClients, None),
             clock=lambda: NOW,
         )
 
@@ -109,7 +111,8 @@ def callback(data: bytes) -> None:
         assert response.status_code in (400, 403), f"the status {response.status_code}"
         return
     given = parse_qs(query.decode("latin-1"), keep_blank_values=True)
-    assert response.status_code == 200
+    assert response.status_code == 303
+    assert response.headers["location"] == f"/oauth/connected/{FLOW.key.account.server}", "an address from the query"
     assert given["state"] == [STATE] and given["iss"] == [ISSUER] and given["code"] == [broker.code]
     assert "error" not in given
     assert cookie_name(STATE).encode() in cookie

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from mcp_auth_proxy.broker import Broker, sign_in
+from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
-from mcp_auth_proxy.config.settings import Address, LimitSettings, Settings, reachable
-from mcp_auth_proxy.models import Flow
+from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
+from mcp_auth_proxy.models import AccessToken, Flow
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
 from mcp_auth_proxy.net.descriptors import Shares
@@ -22,6 +22,8 @@ from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.proxy.forwarder import Forwarder
+from mcp_auth_proxy.proxy.probe import probe
+from mcp_auth_proxy.proxy.routes import route_to
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import open_store
@@ -150,12 +152,19 @@ async def lifespan(
         )
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
+
+        async def start(server: ServerSettings) -> AccessToken | PendingAuthorization | None:
+            route = route_to(server)
+            status, challenge = await probe(forwarder.upstream, route)
+            return await broker.begin(route.account, status=status, challenge=challenge)
+
         site = Site(
             broker=broker,
             servers=servers,
             database=database,
             public_url=public_url,
             draining=lambda: router.draining,
+            start=start,
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(guard=guard, servers=servers, forwarder=forwarder, site=site.build())

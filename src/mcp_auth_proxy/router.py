@@ -54,7 +54,8 @@ class Router:
             request.keep_alive = False
         path = request.path
         route = self._routes.get(path)
-        endpoint = route is not None or routes.is_endpoint(path)
+        page = route is not None and request.method == b"GET" and _wants_page(request)
+        endpoint = not page and (route is not None or routes.is_endpoint(path))
         allowed_origins = self.guard.allowed_origins
         if endpoint:
             request.added_fields = allowed_origins.response_fields(request.headers)
@@ -68,6 +69,8 @@ class Router:
             self._refuse(request, *refused)
         elif endpoint and request.method == b"OPTIONS" and allowed_origins.origin_of(request.headers):
             request.respond(204, preflight_fields(request.headers), b"")
+        elif page:
+            await run_asgi(self._site, request)
         elif route is not None:
             await self._forwarder.serve(route, request)
         elif not routes.is_canonical_path(path):
@@ -94,3 +97,9 @@ class Router:
     def _servers_changed(self, change: ServerChange) -> None:
         self._routes = routes.build(self._servers)
         self._forwarder.servers_changed(change.removed, change.changed)
+
+
+def _wants_page(request: ClientRequest) -> bool:
+    """Return whether a browser asks, not an MCP client: those accept event streams (MCP 2025-11-25, transports)."""
+    accepted = b",".join(value for name, value in request.headers if name == b"accept").lower()
+    return b"text/html" in accepted and b"text/event-stream" not in accepted

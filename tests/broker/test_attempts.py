@@ -1,5 +1,6 @@
 """A browser's way from our link to the callback, on a real store."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,25 @@ import pytest
 from mcp_auth_proxy.broker.attempts import (
     AuthorizationAttempts,
     AuthorizationRedirect,
+    ConfirmationPrompt,
+    ConnectedServer,
     DevicePrompt,
     cookie_name,
     digest,
 )
+from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.sign_ins import SignIns
 from mcp_auth_proxy.broker.visits import LinkVisits
-from mcp_auth_proxy.errors import CallbackRefused
-from mcp_auth_proxy.models import Account, Attempt, DeviceAuthorization, Flow, FlowStatus
+from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused
+from mcp_auth_proxy.models import (
+    Account,
+    Attempt,
+    DeviceAuthorization,
+    Flow,
+    FlowStatus,
+    Registration,
+    RegistrationKind,
+)
 from mcp_auth_proxy.oauth.authorization_code import challenge_s256
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.confirmations import Confirmations
@@ -41,11 +53,23 @@ class Setup:
         self.flows = Flows(database)
         self.clock = Clock()
         self.visits = LinkVisits(clock=self.clock, first_only=False)
+        self.registrations = 0
+        self.can_register = True
         self.attempts = self.with_flows(self.flows)
 
     def with_flows(self, flows: Flows) -> AuthorizationAttempts:
         sign_ins = SignIns(confirmations=Confirmations(self.database), grants=Grants(self.database), clock=self.clock)
-        return AuthorizationAttempts(flows=flows, sign_ins=sign_ins, visits=self.visits, clock=self.clock)
+        clients = ForgottenClients(flows=flows, register=self.register, start=flows.save, clock=self.clock)
+        return AuthorizationAttempts(
+            flows=flows, sign_ins=sign_ins, visits=self.visits, clients=clients, clock=self.clock
+        )
+
+    async def register(self, old: Flow) -> Registration:
+        """Return a registration with another client, if the server offers that."""
+        self.registrations += 1
+        if not self.can_register:
+            raise AuthorizationError("There is no registration here.")
+        return replace(old.registration, client_id=f"new-{self.registrations}")
 
     async def open(self) -> tuple[AuthorizationRedirect, str]:
         """Open the link; return the redirect and its state."""
@@ -164,12 +188,21 @@ async def test_an_unknown_link_is_refused(setup: Setup, server: str, flow_id: st
     assert refused.value.status == status
 
 
-@pytest.mark.parametrize("status", [FlowStatus.DONE, FlowStatus.FAILED])
-async def test_a_link_that_has_ended_says_so(setup: Setup, status: FlowStatus) -> None:
-    await setup.flows.finish("flow-1", status)
-    with pytest.raises(CallbackRefused, match="connected" if status is FlowStatus.DONE else "new one") as refused:
-        await setup.attempts.open("linear", "flow-1")
-    assert refused.value.status == 410
+async def test_a_link_that_has_failed_says_so(setup: Setup) -> None:
+    await setup.flows.finish("flow-1", FlowStatus.FAILED)
+    for opened in (setup.attempts.open("linear", "flow-1"), setup.attempts.confirm("linear", "flow-1")):
+        with pytest.raises(CallbackRefused, match="new one") as refused:
+            await opened
+        assert refused.value.status == 410
+
+
+async def test_a_link_that_has_succeeded_says_that_the_server_is_connected(setup: Setup) -> None:
+    await setup.flows.finish("flow-1", FlowStatus.DONE)
+    assert await setup.attempts.open("linear", "flow-1") == ConnectedServer(
+        server="linear", issuer="https://as.example"
+    )
+    with pytest.raises(CallbackRefused, match="Nothing is left to do"):
+        await setup.attempts.confirm("linear", "flow-1")
 
 
 class EndedMeanwhile(Flows):
@@ -254,6 +287,79 @@ async def test_a_flow_on_another_device_shows_its_code_until_it_is_done(setup: S
     assert isinstance(opened, DevicePrompt)
     assert opened.device == device
     await setup.flows.finish("flow-2", FlowStatus.DONE)
-    opened = await setup.attempts.open("linear", "flow-2")
-    assert isinstance(opened, DevicePrompt)
-    assert opened.device is None
+    assert await setup.attempts.open("linear", "flow-2") == ConnectedServer(
+        server="linear", issuer="https://as.example"
+    )
+
+
+# a client that the authorization server may have forgotten
+
+
+async def client_of(setup: Setup) -> str:
+    """Open the link; return the client id that the browser is sent to sign in with."""
+    return query((await setup.open())[0])["client_id"]
+
+
+async def test_the_second_visit_registers_again_and_later_ones_use_that_client(setup: Setup) -> None:
+    first = linear().registration.client_id
+    assert [await client_of(setup) for _ in range(4)] == [first, "new-1", "new-1", "new-1"]
+
+
+async def test_visits_at_once_register_once(setup: Setup) -> None:
+    await setup.open()
+    assert await asyncio.gather(*(client_of(setup) for _ in range(5))) == ["new-1"] * 5
+
+
+async def test_the_visits_of_both_clients_can_be_finished(setup: Setup) -> None:
+    visits = [await setup.open() for _ in range(3)]
+    for (opened, state), client in zip(visits, (linear().registration.client_id, "new-1", "new-1"), strict=True):
+        accepted = await setup.attempts.accept({"state": [state], "code": ["x"]}, cookies_of(opened))
+        assert accepted.flow.registration.client_id == client
+
+
+async def test_a_link_whose_follower_has_succeeded_says_so(setup: Setup) -> None:
+    await setup.open()
+    opened, state = await setup.open()
+    accepted = await setup.attempts.accept({"state": [state], "code": ["x"]}, cookies_of(opened))
+    await setup.flows.finish(accepted.flow.id, FlowStatus.DONE)
+    assert isinstance(await setup.attempts.open("linear", "flow-1"), ConnectedServer)
+
+
+async def test_a_server_that_registers_no_more_is_asked_once_and_the_old_client_is_kept(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup.can_register = False
+    assert {await client_of(setup) for _ in range(4)} == {linear().registration.client_id}
+    assert setup.registrations == 1
+    assert "mcp-auth-proxy logout linear --forget-client" in caplog.text
+
+
+async def test_a_configured_client_is_never_replaced(setup: Setup) -> None:
+    pending = linear()
+    await setup.flows.save(
+        replace(pending, registration=replace(pending.registration, kind=RegistrationKind.CONFIGURED))
+    )
+    assert {await client_of(setup) for _ in range(3)} == {pending.registration.client_id}
+    assert setup.registrations == 0
+
+
+async def test_a_page_that_asks_first_registers_nothing_until_it_is_confirmed(setup: Setup) -> None:
+    setup.visits.first_only = True
+    setup.visits.started(linear())
+    assert [await shown(setup) for _ in range(3)] == [False] * 3
+    confirmed = await setup.attempts.confirm("linear", "flow-1")
+    assert isinstance(confirmed, AuthorizationRedirect)
+    assert query(confirmed)["client_id"] == linear().registration.client_id
+    assert [await shown(setup) for _ in range(3)] == [True] * 3
+    assert setup.registrations == 0
+    confirmed = await setup.attempts.confirm("linear", "flow-1")
+    assert isinstance(confirmed, AuthorizationRedirect)
+    assert query(confirmed)["client_id"] == "new-1"
+
+
+async def shown(setup: Setup) -> bool:
+    """Open the link, which must ask first, under its own flow; return whether that says that it was visited."""
+    opened = await setup.attempts.open("linear", "flow-1")
+    assert isinstance(opened, ConfirmationPrompt)
+    assert opened.flow_id == "flow-1"
+    return opened.visited

@@ -16,6 +16,7 @@ from fakes.proxy import RunningProxy, running_proxy, until
 
 pytestmark = pytest.mark.chromium
 
+CONNECTED = "**/oauth/connected/*"
 CALL = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"echo","arguments":{"text":"stolen"}}}'
 
 
@@ -39,7 +40,7 @@ async def test_consent_in_a_browser_ends_on_a_page_that_confirms_it(
         page, faults = await watched(await browser.new_context(java_script_enabled=script))
         await page.goto(await proxy.next_link())
         await page.click(ALLOW)
-        await page.wait_for_url("**/oauth/callback?**")
+        await page.wait_for_url(CONNECTED)
         assert await page.inner_text("h1") == "notes is connected"
         assert "You can close this tab" in await page.inner_text("main")
         assert (await call).text == "hello"
@@ -62,28 +63,92 @@ async def test_the_pages_can_be_read_in_light_and_dark(
         faults.clear()  # the browser reports the 404, as it should
         await page.goto(link)
         await page.click(ALLOW)
-        await page.wait_for_url("**/oauth/callback?**")
+        await page.wait_for_url(CONNECTED)
         await page.screenshot(path=tmp_path / f"connected-{scheme}.png")
         assert await contrast(page) >= 4.5
         await call
     assert faults == []
 
 
-async def test_a_reload_of_the_last_page_is_refused_and_the_grant_stays(
+async def test_the_last_page_is_at_a_clean_address_and_can_be_loaded_again(
     servers: Servers, tmp_path: Path, browser: Browser
 ) -> None:
     async with notes(servers, tmp_path) as (proxy, client):
         call = asyncio.create_task(client.call("echo", text="x"))
-        page = await browser.new_page()
-        await page.goto(await proxy.next_link())
+        page, faults = await watched(await browser.new_context())
+        link = await proxy.next_link()
+        await page.goto(link)
+        callbacks: list[str] = []
+        page.on("request", lambda request: callbacks.append(request.url) if "code=" in request.url else None)
         await page.click(ALLOW)
-        await page.wait_for_url("**/oauth/callback?**")
+        await page.wait_for_url(CONNECTED)
         await call
-        response = await page.reload()
+        assert page.url == f"{proxy.origin}/oauth/connected/notes"
+        (callback,) = callbacks
+        for _ in range(2):
+            response = await page.reload()
+            assert response is not None
+            assert response.status == 200
+            assert await page.inner_text("h1") == "notes is connected"
+        # Nothing in the history has the code either.
+        session = await page.context.new_cdp_session(page)
+        history = await session.send("Page.getNavigationHistory")
+        ours = {entry["url"] for entry in history["entries"] if entry["url"].startswith(proxy.origin)}
+        assert ours == {page.url}
+        response = await page.goto(link)
+        assert response is not None
+        assert (response.status, await page.inner_text("h1")) == (200, "notes is connected")
+        assert faults == []
+        response = await page.goto(callback)
         assert response is not None
         assert response.status == 400  # T12
         assert "finished already" in await page.inner_text("main")
         assert (await client.call("echo", text="still")).text == "still"
+
+
+async def test_every_page_has_a_title_an_icon_and_a_link_to_the_front_page(
+    servers: Servers, tmp_path: Path, browser: Browser
+) -> None:
+    async with notes(servers, tmp_path) as (proxy, _):
+        page, faults = await watched(await browser.new_context())
+        titles = set()
+        for path in ("/", "/notes/mcp", "/mcp", "/nowhere", "/connect/notes?flow=x", "/oauth/callback?state=x"):
+            await page.goto(f"{proxy.origin}{path}")
+            titles.add(await page.title())
+            assert await page.evaluate("""async () => {
+                const icon = new Image();
+                icon.src = document.querySelector('link[rel=icon]').href;
+                await icon.decode();
+                return icon.width;
+            }""")
+            await page.click("footer a")
+            assert page.url == f"{proxy.origin}/"
+        assert all(title.endswith(" · mcp-auth-proxy") for title in titles)
+        assert len(titles) == 5
+    # The browser reports the pages that are errors, as it should, and nothing that the policy forbids.
+    assert [fault for fault in faults if "the server responded with a status of 4" not in fault] == []
+
+
+async def test_an_address_opened_in_a_browser_has_a_button_that_authorizes(
+    servers: Servers, tmp_path: Path, browser: Browser
+) -> None:
+    issuer = await servers.authorization_server()
+    upstream = await servers.mcp_server(issuer)
+    async with running_proxy(tmp_path, {"notes": upstream.url}) as proxy, proxy.client("notes") as client:
+        page, faults = await watched(await browser.new_context())
+        for button, count in (("Authorize", 1), ("Authorize again", 2)):
+            for path in ("mcp", "notes/mcp"):
+                before = len(upstream.requests)
+                await page.goto(f"{proxy.origin}/{path}")
+                assert f"{proxy.origin}/notes/mcp" in await page.inner_text("main")
+                assert await page.inner_text("button") == button
+                assert len(upstream.requests) == before
+            await page.click("button")
+            await page.click(ALLOW)
+            await page.wait_for_url(CONNECTED)
+            assert (await client.call("echo", text="in")).text == "in"
+            assert issuer.token_requests("authorization_code") == count
+    assert faults == []
 
 
 async def test_declining_in_a_browser_is_shown_in_plain_words(
@@ -116,7 +181,7 @@ async def test_two_flows_at_once_in_one_browser_do_not_affect_each_other(
             await page.goto(link)
         for page in (pages[2], pages[0]):
             await page.click(ALLOW)
-            await page.wait_for_url("**/oauth/callback?**")
+            await page.wait_for_url(CONNECTED)
             assert "is connected" in await page.inner_text("h1")
         assert [(await call).text for call in calls] == [client.url for client in clients]
         for client in clients:
@@ -209,7 +274,7 @@ async def test_an_opener_learns_nothing_about_the_authorization(
             await opener.evaluate("link => { popup = window.open(link) }", link)
         popup = await opening.value
         await popup.click(ALLOW)
-        await popup.wait_for_url("**/oauth/callback?**")
+        await popup.wait_for_url(CONNECTED)
         assert (await call).text == "x"
         assert await popup.evaluate("window.opener") is None
         assert await opener.evaluate("heard") == []

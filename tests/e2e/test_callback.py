@@ -71,7 +71,7 @@ async def test_a_bad_state_asks_for_no_token_and_the_right_one_still_works(  # T
         assert_page(bad := await browser.open(changed(callback, change, setup.issuer.issuer)), bad.status_code)
         assert bad.status_code in (400, 403)
         assert setup.issuer.token_requests() == 0
-        assert_page(await browser.open(callback), 200)
+        assert_page(await browser.follow(callback), 200)
         assert (await setup.ask("in")).text == "in"
 
 
@@ -87,19 +87,19 @@ async def test_another_browser_is_refused_and_the_right_one_still_finishes(  # T
         link = await setup.link()
         callback = await browser.stop_before(link)
         await other.stop_before(link)
-        assert_page(await without_cookie.open(callback), 403)
-        assert_page(await other.open(callback), 403)
+        assert_page(await without_cookie.follow(callback), 403)
+        assert_page(await other.follow(callback), 403)
         assert setup.issuer.token_requests() == 0
-        assert_page(await browser.open(callback), 200)
+        assert_page(await browser.follow(callback), 200)
         assert (await setup.ask("in")).text == "in"
 
 
 async def test_a_repeated_callback_is_400_and_asks_for_no_token(servers: Servers, tmp_path: Path) -> None:  # T12
     async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
         callback = await browser.stop_before(await setup.link())
-        pages = await asyncio.gather(*(browser.open(callback) for _ in range(5)))
+        pages = await asyncio.gather(*(browser.follow(callback) for _ in range(5)))
         assert sorted(page.status_code for page in pages) == [200, 400, 400, 400, 400]
-        assert_page(await browser.open(callback), 400)
+        assert_page(await browser.follow(callback), 400)
         assert setup.issuer.token_requests() == 1
         assert (await setup.ask("in")).text == "in"
 
@@ -109,7 +109,7 @@ async def test_after_ten_minutes_a_callback_is_400(servers: Servers, tmp_path: P
         link = await setup.link()
         callback = await browser.stop_before(link)
         setup.clock.ahead += 601
-        assert_page(await browser.open(callback), 400)
+        assert_page(await browser.follow(callback), 400)
         assert_page(await browser.open(link), 410)
         assert setup.issuer.token_requests() == 0
         second = await setup.link()
@@ -206,9 +206,14 @@ async def test_a_link_that_has_ended_says_how(servers: Servers, tmp_path: Path) 
         assert setup.issuer.authorizations == 0
         assert (await browser.follow(link)).status_code == 200
         again = await browser.open(link)
-        assert_page(again, 410)
-        assert "connected" in again.text
+        assert_page(again, 200)
+        assert "notes is connected" in again.text
         assert setup.issuer.authorizations == 1
+        setup.issuer.end_grants()
+        await setup.ask()
+        over = await browser.open(link)
+        assert_page(over, 410)
+        assert "no longer connected" in over.text
 
 
 async def test_a_link_opened_under_another_loopback_name_ends_well(servers: Servers, tmp_path: Path) -> None:
@@ -322,7 +327,8 @@ async def test_no_parameter_leads_elsewhere(servers: Servers, tmp_path: Path, na
         assert urlsplit(onward).netloc == urlsplit(setup.issuer.issuer).netloc
         assert "evil" not in onward + page.text
         callback = await browser.stop_before(setup.proxy.links[0])
-        finished = await browser.open(f"{callback}&{evil}")
+        finished = await browser.follow(f"{callback}&{evil}")
+        assert browser.hops[-1] == f"{setup.proxy.origin}/oauth/connected/notes"
         assert_page(finished, 200)
         assert "evil" not in finished.text
 
@@ -386,7 +392,7 @@ async def test_a_second_attempt_does_not_affect_the_first(servers: Servers, tmp_
         link = await setup.link()
         first = await browser.stop_before(link)
         await browser.stop_before(link)
-        assert_page(await browser.open(first), 200)
+        assert_page(await browser.follow(first), 200)
 
 
 async def test_a_callback_after_a_restart_finishes_the_flow(servers: Servers, tmp_path: Path) -> None:
@@ -401,7 +407,7 @@ async def test_a_callback_after_a_restart_finishes_the_flow(servers: Servers, tm
             parts = urlsplit(proxy.origin)
         address = Address(str(parts.hostname), int(parts.port or 0))
         async with running_proxy(tmp_path, dict(config), listen=address, authorization=wait) as proxy:
-            assert_page(await browser.open(callback), 200)
+            assert_page(await browser.follow(callback), 200)
             async with proxy.client("notes") as client:
                 assert (await client.call("echo", text="in")).text == "in"
             assert proxy.links == []

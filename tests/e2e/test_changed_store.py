@@ -171,7 +171,7 @@ async def test_a_changed_flow_leads_nowhere(place: Place, column: str) -> None: 
         link = link_in((await client.call("echo")).message)
         callback = await browser.stop_before(link)
         place.change(f"UPDATE flows SET {column} = :it", it=values.get(column, "done"))
-        assert (await browser.open(callback)).status_code == 400
+        assert (await browser.follow(callback)).status_code == 400
         assert place.issuer.token_requests() == 0
         assert place.evil_issuer.requests == []
         await other_link(client, link)
@@ -184,7 +184,7 @@ async def test_an_attempt_cannot_be_given_to_another_browser(place: Place) -> No
         (name,) = [cookie.name for cookie in victim.client.cookies.jar]
         attacker.client.cookies.set(name, "evil", domain="127.0.0.1")
         place.change("UPDATE attempts SET browser_hash = :it", it=digest("evil"))
-        assert (await attacker.open(callback)).status_code == 400
+        assert (await attacker.follow(callback)).status_code == 400
         assert place.issuer.token_requests() == 0
         await asked_once(proxy, client, place)
 

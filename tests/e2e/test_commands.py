@@ -74,7 +74,7 @@ async def stored(folder: Path, url: str = "http://127.0.0.1:9/mcp") -> Path:
     ],
 )
 async def test_wrong_usage_or_configuration_exits_with_2(tmp_path: Path, arguments: list[str], words: str) -> None:
-    env = {"MCP_AUTH_PROXY_CONFIG": None, "XDG_CONFIG_HOME": str(tmp_path)}
+    env = {"MCP_AUTH_PROXY_CONFIG": None, "XDG_CONFIG_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
     code, out, err = await run_command(*arguments, env=env, cwd=tmp_path)
     assert (code, out) == (2, "")
     assert words in err

@@ -68,7 +68,7 @@ async def test_the_button_leads_over_several_origins_to_the_end(  # T78
         await page.dblclick("button")
         if not auto:
             await page.click(ALLOW)
-        await page.wait_for_url("**/oauth/callback?**")
+        await page.wait_for_url("**/oauth/connected/*")
         assert await page.inner_text("h1") == "notes is connected"
         assert (await call).text == "hello"
     assert [fault for fault in faults if "ERR_ABORTED" not in fault] == []
@@ -84,7 +84,7 @@ async def test_back_and_continue_again_leads_on(servers: Servers, tmp_path: Path
         await page.go_back()
         await page.click("button")
         await page.click(ALLOW)
-        await page.wait_for_url("**/oauth/callback?**")
+        await page.wait_for_url("**/oauth/connected/*")
         assert (await call).text == "hello"
 
 
@@ -100,7 +100,7 @@ async def test_a_link_in_a_foreign_page_shows_ours_and_its_form_works(  # T78
             await page.click("a")
             await page.click("button")
             await page.click(ALLOW)
-            await page.wait_for_url("**/oauth/callback?**")
+            await page.wait_for_url("**/oauth/connected/*")
         assert (await call).text == "hello"
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from e2e.test_login import free_port
 from fakes.fixtures import Servers
 from fakes.headless import Browser, consent
 from fakes.http_exchange import FakeResponse
 from fakes.proxy import run_command
 from fakes.proxy_setup import proxy_setup
+from mcp_auth_proxy.config.settings import Address
 
 
 async def test_a_client_that_the_token_endpoint_forgot_registers_once_more(servers: Servers, tmp_path: Path) -> None:
@@ -19,7 +21,7 @@ async def test_a_client_that_the_token_endpoint_forgot_registers_once_more(serve
         async with Browser() as browser:
             callback = await browser.stop_before(link)
             setup.issuer.forget_clients()
-            assert "invalid_client" in (await browser.open(callback)).text
+            assert "invalid_client" in (await browser.follow(callback)).text
         await setup.connect()
         assert setup.issuer.registrations == 2
 
@@ -53,6 +55,41 @@ async def test_a_registration_that_the_login_page_does_not_know_can_be_forgotten
                 pass
         await setup.connect()
         assert setup.issuer.registrations == 2
+
+
+@pytest.mark.parametrize("choice", ["never", "always"])
+async def test_a_registration_that_the_login_page_does_not_know_is_replaced_at_the_second_visit(
+    servers: Servers, tmp_path: Path, choice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        proxy_setup(servers, tmp_path, authorization={"wait": "20s", "open_browser": choice}) as setup,
+        Browser() as browser,
+    ):
+        call = asyncio.create_task(setup.ask("held"))
+        link = await setup.proxy.next_link()
+        setup.issuer.forget_clients()
+        page = await browser.follow(link)
+        assert (page.status_code, "not known here" in page.text) == (400, True)
+        assert setup.issuer.registrations == 1
+        page = await browser.follow(link)
+        assert (page.status_code, "notes is connected" in page.text) == (200, True)
+        assert (await call).text == "held"
+        assert setup.issuer.registrations == 2
+        assert (await browser.open(link)).status_code == 200
+        assert setup.proxy.links == [link]
+    assert "its client was dropped, and a new one was registered" in caplog.text
+    assert "mcp-auth-proxy logout notes --forget-client" in caplog.text
+
+
+async def test_doctor_names_how_to_forget_a_registration(servers: Servers, tmp_path: Path) -> None:
+    # The redirect URI is a part of the registration, so the port has to be known to `doctor`.
+    listen = Address("127.0.0.1", free_port())
+    async with proxy_setup(servers, tmp_path, listen=listen, public_url=f"http://{listen}") as setup:
+        config = str(tmp_path / "mcp-auth-proxy.yaml")
+        remedy = "mcp-auth-proxy logout notes --forget-client"
+        assert remedy not in (await run_command("doctor", "notes", "--config", config))[1]
+        await setup.link()
+        assert remedy in " ".join((await run_command("doctor", "notes", "--config", config))[1].split())
 
 
 async def test_refused_offline_access_is_not_requested_again(servers: Servers, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ async def test_a_consent_for_another_server_brings_no_token_to_the_server_that_h
             running_proxy(tmp_path, {"notes": {"url": second.url, "oauth": oauth}}, listen=address, **NO_WAIT) as proxy,
             proxy.client("notes") as client,
         ):
-            page = await browser.open(callback)
+            page = await browser.follow(callback)
             assert page.status_code == 502
             assert "another server" in page.text
             assert issuer.token_requests() == 0

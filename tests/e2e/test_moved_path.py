@@ -93,7 +93,7 @@ async def test_a_consent_for_the_old_path_brings_no_token_to_the_new_one(
             ) as proxy,
             proxy.client("notes") as client,
         ):
-            page = await browser.open(callback)
+            page = await browser.follow(callback)
             assert (page.status_code, "another server" in page.text) == (502, True)
             assert "/connect/" in str((await client.call("echo")).message)
     assert set(upstream.bearers) == {None}

@@ -231,7 +231,7 @@ async def test_an_error_with_status_200_is_an_error(tmp_path: Path, provider: ty
         async with Browser() as browser:
             callback = await browser.stop_before(link)
             setup.issuer.ledger.codes.clear()
-            page = await browser.open(callback)
+            page = await browser.follow(callback)
         assert provider.errors["invalid_grant"] in page.text
         assert setup.issuer.token_requests() == 1
 

@@ -82,8 +82,8 @@ async def test_no_secret_is_logged_shown_or_stored_in_clear(  # T45
                 replies += [first := await client.call("echo")]
                 callback = await browser.stop_before(link_in(first.message))
                 async with Browser() as other:
-                    pages += [(await other.open(callback)).text]
-                pages += [(await browser.open(callback)).text, (await browser.open(callback)).text]
+                    pages += [(await other.follow(callback)).text]
+                pages += [(await browser.follow(callback)).text, (await browser.follow(callback)).text]
                 replies += [await client.call("echo", text="in")]
                 issuer.end_access_tokens()
                 replies += [await client.call("echo", text="renewed")]

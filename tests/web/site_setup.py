@@ -9,10 +9,18 @@ import httpx2
 
 from fakes.forwarding import pending_authorization
 from fakes.listener import listener
-from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, ConfirmationPrompt, DevicePrompt, SignIn
+from mcp_auth_proxy.broker import (
+    AuthorizationRedirect,
+    Broker,
+    ConfirmationPrompt,
+    ConnectedServer,
+    DevicePrompt,
+    PendingAuthorization,
+    SignIn,
+)
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
-from mcp_auth_proxy.models import Flow
+from mcp_auth_proxy.models import AccessToken, Flow
 from mcp_auth_proxy.net.asgi import run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.store import Engine
@@ -31,12 +39,20 @@ SIGN_IN = SignIn(
 )
 
 
+Shown = AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer
+
+
 class ScriptedVisits:
-    """A broker that shows ``visit`` for each link, and answers each callback with ``outcome``."""
+    """A broker that shows ``visit`` for each link, and answers each callback with ``outcome``.
+
+    ``begins`` is what the button of an address leads to, and ``is_connected`` who has authorized every server.
+    """
 
     def __init__(self) -> None:
-        self.visit: AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | McpAuthProxyError = REDIRECT
+        self.visit: Shown | McpAuthProxyError = REDIRECT
         self.outcome: Flow | McpAuthProxyError = pending_authorization().flow
+        self.begins: AccessToken | PendingAuthorization | McpAuthProxyError | None = None
+        self.is_connected: ConnectedServer | None = None
         self.opened: list[tuple[str, str]] = []
         self.confirmed: list[tuple[str, str]] = []
         self.callbacks: list[tuple[dict[str, list[str]], dict[str, str]]] = []
@@ -45,7 +61,15 @@ class ScriptedVisits:
         self.confirmed.append((server, flow_id))
         return REDIRECT
 
-    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt:
+    async def connected(self, server: str) -> ConnectedServer | None:
+        return self.is_connected
+
+    async def begin(self, server: ServerSettings) -> AccessToken | PendingAuthorization | None:
+        if isinstance(self.begins, McpAuthProxyError):
+            raise self.begins
+        return self.begins
+
+    async def open_link(self, server: str, flow_id: str) -> Shown:
         self.opened.append((server, flow_id))
         if isinstance(self.visit, McpAuthProxyError):
             raise self.visit
@@ -105,6 +129,7 @@ async def site_setup(
             database=cast(Engine, setup.store),
             public_url=public_url,
             draining=lambda: setup.draining,
+            start=setup.broker.begin,
         )
         async with listener(Pages(site)) as port:
             client.base_url = httpx2.URL(f"http://127.0.0.1:{port}")

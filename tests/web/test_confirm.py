@@ -16,7 +16,8 @@ FORM = {"content-type": "application/x-www-form-urlencoded"}
 
 
 def prompt(flow_id: str = "F1", **changes: object) -> ConfirmationPrompt:
-    return ConfirmationPrompt(flow_id=flow_id, sign_in=replace(SIGN_IN, **changes), max_age=600)  # type: ignore[arg-type]
+    sign_in = replace(SIGN_IN, **changes)  # type: ignore[arg-type]
+    return ConfirmationPrompt(flow_id=flow_id, sign_in=sign_in, max_age=600, visited=False)
 
 
 async def opened(setup: SiteSetup, link: str = LINK, cookie: str = "") -> tuple[httpx2.Response, str, str]:
@@ -54,6 +55,14 @@ async def test_the_page_says_who_sends_the_user_where_with_which_scopes(public_u
         assert (morsel["path"], morsel["max-age"], morsel["samesite"]) == ("/connect/notes", "600", "strict")
         assert (morsel["httponly"], bool(morsel["secure"])) == (True, public_url.startswith("https"))
         assert token not in page.headers["set-cookie"]
+
+
+@pytest.mark.parametrize("visited", [False, True])
+async def test_a_page_that_is_opened_again_says_what_to_do_about_a_client_that_is_not_known(visited: bool) -> None:
+    async with site_setup() as setup:
+        setup.broker.visit = replace(prompt(), visited=visited)
+        page, _, _ = await opened(setup)
+        assert ("mcp-auth-proxy logout notes --forget-client" in page.text) is visited
 
 
 async def test_the_form_of_the_page_leads_on_also_if_it_is_sent_twice() -> None:  # T78

@@ -5,7 +5,7 @@ from http.cookies import SimpleCookie
 
 import pytest
 
-from mcp_auth_proxy.broker import DevicePrompt
+from mcp_auth_proxy.broker import ConnectedServer, DevicePrompt
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, McpAuthProxyError
 from mcp_auth_proxy.models import DeviceAuthorization
 from mcp_auth_proxy.web.connect import REDIRECTED
@@ -71,7 +71,7 @@ async def test_a_code_for_another_device_is_shown_until_the_user_is_done(complet
         assert "secret-device-code" not in page.text
         for told in (SIGN_IN.upstream, SIGN_IN.address, *SIGN_IN.scopes):
             assert f"<code>{told}</code>" in page.text
-        setup.broker.visit = DevicePrompt(server="notes", device=None, sign_in=SIGN_IN)
+        setup.broker.visit = ConnectedServer(server="notes", issuer="https://as.example")
         page = await setup.client.get(LINK)
         assert (page.status_code, "notes is connected" in page.text) == (200, True)
         assert 'http-equiv="refresh"' not in page.text

@@ -10,11 +10,17 @@ Other packages use ``Broker``, which is built from the modules here::
        ├───── store_watch, connections
        └───── backoff: what waits after a failure
 
-Requests use ``token()`` and, after a 401 or 403, ``challenged()``. Pages use ``open_link()``, ``confirm_link()`` and
-``complete()``, commands ``authorize()``, ``disconnect()`` and ``connections()``.
+Requests use ``token()`` and, after a 401 or 403, ``challenged()``. Pages use ``open_link()``, ``confirm_link()``,
+``complete()``, ``connected()`` and ``begin()``, commands ``authorize()``, ``disconnect()`` and ``connections()``.
 """
 
-from mcp_auth_proxy.broker.attempts import AuthorizationRedirect, ConfirmationPrompt, DevicePrompt, cookie_name
+from mcp_auth_proxy.broker.attempts import (
+    AuthorizationRedirect,
+    ConfirmationPrompt,
+    ConnectedServer,
+    DevicePrompt,
+    cookie_name,
+)
 from mcp_auth_proxy.broker.broker import Broker
 from mcp_auth_proxy.broker.challenge_history import ChallengeHistory
 from mcp_auth_proxy.broker.connections import (
@@ -24,6 +30,7 @@ from mcp_auth_proxy.broker.connections import (
     ForgottenGrant,
     Revocation,
     stored_connections,
+    stored_servers,
 )
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.sign_ins import SignIn, sign_in
@@ -33,6 +40,7 @@ __all__ = [
     "Broker",
     "ChallengeHistory",
     "ConfirmationPrompt",
+    "ConnectedServer",
     "Connection",
     "ConnectionState",
     "DevicePrompt",
@@ -44,4 +52,5 @@ __all__ = [
     "cookie_name",
     "sign_in",
     "stored_connections",
+    "stored_servers",
 ]

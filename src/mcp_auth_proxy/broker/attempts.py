@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mcp_auth_proxy import secret_values
+from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.sign_ins import SignIn, SignIns, sign_in
 from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.errors import CallbackRefused
@@ -34,11 +35,19 @@ class AuthorizationRedirect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePrompt:
-    """What to show to a user who authorizes on another device. ``device`` is None once the user has done so."""
+    """What to show to a user who authorizes on another device."""
 
     server: str
-    device: DeviceAuthorization | None
+    device: DeviceAuthorization
     sign_in: SignIn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectedServer:
+    """A server whose user has authorized, and the authorization server that they did it at."""
+
+    server: str
+    issuer: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +57,8 @@ class ConfirmationPrompt:
     flow_id: str
     sign_in: SignIn
     max_age: int
+    visited: bool
+    """Whether a browser was sent to sign in already, and has not come back: the client may be forgotten there."""
 
 
 class AcceptedCallback(NamedTuple):
@@ -61,40 +72,63 @@ class AcceptedCallback(NamedTuple):
 class AuthorizationAttempts:
     """Open links and accept callbacks. Each attempt has its own state, verifier and cookie, good for one callback."""
 
-    def __init__(self, *, flows: Flows, sign_ins: SignIns, visits: LinkVisits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        flows: Flows,
+        sign_ins: SignIns,
+        visits: LinkVisits,
+        clients: ForgottenClients,
+        clock: Callable[[], float],
+    ) -> None:
         self._flows = flows
+        self._clients = clients
         self._sign_ins = sign_ins
         self._visits = visits
         self._clock = clock
 
-    async def open(self, server: str, flow_id: str) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt:
-        """Start an attempt for a link, unless its user has to confirm first.
+    async def open(
+        self, server: str, flow_id: str
+    ) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer:
+        """Start an attempt for a link, unless its user has to confirm first, or has authorized with it.
 
-        Raises CallbackRefused if the link is unknown, used or too old, AuthorizationError if the authorization server
-        has no page to sign in at, and StoreError.
+        Raises CallbackRefused if the link is unknown, has failed or is too old, AuthorizationError if the authorization
+        server has no page to sign in at, and StoreError.
         """
         flow = await self._usable(server, flow_id)
+        if flow.status is FlowStatus.DONE:
+            return ConnectedServer(server=server, issuer=flow.key.issuer)
         if flow.device is not None:
-            return _device_prompt(flow)
+            return _device_prompt(flow, flow.device)
         if self._visits.is_direct(flow) and not await self._sign_ins.need_confirmation(flow):
             return await self._start(flow, confirmed=False)
-        return ConfirmationPrompt(flow_id=flow.id, sign_in=sign_in(flow), max_age=self._seconds_left(flow))
+        return ConfirmationPrompt(
+            flow_id=flow_id,
+            sign_in=sign_in(flow),
+            max_age=self._seconds_left(flow),
+            visited=await self._clients.was_visited(flow),
+        )
 
     async def confirm(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
-        """Start an attempt for a link whose user has confirmed. Raises as ``open`` does."""
+        """Start an attempt for a link whose user has confirmed. Raises as ``open`` does, also if the link was used."""
         flow = await self._usable(server, flow_id)
-        return _device_prompt(flow) if flow.device is not None else await self._start(flow, confirmed=True)
+        if flow.status is FlowStatus.DONE:
+            raise _ended(flow)
+        if flow.device is not None:
+            return _device_prompt(flow, flow.device)
+        return await self._start(flow, confirmed=True)
 
     async def _usable(self, server: str, flow_id: str) -> Flow:
-        """Return a flow that waits for its user, or one that is done on another device."""
-        flow = await self._find(server, flow_id)
-        if flow.device is not None and flow.status is FlowStatus.DONE:
+        """Return a flow that waits for its user, or one that is done."""
+        flow = await self._clients.newest(await self._find(server, flow_id))
+        if flow.status is FlowStatus.DONE:
             return flow
         if flow.status is not FlowStatus.PENDING or flow.expires_at <= self._clock():
             raise _ended(flow)
         return flow
 
     async def _start(self, flow: Flow, *, confirmed: bool) -> AuthorizationRedirect:
+        flow = await self._clients.follow(flow)
         state = authorization_code.new_state()
         verifier = authorization_code.new_verifier()
         cookie = (_CONFIRMED if confirmed else "") + secrets.token_urlsafe(32)
@@ -156,8 +190,7 @@ class AuthorizationAttempts:
         return AcceptedCallback(*taken, confirmed=cookie.startswith(_CONFIRMED))
 
 
-def _device_prompt(flow: Flow) -> DevicePrompt:
-    device = flow.device if flow.status is FlowStatus.PENDING else None
+def _device_prompt(flow: Flow, device: DeviceAuthorization) -> DevicePrompt:
     return DevicePrompt(server=flow.key.account.server, device=device, sign_in=sign_in(flow))
 
 

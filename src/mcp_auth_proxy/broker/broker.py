@@ -8,6 +8,7 @@ from mcp_auth_proxy.broker.attempts import (
     AuthorizationAttempts,
     AuthorizationRedirect,
     ConfirmationPrompt,
+    ConnectedServer,
     DevicePrompt,
 )
 from mcp_auth_proxy.broker.authorization import Authorizations
@@ -19,7 +20,8 @@ from mcp_auth_proxy.broker.connections import Connection, Disconnected, Forgotte
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows
-from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, server_removed
+from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
+from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches, server_removed
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer
@@ -38,7 +40,7 @@ from mcp_auth_proxy.errors import (
     StoreError,
     TokenRefused,
 )
-from mcp_auth_proxy.models import AccessToken, Account, Flow, Grant
+from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, FlowStatus, Grant, Registration
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -97,13 +99,30 @@ class Broker:
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
         self._visits = LinkVisits(clock=clock, first_only=opens_links)
         self._sign_ins = SignIns(confirmations=Confirmations(database), grants=self._grants, clock=clock)
+        self._forgotten_clients = ForgottenClients(
+            flows=self._flows, register=self._register_again, start=self._start_follower, clock=clock
+        )
         self._attempts = AuthorizationAttempts(
-            flows=self._flows, sign_ins=self._sign_ins, visits=self._visits, clock=clock
+            flows=self._flows,
+            sign_ins=self._sign_ins,
+            visits=self._visits,
+            clients=self._forgotten_clients,
+            clock=clock,
         )
 
+        self._begun: set[Account] = set()
+        """The accounts for which a user in a browser begins an authorization right now."""
+
         def announce_started(flow: Flow, link: str) -> None:
-            self._visits.started(flow)
-            announce(flow, link)
+            if flow.key.account not in self._begun:
+                self._visits.started(flow)
+                announce(flow, link)
+                return
+            # The browser that its user sits at is on its way to the link: no other one need be opened.
+            self._visits.opened(flow)
+            logger.warning(
+                "server %s: an authorization was begun in a browser, with this link: %s", flow.key.account.server, link
+            )
 
         self._pending = PendingFlows(
             servers=servers,
@@ -121,10 +140,11 @@ class Broker:
             announce=announce_started,
             clock=clock,
         )
+        self._planner = Planner(
+            discoverer=discoverer, registrar=self._registrar, token_client=self._token_client, backoff=backoff
+        )
         self._authorizations = Authorizations(
-            planner=Planner(
-                discoverer=discoverer, registrar=self._registrar, token_client=self._token_client, backoff=backoff
-            ),
+            planner=self._planner,
             registrar=self._registrar,
             token_client=self._token_client,
             grants=self._grants,
@@ -148,6 +168,7 @@ class Broker:
     async def aclose(self) -> None:
         """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
         await self._watch.aclose()
+        await self._forgotten_clients.aclose()
         await self._tokens.aclose()
         await self._pending.aclose()
         await self._authorizations.aclose()
@@ -230,17 +251,26 @@ class Broker:
         """Note that a flow's link is about to be opened in a browser on this machine."""
         self._visits.opened(flow)
 
-    async def open_link(self, server: str, flow_id: str) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt:
+    async def open_link(
+        self, server: str, flow_id: str
+    ) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer:
         """Return what to show to the browser that opened a link.
 
         Raises CallbackRefused if the link can't be used, AuthorizationError if its server was removed, or if the
         authorization server has asked for a pause that has not ended, and StoreError.
         """
         flow = await self._flows.get(flow_id)
-        if flow is not None and flow.device is None and flow.key.account.server == server:
+        waits = flow is not None and flow.status is FlowStatus.PENDING and flow.device is None
+        if flow is not None and waits and flow.key.account.server == server:
             self._backoff.check_asked(of_issuer(server, flow.key.issuer))
         opened = await self._attempts.open(server, flow_id)
         configured(self._servers, server)
+        if isinstance(opened, ConnectedServer) and await self.connected(server) is None:
+            raise CallbackRefused(
+                "This link has been used, but the server is no longer connected. Ask your MCP client again: it gets a "
+                "new link.",
+                410,
+            )
         return opened
 
     async def confirm_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
@@ -251,6 +281,37 @@ class Broker:
         opened = await self._attempts.confirm(server, flow_id)
         configured(self._servers, server)
         return opened
+
+    async def _register_again(self, flow: Flow) -> Registration:
+        return await self._planner.register_again(configured_for(self._servers, flow), flow)
+
+    async def _start_follower(self, flow: Flow) -> None:
+        # Its link was not given out yet, and no visit of it is the first one.
+        self._visits.started(flow)
+        await self._pending.replace(flow)
+
+    async def connected(self, server: str) -> ConnectedServer | None:
+        """Return who has authorized a server, None if it is not connected. Raises StoreError."""
+        grant, settings = await self._grants.current(Account(LOCAL, server)), self._servers.get(server)
+        if grant is None or settings is None or not matches(grant, settings):
+            return None
+        return ConnectedServer(server=server, issuer=grant.key.issuer)
+
+    async def begin(
+        self, account: Account, *, status: int, challenge: Sequence[bytes]
+    ) -> AccessToken | PendingAuthorization | None:
+        """Authorize an account for a user who sits at a browser, also if there is a grant, which stays until then.
+
+        The rest is as with ``authorize``; the link is not opened in another browser.
+        """
+        self._backoff.person_begins(account.server)
+        self._begun.add(account)
+        try:
+            return await self._start(account, status, challenge)
+        except AuthorizationError as error:
+            raise self._backoff.with_time(error) from None
+        finally:
+            self._begun.discard(account)
 
     async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
         """Complete the flow that a callback belongs to, and let everyone who waits for it continue.
@@ -309,8 +370,11 @@ class Broker:
         self, account: Account, status: int, challenge: Sequence[bytes]
     ) -> AccessToken | PendingAuthorization | None:
         token = await self.token(account)
-        if token is not None:
-            return token
+        return token if token is not None else await self._start(account, status, challenge)
+
+    async def _start(
+        self, account: Account, status: int, challenge: Sequence[bytes]
+    ) -> AccessToken | PendingAuthorization | None:
         bearer = challenges.bearer(challenge)
         if not challenges.demands_authorization(status, bearer):
             return None

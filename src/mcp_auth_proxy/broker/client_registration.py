@@ -18,9 +18,17 @@ Bind = Callable[[str, str, str], Awaitable[str]]
 """From server, client id and issuer to the issuer that the client id is bound to."""
 
 
+_CALLBACK = "/oauth/callback"
+
+
 def redirect_uri(public_url: str, grant: GrantType) -> str:
     """Return the redirect URI for a grant type; empty if it has no redirect."""
-    return f"{public_url}/oauth/callback" if grant is GrantType.AUTHORIZATION_CODE else ""
+    return f"{public_url}{_CALLBACK}" if grant is GrantType.AUTHORIZATION_CODE else ""
+
+
+def public_url_of(redirect_uri: str) -> str:
+    """Return the ``public_url`` that a redirect URI was made from."""
+    return redirect_uri.removesuffix(_CALLBACK)
 
 
 class ClientRegistrar:
@@ -53,6 +61,13 @@ class ClientRegistrar:
             return known
         endpoint = self._registration_endpoint(server, metadata)
         return await self._register_dynamically(account, server, metadata, endpoint, policy, schemes)
+
+    async def register_again(
+        self, account: Account, server: ServerSettings, metadata: ServerMetadata, policy: AddressPolicy
+    ) -> Registration:
+        """Register a new client, in place of the one that is stored. Raises AuthorizationError and StoreError."""
+        endpoint = self._registration_endpoint(server, metadata)
+        return await self._register_dynamically(account, server, metadata, endpoint, policy, ())
 
     async def preview(self, account: Account, server: ServerSettings, metadata: ServerMetadata) -> Registration:
         """Return what ``register`` would, without registering or storing anything.

@@ -1,14 +1,16 @@
 """The state of each connection, for the command line, pages and the API; and the result of disconnecting."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from mcp_auth_proxy.broker.client_registration import public_url_of
 from mcp_auth_proxy.broker.matching import matches
+from mcp_auth_proxy.broker.pending import link_of
 from mcp_auth_proxy.broker.renewal import renewable
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import without_query_values
-from mcp_auth_proxy.models import LOCAL, Account, Grant
+from mcp_auth_proxy.models import LOCAL, Account, Flow, Grant
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
@@ -34,6 +36,10 @@ class Connection:
     state: ConnectionState = ConnectionState.NOT_CONNECTED
     authorizing: bool = False
     """Whether an authorization waits for its user."""
+    link: str = field(default="", repr=False)
+    """Where the user authorizes, if an authorization waits for them."""
+    user_code: str = field(default="", repr=False)
+    """What they enter there, if that is for another device."""
     issuer: str = ""
     """This field and those below describe the grant; they are empty or None if there is none."""
     granted_at: float | None = None
@@ -103,13 +109,43 @@ async def stored_connections(
         for account in sorted({grant.key.account for grant in own}) or [Account(LOCAL, server.name)]:
             flow = await flows.live(account, now) if flows is not None else None
             grant = _current((grant for grant in own if grant.key.account == account), server)
-            connection = Connection(
-                account=account,
-                url=without_query_values(server.url),
-                authorizing=flow is not None and matches(flow, server),
-            )
+            connection = Connection(account=account, url=without_query_values(server.url))
+            if flow is not None and matches(flow, server) and not _is_answered(flow, grant):
+                connection = _with_flow(connection, flow)
             found.append(connection if grant is None else _with_grant(connection, grant))
     return found
+
+
+async def stored_servers(database: Engine, *, now: float) -> dict[str, ServerSettings]:
+    """Return the servers that have a grant or wait for their user, by name, as far as the store knows them.
+
+    For a store without a configuration: that of ``serve URL``. Raises StoreError.
+    """
+    grants, flows = await Grants(database).all(), await Flows(database).waiting(now)
+    servers: dict[str, ServerSettings] = {}
+    both: list[Grant | Flow] = [*grants, *flows]
+    for stored in sorted(both, key=_time):
+        key = stored.key
+        if key.upstream is not None:
+            name = key.account.server
+            servers[name] = ServerSettings(name=name, url=f"{key.upstream}{key.path or '/'}")
+    return servers
+
+
+def _time(stored: Grant | Flow) -> float:
+    return stored.granted_at if isinstance(stored, Grant) else stored.created_at
+
+
+def _is_answered(flow: Flow, grant: Grant | None) -> bool:
+    """Return whether a user has authorized since, by another link."""
+    return grant is not None and grant.ended_at is None and grant.granted_at > flow.created_at
+
+
+def _with_flow(connection: Connection, flow: Flow) -> Connection:
+    device = flow.device
+    if device is None:
+        return replace(connection, authorizing=True, link=link_of(flow, public_url_of(flow.redirect_uri)))
+    return replace(connection, authorizing=True, link=device.verification_uri, user_code=device.user_code)
 
 
 def _current(grants: Iterable[Grant], server: ServerSettings) -> Grant | None:

@@ -85,6 +85,16 @@ class Discoverer:
             await asyncio.to_thread(discovery.require_own_device_endpoint, metadata, server=server.name)
         return resource, metadata
 
+    async def server_metadata(self, server: ServerSettings, issuer: str) -> ServerMetadata:
+        """Return the metadata of an authorization server that an earlier discovery for this server has found."""
+        if server.oauth.metadata is not None:
+            return discovery.configured_server_metadata(server.oauth.metadata, issuer=server.oauth.issuer)
+        policy = self.policy(server.url)
+        if issuer != urls.raw_origin(server.url):
+            return await self._server_metadata(issuer, policy)
+        found = await self._find_server_metadata(issuer, policy, legacy=False)
+        return found or discovery.legacy_server_metadata(server.url)
+
     async def identity_provider(self, idp: IdpSettings) -> tuple[str, tuple[str, ...] | None]:
         """Return the token endpoint of an identity provider, and the client authentication methods that it supports."""
         if idp.token_endpoint is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from mcp_auth_proxy.broker.client_registration import redirect_uri
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.matching import configured, configured_for, matches
-from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker.pending import PendingAuthorization, link_of
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -115,6 +115,11 @@ class PendingFlows:
         self._announce(flow, pending.link)
         return pending
 
+    async def replace(self, flow: Flow) -> None:
+        """Store a flow that follows the one that is pending, without announcing it. Raises StoreError."""
+        await self._flows.save(flow)
+        self._track(flow)
+
     async def resume(self, account: Account, challenge: BearerChallenge | None) -> PendingAuthorization | None:
         """Return a stored flow that an earlier run or another process started, if it can still be used."""
         flow = await self._flows.live(account, self._clock())
@@ -140,7 +145,7 @@ class PendingFlows:
 
     def _track(self, flow: Flow) -> PendingAuthorization:
         account = flow.key.account
-        link = f"{self._public_url}/connect/{account.server}?flow={flow.id}"
+        link = link_of(flow, self._public_url)
         before = self._pending.get(account)
         if before is not None and not before.done:
             pending = before.replaced_by(flow, link)

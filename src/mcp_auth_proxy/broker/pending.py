@@ -8,6 +8,11 @@ from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import AccessToken, Flow
 
 
+def link_of(flow: Flow, public_url: str) -> str:
+    """Return the link that a user opens to authorize."""
+    return f"{public_url}/connect/{flow.key.account.server}?flow={flow.id}"
+
+
 @dataclass(eq=False, slots=True)
 class PendingAuthorization:
     """A flow that waits for its user. All requests of the account wait for the same one.

@@ -9,7 +9,7 @@ from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable
+from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable
 from mcp_auth_proxy.models import Account, Flow, GrantKey, GrantType, Registration
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import discovery, dpop, scopes
@@ -71,6 +71,25 @@ class Planner:
         elif server.oauth.grant.unattended:
             await self._token_client.check_unattended(plan)
         return plan
+
+    async def register_again(self, server: ServerSettings, flow: Flow) -> Registration:
+        """Register a new client for a flow, in place of its own, unless its issuer is paused.
+
+        Raises AuthorizationError, also if the configuration names a client now, and StoreError.
+        """
+        account, issuer = flow.key.account, flow.key.issuer
+        if server.oauth.client_id is not None:
+            raise AuthorizationError(f"{server.key('oauth.client_id')} names the client.")
+        try:
+            async with asyncio.timeout(DISCOVERY_DEADLINE):
+                metadata = await self._discoverer.server_metadata(server, issuer)
+                with self._backoff.attempt(of_issuer(server.name, issuer)):
+                    policy = self._discoverer.policy(server.url)
+                    return await self._registrar.register_again(account, server, metadata, policy)
+        except TimeoutError:
+            raise AuthorizationServerUnavailable(
+                f"A registration for server {server.name} did not end within {DISCOVERY_DEADLINE:.0f} s."
+            ) from None
 
     async def _plan(
         self,

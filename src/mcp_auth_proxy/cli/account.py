@@ -1,27 +1,22 @@
-"""``login``, ``logout`` and ``status``. They use the store directly, whether or not a proxy is running."""
+"""``login`` and ``logout``. They use the store directly, whether or not a proxy is running."""
 
 import logging
 import os
 import time
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from datetime import datetime
-from typing import Any
 
 from mcp_auth_proxy.app import Application, lifespan
 from mcp_auth_proxy.broker import (
-    Connection,
-    ConnectionState,
+    ChallengeHistory,
     Disconnected,
     ForgottenGrant,
     PendingAuthorization,
     Revocation,
     sign_in,
-    stored_connections,
 )
 from mcp_auth_proxy.cli.listener import bind, in_numbers, listening
-from mcp_auth_proxy.cli.terminal import complain, say, say_json
+from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config.settings import ServerSettings, Settings, reachable
 from mcp_auth_proxy.errors import (
     MAX_MESSAGE,
@@ -32,10 +27,13 @@ from mcp_auth_proxy.errors import (
     excerpt,
 )
 from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow
-from mcp_auth_proxy.proxy import routes
-from mcp_auth_proxy.proxy.probe import probe
-from mcp_auth_proxy.store import open_store, serving
+from mcp_auth_proxy.proxy.probe import ask, end_session, probe
+from mcp_auth_proxy.proxy.routes import Route, route_to
+from mcp_auth_proxy.store import serving
 from mcp_auth_proxy.web import browser
+
+MAX_TRIES = 5
+"""How often a stored login is tried: a renewed token, or a new nonce, is tried again."""
 
 
 async def login(settings: Settings, name: str) -> int:
@@ -68,13 +66,16 @@ async def login(settings: Settings, name: str) -> int:
 async def _authorize(application: Application, server: ServerSettings) -> AccessToken | None:
     """Return the server's token, after the user has consented if necessary; None if it asks for no authorization."""
     broker, account = application.broker, Account(LOCAL, server.name)
+    route = route_to(server)
     stored = await broker.token(account)
+    outcome: AccessToken | PendingAuthorization | None
     if stored is not None:
-        say(f"A login for {server.name} is stored already; `mcp-auth-proxy logout {server.name}` forgets it.")
-        return stored
-    route = routes.build({server.name: server})[f"/{server.name}/mcp".encode()]
-    status, challenge = await probe(application.forwarder.upstream, route)
-    outcome = await broker.authorize(account, status=status, challenge=challenge)
+        outcome = await _try_stored(application, route, stored)
+        if not isinstance(outcome, PendingAuthorization):
+            say(f"A login for {server.name} is stored already; `mcp-auth-proxy logout {server.name}` forgets it.")
+    else:
+        status, challenge = await probe(application.forwarder.upstream, route)
+        outcome = await broker.authorize(account, status=status, challenge=challenge)
     if not isinstance(outcome, PendingAuthorization):
         return outcome
     say(*_invitation(server.name, outcome))
@@ -86,6 +87,33 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     if token is None:
         raise McpAuthProxyError("The link was not used in time. Run login again for a new one.")
     return token
+
+
+async def _try_stored(application: Application, route: Route, token: AccessToken) -> AccessToken | PendingAuthorization:
+    """Return a token that the server accepts, renewed if necessary, or the authorization to wait for if it takes none.
+
+    Raises McpAuthProxyError.
+    """
+    history, upstream = ChallengeHistory(), application.forwarder.upstream
+    for _ in range(MAX_TRIES):
+        answer = await ask(upstream, route, "initialize", token=token)
+        await end_session(upstream, route, answer, token=token)
+        verdict = await application.broker.challenged(
+            route.account,
+            sent_to=route.server,
+            status=answer.status,
+            challenge=answer.challenge,
+            nonce=answer.all(b"dpop-nonce"),
+            used=token,
+            history=history,
+        )
+        if verdict is None:
+            return token
+        if isinstance(verdict, PendingAuthorization):
+            say(f"{route.server.name} no longer accepts the login that is stored.")
+            return verdict
+        token = verdict
+    raise McpAuthProxyError(f"{route.server.name} refuses every token that is renewed for it.")
 
 
 def _invitation(server: str, pending: PendingAuthorization) -> list[str]:
@@ -166,66 +194,6 @@ def _forgotten_line(server: str, grant: ForgottenGrant) -> str:
                 f"Its tokens stay valid until they expire; to end them now, withdraw the access at the provider, for "
                 f"example on its account page."
             )
-
-
-async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
-    """Print since when and until when one server, or each, is connected. Return 0; raise McpAuthProxyError.
-
-    Whether something is connected does not affect the exit code.
-    """
-    servers = settings.servers
-    if name is not None:
-        server = server_of(settings, name)
-        servers = {server.name: server}
-    rows = [_row(connection) for connection in await _connections(settings, servers)]
-    if as_json:
-        say_json(rows)
-        return 0
-    width = max(len(row["server"]) for row in rows)
-    for row in rows:
-        say(f"{row['server']:<{width}}  {_in_words(row)}")
-    return 0
-
-
-async def _connections(settings: Settings, servers: Mapping[str, ServerSettings]) -> list[Connection]:
-    if not settings.store.path.exists():
-        return await stored_connections(servers, None, now=time.time())
-    database = await open_store(settings.store)
-    try:
-        return await stored_connections(servers, database, now=time.time())
-    finally:
-        await database.close()
-
-
-def _row(connection: Connection) -> dict[str, Any]:
-    row = {"server": connection.account.server, "url": connection.url, "state": connection.state.value}
-    if connection.state is ConnectionState.NOT_CONNECTED:
-        return row
-    return {
-        **row,
-        "issuer": connection.issuer,
-        "since": _iso(connection.granted_at),
-        "token_until": _iso(connection.token_expires_at),
-        "renews_itself": connection.renews_itself,
-        "scopes": list(connection.scopes),
-        "reason": connection.reason,
-    }
-
-
-def _in_words(row: dict[str, Any]) -> str:
-    if row["state"] == "not connected":
-        # Only the store was read. Whether the server asks for authorization is known when it is used.
-        return "no grant: not connected yet, or a server that asks for no authorization"
-    if row["state"] == "ended":
-        return f"ended, it needs a new authorization: {row['reason']}"
-    until = f"token until {row['token_until']}" if row["token_until"] else "token without a stated end"
-    renews = "renews itself" if row["renews_itself"] else "can't be renewed"
-    scopes = f", scopes {' '.join(row['scopes'])}" if row["scopes"] else ""
-    return f"connected since {row['since']} by {row['issuer']}, {until}, {renews}{scopes}"
-
-
-def _iso(moment: float | None) -> str | None:
-    return None if moment is None else datetime.fromtimestamp(moment).astimezone().isoformat(timespec="seconds")
 
 
 def server_of(settings: Settings, name: str) -> ServerSettings:

@@ -221,9 +221,14 @@ def logout(server: str, config_file: str | None, forget_client: bool) -> None:
 @log_options
 def status(server: str | None, config_file: str | None, as_json: bool) -> None:
     """Show what is connected, since when and until when: all servers, or SERVER (a configured name, or a URL)."""
-    from mcp_auth_proxy.cli import account
+    from mcp_auth_proxy.cli import status as command
 
-    run(account.status(_settings_for(server, config_file, secrets=False), server, as_json=as_json))
+    url = server is not None and "://" in server
+    if not url and config.find(config_file, os.environ) is None:
+        store = config.single_store(environ=os.environ)
+        if store.path.exists():
+            run(command.status_without_configuration(store, server, as_json=as_json))
+    run(command.status(_settings_for(server, config_file, secrets=False), server, as_json=as_json))
 
 
 @cli.command()

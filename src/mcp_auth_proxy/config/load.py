@@ -84,6 +84,12 @@ def single(
     return settings
 
 
+def single_store(*, environ: Mapping[str, str] = os.environ) -> StoreSettings:
+    """Return the store of ``serve URL``, which exists once that was run."""
+    context = Context(environ, platformdirs.user_data_path(_APP, appauthor=False))
+    return _read_store(Section({}, "", context))
+
+
 def _raise_errors(errors: list[ConfigError], document: Document, source: str) -> None:
     if errors:
         raise ConfigurationError(sorted(errors, key=lambda error: document.line(error.path)), source)

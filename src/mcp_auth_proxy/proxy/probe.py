@@ -1,4 +1,4 @@
-"""Ask an upstream, without a token, whether it wants one."""
+"""Ask an upstream, without a token, whether it wants one; or with one, whether it accepts that."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError
+from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.http_head import Fields
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.routes import Route
@@ -56,9 +57,15 @@ async def probe(upstream: UpstreamClient, route: Route) -> tuple[int, list[bytes
 
 
 async def ask(
-    upstream: UpstreamClient, route: Route, method: str, *, session: bytes = b"", modern: bool = False
+    upstream: UpstreamClient,
+    route: Route,
+    method: str,
+    *,
+    session: bytes = b"",
+    modern: bool = False,
+    token: AccessToken | None = None,
 ) -> ProbeResponse:
-    """Send one MCP request without a token and return what comes back. Raises UpstreamError."""
+    """Send one MCP request, without a token unless one is given, and return what comes back. Raises UpstreamError."""
     version = MODERN if modern else PROTOCOL_VERSION
     message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": _params(method, modern=modern)}
     headers = list(_JSON)
@@ -68,7 +75,7 @@ async def ask(
         headers.append((b"mcp-method", method.encode()))
     if session:
         headers.append((b"mcp-session-id", session))
-    response = await upstream.send(route, method=b"POST", fields=Fields(headers), body=encode(message))
+    response = await upstream.send(route, method=b"POST", fields=Fields(headers), body=encode(message), token=token)
     try:
         body = await _beginning(response)
     finally:
@@ -76,12 +83,14 @@ async def ask(
     return ProbeResponse(method=method, status=response.status, headers=response.headers, body=body)
 
 
-async def end_session(upstream: UpstreamClient, route: Route, answer: ProbeResponse) -> None:
+async def end_session(
+    upstream: UpstreamClient, route: Route, answer: ProbeResponse, *, token: AccessToken | None = None
+) -> None:
     """End the session that an ``initialize`` began. If the server fails to, the session will expire there."""
     for session in answer.all(b"mcp-session-id")[:1]:
         headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
         with suppress(UpstreamError):
-            (await upstream.send(route, method=b"DELETE", fields=Fields(headers), body=b"")).close()
+            (await upstream.send(route, method=b"DELETE", fields=Fields(headers), body=b"", token=token)).close()
 
 
 async def _beginning(response: Response) -> bytes:

@@ -27,21 +27,22 @@ class Route:
 
 def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
     """Return the routes by raw path: ``/{server}/mcp``, and ``/mcp`` too if there is just one server."""
-    routes = {f"/{name}/mcp".encode(): _route(name, server) for name, server in servers.items()}
+    routes = {f"/{name}/mcp".encode(): route_to(server) for name, server in servers.items()}
     if len(routes) == 1:
         routes[b"/mcp"] = next(iter(routes.values()))
     return routes
 
 
-def _route(name: str, server: ServerSettings) -> Route:
+def route_to(server: ServerSettings) -> Route:
+    """Return the route to one server."""
     url = urls.parse(server.url)
     return Route(
         server,
         url.origin,
         url.target,
         url.origin.authority.encode("ascii"),
-        Account(LOCAL, name),
-        ServerMetrics(name),
+        Account(LOCAL, server.name),
+        ServerMetrics(server.name),
     )
 
 

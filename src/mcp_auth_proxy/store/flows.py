@@ -109,11 +109,13 @@ _LIVE = """
 _DEVICES = """
     SELECT * FROM flows WHERE device IS NOT NULL AND status = 'pending' AND expires_at > :now ORDER BY created_at
 """
+_WAITING = "SELECT * FROM flows WHERE status = 'pending' AND expires_at > :now ORDER BY created_at"
 _POLL = "SELECT * FROM flows WHERE id = :id AND status = 'pending' AND expires_at > :now"
 _CLAIM_POLL = """
     UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at WHERE id = :id AND status = 'pending'
     RETURNING id
 """
+_VISITED = "SELECT state_hash FROM attempts WHERE flow_id = :id LIMIT 1"
 _ATTEMPT = "SELECT * FROM attempts WHERE state_hash = :state_hash"
 _DELETE_ATTEMPTS = "DELETE FROM attempts WHERE flow_id = :id"
 
@@ -151,6 +153,10 @@ class Flows:
         rows = await self._engine.fetch_all(_DEVICES, {"now": now})
         return await decode_rows(self._engine, "flows", rows, {}, read_flow)
 
+    async def waiting(self, now: float) -> list[Flow]:
+        """Return the flows of all accounts that still wait for their user, oldest first."""
+        return decode_rows(self._engine, "flows", await self._engine.fetch_all(_WAITING, {"now": now}), read_flow)
+
     async def claim_poll(self, flow_id: str, *, owner: str, now: float, next_poll_at: float) -> bool:
         """Make ``owner`` (from ``lease.new_owner``) the only process that polls for a flow, until ``next_poll_at``.
 
@@ -182,6 +188,10 @@ class Flows:
             return bool(
                 await transaction.execute(_ADD_ATTEMPT, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
             )
+
+    async def was_visited(self, flow_id: str) -> bool:
+        """Return whether a flow has attempts that have not come back."""
+        return bool(await self._engine.fetch_all(_VISITED, {"id": flow_id}))
 
     async def take_attempt(self, state_hash: str, now: float) -> tuple[Flow, Attempt] | None:
         """Delete the attempt of a state and return it with its flow, so that each state is accepted once.

@@ -1,19 +1,25 @@
-"""``/oauth/callback``: the redirect URI. It shows a page that says what happened."""
+"""``/oauth/callback``: the redirect URI. It leads to the last page, or shows what went wrong."""
 
 import logging
 from math import ceil
+from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mcp_auth_proxy.broker import Broker, cookie_name
-from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError, excerpt
+from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
 from mcp_auth_proxy.web.cookies import read_cookies
-from mcp_auth_proxy.web.pages import message
+from mcp_auth_proxy.web.pages import message, redirect
 
 logger = logging.getLogger(__name__)
 
 RETRY_HINT = "You can close this tab. Repeat the request in your MCP client to get a new link."
+
+
+def connected_path(server: str) -> str:
+    """Return the path of the last page, which says that a server is connected."""
+    return f"/oauth/connected/{quote(server)}"
 
 
 async def callback(request: Request, broker: Broker) -> Response:
@@ -34,11 +40,8 @@ async def callback(request: Request, broker: Broker) -> Response:
     except StoreError as error:
         logger.error("a grant could not be stored: %s", error)
         return message("The authorization could not be stored", str(error), status=503, hint=RETRY_HINT)
-    response = message(
-        f"{flow.key.account.server} is connected",
-        "Your MCP client continues automatically. You can close this tab.",
-        status=200,
-        hint=f"Authorized by {excerpt(flow.key.issuer)}.",
-    )
+    # The address of the last page must not have the code in it: it is in the history, and can be loaded again.
+    server = flow.key.account.server
+    response = redirect(connected_path(server), f"{server} is connected")
     response.delete_cookie(cookie_name(params["state"][0]), path="/oauth/callback")
     return response

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from mcp_auth_proxy.broker import ConfirmationPrompt
 from mcp_auth_proxy.web.cookies import read_cookies
-from mcp_auth_proxy.web.pages import SECURITY_HEADERS, ScopeList, page
+from mcp_auth_proxy.web.pages import ScopeList, form_headers, page
 
 COOKIE_PREFIX = "mcp_auth_page_"
 MAX_FORM = 1024
@@ -34,8 +34,9 @@ def confirmation_page(request: Request, prompt: ConfirmationPrompt, *, secure: b
         "confirm.html",
         sign_in=prompt.sign_in,
         scopes=ScopeList.of(prompt.sign_in.scopes),
+        visited=prompt.visited,
         token=_token(prompt.flow_id, cookie),
-        headers=_headers(prompt.sign_in.address),
+        headers=form_headers(http=not prompt.sign_in.address.startswith("https://")),
     )
     response.set_cookie(
         name,
@@ -59,18 +60,6 @@ async def is_confirmed(request: Request, flow_id: str) -> bool:
     if len(tokens) != 1 or not _COOKIE_VALUE.fullmatch(cookie):
         return False
     return hmac.compare_digest(tokens[0].encode("utf-8", "replace"), _token(flow_id, cookie).encode())
-
-
-def _headers(address: str) -> dict[str, str]:
-    """Return the headers in which this page differs from others.
-
-    Chromium applies ``form-action`` also to the redirects after a form. A sign-in may lead over origins that can't be
-    known here; they are https unless the first is on loopback. If a page forbids referrers, browsers send ``Origin:
-    null`` with its form.
-    """
-    schemes = "https:" if address.startswith("https://") else "https: http:"
-    policy = SECURITY_HEADERS["content-security-policy"].replace("form-action 'none'", f"form-action 'self' {schemes}")
-    return {"content-security-policy": policy, "referrer-policy": "same-origin"}
 
 
 async def _body(request: Request) -> str:

@@ -1,18 +1,17 @@
 """``/connect/{server}?flow=…``: the link that a user opens. It leads to the authorization server."""
 
 from collections.abc import Callable
-from html import escape
 from math import ceil
 from urllib.parse import quote, urlencode
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
-from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, ConfirmationPrompt, DevicePrompt
-from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused
+from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, ConfirmationPrompt, ConnectedServer, DevicePrompt
+from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused, excerpt
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.confirm import confirmation_page, is_confirmed
-from mcp_auth_proxy.web.pages import SECURITY_HEADERS, ScopeList, message, page
+from mcp_auth_proxy.web.pages import ScopeList, message, page, redirect
 
 REFRESH = 5
 """Seconds between reloads of a page that waits."""
@@ -38,8 +37,8 @@ async def connect(request: Request, broker: Broker, *, public_url: str, warn: Ca
     server, flow_id = request.path_params["server"], request.query_params.get("flow", "")
     if _is_other_loopback_name(request, public_url):
         query = urlencode([*request.query_params.multi_items(), (REDIRECTED, "1")])
-        return _redirect(f"{public_url}/connect/{quote(server)}?{query}", "Continue")
-    opened: AuthorizationRedirect | ConfirmationPrompt | DevicePrompt
+        return redirect(f"{public_url}/connect/{quote(server)}?{query}", "Continue")
+    opened: AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer
     try:
         if request.method != "POST":
             opened = await broker.open_link(server, flow_id)
@@ -51,11 +50,9 @@ async def connect(request: Request, broker: Broker, *, public_url: str, warn: Ca
     except CallbackRefused as refused:
         return message("This link can't be used", str(refused), status=refused.status)
     except AuthorizationError as error:
-        if error.retry_after is None:
-            return message("The authorization can't start", str(error), status=502)
-        later = message("The authorization can't start yet", str(error), status=503)
-        later.headers["retry-after"] = str(max(1, ceil(error.retry_after)))
-        return later
+        return cannot_start(error)
+    if isinstance(opened, ConnectedServer):
+        return connected_page(opened)
     if isinstance(opened, DevicePrompt):
         return _device_page(opened)
     if isinstance(opened, ConfirmationPrompt):
@@ -68,7 +65,7 @@ def _authorization_redirect(opened: AuthorizationRedirect, *, secure: bool) -> R
 
     The cookie is for the callback only. It is ``Lax`` because the callback is a navigation from another site.
     """
-    response = _redirect(opened.authorization_url, "Continue to the authorization server")
+    response = redirect(opened.authorization_url, "Continue to the authorization server")
     response.set_cookie(
         opened.cookie_name,
         opened.cookie_value,
@@ -102,20 +99,27 @@ def _is_other_loopback_name(request: Request, public_url: str) -> bool:
     )
 
 
-def _redirect(url: str, text: str) -> Response:
-    """Return a redirect with a page for browsers and tools that do not follow redirects."""
-    return HTMLResponse(
-        f'<!doctype html><title>Authorize</title><p><a href="{escape(url, quote=True)}">{text}</a></p>',
-        status_code=303,
-        headers={**SECURITY_HEADERS, "location": url},
+def cannot_start(error: AuthorizationError) -> Response:
+    """Return the page that says why an authorization can't start, or when it can."""
+    if error.retry_after is None:
+        return message("The authorization can't start", str(error), status=502)
+    later = message("The authorization can't start yet", str(error), status=503)
+    later.headers["retry-after"] = str(max(1, ceil(error.retry_after)))
+    return later
+
+
+def connected_page(connected: ConnectedServer) -> Response:
+    """Return the last page of an authorization. It has no form: there is nothing left to do."""
+    return message(
+        f"{connected.server} is connected",
+        "Your MCP client continues automatically. You can close this tab.",
+        status=200,
+        hint=f"Authorized by {excerpt(connected.issuer)}.",
     )
 
 
 def _device_page(opened: DevicePrompt) -> Response:
     """Return the page with the code and where to enter it (RFC 8628 §3.3). It changes once the user is done."""
-    if opened.device is None:
-        text = "Your MCP client continues automatically. You can close this tab."
-        return message(f"{opened.server} is connected", text, status=200)
     return page(
         "device.html",
         server=opened.server,

@@ -1,6 +1,7 @@
 """HTML pages: rendered on the server, without scripts or external resources."""
 
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +27,8 @@ _templates.filters["visible"] = visible
 
 SECURITY_HEADERS = {
     "content-security-policy": (
-        "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     ),
     "x-frame-options": "DENY",
     "x-content-type-options": "nosniff",
@@ -60,6 +62,24 @@ def page(template: str, *, status: int = 200, headers: dict[str, str] | None = N
     """Return a page with escaped values, and headers that forbid framing and access by an opener."""
     html = _templates.get_template(template).render(**values)
     return HTMLResponse(html, status_code=status, headers={**SECURITY_HEADERS, **(headers or {})})
+
+
+def form_headers(*, http: bool) -> dict[str, str]:
+    """Return the headers in which a page differs from others whose form leads to a sign-in page.
+
+    Chromium applies ``form-action`` also to the redirects after a form. A sign-in may lead over origins that can't be
+    known here; they are https unless the first is on loopback (``http``). If a page forbids referrers, browsers send
+    ``Origin: null`` with its form.
+    """
+    schemes = "https: http:" if http else "https:"
+    policy = SECURITY_HEADERS["content-security-policy"].replace("form-action 'none'", f"form-action 'self' {schemes}")
+    return {"content-security-policy": policy, "referrer-policy": "same-origin"}
+
+
+def redirect(url: str, text: str) -> HTMLResponse:
+    """Return a redirect (303), with a link for tools that do not follow redirects."""
+    html = f'<!doctype html><title>{escape(text)}</title><p><a href="{escape(url, quote=True)}">{escape(text)}</a></p>'
+    return HTMLResponse(html, status_code=303, headers={**SECURITY_HEADERS, "location": url})
 
 
 def message(title: str, text: str, *, status: int, hint: str = "") -> HTMLResponse:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -11,15 +12,16 @@ from starlette.routing import Route
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import StoreError
+from mcp_auth_proxy.errors import StoreError, excerpt
 from mcp_auth_proxy.models import GrantType
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.instruments import CONTENT_TYPE
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine
+from mcp_auth_proxy.web.address import Start, address_page, start_page
 from mcp_auth_proxy.web.callback import callback
-from mcp_auth_proxy.web.connect import connect
+from mcp_auth_proxy.web.connect import connect, connected_page
 from mcp_auth_proxy.web.pages import message, page
 
 logger = logging.getLogger(__name__)
@@ -36,12 +38,14 @@ class Site:
         database: Engine,
         public_url: str,
         draining: Callable[[], bool],
+        start: Start,
     ) -> None:
         self._broker = broker
         self._servers = servers
         self._database = database
         self._public_url = public_url
         self._draining = draining
+        self._start = start
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:
@@ -53,8 +57,12 @@ class Site:
                 Route("/connect/{server}", self._connect, methods=["GET", "POST"]),
                 Route("/oauth/callback", self._callback),
                 Route("/oauth/client-metadata.json", self._client_metadata),
+                Route("/oauth/connected/{server}", self._connected),
+                Route("/connect/{server}/start", self._start_authorization, methods=["POST"]),
+                Route("/mcp", self._address),
+                Route("/{server}/mcp", self._address),
             ],
-            exception_handlers={404: _not_found, StoreError: _store_error},
+            exception_handlers={404: _not_found, 405: _not_allowed, StoreError: _store_error},
         )
 
     def health_routes(self) -> list[Route]:
@@ -91,6 +99,27 @@ class Site:
     async def _callback(self, request: Request) -> Response:
         return await callback(request, self._broker)
 
+    async def _connected(self, request: Request) -> Response:
+        server = request.path_params["server"]
+        connected = await self._broker.connected(server)
+        if connected is not None:
+            return connected_page(connected)
+        text = "Your MCP client gets a link when it uses the server."
+        return message(f"{excerpt(server)} is not connected", text, status=404)
+
+    async def _address(self, request: Request) -> Response:
+        """Show what an MCP address is; the router sends browsers here, and MCP clients to the server."""
+        server = self._servers.get(request.path_params.get("server") or next(iter(self._servers), ""))
+        if server is None:
+            return await _not_found(request, HTTPException(404))
+        return await address_page(server, self._broker, public_url=self._public_url)
+
+    async def _start_authorization(self, request: Request) -> Response:
+        server = self._servers.get(request.path_params["server"])
+        if server is None:
+            return await _not_found(request, HTTPException(404))
+        return await start_page(server, self._start)
+
     async def _client_metadata(self, request: Request) -> Response:
         if not self._public_url.startswith("https://"):
             return message("Not found", "A client metadata document needs a public_url with https.", status=404)
@@ -105,6 +134,12 @@ async def _metrics(request: Request) -> Response:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     return message("Not found", "There is no page at this address.", status=404)
+
+
+async def _not_allowed(request: Request, error: Exception) -> Response:
+    response = message("Not possible", f"This address does not accept {request.method}.", status=405)
+    response.headers.update(getattr(error, "headers", None) or {})
+    return response
 
 
 async def _store_error(request: Request, error: Exception) -> Response:

@@ -1,0 +1,114 @@
+"""``status``. It reads the store directly, whether or not a proxy is running, and asks no server."""
+
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from mcp_auth_proxy.app import reachable
+from mcp_auth_proxy.broker import Connection, ConnectionState, stored_connections, stored_servers
+from mcp_auth_proxy.cli.account import server_of
+from mcp_auth_proxy.cli.terminal import complain, say, say_json
+from mcp_auth_proxy.config.settings import ServerSettings, Settings, StoreSettings
+from mcp_auth_proxy.errors import ConfigError, ConfigurationError
+from mcp_auth_proxy.store import open_store, serving
+
+
+async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
+    """Print since when and until when one server, or each, is connected. Return 0; raise McpAuthProxyError.
+
+    Whether something is connected does not affect the exit code.
+    """
+    servers = settings.servers
+    if name is not None:
+        server = server_of(settings, name)
+        servers = {server.name: server}
+    _show(await _connections(settings, servers), as_json=as_json)
+    return 0
+
+
+async def status_without_configuration(store: StoreSettings, name: str | None, *, as_json: bool) -> int:
+    """Print as ``status`` does what is in the store of ``serve URL``. Return 0; raise McpAuthProxyError."""
+    now = time.time()
+    database = await open_store(store)
+    try:
+        servers = await stored_servers(database, now=now)
+        if name is not None and name not in servers:
+            known = f" In the store {store.path}: {', '.join(sorted(servers)) or 'none'}."
+            raise ConfigurationError([ConfigError("", f"There is no server {name!r}.{known}")])
+        connections = await stored_connections(
+            {each: server for each, server in servers.items() if name in (None, each)}, database, now=now
+        )
+    finally:
+        await database.close()
+    complain(f"no configuration was found; this is the store of `mcp-auth-proxy serve URL`: {store.path}")
+    for address in serving.addresses(store):
+        complain(f"a proxy serves it at http://{reachable(address)}")
+    if connections or as_json:
+        _show(connections, as_json=as_json)
+    else:
+        say("nothing is connected, and no authorization waits for you")
+    return 0
+
+
+def _show(connections: Iterable[Connection], *, as_json: bool) -> None:
+    rows = [_row(connection) for connection in connections]
+    if as_json:
+        say_json(rows)
+        return
+    width = max(len(row["server"]) for row in rows)
+    for row in rows:
+        say(f"{row['server']:<{width}}  {_in_words(row)}")
+
+
+async def _connections(settings: Settings, servers: Mapping[str, ServerSettings]) -> list[Connection]:
+    if not settings.store.path.exists():
+        return await stored_connections(servers, None, now=time.time())
+    database = await open_store(settings.store)
+    try:
+        return await stored_connections(servers, database, now=time.time())
+    finally:
+        await database.close()
+
+
+def _row(connection: Connection) -> dict[str, Any]:
+    row = {"server": connection.account.server, "url": connection.url, "state": connection.state.value}
+    if connection.link:
+        row["authorization_url"] = connection.link
+    if connection.user_code:
+        row["user_code"] = connection.user_code
+    if connection.state is ConnectionState.NOT_CONNECTED:
+        return row
+    return {
+        **row,
+        "issuer": connection.issuer,
+        "since": _iso(connection.granted_at),
+        "token_until": _iso(connection.token_expires_at),
+        "renews_itself": connection.renews_itself,
+        "scopes": list(connection.scopes),
+        "reason": connection.reason,
+    }
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    code = f", code {row['user_code']}" if "user_code" in row else ""
+    needs = f"needs authorization: {row['authorization_url']}{code}" if "authorization_url" in row else ""
+    if row["state"] == "not connected" and needs:
+        return needs
+    return _state_in_words(row) + (f"; {needs}" if needs else "")
+
+
+def _state_in_words(row: dict[str, Any]) -> str:
+    if row["state"] == "not connected":
+        # Only the store was read. Whether the server asks for authorization is known when it is used.
+        return "no grant: not connected yet, or a server that asks for no authorization"
+    if row["state"] == "ended":
+        return f"ended, it needs a new authorization: {row['reason']}"
+    until = f"token until {row['token_until']}" if row["token_until"] else "token without a stated end"
+    renews = "renews itself" if row["renews_itself"] else "can't be renewed"
+    scopes = f", scopes {' '.join(row['scopes'])}" if row["scopes"] else ""
+    return f"connected since {row['since']} by {row['issuer']}, {until}, {renews}{scopes}"
+
+
+def _iso(moment: float | None) -> str | None:
+    return None if moment is None else datetime.fromtimestamp(moment).astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,51 @@
+"""Answer a browser that opens an MCP address: with a page, and a button on it that starts an authorization.
+
+Many people try an address in a browser first. The server is asked only if the button is pressed.
+"""
+
+from collections.abc import Awaitable, Callable
+
+from starlette.responses import Response
+
+from mcp_auth_proxy.broker import Broker, PendingAuthorization
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import AuthorizationError, UpstreamError, excerpt
+from mcp_auth_proxy.models import AccessToken
+from mcp_auth_proxy.web.callback import connected_path
+from mcp_auth_proxy.web.connect import cannot_start
+from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
+
+Start = Callable[[ServerSettings], Awaitable[AccessToken | PendingAuthorization | None]]
+"""Authorizes a server because a user in a browser wants it, whether or not it is connected.
+
+None: it asks for no authorization. Raises AuthorizationError, UpstreamError and StoreError.
+"""
+
+
+async def address_page(server: ServerSettings, broker: Broker, *, public_url: str) -> Response:
+    """Return the page of a server's address. Raises StoreError."""
+    secure = public_url.startswith("https://") and server.url.startswith("https://")
+    connected = await broker.connected(server.name)
+    return page(
+        "address.html",
+        server=server.name,
+        address=f"{public_url}/{server.name}/mcp",
+        issuer=excerpt(connected.issuer) if connected is not None else "",
+        headers=form_headers(http=not secure),
+    )
+
+
+async def start_page(server: ServerSettings, start: Start) -> Response:
+    """Start an authorization, and redirect the browser to its link. Raises StoreError."""
+    try:
+        outcome = await start(server)
+    except AuthorizationError as error:
+        return cannot_start(error)
+    except UpstreamError as error:
+        return message(f"{server.name} can't be reached", excerpt(str(error)), status=502)
+    if isinstance(outcome, PendingAuthorization):
+        return redirect(outcome.link, f"Authorize {server.name}")
+    if outcome is None:
+        text = "It answers without a token, so there is nothing to do."
+        return message(f"{server.name} asks for no authorization", text, status=200)
+    return redirect(connected_path(server.name), f"{server.name} is connected")
