@@ -224,8 +224,10 @@ def status(server: str | None, config_file: str | None, as_json: bool) -> None:
     from mcp_auth_proxy.cli import status as command
 
     url = server is not None and "://" in server
-    if not url and config.find(config_file, os.environ) is None:
-        store = config.single_store(environ=os.environ)
+    if not url and location.find(config_file, os.environ) is None:
+        from mcp_auth_proxy.config.load import single_store
+
+        store = single_store(environ=os.environ)
         if store.path.exists():
             run(command.status_without_configuration(store, server, as_json=as_json))
     run(command.status(_settings_for(server, config_file, secrets=False), server, as_json=as_json))

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from mcp_auth_proxy.app import reachable
 from mcp_auth_proxy.broker import Connection, ConnectionState, stored_connections, stored_servers
 from mcp_auth_proxy.cli.account import server_of
 from mcp_auth_proxy.cli.terminal import complain, say, say_json
-from mcp_auth_proxy.config.settings import ServerSettings, Settings, StoreSettings
+from mcp_auth_proxy.config.settings import ServerSettings, Settings, StoreSettings, reachable
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 from mcp_auth_proxy.store import open_store, serving
 

@@ -86,7 +86,7 @@ def single(
 
 def single_store(*, environ: Mapping[str, str] = os.environ) -> StoreSettings:
     """Return the store of ``serve URL``, which exists once that was run."""
-    context = Context(environ, platformdirs.user_data_path(_APP, appauthor=False))
+    context = Context(environ, platformdirs.user_data_path(APP, appauthor=False))
     return _read_store(Section({}, "", context))
 
 

@@ -155,7 +155,8 @@ class Flows:
 
     async def waiting(self, now: float) -> list[Flow]:
         """Return the flows of all accounts that still wait for their user, oldest first."""
-        return decode_rows(self._engine, "flows", await self._engine.fetch_all(_WAITING, {"now": now}), read_flow)
+        rows = await self._engine.fetch_all(_WAITING, {"now": now})
+        return await decode_rows(self._engine, "flows", rows, {}, read_flow)
 
     async def claim_poll(self, flow_id: str, *, owner: str, now: float, next_poll_at: float) -> bool:
         """Make ``owner`` (from ``lease.new_owner``) the only process that polls for a flow, until ``next_poll_at``.
