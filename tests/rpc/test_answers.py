@@ -383,6 +383,12 @@ def test_a_failure_has_the_link_only_if_it_is_given() -> None:
     assert answer["error"]["data"]["authorization_url"] == LINK
 
 
+def test_the_reason_of_a_failure_is_said_once() -> None:
+    answer = answers.failure(None, "out of order", code=answers.UPSTREAM_FAILED, server="s")
+    assert answers.encode(answer).count(b"out of order") == 1
+    assert answer["error"]["message"] == "out of order"
+
+
 # A retry of what was answered with input_required
 
 

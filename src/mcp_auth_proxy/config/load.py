@@ -8,7 +8,7 @@ from typing import Literal
 import platformdirs
 
 from mcp_auth_proxy.config import loops, values
-from mcp_auth_proxy.config.document import Document, parse
+from mcp_auth_proxy.config.document import parse
 from mcp_auth_proxy.config.reader import NOT_YET, Context, Section
 from mcp_auth_proxy.config.servers import read_servers, read_single
 from mcp_auth_proxy.config.settings import (
@@ -88,7 +88,8 @@ def load(
         raise ConfigurationError([ConfigError("", "the file must be a mapping (key: value lines)")], str(path))
     context = Context(environ, path.parent, secret_files=set() if secret_files is None else secret_files)
     settings = _read(Section(document.content, "", context), listen, path, secrets_of)
-    _raise_errors([*document.errors, *context.errors], document, str(path))
+    if errors := [*document.errors, *context.errors]:
+        raise ConfigurationError(document.located(errors), str(path))
     return settings
 
 
@@ -107,11 +108,6 @@ def single(url: str, *, environ: Mapping[str, str] = os.environ, listen: str | N
     if context.errors:
         raise ConfigurationError(context.errors)
     return settings
-
-
-def _raise_errors(errors: list[ConfigError], document: Document, source: str) -> None:
-    if errors:
-        raise ConfigurationError(sorted(errors, key=lambda error: document.line(error.path)), source)
 
 
 def _read(section: Section, listen: str | None, source: Path, secrets_of: Collection[str] | None) -> Settings:
@@ -136,7 +132,7 @@ def _listen(section: Section, flag: str | None) -> Address:
     configured = section.parsed("listen", values.address, _LISTEN)
     if flag is None:
         return configured
-    return Section({"--listen": flag}, "", section.context).parsed("--listen", values.address, configured)
+    return Section({"--listen": flag}, "", section.context).parsed("--listen", values.address_or_port, configured)
 
 
 def _read_servers(
@@ -144,7 +140,7 @@ def _read_servers(
 ) -> dict[str, ServerSettings]:
     inner = section.section("servers")
     servers = read_servers(inner, upstream_timeout, secrets_of=secrets_of)
-    if not any(True for _ in inner.entries()):
+    if inner.usable and not any(True for _ in inner.entries()):
         section.error("servers", "at least one server must be configured")
     return servers
 
