@@ -43,12 +43,19 @@ FORGET_DELAY = 2.0
 DRAIN_SECONDS = 30.0
 """Seconds that active requests are given after SIGTERM."""
 
+PROMPT_SECONDS = 0.2
+"""Seconds of these in which streams that are ended at once, and requests that are nearly done, are gone."""
+
 
 def effective_public_url(settings: Settings, listening: Address) -> str:
     """Return how browsers reach the proxy: as configured, else the address it listens on."""
     if settings.public_url is not None:
         return settings.public_url
     return f"http://{reachable(listening)}"
+
+
+def _say_nothing(count: int) -> None:
+    pass
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,11 +90,17 @@ class Application:
         )
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
 
-    async def drain(self) -> None:
-        """Become unready, let requests finish for a bounded time, then end those that are left."""
+    async def drain(self, waiting: Callable[[int], None] = _say_nothing) -> None:
+        """Become unready, let requests finish for a bounded time, then end those that are left.
+
+        ``waiting`` is called with the number of requests that do not end at once, if there are any.
+        """
         self.router.draining = True
         self.forwarder.drain()
-        await self.forwarder.until_idle(DRAIN_SECONDS)
+        await self.forwarder.until_idle(PROMPT_SECONDS)
+        if self.forwarder.active_requests and not self.forwarder.ended:
+            waiting(self.forwarder.active_requests)
+            await self.forwarder.until_idle(DRAIN_SECONDS - PROMPT_SECONDS)
         self.end()
 
     def end(self) -> None:
@@ -105,7 +118,7 @@ async def lifespan(
     announce_key: Callable[[str], None] = logger.warning,
     background: bool = True,
 ) -> AsyncIterator[Application]:
-    """Open everything that a running proxy needs, and close it again. Raises StoreError.
+    """Open everything that a running proxy needs, and close it again. Raises ConfigurationError, StoreError.
 
     ``background``: renew tokens, and watch the store for what other processes write.
     """
@@ -117,9 +130,10 @@ async def lifespan(
 
     announcer = Announcer(settings, listening, opening=opening)
     async with AsyncExitStack() as stack:
+        # The store last of all that can fail: a start that fails leaves none behind.
+        dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
         database = await open_store(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
-        dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
         broker = Broker(

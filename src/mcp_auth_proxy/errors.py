@@ -128,10 +128,14 @@ class ClientDisconnected(McpAuthProxyError):
 
 @dataclass(frozen=True, slots=True)
 class ConfigError:
-    """One error in the configuration: the dotted path of the key, and the problem with it."""
+    """One error in the configuration: the dotted path of the key, and the problem with it.
+
+    ``line`` is that of the key in its file, or of the section that lacks it; 0 if it is not known.
+    """
 
     path: str
     problem: str
+    line: int = 0
 
     def __str__(self) -> str:
         return f"{self.path}: {self.problem}" if self.path else self.problem
@@ -144,6 +148,13 @@ class ConfigurationError(McpAuthProxyError):
         self.errors = errors
         self.source = source
         super().__init__("\n".join(str(error) for error in errors))
+
+    def lines(self) -> list[str]:
+        """Return each error as a text of its own, ``FILE:LINE: key: problem`` as far as file and line are known."""
+        return [f"{self._place(error)}{error}" for error in self.errors]
+
+    def _place(self, error: ConfigError) -> str:
+        return f"{self.source}{f':{error.line}' if error.line else ''}: " if self.source else ""
 
 
 class StoreError(McpAuthProxyError):

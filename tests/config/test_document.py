@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_auth_proxy.config.document import parse
-from mcp_auth_proxy.errors import ConfigurationError
+from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 
 
 def test_scalars_stay_as_written() -> None:
@@ -23,7 +23,7 @@ def test_nothing_and_null_are_none() -> None:
 
 def test_a_duplicate_key_is_an_error_with_both_lines() -> None:
     document = parse(b"a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n")
-    assert [str(error) for error in document.errors] == ["b.c: duplicate key: on line 5, first on line 3"]
+    assert document.errors == (ConfigError("b.c", "duplicate key, first on line 3", 5),)
 
 
 def test_anchors_and_merges_are_not_duplicates() -> None:

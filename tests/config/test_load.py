@@ -131,6 +131,45 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert a.oauth.allow_missing_pkce
 
 
+def test_an_error_has_the_line_of_its_key_or_of_the_section_that_lacks_it(tmp_path: Path) -> None:
+    text = "nonsense: 1\nservers:\n  a:\n    url: ftp://a.example\n  b:\n    oauth: {}\nlisten: a:1\nlisten: b:1\n"
+    path = tmp_path / "config.yaml"
+    with pytest.raises(ConfigurationError) as caught:
+        settings(tmp_path, text)
+    assert [line.rpartition(": ")[0] for line in caught.value.lines()] == [
+        f"{path}:1: nonsense",
+        f"{path}:4: servers.a.url",
+        f"{path}:5: servers.b.url: is needed",
+        f"{path}:8: listen",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("servers: [a]", "servers"),
+        ("servers: {a: https://a.example/mcp}", "servers.a"),
+        ("servers: {a: {url: [https://a.example/mcp]}}", "servers.a.url"),
+        ("servers: {a: {url: ''}}", "servers.a.url"),
+        ("servers: {a: {url: http://a.example/mcp, allow_http: maybe}}", "servers.a.allow_http"),
+        (oauth("grant: jwt_bearr, assertion: 'file:a', issuer: 'https://i.example'"), "servers.a.oauth.grant"),
+        (oauth("grant: client_credentials, client_secret: s"), "servers.a.oauth.client_id"),
+        (oauth("grant: client_credentials, client_id: c, client_auth: nothing"), "servers.a.oauth.client_auth"),
+        (
+            oauth("grant: client_credentials, client_auth: private_key_jwt, signing_alg: ES256, client_id: c"),
+            "servers.a.oauth.private_key",
+        ),
+        (oauth("grant: id_jag, client_id: c, issuer: 'https://i.example', idp: [x]"), "servers.a.oauth.idp"),
+        (oauth("metadata: [x]"), "servers.a.oauth.metadata"),
+        (oauth("client_id: c, client_auth: private_key_jwt, signing_alg: ES256"), "servers.a.oauth.private_key"),
+        (MINIMAL + "limits: [1]", "limits"),
+    ],
+)
+def test_one_mistake_is_one_error(tmp_path: Path, text: str, path: str) -> None:
+    found = errors_of(tmp_path, text)
+    assert [error.partition(": ")[0] for error in found] == [path]
+
+
 def test_all_errors_come_at_once_in_file_order(tmp_path: Path) -> None:
     found = errors_of(
         tmp_path,
@@ -148,13 +187,14 @@ limits: [1]
 """,
     )
     assert [error.partition(": ")[0] for error in found] == [
-        "listen", "listen", "lissten", "store.url",
+        "listen", "lissten", "store.url",
         "servers.beta.url", "servers.beta.typo", "servers.mcp", "servers.Bad_Name", "servers.Bad_Name.url",
         "authorization.wait", "authorization.open_browser", "authorization.cold_start", "authorization.allow_private",
+        "listen",
         "limits",
     ]  # fmt: skip
-    assert "did you mean listen?" in found[2]
-    assert "not supported in this version" in found[3]
+    assert "did you mean listen?" in found[1]
+    assert "not supported in this version" in found[2]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,14 @@ def test_readers_raise_nothing_but_value_error(text: str, read: Callable[[str], 
 )
 def test_address_is_host_and_port(text: str, address: Address) -> None:
     assert values.address(text) == address
+    assert values.address_or_port(text) == address
+
+
+def test_a_port_alone_is_one_of_loopback() -> None:
+    assert values.address_or_port("9000") == Address("127.0.0.1", 9000)
+    for text in ("65536", "", "nowhere", ":9000", "²"):
+        with pytest.raises(ValueError, match=r"HOST:PORT|the port must be|has no host"):
+            values.address_or_port(text)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ async def logging_proxy(
 
 def lines(proxy: ProxyProcess) -> list[dict[str, str]]:
     """The access log so far, in the form of text."""
-    found = [line for line in proxy.err.splitlines() if re.match(r"\S+ info    request ", line)]
-    return [dict(pair.split("=", 1) for pair in line.split()[3:]) for line in found]
+    found = [line for line in proxy.err.splitlines() if re.match(r"\S+ \S+ info    request ", line)]
+    return [dict(pair.split("=", 1) for pair in line.split()[4:]) for line in found]
 
 
 async def test_each_finished_request_is_one_line(servers: Servers, tmp_path: Path) -> None:
@@ -68,9 +68,11 @@ async def test_each_finished_request_is_one_line(servers: Servers, tmp_path: Pat
 async def test_it_is_off_by_default_and_always_on_at_debug(servers: Servers, tmp_path: Path) -> None:
     for arguments, count in (((), 0), (("--log-level", "debug"), 1), (("--log-level", "warning", "--access-log"), 1)):
         async with logging_proxy(servers, tmp_path, *arguments) as (proxy, _), proxy.client("notes") as client:
-            await client.call("echo", text="x")
+            await client.call("echo", text=CANARY)
             await proxy.stop()
             assert len(lines(proxy)) == count, arguments
+            assert CANARY not in proxy.err
+            assert proxy.err.count(" request ") == count, proxy.err
 
 
 async def test_the_method_of_mcp_is_shown_if_the_client_mirrors_it_or_the_body_was_read(

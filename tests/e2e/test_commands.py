@@ -7,14 +7,19 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import yaml
 
 from fakes.fixtures import Servers
 from fakes.mcp_client import PlainClient
 from fakes.proxy import proxy_process, run_command, serving, unnamed, until, write_config
+from mcp_auth_proxy import __version__
+from mcp_auth_proxy.cli.main import cli
 
 FAULTY = """
 listen: 8787
@@ -55,6 +60,7 @@ async def stored(folder: Path, url: str = "http://127.0.0.1:9/mcp") -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ([], "A command is missing"),
         (["bogus"], "No such command 'bogus'"),
         (["keys", "rotate"], "No such command 'keys'"),
         (["serve", "--bogus"], "--bogus"),
@@ -77,7 +83,8 @@ async def test_wrong_usage_or_configuration_exits_with_2(tmp_path: Path, argumen
     env = {"MCP_AUTH_PROXY_CONFIG": None, "XDG_CONFIG_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
     code, out, err = await run_command(*arguments, env=env, cwd=tmp_path)
     assert (code, out) == (2, "")
-    assert words in err
+    assert words in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
@@ -88,8 +95,10 @@ async def test_all_errors_of_the_file_are_reported_at_once(tmp_path: Path, comma
     config.write_text(FAULTY)
     code, out, err = await run_command(command, "--config", str(config))
     assert (code, out) == (2, "")
-    reported = re.findall(rf"^error: {re.escape(str(config))}: ([\w.]+): \S", err, re.MULTILINE)
-    assert [path for path in FAULTY_PATHS if path not in reported] == []
+    reported = re.findall(rf"^error: {re.escape(str(config))}:(\d+): ([\w.]+): \S", err, re.MULTILINE)
+    lines = FAULTY.splitlines()
+    assert all(path.rpartition(".")[2] in lines[int(line) - 1] for line, path in reported)
+    assert [path for path in FAULTY_PATHS if path not in dict(reported).values()] == []
     # Only commands that use a secret need it.
     secret_missing = command != "status"
     assert ("NOT_SET_ANYWHERE" in err) is secret_missing
@@ -120,6 +129,41 @@ async def test_check_validates_the_store_key_too(tmp_path: Path) -> None:
     assert (code, out) == (2, "")
     assert "store.keys" in err
     assert "env:KEY_OF_THE_STORE is not a key" in err
+
+
+async def test_an_error_in_the_store_key_has_its_line_too(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    (tmp_path / "k").write_text("no key")
+    config.write_text("servers: {notes: {url: 'https://a.example/mcp'}}\nstore:\n  keys: [file:k]\n")
+    _, _, err = await run_command("check", "--config", str(config))
+    assert one_line(err).startswith(f"error: {config}:3: store.keys: ")
+
+
+def every_command(group: click.Group, *path: str) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from every_command(command, *path, name)
+        else:
+            yield (*path, name)
+
+
+@pytest.mark.parametrize("command", list(every_command(cli)), ids=" ".join)
+async def test_help_has_an_example_and_each_default(command: tuple[str, ...]) -> None:
+    code, out, err = await run_command(*command, "--help")
+    assert (code, err) == (0, "")
+    example = re.search(r"Examples?:\n((?: +mcp-auth-proxy .+\n)+)", out)
+    assert example
+    assert all(" ".join(command) in line for line in example[1].splitlines())
+    options = out.partition("Options:\n")[2].partition("\n\n")[0]
+    described = [" ".join(text.split()) for text in re.split(r"^  (?=-)", options, flags=re.MULTILINE)[1:]]
+    own = [text for text in described if not text.startswith(("-h,", "-V,", "--print"))]
+    assert [text for text in own if "Default: " not in text] == []
+
+
+async def test_the_version_is_printed() -> None:
+    for option in ("-V", "--version"):
+        assert await run_command(option) == (0, f"mcp-auth-proxy, version {__version__}\n", "")
 
 
 async def test_check_says_that_a_valid_file_is_valid(tmp_path: Path) -> None:
@@ -164,6 +208,13 @@ async def test_a_port_that_is_taken_is_one_line_and_exit_1(tmp_path: Path) -> No
     line = one_line(err)
     assert address in line
     assert "--listen" in line
+    assert [file.name for file in tmp_path.iterdir()] == [config.name]
+
+
+async def test_a_port_alone_is_one_of_loopback(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"notes": "http://127.0.0.1:9/mcp"}, listen="[::1]:0")
+    async with serving("--config", str(config), "--listen", "0") as proxy:
+        assert proxy.origin.startswith("http://127.0.0.1:")
 
 
 @pytest.mark.parametrize("command", [["serve"], ["status"], ["login", "notes"], ["logout", "notes"]])
@@ -172,7 +223,7 @@ async def test_a_wrong_key_is_refused_and_nothing_is_written(tmp_path: Path, com
     (tmp_path / "proxy.key").write_text("A" * 43 + "=\n")
     before = digests(tmp_path)
     code, out, err = await run_command(*command, "--config", str(config))
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "wrong key" in one_line(err).lower()
     assert digests(tmp_path) == before
 
@@ -193,9 +244,30 @@ async def test_a_damaged_store_is_refused_and_left_as_it_is(tmp_path: Path, dama
     damage(tmp_path)
     before = digests(tmp_path)
     code, out, err = await run_command("serve", "--config", str(config))
-    assert (code, out) == (1, "")
+    assert (code, out) == (2 if "key" in words else 1, "")
     assert words in one_line(err)
     assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("sections", "leftover", "words"),
+    [
+        ({"outbound": {"ca_bundle": "mcp-auth-proxy.yaml"}}, "", "no PEM certificate"),
+        ({}, "proxy.db-wal", "proxy.db-wal exists"),
+        ({"store": {"url": "sqlite:////proc/none/proxy.db"}}, "", "cannot be created"),
+    ],
+    ids=["certificates", "left-over log", "no folder"],
+)
+async def test_a_start_that_fails_leaves_neither_store_nor_key(
+    tmp_path: Path, sections: dict[str, Any], leftover: str, words: str
+) -> None:
+    config = write_config(tmp_path, {"notes": "http://127.0.0.1:9/mcp"}, **sections)
+    if leftover:
+        (tmp_path / leftover).touch()
+    code, out, err = await run_command("serve", "--config", str(config))
+    assert (code != 0, out) == (True, "")
+    assert words in one_line(err)
+    assert {file.name for file in tmp_path.iterdir()} == {config.name, leftover} - {""}
 
 
 async def test_only_the_first_start_announces_the_key_that_it_created(tmp_path: Path) -> None:

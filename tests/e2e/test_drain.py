@@ -44,7 +44,7 @@ async def exit_code(proxy: ProxyProcess, seconds: float) -> int:
     assert proxy.reading is not None
     await proxy.reading
     assert "Traceback" not in proxy.log, proxy.log
-    assert not re.search(r"^\S+ (error|critical) ", proxy.log, re.MULTILINE), proxy.log
+    assert not re.search(r"^\S+ \S+ (error|critical) ", proxy.log, re.MULTILINE), proxy.log
     return code
 
 
@@ -258,8 +258,27 @@ async def test_a_second_signal_ends_it_at_once(
                 await raw.head()
             proxy.process.send_signal(signal.SIGTERM)
             await draining(proxy)
+            await until(lambda: "waiting for 1 request, up to 30 s; a second signal ends it" in proxy.err)
             begun = time.monotonic()
             proxy.process.send_signal(second)
             assert await exit_code(proxy, 5) == 0
             assert time.monotonic() - begun < 2
             assert (await raw.rest(1))[-5:] in (b"", b"0\r\n\r\n") or kind == "before the head"
+
+
+async def test_ctrl_c_says_once_how_many_requests_it_waits_for(servers: Servers, tmp_path: Path) -> None:
+    async with serving(servers, tmp_path) as (proxy, upstream), contextlib.AsyncExitStack() as stack:
+        upstream.answers["tools/call:slow"] = FakeResponse.hang()
+        upstream.answers["GET"] = FakeResponse.events(Channel())
+        idle = await stack.enter_async_context(RawClient.to(proxy.origin))
+        idle.get()
+        assert (await idle.head())[0] == 200
+        for _ in range(2):
+            raw = await stack.enter_async_context(RawClient.to(proxy.origin))
+            raw.post(CALL.replace(b"echo", b"slow"))
+        await until(lambda: len(upstream.calls("tools/call:slow")) == 2)
+        proxy.process.send_signal(signal.SIGINT)
+        await until(lambda: "waiting for" in proxy.err)
+        proxy.process.send_signal(signal.SIGINT)
+        assert await exit_code(proxy, 5) == 0
+    assert re.findall("waiting for .*", proxy.err) == ["waiting for 2 requests, up to 30 s; a second Ctrl-C ends them"]

@@ -188,18 +188,45 @@ async def test_a_declined_login_is_one_line_and_exit_1(config: Path) -> None:
         code, out, err = await setup.end()
     assert code == 1
     assert "connected" not in out
-    (line,) = [line for line in err.splitlines() if "store key" not in line]
+    (line,) = err.splitlines()
     assert line.startswith("error: ")
     assert "access_denied" in line
+    assert [file.name for file in config.parent.iterdir()] == [config.name]
 
 
 async def test_login_can_be_interrupted_without_a_traceback(config: Path) -> None:
     async with login("notes", config) as setup:
         await setup.link()
+        assert config.with_name("proxy.db").exists()
         setup.process.send_signal(signal.SIGINT)
         code, _, err = await setup.end()
     assert code == 130
     assert "Traceback" not in err
+    assert [file.name for file in config.parent.iterdir()] == [config.name]
+
+
+async def test_a_failed_login_leaves_a_store_that_was_there_alone(config: Path) -> None:
+    await run_command("logout", "notes", "--config", str(config))  # makes the store
+    key = config.with_name("proxy.key").read_bytes()
+    async with login("notes", config) as setup:
+        await decline(await setup.link())
+        assert (await setup.end())[0] == 1
+    assert config.with_name("proxy.db").exists()
+    assert config.with_name("proxy.key").read_bytes() == key
+
+
+async def test_a_grant_outlives_a_login_that_fails_afterwards(
+    servers: Servers, authorization_server: FakeAuthorizationServer, tmp_path: Path
+) -> None:
+    page = FakeResponse.html("a web page", 404)
+    upstream = await servers.mcp_server(authorization_server)
+    upstream.answers["initialize"] = upstream.answers["server/discover"] = page
+    config = write_config(tmp_path, {"notes": upstream.url})
+    async with login("notes", config) as setup:
+        await consent(await setup.link())
+        code, _, err = await setup.end()
+    assert (code, "could not be listed" in err) == (1, True), err
+    assert await states(config) == {"notes": "connected"}
 
 
 async def test_a_failed_login_is_one_line_and_exit_1(servers: Servers, tmp_path: Path) -> None:

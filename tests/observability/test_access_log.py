@@ -50,11 +50,11 @@ def test_a_line_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     AccessLog().write(ENTRY)
     AccessLog().write(BARE)
     first, second = capsys.readouterr().err.splitlines()
-    assert first[9:] == (
+    assert first[20:] == (
         "info    request server=notes account=local/default method=POST mcp_method=tools/call status=200 bytes=1234 "
         f"duration_ms=12.346 trace_id={TRACE}"
     )
-    assert second[9:] == (
+    assert second[20:] == (
         "info    request server=notes account=local/default method=GET status=499 bytes=0 duration_ms=60000.0"
     )
 

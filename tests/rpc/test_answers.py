@@ -24,6 +24,7 @@ from mcp_types._v2026_07_28 import InputRequiredResult as InputRequiredOf2026
 from mcp_types._v2026_07_28 import JSONRPCErrorResponse as ErrorOf2026
 
 from mcp_auth_proxy.rpc import answers
+from mcp_auth_proxy.rpc.encoding import encode
 from mcp_auth_proxy.rpc.events import message_event
 from mcp_auth_proxy.rpc.messages import INPUT_KEY, INVALID_REQUEST, PARSE_ERROR, RequestBody, needs_inspection
 
@@ -381,6 +382,12 @@ def test_failures_are_json_rpc_too(body: bytes) -> None:
 def test_a_failure_has_the_link_only_if_it_is_given() -> None:
     answer = answers.failure(None, "x", code=answers.AUTHORIZATION_REQUIRED, server="s", link=LINK)
     assert answer["error"]["data"]["authorization_url"] == LINK
+
+
+def test_the_reason_of_a_failure_is_said_once() -> None:
+    answer = answers.failure(None, "out of order", code=answers.UPSTREAM_FAILED, server="s")
+    assert encode(answer).count(b"out of order") == 1
+    assert answer["error"]["message"] == "out of order"
 
 
 # A retry of what was answered with input_required

@@ -125,3 +125,16 @@ def test_a_browser_that_can_not_be_opened_is_logged_once(tmp_path: Path, fault: 
     assert done.stderr.count("WARNING") == 1
     assert "by hand" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_desktop_without_a_browser_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opener = tmp_path / "xdg-open"
+    opener.write_text('#!/bin/sh\necho "$@" >"$0.told"\nexit 3\n')
+    opener.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    link = "http://127.0.0.1/connect/x?flow=y"
+    done = open_in_process("", link)
+    assert "no browser could be opened" in done.stderr
+    assert Path(f"{opener}.told").read_text() == f"{link}\n"
+    opener.write_text("#!/bin/sh\nexit 0\n")
+    assert open_in_process("", link).stderr == ""

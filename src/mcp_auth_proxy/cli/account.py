@@ -29,7 +29,7 @@ from mcp_auth_proxy.errors import (
 from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow
 from mcp_auth_proxy.proxy.probe import ask, end_session, probe
 from mcp_auth_proxy.proxy.routes import Route, route_to
-from mcp_auth_proxy.store import serving
+from mcp_auth_proxy.store import provisional_store, serving
 from mcp_auth_proxy.web import browser
 
 MAX_TRIES = 5
@@ -40,24 +40,27 @@ async def login(settings: Settings, name: str) -> int:
     """Authorize one server and list its tools through the proxy. Return the exit code; raise McpAuthProxyError.
 
     If a proxy is running, its callback completes the flow, and this process learns of it from the store. Otherwise
-    this process listens itself.
+    this process listens itself. A store that it had to make stays only if there is a grant to keep.
     """
     server = server_of(settings, name)
     # The secrets of the other servers may be missing here: their grants are left to the running proxy.
     settings = replace(settings, servers={server.name: server})
+    new_key: list[str] = []
     async with AsyncExitStack() as stack:
+        stack.enter_context(provisional_store(settings.store))
         try:
             sock, address = bind(settings.listen)
         except AddressInUse:
             sock, address = None, settings.listen
             _require_our_proxy(settings)
         application = await stack.enter_async_context(
-            lifespan(settings, address, announce=_say_nothing, announce_key=complain)
+            lifespan(settings, address, announce=_say_nothing, announce_key=new_key.append)
         )
         if sock is not None:
             stack.enter_context(sock)
             await stack.enter_async_context(listening(application, sock))
         token = await _authorize(application, server)
+        complain(*new_key)
         say(f"{server.name} is connected." if token else f"{server.name} asks for no authorization.")
         await _list_tools(server, f"http://{reachable(address)}/{server.name}/mcp")
     return 0

@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import logging
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,7 +13,7 @@ from typing import Any, cast
 
 import uvicorn
 
-from mcp_auth_proxy.app import Application
+from mcp_auth_proxy.app import DRAIN_SECONDS, Application
 from mcp_auth_proxy.cli.notify import READY, STOPPING, notify
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.errors import AddressInUse, McpAuthProxyError
@@ -21,6 +23,8 @@ from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRul
 from mcp_auth_proxy.net.http_server import HttpServerConnection
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.web.health import HealthEndpoints
+
+logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 FLUSH_TIMEOUT = 1.0
@@ -91,24 +95,29 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; a second signal ends the active requests, a third exits at once."""
-        asyncio.get_running_loop().call_soon_threadsafe(self._on_signal)
+        asyncio.get_running_loop().call_soon_threadsafe(self._on_signal, sig)
 
     def drain_and_exit(self) -> None:
         """Act as on a SIGTERM: drain first; end the active requests if called again."""
-        self._on_signal()
+        self._on_signal(signal.SIGTERM)
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, sig: int) -> None:
         self._signals += 1
         if self._signals == 1:
             notify(STOPPING)
-            self._drain = asyncio.create_task(self._drain_then_exit())
+            again = "a second Ctrl-C" if sig == signal.SIGINT else "a second signal"
+            self._drain = asyncio.create_task(self._drain_then_exit(again))
         elif self._signals == 2:
             self._application.end()
         else:
             self.should_exit = self.force_exit = True
 
-    async def _drain_then_exit(self) -> None:
-        await self._application.drain()
+    async def _drain_then_exit(self, again: str) -> None:
+        def waiting(count: int) -> None:
+            requests, them = ("1 request", "it") if count == 1 else (f"{count} requests", "them")
+            logger.warning("waiting for %s, up to %d s; %s ends %s", requests, DRAIN_SECONDS, again, them)
+
+        await self._application.drain(waiting)
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -1,6 +1,5 @@
 """The command line: finds the configuration, runs a command, turns errors into one line and an exit code."""
 
-import io
 import logging
 import os
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.cli.hardening import protect_process
@@ -34,13 +34,20 @@ config_option = click.option(
 )
 
 
+def examples(*lines: str) -> str:
+    """Return the end of a help text, which click must not wrap."""
+    return "\n".join(
+        ["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  mcp-auth-proxy {line}" for line in lines)]
+    )
+
+
 def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --log-level and --log-format to a command, and configure logging before it runs."""
 
     @click.option(
         "--log-level", type=click.Choice([*logs.LEVELS]), default=None, help=f"Default: ${LEVEL_VARIABLE}, else info."
     )
-    @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+    @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Default: text.")
     @wraps(command)
     def configured(*args: Any, log_level: str | None, log_format: logs.Format, **kwargs: Any) -> Any:
         level = log_level or os.environ.get(LEVEL_VARIABLE, "info").lower()
@@ -112,20 +119,29 @@ def run(work: Coroutine[Any, Any, int]) -> None:
     sys.exit(code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="mcp-auth-proxy")
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(f"serve {EXAMPLE}", "demo"),
+)
+@click.version_option(__version__, "-V", "--version", prog_name="mcp-auth-proxy")
 def cli() -> None:
     """Let any MCP client use OAuth-protected MCP servers without doing OAuth itself."""
 
 
-@cli.command()
+@cli.command(epilog=examples(f"serve {EXAMPLE}", "serve --config mcp-auth-proxy.yaml --listen 9000"))
 @click.argument("url", required=False)
 @config_option
-@click.option("--listen", metavar="HOST:PORT", help="Address to listen on. Overrides the configuration.")
+@click.option(
+    "--listen",
+    metavar="[HOST:]PORT",
+    help="Address to listen on, by default on 127.0.0.1. Overrides the configuration. Default: 127.0.0.1:8787.",
+)
 @click.option(
     "--allow-anonymous", is_flag=True, help="Listen beyond loopback, as with inbound.allow_anonymous. Default: off."
 )
-@click.option("--access-log", is_flag=True, help="Log each finished request. At level debug it is always on.")
+@click.option(
+    "--access-log", is_flag=True, help="Log each finished request. Default: off; at level debug it is always on."
+)
 @log_options
 def serve(url: str | None, config_file: str | None, listen: str | None, allow_anonymous: bool) -> None:
     """Run the proxy for the configured servers, or for the server at URL."""
@@ -143,11 +159,12 @@ def serve(url: str | None, config_file: str | None, listen: str | None, allow_an
     run(serve_forever(settings, file))
 
 
-@cli.command()
+@cli.command(epilog=examples("check --config mcp-auth-proxy.yaml"))
 @config_option
 def check(config_file: str | None) -> None:
     """Validate the configuration and print all errors at once."""
     from mcp_auth_proxy.config import load as config
+    from mcp_auth_proxy.config.document import located
     from mcp_auth_proxy.config.oauth import first_contact_warning
     from mcp_auth_proxy.store.cipher import key_errors, key_warnings
 
@@ -155,13 +172,13 @@ def check(config_file: str | None) -> None:
     settings = config.load(path, environ=os.environ, allow_anonymous=False)
     errors = key_errors(settings.store)
     if errors:
-        raise ConfigurationError(errors, str(path))
+        raise ConfigurationError(located(errors, path), str(path))
     for warning in filter(None, [first_contact_warning(settings.servers), *key_warnings(settings.store)]):
         complain(f"warning: {warning}")
     say(f"{path}: valid, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
 
 
-@cli.command()
+@cli.command(epilog=examples("healthcheck", "healthcheck --config mcp-auth-proxy.yaml"))
 @config_option
 def healthcheck(config_file: str | None) -> None:
     """Ask the proxy that runs with this configuration whether it is ready.
@@ -182,7 +199,7 @@ def healthcheck(config_file: str | None) -> None:
     say("ready")
 
 
-@cli.command()
+@cli.command(epilog=examples("demo"))
 @log_options
 def demo() -> None:
     """Run the whole flow against demo servers on this machine."""
@@ -191,7 +208,7 @@ def demo() -> None:
     run(run_demo())
 
 
-@cli.command()
+@cli.command(epilog=examples("login linear", f"login {EXAMPLE}"))
 @click.argument("server")
 @config_option
 @log_options
@@ -202,10 +219,10 @@ def login(server: str, config_file: str | None) -> None:
     run(account.login(_settings_for(server, config_file), server))
 
 
-@cli.command()
+@cli.command(epilog=examples("logout linear"))
 @click.argument("server")
 @config_option
-@click.option("--forget-client", is_flag=True, help="Also forget the dynamically registered client.")
+@click.option("--forget-client", is_flag=True, help="Also forget the dynamically registered client. Default: keep it.")
 @log_options
 def logout(server: str, config_file: str | None, forget_client: bool) -> None:
     """Forget the grant of SERVER, and revoke it upstream if the server supports that."""
@@ -214,10 +231,10 @@ def logout(server: str, config_file: str | None, forget_client: bool) -> None:
     run(account.logout(_settings_for(server, config_file), server, forget_client=forget_client))
 
 
-@cli.command()
+@cli.command(epilog=examples("status", "status linear --json"))
 @click.argument("server", required=False)
 @config_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON. Default: text.")
 @log_options
 def status(server: str | None, config_file: str | None, as_json: bool) -> None:
     """Show what is connected, since when and until when: all servers, or SERVER (a configured name, or a URL)."""
@@ -233,10 +250,10 @@ def status(server: str | None, config_file: str | None, as_json: bool) -> None:
     run(command.status(_settings_for(server, config_file, secrets=False), server, as_json=as_json))
 
 
-@cli.command()
+@cli.command(epilog=examples(f"doctor {EXAMPLE}", "doctor linear --json"))
 @click.argument("server")
 @config_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON. Default: text.")
 @log_options
 def doctor(server: str, config_file: str | None, as_json: bool) -> None:
     """Run discovery against SERVER (a URL, or a configured name) and show the configuration that works.
@@ -250,12 +267,12 @@ def doctor(server: str, config_file: str | None, as_json: bool) -> None:
     run(command.doctor(settings, account.server_of(settings, server), as_machine=as_json))
 
 
-@cli.group()
+@cli.group(epilog=examples("service install", "service status"))
 def service() -> None:
     """Run the proxy as a service of this user or, as root, of the system."""
 
 
-@service.command()
+@service.command(epilog=examples("service install --config mcp-auth-proxy.yaml"))
 @config_option
 @click.option("--print", "print_only", is_flag=True, help="Print the file of the service, and do nothing.")
 def install(config_file: str | None, print_only: bool) -> None:
@@ -265,7 +282,7 @@ def install(config_file: str | None, print_only: bool) -> None:
     sys.exit(service.install(config_path(config_file), print_only=print_only))
 
 
-@service.command()
+@service.command(epilog=examples("service uninstall"))
 @click.option("--print", "print_only", is_flag=True, help="Print the commands, and do nothing.")
 def uninstall(print_only: bool) -> None:
     """Stop the service and delete its file. Configuration and store stay."""
@@ -274,7 +291,7 @@ def uninstall(print_only: bool) -> None:
     sys.exit(service.uninstall(print_only=print_only))
 
 
-@service.command("status")
+@service.command("status", epilog=examples("service status"))
 def service_status() -> None:
     """Print whether the service is installed and running. The exit code is 0 if it is running, else 1."""
     from mcp_auth_proxy.cli import service
@@ -288,8 +305,20 @@ def _settings_for(server: str | None, config_file: str | None, *, secrets: bool 
     return settings_from(config_file, server if server and "://" in server else None, secrets_of=secrets_of)
 
 
+def _explain_usage(error: click.ClickException) -> None:
+    """Print how the command is used, and last the error."""
+    if isinstance(error, NoArgsIsHelpError):
+        complain(*error.format_message().split("\n"), "", "error: A command is missing.")
+        return
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is not None:
+        complain(*context.get_usage().split("\n"), f"Try '{context.command_path} --help' for help.", "")
+    # A list of choices has line breaks.
+    complain(f"error: {' '.join(error.format_message().split())}")
+
+
 def main() -> None:
-    """Run the command line. Each error is one line on stderr.
+    """Run the command line. Each error is one line on stderr, and the last one there.
 
     The exit code is 2 for errors of the configuration and of the store's key, else 1.
     """
@@ -297,18 +326,15 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except ConfigurationError as error:
-        source = f"{error.source}: " if error.source else ""
-        for problem in error.errors:
-            complain(f"error: {source}{problem}")
+        for line in error.lines():
+            complain(f"error: {line}")
         sys.exit(2)
     except McpAuthProxyError as error:
         complain(f"error: {error}")
         # Another start would not help, as with the configuration: service managers are told not to try.
         sys.exit(2 if isinstance(error, KeyRejected) else 1)
     except click.ClickException as error:
-        shown = io.StringIO()
-        error.show(shown)
-        say(*shown.getvalue().rstrip("\n").split("\n"), err=True)
+        _explain_usage(error)
         sys.exit(2 if isinstance(error, click.UsageError) else 1)
     except OSError as error:
         # Expected failures of files and sockets are McpAuthProxyErrors; this is a full disk under stdout, for example.

@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 from mcp_auth_proxy.cli.terminal import say
 from mcp_auth_proxy.config import load as config
-from mcp_auth_proxy.config.document import parse
+from mcp_auth_proxy.config.document import located, parse
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError
 
 NAME = "mcp-auth-proxy"
@@ -114,7 +114,7 @@ def install(config_file: Path, *, print_only: bool) -> int:
     if found.template == "system.service":
         errors += _system_errors(config_file)
     if errors:
-        raise ConfigurationError(errors, str(config_file))
+        raise ConfigurationError(located(errors, config_file), str(config_file))
     _require_program(found)
     if _installed(found) == text and _succeeds(found.check):
         say(f"{NAME} is installed and running already: {found.path}")

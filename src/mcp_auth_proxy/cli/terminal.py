@@ -22,6 +22,6 @@ def say_json(document: object) -> None:
     say(*escaped_json(json.dumps(document, indent=2, ensure_ascii=False)).split("\n"))
 
 
-def complain(line: str) -> None:
-    """Print a text on stderr."""
-    say(line, err=True)
+def complain(*lines: str) -> None:
+    """Print each text on a line of its own, on stderr."""
+    say(*lines, err=True)

@@ -5,8 +5,9 @@ what its text means. Only an unquoted ``null``, ``~`` or an empty value means No
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import yaml
 from yaml.composer import Composer
@@ -66,6 +67,20 @@ class Document:
         while path and path not in self.lines:
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
         return self.lines.get(path, 0)
+
+    def located(self, errors: Iterable[ConfigError]) -> list[ConfigError]:
+        """Return errors with their lines, in file order."""
+        found = [error if error.line else replace(error, line=self.line(error.path)) for error in errors]
+        return sorted(found, key=lambda error: error.line)
+
+
+def located(errors: Collection[ConfigError], source: Path) -> list[ConfigError]:
+    """Return errors that were found after a file was read, with their lines in it."""
+    try:
+        return parse(source.read_bytes()).located(errors)
+    except (OSError, ConfigurationError):
+        # The file was changed meanwhile.
+        return list(errors)
 
 
 def parse(data: bytes) -> Document:
@@ -141,7 +156,7 @@ def _survey_mapping(
         line = key.start_mark.line + 1
         inner = f"{path}.{key.value}" if path else key.value
         if key.value in own:
-            yield ConfigError(inner, f"duplicate key: on line {line}, first on line {lines[inner]}")
+            yield ConfigError(inner, f"duplicate key, first on line {lines[inner]}", line)
         own.add(key.value)
         lines.setdefault(inner, line)
         if not isinstance(value, yaml.ScalarNode):

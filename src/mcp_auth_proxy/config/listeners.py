@@ -17,7 +17,7 @@ def read_listen(section: Section, flag: str | None) -> Address:
     configured = section.parsed("listen", values.address, _LISTEN)
     if flag is None:
         return configured
-    return Section({"--listen": flag}, "", section.context).parsed("--listen", values.address, configured)
+    return Section({"--listen": flag}, "", section.context).parsed("--listen", values.address_or_port, configured)
 
 
 def read_health_listen(section: Section, listen: Address) -> Address | None:

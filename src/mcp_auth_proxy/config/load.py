@@ -8,7 +8,7 @@ from typing import Literal
 import platformdirs
 
 from mcp_auth_proxy.config import listeners, loops, values
-from mcp_auth_proxy.config.document import Document, parse
+from mcp_auth_proxy.config.document import parse
 from mcp_auth_proxy.config.location import APP
 from mcp_auth_proxy.config.reader import NOT_YET, Context, Section
 from mcp_auth_proxy.config.servers import read_servers, read_single
@@ -60,7 +60,8 @@ def load(
     settings = _read(Section(document.content, "", context), listen, path, secrets_of)
     if allow_anonymous is not None:
         context.errors.extend(listeners.exposure_errors(settings, allow_anonymous))
-    _raise_errors([*document.errors, *context.errors], document, str(path))
+    if errors := [*document.errors, *context.errors]:
+        raise ConfigurationError(document.located(errors), str(path))
     return settings
 
 
@@ -90,11 +91,6 @@ def single_store(*, environ: Mapping[str, str] = os.environ) -> StoreSettings:
     return _read_store(Section({}, "", context))
 
 
-def _raise_errors(errors: list[ConfigError], document: Document, source: str) -> None:
-    if errors:
-        raise ConfigurationError(sorted(errors, key=lambda error: document.line(error.path)), source)
-
-
 def _read(section: Section, listen: str | None, source: Path, secrets_of: Collection[str] | None) -> Settings:
     upstream_timeout = section.parsed("upstream_timeout", values.positive_duration, _UPSTREAM_TIMEOUT)
     listening = listeners.read_listen(section, listen)
@@ -122,7 +118,7 @@ def _read_servers(
 ) -> dict[str, ServerSettings]:
     inner = section.section("servers")
     servers = read_servers(inner, upstream_timeout, secrets_of=secrets_of)
-    if not any(True for _ in inner.entries()):
+    if inner.usable and not any(True for _ in inner.entries()):
         section.error("servers", "at least one server must be configured")
     return servers
 

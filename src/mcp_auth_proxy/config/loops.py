@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
+from mcp_auth_proxy.config.document import located
 from mcp_auth_proxy.config.settings import Address, Settings
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, UpstreamUnreachable
 from mcp_auth_proxy.net import urls
@@ -57,7 +58,9 @@ async def check(settings: Settings, listening: Address, public_url: str, *, reso
     looked_up = dict(zip(names, found_addresses, strict=True))
     found = errors(settings, listening, public_url, looked_up)
     if found:
-        raise ConfigurationError(found, str(settings.source or ""))
+        if settings.source is None:
+            raise ConfigurationError(found)
+        raise ConfigurationError(await asyncio.to_thread(located, found, settings.source), str(settings.source))
 
 
 async def _look_up(name: str, port: int, resolver: Resolver) -> Collection[IPAddress]:

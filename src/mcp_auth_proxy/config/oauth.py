@@ -52,9 +52,10 @@ def read_oauth(section: Section, *, http_server: str = "") -> OAuthSettings:
     """
     grant = section.choice("grant", _GRANTS, GrantType.AUTHORIZATION_CODE)
     client_auth = section.choice("client_auth", _CLIENT_AUTHS, None)
-    _check_client(section, grant, client_auth)
-    _check_key(section, client_auth)
-    _check_grant(section, grant)
+    if not section.is_faulty("grant") and not section.is_faulty("client_auth"):
+        _check_client(section, grant, client_auth)
+        _check_key(section, grant, client_auth)
+        _check_grant(section, grant)
     settings = OAuthSettings(
         grant=grant,
         client_id=section.text("client_id"),
@@ -96,10 +97,10 @@ def first_contact_warning(servers: Mapping[str, ServerSettings]) -> str | None:
 
 def _check_client(section: Section, grant: GrantType, client_auth: ClientAuth | None) -> None:
     has_id, has_secret = section.has("client_id"), section.has("client_secret")
-    if has_secret and not has_id:
-        section.error("client_secret", "needs a client_id")
     if grant in _PRE_REGISTERED and not has_id:
         section.error("client_id", f"is needed with grant {grant}")
+    elif has_secret and not has_id:
+        section.error("client_secret", "needs a client_id")
     proves_itself = has_secret or section.has("private_key")
     needs_no_secret = client_auth in (ClientAuth.NONE, ClientAuth.PRIVATE_KEY_JWT)
     if grant is GrantType.CLIENT_CREDENTIALS and not proves_itself and not needs_no_secret:
@@ -108,7 +109,7 @@ def _check_client(section: Section, grant: GrantType, client_auth: ClientAuth | 
         section.error("client_auth", f"{client_auth} needs a client_secret")
 
 
-def _check_key(section: Section, client_auth: ClientAuth | None) -> None:
+def _check_key(section: Section, grant: GrantType, client_auth: ClientAuth | None) -> None:
     has_key = section.has("private_key")
     if client_auth is ClientAuth.PRIVATE_KEY_JWT:
         if not has_key:
@@ -119,10 +120,10 @@ def _check_key(section: Section, client_auth: ClientAuth | None) -> None:
         section.error("private_key", f"has no effect with client_auth {client_auth}: use private_key_jwt")
     elif has_key and section.has("client_secret"):
         section.error("private_key", "there is a client_secret too: choose one with client_auth")
-    elif has_key and not section.has("client_id"):
+    elif has_key and not section.has("client_id") and grant not in _PRE_REGISTERED:
         section.error("private_key", "needs a client_id")
     for key in ("signing_alg", "client_assertion_audience"):
-        if section.has(key) and not has_key:
+        if section.has(key) and not has_key and not section.is_faulty("private_key"):
             section.error(key, "needs a private_key")
 
 

@@ -89,21 +89,33 @@ class Context:
 
 
 class Section:
-    """One mapping. Each key that is read counts as known; ``close`` reports the others."""
+    """One mapping. Each key that is read counts as known; ``close`` reports the others.
+
+    One mistake is one error: a key has at most one, and a section that is not a mapping lacks no keys.
+    """
 
     def __init__(self, value: object, path: str, context: Context) -> None:
         self.path = path
         self.context = context
         self._known: dict[str, None] = {}
         self._content: Mapping[object, object] = {}
+        self._faulty: set[str] = set()
+        self.usable = value is None or isinstance(value, Mapping)
+        """False if the value is not a mapping, which has been reported."""
         if isinstance(value, Mapping):
             self._content = value
         elif value is not None:
-            self.error("", "must be a mapping (key: value lines)")
+            context.errors.append(ConfigError(path, "must be a mapping (key: value lines)"))
 
     def error(self, key: str, problem: str) -> None:
-        """Record an error of a key, or of the section itself if the key is ``""``."""
-        self.context.errors.append(ConfigError(self.inner(key) if key else self.path, problem))
+        """Record an error of a key, unless another mistake explains it."""
+        if self.usable and key not in self._faulty:
+            self._faulty.add(key)
+            self.context.errors.append(ConfigError(self.inner(key), problem))
+
+    def is_faulty(self, key: str) -> bool:
+        """Return whether an error of a key was recorded: what depends on its value can't be judged then."""
+        return key in self._faulty
 
     def inner(self, key: str) -> str:
         """Return the dotted path of a key."""

@@ -145,9 +145,8 @@ class Reloader:
         except ConfigurationError as error:
             metrics.reloads.labels("rejected").inc()
             metrics.last_reload_successful.labels().value = 0
-            for problem in error.errors:
-                text = f"{error.source}: {problem}" if error.source else str(problem)
-                logger.error("configuration not reloaded: %s", text)
+            for line in error.lines():
+                logger.error("configuration not reloaded: %s", line)
             return
         change = compare(self._settings, settings)
         self._settings = change.settings

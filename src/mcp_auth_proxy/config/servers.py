@@ -49,7 +49,9 @@ def server_url(text: str, *, allow_http: bool) -> str:
 
 def _read_server(section: Section, name: str, upstream_timeout: float) -> ServerSettings | None:
     allow_http = section.boolean("allow_http", default=False)
-    url = section.parsed("url", lambda text: server_url(text, allow_http=allow_http), None)
+    # Whether http is allowed is not known if that key has an error.
+    http = allow_http or section.is_faulty("allow_http")
+    url = section.parsed("url", lambda text: server_url(text, allow_http=http), None)
     if not section.has("url"):
         section.error("url", "is needed: the address of the MCP server")
     timeout = section.parsed("upstream_timeout", values.positive_duration, upstream_timeout)

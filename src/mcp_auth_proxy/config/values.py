@@ -88,6 +88,11 @@ def address(text: str) -> Address:
     return Address(host=host(name), port=port(number))
 
 
+def address_or_port(text: str) -> Address:
+    """Return an address as ``address`` does, or that of a port on 127.0.0.1."""
+    return Address(host="127.0.0.1", port=port(text)) if text.isdecimal() else address(text)
+
+
 def allowed_host(text: str) -> str:
     """Return an allowed Host header, ``name`` or ``name:port``, in lower case."""
     if "/" in text:

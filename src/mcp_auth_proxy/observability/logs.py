@@ -46,7 +46,7 @@ def configure(level: str, format: Format, *, access_log: bool = False) -> None:
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         fields = "".join(f" {name}={_bare_or_quoted(value)}" for name, value in _fields(record).items())
         lines = [f"{clock} {record.levelname.lower():<7} {escaped(_message(record))}{fields}"]
         if record.exc_info:

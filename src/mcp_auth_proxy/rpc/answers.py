@@ -24,7 +24,7 @@ JSON_HEADERS = [(b"content-type", b"application/json"), (b"cache-control", b"no-
 LINK_KEY = "io.mcp-auth-proxy/authorization_url"
 
 MAX_REASON = 1200
-"""Bytes of the reason in an error, which has it twice: but for the client's own id, an answer is below 4 KiB."""
+"""Bytes of the reason in an error: but for the client's own id, an answer is below 4 KiB."""
 
 MAX_BATCH_ANSWER = 1024 * 1024
 """Bytes of the answer to a batch."""
@@ -99,7 +99,7 @@ def failure(
 
     ``retry_after``: seconds after which trying again may help.
     """
-    data: Json = {"server": server, "reason": text}
+    data: Json = {"server": server}
     if retry_after is not None:
         data["retry_after"] = retry_after
     if link is not None:

@@ -9,12 +9,14 @@ refresh, ``files.py`` creates private files.
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.sqlite.engine import SqliteEngine
+from mcp_auth_proxy.store.sqlite.provisional import provisional
 
-__all__ = ["Engine", "open_store", "open_store_read_only"]
+__all__ = ["Engine", "open_store", "open_store_read_only", "provisional_store"]
 
 
 def _ignore(line: str) -> None:
@@ -41,3 +43,8 @@ async def open_store_read_only(settings: StoreSettings, *, environ: Mapping[str,
     ``close`` of the result must be awaited. Raises StoreRejected, and StoreUnavailable, also for an older schema.
     """
     return await SqliteEngine.open_read_only(settings, environ=environ)
+
+
+def provisional_store(settings: StoreSettings) -> AbstractContextManager[None]:
+    """Remove a store and a key file that the block makes if it raises; see ``sqlite/provisional.py``."""
+    return provisional(settings)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import webbrowser
@@ -35,9 +37,19 @@ def open_link(link: str) -> None:
 
 def _open(link: str) -> None:
     try:
-        opened = webbrowser.open(link)
+        opened = _opened(link)
     except (webbrowser.Error, OSError) as error:
         opened = False
         logger.debug("the browser did not start: %s", error)
     if not opened:
         logger.warning("no browser could be opened (BROWSER=%s); open the link by hand", os.environ.get("BROWSER", ""))
+
+
+def _opened(link: str) -> bool:
+    opener = shutil.which("xdg-open")
+    if opener is None or os.environ.get("BROWSER"):
+        return webbrowser.open(link)
+    # webbrowser does not wait for its exit code, and so never learns that there is no browser.
+    quiet = subprocess.DEVNULL
+    done = subprocess.run([opener, link], stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True, check=False)
+    return done.returncode == 0

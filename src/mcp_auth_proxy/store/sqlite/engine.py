@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import aiosqlite
 
 from mcp_auth_proxy.config.settings import StoreSettings
-from mcp_auth_proxy.errors import StoreUnavailable
+from mcp_auth_proxy.errors import StoreError, StoreUnavailable
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store.cipher import Cipher, load_keys
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
@@ -61,10 +61,15 @@ class SqliteEngine:
     ) -> "SqliteEngine":
         """Open, create or migrate the store; see ``store.open_store``."""
         keys, created = await asyncio.to_thread(obtain_keys, settings, environ)
+        cipher = Cipher(keys)
+        try:
+            await asyncio.to_thread(prepare, settings.path, cipher)
+        except StoreError:
+            if created is not None and not settings.path.exists():
+                created.unlink(missing_ok=True)
+            raise
         if created is not None:
             announce(f"A new store key was made: {created}. Back it up: without it the store can't be opened.")
-        cipher = Cipher(keys)
-        await asyncio.to_thread(prepare, settings.path, cipher)
         connection = await _connect(settings.path, connection_uri(settings.path, "rw"))
         try:
             engine = cls(connection, settings.path, cipher)
