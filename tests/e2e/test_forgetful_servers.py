@@ -81,6 +81,19 @@ async def test_a_registration_that_the_login_page_does_not_know_is_replaced_at_t
     assert "mcp-auth-proxy logout notes --forget-client" in caplog.text
 
 
+@pytest.mark.parametrize("declined", [0, 1])
+async def test_both_visits_of_a_link_end_together(servers: Servers, tmp_path: Path, declined: int) -> None:
+    async with proxy_setup(servers, tmp_path) as setup, Browser() as browser:
+        link = await setup.link()
+        callbacks = [await browser.stop_before(link) for _ in range(2)]
+        denied = callbacks[declined].replace("code=", "error=access_denied&x=")
+        assert (await browser.follow(denied)).status_code == 400
+        assert (await browser.follow(callbacks[1 - declined])).status_code == 400
+        assert (await browser.open(link)).status_code == 410
+        assert await setup.link() != link
+        await setup.connect()
+
+
 async def test_doctor_names_how_to_forget_a_registration(servers: Servers, tmp_path: Path) -> None:
     # The redirect URI is a part of the registration, so the port has to be known to `doctor`.
     listen = Address("127.0.0.1", free_port())

@@ -319,6 +319,7 @@ class Broker:
         Raises CallbackRefused if it belongs to none, AuthorizationError if the authorization failed.
         """
         flow, attempt, confirmed = await self._attempts.accept(params, cookies)
+        other = self._forgotten_clients.other(flow)
         try:
             server = configured_for(self._servers, flow)
             code = authorization_code.check_response(params, flow=flow)
@@ -329,7 +330,8 @@ class Broker:
                 self._backoff.failed(of_issuer(flow.key.account.server, flow.key.issuer), error)
             if isinstance(error, TokenRefused | AuthorizationDenied):
                 await self._authorizations.note_rejection(error.error, flow)
-            await self._pending.fail(flow, error)
+            for ended in filter(None, (flow, other)):
+                await self._pending.fail(ended, error)
             raise
         stored = await self._grants.add_from(grant, flow.id)
         if stored is None:
@@ -338,6 +340,10 @@ class Broker:
             self._pending.drop(flow, AuthorizationDenied(CANCELLED))
             raise AuthorizationDenied(CANCELLED)
         self._pending.activate(stored)
+        if other is not None:
+            # If it can't be stored, its link only lasts until it expires.
+            with contextlib.suppress(StoreError):
+                await self._flows.finish(other.id, FlowStatus.DONE)
         if confirmed:
             # If it can't be stored, the user is only asked again.
             with contextlib.suppress(StoreError):

@@ -36,6 +36,8 @@ class ForgottenClients:
         self._clock = clock
         self._followed: dict[str, Flow] = {}
         """By flow id: the flow that follows it, or itself if no registration could be made or it follows another."""
+        self._first: dict[str, Flow] = {}
+        """By the id of a flow that follows another: that other one."""
         self._running: SingleFlight[str, Flow] = SingleFlight()
 
     async def aclose(self) -> None:
@@ -48,6 +50,11 @@ class ForgottenClients:
             return flow
         return await self._flows.get(follower.id) or flow
 
+    def other(self, flow: Flow) -> Flow | None:
+        """Return the other flow of the same link: if one ends, so does the other. None if there is none."""
+        followed = self._followed.get(flow.id, flow)
+        return self._first.get(flow.id) if followed.id == flow.id else followed
+
     async def was_visited(self, flow: Flow) -> bool:
         """Return whether a browser was sent to sign in with a registration that may be forgotten. Raises StoreError."""
         return flow.registration.kind is RegistrationKind.DYNAMIC and await self._flows.was_visited(flow.id)
@@ -59,9 +66,13 @@ class ForgottenClients:
         return await self._running.run(flow.id, lambda: self._follow(flow))
 
     async def _follow(self, flow: Flow) -> Flow:
+        if flow.id in self._followed:
+            # Another visit was faster.
+            return await self.newest(flow)
         now, server = self._clock(), flow.key.account.server
         for flow_id in [flow_id for flow_id, followed in self._followed.items() if followed.expires_at <= now]:
             del self._followed[flow_id]
+            self._first.pop(flow_id, None)
         remedy = f"if its sign-in page does not know the client, run: mcp-auth-proxy logout {server} --forget-client"
         try:
             registration = await self._register(flow)
@@ -73,6 +84,7 @@ class ForgottenClients:
         follower = replace(clone_flow(flow, now=now), registration=registration, expires_at=flow.expires_at)
         await self._start(follower)
         self._followed[flow.id] = self._followed[follower.id] = follower
+        self._first[follower.id] = flow
         logger.warning(
             "server %s: a link was opened again before anybody authorized, so its client was dropped, and a new one "
             "was registered at %s; %s",

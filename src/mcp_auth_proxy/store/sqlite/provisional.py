@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from mcp_auth_proxy.config.settings import StoreSettings
-from mcp_auth_proxy.store.sqlite.paths import connection_uri, wal_files
+from mcp_auth_proxy.store.sqlite.paths import read_only_uri, wal_files
 from mcp_auth_proxy.store.sqlite.serving import served_addresses
 
 # Client credentials stay bound to the first authorization server that got them, whatever it answered.
@@ -38,8 +38,9 @@ def provisional(settings: StoreSettings) -> Iterator[None]:
 def _is_needed(path: Path) -> bool:
     if served_addresses(path.resolve()):
         return True
+    uri, _ = read_only_uri(path)
     try:
-        with closing(sqlite3.connect(connection_uri(path, "ro"), uri=True)) as connection:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
             (needed,) = connection.execute(_WORTH_KEEPING).fetchone()
     except sqlite3.Error:
         return True
