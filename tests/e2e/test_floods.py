@@ -137,7 +137,8 @@ def descriptors(proxy: ProxyProcess) -> int:
 
 
 def warnings(proxy: ProxyProcess) -> list[str]:
-    return [line for line in proxy.err.splitlines() if " warning " in line]
+    # What one of the attacks sends is refused, which has a line of its own.
+    return [line for line in proxy.err.splitlines() if " warning " in line and "is refused:" not in line]
 
 
 async def closed_connections(proxy: ProxyProcess) -> dict[str, int]:
@@ -231,9 +232,7 @@ async def test_what_finds_no_place_is_answered_at_once(servers: Servers, tmp_pat
         assert await serves(proxy)
         assert (await closed_connections(proxy))["refused"] == 21
         streams.pop().close()
-        await until(lambda: len(streams) == 65, "a free place")
-        statuses = [(await answer(proxy, ATTACKER))[0] for _ in range(3)]
-        assert statuses[-1] == 200
+        await settled(proxy, ATTACKER)
 
 
 async def test_160_kb_in_8_s_pass(servers: Servers, tmp_path: Path) -> None:
