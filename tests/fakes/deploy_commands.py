@@ -124,7 +124,7 @@ def _check_runtime(ports: list[str], mounts: list[str], timeout: str, volumes: S
         else:
             require(not volumes or source in volumes, f"the volume {source} is not declared")
             require(f"VOLUME {target}\n" in dockerfile, f"{target} is no volume of the image")
-    config = re.search(r'^CMD \[.*"(/.*\.yaml)"\]', dockerfile, re.MULTILINE)
+    config = re.search(r"\bMCP_AUTH_PROXY_CONFIG=(\S+)", dockerfile)
     assert config
     require(config[1] in targets, f"{config[1]} is not mounted")
     for path in file_references(Path(targets[config[1]]).read_text()):
