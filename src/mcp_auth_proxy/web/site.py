@@ -50,7 +50,7 @@ class Site:
 
     def build(self) -> Starlette:
         """Return the ASGI application."""
-        return Starlette(
+        site = Starlette(
             routes=[
                 Route("/", self._index),
                 Route("/healthz", self._healthz),
@@ -66,6 +66,9 @@ class Site:
             ],
             exception_handlers={404: _not_found, 405: _not_allowed, StoreError: _store_error},
         )
+        # An address with a slash too many is another address, as for MCP clients.
+        site.router.redirect_slashes = False
+        return site
 
     async def _index(self, request: Request) -> Response:
         servers = [{"name": name, "address": f"{self._public_url}/{name}/mcp"} for name in self._servers]
