@@ -50,7 +50,7 @@ class Site:
 
     def build(self) -> Starlette:
         """Return the ASGI application."""
-        return Starlette(
+        site = Starlette(
             routes=[
                 Route("/", self._index),
                 *self.health_routes(),
@@ -64,6 +64,9 @@ class Site:
             ],
             exception_handlers={404: _not_found, 405: _not_allowed, StoreError: _store_error},
         )
+        # An address with a slash too many is another address, as for MCP clients.
+        site.router.redirect_slashes = False
+        return site
 
     def health_routes(self) -> list[Route]:
         """Return the routes for probes and for Prometheus, which ``health_listen`` has too."""
