@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote_plus
+from urllib.parse import quote
 
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -54,7 +54,7 @@ async def test_a_client_of_the_configuration_authenticates_by_its_method(
         assert setup.issuer.registrations == 0
         for request in setup.issuer.seen("token"):
             # RFC 6749 §2.3.1: form-encoded first, so that the colon in the id stays unambiguous.
-            pair = f"{quote_plus('by hand:1')}:{quote_plus(SECRET)}".encode()
+            pair = f"{quote('by hand:1', safe='')}:{quote(SECRET, safe='')}".encode()
             basic = f"Basic {base64.b64encode(pair).decode()}" if method == "client_secret_basic" else None
             assert request.header("authorization") == basic
             assert request.form.get("client_secret") == (SECRET if method == "client_secret_post" else None)
