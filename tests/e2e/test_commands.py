@@ -254,7 +254,7 @@ async def test_a_damaged_store_is_refused_and_left_as_it_is(tmp_path: Path, dama
     [
         ({"outbound": {"ca_bundle": "mcp-auth-proxy.yaml"}}, "", "no PEM certificate"),
         ({}, "proxy.db-wal", "proxy.db-wal exists"),
-        ({"store": {"url": "sqlite:////proc/none/proxy.db"}}, "", "cannot be created"),
+        ({"store": {"url": "sqlite:////proc/none/proxy.db"}}, "", "can't be created"),
     ],
     ids=["certificates", "left-over log", "no folder"],
 )

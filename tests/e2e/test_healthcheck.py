@@ -124,5 +124,5 @@ def test_it_starts_without_the_proxy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1
-    heavy = {"asyncio", "uvloop", "starlette", "uvicorn", "jinja2", "sqlite3", "mcp_auth_proxy.app"}
+    heavy = {"asyncio", "uvloop", "starlette", "uvicorn", "jinja2", "mcp_auth_proxy.app", "mcp_auth_proxy.store"}
     assert heavy & set(done.stdout.split()) == set()

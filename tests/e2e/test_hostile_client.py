@@ -299,7 +299,7 @@ REFUSED = {
     "not HTTP/1.1 (400)": "POST /mcp HTTP/1.1\nHost: HOST\nContent-Length: 1\nContent-Length: 2\n\n{",  # T25
     "the head is too long (431)": "GET /mcp HTTP/1.1\nHost: HOST\nX-A: " + "a" * 70_000,  # T28
     "The path is not in canonical form (400)": "GET /notes/../mcp HTTP/1.1\nHost: HOST\n\n",  # T27
-    "this web origin are not served (403)": "GET /mcp HTTP/1.1\nHost: HOST\nOrigin: http://evil\n\n",  # T41
+    "inbound.allowed_origins (403)": "GET /mcp HTTP/1.1\nHost: HOST\nOrigin: http://evil\n\n",  # T41
     "is not a name of this proxy": "GET /mcp HTTP/1.1\nHost: NUMBER.evil.example\n\n",  # T41
 }
 
