@@ -41,11 +41,13 @@ class Machine:
 
     def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
         environ = {
+            **os.environ,
             "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
             "HOME": str(self.folder / "home"),
             "STATE": str(self.folder),
             "PYTHONPATH": os.pathsep.join(sys.path),
             "LOGNAME": "ada",
+            "XDG_CONFIG_HOME": "",
             **(env or {}),
         }
         command = [*self.prefix, sys.executable, "-m", "mcp_auth_proxy", "service", *arguments]
