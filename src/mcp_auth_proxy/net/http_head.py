@@ -17,12 +17,16 @@ class Fields:
     the fields are checked and encoded once.
     """
 
-    __slots__ = ("forwarded", "headers")
+    __slots__ = ("events", "forwarded", "headers", "plain")
 
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
         self.forwarded: bytes | None = None
         """What whoever forwards the message has made of the fields; None until then."""
+        self.events: bool | None = None
+        """Whether the content is an event stream; None until somebody has found out."""
+        self.plain: bool | None = None
+        """Whether the content is sent as it is, without a content coding; None until somebody has found out."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fields) and self.headers == other.headers

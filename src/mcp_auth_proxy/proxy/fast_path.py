@@ -13,12 +13,11 @@ from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.http_response import Response
-from mcp_auth_proxy.proxy.headers import encoded_response_fields, response_headers
+from mcp_auth_proxy.proxy.headers import encoded_response_fields, is_event_stream, response_headers
 from mcp_auth_proxy.proxy.pings import Pings, may_be_pinged
 from mcp_auth_proxy.proxy.quota import STOPPED
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream_client import build_head, is_redirect, note_nonce
-from mcp_auth_proxy.rpc import events
 from mcp_auth_proxy.rpc.messages import needs_inspection
 
 MAX_BODY = 64 * 1024
@@ -164,7 +163,7 @@ class FastPathRequest:
 
     def _stream(self, response: Response) -> None:
         self._streaming = response.content_length is None
-        if events.is_stream(response.fields.headers):
+        if is_event_stream(response.fields):
             self._events = True
             self.route.metrics.open_streams.inc()
         else:
@@ -220,6 +219,7 @@ class FastPathRequest:
     def _finish(self, data: bytes = b"") -> None:
         if not self.request.complete:
             self._owner.finished(self)
+            self.request.on_write = None
             self.request.write_nowait(data, last=True)
             self._record()
 

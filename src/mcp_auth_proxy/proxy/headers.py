@@ -226,6 +226,22 @@ def encoded_response_fields(fields: Fields) -> bytes:
     return forwarded
 
 
+def is_event_stream(fields: Fields) -> bool:
+    """Return whether a response is an event stream."""
+    if fields.events is None:
+        fields.events = events.is_stream(fields.headers)
+    return fields.events
+
+
+def is_plain(fields: Fields) -> bool:
+    """Return whether the content of a response has no coding (RFC 9110 §8.4)."""
+    if fields.plain is None:
+        fields.plain = not any(
+            name == b"content-encoding" and value.lower() != b"identity" for name, value in fields.headers
+        )
+    return fields.plain
+
+
 def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
     """Return the fields of an upstream response that go to the client, names in lower case.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_response import Response
+from mcp_auth_proxy.proxy.headers import is_event_stream, is_plain
 from mcp_auth_proxy.rpc import events
 
 MAX_AT_ONCE = 100
@@ -22,13 +23,8 @@ _HALF_BOUNDARY = b"\r\n\r"
 
 def may_be_pinged(response: Response) -> bool:
     """Return whether comments may be put between the bytes of a response: in a plain event stream without a length."""
-    headers = response.fields.headers
-    return (
-        response.status == 200
-        and response.content_length is None
-        and events.is_stream(headers)
-        and not any(name == b"content-encoding" and value.lower() != b"identity" for name, value in headers)
-    )
+    fields = response.fields
+    return response.status == 200 and response.content_length is None and is_event_stream(fields) and is_plain(fields)
 
 
 class Pings:
