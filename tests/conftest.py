@@ -33,8 +33,11 @@ PARTS = {
 }
 """Marker → commands, one of which must be installed."""
 
+FROM_CHART = {"envoy", "helm"}
+"""The parts that ``make chart`` installs."""
+
 MADE = str(Path(__file__).resolve().parents[1] / ".venv-deploy/bin")
-"""Where ``make chart`` installs helm and envoy."""
+"""Where it installs them."""
 
 SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", MADE])
 REQUIRE_ALL = os.environ.get("MCP_AUTH_PROXY_REQUIRE_ALL") == "1"
@@ -48,10 +51,9 @@ def pytest_report_header() -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if MISSING:
-        names = " ".join(sorted(MISSING))
-        terminalreporter.write_line(
-            f"Not tested here, since missing on this machine: {names} (Debian: apt install {names})"
-        )
+        ways = {"apt install {} (Debian)": MISSING - FROM_CHART, "make chart, for {}": MISSING & FROM_CHART}
+        remedies = [way.format(" ".join(sorted(parts))) for way, parts in ways.items() if parts]
+        terminalreporter.write_line(f"Some tests were skipped, since parts are missing here: {'; '.join(remedies)}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -121,7 +121,7 @@ def _lock(path: Path, content: bytes) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(descriptor, content)
         draft.rename(path)
-    except BaseException:
+    except BaseException:  # also on Ctrl-C: nobody else closes the descriptor
         os.close(descriptor)
         draft.unlink(missing_ok=True)
         raise
