@@ -22,6 +22,7 @@
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
     ├── CallbackRefused                a callback request that matches no pending flow
+    ├── CallerRefused                  a request whose caller is not known, or may not call
     └── UpstreamError
         ├── UpstreamUnreachable        no connection: no byte of the request was sent
         ├── UpstreamTimeout            connected, but no response head in time
@@ -281,6 +282,19 @@ class CallbackRefused(McpAuthProxyError):
 
     def __init__(self, message: str, status: int = 400) -> None:
         self.status = status
+        super().__init__(message)
+
+
+class CallerRefused(McpAuthProxyError):
+    """A request's caller is not known, or may not call.
+
+    ``status`` is the HTTP status to answer with: 400 if there are several credentials, 401 if there is none that holds,
+    403 if the principal may not call, 503 if that can't be found out now; then ``retry_after`` is in seconds.
+    """
+
+    def __init__(self, message: str, status: int = 401, *, retry_after: float | None = None) -> None:
+        self.status = status
+        self.retry_after = retry_after
         super().__init__(message)
 
 

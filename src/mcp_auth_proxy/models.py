@@ -11,7 +11,10 @@ from typing import NamedTuple, Protocol
 from mcp_auth_proxy import secret_values
 
 LOCAL = "local"
-"""The only principal if callers are not identified."""
+"""The id of the only principal if callers are not identified."""
+
+DEFAULT_PROJECT = "default"
+"""The project of principals and servers that name none."""
 
 DEFAULT_ACCOUNT = "default"
 """The name of the account that a principal uses if none is named."""
@@ -27,6 +30,81 @@ class Account(NamedTuple):
     server: str
     name: str = DEFAULT_ACCOUNT
     """One principal may use a server with several accounts."""
+
+
+def shared_principal(project_id: str) -> str:
+    """Return what stands for a principal in the accounts of servers whose grants belong to a project."""
+    return f"project:{project_id}"
+
+
+class Role(StrEnum):
+    """What a principal may do with the things of others."""
+
+    ADMIN = "admin"
+    MEMBER = "member"
+
+
+class PrincipalStatus(StrEnum):
+    """Whether a principal may call."""
+
+    ACTIVE = "active"
+    DISABLED = "disabled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Principal:
+    """Somebody who calls: a person or a program, with grants of its own."""
+
+    id: str
+    name: str
+    project_id: str = DEFAULT_PROJECT
+    role: Role = Role.MEMBER
+    status: PrincipalStatus = PrincipalStatus.ACTIVE
+    created_at: float = 0.0
+
+
+class Identity(NamedTuple):
+    """What a credential says about who calls; each belongs to one principal.
+
+    ``source`` is ``key``, ``jwt:<issuer>``, ``header:<name>`` or ``local``; ``subject`` is unique there.
+    """
+
+    source: str
+    subject: str
+
+
+class Scope(StrEnum):
+    """What a credential may be used for."""
+
+    MCP = "mcp"
+    """Calls of MCP servers."""
+    SELF = "self"
+    """The API, for the principal's own things."""
+    ADMIN = "admin"
+    """The API, for the things of others; only if the principal is an admin too."""
+
+
+ALL_SCOPES = frozenset(Scope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """A principal, and the credential that it calls with."""
+
+    principal: Principal
+    credential: str
+    """For the audit trail: ``local``, ``token``, ``key:ID``, ``jwt:ISSUER``, ``header:NAME`` or ``session:ID``."""
+    scopes: frozenset[Scope] = ALL_SCOPES
+    jwt: str | None = field(default=None, repr=False)
+    """The JWT that the caller presented, the subject of a token exchange. Never stored, and sent nowhere else."""
+
+    def __post_init__(self) -> None:
+        secret_values.remember(self.jwt)
+
+
+LOCAL_PRINCIPAL = Principal(id=LOCAL, name=LOCAL, role=Role.ADMIN)
+LOCAL_CALLER = Caller(principal=LOCAL_PRINCIPAL, credential="local")
+"""Everybody, if callers are not identified."""
 
 
 class ClientAuth(StrEnum):
@@ -160,6 +238,10 @@ class Grant:
     refresh_owner: str = ""
     ended_at: float | None = None
     ended_reason: str = ""
+    label: str = ""
+    """Whose account it is, in words for its owner, as far as the authorization server said so."""
+    oauth_client: str | None = None
+    """The id of the ``OAuthClient`` whose present secret each renewal reads; None for any other client."""
 
 
 class FlowStatus(StrEnum):
@@ -168,6 +250,15 @@ class FlowStatus(StrEnum):
     PENDING = "pending"
     DONE = "done"
     FAILED = "failed"
+
+
+class FlowMode(StrEnum):
+    """How the user comes to the authorization server, and the code back."""
+
+    BROWSER = "browser"
+    HEADLESS = "headless"
+    """A program shows the authorization server's address, and brings the code by the API."""
+    DEVICE = "device"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +299,11 @@ class Flow:
     """Set if the user authorizes on another device; then there is no redirect."""
     dpop_key: str | None = field(default=None, repr=False)
     """The private key that the tokens will be bound to, generated before the user is asked."""
+    oauth_client: str | None = None
+    """As in ``Grant``."""
+    mode: FlowMode = FlowMode.BROWSER
+    return_origin: str | None = None
+    """The origin of the page that opened the link in a popup, which is told how it ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

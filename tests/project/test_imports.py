@@ -35,7 +35,19 @@ def test_every_layer_imports_only_from_the_layers_below_it() -> None:
 )
 def test_a_violation_of_the_contract_is_noticed(tmp_path: Path, module: str, line: str) -> None:
     package = tmp_path / "mcp_auth_proxy"
-    for layer in ("cli", "proxy", "web", "observability", "broker", "oauth", "store", "config", "net", "rpc"):
+    for layer in (
+        "cli",
+        "proxy",
+        "web",
+        "identity",
+        "observability",
+        "broker",
+        "oauth",
+        "store",
+        "config",
+        "net",
+        "rpc",
+    ):
         (package / layer).mkdir(parents=True)
         (package / layer / "__init__.py").touch()
     for name in ("__init__.py", "app.py", "router.py", "servers.py", "models.py", "errors.py", "secret_values.py"):

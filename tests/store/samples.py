@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mcp_auth_proxy.config.settings import StoreSettings
-from mcp_auth_proxy.models import Account, Attempt, DeviceAuthorization, Flow, Grant, Registration
+from mcp_auth_proxy.models import Account, Attempt, DeviceAuthorization, Flow, FlowMode, Grant, Registration
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.flows import Flows
@@ -80,6 +80,10 @@ def contents(schema: int) -> Contents:
         found.grants[0] = replace(found.grants[0], key=replace(found.grants[0].key, path="/mcp"))
         found.flows[0] = replace(found.flows[0], key=replace(found.flows[0].key, path="/mcp"))
         found.confirmations.append((WORK, UPSTREAM, "https://as.example", "login.example"))
+    if schema >= 7:
+        found.grants[0] = replace(found.grants[0], label="me@work.example", oauth_client="client-1")
+        origin = "https://app.example"
+        found.flows[0] = replace(found.flows[0], oauth_client="client-1", mode=FlowMode.HEADLESS, return_origin=origin)
     return found
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from mcp_auth_proxy.config.settings import KeySource
 from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
-from mcp_auth_proxy.models import Account, FlowStatus
+from mcp_auth_proxy.models import Account, FlowMode, FlowStatus
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.cipher import Cipher, generate_key_file
 from mcp_auth_proxy.store.confirmations import Confirmations
@@ -27,6 +27,17 @@ from store import samples
 from store.builders import NOW, attempt, flow, grant, registration, sha256, store_settings, tokens
 
 OWN_TABLES = {"grants", "registrations", "client_bindings", "flows", "attempts", "confirmations"}
+OTHER_TABLES = {
+    "principals",
+    "identities",
+    "api_keys",
+    "sessions",
+    "shared_secrets",
+    "servers",
+    "oauth_clients",
+    "events",
+}
+"""Tables of which the tests beside their modules prove the same."""
 LEFT_OUT = {("grants", "refresh_begun_at"), ("grants", "refresh_owner"), ("flows", "poll_owner")} | {
     ("flows", "next_poll_at")
 }
@@ -38,6 +49,7 @@ VALID = {
     "grant_type": "device_code",
     "token_type": "DPoP",
     "status": "done",
+    "mode": "device",
     "extra_params": '[["audience", "evil"]]',
     "scopes": "read write admin",
 }
@@ -61,14 +73,15 @@ UPSTREAM = "https://mcp.example"
 
 
 async def fill(engine: Engine) -> None:
-    """Store two rows in each table. The first one has a value in every column that may be NULL."""
+    """Store two rows in each table of OWN_TABLES. The first one has a value in every column that may be NULL."""
     grants, flows, registrations = Grants(engine), Flows(engine), Registrations(engine)
     key = grant().key
     given = replace(grant(), key=replace(key, upstream="https://linear.example", path="/mcp"), dpop_key="canary-dpop")
-    await grants.add(given)
+    await grants.add(replace(given, label="me", oauth_client="client-1"))
     await grants.add(grant("notes", name="2"))
     device = samples.DEVICE
-    await flows.save(replace(flow(), key=given.key, device=device, dpop_key="canary-dpop"))
+    waiting = replace(flow(), key=given.key, device=device, dpop_key="canary-dpop", oauth_client="client-1")
+    await flows.save(replace(waiting, mode=FlowMode.HEADLESS, return_origin="https://app.example"))
     await flows.save(flow("flow-2", "notes"))
     for name in ("linear", "notes"):
         await registrations.save(registration(name))
@@ -82,12 +95,13 @@ async def fill(engine: Engine) -> None:
 
 
 def columns() -> list[tuple[str, str]]:
-    """Return every table and column of the newest schema."""
+    """Return every table and column of the newest schema but those of OTHER_TABLES."""
     with closing(sqlite3.connect(Path(__file__).parent / "stores" / f"schema-{samples.NEWEST}.db")) as store:
         found = store.execute(
             "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type = 'table'"
         ).fetchall()
-    return [(table, column) for table, column in found if table not in ("meta", "sqlite_sequence")]
+    left_out = {"meta", "sqlite_sequence"} | OTHER_TABLES
+    return [(table, column) for table, column in found if table not in left_out]
 
 
 @contextmanager
@@ -517,8 +531,13 @@ def make_old(folder: Path) -> None:
     with attacker(folder) as connection:
         connection.execute("UPDATE grants SET token_endpoint = :evil", {"evil": EVIL})
         for table in ("grants", "flows"):
-            connection.execute(f"ALTER TABLE {table} DROP COLUMN path")
+            for column in ("path", "oauth_client"):
+                connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        connection.execute("ALTER TABLE grants DROP COLUMN label")
+        for column in ("mode", "return_origin"):
+            connection.execute(f"ALTER TABLE flows DROP COLUMN {column}")
         for table in ("grants", "flows", "attempts", "registrations"):
             connection.execute(f"ALTER TABLE {table} DROP COLUMN seal")
-        connection.execute("DROP TABLE confirmations")
+        for table in ("confirmations", *OTHER_TABLES):
+            connection.execute(f"DROP TABLE {table}")
         connection.execute("PRAGMA user_version = 5")

@@ -7,7 +7,16 @@ from typing import Literal
 
 from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.config.signing_key import SigningKey
-from mcp_auth_proxy.models import ClientAuth, DpopUse, GrantType
+from mcp_auth_proxy.models import (
+    DEFAULT_ACCOUNT,
+    DEFAULT_PROJECT,
+    Account,
+    ClientAuth,
+    DpopUse,
+    GrantType,
+    Principal,
+    shared_principal,
+)
 from mcp_auth_proxy.net.peers import IPNetwork
 
 
@@ -123,9 +132,23 @@ class OAuthSettings:
         return self.issuer is not None or self.metadata is not None
 
 
+GrantOwner = Literal["caller", "shared"]
+"""Whose a grant is: that of the principal who calls, or that of the server's project."""
+
+
 def server_key(server: str, path: str) -> str:
     """Return the full configuration key of a path below a server, if only its name is known."""
     return f"servers.{server}.{path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccountSettings:
+    """What is preset for one account of a server."""
+
+    login_hint: str | None = None
+    authorization_params: Mapping[str, str] = field(default_factory=dict)
+    scopes: tuple[str, ...] | None = None
+    """None: those of the server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +159,27 @@ class ServerSettings:
     upstream_timeout: float = 300.0
     """Seconds within which the response head must arrive."""
     oauth: OAuthSettings = field(default_factory=OAuthSettings)
+    project: str = DEFAULT_PROJECT
+    grant_owner: GrantOwner = "caller"
+    allow: tuple[str, ...] = ("*",)
+    """Patterns of principal names (fnmatch), or ``role:admin``. For anyone else the server does not exist."""
+    accounts: Mapping[str, AccountSettings] = field(default_factory=dict)
+    """Presets, by the name of the account."""
+    id: str = ""
+    """The id of a server that the API made; a server of the file has its name for an id (``server_id``)."""
+    origin: Literal["config", "api", "adhoc"] = "config"
+    owner: str = ""
+    """The principal that an ad-hoc server belongs to."""
+
+    @property
+    def server_id(self) -> str:
+        """Return what the API calls this server."""
+        return self.id or self.name
+
+    def account(self, principal: Principal, name: str = DEFAULT_ACCOUNT) -> Account:
+        """Return the account whose grant a principal uses here."""
+        owner = shared_principal(self.project) if self.grant_owner == "shared" else principal.id
+        return Account(owner, self.name, name)
 
     def key(self, path: str) -> str:
         """Return the full configuration key of a path below this server, for messages.
@@ -163,8 +207,69 @@ class LimitSettings:
     """Seconds of silence in an event stream after which its client is sent a comment; 0 for none."""
 
 
+InboundMode = Literal["api_key", "jwt", "trusted_header"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JwtSettings:
+    """One issuer of JWTs that callers present (RFC 7519)."""
+
+    issuer: str
+    """Empty for the Kubernetes preset until the token of the pod was read."""
+    audience: str
+    jwks: str = "auto"
+    """The URL of the keys (RFC 7517), or ``auto``: taken from the issuer's metadata."""
+    principal: str = "sub"
+    """The claim that names the principal."""
+    roles_claim: str | None = None
+    roles_admin: tuple[str, ...] = ()
+    """Values of that claim that make an admin."""
+    kubernetes: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrustedHeaderSettings:
+    """The field in which a web server in front names the caller that it has identified."""
+
+    name: str
+    """In lower case, as the secret's field."""
+    sources: tuple[IPNetwork, ...]
+    secret: Secret | None = None
+    secret_header: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignInSettings:
+    """The identity provider that browsers sign in at (OpenID Connect)."""
+
+    issuer: str
+    client_id: str
+    client_secret: Secret | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminSettings:
+    """Who may do what with the API."""
+
+    enabled: bool = True
+    adhoc: Literal["off", "admin", "member"] = "admin"
+    """Who may make servers by URL for themselves."""
+    popup_origins: tuple[str, ...] = ()
+    allow_private: tuple[str, ...] = ()
+    """Host names, addresses or networks (CIDR) that servers made at run time may have."""
+    customer_id: str = "default"
+    token_file: Path | None = None
+    """Where the key of ``local`` is kept. None: ``api-token`` beside the store."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboundSettings:
+    modes: tuple[InboundMode, ...] = ()
+    """How callers are identified. Empty for mode ``none``: everybody is the principal ``local``."""
+    provision: Literal["auto", "listed"] = "auto"
+    jwt: tuple[JwtSettings, ...] = ()
+    trusted_header: TrustedHeaderSettings | None = None
+    sign_in: SignInSettings | None = None
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     """Origins of web pages that may use the MCP endpoints, as browsers write them (RFC 6454 §6.2)."""
@@ -190,6 +295,7 @@ class Settings:
     authorization: AuthorizationSettings = AuthorizationSettings()
     limits: LimitSettings = LimitSettings()
     inbound: InboundSettings = InboundSettings()
+    admin: AdminSettings = AdminSettings()
     outbound: OutboundSettings = OutboundSettings()
     servers: Mapping[str, ServerSettings]
     health_listen: Address | None = None

@@ -10,6 +10,7 @@ from mcp_auth_proxy.models import (
     DeviceAuthorization,
     Endpoints,
     Flow,
+    FlowMode,
     FlowStatus,
     Grant,
     GrantKey,
@@ -77,6 +78,8 @@ def grant_columns(grant: Grant, cipher: RowCipher) -> Columns:
         "version": grant.version,
         "ended_at": None,
         "ended_reason": "",
+        "label": grant.label or None,
+        "oauth_client": grant.oauth_client,
     }
 
 
@@ -105,6 +108,8 @@ def read_grant(row: Row, cipher: RowCipher) -> Grant:
         refresh_owner=row["refresh_owner"],
         ended_at=row["ended_at"],
         ended_reason=row["ended_reason"],
+        label=row["label"] or "",
+        oauth_client=row["oauth_client"],
     )
 
 
@@ -125,6 +130,10 @@ def flow_columns(flow: Flow, cipher: RowCipher) -> Columns:
         "reason": flow.reason,
         "device": None if flow.device is None else cipher.seal("device", json.dumps(asdict(flow.device))),
         "dpop_key": cipher.seal_if("dpop_key", flow.dpop_key),
+        "oauth_client": flow.oauth_client,
+        # NULL for the usual mode: so the rows of earlier schemas keep their seals.
+        "mode": None if flow.mode is FlowMode.BROWSER else str(flow.mode),
+        "return_origin": flow.return_origin,
     }
 
 
@@ -146,6 +155,9 @@ def read_flow(row: Row, cipher: RowCipher) -> Flow:
         reason=row["reason"],
         device=None if device is None else DeviceAuthorization(**json.loads(device)),
         dpop_key=cipher.open_if("dpop_key", row["dpop_key"]),
+        oauth_client=row["oauth_client"],
+        mode=FlowMode(row["mode"] or FlowMode.BROWSER),
+        return_origin=row["return_origin"],
     )
 
 

@@ -31,12 +31,12 @@ _SAVE = """
         uid, id, principal, account, server, resource, issuer, client_id, client_auth, client_kind, client_secret,
         client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint, token_endpoint,
         revocation_endpoint, scopes, redirect_uri, iss_supported, extra_params, created_at, expires_at, status, reason,
-        device, dpop_key, upstream, path, seal
+        device, dpop_key, upstream, path, oauth_client, mode, return_origin, seal
     ) VALUES (
         :uid, :id, :principal, :account, :server, :resource, :issuer, :client_id, :client_auth, :client_kind,
         :client_secret, :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint,
         :token_endpoint, :revocation_endpoint, :scopes, :redirect_uri, :iss_supported, :extra_params, :created_at,
-        :expires_at, :status, :reason, :device, :dpop_key, :upstream, :path, :seal
+        :expires_at, :status, :reason, :device, :dpop_key, :upstream, :path, :oauth_client, :mode, :return_origin, :seal
     )
     ON CONFLICT (id) DO UPDATE SET
         uid = excluded.uid, principal = excluded.principal, account = excluded.account, server = excluded.server,
@@ -49,7 +49,9 @@ _SAVE = """
         redirect_uri = excluded.redirect_uri, iss_supported = excluded.iss_supported,
         extra_params = excluded.extra_params, created_at = excluded.created_at, expires_at = excluded.expires_at,
         status = excluded.status, reason = excluded.reason, device = excluded.device,
-        dpop_key = excluded.dpop_key, upstream = excluded.upstream, path = excluded.path, seal = excluded.seal
+        dpop_key = excluded.dpop_key, upstream = excluded.upstream, path = excluded.path,
+        oauth_client = excluded.oauth_client, mode = excluded.mode, return_origin = excluded.return_origin,
+        seal = excluded.seal
 """
 # The new one is kept whatever the times of the others are.
 _FORGET_OLD_FLOWS = """

@@ -23,12 +23,13 @@ _ADD = """
         uid, principal, account, server, resource, issuer, grant_type, client_id, client_auth, client_kind,
         client_secret, client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint,
         token_endpoint, revocation_endpoint, access_token, refresh_token, token_type, token_scopes, obtained_at,
-        expires_at, scopes, granted_at, dpop_key, upstream, path, version, ended_at, ended_reason
+        expires_at, scopes, granted_at, dpop_key, upstream, path, version, ended_at, ended_reason, label, oauth_client
     ) VALUES (
         :uid, :principal, :account, :server, :resource, :issuer, :grant_type, :client_id, :client_auth, :client_kind,
         :client_secret, :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint,
         :token_endpoint, :revocation_endpoint, :access_token, :refresh_token, :token_type, :token_scopes, :obtained_at,
-        :expires_at, :scopes, :granted_at, :dpop_key, :upstream, :path, :version, :ended_at, :ended_reason
+        :expires_at, :scopes, :granted_at, :dpop_key, :upstream, :path, :version, :ended_at, :ended_reason, :label,
+        :oauth_client
     )
     ON CONFLICT (principal, account, server, resource, issuer) DO UPDATE SET
         uid = excluded.uid, grant_type = excluded.grant_type, client_id = excluded.client_id,
@@ -41,7 +42,8 @@ _ADD = """
         obtained_at = excluded.obtained_at, expires_at = excluded.expires_at, scopes = excluded.scopes,
         granted_at = excluded.granted_at, dpop_key = excluded.dpop_key, upstream = excluded.upstream,
         path = excluded.path, version = excluded.version, refresh_begun_at = NULL, refresh_owner = '',
-        ended_at = excluded.ended_at, ended_reason = excluded.ended_reason
+        ended_at = excluded.ended_at, ended_reason = excluded.ended_reason, label = excluded.label,
+        oauth_client = excluded.oauth_client
     RETURNING id
 """
 # The seal covers the id, which is known only now.

@@ -27,8 +27,12 @@ SEAL = "seal"
 UNSEALED: Mapping[str, frozenset[str]] = {
     "grants": frozenset({"refresh_begun_at", "refresh_owner"}),
     "flows": frozenset({"poll_owner", "next_poll_at"}),
+    "api_keys": frozenset({"last_used_at"}),
+    "servers": frozenset({"connected_at"}),
+    "events": frozenset({"id"}),
 }
-"""The columns that the seal of a row leaves out, by table: which process sends the next request, and since when.
+"""The columns that the seal of a row leaves out, by table: which process sends the next request and since when, when
+something was last used, the order of events.
 
 Whoever forges them can hold a renewal or a poll up, or repeat one, but not send it elsewhere.
 """

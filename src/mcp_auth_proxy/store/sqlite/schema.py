@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Callable
 
 from mcp_auth_proxy.store.cipher import Cipher
+from mcp_auth_proxy.store.sqlite.callers import CALLERS
 from mcp_auth_proxy.store.sqlite.sealing import seal_rows
 
 APPLICATION_ID = 0x4D41_5031  # "MAP1"
@@ -290,6 +291,7 @@ MIGRATIONS: tuple[tuple[Step, ...], ...] = (
     _UPSTREAM_ORIGINS,
     _ACCOUNTS,
     _SEALED_ROWS,
+    CALLERS,
 )
 
 
