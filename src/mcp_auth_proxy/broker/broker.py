@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 from mcp_auth_proxy.broker.attempts import (
     AuthorizationAttempts,
@@ -24,7 +25,7 @@ from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches, server_removed
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
-from mcp_auth_proxy.broker.renewal import Renewer
+from mcp_auth_proxy.broker.renewal import Renewer, renewable
 from mcp_auth_proxy.broker.sign_ins import SignIns
 from mcp_auth_proxy.broker.store_watch import StoreWatch
 from mcp_auth_proxy.broker.token_cache import TokenCache
@@ -40,7 +41,17 @@ from mcp_auth_proxy.errors import (
     StoreError,
     TokenRefused,
 )
-from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, FlowStatus, Grant, Registration
+from mcp_auth_proxy.models import (
+    LOCAL,
+    AccessToken,
+    Account,
+    Flow,
+    FlowStatus,
+    Grant,
+    GrantType,
+    Registration,
+    TokenSet,
+)
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -394,6 +405,41 @@ class Broker:
     async def connections(self) -> list[Connection]:
         """Return the connection of each configured server and account. Raises StoreError."""
         return await stored_connections(self._servers, self._database, now=self._clock())
+
+    async def renew(self, account: Account) -> AccessToken | None:
+        """Renew the tokens of an account now; return None if there is no grant, or none that can be renewed.
+
+        Raises AuthorizationError, AuthorizationServerUnavailable and StoreError.
+        """
+        cached = self._tokens.get(account) or await self._tokens.load(account)
+        if cached is None or not renewable(cached.grant):
+            return None
+        renewed = await self._tokens.renew(account, cached)
+        return None if renewed is None else renewed.token
+
+    async def adopt(self, account: Account, tokens: TokenSet, client: Registration | None) -> None:
+        """Store tokens that another program has obtained, and the client that it did it with.
+
+        Their authorization server is found as for an authorization. Without a client they can't be renewed, unless the
+        configuration names it. Raises AuthorizationError and StoreError.
+        """
+        server = configured(self._servers, account.server)
+        plan = await self._planner.preview(account, server, None)
+        registration = plan.registration
+        if client is not None:
+            registration = replace(client, server=server.name, account=account.name, issuer=plan.key.issuer)
+        if not registration.client_id:
+            tokens = replace(tokens, refresh_token=None)
+        grant = Grant(
+            key=plan.key,
+            grant_type=GrantType.AUTHORIZATION_CODE,
+            registration=registration,
+            endpoints=plan.endpoints,
+            tokens=tokens,
+            scopes=tokens.scopes,
+            granted_at=self._clock(),
+        )
+        self._tokens.put(account, await self._grants.add(grant))
 
     async def disconnect(self, account: Account, *, forget_client: bool = False) -> Disconnected:
         """Delete the grants of an account and revoke them at their authorization servers.
