@@ -21,6 +21,7 @@
     │   ├── AuthorizationDenied        the authorization server or the user refused
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
+    ├── GrantUnusable                  a grant that has ended, or that can't be renewed
     ├── CallbackRefused                a callback request that matches no pending flow
     ├── CallerRefused                  a request whose caller is not known, or may not call
     └── UpstreamError
@@ -275,6 +276,14 @@ class AuthorizationServerUnavailable(AuthorizationError):
         self.retry_after = retry_after
         self.server_retry_after = server_retry_after
         self.maybe_processed = maybe_processed
+
+
+class GrantUnusable(McpAuthProxyError):
+    """A grant can't be renewed. ``ended``: it is over, and only a person can mend it."""
+
+    def __init__(self, message: str, *, ended: bool) -> None:
+        self.ended = ended
+        super().__init__(message)
 
 
 class CallbackRefused(McpAuthProxyError):

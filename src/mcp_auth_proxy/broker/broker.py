@@ -28,6 +28,7 @@ from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
 from mcp_auth_proxy.broker.sign_ins import SignIns
 from mcp_auth_proxy.broker.store_watch import StoreWatch
+from mcp_auth_proxy.broker.stored_grants import StoredGrants
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.broker.visits import LinkVisits
@@ -166,6 +167,16 @@ class Broker:
         self._challenges = ChallengeHandler(
             servers=servers, tokens=self._tokens, authorizations=self._authorizations, backoff=backoff
         )
+        self.stored_grants = StoredGrants(
+            servers=servers,
+            database=database,
+            tokens=self._tokens,
+            renewer=renewer,
+            pending=self._pending,
+            revoke=self._revoke,
+            clock=clock,
+        )
+        """What the API and the pages ask about grants."""
         self._watch = StoreWatch(
             database=database, flows=self._flows, tokens=self._tokens, pending=self._pending, clock=clock
         )
