@@ -18,6 +18,7 @@
     ├── AuthorizationError             an authorization can't continue
     │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
     │   ├── RegistrationImpossible     no way to become a client of this authorization server
+    │   ├── ClientNotActive            the OAuth client for this server was made inactive, or revoked
     │   ├── AuthorizationDenied        the authorization server or the user refused
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
@@ -240,6 +241,17 @@ class RegistrationImpossible(AuthorizationError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, hint=ConfigHint("oauth.client_id"))
+
+
+class ClientNotActive(AuthorizationError):
+    """The OAuth client that the API has for a server can't be used. ``status`` is ``inactive`` or ``revoked``."""
+
+    def __init__(self, server: str, provider: str, status: str) -> None:
+        self.status = status
+        remedy = "make it active again" if status == "inactive" else "delete it and make a new one"
+        super().__init__(
+            f"The OAuth client for {excerpt(provider)}, which server {server} uses, is {status}. An admin can {remedy}."
+        )
 
 
 class AuthorizationDenied(AuthorizationError):

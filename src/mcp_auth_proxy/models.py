@@ -3,7 +3,7 @@
 Times are Unix seconds (float, UTC); scopes are tuples in the order given, without duplicates.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
@@ -152,6 +152,8 @@ class RegistrationKind(StrEnum):
     CONFIGURED = "configured"
     METADATA_DOCUMENT = "metadata_document"
     DYNAMIC = "dynamic"
+    OAUTH_CLIENT = "oauth_client"
+    """An ``OAuthClient``, which the API made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +171,49 @@ class Registration:
     created_at: float = 0.0
     account: str = DEFAULT_ACCOUNT
     """The name of the account of that server (``Account.name``)."""
+    oauth_client: str | None = None
+    """The id of the ``OAuthClient`` that it stands for, whose present secret each request reads; None if for none."""
+
+    def __post_init__(self) -> None:
+        secret_values.remember(self.client_secret)
+
+
+class OAuthClientStatus(StrEnum):
+    """Whether a client may be used."""
+
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+    """For refreshes, but for no new authorization."""
+    REVOKED = "revoked"
+    """Not any more, and never again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OAuthClient:
+    """A client that was registered by hand at a provider, and given to the API."""
+
+    id: str
+    customer_id: str
+    project_id: str = DEFAULT_PROJECT
+    provider: str
+    """Unique in its project, among those that are not deleted."""
+    provider_name: str
+    client_id: str
+    client_secret: str | None = field(default=None, repr=False)
+    authorization_url: str
+    token_url: str
+    scopes: tuple[str, ...] = ()
+    redirect_uris: tuple[str, ...] = ()
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    """``issuer``, ``discovery_url`` and ``token_auth_method`` are used; others are only kept."""
+    server_ids: tuple[str, ...] = ()
+    """The servers that it is for. Empty: those of the project whose token endpoint is ``token_url``."""
+    status: OAuthClientStatus = OAuthClientStatus.ACTIVE
+    version: int = 1
+    """Incremented by each change."""
+    created_at: float = 0.0
+    updated_at: float = 0.0
+    deleted_at: float | None = None
 
     def __post_init__(self) -> None:
         secret_values.remember(self.client_secret)
@@ -242,8 +287,6 @@ class Grant:
     ended_reason: str = ""
     label: str = ""
     """Whose account it is, in words for its owner, as far as the authorization server said so."""
-    oauth_client: str | None = None
-    """The id of the ``OAuthClient`` whose present secret each renewal reads; None for any other client."""
 
 
 class FlowStatus(StrEnum):
@@ -301,8 +344,6 @@ class Flow:
     """Set if the user authorizes on another device; then there is no redirect."""
     dpop_key: str | None = field(default=None, repr=False)
     """The private key that the tokens will be bound to, generated before the user is asked."""
-    oauth_client: str | None = None
-    """As in ``Grant``."""
     mode: FlowMode = FlowMode.BROWSER
     return_origin: str | None = None
     """The origin of the page that opened the link in a popup, which is told how it ended."""

@@ -81,9 +81,10 @@ def contents(schema: int) -> Contents:
         found.flows[0] = replace(found.flows[0], key=replace(found.flows[0].key, path="/mcp"))
         found.confirmations.append((WORK, UPSTREAM, "https://as.example", "login.example"))
     if schema >= 7:
-        found.grants[0] = replace(found.grants[0], label="me@work.example", oauth_client="client-1")
+        client = replace(found.grants[0].registration, oauth_client="client-1")
+        found.grants[0] = replace(found.grants[0], label="me@work.example", registration=client)
         origin = "https://app.example"
-        found.flows[0] = replace(found.flows[0], oauth_client="client-1", mode=FlowMode.HEADLESS, return_origin=origin)
+        found.flows[0] = replace(found.flows[0], registration=client, mode=FlowMode.HEADLESS, return_origin=origin)
     return found
 
 

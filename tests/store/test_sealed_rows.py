@@ -77,10 +77,11 @@ async def fill(engine: Engine) -> None:
     grants, flows, registrations = Grants(engine), Flows(engine), Registrations(engine)
     key = grant().key
     given = replace(grant(), key=replace(key, upstream="https://linear.example", path="/mcp"), dpop_key="canary-dpop")
-    await grants.add(replace(given, label="me", oauth_client="client-1"))
+    client = replace(given.registration, oauth_client="client-1")
+    await grants.add(replace(given, label="me", registration=client))
     await grants.add(grant("notes", name="2"))
     device = samples.DEVICE
-    waiting = replace(flow(), key=given.key, device=device, dpop_key="canary-dpop", oauth_client="client-1")
+    waiting = replace(flow(), key=given.key, device=device, dpop_key="canary-dpop", registration=client)
     await flows.save(replace(waiting, mode=FlowMode.HEADLESS, return_origin="https://app.example"))
     await flows.save(flow("flow-2", "notes"))
     for name in ("linear", "notes"):

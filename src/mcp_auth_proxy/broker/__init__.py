@@ -32,10 +32,14 @@ from mcp_auth_proxy.broker.connections import (
     stored_connections,
     stored_servers,
 )
+from mcp_auth_proxy.broker.oauth_clients import CHANGED as CLIENT_CHANGED
+from mcp_auth_proxy.broker.oauth_clients import REVOKED as CLIENT_REVOKED
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.sign_ins import SignIn, sign_in
 
 __all__ = [
+    "CLIENT_CHANGED",
+    "CLIENT_REVOKED",
     "AuthorizationRedirect",
     "Broker",
     "ChallengeHistory",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.dpop import Nonces
+from mcp_auth_proxy.broker.oauth_clients import WithSecret, unchanged
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.models import ClientAuth, Registration, RegistrationKind
@@ -47,8 +48,16 @@ class FormRequest:
 class AuthenticatedRequests:
     """Post forms as a client. All methods that send raise AuthorizationError."""
 
-    def __init__(self, *, fetcher: Fetcher, discoverer: Discoverer, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        fetcher: Fetcher,
+        discoverer: Discoverer,
+        clock: Callable[[], float],
+        with_secret: WithSecret = unchanged,
+    ) -> None:
         self._fetcher = fetcher
+        self._with_secret = with_secret
         self._discoverer = discoverer
         self._clock = clock
         self._nonces = Nonces()
@@ -70,7 +79,7 @@ class AuthenticatedRequests:
         authentication method (RFC 6749 §2.3); others find no client without it. If the client is refused, the form is
         sent once more with it: a request that was refused for its client has used up nothing (§5.2).
         """
-        client, signing_key = _as_configured(server, client)
+        client, signing_key = _as_configured(server, await self._with_secret(client))
         request = FormRequest(
             client=client,
             url=url,

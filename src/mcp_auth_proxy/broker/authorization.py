@@ -12,7 +12,7 @@ from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.broker.step_up import StepUpLimiter
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, TokenRefused
+from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, ClientNotActive, TokenRefused
 from mcp_auth_proxy.models import AccessToken, Account, Flow, Grant, GrantType
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.store.grants import Grants
@@ -102,6 +102,9 @@ class Authorizations:
                 requested = (challenge and challenge.scopes) or ()
                 self._step_ups.count(account, server=server.name, requested=requested, already=already)
             made = await (self._obtain(plan) if server.oauth.grant.unattended else self._new_flow(plan))
+        except ClientNotActive:
+            # No server has failed, and an admin may change it at any time.
+            raise
         except AuthorizationDenied as denied:
             # An OAuth error may be about this account's credentials or request, and says that the issuer works.
             self._backoff.failed(own, denied)

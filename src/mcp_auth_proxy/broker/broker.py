@@ -23,6 +23,7 @@ from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches, server_removed
+from mcp_auth_proxy.broker.oauth_clients import ClientDirectory
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
@@ -50,6 +51,7 @@ from mcp_auth_proxy.models import (
     FlowStatus,
     Grant,
     GrantType,
+    OAuthClient,
     Registration,
     TokenSet,
 )
@@ -62,6 +64,7 @@ from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.oauth_clients import OAuthClients
 from mcp_auth_proxy.store.registrations import Registrations
 
 logger = logging.getLogger(__name__)
@@ -96,7 +99,10 @@ class Broker:
         self._grants = Grants(database)
         self._flows = Flows(database)
         self._discoverer = discoverer = Discoverer(fetcher=fetcher, allow_private=allow_private)
-        self._token_client = TokenClient(fetcher=fetcher, discoverer=discoverer, clock=clock)
+        directory = ClientDirectory(OAuthClients(database))
+        self._token_client = TokenClient(
+            fetcher=fetcher, discoverer=discoverer, clock=clock, with_secret=directory.with_secret
+        )
         self._registrar = ClientRegistrar(
             fetcher=fetcher, registrations=Registrations(database), public_url=public_url, clock=clock
         )
@@ -153,7 +159,11 @@ class Broker:
             clock=clock,
         )
         self._planner = Planner(
-            discoverer=discoverer, registrar=self._registrar, token_client=self._token_client, backoff=backoff
+            discoverer=discoverer,
+            registrar=self._registrar,
+            token_client=self._token_client,
+            backoff=backoff,
+            clients=directory,
         )
         self._authorizations = Authorizations(
             planner=self._planner,
@@ -480,6 +490,26 @@ class Broker:
         else:
             revocation = Revocation.REVOKED if revoked else Revocation.NOT_OFFERED
         return ForgottenGrant(issuer=grant.key.issuer, revocation=revocation, reason=reason)
+
+    async def end_client(self, client: OAuthClient, reason: str, *, revoke: bool) -> None:
+        """End the grants and flows of a client of the API; ``revoke``: at their authorization servers too.
+
+        ``client`` is as it was before it was changed in the store: its secret is needed to revoke. A revocation that
+        fails is logged. Raises StoreError.
+        """
+        for flow in await self._flows.of_oauth_client(client.id):
+            await self._pending.fail(flow, AuthorizationDenied(reason))
+        grants = await self._grants.of_oauth_client(client.id)
+        for grant in grants:
+            await self._grants.end(grant.id, version=grant.version, reason=reason, now=self._clock())
+            self._tokens.evict(grant.key.account)
+        if not revoke:
+            return
+        for grant in grants:
+            known = replace(grant.registration, oauth_client=None, client_secret=client.client_secret)
+            forgotten = await self._revoke(grant.key.account, replace(grant, registration=known))
+            if forgotten.revocation is Revocation.FAILED:
+                logger.warning("a grant of the client %s could not be revoked: %s", client.id, forgotten.reason)
 
     def token_states(self) -> dict[tuple[str, ...], float]:
         """Return how many cached tokens are valid, renewing or expired."""

@@ -4,9 +4,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+from mcp_auth_proxy.broker.oauth_clients import method_of
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, RegistrationImpossible, excerpt
-from mcp_auth_proxy.models import Account, ClientAuth, GrantType, Registration, RegistrationKind
+from mcp_auth_proxy.models import Account, ClientAuth, GrantType, OAuthClient, Registration, RegistrationKind
 from mcp_auth_proxy.oauth import client_auth, registration, retry_after
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher
@@ -61,6 +62,15 @@ class ClientRegistrar:
             return known
         endpoint = self._registration_endpoint(server, metadata)
         return await self._register_dynamically(account, server, metadata, endpoint, policy, schemes)
+
+    def stand_for(
+        self, client: OAuthClient, account: Account, server: ServerSettings, metadata: ServerMetadata
+    ) -> Registration:
+        """Return the registration that stands for a client of the API. It holds no secret: that is read at each use."""
+        method = method_of(client, metadata)
+        kind = RegistrationKind.OAUTH_CLIENT
+        registration = self._registration(account, server, metadata, kind, client.client_id, method)
+        return replace(registration, oauth_client=client.id)
 
     async def register_again(
         self, account: Account, server: ServerSettings, metadata: ServerMetadata, policy: AddressPolicy

@@ -262,7 +262,6 @@ def new_flow(plan: Plan, *, now: float, device: DeviceGrantStart | None = None, 
         expires_at=now + (FLOW_LIFETIME if device is None else device.lifetime),
         device=None if device is None else device.device,
         dpop_key=plan.new_dpop_key(),
-        oauth_client=plan.oauth_client,
     )
 
 

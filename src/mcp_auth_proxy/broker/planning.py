@@ -2,15 +2,17 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from mcp_auth_proxy.broker.backoff import Backoff, of_issuer
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.discovery import Discoverer
+from mcp_auth_proxy.broker.oauth_clients import ClientDirectory, metadata_of
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable
-from mcp_auth_proxy.models import Account, Flow, GrantKey, GrantType, Registration
+from mcp_auth_proxy.models import Account, Flow, GrantKey, GrantType, OAuthClient, Registration
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import discovery, dpop, scopes
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
@@ -24,9 +26,17 @@ class Planner:
     """Work out how to authorize at a server. Raises AuthorizationError and StoreError."""
 
     def __init__(
-        self, *, discoverer: Discoverer, registrar: ClientRegistrar, token_client: TokenClient, backoff: Backoff
+        self,
+        *,
+        discoverer: Discoverer,
+        registrar: ClientRegistrar,
+        token_client: TokenClient,
+        backoff: Backoff,
+        clients: ClientDirectory | None = None,
     ) -> None:
+        """``clients``: those of the API; None where there is none."""
         self._discoverer = discoverer
+        self._clients = clients
         self._registrar = registrar
         self._token_client = token_client
         self._backoff = backoff
@@ -101,7 +111,8 @@ class Planner:
     ) -> Plan:
         try:
             async with asyncio.timeout(DISCOVERY_DEADLINE):
-                resource, metadata = await self._discoverer.discover(server, challenge)
+                named = await self._clients.named_for(server) if self._clients else None
+                resource, metadata = await self._discoverer.discover(_as_named(server, named), challenge)
                 bound = dpop.decide(
                     server.oauth.dpop,
                     metadata,
@@ -109,7 +120,14 @@ class Planner:
                     demanded=resource is not None and resource.dpop_required,
                     server=server.name,
                 )
-                registration = await register(metadata)
+                client = named or (
+                    await self._clients.at_endpoint(server, metadata.token_endpoint) if self._clients else None
+                )
+                registration = (
+                    await register(metadata)
+                    if client is None
+                    else self._registrar.stand_for(client, account, server, metadata)
+                )
         except TimeoutError:
             raise AuthorizationServerUnavailable(
                 f"Discovery for server {server.name} did not end within {DISCOVERY_DEADLINE:.0f} s."
@@ -126,7 +144,7 @@ class Planner:
             ),
             metadata=metadata,
             registration=registration,
-            scopes=self._scopes(account, server, challenge, resource, metadata, already),
+            scopes=self._scopes(account, server, client, challenge, resource, metadata, already),
             dpop=bound,
         )
 
@@ -134,6 +152,7 @@ class Planner:
         self,
         account: Account,
         server: ServerSettings,
+        client: OAuthClient | None,
         challenge: BearerChallenge | None,
         resource: ResourceMetadata | None,
         metadata: ServerMetadata,
@@ -141,7 +160,7 @@ class Planner:
     ) -> tuple[str, ...]:
         wants_offline_access = (server.name, metadata.issuer) not in self._without_offline_access
         return scopes.choose(
-            configured=server.scopes_of(account),
+            configured=server.scopes_of(account) or ((client and client.scopes) or None),
             challenged=challenge.scopes if challenge else None,
             supported_by_resource=resource.scopes_supported if resource else None,
             supported_by_server=metadata.scopes_supported,
@@ -156,6 +175,13 @@ class Planner:
         """
         if scopes.OFFLINE_ACCESS in refused.scopes:
             self._without_offline_access.add((refused.key.account.server, refused.key.issuer))
+
+
+def _as_named(server: ServerSettings, client: OAuthClient | None) -> ServerSettings:
+    """Return a server with the authorization server of the client that names it: nothing is to be discovered then."""
+    if client is None:
+        return server
+    return replace(server, oauth=replace(server.oauth, issuer=None, metadata=metadata_of(client)))
 
 
 def _resource(server: ServerSettings, metadata: ResourceMetadata | None) -> str:

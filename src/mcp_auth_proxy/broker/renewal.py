@@ -9,7 +9,13 @@ from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer,
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, StoreUnavailable, TokenRefused
+from mcp_auth_proxy.errors import (
+    AuthorizationError,
+    AuthorizationServerUnavailable,
+    ClientNotActive,
+    StoreUnavailable,
+    TokenRefused,
+)
 from mcp_auth_proxy.models import Grant, TokenSet
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
@@ -103,6 +109,9 @@ class Renewer:
             tokens = await self._token_client.refresh(server, current)
         except TokenRefused as refused:
             return await self._refused(current, refused)
+        except ClientNotActive as gone:
+            await self._grants.end(current.id, version=current.version, reason=str(gone), now=self._clock())
+            raise GrantEnded from None
         except AuthorizationError as failure:
             raise await self._failed(current, failure) from None
         self._backoff.succeeded(*_subjects(current))

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from mcp_auth_proxy.broker.authenticated_requests import AuthenticatedRequests, secrets_in
 from mcp_auth_proxy.broker.discovery import Discoverer
+from mcp_auth_proxy.broker.oauth_clients import WithSecret, unchanged
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.unattended import UnattendedForms
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationError, TokenRefused
-from mcp_auth_proxy.models import Attempt, Flow, Grant, GrantType, Registration, TokenSet
+from mcp_auth_proxy.errors import AuthorizationError, TokenRefused, excerpt
+from mcp_auth_proxy.models import Attempt, Flow, Grant, GrantType, Registration, RegistrationKind, TokenSet
 from mcp_auth_proxy.oauth import account_label, device_authorization, dpop, retry_after, revocation, token_endpoint
 from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart, Poll
@@ -28,8 +29,18 @@ LABEL_DEADLINE = 3.0
 class TokenClient:
     """Send what the pure OAuth steps build, and read the responses. It stores nothing. Raises AuthorizationError."""
 
-    def __init__(self, *, fetcher: Fetcher, discoverer: Discoverer, clock: Callable[[], float]) -> None:
-        self._requests = AuthenticatedRequests(fetcher=fetcher, discoverer=discoverer, clock=clock)
+    def __init__(
+        self,
+        *,
+        fetcher: Fetcher,
+        discoverer: Discoverer,
+        clock: Callable[[], float],
+        with_secret: WithSecret = unchanged,
+    ) -> None:
+        """``with_secret`` gives registrations that stand for clients of the API the secret that those have now."""
+        self._requests = AuthenticatedRequests(
+            fetcher=fetcher, discoverer=discoverer, clock=clock, with_secret=with_secret
+        )
         self._forms = UnattendedForms(requests=self._requests, discoverer=discoverer)
         self._discoverer = discoverer
         self._fetcher = fetcher
@@ -116,7 +127,7 @@ class TokenClient:
 
     async def revoke(self, server: ServerSettings, grant: Grant) -> bool:
         """Revoke a grant's tokens (RFC 7009). Return False if the server offers no revocation."""
-        endpoint = grant.endpoints.revocation
+        endpoint = grant.endpoints.revocation or await self._revocation_endpoint(server, grant)
         if endpoint is None:
             return False
         tokens = grant.tokens
@@ -128,6 +139,17 @@ class TokenClient:
         if response.status >= 400:
             raise AuthorizationError(f"{endpoint} answered {response.status} to the revocation.")
         return True
+
+    async def _revocation_endpoint(self, server: ServerSettings, grant: Grant) -> str | None:
+        """Look the endpoint up if nothing was discovered before, because a client of the API named the endpoints."""
+        if grant.registration.kind is not RegistrationKind.OAUTH_CLIENT:
+            return None
+        try:
+            metadata = await self._discoverer.server_metadata(server, grant.key.issuer)
+        except AuthorizationError as error:
+            logger.debug("no metadata of %s were found: %s", excerpt(grant.key.issuer), error)
+            return None
+        return metadata.revocation_endpoint if metadata.token_endpoint == grant.endpoints.token else None
 
     async def discard(self, server: ServerSettings, grant: Grant) -> None:
         """Revoke a grant that arrived when it was no longer wanted. A failure is only logged."""
@@ -209,7 +231,6 @@ class TokenClient:
             granted_at=self._clock(),
             dpop_key=dpop_key,
             label=tokens.label,
-            oauth_client=source.oauth_client,
         )
 
 

@@ -141,6 +141,17 @@ def authorization_server_metadata_urls(issuer: str) -> list[str]:
     ]
 
 
+def issuer_of_document(url: str) -> str:
+    """Return the issuer whose metadata are at a URL (RFC 8414 §3.1, OpenID Connect Discovery §4). Raises ValueError."""
+    origin, path = urls.raw_origin(url), urlsplit(url).path
+    for name in (_SERVER_WELL_KNOWN, _OPENID_WELL_KNOWN):
+        if path.startswith(name):
+            return f"{origin}{path.removeprefix(name)}"
+        if path.endswith(name):
+            return f"{origin}{path.removesuffix(name)}"
+    raise ValueError(f"must be at {_SERVER_WELL_KNOWN} or {_OPENID_WELL_KNOWN}")
+
+
 def read_server_metadata(
     body: bytes, *, url: str, issuer: str, policy_http_loopback: bool, legacy: bool = False
 ) -> ServerMetadata:

@@ -36,8 +36,8 @@ def registration_columns(registration: Registration, cipher: RowCipher) -> Colum
     }
 
 
-def read_registration(row: Row, cipher: RowCipher) -> Registration:
-    """Read the registration in a row of grants, registrations or flows."""
+def read_registration(row: Row, cipher: RowCipher, *, oauth_client: str | None = None) -> Registration:
+    """Read the registration in a row of grants, registrations or flows. The first and last have ``oauth_client``."""
     return Registration(
         server=row["server"],
         account=row["account"],
@@ -49,6 +49,7 @@ def read_registration(row: Row, cipher: RowCipher) -> Registration:
         redirect_uri=row["client_redirect_uri"],
         secret_expires_at=row["client_secret_expires_at"],
         created_at=row["client_created_at"],
+        oauth_client=oauth_client,
     )
 
 
@@ -79,7 +80,7 @@ def grant_columns(grant: Grant, cipher: RowCipher) -> Columns:
         "ended_at": None,
         "ended_reason": "",
         "label": grant.label or None,
-        "oauth_client": grant.oauth_client,
+        "oauth_client": grant.registration.oauth_client,
     }
 
 
@@ -97,7 +98,7 @@ def read_grant(row: Row, cipher: RowCipher) -> Grant:
         id=row["id"],
         key=_read_key(row),
         grant_type=GrantType(row["grant_type"]),
-        registration=read_registration(row, cipher),
+        registration=read_registration(row, cipher, oauth_client=row["oauth_client"]),
         endpoints=_read_endpoints(row),
         tokens=tokens,
         scopes=tuple(row["scopes"].split()),
@@ -109,7 +110,6 @@ def read_grant(row: Row, cipher: RowCipher) -> Grant:
         ended_at=row["ended_at"],
         ended_reason=row["ended_reason"],
         label=row["label"] or "",
-        oauth_client=row["oauth_client"],
     )
 
 
@@ -130,7 +130,7 @@ def flow_columns(flow: Flow, cipher: RowCipher) -> Columns:
         "reason": flow.reason,
         "device": None if flow.device is None else cipher.seal("device", json.dumps(asdict(flow.device))),
         "dpop_key": cipher.seal_if("dpop_key", flow.dpop_key),
-        "oauth_client": flow.oauth_client,
+        "oauth_client": flow.registration.oauth_client,
         # NULL for the usual mode: so the rows of earlier schemas keep their seals.
         "mode": None if flow.mode is FlowMode.BROWSER else str(flow.mode),
         "return_origin": flow.return_origin,
@@ -143,7 +143,7 @@ def read_flow(row: Row, cipher: RowCipher) -> Flow:
     return Flow(
         id=row["id"],
         key=_read_key(row),
-        registration=read_registration(row, cipher),
+        registration=read_registration(row, cipher, oauth_client=row["oauth_client"]),
         endpoints=_read_endpoints(row),
         scopes=tuple(row["scopes"].split()),
         redirect_uri=row["redirect_uri"],
@@ -155,7 +155,6 @@ def read_flow(row: Row, cipher: RowCipher) -> Flow:
         reason=row["reason"],
         device=None if device is None else DeviceAuthorization(**json.loads(device)),
         dpop_key=cipher.open_if("dpop_key", row["dpop_key"]),
-        oauth_client=row["oauth_client"],
         mode=FlowMode(row["mode"] or FlowMode.BROWSER),
         return_origin=row["return_origin"],
     )

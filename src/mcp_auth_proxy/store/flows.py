@@ -112,6 +112,7 @@ _DEVICES = """
     SELECT * FROM flows WHERE device IS NOT NULL AND status = 'pending' AND expires_at > :now ORDER BY created_at
 """
 _WAITING = "SELECT * FROM flows WHERE status = 'pending' AND expires_at > :now ORDER BY created_at"
+_OF_OAUTH_CLIENT = "SELECT * FROM flows WHERE oauth_client = :oauth_client AND status = 'pending' ORDER BY created_at"
 _POLL = "SELECT * FROM flows WHERE id = :id AND status = 'pending' AND expires_at > :now"
 _CLAIM_POLL = """
     UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at WHERE id = :id AND status = 'pending'
@@ -159,6 +160,12 @@ class Flows:
         """Return the flows of all accounts that still wait for their user, oldest first."""
         rows = await self._engine.fetch_all(_WAITING, {"now": now})
         return await decode_rows(self._engine, "flows", rows, {}, read_flow)
+
+    async def of_oauth_client(self, client_id: str) -> list[Flow]:
+        """Return the flows of a client of the API that wait for their user."""
+        asked: Columns = {"oauth_client": client_id}
+        rows = await self._engine.fetch_all(_OF_OAUTH_CLIENT, asked)
+        return await decode_rows(self._engine, "flows", rows, asked, read_flow)
 
     async def claim_poll(self, flow_id: str, *, owner: str, now: float, next_poll_at: float) -> bool:
         """Make ``owner`` (from ``lease.new_owner``) the only process that polls for a flow, until ``next_poll_at``.

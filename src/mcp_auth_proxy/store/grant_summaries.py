@@ -89,7 +89,7 @@ class GrantSummary:
             ended_at=grant.ended_at,
             ended_reason=grant.ended_reason,
             label=grant.label,
-            oauth_client=grant.oauth_client,
+            oauth_client=grant.registration.oauth_client,
         )
 
 

@@ -77,6 +77,7 @@ _OTHER_ACCOUNT = """
     WHERE principal = :principal AND server = :server AND account <> :account AND ended_at IS NULL LIMIT 1
 """
 _OF_ISSUER = "SELECT * FROM grants WHERE issuer = :issuer AND ended_at IS NULL ORDER BY id"
+_OF_OAUTH_CLIENT = "SELECT * FROM grants WHERE oauth_client = :oauth_client AND ended_at IS NULL ORDER BY id"
 _DELETE = "DELETE FROM grants WHERE principal = :principal AND server = :server AND account = :account RETURNING *"
 _LIVE = "SELECT * FROM grants WHERE id = :id AND version = :version AND ended_at IS NULL"
 _BEGIN = """
@@ -124,6 +125,11 @@ class Grants:
         """Return the keys of all grants of an issuer that have not ended, whoever's and for whichever server."""
         asked: Columns = {"issuer": issuer}
         return [grant.key for grant in await self._read(await self._engine.fetch_all(_OF_ISSUER, asked), asked)]
+
+    async def of_oauth_client(self, client_id: str) -> list[Grant]:
+        """Return the grants of a client of the API that have not ended."""
+        asked: Columns = {"oauth_client": client_id}
+        return await self._read(await self._engine.fetch_all(_OF_OAUTH_CLIENT, asked), asked)
 
     async def add(self, grant: Grant) -> Grant:
         """Store a new grant durably, and return it with its id and version.

@@ -116,6 +116,7 @@ CALLERS = (
     """
     CREATE UNIQUE INDEX oauth_clients_by_provider ON oauth_clients (project_id, provider) WHERE deleted_at IS NULL
     """,
+    "CREATE INDEX grants_by_oauth_client ON grants (oauth_client) WHERE oauth_client IS NOT NULL",
     """
     CREATE TABLE events (
         uid TEXT NOT NULL UNIQUE,

@@ -12,6 +12,7 @@ from mcp_auth_proxy.errors import (
     AuthorizationServerUnavailable,
     CallbackRefused,
     CallerRefused,
+    ClientNotActive,
     McpAuthProxyError,
     StoreError,
     UpstreamError,
@@ -116,6 +117,8 @@ def problem_of(error: McpAuthProxyError) -> Problem:
         case CallerRefused(status=status, retry_after=seconds):
             headers = {"www-authenticate": CHALLENGE} if status == 401 else retry_after(seconds)
             return Problem(status, _CALLER_KINDS.get(status, "forbidden"), detail, headers=headers)
+        case ClientNotActive(status=status):
+            return Problem(409, f"client-{status}", detail)
         case AuthorizationServerUnavailable(retry_after=seconds):
             return Problem(503, "authorization-server-unavailable", detail, headers=retry_after(seconds))
         case AuthorizationError():

@@ -1,0 +1,91 @@
+"""Which client of the API stands for us at a server's authorization server, and with which secret now."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import ClientNotActive
+from mcp_auth_proxy.models import ClientAuth, OAuthClient, OAuthClientStatus, Registration
+from mcp_auth_proxy.oauth import client_auth, discovery
+from mcp_auth_proxy.oauth.discovery import ServerMetadata
+from mcp_auth_proxy.store.oauth_clients import OAuthClients
+
+REVOKED = "client_revoked: the OAuth client that it was made with was revoked"
+"""Why the grants of a revoked client have ended."""
+
+CHANGED = "client_changed: the OAuth client that it was made with has another client_id or token_url now"
+"""Why the grants of a client end that stands for another one now."""
+
+
+class ClientDirectory:
+    """Find clients of the API. Every method raises StoreError."""
+
+    def __init__(self, clients: OAuthClients) -> None:
+        self._clients = clients
+
+    async def named_for(self, server: ServerSettings) -> OAuthClient | None:
+        """Return the client that names a server; None if there is none, or if the configuration names one itself.
+
+        Raises ClientNotActive if it can't be used for new authorizations.
+        """
+        return await self._find(server, lambda client: server.server_id in client.server_ids)
+
+    async def at_endpoint(self, server: ServerSettings, token_endpoint: str) -> OAuthClient | None:
+        """Return the client of a server's project that names no server and has this very token endpoint, or None.
+
+        Raises ClientNotActive if it can't be used for new authorizations.
+        """
+        return await self._find(server, lambda client: not client.server_ids and client.token_url == token_endpoint)
+
+    async def _find(self, server: ServerSettings, is_for: Callable[[OAuthClient], bool]) -> OAuthClient | None:
+        if server.oauth.client_id is not None or server.oauth.grant.unattended:
+            return None
+        found = [client for client in await self._clients.of_project(server.project) if is_for(client)]
+        active = next((client for client in found if client.status is OAuthClientStatus.ACTIVE), None)
+        if active is None and found:
+            raise ClientNotActive(server.name, found[0].provider_name, found[0].status)
+        return active
+
+    async def with_secret(self, registration: Registration) -> Registration:
+        """Return a registration with the secret that its client has now; any other one as it is.
+
+        Raises ClientNotActive if the client was revoked, deleted, or is another one now.
+        """
+        if registration.oauth_client is None:
+            return registration
+        client = await self._clients.get(registration.oauth_client)
+        if client is None or client.status is OAuthClientStatus.REVOKED or client.client_id != registration.client_id:
+            provider = client.provider_name if client else registration.client_id
+            raise ClientNotActive(registration.server, provider, OAuthClientStatus.REVOKED)
+        return replace(registration, client_secret=client.client_secret)
+
+
+WithSecret = Callable[[Registration], Awaitable[Registration]]
+"""Returns a registration with the secret that it has now."""
+
+
+async def unchanged(registration: Registration) -> Registration:
+    """Return a registration as it is: where there is no API there are none of its clients."""
+    return registration
+
+
+def metadata_of(client: OAuthClient) -> dict[str, object]:
+    """Return what replaces discovery for a server that a client names (RFC 8414 §2)."""
+    issuer, document = client.metadata.get("issuer"), client.metadata.get("discovery_url")
+    if not isinstance(issuer, str) and isinstance(document, str):
+        issuer = discovery.issuer_of_document(document)
+    return {
+        "authorization_endpoint": client.authorization_url,
+        "token_endpoint": client.token_url,
+        **({"issuer": issuer} if isinstance(issuer, str) else {}),
+    }
+
+
+def method_of(client: OAuthClient, metadata: ServerMetadata) -> ClientAuth:
+    """Return how a client authenticates: as its metadata says, else as the authorization server supports."""
+    configured = client.metadata.get("token_auth_method")
+    return client_auth.choose(
+        metadata.token_endpoint_auth_methods_supported,
+        configured=ClientAuth(configured) if isinstance(configured, str) else None,
+        has_secret=client.client_secret is not None,
+    )
