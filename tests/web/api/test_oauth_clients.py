@@ -1,4 +1,4 @@
-"""``/oauth-clients``: the rules of the fields, and what the status of a client means for authorizations and refreshes."""
+"""``/oauth-clients``: the rules of the fields, and what a client's status means for authorizations and refreshes."""
 
 import asyncio
 from collections.abc import AsyncIterator
