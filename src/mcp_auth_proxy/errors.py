@@ -23,6 +23,7 @@
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
     ├── CallbackRefused                a callback request that matches no pending flow
     ├── CallerRefused                  a request whose caller is not known, or may not call
+    │   └── SignInNeeded               a page that only users see who have signed in
     └── UpstreamError
         ├── UpstreamUnreachable        no connection: no byte of the request was sent
         ├── UpstreamTimeout            connected, but no response head in time
@@ -296,6 +297,13 @@ class CallerRefused(McpAuthProxyError):
         self.status = status
         self.retry_after = retry_after
         super().__init__(message)
+
+
+class SignInNeeded(CallerRefused):
+    """A browser has opened a page that its user has to sign in for."""
+
+    def __init__(self) -> None:
+        super().__init__("Sign in first.")
 
 
 class UpstreamError(McpAuthProxyError):
