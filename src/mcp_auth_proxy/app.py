@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
-from mcp_auth_proxy.models import AccessToken, Account, Flow
+from mcp_auth_proxy.identity import Authenticator, NoAuthenticator
+from mcp_auth_proxy.identity.sessions import BrowserSessions
+from mcp_auth_proxy.models import LOCAL, LOCAL_PRINCIPAL, AccessToken, Account, Flow, Principal
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
 from mcp_auth_proxy.net.descriptors import Shares
@@ -27,8 +29,13 @@ from mcp_auth_proxy.proxy.routes import route_to
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.sessions import Sessions
+from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.guard import Guard
+from mcp_auth_proxy.web.protected_resource import ProtectedResource
+from mcp_auth_proxy.web.session import Visitors
+from mcp_auth_proxy.web.sign_in import SignInPages
 from mcp_auth_proxy.web.site import Site
 
 logger = logging.getLogger(__name__)
@@ -117,10 +124,12 @@ async def lifespan(
     announce: Announce | None = None,
     announce_key: Callable[[str], None] = logger.warning,
     background: bool = True,
+    authenticator: Authenticator | None = None,
 ) -> AsyncIterator[Application]:
     """Open everything that a running proxy needs, and close it again. Raises ConfigurationError, StoreError.
 
-    ``background``: renew tokens, and watch the store for what other processes write.
+    ``background``: renew tokens, and watch the store for what other processes write. ``authenticator`` tells who calls;
+    None: nobody does.
     """
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
@@ -171,6 +180,13 @@ async def lifespan(
             status, challenge = await probe(forwarder.upstream, route_to(server))
             return await broker.begin(account, status=status, challenge=challenge)
 
+        visitors = Visitors(
+            authenticator=authenticator or NoAuthenticator(),
+            sessions=BrowserSessions(
+                sessions=Sessions(database), find_principal=_find_principal, key_holds=_key_holds, clock=clock
+            ),
+            public_url=public_url,
+        )
         site = Site(
             broker=broker,
             servers=servers,
@@ -178,9 +194,19 @@ async def lifespan(
             public_url=public_url,
             draining=lambda: router.draining,
             start=start,
+            visitors=visitors,
+            sign_in=lambda: SignInPages(visitors=visitors, check_key=None, provider=None, public_url=public_url),
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
-        router = Router(guard=guard, servers=servers, forwarder=forwarder, site=site.build())
+        router = Router(
+            guard=guard,
+            servers=servers,
+            forwarder=forwarder,
+            site=site.build(),
+            authenticator=authenticator or NoAuthenticator(),
+            resource=ProtectedResource(public_url, settings.inbound),
+            session_key=await SharedSecrets(database).get(SESSION_IDS),
+        )
         servers.on_change(lambda change: _forget_series(servers, change.removed))
         yield Application(
             settings=settings,
@@ -196,6 +222,14 @@ async def lifespan(
             router=router,
             site=site,
         )
+
+
+async def _find_principal(principal: str) -> Principal | None:
+    return LOCAL_PRINCIPAL if principal == LOCAL else None
+
+
+async def _key_holds(key: str) -> bool:
+    return False
 
 
 def _opens_links(settings: Settings) -> bool:
