@@ -38,7 +38,7 @@ async def test_on_https_the_cookie_is_secure_and_of_this_host_alone(servers: Ser
         assert "domain" not in cookie.lower()
 
 
-@pytest.mark.parametrize("key", ["", "x", "mapk_000000000000_" + "A" * 43])
+@pytest.mark.parametrize("key", ["", "mapk_x", "mapk_000000000000_" + "A" * 43])
 async def test_any_other_key_is_refused_without_saying_why(servers: Servers, tmp_path: Path, key: str) -> None:
     async with team(servers, tmp_path, "anna") as setup, Browser() as browser:
         page = await post(browser, f"{setup.proxy.origin}/sign-in", key=key, next="/notes/mcp")
@@ -136,7 +136,7 @@ async def test_no_request_to_a_server_has_the_cookie(servers: Servers, tmp_path:
         client.http.cookies = browser.client.cookies
         async with client:
             assert (await client.call("echo", text="x")).text == "x"
-        assert all("cookie" not in request.headers for request in setup.upstream.requests)
+        assert all(b"cookie" not in dict(request.headers) for request in setup.upstream.requests)
 
 
 async def test_without_callers_there_is_nobody_to_sign_in_as(servers: Servers, tmp_path: Path) -> None:

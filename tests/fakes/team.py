@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from mcp_auth_proxy.identity.keys import make_key
-from mcp_auth_proxy.store.api_keys import ApiKeys
-from mcp_auth_proxy.store.principals import Principals, new_principal_id
 
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import Servers
@@ -19,8 +16,11 @@ from fakes.mcp_client import PlainClient
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import RunningProxy, link_in, running_proxy
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
+from mcp_auth_proxy.identity.keys import make_key
 from mcp_auth_proxy.models import ALL_SCOPES, Principal, Role, Scope
 from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.api_keys import ApiKeys
+from mcp_auth_proxy.store.principals import Principals, new_principal_id
 
 
 async def add_member(

@@ -68,7 +68,7 @@ async def test_a_session_has_the_principal_of_now_and_the_scopes_of_its_credenti
     directory.people[ANNA.id] = admin = replace(ANNA, role=Role.ADMIN)
     found = await sessions.caller(cookie.value)
     assert found is not None
-    assert (found.principal, found.scopes) == (admin, {Scope.MCP})
+    assert (found.principal, found.scopes) == (admin, frozenset({Scope.MCP}))
     kind, _, session_id = found.credential.partition(":")
     assert (kind, session_id in cookie.value) == ("session", False)
 

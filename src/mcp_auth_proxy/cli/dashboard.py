@@ -10,6 +10,7 @@ from mcp_auth_proxy.identity.sessions import LINK_LIFETIME, new_link
 from mcp_auth_proxy.models import LOCAL
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.store import Engine, open_store, serving
+from mcp_auth_proxy.store.principals import Principals
 from mcp_auth_proxy.store.sessions import Sessions
 from mcp_auth_proxy.web import browser
 
