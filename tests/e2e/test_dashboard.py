@@ -9,8 +9,10 @@ import pytest
 
 from fakes.fixtures import Servers
 from fakes.headless import Browser
-from fakes.proxy import ProxyProcess, proxy_process, run_command, serving, until, write_config
+from fakes.proxy import ProxyProcess, proxy_process, run_command, running_proxy, serving, until, write_config
 from fakes.team import add_member, post
+from mcp_auth_proxy.config.settings import Address
+from mcp_auth_proxy.store.serving import hold
 
 OPENED = {"sec-fetch-site": "none", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
 """What a browser sends if it is opened with an address."""
@@ -125,9 +127,14 @@ async def test_the_link_is_opened_in_a_browser_if_there_is_one(servers: Servers,
 
 async def test_the_link_names_the_public_url(servers: Servers, tmp_path: Path) -> None:
     upstream = await servers.mcp_server(protected=False)
-    config = write_config(tmp_path, {"notes": upstream.url}, public_url="https://proxy.example")
-    async with proxy_process(config):
-        assert (await link_of(config)).startswith("https://proxy.example/sign-in?link=")
+    async with running_proxy(tmp_path, {"notes": upstream.url}, public_url="https://proxy.example") as proxy:
+        settings = proxy.application.settings
+        lock = hold(settings.store, Address("127.0.0.1", 1))
+        try:
+            link = await link_of(tmp_path / "mcp-auth-proxy.yaml")
+        finally:
+            lock.release()
+    assert link.startswith("https://proxy.example/sign-in?link=")
 
 
 async def test_without_a_running_proxy_there_is_no_link(servers: Servers, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ async def test_no_secret_of_a_sign_in_is_in_a_log_or_in_the_store(
         await sign_in(setup, browser)
         provider.claims = {"nonce": "x"}
         await sign_in(setup, browser)
-        (cookie,) = browser.client.cookies.values()
+        (cookie,) = [value for name, value in browser.client.cookies.items() if name.startswith("mcp_auth_session")]
         secrets = {SECRET, cookie, *(form["code"] for form in provider.redeemed)}
         secrets |= {form["code_verifier"] for form in provider.redeemed} | {each["state"] for each in provider.requests}
     ours = "".join(record.getMessage() for record in caplog.records if record.name.startswith("mcp_auth_proxy"))

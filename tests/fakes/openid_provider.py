@@ -99,7 +99,9 @@ class OpenIdProvider:
     async def _authorize(self, request: Request) -> Response:
         params = dict(request.query_params)
         if self.asks and request.method == "GET":
-            return HTMLResponse("<form method=post><button value=allow>Sign in</button></form>")
+            return HTMLResponse(
+                "<link rel=icon href='data:,'><form method=post><button value=allow>Sign in</button></form>"
+            )
         self.requests.append(params)
         code = secrets.token_urlsafe(16)
         self._codes[code] = params
