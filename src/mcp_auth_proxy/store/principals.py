@@ -29,6 +29,7 @@ _ADD = """
 _END_SESSIONS = "DELETE FROM sessions WHERE principal = :principal"
 _BY_IDENTITY = "SELECT * FROM identities WHERE source = :source AND subject = :subject"
 _IDENTITIES_OF = "SELECT * FROM identities WHERE principal = :principal ORDER BY source, subject"
+_ALL_IDENTITIES = "SELECT * FROM identities ORDER BY source, subject"
 # A row that was changed in the store counts as missing, and is replaced.
 _ADD_IDENTITY = """
     INSERT INTO identities (uid, source, subject, principal, created_at, seal)
@@ -70,6 +71,13 @@ class Principals:
         asked: Columns = {"principal": principal_id}
         rows = await self._engine.fetch_all(_IDENTITIES_OF, asked)
         return await decode_rows(self._engine, _IDENTITIES, rows, asked, _read_identity)
+
+    async def all_identities(self) -> list[tuple[str, Identity]]:
+        """Return all identities with the ids of their principals."""
+        rows = await self._engine.fetch_all(_ALL_IDENTITIES)
+        return await decode_rows(
+            self._engine, _IDENTITIES, rows, {}, lambda row, cipher: (row["principal"], _read_identity(row, cipher))
+        )
 
     def table(self) -> SealedTable[Principal]:
         """Return a reader of all principals."""
