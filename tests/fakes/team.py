@@ -78,14 +78,22 @@ async def post(browser: Browser, url: str, *, origin: str | None = None, **form:
 
 @asynccontextmanager
 async def team(
-    servers: Servers, folder: Path, *names: str, inbound: dict[str, Any] | None = None, **sections: Any
+    servers: Servers,
+    folder: Path,
+    *names: str,
+    inbound: dict[str, Any] | None = None,
+    server: dict[str, Any] | None = None,
+    **sections: Any,
 ) -> AsyncIterator[Team]:
-    """Run a proxy that identifies callers by their keys, with these users, until the block ends."""
+    """Run a proxy that identifies callers by their keys, with these users, until the block ends.
+
+    ``server`` has keys of the server ``notes`` besides its URL.
+    """
     authority = await servers.authorization_server(auto_consent=True)
     upstream = await servers.mcp_server(authority)
     keys = {name: await add_member(folder, name) for name in names}
     sections.setdefault("authorization", {"wait": "0s"})
     async with running_proxy(
-        folder, {"notes": upstream.url}, inbound=inbound or {"mode": "api_key"}, **sections
+        folder, {"notes": {"url": upstream.url, **(server or {})}}, inbound=inbound or {"mode": "api_key"}, **sections
     ) as proxy:
         yield Team(issuer=authority, upstream=upstream, proxy=proxy, keys=keys)

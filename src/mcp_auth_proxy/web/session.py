@@ -2,7 +2,6 @@
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mcp_auth_proxy.broker import ownership
 from mcp_auth_proxy.broker.ownership import MayOpen
@@ -15,7 +14,6 @@ from mcp_auth_proxy.web.cookies import read_cookies
 
 COOKIE = "mcp_auth_session"
 
-_KEY = "mcp_auth_proxy.visitors"
 _EXPLICIT = frozenset({b"authorization", b"proxy-authorization", b"x-api-key", b"cookie"})
 """Credentials that programs send. Pages look at sessions, and at what a web server in front adds to each request."""
 
@@ -43,9 +41,8 @@ class Visitors:
         """
         if self.anonymous:
             return LOCAL_CALLER
-        fields = [(name, value) for name, value in request.headers.raw if name not in _EXPLICIT]
-        trusted = self.authenticator.credential_fields - _EXPLICIT
-        if any(name in trusted for name, _ in fields):
+        if self._is_named(request):
+            fields = [(name, value) for name, value in request.headers.raw if name not in _EXPLICIT]
             return await self.authenticator.identify(fields, peer(request))
         return await self.session_caller(request)
 
@@ -69,9 +66,18 @@ class Visitors:
         return "" if caller is None else caller.principal.name
 
     async def session_caller(self, request: Request) -> Caller | None:
-        """Return who has the session of this browser; None if it has none. Raises StoreError."""
-        value = self.cookie(request)
+        """Return who has the session of this browser; None if it has none. Raises StoreError.
+
+        What a web server in front says counts more than a session: then there is none. Whoever lets a session change
+        something must make sure that no page of another site sends the request (``Origin``).
+        """
+        value = "" if self._is_named(request) else self.cookie(request)
         return await self.sessions.caller(value) if value else None
+
+    def _is_named(self, request: Request) -> bool:
+        """Return whether a request has a field in which a web server in front names the caller."""
+        trusted = self.authenticator.credential_fields - _EXPLICIT
+        return any(name in trusted for name, _ in request.headers.raw)
 
     def cookie(self, request: Request) -> str:
         """Return the secret of the browser's session, which may not exist; empty if it sends none."""
@@ -96,28 +102,6 @@ class Visitors:
     def take_back(self, response: Response) -> None:
         """Let a response remove the cookie."""
         response.delete_cookie(self._cookie, path="/", secure=self._secure, httponly=True, samesite="lax")
-
-
-class WithVisitors:
-    """ASGI middleware: ``session_caller`` works in the application and in those that are mounted in it."""
-
-    def __init__(self, app: ASGIApp, visitors: Visitors) -> None:
-        self._app = app
-        self._visitors = visitors
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        scope[_KEY] = self._visitors
-        await self._app(scope, receive, send)
-
-
-async def session_caller(request: Request) -> Caller | None:
-    """Return who has the session of the browser that sends a request; None if it has none. Raises StoreError.
-
-    Whoever asks must have made sure that no other site's page sends it (``Origin``).
-    """
-    visitors: Visitors = request.scope[_KEY]
-    return await visitors.session_caller(request)
 
 
 def peer(request: Request) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -27,7 +26,7 @@ from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import path_of, sign_in_path, split_name
-from mcp_auth_proxy.web.session import Visitors, WithVisitors
+from mcp_auth_proxy.web.session import Visitors
 
 if TYPE_CHECKING:
     from mcp_auth_proxy.web.sign_in import SignInPages
@@ -78,7 +77,6 @@ class Site:
                 Route("/mcp", self._address),
                 Route("/{server}/mcp", self._address),
             ],
-            middleware=[Middleware(WithVisitors, visitors=self._visitors)],
             exception_handlers={
                 404: _not_found,
                 405: _not_allowed,
@@ -108,7 +106,10 @@ class Site:
         ]
         name = self._visitors.name(caller)
         headers = form_headers(http=False) if name else {}
-        return page("index.html", servers=servers, name=name, version=__version__, headers=headers)
+        has_session = bool(self._visitors.cookie(request))
+        return page(
+            "index.html", servers=servers, name=name, has_session=has_session, version=__version__, headers=headers
+        )
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "service": "mcp-auth-proxy", "version": __version__})
