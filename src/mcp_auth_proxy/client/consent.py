@@ -20,11 +20,15 @@ from starlette.routing import Route
 from mcp_auth_proxy.broker import ChallengeHistory, PendingAuthorization
 from mcp_auth_proxy.client.session import Session
 from mcp_auth_proxy.errors import AddressInUse, AuthorizationError
-from mcp_auth_proxy.models import AccessToken
+from mcp_auth_proxy.identity import NoAuthenticator
+from mcp_auth_proxy.identity.sessions import BrowserSessions
+from mcp_auth_proxy.models import AccessToken, Principal
+from mcp_auth_proxy.store.sessions import Sessions
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page
 from mcp_auth_proxy.web.pages import message
+from mcp_auth_proxy.web.session import Visitors
 
 logger = logging.getLogger(__name__)
 
@@ -115,14 +119,16 @@ async def _pages(session: Session, sock: socket.socket, public_url: str) -> Asyn
 
 
 def _site(session: Session, public_url: str, shown: asyncio.Event) -> Starlette:
+    visitors = _visitors(session, public_url)
+
     async def link(request: Request) -> Response:
-        return await connect(request, session.broker, public_url=public_url, warn=logger.warning)
+        return await connect(request, session.broker, visitors, public_url=public_url, warn=logger.warning)
 
     async def back(request: Request) -> Response:
-        return await callback(request, session.broker)
+        return await callback(request, session.broker, visitors)
 
     async def last(request: Request) -> Response:
-        connected = await session.broker.connected(session.server.name)
+        connected = await session.broker.connected(session.account)
         shown.set()
         if connected is None:
             return message("Not connected", "Go back to the program that has opened this page.", status=404)
@@ -137,3 +143,18 @@ def _site(session: Session, public_url: str, shown: asyncio.Event) -> Starlette:
         # A page of another site must not reach this one under a name of its own (DNS rebinding).
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
     )
+
+
+def _visitors(session: Session, public_url: str) -> Visitors:
+    """Return visitors who need no session: whoever has the link may authorize."""
+
+    async def nobody(principal_id: str) -> Principal | None:
+        return None
+
+    async def never(key_id: str) -> bool:
+        return False
+
+    sessions = BrowserSessions(
+        sessions=Sessions(session.database), find_principal=nobody, key_holds=never, clock=time.time
+    )
+    return Visitors(authenticator=NoAuthenticator(), sessions=sessions, public_url=public_url)

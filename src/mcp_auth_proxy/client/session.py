@@ -15,7 +15,7 @@ from mcp_auth_proxy.config.settings import KeySource, OAuthSettings, ServerSetti
 from mcp_auth_proxy.models import LOCAL, Account, ClientAuth, Flow, Registration, RegistrationKind, TokenSet
 from mcp_auth_proxy.oauth import scopes
 from mcp_auth_proxy.oauth.fetch import Fetcher
-from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grants import Grants
 
 NO_ADDRESS = "http://127.0.0.1"
@@ -25,11 +25,12 @@ NO_ADDRESS = "http://127.0.0.1"
 class Session:
     """A broker and what it keeps for one server."""
 
-    def __init__(self, broker: Broker, grants: Grants, server: ServerSettings) -> None:
+    def __init__(self, broker: Broker, database: Engine, server: ServerSettings) -> None:
         self.broker = broker
+        self.database = database
         self.server = server
         self.account = Account(LOCAL, server.name)
-        self._grants = grants
+        self._grants = Grants(database)
 
     async def tokens(self) -> TokenData | None:
         """Return the stored tokens, None if there are none. Raises StoreError."""
@@ -91,7 +92,7 @@ async def opened(
             opens_links=True,
         )
         try:
-            yield Session(broker, Grants(database), server)
+            yield Session(broker, database, server)
         finally:
             await broker.aclose()
             await fetcher.aclose()
