@@ -25,7 +25,6 @@ WATCH_INTERVAL = 0.4
 """Seconds between checks whether another process has written to the store."""
 
 HOUR = 3600.0
-_READER = "identity"
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,7 @@ class Directory:
 
     def __init__(self, database: Engine, *, clock: Callable[[], float], local: bool = False) -> None:
         self._database = database
+        self._reader = f"directory {id(self)}"
         self._clock = clock
         self._store = Principals(database)
         self._key_store = ApiKeys(database)
@@ -62,7 +62,7 @@ class Directory:
 
     async def start(self) -> None:
         """Read everything, then watch for changes. Raises StoreError."""
-        await self._database.changed(_READER)
+        await self._database.changed(self._reader)
         await self.reload()
         self._task = asyncio.create_task(self._watch())
 
@@ -158,7 +158,7 @@ class Directory:
 
     async def heed_changes(self) -> None:
         """Read what another process has changed, if it has changed anything. Raises StoreError."""
-        if await self._database.changed(_READER):
+        if await self._database.changed(self._reader):
             await self.reload()
 
     async def reload(self) -> None:
