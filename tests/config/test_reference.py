@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.config.settings import (
+    AccountSettings,
     AuthorizationSettings,
     IdpSettings,
     InboundSettings,
@@ -31,10 +32,11 @@ SECTIONS: dict[str, type] = {
     "inbound.": InboundSettings,
     "outbound.": OutboundSettings,
     "servers.*.": ServerSettings,
+    "servers.*.accounts.*.": AccountSettings,
     "servers.*.oauth.": OAuthSettings,
     "servers.*.oauth.idp.": IdpSettings,
 }
-NOT_KEYS = {"source", "servers.*.name"}
+NOT_KEYS = {"source", "servers.*.name", "servers.*.id", "servers.*.origin", "servers.*.owner"}
 # Keys that are no field of their section: they are turned into something else while they are read.
 MORE_KEYS = {"upstream_timeout", "store.url", "store.keys", "servers.*.oauth.signing_alg"}
 
@@ -57,7 +59,7 @@ def example_keys(text: str) -> set[str]:
             continue
         depth = len(found[1])
         parents = [parent for parent in parents if parent[0] < depth]
-        name = "*" if [key for _, key in parents] == ["servers"] else found[2]
+        name = "*" if [key for _, key in parents] in (["servers"], ["servers", "*", "accounts"]) else found[2]
         parents.append((depth, name))
         keys.add(".".join(key for _, key in parents))
     return keys
@@ -90,7 +92,7 @@ def test_the_commented_servers_of_the_example_load(tmp_path: Path) -> None:
     path.write_text(whole_example())
     secrets = dict.fromkeys(re.findall(r"env:([A-Z_]+)\n", EXAMPLE.read_text()), "s")
     found = load(path, environ={**secrets, "REPORTS_KEY": a_key()})
-    assert set(found.servers) == {"linear", "warehouse", "reports", "batch", "payroll", "travel"}
+    assert set(found.servers) == {"linear", "warehouse", "notes", "reports", "batch", "payroll", "travel"}
     assert found.servers["warehouse"].oauth.metadata
 
 
