@@ -37,6 +37,7 @@ def test_a_violation_of_the_contract_is_noticed(tmp_path: Path, module: str, lin
     package = tmp_path / "mcp_auth_proxy"
     for layer in (
         "cli",
+        "client",
         "proxy",
         "web",
         "identity",

@@ -19,6 +19,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "urls": {
         "cli/demo_servers/": "the demo's servers share nothing with the proxy that they show",
         "cli/doctor/providers.py": "the host of a known provider, to be looked up in a table",
+        "client/storage.py": "mcp-use names its files by what urlsplit finds",
         "net/forward_proxy.py": "HTTPS_PROXY may hold a user name and a password, which no other URL may",
         "oauth/discovery.py": "paths are put together from the issuer's own spelling (RFC 8414 §3.1, RFC 9728 §3.1)",
         "oauth/dpop.py": "htu is the URL without query and fragment (RFC 9449 §4.2)",
@@ -31,6 +32,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "net/dial.py": "the one dialer",
         "cli/demo_servers/": "sockets that listen, and a free port",
         "cli/listener.py": "the socket that listens",
+        "client/consent.py": "the socket that listens, in a program without the proxy",
         "cli/notify.py": "a datagram to the service manager",
         "net/addresses.py": "a datagram socket that sends nothing, to ask the system for a route",
     },

@@ -141,7 +141,7 @@ def _site(session: Session, public_url: str, shown: asyncio.Event) -> Starlette:
             Route("/oauth/connected/{server}", last),
         ],
         # A page of another site must not reach this one under a name of its own (DNS rebinding).
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1"])],
     )
 
 

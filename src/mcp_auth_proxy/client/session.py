@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.client.tokens import PlainClient, TokenData
@@ -13,6 +12,7 @@ from mcp_auth_proxy.config.load import single_store
 from mcp_auth_proxy.config.servers import server_url, single_name
 from mcp_auth_proxy.config.settings import KeySource, OAuthSettings, ServerSettings, StoreSettings
 from mcp_auth_proxy.models import LOCAL, Account, ClientAuth, Flow, Registration, RegistrationKind, TokenSet
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import scopes
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.store import Engine, open_store
@@ -125,7 +125,7 @@ def _registration(server: ServerSettings, client: PlainClient) -> Registration:
     default = ClientAuth.NONE if client.client_secret is None else ClientAuth.POST
     return Registration(
         server=server.name,
-        issuer=f"{urlsplit(server.url).scheme}://{urlsplit(server.url).netloc}",
+        issuer=urls.raw_origin(server.url),
         client_id=client.client_id,
         client_auth=methods.get(client.token_endpoint_auth_method or "", default),
         kind=RegistrationKind.DYNAMIC,
