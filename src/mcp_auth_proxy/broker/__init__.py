@@ -34,8 +34,10 @@ from mcp_auth_proxy.broker.connections import (
 )
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.sign_ins import SignIn, sign_in
+from mcp_auth_proxy.broker.stored_grants import AccountConnection
 
 __all__ = [
+    "AccountConnection",
     "AuthorizationRedirect",
     "Broker",
     "ChallengeHistory",
