@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
-from mcp_auth_proxy.identity import NoAuthenticator
+from mcp_auth_proxy.identity import make_authenticator
+from mcp_auth_proxy.identity.api_token import obtain_token, token_path
 from mcp_auth_proxy.models import AccessToken, Flow
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
@@ -150,6 +151,11 @@ async def lifespan(
             opens_links=_opens_links(settings),
         )
         stack.push_async_callback(broker.aclose)
+        callers = make_authenticator(settings, database=database, fetcher=fetcher, clock=clock)
+        stack.push_async_callback(callers.aclose)
+        await callers.start()
+        if callers.anonymous and settings.admin.enabled:
+            callers.accept_token(obtain_token(token_path(settings), now=clock()))
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
         if background:
             await broker.start()
@@ -182,7 +188,8 @@ async def lifespan(
             settings=lambda: application.settings,
             public_url=public_url,
             clock=clock,
-            authenticator=NoAuthenticator(),
+            authenticator=callers,
+            directory=callers.directory,
         )
         site = Site(
             broker=broker,

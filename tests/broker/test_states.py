@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mcp_auth_proxy.broker.states import EXPIRED, GrantStatus, Health, Word, grant_status, word
+from mcp_auth_proxy.broker.states import EXPIRED, GrantStatus, Health, grant_status, word
 from mcp_auth_proxy.models import Account, Grant, GrantType
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grant_summaries import GrantFilter, GrantState, GrantSummaries
@@ -67,7 +67,7 @@ def test_each_situation_has_its_state_and_word(
 
 def test_a_connection_without_a_usable_grant_shows_what_its_user_does() -> None:
     over = GrantStatus(GrantState.ENDED, Health.ENDED)
-    assert word(None) == Word.NEEDS_CONSENT == "needs consent"
+    assert word(None) == "needs consent"
     assert word(None, authorizing=True) == word(over, authorizing=True) == "authorizing"
     assert word(FRESH, authorizing=True) == "connected"
     assert word(FRESH, unreachable=True) == word(None, unreachable=True) == "unreachable"

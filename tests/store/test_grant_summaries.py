@@ -4,6 +4,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ async def add(engine: Engine, *accounts: Account) -> None:
         await Grants(engine).add(replace(given, key=replace(given.key, account=account)))
 
 
-async def accounts(engine: Engine, count: int = 100, **wanted: str) -> list[Account]:
+async def accounts(engine: Engine, count: int = 100, **wanted: Any) -> list[Account]:
     """Return the accounts of all pages."""
     found: list[GrantSummary] = []
     after: int | None = 0

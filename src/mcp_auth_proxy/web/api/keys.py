@@ -1,7 +1,7 @@
 """``/keys``: API keys. The key itself is shown once, when it is made."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -139,7 +139,7 @@ def _owner(api: ApiContext, caller: Caller, wanted: str | None) -> Principal | N
     return api.find_principal(wanted, me.project_id)
 
 
-def _is_admins(call: Call[None, None], key: ApiKey) -> bool:
+def _is_admins(call: Call[Any, Any], key: ApiKey) -> bool:
     return call.is_admin and _is_in_project(call.api, key, call.caller)
 
 

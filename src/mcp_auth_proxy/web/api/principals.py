@@ -1,9 +1,9 @@
 """``/principals``: who may call, for admins."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, Meta, UnsetType, field
 
 from mcp_auth_proxy.errors import NameTaken
 from mcp_auth_proxy.models import LOCAL, Identity, Principal, PrincipalStatus, Role
@@ -30,7 +30,7 @@ class NewPrincipal(Body):
 
     name: Name
     role: Role = Role.MEMBER
-    identities: Annotated[list[NewIdentity], Meta(max_length=20)] = []
+    identities: Annotated[list[NewIdentity], Meta(max_length=20)] = field(default_factory=list)
 
 
 class PrincipalChange(Body):
@@ -82,10 +82,7 @@ class DeletedGrants(View):
 
 async def principal_view(api: ApiContext, principal: Principal) -> PrincipalView:
     """Return a principal as the API shows it."""
-    if principal.id == LOCAL:
-        identities = [Identity(LOCAL, LOCAL)]
-    else:
-        identities = await api.directory.identities(principal.id)
+    identities = await api.directory.identities(principal.id)
     return PrincipalView(
         id=principal.id,
         project_id=principal.project_id,
@@ -131,7 +128,9 @@ async def change_principal(call: Call[PrincipalChange, None]) -> Answer:
     principal, body = _find(call), call.body
     call.check_match(await principal_view(call.api, principal))
     if principal.id == LOCAL:
-        raise Problem(409, "local", "The principal local can't be changed: it is everybody, since callers are not told.")
+        raise Problem(
+            409, "local", "The principal local can't be changed: it is everybody, since callers are not told."
+        )
     changed = await call.api.directory.change(
         principal.id,
         status=None if body.status is UNSET else body.status,
@@ -160,7 +159,7 @@ async def delete_grants(call: Call[None, None]) -> Answer:
     return Answer(DeletedGrants(items=items))
 
 
-def _find(call: Call[PrincipalChange, None] | Call[None, None]) -> Principal:
+def _find(call: Call[Any, None]) -> Principal:
     principal = call.api.directory.principal(call.path["principal_id"])
     if principal is None or principal.project_id != call.caller.principal.project_id:
         raise not_found("principal")
