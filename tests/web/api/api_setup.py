@@ -34,6 +34,8 @@ class ApiSetup:
     ben: httpx2.AsyncClient
     eve: httpx2.AsyncClient
     zoe: httpx2.AsyncClient
+    local: httpx2.AsyncClient
+    """That of ``local``, in mode ``none`` only."""
     keys: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -44,13 +46,25 @@ class ApiSetup:
     def directory(self) -> Directory:
         return self.context.directory
 
-    async def add_grant(self, owner: str, server: str = "notes", account: str = "default", **changes: Any) -> Grant:
-        """Store a grant whose tokens begin now; ``changes`` are those of its ``tokens``."""
-        given = grant(server, at=self.clock())
-        given = replace(
-            given, key=replace(given.key, account=Account(owner, server, account), resource="http://127.0.0.1")
-        )
-        return await Grants(self.engine).add(replace(given, tokens=replace(given.tokens, **changes)))
+    def change_server(self, name: str, **settings: Any) -> None:
+        """Change the settings of a server, as a reload would."""
+        registry = self.proxy.application.servers
+        registry.replace({**registry, name: replace(registry[name], **settings)})
+
+    async def add_grant(
+        self,
+        owner: str,
+        server: str = "notes",
+        account: str = "default",
+        *,
+        resource: str = "http://127.0.0.1:9",
+        issuer: str = "https://as.example",
+        **tokens: Any,
+    ) -> Grant:
+        """Store a grant whose tokens begin now; ``tokens`` are changes of its ``tokens``."""
+        given = grant(server, issuer, at=self.clock())
+        key = replace(given.key, account=Account(owner, server, account), resource=resource)
+        return await Grants(self.engine).add(replace(given, key=key, tokens=replace(given.tokens, **tokens)))
 
     async def key_of(self, principal: str, scopes: Iterable[Scope] = ALL_SCOPES) -> str:
         """Make a key and return it as its owner has it."""
@@ -101,6 +115,7 @@ async def api_setup(
             ben=await client(keys["ben"]),
             eve=await client(keys["eve"]),
             zoe=await client(keys["zoe"]),
+            local=await client(token.read_text().strip() if (token := folder / "api-token").exists() else ""),
         )
 
 
