@@ -148,6 +148,9 @@ async def test_me_in_mode_none_is_local(tmp_path: Path) -> None:
         assert me["credential"] == "token"
         await api.add_grant("local")
         servers = (await api.local.get("/me")).json()["servers"]
-        assert {server["name"]: server["state"] for server in servers} == {"notes": "connected", "linear": "needs consent"}
+        assert {server["name"]: server["state"] for server in servers} == {
+            "notes": "connected",
+            "linear": "needs consent",
+        }
         assert_problem(await api.local.patch("/principals/local", json={"status": "disabled"}), 409, "local")
         assert_problem(await api.nobody.get("/me"), 401)

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any
 
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from mcp_auth_proxy.broker import ForgottenGrant, Revocation
 from mcp_auth_proxy.broker.states import Health
@@ -25,9 +25,9 @@ RETRY_SECONDS = 5.0
 class GrantQuery(PageQuery):
     """Which grants to list."""
 
-    server: Annotated[str | None, Meta(description="The id or name of a server.")] = None
-    state: GrantState | None = None
-    principal: Annotated[str | None, Meta(description="The id or name of the owner; for admins.")] = None
+    server: Annotated[str | UnsetType, Meta(description="The id or name of a server.")] = UNSET
+    state: GrantState | UnsetType = UNSET
+    principal: Annotated[str | UnsetType, Meta(description="The id or name of the owner; for admins.")] = UNSET
 
 
 class HealthView(View):
@@ -97,7 +97,7 @@ async def list_grants(call: Call[None, GrantQuery]) -> Answer:
     """Return the caller's own grants; for admins, those of everybody in their project."""
     query, me, last = call.query, call.caller.principal, position(call)
     owner = project = None
-    if query.principal is not None:
+    if query.principal is not UNSET:
         owner = _owner(call, query.principal)
     elif call.is_admin:
         project = me.project_id
@@ -106,10 +106,10 @@ async def list_grants(call: Call[None, GrantQuery]) -> Answer:
     found, after = await call.api.broker.stored_grants.page(
         after=0 if last is None else int(last),
         count=query.page_size,
-        state=query.state,
+        state=None if query.state is UNSET else query.state,
         principal=owner,
         project=project,
-        server=None if query.server is None else _server_name(call.api, query.server),
+        server=None if query.server is UNSET else _server_name(call.api, query.server),
     )
     items = [grant_view(call.api, grant) for grant in found if _may_see(call, grant)]
     return Answer(GrantList(items=items, page=info(call, None if after is None else str(after))))

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any
 
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from mcp_auth_proxy.identity.keys import make_key
 from mcp_auth_proxy.models import ApiKey, Caller, Principal, Scope
@@ -11,7 +11,7 @@ from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api.models import Body, Name, View, moment, moment_or_none
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, is_admin
 from mcp_auth_proxy.web.api.pages import PageInfo, PageQuery, info, position
-from mcp_auth_proxy.web.api.problems import Problem, forbidden, invalid_field, not_found
+from mcp_auth_proxy.web.api.problems import Problem, forbidden, not_found
 
 MAX_KEYS = 1000
 """Keys of one principal."""
@@ -25,14 +25,14 @@ class NewKey(Body):
 
     name: Name = "api"
     scopes: Annotated[list[Scope], Meta(min_length=1, max_length=3)] | None = None
-    expires_at: Annotated[datetime, Meta(tz=True)] | None = None
+    expires_at: Annotated[datetime, Meta(tz=True, description="A key that has ended can't be used.")] | None = None
     principal: Annotated[str | None, Meta(description="The id or name of the key's owner, for admins.")] = None
 
 
 class KeyQuery(PageQuery):
     """Whose keys to list."""
 
-    principal: Annotated[str | None, Meta(description="The id or name of their owner; for admins.")] = None
+    principal: Annotated[str | UnsetType, Meta(description="The id or name of their owner; for admins.")] = UNSET
 
 
 class KeyView(View):
@@ -78,15 +78,13 @@ async def create_key(call: Call[NewKey, None]) -> Answer:
     body, now = call.body, call.api.clock()
     owner = _owner(call.api, call.caller, body.principal)
     if owner is None:
-        raise invalid_field(["body", "principal"], "There is no such principal.")
+        raise not_found("principal")
     own = call.caller.scopes if is_admin(call.caller) else call.caller.scopes - {Scope.ADMIN}
     scopes = (own & USUAL_SCOPES or own) if body.scopes is None else frozenset(body.scopes)
     if not scopes <= own:
         more = ", ".join(sorted(scopes - own))
         raise forbidden(f"A key can't be for more than the credential that makes it: this one is not for {more}.")
     expires_at = None if body.expires_at is None else body.expires_at.timestamp()
-    if expires_at is not None and expires_at <= now:
-        raise invalid_field(["body", "expires_at"], "must be in the future")
     if len(await call.api.directory.keys(owner.id)) >= MAX_KEYS:
         raise Problem(409, "too-many-keys", f"A principal has at most {MAX_KEYS} keys: delete some that are not used.")
     key, text = make_key(principal=owner.id, name=body.name, scopes=scopes, now=now, expires_at=expires_at)
@@ -108,7 +106,8 @@ async def create_key(call: Call[NewKey, None]) -> Answer:
 
 async def list_keys(call: Call[None, KeyQuery]) -> Answer:
     """Return the caller's own keys; for admins, those of everybody in their project."""
-    last, size, wanted = position(call), call.query.page_size, call.query.principal
+    last, size = position(call), call.query.page_size
+    wanted = None if call.query.principal is UNSET else call.query.principal
     if call.is_admin and wanted is None:
         found = [key for key in await call.api.directory.keys() if _is_in_project(call.api, key, call.caller)]
     else:
@@ -162,7 +161,7 @@ OPERATIONS = (
         summary="Make an API key: one's own, or, for admins, one of somebody else",
         body=NewKey,
         answers={201: CreatedKey},
-        problems=(409,),
+        problems=(404, 409),
     ),
     Operation(
         "GET",
