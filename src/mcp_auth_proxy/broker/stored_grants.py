@@ -14,6 +14,7 @@ from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import GrantUnusable
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account, Grant, Principal
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grant_summaries import GrantFilter, GrantState, GrantSummaries, GrantSummary
@@ -53,6 +54,7 @@ class StoredGrants:
         tokens: TokenCache,
         renewer: Renewer,
         pending: PendingFlows,
+        outages: OutageLog,
         revoke: Callable[[Account, Grant], Awaitable[ForgottenGrant]],
         clock: Callable[[], float],
     ) -> None:
@@ -63,6 +65,7 @@ class StoredGrants:
         self._tokens = tokens
         self._renewer = renewer
         self._pending = pending
+        self._outages = outages
         self._revoke = revoke
         self._clock = clock
 
@@ -112,13 +115,14 @@ class StoredGrants:
     ) -> AccountConnection:
         usable = [grant for grant in grants if grant.key.account == account and matches(grant, server)]
         grant = max(usable, key=lambda each: (each.ended_at is None, each.granted_at), default=None)
+        unreachable = server.name in self._outages.unreachable
         if grant is None:
-            return AccountConnection(account=account, word=word(None, authorizing=begun is not None))
+            shown = word(None, authorizing=begun is not None, unreachable=unreachable)
+            return AccountConnection(account=account, word=shown)
         status = self.status(grant)
         answered = begun is None or (grant.ended_at is None and grant.granted_at > begun)
-        return AccountConnection(
-            account=account, word=word(status, authorizing=not answered), grant=grant, status=status
-        )
+        shown = word(status, authorizing=not answered, unreachable=unreachable)
+        return AccountConnection(account=account, word=shown, grant=grant, status=status)
 
     async def refresh(self, grant_id: int) -> GrantSummary | None:
         """Renew a grant now, and return it with its new tokens; None if it is gone.

@@ -190,7 +190,7 @@ async def test_every_change_leaves_an_event_also_if_it_is_refused(tmp_path: Path
 @pytest.mark.parametrize("given", ["a b", "x" * 65, "", "a,b", "é".encode().decode("latin-1")])
 async def test_a_request_id_that_is_no_token_is_replaced(tmp_path: Path, given: str) -> None:
     async with api_setup(tmp_path) as api:
-        answer = await api.ben.get("/me", headers={"x-request-id": given.encode("latin-1")})  # type: ignore[dict-item]
+        answer = await api.ben.get("/me", headers={b"x-request-id": given.encode("latin-1")})
         assert answer.headers["x-request-id"] != given
         assert len(answer.headers["x-request-id"]) == 32
 

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -10,10 +11,10 @@ from mcp_auth_proxy.models import Scope
 from web.api.api_setup import ApiSetup, api_setup, assert_problem
 
 
-async def made(client: httpx2.AsyncClient, **body: object) -> dict[str, str]:
+async def made(client: httpx2.AsyncClient, **body: object) -> dict[str, Any]:
     response = await client.post("/keys", json=body)
     assert response.status_code == 201, response.text
-    key: dict[str, str] = response.json()
+    key: dict[str, Any] = response.json()
     return key
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fakes.fixtures import Servers
 from mcp_auth_proxy.store.grants import Grants
 from web.api.api_setup import api_setup, assert_problem
 
@@ -154,3 +155,21 @@ async def test_me_in_mode_none_is_local(tmp_path: Path) -> None:
         }
         assert_problem(await api.local.patch("/principals/local", json={"status": "disabled"}), 409, "local")
         assert_problem(await api.nobody.get("/me"), 401)
+
+
+async def test_a_server_that_no_request_reaches_is_unreachable_until_one_does(servers: Servers, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server()
+    upstream = await servers.mcp_server(issuer)
+    async with api_setup(tmp_path, {"notes": upstream.url}, inbound={}, authorization={"wait": "0s"}) as api:
+
+        async def state() -> str:
+            (server,) = (await api.local.get("/me")).json()["servers"]
+            return str(server["state"])
+
+        async with api.proxy.client("notes") as client:
+            api.change_server("notes", url="http://127.0.0.1:9/mcp")
+            assert (await client.call("echo", text="x")).status == 502
+            assert await state() == "unreachable"
+            api.change_server("notes", url=upstream.url)
+            await client.call("echo", text="x")
+            assert await state() == "authorizing"
