@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
-from mcp_auth_proxy.identity import make_authenticator
+from mcp_auth_proxy.identity import Authenticator, Callers, make_authenticator
 from mcp_auth_proxy.identity.api_token import obtain_token, token_path
-from mcp_auth_proxy.models import AccessToken, Flow
+from mcp_auth_proxy.identity.sessions import make_sessions
+from mcp_auth_proxy.models import AccessToken, Account, Flow
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
 from mcp_auth_proxy.net.descriptors import Shares
@@ -29,10 +30,14 @@ from mcp_auth_proxy.proxy.routes import route_to
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api_mount import ApiMount
 from mcp_auth_proxy.web.guard import Guard
+from mcp_auth_proxy.web.protected_resource import ProtectedResource
+from mcp_auth_proxy.web.session import Visitors
+from mcp_auth_proxy.web.sign_in_mount import SignInMount
 from mcp_auth_proxy.web.site import Site
 
 logger = logging.getLogger(__name__)
@@ -78,6 +83,9 @@ class Application:
     forwarder: Forwarder
     router: Router
     site: Site
+    callers: Callers
+    visitors: Visitors
+    sign_in: SignInMount
 
     def apply(self, change: SettingsChange) -> None:
         """Hand each section of a changed configuration to its owner. Active requests keep the old one."""
@@ -92,6 +100,8 @@ class Application:
         self.forwarder.configure(
             limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
         )
+        self.callers.configure(settings.inbound)
+        self.sign_in.configure(settings.inbound)
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
 
     async def drain(self, waiting: Callable[[int], None] = _say_nothing) -> None:
@@ -121,10 +131,12 @@ async def lifespan(
     announce: Announce | None = None,
     announce_key: Callable[[str], None] = logger.warning,
     background: bool = True,
+    authenticator: Authenticator | None = None,
 ) -> AsyncIterator[Application]:
     """Open everything that a running proxy needs, and close it again. Raises ConfigurationError, StoreError.
 
-    ``background``: renew tokens, and watch the store for what other processes write.
+    ``background``: renew tokens, and watch the store for what other processes write. ``authenticator``
+    tells who calls instead of what ``inbound`` says.
     """
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
@@ -140,6 +152,12 @@ async def lifespan(
         stack.push_async_callback(database.close)
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
+        callers = make_authenticator(settings, database=database, fetcher=fetcher, clock=clock)
+        stack.push_async_callback(callers.aclose)
+        if background:
+            await callers.start()
+            if callers.anonymous and settings.admin.enabled:
+                _accept_token(callers, settings, now=clock())
         broker = Broker(
             servers=servers,
             database=database,
@@ -151,11 +169,6 @@ async def lifespan(
             opens_links=_opens_links(settings),
         )
         stack.push_async_callback(broker.aclose)
-        callers = make_authenticator(settings, database=database, fetcher=fetcher, clock=clock)
-        stack.push_async_callback(callers.aclose)
-        await callers.start()
-        if callers.anonymous and settings.admin.enabled:
-            callers.accept_token(obtain_token(token_path(settings), now=clock()))
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
         if background:
             await broker.start()
@@ -176,11 +189,16 @@ async def lifespan(
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
 
-        async def start(server: ServerSettings) -> AccessToken | PendingAuthorization | None:
-            route = route_to(server)
-            status, challenge = await probe(forwarder.upstream, route)
-            return await broker.begin(route.account, status=status, challenge=challenge)
+        async def start(server: ServerSettings, account: Account) -> AccessToken | PendingAuthorization | None:
+            status, challenge = await probe(forwarder.upstream, route_to(server))
+            return await broker.begin(account, status=status, challenge=challenge)
 
+        sessions = make_sessions(callers, database=database, clock=clock)
+        visitors = Visitors(authenticator=authenticator or callers, sessions=sessions, public_url=public_url)
+        sign_in_mount = SignInMount(
+            settings.inbound, visitors=visitors, callers=callers, fetcher=fetcher, public_url=public_url, clock=clock
+        )
+        stack.push_async_callback(sign_in_mount.aclose)
         api = ApiContext(
             broker=broker,
             servers=servers,
@@ -190,6 +208,7 @@ async def lifespan(
             clock=clock,
             authenticator=callers,
             directory=callers.directory,
+            session_caller=visitors.session_caller,
         )
         site = Site(
             broker=broker,
@@ -198,10 +217,20 @@ async def lifespan(
             public_url=public_url,
             draining=lambda: router.draining,
             start=start,
+            visitors=visitors,
+            sign_in=sign_in_mount.pages,
             api=ApiMount(api) if settings.admin.enabled else None,
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
-        router = Router(guard=guard, servers=servers, forwarder=forwarder, site=site.build())
+        router = Router(
+            guard=guard,
+            servers=servers,
+            forwarder=forwarder,
+            site=site.build(),
+            authenticator=authenticator or callers,
+            resource=ProtectedResource(public_url, settings.inbound),
+            session_key=await SharedSecrets(database).get(SESSION_IDS),
+        )
         servers.on_change(lambda change: _forget_series(servers, change.removed))
         application = Application(
             settings=settings,
@@ -216,8 +245,20 @@ async def lifespan(
             forwarder=forwarder,
             router=router,
             site=site,
+            callers=callers,
+            visitors=visitors,
+            sign_in=sign_in_mount,
         )
         yield application
+
+
+def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:
+    """Let the key in the file ``api-token`` use the API, if the file can be used."""
+    path = token_path(settings)
+    try:
+        callers.accept_token(obtain_token(path, now=now))
+    except OSError as error:
+        logger.warning("the API can't be used: its key can't be kept in %s (%s)", path, error.strerror or error)
 
 
 def _opens_links(settings: Settings) -> bool:

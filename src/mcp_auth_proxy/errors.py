@@ -25,6 +25,8 @@
     ├── GrantUnusable                  a grant that has ended, or that can't be renewed
     ├── CallbackRefused                a callback request that matches no pending flow
     ├── CallerRefused                  a request whose caller is not known, or may not call
+    │   └── SignInNeeded               a page that only users see who have signed in
+    ├── SessionNotFound                a session id that was not given to this caller
     └── UpstreamError
         ├── UpstreamUnreachable        no connection: no byte of the request was sent
         ├── UpstreamTimeout            connected, but no response head in time
@@ -314,6 +316,20 @@ class CallerRefused(McpAuthProxyError):
         self.status = status
         self.retry_after = retry_after
         super().__init__(message)
+
+
+class SignInNeeded(CallerRefused):
+    """A browser has opened a page that its user has to sign in for."""
+
+    def __init__(self) -> None:
+        super().__init__("Sign in first.")
+
+
+class SessionNotFound(McpAuthProxyError):
+    """A request has an Mcp-Session-Id that its caller was not given, at this server and account."""
+
+    def __init__(self) -> None:
+        super().__init__("There is no such session. Begin a new one with initialize, without Mcp-Session-Id.")
 
 
 class UpstreamError(McpAuthProxyError):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fakes.proxy import until
-from identity.setup import PEER, Setup, bearer, identifying
+from identity.setup import MCP_AND_SELF, PEER, Setup, bearer, identifying
 from mcp_auth_proxy.config.settings import InboundSettings
 from mcp_auth_proxy.errors import CallerRefused
 from mcp_auth_proxy.models import LOCAL, Caller, PrincipalStatus, Role, Scope
@@ -40,7 +40,7 @@ async def test_a_key_is_its_principals_in_every_way_to_send_it(tmp_path: Path) -
         ]
         for fields in ways:
             caller = await setup.callers.identify(fields, PEER)
-            assert (caller.principal, caller.scopes) == (alice, {Scope.MCP, Scope.SELF})
+            assert (caller.principal, caller.scopes) == (alice, MCP_AND_SELF)
             assert await setup.callers.identify_api(fields, PEER) == caller
         for fields in (ways[0], ways[2]):
             assert setup.callers.identify_nowait(fields, PEER) == caller

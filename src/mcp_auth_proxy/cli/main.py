@@ -1,122 +1,32 @@
 """The command line: finds the configuration, runs a command, turns errors into one line and an exit code."""
 
-import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Coroutine
-from functools import wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
 from mcp_auth_proxy import __version__
+from mcp_auth_proxy.cli.callers import api_keys, principals
 from mcp_auth_proxy.cli.hardening import protect_process
+from mcp_auth_proxy.cli.options import (
+    EXAMPLE,
+    config_option,
+    config_path,
+    examples,
+    log_options,
+    name_file,
+    refuse_both,
+    run,
+    settings_from,
+)
 from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config import location
-from mcp_auth_proxy.errors import ConfigError, ConfigurationError, KeyRejected, McpAuthProxyError
-from mcp_auth_proxy.observability import logs
+from mcp_auth_proxy.errors import ConfigurationError, KeyRejected, McpAuthProxyError
 
 if TYPE_CHECKING:
     from mcp_auth_proxy.config.settings import Settings
-
-logger = logging.getLogger(__name__)
-
-EXAMPLE = "https://mcp.example.com/mcp"
-LEVEL_VARIABLE = "MCP_AUTH_PROXY_LOG_LEVEL"
-
-config_option = click.option(
-    "--config",
-    "config_file",
-    metavar="FILE",
-    help="Configuration file. Default: $MCP_AUTH_PROXY_CONFIG, ./mcp-auth-proxy.yaml, the user's config folder.",
-)
-
-
-def examples(*lines: str) -> str:
-    """Return the end of a help text, which click must not wrap."""
-    return "\n".join(
-        ["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  mcp-auth-proxy {line}" for line in lines)]
-    )
-
-
-def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --log-level and --log-format to a command, and configure logging before it runs."""
-
-    @click.option(
-        "--log-level", type=click.Choice([*logs.LEVELS]), default=None, help=f"Default: ${LEVEL_VARIABLE}, else info."
-    )
-    @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Default: text.")
-    @wraps(command)
-    def configured(*args: Any, log_level: str | None, log_format: logs.Format, **kwargs: Any) -> Any:
-        level = log_level or os.environ.get(LEVEL_VARIABLE, "info").lower()
-        if level not in logs.LEVELS:
-            raise click.UsageError(f"${LEVEL_VARIABLE} is {level!r}; it must be one of {', '.join(logs.LEVELS)}.")
-        logs.configure(level, log_format, access_log=kwargs.pop("access_log", False))
-        return command(*args, **kwargs)
-
-    return configured
-
-
-def settings_from(
-    config_file: str | None,
-    url: str | None = None,
-    *,
-    secrets_of: Collection[str] | None = None,
-) -> "Settings":
-    """Return the settings of the configuration file, or those for one URL. Raises ConfigurationError.
-
-    Not for ``serve``, which listens. ``secrets_of``: the servers whose secrets are needed, None for all.
-    """
-    from mcp_auth_proxy.config import load as config
-
-    if url is not None:
-        _refuse_both(config_file)
-        return config.single(url, environ=os.environ)
-    path = config_path(config_file)
-    settings = config.load(path, environ=os.environ, secrets_of=secrets_of)
-    name_file(path)
-    return settings
-
-
-def _refuse_both(config_file: str | None) -> None:
-    if config_file is not None:
-        raise click.UsageError("Give a URL or --config, not both.")
-
-
-def name_file(path: Path) -> None:
-    """Say on stderr which configuration file is used; as a log line if lines there must be JSON."""
-    if click.get_current_context().params.get("log_format") == "json":
-        logger.info("configuration: %s", path)
-    else:
-        complain(f"configuration: {path}")
-
-
-def config_path(config_file: str | None) -> Path:
-    """Return the configuration file to read. Raises ConfigurationError if there is none."""
-    path = location.find(config_file, os.environ)
-    if path is not None:
-        return path
-    ways = "Use --config FILE, create mcp-auth-proxy.yaml in this folder"
-    command = click.get_current_context().info_name
-    last = (
-        "set $MCP_AUTH_PROXY_CONFIG."
-        if command in ("check", "healthcheck")
-        else f"give the URL of a server: mcp-auth-proxy {command} {EXAMPLE}"
-    )
-    raise ConfigurationError([ConfigError("", f"No configuration was found. {ways}, or {last}")])
-
-
-def run(work: Coroutine[Any, Any, int]) -> None:
-    """Run the coroutine of a command on uvloop, and exit with its result."""
-    import asyncio
-
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(work)
-    sys.exit(code)
 
 
 @click.group(
@@ -150,7 +60,7 @@ def serve(url: str | None, config_file: str | None, listen: str | None, allow_an
     from mcp_auth_proxy.config.reload import ConfigFile
 
     if url is not None:
-        _refuse_both(config_file)
+        refuse_both(config_file)
         run(serve_forever(config.single(url, listen=listen, allow_anonymous=allow_anonymous), None))
         return
     file = ConfigFile(config_path(config_file), listen=listen, allow_anonymous=allow_anonymous)
@@ -165,6 +75,7 @@ def check(config_file: str | None) -> None:
     """Validate the configuration and print all errors at once."""
     from mcp_auth_proxy.config import load as config
     from mcp_auth_proxy.config.document import located
+    from mcp_auth_proxy.config.inbound import warnings
     from mcp_auth_proxy.config.oauth import first_contact_warning
     from mcp_auth_proxy.store.cipher import key_errors, key_warnings
 
@@ -173,7 +84,8 @@ def check(config_file: str | None) -> None:
     errors = key_errors(settings.store)
     if errors:
         raise ConfigurationError(located(errors, path), str(path))
-    for warning in filter(None, [first_contact_warning(settings.servers), *key_warnings(settings.store)]):
+    found = [first_contact_warning(settings.servers), *warnings(settings.inbound), *key_warnings(settings.store)]
+    for warning in filter(None, found):
         complain(f"warning: {warning}")
     say(f"{path}: valid, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
 
@@ -250,6 +162,22 @@ def status(server: str | None, config_file: str | None, as_json: bool) -> None:
     run(command.status(_settings_for(server, config_file, secrets=False), server, as_json=as_json))
 
 
+@cli.command(epilog=examples("dashboard", "dashboard --as anna"))
+@config_option
+@click.option("--as", "name", metavar="NAME", help="The principal whose session it is, if callers are identified.")
+@log_options
+def dashboard(config_file: str | None, name: str | None) -> None:
+    """Print a link that opens a session in a browser, once, with the running proxy; open it if there is a desktop."""
+    from mcp_auth_proxy.cli import dashboard as command
+
+    if location.find(config_file, os.environ) is None:
+        from mcp_auth_proxy.config.load import single_store
+
+        run(command.dashboard(single_store(environ=os.environ), None, name=name))
+    settings = settings_from(config_file, secrets_of=())
+    run(command.dashboard(settings.store, settings, name=name))
+
+
 @cli.command(epilog=examples(f"doctor {EXAMPLE}", "doctor linear --json"))
 @click.argument("server")
 @config_option
@@ -297,6 +225,10 @@ def service_status() -> None:
     from mcp_auth_proxy.cli import service
 
     sys.exit(service.status())
+
+
+cli.add_command(api_keys)
+cli.add_command(principals)
 
 
 def _settings_for(server: str | None, config_file: str | None, *, secrets: bool = True) -> "Settings":

@@ -14,6 +14,7 @@ from mcp_auth_proxy.identity.claims import claims_identity
 from mcp_auth_proxy.identity.credentials import API_KEY, AUTHORIZATION, MISSING, UNKNOWN, Credential, read_credential
 from mcp_auth_proxy.identity.directory import Directory
 from mcp_auth_proxy.identity.keys import has_key_form
+from mcp_auth_proxy.identity.naming import names_for
 from mcp_auth_proxy.identity.trusted_header import TrustedHeader
 from mcp_auth_proxy.models import LOCAL_CALLER, LOCAL_PRINCIPAL, Caller, Identity, Principal, Role
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -207,7 +208,7 @@ class Callers:
         if caller is None:
             subject = header.subject(value)
             identity = Identity(header.source, subject)
-            principal = await self.principal_of(identity, (subject, f"{subject}@{header.settings.name}"), None)
+            principal = await self.principal_of(identity, names_for(subject, header.settings.name, plain=True), None)
             caller = Caller(principal=principal, credential=header.source)
             if header is self._header:
                 if len(self._named) >= _MAX_NAMED:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mcp_auth_proxy.config.settings import InboundSettings, JwtSettings
 from mcp_auth_proxy.errors import CallerRefused
+from mcp_auth_proxy.identity.naming import names_for
 from mcp_auth_proxy.models import Identity, Role
 
 MAX_SUBJECT = 255
@@ -39,12 +40,12 @@ def identity_of(
     subject = claims.get(claim)
     if not isinstance(subject, str) or not 0 < len(subject) <= MAX_SUBJECT or not subject.isprintable():
         raise CallerRefused(f"The token names nobody in its claim {claim}.")
-    qualified = f"{subject}@{issuer.partition('://')[2]}"
+    names = names_for(subject, issuer.partition("://")[2], plain=is_first)
     role = None
     if settings is not None and settings.roles_claim is not None:
         is_admin = any(value in settings.roles_admin for value in _texts(claims.get(settings.roles_claim)))
         role = Role.ADMIN if is_admin else Role.MEMBER
-    return NamedCaller(Identity(f"jwt:{issuer}", subject), (subject, qualified) if is_first else (qualified,), role)
+    return NamedCaller(Identity(f"jwt:{issuer}", subject), names, role)
 
 
 def _first_issuer(inbound: InboundSettings) -> str:

@@ -26,8 +26,10 @@ _ADD = """
     INSERT INTO principals (uid, id, project_id, name, role, status, listed, created_at, seal)
     VALUES (:uid, :id, :project_id, :name, :role, :status, :listed, :created_at, :seal)
 """
+_END_SESSIONS = "DELETE FROM sessions WHERE principal = :principal"
 _BY_IDENTITY = "SELECT * FROM identities WHERE source = :source AND subject = :subject"
 _IDENTITIES_OF = "SELECT * FROM identities WHERE principal = :principal ORDER BY source, subject"
+_ALL_IDENTITIES = "SELECT * FROM identities ORDER BY source, subject"
 # A row that was changed in the store counts as missing, and is replaced.
 _ADD_IDENTITY = """
     INSERT INTO identities (uid, source, subject, principal, created_at, seal)
@@ -69,6 +71,13 @@ class Principals:
         asked: Columns = {"principal": principal_id}
         rows = await self._engine.fetch_all(_IDENTITIES_OF, asked)
         return await decode_rows(self._engine, _IDENTITIES, rows, asked, _read_identity)
+
+    async def all_identities(self) -> list[tuple[str, Identity]]:
+        """Return all identities with the ids of their principals."""
+        rows = await self._engine.fetch_all(_ALL_IDENTITIES)
+        return await decode_rows(
+            self._engine, _IDENTITIES, rows, {}, lambda row, cipher: (row["principal"], _read_identity(row, cipher))
+        )
 
     def table(self) -> SealedTable[Principal]:
         """Return a reader of all principals."""
@@ -120,12 +129,17 @@ class Principals:
         status: PrincipalStatus | None = None,
         listed: bool | None = None,
     ) -> Principal | None:
-        """Change what is given of a principal, and return it as it is now; None if there is none with this id."""
+        """Change what is given of a principal, and return it as it is now; None if there is none with this id.
+
+        If it is disabled, its sessions end for good.
+        """
         given = {"role": role, "status": status, "listed": None if listed is None else int(listed)}
         changes = {name: value for name, value in given.items() if value is not None}
         asked = {"id": principal_id}
         async with self._engine.transaction() as transaction:
             rows = await transaction.execute(_BY_ID, asked)
+            if status is PrincipalStatus.DISABLED:
+                await transaction.execute(_END_SESSIONS, {"principal": principal_id})
             for row in await intact_rows(self._engine, _PRINCIPALS, rows, asked):
                 if any(row[name] != value for name, value in changes.items()):
                     await change_row(self._engine, transaction, _PRINCIPALS, row, changes)

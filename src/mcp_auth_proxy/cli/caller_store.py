@@ -1,0 +1,206 @@
+"""What ``api-keys`` and ``principals`` do in the store. A running proxy heeds it within a second."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+from mcp_auth_proxy.cli.terminal import complain, say, say_json
+from mcp_auth_proxy.config.settings import Settings
+from mcp_auth_proxy.errors import McpAuthProxyError
+from mcp_auth_proxy.identity.keys import make_key
+from mcp_auth_proxy.models import ALL_SCOPES, DEFAULT_PROJECT, Identity, Principal, PrincipalStatus, Role, Scope
+from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.store.api_keys import ApiKeys
+from mcp_auth_proxy.store.principals import Principals, new_principal_id
+
+_MEMBER_SCOPES = frozenset({Scope.MCP, Scope.SELF})
+
+
+@asynccontextmanager
+async def _opened(settings: Settings) -> AsyncIterator[Engine]:
+    engine = await open_store(settings.store, announce=complain)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def create_key(
+    settings: Settings,
+    name: str,
+    *,
+    role: str | None,
+    project: str | None,
+    scopes: frozenset[Scope] | None,
+    lifetime: float | None,
+) -> int:
+    """Store a new key of the principal ``name`` and print it. Return 0; raise McpAuthProxyError."""
+    now = time.time()
+    async with _opened(settings) as engine:
+        principal = await _principal(engine, name, role=role, project=project, now=now, scopes=scopes)
+        if scopes is None:
+            scopes = ALL_SCOPES if principal.role is Role.ADMIN else _MEMBER_SCOPES
+        expires_at = None if lifetime is None else now + lifetime
+        key, text = make_key(principal=principal.id, name=name, scopes=scopes, now=now, expires_at=expires_at)
+        await ApiKeys(engine).add(key)
+    until = f", until {_iso(expires_at)}" if expires_at is not None else ""
+    complain(f"key {key.id} of {name} ({principal.role}), scopes {', '.join(sorted(scopes))}{until}; shown only now:")
+    say(text)
+    if Scope.MCP in scopes and "api_key" not in settings.inbound.modes:
+        complain("warning: inbound.mode does not have api_key, so this key works at the API only")
+    return 0
+
+
+async def list_keys(settings: Settings, *, as_json: bool) -> int:
+    """Print the keys, the oldest first. Return 0; raise McpAuthProxyError."""
+    rows: list[dict[str, Any]] = []
+    if settings.store.path.exists():
+        async with _opened(settings) as engine:
+            names = {principal.id: principal.name for principal in await Principals(engine).all()}
+            rows = [
+                {
+                    "id": key.id,
+                    "name": key.name,
+                    "principal": names.get(key.principal, key.principal),
+                    "principal_id": key.principal,
+                    "scopes": sorted(key.scopes),
+                    "created_at": _iso(key.created_at),
+                    "expires_at": _iso(key.expires_at),
+                    "last_used_at": _iso(key.last_used_at),
+                }
+                for key in await ApiKeys(engine).all()
+            ]
+    if as_json:
+        say_json(rows)
+        return 0
+    for row in rows:
+        ends = f", until {row['expires_at']}" if row["expires_at"] else ""
+        used = f"last used {row['last_used_at']}" if row["last_used_at"] else "never used"
+        say(f"{row['id']}  {row['principal']}  {','.join(row['scopes'])}  since {row['created_at']}{ends}, {used}")
+    if not rows:
+        say("there are no keys: `mcp-auth-proxy api-keys create NAME` makes one")
+    return 0
+
+
+async def revoke_key(settings: Settings, key_id: str) -> int:
+    """Delete a key. Return 0; raise McpAuthProxyError if there is none with this id."""
+    found = False
+    if settings.store.path.exists():
+        async with _opened(settings) as engine:
+            found = await ApiKeys(engine).delete(key_id)
+    if not found:
+        raise McpAuthProxyError(f"There is no key {key_id!r}. `mcp-auth-proxy api-keys list` shows the ids.")
+    say(f"{key_id} is revoked")
+    return 0
+
+
+async def list_principals(settings: Settings, *, as_json: bool) -> int:
+    """Print the principals, by name. Return 0; raise McpAuthProxyError."""
+    rows: list[dict[str, Any]] = []
+    if settings.store.path.exists():
+        async with _opened(settings) as engine:
+            rows = await _principal_rows(engine)
+    if as_json:
+        say_json(rows)
+        return 0
+    for row in rows:
+        identities = ", ".join(f"{each['source']}={each['subject']}" for each in row["identities"]) or "no identity"
+        say(f"{row['name']}  {row['role']}  {row['status']}  {row['id']}  {identities}")
+    if not rows:
+        say("there are no principals: `mcp-auth-proxy api-keys create NAME` makes one, or its first request")
+    return 0
+
+
+async def _principal_rows(engine: Engine) -> list[dict[str, Any]]:
+    identities: dict[str, list[Identity]] = {}
+    for key in await ApiKeys(engine).all():
+        identities.setdefault(key.principal, []).append(Identity("key", key.id))
+    for principal_id, identity in await Principals(engine).all_identities():
+        identities.setdefault(principal_id, []).append(identity)
+    return [
+        {
+            "id": principal.id,
+            "project_id": principal.project_id,
+            "name": principal.name,
+            "role": str(principal.role),
+            "status": str(principal.status),
+            "identities": [identity._asdict() for identity in identities.get(principal.id, [])],
+            "created_at": _iso(principal.created_at),
+        }
+        for principal in await Principals(engine).all()
+    ]
+
+
+async def add_principal(
+    settings: Settings, name: str, identities: Sequence[Identity], *, role: str | None, project: str | None
+) -> int:
+    """Add a principal, or identities to one that exists. Return 0; raise McpAuthProxyError."""
+    now = time.time()
+    async with _opened(settings) as engine:
+        store = Principals(engine)
+        for identity in identities:
+            other = await store.by_identity(identity)
+            if other is not None and other.name != name:
+                raise McpAuthProxyError(
+                    f"{identity.source}={identity.subject} is the principal {other.name!r} already. "
+                    f"`mcp-auth-proxy principals enable {other.name}` lets it call."
+                )
+        principal = await _principal(engine, name, role=role, project=project, now=now)
+        for identity in identities:
+            await store.add_identity(principal.id, identity, now=now)
+    say(f"{name} is a principal ({principal.role}): {principal.id}")
+    return 0
+
+
+async def set_status(settings: Settings, name: str, *, active: bool) -> int:
+    """Disable or enable a principal, by name or id. Return 0; raise McpAuthProxyError if there is none."""
+    principal = None
+    if settings.store.path.exists():
+        async with _opened(settings) as engine:
+            store = Principals(engine)
+            principal = await store.by_name(name) or await store.get(name)
+            if principal is not None:
+                status = PrincipalStatus.ACTIVE if active else PrincipalStatus.DISABLED
+                await store.change(principal.id, status=status, listed=True if active else None)
+    if principal is None:
+        raise McpAuthProxyError(f"There is no principal {name!r}. `mcp-auth-proxy principals list` shows them.")
+    say(f"{principal.name} is {'active' if active else 'disabled'}")
+    return 0
+
+
+async def _principal(
+    engine: Engine,
+    name: str,
+    *,
+    role: str | None,
+    project: str | None,
+    now: float,
+    scopes: frozenset[Scope] | None = None,
+) -> Principal:
+    """Return the principal with a name, made or changed as asked. Raises McpAuthProxyError.
+
+    ``scopes``: those of a key that it will get.
+    """
+    store = Principals(engine)
+    principal = await store.by_name(name)
+    wanted = Role(role) if role is not None else principal.role if principal is not None else Role.MEMBER
+    if scopes is not None and Scope.ADMIN in scopes and wanted is not Role.ADMIN:
+        raise McpAuthProxyError(f"The scope admin is for admins: give {name} the role with --role admin.")
+    if principal is None:
+        project_id = project or DEFAULT_PROJECT
+        principal = Principal(id=new_principal_id(), name=name, project_id=project_id, role=wanted, created_at=now)
+        await store.add(principal)
+        return principal
+    if not principal.is_active:
+        raise McpAuthProxyError(f"{name} is disabled: `mcp-auth-proxy principals enable {name}` comes first.")
+    if project is not None and project != principal.project_id:
+        raise McpAuthProxyError(f"{name} is in the project {principal.project_id}, and stays there.")
+    if role is not None and wanted is not principal.role:
+        complain(f"{name} was {principal.role}, and is {wanted} now")
+    return await store.change(principal.id, role=wanted, listed=True) or principal
+
+
+def _iso(moment: float | None) -> str | None:
+    return None if moment is None else datetime.fromtimestamp(moment).astimezone().isoformat(timespec="seconds")

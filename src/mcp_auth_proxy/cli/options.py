@@ -1,0 +1,119 @@
+"""What the commands share: options, help texts, where the settings come from, the event loop."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Collection, Coroutine
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mcp_auth_proxy.cli.terminal import complain
+from mcp_auth_proxy.config import location
+from mcp_auth_proxy.errors import ConfigError, ConfigurationError
+from mcp_auth_proxy.observability import logs
+
+if TYPE_CHECKING:
+    from mcp_auth_proxy.config.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+EXAMPLE = "https://mcp.example.com/mcp"
+LEVEL_VARIABLE = "MCP_AUTH_PROXY_LOG_LEVEL"
+_TAKE_URL = ("serve", "login", "logout", "status", "doctor")
+"""The commands that need no configuration if they are given a URL."""
+
+config_option = click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="Configuration file. Default: $MCP_AUTH_PROXY_CONFIG, ./mcp-auth-proxy.yaml, the user's config folder.",
+)
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a help text, which click must not wrap."""
+    return "\n".join(
+        ["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  mcp-auth-proxy {line}" for line in lines)]
+    )
+
+
+def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --log-level and --log-format to a command, and configure logging before it runs."""
+
+    @click.option(
+        "--log-level", type=click.Choice([*logs.LEVELS]), default=None, help=f"Default: ${LEVEL_VARIABLE}, else info."
+    )
+    @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Default: text.")
+    @wraps(command)
+    def configured(*args: Any, log_level: str | None, log_format: logs.Format, **kwargs: Any) -> Any:
+        level = log_level or os.environ.get(LEVEL_VARIABLE, "info").lower()
+        if level not in logs.LEVELS:
+            raise click.UsageError(f"${LEVEL_VARIABLE} is {level!r}; it must be one of {', '.join(logs.LEVELS)}.")
+        logs.configure(level, log_format, access_log=kwargs.pop("access_log", False))
+        return command(*args, **kwargs)
+
+    return configured
+
+
+def settings_from(
+    config_file: str | None,
+    url: str | None = None,
+    *,
+    secrets_of: Collection[str] | None = None,
+) -> "Settings":
+    """Return the settings of the configuration file, or those for one URL. Raises ConfigurationError.
+
+    Not for ``serve``, which listens. ``secrets_of``: the servers whose secrets are needed, None for all.
+    """
+    from mcp_auth_proxy.config import load as config
+
+    if url is not None:
+        refuse_both(config_file)
+        return config.single(url, environ=os.environ)
+    path = config_path(config_file)
+    settings = config.load(path, environ=os.environ, secrets_of=secrets_of)
+    name_file(path)
+    return settings
+
+
+def refuse_both(config_file: str | None) -> None:
+    """Raise UsageError if there is a configuration file beside a URL."""
+    if config_file is not None:
+        raise click.UsageError("Give a URL or --config, not both.")
+
+
+def name_file(path: Path) -> None:
+    """Say on stderr which configuration file is used; as a log line if lines there must be JSON."""
+    if click.get_current_context().params.get("log_format") == "json":
+        logger.info("configuration: %s", path)
+    else:
+        complain(f"configuration: {path}")
+
+
+def config_path(config_file: str | None) -> Path:
+    """Return the configuration file to read. Raises ConfigurationError if there is none."""
+    path = location.find(config_file, os.environ)
+    if path is not None:
+        return path
+    ways = "Use --config FILE, create mcp-auth-proxy.yaml in this folder"
+    command = click.get_current_context().info_name
+    last = (
+        "set $MCP_AUTH_PROXY_CONFIG."
+        if command not in _TAKE_URL
+        else f"give the URL of a server: mcp-auth-proxy {command} {EXAMPLE}"
+    )
+    raise ConfigurationError([ConfigError("", f"No configuration was found. {ways}, or {last}")])
+
+
+def run(work: Coroutine[Any, Any, int]) -> None:
+    """Run the coroutine of a command on uvloop, and exit with its result."""
+    import asyncio
+
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        code = runner.run(work)
+    sys.exit(code)
