@@ -12,6 +12,7 @@ from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
 from mcp_auth_proxy.identity import Authenticator, Callers, make_authenticator
+from mcp_auth_proxy.identity.api_token import obtain_token, token_path
 from mcp_auth_proxy.identity.sessions import make_sessions
 from mcp_auth_proxy.models import AccessToken, Account, Flow
 from mcp_auth_proxy.net import descriptors
@@ -155,6 +156,8 @@ async def lifespan(
         stack.push_async_callback(callers.aclose)
         if background:
             await callers.start()
+            if callers.anonymous and settings.admin.enabled:
+                _accept_token(callers, settings, now=clock())
         broker = Broker(
             servers=servers,
             database=database,
@@ -203,7 +206,8 @@ async def lifespan(
             settings=lambda: application.settings,
             public_url=public_url,
             clock=clock,
-            authenticator=authenticator or callers,
+            authenticator=callers,
+            directory=callers.directory,
             session_caller=visitors.session_caller,
         )
         site = Site(
@@ -246,6 +250,15 @@ async def lifespan(
             sign_in=sign_in_mount,
         )
         yield application
+
+
+def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:
+    """Let the key in the file ``api-token`` use the API, if the file can be used."""
+    path = token_path(settings)
+    try:
+        callers.accept_token(obtain_token(path, now=now))
+    except OSError as error:
+        logger.warning("the API can't be used: its key can't be kept in %s (%s)", path, error.strerror or error)
 
 
 def _opens_links(settings: Settings) -> bool:

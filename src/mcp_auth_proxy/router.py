@@ -2,6 +2,7 @@
 the site."""
 
 import math
+from http import HTTPStatus
 
 from mcp_auth_proxy.errors import CallerRefused, StoreError, excerpt
 from mcp_auth_proxy.identity import Authenticator
@@ -26,6 +27,7 @@ MAX_TARGET = 16 * 1024
 """Bytes of the path and query of a page. The longest are callbacks, whose code may be a JWT. To read 60 KB takes
 30 ms."""
 
+_API = b"/api/v1/"
 _SAFE_METHODS = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 _METRICS = b"/metrics"
 
@@ -167,6 +169,14 @@ class Router:
 
     def _refuse(self, request: ClientRequest, status: int, reason: str) -> None:
         self._refusals.warn(request.client, status, reason, kind=str(status))
+        if request.path.startswith(_API):
+            # As the API answers, which is imported only if it is used (RFC 9457).
+            problem = {"type": "urn:mcp-auth-proxy:refused", "status": status, "detail": reason}
+            title = HTTPStatus(status).phrase
+            request.respond(
+                status, [(b"content-type", b"application/problem+json")], encode({"title": title} | problem)
+            )
+            return
         request.respond(status, [(b"content-type", b"text/plain; charset=utf-8")], reason.encode())
 
     def _respond_refused(self, request: ClientRequest, refused: CallerRefused) -> None:

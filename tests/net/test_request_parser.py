@@ -256,7 +256,7 @@ REFUSED = {
     "bad chunk size": (400, b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n"),
     "signed chunk size": (400, b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n+1\r\na\r\n"),
     "a tunnel": (501, b"CONNECT /good HTTP/1.1\r\nHost: a\r\n\r\n"),
-    "an echo of the token": (501, b"TRACE /good HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "an echo of the token": (405, b"TRACE /good HTTP/1.1\r\nHost: a\r\n\r\n"),
     "unknown coding": (
         501,
         b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",

@@ -36,10 +36,12 @@ from mcp_auth_proxy.broker.oauth_clients import CHANGED as CLIENT_CHANGED
 from mcp_auth_proxy.broker.oauth_clients import REVOKED as CLIENT_REVOKED
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.sign_ins import SignIn, sign_in
+from mcp_auth_proxy.broker.stored_grants import AccountConnection
 
 __all__ = [
     "CLIENT_CHANGED",
     "CLIENT_REVOKED",
+    "AccountConnection",
     "AuthorizationRedirect",
     "Broker",
     "ChallengeHistory",

@@ -184,6 +184,7 @@ class Broker:
             tokens=self._tokens,
             renewer=renewer,
             pending=self._pending,
+            outages=self.outages,
             revoke=self._revoke,
             clock=clock,
         )

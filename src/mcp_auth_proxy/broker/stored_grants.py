@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mcp_auth_proxy.broker.connections import ForgottenGrant
 from mcp_auth_proxy.broker.flows import PendingFlows
@@ -13,6 +14,7 @@ from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import GrantUnusable
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account, Grant, Principal
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grant_summaries import GrantFilter, GrantState, GrantSummaries, GrantSummary
@@ -33,6 +35,14 @@ class AccountConnection:
     """None if there is no grant."""
 
 
+class DeletedGrant(NamedTuple):
+    """A grant that was deleted from the store."""
+
+    grant: GrantSummary
+    revoked: ForgottenGrant | None
+    """What became of it at its authorization server; None if it had ended before."""
+
+
 class StoredGrants:
     """The grants in the store, with what this process knows of their renewals. Every method raises StoreError."""
 
@@ -44,6 +54,7 @@ class StoredGrants:
         tokens: TokenCache,
         renewer: Renewer,
         pending: PendingFlows,
+        outages: OutageLog,
         revoke: Callable[[Account, Grant], Awaitable[ForgottenGrant]],
         clock: Callable[[], float],
     ) -> None:
@@ -54,6 +65,7 @@ class StoredGrants:
         self._tokens = tokens
         self._renewer = renewer
         self._pending = pending
+        self._outages = outages
         self._revoke = revoke
         self._clock = clock
 
@@ -103,13 +115,14 @@ class StoredGrants:
     ) -> AccountConnection:
         usable = [grant for grant in grants if grant.key.account == account and matches(grant, server)]
         grant = max(usable, key=lambda each: (each.ended_at is None, each.granted_at), default=None)
+        unreachable = server.name in self._outages.unreachable
         if grant is None:
-            return AccountConnection(account=account, word=word(None, authorizing=begun is not None))
+            shown = word(None, authorizing=begun is not None, unreachable=unreachable)
+            return AccountConnection(account=account, word=shown)
         status = self.status(grant)
         answered = begun is None or (grant.ended_at is None and grant.granted_at > begun)
-        return AccountConnection(
-            account=account, word=word(status, authorizing=not answered), grant=grant, status=status
-        )
+        shown = word(status, authorizing=not answered, unreachable=unreachable)
+        return AccountConnection(account=account, word=shown, grant=grant, status=status)
 
     async def refresh(self, grant_id: int) -> GrantSummary | None:
         """Renew a grant now, and return it with its new tokens; None if it is gone.
@@ -136,8 +149,8 @@ class StoredGrants:
             raise GrantUnusable(f"The grant has ended: {ended.ended_reason if ended else 'it is gone.'}", ended=True)
         return GrantSummary.of(renewed.grant)
 
-    async def delete(self, grant_id: int) -> ForgottenGrant | None:
-        """Delete a grant and revoke it at its authorization server; None if it was gone, or had ended before.
+    async def delete(self, grant_id: int) -> DeletedGrant | None:
+        """Delete a grant and revoke it at its authorization server; None if it was gone.
 
         An authorization of the same account that waits for its user is cancelled, as by a logout.
         """
@@ -152,19 +165,20 @@ class StoredGrants:
         if live:
             self._tokens.evict(account)
             self._pending.cancel(account)
-        if deleted is None or deleted.ended_at is not None:
+        if deleted is None:
             return None
-        return await self._revoke(account, deleted)
+        return DeletedGrant(summary, await self._revoke(account, deleted) if deleted.ended_at is None else None)
 
-    async def delete_all(self, principal: str) -> list[tuple[GrantSummary, ForgottenGrant | None]]:
+    async def delete_all(self, principal: str) -> list[DeletedGrant]:
         """Delete and revoke all grants of an owner, as ``delete`` does."""
         running = asyncio.Semaphore(REVOKED_AT_ONCE)
 
-        async def delete(grant: GrantSummary) -> tuple[GrantSummary, ForgottenGrant | None]:
+        async def delete(grant: GrantSummary) -> DeletedGrant | None:
             async with running:
-                return grant, await self.delete(grant.id)
+                return await self.delete(grant.id)
 
-        return list(await asyncio.gather(*map(delete, await self._summaries.of_principal(principal))))
+        grants = await self._summaries.of_principal(principal)
+        return [deleted for deleted in await asyncio.gather(*map(delete, grants)) if deleted is not None]
 
 
 def _is_at(account: Account, owner: str, server: ServerSettings) -> bool:

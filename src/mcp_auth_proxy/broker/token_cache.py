@@ -230,9 +230,9 @@ class TokenCache:
 
     async def resume_interrupted(self) -> None:
         """Renew the grants whose renewal was interrupted by a crash. Raises StoreError."""
-        for grant in await self._grants.all():
+        for grant in await self._grants.interrupted():
             account = grant.key.account
-            if grant.ended_at is not None or grant.refresh_begun_at is None or account.server not in self._servers:
+            if account.server not in self._servers:
                 continue
             logger.warning("a renewal for server %s was interrupted; it is started again", account.server)
             cached = await self.load(account)

@@ -43,6 +43,7 @@ class Directory:
         self._key_store = ApiKeys(database)
         self._principal_table = self._store.table()
         self._key_table = self._key_store.table()
+        self._versions = (0, 0)
         self._known: dict[str, Principal] = {LOCAL: LOCAL_PRINCIPAL} if local else {}
         self._local = local
         self.callers: dict[bytes, Caller] = {}
@@ -168,6 +169,11 @@ class Directory:
             if self._local:
                 principals[LOCAL] = LOCAL_PRINCIPAL
             keys = await self._key_table.all()
+            versions = (self._principal_table.version, self._key_table.version)
+            if versions == self._versions:
+                # Others write grants all the time.
+                return
+            self._versions = versions
             before, self._known = self._known, principals
             self._replace_keys(keys)
         changed = frozenset(key for key in before.keys() | principals.keys() if before.get(key) != principals.get(key))

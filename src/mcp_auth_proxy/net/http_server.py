@@ -36,7 +36,8 @@ _POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
 
 _TOO_MANY = "too many bytes of further requests before an answer"
 
-_REFUSAL = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
+_REFUSAL = b"HTTP/1.1 %d %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n%s"
+_ALLOW = b"allow: GET, HEAD, POST, PATCH, DELETE, OPTIONS\r\n"
 
 
 class HttpServerConnection(asyncio.Protocol):
@@ -336,7 +337,8 @@ class HttpServerConnection(asyncio.Protocol):
 
     def _write_refusal(self, status: int) -> None:
         phrase = http.HTTPStatus(status).phrase.encode()
-        self.transport.write(_REFUSAL % (status, phrase, len(phrase), phrase))
+        allow = _ALLOW if status == http.HTTPStatus.METHOD_NOT_ALLOWED else b""
+        self.transport.write(_REFUSAL % (status, phrase, len(phrase), allow, phrase))
 
     # The limit on connections
 

@@ -18,7 +18,7 @@ MAX_HEAD = 64 * 1024
 
 MAX_FIELDS = 200
 
-_NOT_SERVED = frozenset({b"CONNECT", b"TRACE"})
+_NOT_SERVED = {b"CONNECT": 501, b"TRACE": 405}
 """RFC 9110 §9.3.6: CONNECT would start a tunnel; §9.3.8: TRACE echoes the request, and our token with it."""
 
 _OTHER_PROTOCOL = re.compile(rb" (?:ICE|RTSP)/[0-9.]+\r")
@@ -244,7 +244,7 @@ class RequestParser:
         if version != "1.1" and version != "1.0":
             raise RequestRejected(400, "another major version has another syntax (RFC 9112 §2.3)")
         if method in _NOT_SERVED:
-            raise RequestRejected(501, "a method that is not served")
+            raise RequestRejected(_NOT_SERVED[method], "a method that is not served")
         expects_continue = False
         fields, host = self._fields, self._host
         if fields is None or headers != fields.headers:

@@ -36,6 +36,8 @@ class OutageLog:
     def __init__(self, call_later: CallLater = _call_later) -> None:
         self._call_later = call_later
         self._warned: dict[str, _Warned] = {}
+        self.unreachable: set[str] = set()
+        """The servers to which the last request could not connect."""
 
     def warn(self, server: str, reason: str, *, trace_id: str | None = None) -> None:
         """Log a warning about a configured server, or count it if the last one is less than ``INTERVAL`` seconds old.
@@ -66,3 +68,4 @@ class OutageLog:
     def forget(self, server: str) -> None:
         """Forget a server that was removed or changed: the next failure is logged at once."""
         self._warned.pop(server, None)
+        self.unreachable.discard(server)

@@ -171,6 +171,8 @@ class Forwarder:
         seconds = time.monotonic() - started_at
         # If a handler failed with an unexpected exception, the 500 is sent after this.
         status = request.status or (CLIENT_GONE if request.disconnected else 500)
+        if self._outages.unreachable and status < 500:
+            self._outages.unreachable.discard(route.server.name)
         metrics = route.metrics
         (metrics.post if request.method == b"POST" else metrics.of_method(request.method)).finished(status, seconds)
         if self._access_log.enabled:

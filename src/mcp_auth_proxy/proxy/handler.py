@@ -26,6 +26,7 @@ from mcp_auth_proxy.errors import (
     UpstreamPoolTimeout,
     UpstreamProtocolError,
     UpstreamTimeout,
+    UpstreamUnreachable,
 )
 from mcp_auth_proxy.models import AccessToken, Caller
 from mcp_auth_proxy.net.client_request import ClientRequest
@@ -361,6 +362,8 @@ class RequestHandler:
             self._context.outages.warn(server, f"{error}{peer}", trace_id=self._responder.trace_id)
         if isinstance(error, UpstreamError):
             self.route.metrics.upstream_failed(failure_kind(error))
+        if isinstance(error, UpstreamUnreachable):
+            self._context.outages.unreachable.add(server)
         status, retry_after = _status_of(error)
         text = str(error) if isinstance(error, BodyTooLarge) else f"Server {server}: {error}"
         code = answers.NOT_FOUND if isinstance(error, SessionNotFound) else answers.UPSTREAM_FAILED

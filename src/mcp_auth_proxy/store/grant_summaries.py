@@ -21,6 +21,9 @@ _TABLE = "grants"
 _REPEATED = ", ".join(f"'{kind}'" for kind in GrantType if kind.unattended)
 _RENEWABLE = f"(refresh_token IS NOT NULL OR grant_type IN ({_REPEATED}))"
 _DEAD = "(expires_at IS NOT NULL AND expires_at <= :now)"
+_NOT_RENEWED = "(ended_at IS NOT NULL OR refresh_token IS NULL)"
+"""True in both states that it stands in; it is the condition of an index."""
+
 _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _PAGE = "SELECT * FROM grants WHERE {conditions} ORDER BY id LIMIT :count"
 _OF_PRINCIPAL = "SELECT * FROM grants WHERE principal = :principal ORDER BY id"
@@ -47,9 +50,9 @@ class GrantState(StrEnum):
 
 _STATES = {
     GrantState.ACTIVE: f"ended_at IS NULL AND {_RENEWABLE} AND (NOT {_DEAD} OR {{under_way}})",
-    GrantState.DEGRADED: f"ended_at IS NULL AND NOT {_RENEWABLE} AND NOT {_DEAD}",
+    GrantState.DEGRADED: f"{_NOT_RENEWED} AND ended_at IS NULL AND NOT {_RENEWABLE} AND NOT {_DEAD}",
     GrantState.EXPIRED: f"ended_at IS NULL AND {_RENEWABLE} AND {_DEAD} AND NOT {{under_way}}",
-    GrantState.ENDED: f"(ended_at IS NOT NULL OR (NOT {_RENEWABLE} AND {_DEAD}))",
+    GrantState.ENDED: f"{_NOT_RENEWED} AND (ended_at IS NOT NULL OR (NOT {_RENEWABLE} AND {_DEAD}))",
 }
 """The same rules as in ``broker.states``."""
 

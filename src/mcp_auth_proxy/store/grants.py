@@ -66,6 +66,7 @@ _OTHERS = """
 _FLOW = "SELECT * FROM flows WHERE id = :id AND status <> 'failed'"
 _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _ALL = "SELECT * FROM grants ORDER BY granted_at, id"
+_INTERRUPTED = "SELECT * FROM grants WHERE refresh_begun_at IS NOT NULL AND ended_at IS NULL ORDER BY granted_at, id"
 _CURRENT = """
     SELECT * FROM grants
     WHERE principal = :principal AND server = :server AND account = :account AND ended_at IS NULL
@@ -120,6 +121,10 @@ class Grants:
         return bool(
             await self._intact(await self._engine.fetch_all(_OTHER_ACCOUNT, {**asked, "account": account.name}), asked)
         )
+
+    async def interrupted(self) -> list[Grant]:
+        """Return the grants with a refresh that was begun, and whose result was not stored."""
+        return await self._read(await self._engine.fetch_all(_INTERRUPTED), {})
 
     async def servers_of_issuer(self, issuer: str) -> list[GrantKey]:
         """Return the keys of all grants of an issuer that have not ended, whoever's and for whichever server."""

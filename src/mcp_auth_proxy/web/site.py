@@ -61,9 +61,9 @@ class Site:
         self._public_url = public_url
         self._draining = draining
         self._start = start
-        self.api = api
         self._visitors = visitors
         self._sign_in = sign_in
+        self.api = api
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:

@@ -12,7 +12,6 @@ from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.mcp_server import FakeMcpServer
-from mcp_auth_proxy.models import Account
 from mcp_auth_proxy.store.grants import Grants
 from web.api.api_setup import ApiSetup, api_setup, assert_problem
 
@@ -24,7 +23,6 @@ BODY = {
     "authorization_url": "https://as.example/authorize",
     "token_url": "https://as.example/token",
 }
-NOTES = Account("local", "notes")
 
 
 async def create(api: ApiSetup, **changes: Any) -> dict[str, Any]:
@@ -170,7 +168,8 @@ async def connected(
     """Run the proxy with an API client for ``notes``, with which its user has authorized."""
     issuer = await servers.authorization_server()
     upstream = await servers.mcp_server(issuer)
-    async with api_setup(folder, {"notes": upstream.url}) as api:
+    async with api_setup(folder, {"notes": upstream.url}, inbound={}) as api:
+        api.ada = api.local
         uri = f"{api.proxy.origin}/oauth/callback"
         issuer.add_client(client_id="by-hand", secret=SECRET, redirect_uris=(uri,))
         made = await create(

@@ -9,6 +9,10 @@ CALLERS = (
     "ALTER TABLE flows ADD COLUMN oauth_client TEXT",
     "ALTER TABLE flows ADD COLUMN mode TEXT",
     "ALTER TABLE flows ADD COLUMN return_origin TEXT",
+    # Lists of grants have pages by id; few of many grants need somebody's attention.
+    "CREATE INDEX grants_by_principal ON grants (principal, id)",
+    "CREATE INDEX grants_by_server ON grants (server, id)",
+    "CREATE INDEX grants_not_renewed ON grants (id) WHERE ended_at IS NOT NULL OR refresh_token IS NULL",
     """
     CREATE TABLE principals (
         uid TEXT NOT NULL UNIQUE,

@@ -1,17 +1,13 @@
 """Who calls the API: the principal of a credential, or of a browser's session."""
 
-from ipaddress import ip_address
-
 from starlette.requests import Request
 
 from mcp_auth_proxy.errors import CallerRefused
 from mcp_auth_proxy.models import Caller
-from mcp_auth_proxy.net.peers import limit_key, parse_address
+from mcp_auth_proxy.net.peers import IPAddress, limit_key, parse_address
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api.limits import Limits
-from mcp_auth_proxy.web.api.problems import Problem, forbidden, too_many
-
-_CREDENTIALS = ("authorization", "x-api-key")
+from mcp_auth_proxy.web.api.problems import forbidden, too_many
 
 NO_CREDENTIAL = (
     "A credential is needed: Authorization with Bearer and an API key or a JWT, X-API-Key, Basic with the key as "
@@ -20,30 +16,31 @@ NO_CREDENTIAL = (
 
 
 async def caller_of(request: Request, api: ApiContext, limits: Limits) -> Caller:
-    """Return who calls. Raises Problem (400, 401, 403, 429), CallerRefused and StoreError."""
+    """Return who calls. Raises Problem (403, 429), CallerRefused and StoreError.
+
+    A credential that holds is accepted however many others from its address did not: several users may share one.
+    """
     client, peer = addresses(request)
-    address = limit_key(parse_address(client)) if _is_address(client) else client
-    if seconds := limits.failed_credentials.wait(address):
-        raise too_many("Too many credentials from this address did not hold.", seconds)
     try:
-        return await _identify(request, api, peer)
+        caller = await _identify(request, api, peer)
     except CallerRefused as error:
-        if error.status in (400, 401, 403):
-            limits.failed_credentials.take(address)
+        if error.status == 401 and (seconds := limits.failed_credentials.take(_counted(client))):
+            raise too_many("Too many credentials from this address did not hold.", seconds) from None
         raise
+    if caller is None:
+        raise CallerRefused(NO_CREDENTIAL)
+    return caller
 
 
-async def _identify(request: Request, api: ApiContext, peer: str) -> Caller:
-    presented = any(name in request.headers for name in _CREDENTIALS)
+async def _identify(request: Request, api: ApiContext, peer: str) -> Caller | None:
+    """Return the caller; None if there is neither a credential nor a session."""
+    caller = await api.authenticator.identify_api(request.headers.raw, peer)
     session = await api.session_caller(request)
-    if session is None:
-        if not presented and api.authenticator.anonymous:
-            raise CallerRefused(NO_CREDENTIAL)
-        return await api.authenticator.identify(request.headers.raw, peer)
-    if presented:
-        raise Problem(400, "several-credentials", "The request has a session and another credential: send one of them.")
-    _check_origin(request)
-    return session
+    if caller is not None and session is not None:
+        raise CallerRefused("The request has a session and another credential: send one of them.", 400)
+    if session is not None:
+        _check_origin(request)
+    return caller or session
 
 
 def _check_origin(request: Request) -> None:
@@ -59,9 +56,9 @@ def addresses(request: Request) -> tuple[str, str]:
     return client, peer or client
 
 
-def _is_address(text: str) -> bool:
+def _counted(client: str) -> IPAddress | str:
+    """Return what failed credentials are counted by: an address, or a network for IPv6."""
     try:
-        ip_address(text.partition("%")[0])
+        return limit_key(parse_address(client))
     except ValueError:
-        return False
-    return True
+        return client

@@ -16,11 +16,17 @@ from mcp_auth_proxy.web.api.problems import MEDIA_TYPE, ProblemView
 Json = dict[str, Any]
 
 _REF = "#/components/schemas/{name}"
+_ID = "^[A-Za-z0-9_.:-]+$"
+"""What ids are made of; those of servers of the configuration are their names."""
+
 _PARAMETER = re.compile(r"\{(\w+)\}")
 _SECURITY: Json = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key (mapk_…), or a JWT."},
-    "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-    "basic": {"type": "http", "scheme": "basic", "description": "The API key as password; any name."},
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An API key (mapk_…) or a JWT. X-API-Key, or Basic with the key as password, does as well as "
+        "Bearer; a request has one of them.",
+    },
 }
 _RETRY_AFTER: Json = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
 _INFO = (
@@ -77,7 +83,7 @@ def _entry(operation: Operation) -> Json:
 
 
 def _path_parameters(operation: Operation) -> list[Json]:
-    schema = {"type": "string", "minLength": 1}
+    schema = {"type": "string", "pattern": _ID, "maxLength": 100}
     return [
         {"name": name, "in": "path", "required": True, "schema": schema} for name in _PARAMETER.findall(operation.path)
     ]
