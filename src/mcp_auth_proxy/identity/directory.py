@@ -85,7 +85,8 @@ class Directory:
 
     def on_refused(self, callback: Callable[[str], None]) -> None:
         """Call ``callback`` with the id of each principal that may no longer call, within a second of the change."""
-        self._refused.append(callback)
+        if callback not in self._refused:
+            self._refused.append(callback)
 
     def on_change(self, callback: Callable[[frozenset[str]], None]) -> None:
         """Call ``callback`` with the ids of principals that were changed or removed, before ``on_refused``."""
