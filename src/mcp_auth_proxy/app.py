@@ -98,6 +98,7 @@ class Application:
             limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
         )
         self.callers.configure(settings.inbound)
+        self.router.identify_by(self.router.authenticator, ProtectedResource(self.public_url, settings.inbound))
         self.sign_in.configure(settings.inbound)
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
 

@@ -5,6 +5,8 @@ import base64
 import hashlib
 import hmac
 import json
+import re
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,6 +27,7 @@ class IdentityProvider:
     def __init__(self) -> None:
         self.issuer = ""
         self.paths: list[str] = []
+        self.authorization: list[str] = []
         self.down = 0
         self.metadata: dict[str, Any] = {}
         self._rsa = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -67,17 +70,18 @@ class IdentityProvider:
             return self.down, {}
         if path == "/.well-known/openid-configuration":
             return 200, {"issuer": self.issuer, "jwks_uri": f"{self.issuer}/keys", **self.metadata}
-        return (200, {"keys": self.keys}) if path == "/keys" else (404, {})
+        return (200, {"keys": self.keys}) if path in ("/keys", "/openid/v1/jwks") else (404, {})
 
 
 @asynccontextmanager
-async def identity_provider() -> AsyncIterator[IdentityProvider]:
+async def identity_provider(tls: ssl.SSLContext | None = None) -> AsyncIterator[IdentityProvider]:
     """Run one until the block ends."""
     provider = IdentityProvider()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
+            provider.authorization += re.findall(r"\r\nAuthorization: (.*)\r\n", head.decode())
             status, document = provider.answer(head.split(b" ")[1].decode())
             body = json.dumps(document).encode()
             writer.write(
@@ -87,8 +91,8 @@ async def identity_provider() -> AsyncIterator[IdentityProvider]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    provider.issuer = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
+    provider.issuer = f"http{'s' if tls else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:
         yield provider
 

@@ -110,6 +110,7 @@ async def test_a_key_and_a_name_are_two_credentials(tmp_path: Path) -> None:
 
 
 async def test_a_name_never_is_a_principal_of_another_kind(tmp_path: Path) -> None:
+    # T62
     async with identifying(tmp_path, inbound(WITHOUT_SECRET)) as setup:
         with_key = await setup.add("alice")
         caller = await setup.callers.identify([USER], FRONT)

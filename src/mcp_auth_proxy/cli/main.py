@@ -75,6 +75,7 @@ def check(config_file: str | None) -> None:
     """Validate the configuration and print all errors at once."""
     from mcp_auth_proxy.config import load as config
     from mcp_auth_proxy.config.document import located
+    from mcp_auth_proxy.config.inbound import warnings
     from mcp_auth_proxy.config.oauth import first_contact_warning
     from mcp_auth_proxy.store.cipher import key_errors, key_warnings
 
@@ -83,7 +84,8 @@ def check(config_file: str | None) -> None:
     errors = key_errors(settings.store)
     if errors:
         raise ConfigurationError(located(errors, path), str(path))
-    for warning in filter(None, [first_contact_warning(settings.servers), *key_warnings(settings.store)]):
+    found = [first_contact_warning(settings.servers), *warnings(settings.inbound), *key_warnings(settings.store)]
+    for warning in filter(None, found):
         complain(f"warning: {warning}")
     say(f"{path}: valid, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
 

@@ -11,6 +11,7 @@ from mcp_auth_proxy.cli.listener import Server, bind, bound
 from mcp_auth_proxy.cli.reloading import reloading
 from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config import loops
+from mcp_auth_proxy.config.inbound import warnings
 from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings, reachable
@@ -31,6 +32,8 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     """
     descriptors.raise_limit()
     if warning := first_contact_warning(settings.servers):
+        logger.warning("%s", warning)
+    for warning in warnings(settings.inbound):
         logger.warning("%s", warning)
     with ExitStack() as sockets:
         sock, address = bind(settings.listen)

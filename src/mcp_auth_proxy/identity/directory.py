@@ -25,7 +25,6 @@ WATCH_INTERVAL = 0.4
 """Seconds between checks whether another process has written to the store."""
 
 HOUR = 3600.0
-_READER = "identity"
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +37,13 @@ class Directory:
 
     def __init__(self, database: Engine, *, clock: Callable[[], float], local: bool = False) -> None:
         self._database = database
+        self._reader = f"directory {id(self)}"
         self._clock = clock
         self._store = Principals(database)
         self._key_store = ApiKeys(database)
         self._principal_table = self._store.table()
         self._key_table = self._key_store.table()
+        self._versions = (0, 0)
         self._known: dict[str, Principal] = {LOCAL: LOCAL_PRINCIPAL} if local else {}
         self._local = local
         self.callers: dict[bytes, Caller] = {}
@@ -62,7 +63,7 @@ class Directory:
 
     async def start(self) -> None:
         """Read everything, then watch for changes. Raises StoreError."""
-        await self._database.changed(_READER)
+        await self._database.changed(self._reader)
         await self.reload()
         self._task = asyncio.create_task(self._watch())
 
@@ -84,7 +85,8 @@ class Directory:
 
     def on_refused(self, callback: Callable[[str], None]) -> None:
         """Call ``callback`` with the id of each principal that may no longer call, within a second of the change."""
-        self._refused.append(callback)
+        if callback not in self._refused:
+            self._refused.append(callback)
 
     def on_change(self, callback: Callable[[frozenset[str]], None]) -> None:
         """Call ``callback`` with the ids of principals that were changed or removed, before ``on_refused``."""
@@ -158,7 +160,7 @@ class Directory:
 
     async def heed_changes(self) -> None:
         """Read what another process has changed, if it has changed anything. Raises StoreError."""
-        if await self._database.changed(_READER):
+        if await self._database.changed(self._reader):
             await self.reload()
 
     async def reload(self) -> None:
@@ -168,6 +170,11 @@ class Directory:
             if self._local:
                 principals[LOCAL] = LOCAL_PRINCIPAL
             keys = await self._key_table.all()
+            versions = (self._principal_table.version, self._key_table.version)
+            if versions == self._versions:
+                # Others write grants all the time.
+                return
+            self._versions = versions
             before, self._known = self._known, principals
             self._replace_keys(keys)
         changed = frozenset(key for key in before.keys() | principals.keys() if before.get(key) != principals.get(key))

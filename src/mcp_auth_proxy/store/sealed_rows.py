@@ -136,6 +136,8 @@ class SealedTable(Generic[T]):
         self._table = table
         self._read = read
         self._decoded: dict[str, tuple[bytes, T]] = {}
+        self.version = 0
+        """Increases whenever a call of ``all`` finds something else than the one before."""
 
     async def all(self) -> list[T]:
         """Return the values of the rows that are as they were sealed. Raises StoreUnavailable.
@@ -155,6 +157,8 @@ class SealedTable(Generic[T]):
                 changed.append(row)
         for uid, seal, value in await decode_rows(self._engine, self._table, changed, {}, self._read_with_seal):
             self._decoded[uid] = (seal, value)
+        if changed or len(self._decoded) != len(before):
+            self.version += 1
         return [value for _, value in self._decoded.values()]
 
     def _read_with_seal(self, row: Row, cipher: RowCipher) -> tuple[str, bytes, T]:
