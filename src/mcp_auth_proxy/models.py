@@ -3,10 +3,10 @@
 Times are Unix seconds (float, UTC); scopes are tuples in the order given, without duplicates.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from mcp_auth_proxy import secret_values
 
@@ -304,6 +304,25 @@ class Flow:
     mode: FlowMode = FlowMode.BROWSER
     return_origin: str | None = None
     """The origin of the page that opened the link in a popup, which is told how it ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeServer:
+    """A server that was made at run time, by the API or by its URL alone."""
+
+    id: str
+    name: str
+    project_id: str = DEFAULT_PROJECT
+    origin: Literal["api", "adhoc"] = "api"
+    owner: str = ""
+    """The id of the principal that an ad-hoc server belongs to."""
+    url: str
+    document: Mapping[str, object] = field(default_factory=dict, repr=False)
+    """Its other settings, with the keys of the configuration file."""
+    created_at: float = 0.0
+    updated_at: float = 0.0
+    connected_at: float | None = None
+    """When it was first seen to be connected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

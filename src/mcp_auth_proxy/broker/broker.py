@@ -350,7 +350,7 @@ class Broker:
                 await self._sign_ins.remember(flow)
         account, issuer = stored.key.account, stored.key.issuer
         self._backoff.succeeded(of_issuer(server.name, issuer), of_account(account), of_tokens(account))
-        metrics.flows.labels(server.name, "completed").inc()
+        metrics.flows.labels(metrics.server_label(server.name), "completed").inc()
         logger.info("server %s is connected", server.name)
         return flow
 

@@ -110,7 +110,7 @@ class PendingFlows:
         except AuthorizationError as error:
             await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
             raise
-        metrics.flows.labels(flow.key.account.server, "started").inc()
+        metrics.flows.labels(metrics.server_label(flow.key.account.server), "started").inc()
         pending = self._track(flow)
         self._announce(flow, pending.link)
         return pending
@@ -164,7 +164,7 @@ class PendingFlows:
             grant = await self._device_polls.wait_for_decision(flow)
             if grant is not None:
                 self.activate(grant)
-                metrics.flows.labels(server, "completed").inc()
+                metrics.flows.labels(metrics.server_label(server), "completed").inc()
                 logger.info("server %s is connected", server)
         except AuthorizationError as error:
             logger.warning("server %s was not authorized: %s", server, error)
@@ -201,7 +201,7 @@ class PendingFlows:
         pending = self._pending.get(account)
         if pending is not None and pending.flow.id == flow.id:
             del self._pending[account]
-            metrics.flows.labels(account.server, "failed").inc()
+            metrics.flows.labels(metrics.server_label(account.server), "failed").inc()
             denied = AuthorizationDenied(str(error))
             denied.retry_after = error.retry_after if isinstance(error, AuthorizationError) else None
             pending.fail(denied)

@@ -50,7 +50,7 @@ class TokenClient:
                 response.headers,
                 response.body,
                 url=url,
-                http_loopback=self._discoverer.policy(plan.server.url).loopback,
+                http_loopback=self._discoverer.policy(plan.server.url, plan.server).loopback,
                 secrets=secrets_in(plan.server, plan.registration, form),
             )
 

@@ -170,6 +170,9 @@ class ServerSettings:
     origin: Literal["config", "api", "adhoc"] = "config"
     owner: str = ""
     """The principal that an ad-hoc server belongs to."""
+    allow_private: tuple[str, ...] | None = None
+    """The private hosts and networks that the URL of a server made at run time may lead to. None: it is configured,
+    and may lead anywhere."""
 
     @property
     def server_id(self) -> str:

@@ -7,8 +7,9 @@ from mcp_auth_proxy.config.servers import RESERVED
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.models import LOCAL, Account
 from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.addresses import AddressPolicy
 from mcp_auth_proxy.net.urls import Origin
-from mcp_auth_proxy.observability.metrics import ServerMetrics
+from mcp_auth_proxy.observability.metrics import ServerMetrics, server_label
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
 
@@ -23,6 +24,8 @@ class Route:
     host: bytes
     account: Account
     metrics: ServerMetrics
+    policy: AddressPolicy | None = None
+    """Which addresses may be dialed, for servers that were made at run time. None: any."""
 
 
 def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
@@ -42,7 +45,8 @@ def route_to(server: ServerSettings) -> Route:
         url.target,
         url.origin.authority.encode("ascii"),
         Account(LOCAL, server.name),
-        ServerMetrics(server.name),
+        ServerMetrics(server_label(server.name)),
+        None if server.allow_private is None else AddressPolicy.only(server.allow_private),
     )
 
 
