@@ -186,6 +186,8 @@ class TokenSet:
     expires_at: float | None = None
     """None if the server did not say: then only a 401 shows that the token has expired."""
     scopes: tuple[str, ...] = ()
+    label: str = ""
+    """Whose account it is, as far as the response says. Not stored: a grant keeps the label that it was made with."""
 
     def __post_init__(self) -> None:
         secret_values.remember(self.access_token, self.refresh_token)

@@ -28,8 +28,8 @@ class FakeAuthorizationServer(AuthorizationServer):
     """Behaves as its attributes say; a test may change them at any time.
 
     ``rules`` has lifetimes, scopes, rotation and refresh tokens. ``answers`` replaces the response of an endpoint
-    (metadata, register, authorize, consent, token, revoke); ``outage`` that of all of them. ``gates`` holds requests to
-    an endpoint until their event is set.
+    (metadata, register, authorize, consent, token, revoke, userinfo); ``outage`` that of all of them. ``gates`` holds
+    requests to an endpoint until their event is set.
     """
 
     def __init__(self, issuer: str, **options: Any) -> None:
@@ -178,7 +178,7 @@ class FakeAuthorizationServer(AuthorizationServer):
         if path in self.metadata_paths():
             return "metadata"
         name = path.removeprefix(urlsplit(self.issuer).path).removeprefix("/")
-        return name if name in ("register", "authorize", "consent", "token", "revoke") else "other"
+        return name if name in ("register", "authorize", "consent", "token", "revoke", "userinfo") else "other"
 
     def owns(self, path: str) -> bool:
         """Return whether this issuer, of several on one host, serves the path."""

@@ -40,7 +40,7 @@ class RecordedRequest:
     body: bytes
     client: tuple[str, int]
     endpoint: str = ""
-    """The endpoint of an authorization server: metadata, register, authorize, consent, token, revoke or other."""
+    """Of an authorization server: metadata, register, authorize, consent, token, revoke, userinfo or other."""
     gone: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     done: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 

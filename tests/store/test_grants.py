@@ -53,6 +53,50 @@ async def test_other_principals_and_servers_see_nothing(grants: Grants) -> None:
     assert await grants.get(999) is None
 
 
+async def test_a_further_account_is_one_beside_another_that_has_not_ended(grants: Grants) -> None:
+    assert not await grants.has_other_account(WORK)
+    first = await grants.add(grant())
+    assert await grants.has_other_account(WORK)
+    assert not await grants.has_other_account(DEFAULT)
+    assert not await grants.has_other_account(Account("someone", "linear", "work"))
+    assert not await grants.has_other_account(Account("local", "notes", "work"))
+    await grants.end(first.id, version=first.version, reason="It is over.", now=NOW)
+    assert not await grants.has_other_account(WORK)
+
+
+async def test_a_label_is_stored_and_survives_a_renewal(grants: Grants) -> None:
+    stored = await grants.add(grant())
+    await grants.set_label(stored.id, "me@work.example")
+    await grants.set_label(999, "nobody")
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+    renewed = await grants.renewed(stored.id, version=1, owner=OWNER, tokens=tokens("2"))
+    assert renewed is not None
+    assert renewed.label == "me@work.example"
+
+
+async def test_grants_can_be_given_to_another_principal(grants: Grants) -> None:
+    stored = await grants.add(of_work(grant()))
+    assert await grants.assign(WORK, "prn_1")
+    given = await grants.current(Account("prn_1", "linear", "work"))
+    assert given is not None
+    assert given.tokens == stored.tokens
+    assert (given.id, given.version) == (stored.id, stored.version)
+    assert await grants.current(WORK) is None
+
+
+async def test_a_grant_of_the_other_principal_is_not_replaced(grants: Grants) -> None:
+    mine = await grants.add(grant())
+    key = replace(mine.key, account=Account("prn_1", "linear"))
+    theirs = await grants.add(replace(grant(name="2"), key=key))
+    assert not await grants.assign(DEFAULT, "prn_1")
+    assert [await grants.get(mine.id), await grants.get(theirs.id)] == [mine, theirs]
+    await grants.end(theirs.id, version=theirs.version, reason="It is over.", now=NOW)
+    assert await grants.assign(DEFAULT, "prn_1")
+    given = await grants.current(key.account)
+    assert given is not None
+    assert given.id == mine.id
+
+
 async def test_each_account_of_a_server_has_a_grant_of_its_own(grants: Grants) -> None:
     first = await grants.add(grant())
     second = await grants.add(of_work(grant(name="2")))

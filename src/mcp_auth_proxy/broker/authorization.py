@@ -124,7 +124,8 @@ class Authorizations:
     async def _new_flow(self, plan: Plan) -> Flow:
         """Return a flow, not yet stored; for another device it needs a code of the authorization server."""
         if plan.server.oauth.grant is not GrantType.DEVICE_CODE:
-            return new_flow(plan, now=self._clock())
+            further = await self._grants.has_other_account(plan.key.account)
+            return new_flow(plan, now=self._clock(), further=further)
         try:
             with self._backoff.attempt(of_issuer(plan.server.name, plan.key.issuer)):
                 device = await self._token_client.start_device(plan)

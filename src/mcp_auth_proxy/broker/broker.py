@@ -352,6 +352,9 @@ class Broker:
         self._backoff.succeeded(of_issuer(server.name, issuer), of_account(account), of_tokens(account))
         metrics.flows.labels(metrics.server_label(server.name), "completed").inc()
         logger.info("server %s is connected", server.name)
+        if not stored.label and (label := await self._token_client.label(server, stored)):
+            with contextlib.suppress(StoreError):
+                await self._grants.set_label(stored.id, label)
         return flow
 
     # For commands, pages and the API

@@ -14,10 +14,10 @@ from mcp_auth_proxy.broker.matching import configured, configured_for, matches
 from mcp_auth_proxy.broker.pending import PendingAuthorization, link_of
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
-from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.config.settings import AccountSettings, ServerSettings
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, McpAuthProxyError, StoreError
 from mcp_auth_proxy.models import Account, Flow, FlowStatus, Grant
-from mcp_auth_proxy.oauth import dpop
+from mcp_auth_proxy.oauth import dpop, scopes
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart
 from mcp_auth_proxy.observability import metrics
@@ -244,8 +244,11 @@ class PendingFlows:
         return task
 
 
-def new_flow(plan: Plan, *, now: float, device: DeviceGrantStart | None = None) -> Flow:
-    """Return a flow for a plan, not yet stored. ``device`` if the user authorizes on another device."""
+def new_flow(plan: Plan, *, now: float, device: DeviceGrantStart | None = None, further: bool = False) -> Flow:
+    """Return a flow for a plan, not yet stored.
+
+    ``device`` if the user authorizes on another device. ``further``: the principal has another account there already.
+    """
     return Flow(
         id=secrets.token_urlsafe(24),
         key=plan.key,
@@ -254,12 +257,29 @@ def new_flow(plan: Plan, *, now: float, device: DeviceGrantStart | None = None) 
         scopes=plan.scopes,
         redirect_uri=plan.registration.redirect_uri,
         iss_supported=plan.metadata.iss_parameter_supported,
-        extra_params=tuple(plan.server.oauth.authorization_params.items()),
+        extra_params=tuple(_extra_params(plan, further=further).items()),
         created_at=now,
         expires_at=now + (FLOW_LIFETIME if device is None else device.lifetime),
         device=None if device is None else device.device,
         dpop_key=plan.new_dpop_key(),
+        oauth_client=plan.oauth_client,
     )
+
+
+def _extra_params(plan: Plan, *, further: bool) -> dict[str, str]:
+    """Return the parameters that the configuration adds to the authorization request; those of the account win.
+
+    For a further account the authorization server is asked to let the user choose one (OpenID Connect Core §3.1.2.1):
+    else it would use the account that the browser is signed in with.
+    """
+    account = plan.server.accounts.get(plan.key.account.name, AccountSettings())
+    consent = " consent" if scopes.OFFLINE_ACCESS in plan.scopes else ""
+    params = {"prompt": f"select_account{consent}"} if further else {}
+    params.update(plan.server.oauth.authorization_params)
+    if account.login_hint is not None:
+        params["login_hint"] = account.login_hint
+    params.update(account.authorization_params)
+    return params
 
 
 def clone_flow(flow: Flow, *, now: float) -> Flow:

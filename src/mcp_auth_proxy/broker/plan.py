@@ -19,6 +19,8 @@ class Plan:
     scopes: tuple[str, ...]
     dpop: bool = False
     """Whether the tokens will be bound to a key of the proxy (RFC 9449)."""
+    oauth_client: str | None = None
+    """The id of the ``OAuthClient`` that the registration is of."""
 
     @property
     def endpoints(self) -> Endpoints:

@@ -126,12 +126,13 @@ class Planner:
             ),
             metadata=metadata,
             registration=registration,
-            scopes=self._scopes(server, challenge, resource, metadata, already),
+            scopes=self._scopes(account, server, challenge, resource, metadata, already),
             dpop=bound,
         )
 
     def _scopes(
         self,
+        account: Account,
         server: ServerSettings,
         challenge: BearerChallenge | None,
         resource: ResourceMetadata | None,
@@ -140,7 +141,7 @@ class Planner:
     ) -> tuple[str, ...]:
         wants_offline_access = (server.name, metadata.issuer) not in self._without_offline_access
         return scopes.choose(
-            configured=server.oauth.scopes,
+            configured=server.scopes_of(account),
             challenged=challenge.scopes if challenge else None,
             supported_by_resource=resource.scopes_supported if resource else None,
             supported_by_server=metadata.scopes_supported,

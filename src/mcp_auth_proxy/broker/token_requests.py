@@ -1,5 +1,6 @@
 """The token client: send requests to token, device and revocation endpoints, and make grants from the responses."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 
@@ -10,14 +11,18 @@ from mcp_auth_proxy.broker.unattended import UnattendedForms
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, TokenRefused
 from mcp_auth_proxy.models import Attempt, Flow, Grant, GrantType, Registration, TokenSet
-from mcp_auth_proxy.oauth import device_authorization, dpop, retry_after, revocation, token_endpoint
+from mcp_auth_proxy.oauth import account_label, device_authorization, dpop, retry_after, revocation, token_endpoint
 from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart, Poll
+from mcp_auth_proxy.oauth.documents import parse_object
 from mcp_auth_proxy.oauth.fetch import Fetcher, Response
 from mcp_auth_proxy.oauth.oauth_error import TokenRequestContext
 from mcp_auth_proxy.oauth.token_exchange import SubjectToken
 
 logger = logging.getLogger(__name__)
+
+LABEL_DEADLINE = 3.0
+"""Seconds to find out whose account a grant is for. A user in a browser waits for it."""
 
 
 class TokenClient:
@@ -27,6 +32,7 @@ class TokenClient:
         self._requests = AuthenticatedRequests(fetcher=fetcher, discoverer=discoverer, clock=clock)
         self._forms = UnattendedForms(requests=self._requests, discoverer=discoverer)
         self._discoverer = discoverer
+        self._fetcher = fetcher
         self._clock = clock
 
     # With a user
@@ -130,6 +136,29 @@ class TokenClient:
         except AuthorizationError as error:
             logger.warning("the tokens that came for server %s could not be revoked: %s", server.name, error)
 
+    async def label(self, server: ServerSettings, grant: Grant) -> str:
+        """Ask the userinfo endpoint who has authorized (OpenID Connect Core §5.3); return "" if that is not found out.
+
+        Only bearer tokens with the scope ``openid`` are sent there.
+        """
+        if "openid" not in grant.tokens.scopes or grant.tokens.token_type != "Bearer":
+            return ""
+        try:
+            async with asyncio.timeout(LABEL_DEADLINE):
+                metadata = await self._discoverer.server_metadata(server, grant.key.issuer)
+                if metadata.userinfo_endpoint is None:
+                    return ""
+                response = await self._fetcher.get(
+                    metadata.userinfo_endpoint,
+                    headers=[("Authorization", f"Bearer {grant.tokens.access_token}")],
+                    document="userinfo response",
+                    policy=self._discoverer.policy(server.url),
+                )
+                return account_label.of_person(parse_object(response.body)) if response.status == 200 else ""
+        except (AuthorizationError, TimeoutError, ValueError) as error:
+            logger.debug("whose account the grant for server %s is was not found out: %s", server.name, error)
+            return ""
+
     # The token endpoint
 
     async def _tokens(
@@ -179,6 +208,8 @@ class TokenClient:
             scopes=source.scopes,
             granted_at=self._clock(),
             dpop_key=dpop_key,
+            label=tokens.label,
+            oauth_client=source.oauth_client,
         )
 
 

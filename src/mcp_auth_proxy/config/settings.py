@@ -184,6 +184,11 @@ class ServerSettings:
         owner = shared_principal(self.project) if self.grant_owner == "shared" else principal.id
         return Account(owner, self.name, name)
 
+    def scopes_of(self, account: Account) -> tuple[str, ...] | None:
+        """Return the scopes that are configured for an account, None if there are none."""
+        preset = self.accounts.get(account.name)
+        return self.oauth.scopes if preset is None or preset.scopes is None else preset.scopes
+
     def key(self, path: str) -> str:
         """Return the full configuration key of a path below this server, for messages.
 

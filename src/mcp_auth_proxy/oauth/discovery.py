@@ -47,6 +47,7 @@ class ServerMetadata:
     registration_endpoint: str | None = None
     revocation_endpoint: str | None = None
     device_authorization_endpoint: str | None = None
+    userinfo_endpoint: str | None = None
     scopes_supported: tuple[str, ...] | None = None
     response_types_supported: tuple[str, ...] | None = None
     grant_types_supported: tuple[str, ...] | None = None
@@ -294,6 +295,7 @@ def _server_metadata(document: Document, issuer: str, *, http_loopback: bool) ->
         registration_endpoint=endpoint("registration_endpoint"),
         revocation_endpoint=endpoint("revocation_endpoint"),
         device_authorization_endpoint=endpoint("device_authorization_endpoint"),
+        userinfo_endpoint=endpoint("userinfo_endpoint"),
         scopes_supported=document.strings("scopes_supported"),
         response_types_supported=document.strings("response_types_supported"),
         grant_types_supported=document.strings("grant_types_supported"),

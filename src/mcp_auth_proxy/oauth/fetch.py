@@ -63,12 +63,14 @@ class Fetcher:
         """Let the connections of the last requests close."""
         await asyncio.sleep(0)
 
-    async def get(self, url: str, *, document: str, policy: AddressPolicy) -> Response:
+    async def get(
+        self, url: str, *, headers: Sequence[tuple[str, str]] = (), document: str, policy: AddressPolicy
+    ) -> Response:
         """Fetch a document. Raises DocumentRefused or AuthorizationServerUnavailable.
 
         ``document`` is its name in words, for errors. Any status but a redirect is returned.
         """
-        return await self._exchange("GET", url, [], None, document=document, policy=policy)
+        return await self._exchange("GET", url, headers, None, document=document, policy=policy)
 
     async def options(self, url: str, *, document: str, policy: AddressPolicy) -> Response:
         """Ask what an endpoint accepts, which changes nothing there (RFC 9110 §9.3.7). Raises as ``get`` does."""

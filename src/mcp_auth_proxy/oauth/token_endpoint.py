@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, TokenRefused, excerpt
 from mcp_auth_proxy.models import Attempt, Flow, Grant, TokenSet
-from mcp_auth_proxy.oauth import oauth_error, quirks, retry_after, scopes
+from mcp_auth_proxy.oauth import account_label, oauth_error, quirks, retry_after, scopes
 from mcp_auth_proxy.oauth.documents import Document, parse_object
 from mcp_auth_proxy.oauth.oauth_error import TokenRequestContext
 
@@ -105,6 +105,7 @@ def read_tokens(
         obtained_at=now,
         expires_at=None if lifetime is None else now + lifetime,
         scopes=_granted(document.get("scope"), previous.scopes if previous else requested_scopes),
+        label="" if previous else account_label.of_response(answer),
     )
 
 

@@ -71,6 +71,11 @@ _CURRENT = """
     WHERE principal = :principal AND server = :server AND account = :account AND ended_at IS NULL
     ORDER BY granted_at DESC, id DESC
 """
+_OF_ACCOUNT = "SELECT * FROM grants WHERE principal = :principal AND server = :server AND account = :account"
+_OTHER_ACCOUNT = """
+    SELECT * FROM grants
+    WHERE principal = :principal AND server = :server AND account <> :account AND ended_at IS NULL LIMIT 1
+"""
 _OF_ISSUER = "SELECT * FROM grants WHERE issuer = :issuer AND ended_at IS NULL ORDER BY id"
 _DELETE = "DELETE FROM grants WHERE principal = :principal AND server = :server AND account = :account RETURNING *"
 _LIVE = "SELECT * FROM grants WHERE id = :id AND version = :version AND ended_at IS NULL"
@@ -107,6 +112,13 @@ class Grants:
     async def all(self) -> list[Grant]:
         """Return every grant that can be decrypted, ended ones too, oldest first."""
         return await self._read(await self._engine.fetch_all(_ALL), {})
+
+    async def has_other_account(self, account: Account) -> bool:
+        """Return whether the principal has a grant for another account of the server, which has not ended."""
+        asked: Columns = {"principal": account.principal, "server": account.server}
+        return bool(
+            await self._intact(await self._engine.fetch_all(_OTHER_ACCOUNT, {**asked, "account": account.name}), asked)
+        )
 
     async def servers_of_issuer(self, issuer: str) -> list[GrantKey]:
         """Return the keys of all grants of an issuer that have not ended, whoever's and for whichever server."""
@@ -207,6 +219,30 @@ class Grants:
             for row in rows:
                 await self._end(transaction, row, now=now, reason=reason)
         return bool(rows)
+
+    async def set_label(self, grant_id: int, label: str) -> None:
+        """Store whose account a grant is for, unless it is gone."""
+        async with self._engine.transaction() as transaction:
+            asked: Columns = {"id": grant_id}
+            for row in await self._intact(await transaction.execute(_BY_ID, asked), asked):
+                await change_row(self._engine, transaction, _TABLE, row, {"label": label})
+
+    async def assign(self, account: Account, principal: str) -> bool:
+        """Give the grants of an account to another principal, under the same name of the account.
+
+        Return False, and change nothing, if that principal has a grant for the account that has not ended; one that has
+        ended is deleted.
+        """
+        target = Account(principal, account.server, account.name)
+        async with self._engine.transaction() as transaction:
+            asked = account_params(target)
+            if await self._intact(await transaction.execute(_CURRENT, asked), asked):
+                return False
+            await transaction.execute(_DELETE, asked)
+            given = account_params(account)
+            for row in await self._intact(await transaction.execute(_OF_ACCOUNT, given), given):
+                await change_row(self._engine, transaction, _TABLE, row, {"principal": principal, **_NO_REFRESH})
+        return True
 
     async def delete(self, account: Account) -> list[Grant]:
         """Delete all grants of an account, and return those that can be decrypted."""
