@@ -22,6 +22,9 @@
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
     ├── CallbackRefused                a callback request that matches no pending flow
+    │   ├── StateRefused               its state is not one of the caller's own flows
+    │   └── IssuerMissing              it has no iss, which the authorization server promises
+    ├── ServerConflict                 a server can't be made or changed at run time as things are
     ├── CallerRefused                  a request whose caller is not known, or may not call
     └── UpstreamError
         ├── UpstreamUnreachable        no connection: no byte of the request was sent
@@ -282,6 +285,31 @@ class CallbackRefused(McpAuthProxyError):
 
     def __init__(self, message: str, status: int = 400) -> None:
         self.status = status
+        super().__init__(message)
+
+
+class StateRefused(CallbackRefused):
+    """A code was brought with a state that belongs to no headless flow of the caller. Nothing was used up."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 422)
+
+
+class IssuerMissing(CallbackRefused):
+    """A code was brought without ``iss``, which its authorization server always sends. Nothing was used up."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 422)
+
+
+class ServerConflict(McpAuthProxyError):
+    """A server can't be made, changed or deleted at run time as things are.
+
+    ``kind`` is a word for programs: ``config-owned``, ``name-taken``, ``changed`` or ``too-many``.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        self.kind = kind
         super().__init__(message)
 
 

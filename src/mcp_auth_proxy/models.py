@@ -254,6 +254,10 @@ class FlowStatus(StrEnum):
     FAILED = "failed"
 
 
+HEADLESS_ATTEMPT = "headless"
+"""The ``Attempt.browser_hash`` of an attempt that no browser made: it is no hash, so no cookie matches it."""
+
+
 class FlowMode(StrEnum):
     """How the user comes to the authorization server, and the code back."""
 
@@ -332,7 +336,7 @@ class Attempt:
     """A browser that has opened the link of a flow: the authorization response is checked against it.
 
     ``state_hash`` and ``browser_hash`` are the SHA-256 (hex) of the state and of the cookie that binds the
-    browser; the values themselves are never stored.
+    browser; the values themselves are never stored. HEADLESS_ATTEMPT stands for no browser.
     """
 
     flow_id: str

@@ -8,6 +8,7 @@ from mcp_auth_proxy.broker.flows import PendingFlows, clone_flow, new_flow
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.planning import Planner
+from mcp_auth_proxy.broker.requested_flows import FlowRequest
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.broker.step_up import StepUpLimiter
 from mcp_auth_proxy.broker.token_requests import TokenClient
@@ -63,6 +64,35 @@ class Authorizations:
         """
         return await self._running.run(account, lambda: self._authorize(account, server, challenge, already, schemes))
 
+    async def request(
+        self,
+        account: Account,
+        server: ServerSettings,
+        challenge: BearerChallenge | None,
+        wanted: FlowRequest,
+        *,
+        schemes: tuple[str, ...] = (),
+    ) -> tuple[AccessToken | PendingAuthorization, bool]:
+        """Return the flow that somebody asks for, and whether it is new; a token if no user has to be asked.
+
+        Raises as ``authorize`` does.
+        """
+
+        async def start() -> AccessToken | PendingAuthorization:
+            found = self._pending.usable(account) or await self._pending.resume(account, None)
+            if found is not None and wanted.fits(found.flow):
+                return found
+            return await self._new(account, wanted.settings(account, server), challenge, None, schemes, wanted)
+
+        before = self._pending.usable(account) or await self._pending.resume(account, None)
+        while True:
+            # A request of an MCP client may be authorizing the account just now, with a flow of another kind.
+            outcome = await self._running.run(account, start)
+            if not isinstance(outcome, PendingAuthorization) or wanted.fits(outcome.flow):
+                break
+        new = isinstance(outcome, PendingAuthorization) and (before is None or before.flow.id != outcome.flow.id)
+        return outcome, new
+
     async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
         """Return a pending authorization whose link can be used for a while, a new one if necessary.
 
@@ -92,6 +122,17 @@ class Authorizations:
         pending = self._pending.usable(account) or await self._pending.resume(account, challenge)
         if pending is not None:
             return pending
+        return await self._new(account, server, challenge, already, schemes, None)
+
+    async def _new(
+        self,
+        account: Account,
+        server: ServerSettings,
+        challenge: BearerChallenge | None,
+        already: tuple[str, ...] | None,
+        schemes: tuple[str, ...],
+        wanted: FlowRequest | None,
+    ) -> AccessToken | PendingAuthorization:
         everyone, own = of_server(server.name), of_account(account)
         self._backoff.check(everyone, own)
         # A token that can't be read is no server's failure: no pause, and nothing is fetched in vain.
@@ -111,7 +152,7 @@ class Authorizations:
             raise
         self._backoff.succeeded(everyone, own, of_issuer(server.name, plan.key.issuer))
         if isinstance(made, Flow):
-            return await self._pending.start(made)
+            return await self._pending.start(made if wanted is None else wanted.apply(made))
         return self._pending.activate(await self._grants.add(made)).token
 
     async def _obtain(self, plan: Plan) -> Grant:

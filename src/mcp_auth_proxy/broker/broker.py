@@ -3,8 +3,10 @@
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 from mcp_auth_proxy.broker.attempts import (
+    AcceptedCallback,
     AuthorizationAttempts,
     AuthorizationRedirect,
     ConfirmationPrompt,
@@ -21,12 +23,14 @@ from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
+from mcp_auth_proxy.broker.headless import HeadlessAttempts
 from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches, server_removed
-from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker.pending import PendingAuthorization, link_of
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer
+from mcp_auth_proxy.broker.requested_flows import FlowRequest
 from mcp_auth_proxy.broker.sign_ins import SignIns
-from mcp_auth_proxy.broker.store_watch import StoreWatch
+from mcp_auth_proxy.broker.store_watch import StoreReader, StoreWatch
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.broker.visits import LinkVisits
@@ -69,15 +73,17 @@ class Broker:
         clock: Callable[[], float],
         allow_private: tuple[str, ...] = (),
         opens_links: bool = False,
+        readers: tuple[StoreReader, ...] = (),
     ) -> None:
         """``servers`` may change at any time; call ``servers_changed`` afterwards.
 
         ``announce`` is called with each new flow and its link. ``allow_private``: private hosts and networks that
         metadata documents may lead to. ``opens_links``: whether links may be opened in a browser (``link_opened``);
-        then every visit but the first after that has to be confirmed.
+        then every visit but the first after that has to be confirmed. ``readers`` are told what other processes write.
         """
         self._servers = servers
         self._database = database
+        self._public_url = public_url
         self._clock = clock
         self.outages = OutageLog()
         self._backoff = backoff = Backoff(clock=clock)
@@ -110,6 +116,7 @@ class Broker:
             clock=clock,
         )
 
+        self._headless = HeadlessAttempts(flows=self._flows, clock=clock)
         self._begun: set[Account] = set()
         """The accounts for which a user in a browser begins an authorization right now."""
 
@@ -156,7 +163,12 @@ class Broker:
             servers=servers, tokens=self._tokens, authorizations=self._authorizations, backoff=backoff
         )
         self._watch = StoreWatch(
-            database=database, flows=self._flows, tokens=self._tokens, pending=self._pending, clock=clock
+            database=database,
+            flows=self._flows,
+            tokens=self._tokens,
+            pending=self._pending,
+            clock=clock,
+            readers=readers,
         )
 
     async def start(self) -> None:
@@ -318,7 +330,19 @@ class Broker:
 
         Raises CallbackRefused if it belongs to none, AuthorizationError if the authorization failed.
         """
-        flow, attempt, confirmed = await self._attempts.accept(params, cookies)
+        return await self._finish(await self._attempts.accept(params, cookies), params)
+
+    async def complete_headless(self, account: Account, *, code: str, state: str, iss: str | None) -> Flow:
+        """Complete a headless flow of an account's principal, at its server, with the code that a program brings.
+
+        Raises StateRefused and IssuerMissing, which use up nothing, and else as ``complete`` does.
+        """
+        accepted = await self._headless.accept(account.principal, account.server, state, iss)
+        params = {"code": [code], "state": [state], **({} if iss is None else {"iss": [iss]})}
+        return await self._finish(accepted, params)
+
+    async def _finish(self, accepted: AcceptedCallback, params: Mapping[str, Sequence[str]]) -> Flow:
+        flow, attempt, confirmed = accepted
         other = self._forgotten_clients.other(flow)
         try:
             server = configured_for(self._servers, flow)
@@ -391,6 +415,48 @@ class Broker:
         schemes = challenges.other_schemes(challenge)
         return await self._authorizations.authorize(account, server, bearer, schemes=schemes)
 
+    async def request_flow(
+        self, account: Account, wanted: FlowRequest, *, status: int, challenge: Sequence[bytes]
+    ) -> tuple[AccessToken | PendingAuthorization | None, bool]:
+        """Return the flow that a person asks for, and whether it is new, also if there is a grant.
+
+        ``status`` and ``challenge`` are as in ``authorize``, and so is the rest. No browser is opened here.
+        """
+        bearer = challenges.bearer(challenge)
+        if not challenges.demands_authorization(status, bearer):
+            return None, False
+        server, schemes = configured(self._servers, account.server), challenges.other_schemes(challenge)
+        self._backoff.person_begins(account.server)
+        self._begun.add(account)
+        try:
+            return await self._authorizations.request(account, server, bearer, wanted, schemes=schemes)
+        except AuthorizationError as error:
+            raise self._backoff.with_time(error) from None
+        finally:
+            self._begun.discard(account)
+
+    async def flow(self, flow_id: str) -> Flow | None:
+        """Return a flow, whatever its status is. Raises StoreError."""
+        flow = await self._flows.get(flow_id)
+        return None if flow is None else await self._forgotten_clients.newest(flow)
+
+    async def authorization_url(self, flow: Flow) -> str | None:
+        """Return where the user of a headless flow authorizes; None for other flows, and if that was used.
+
+        Raises AuthorizationError and StoreError.
+        """
+        return await self._headless.authorization_url(flow)
+
+    async def cancel_flow(self, flow: Flow) -> None:
+        """Cancel a flow that waits for its user: no grant comes from it any more. Raises StoreError."""
+        for ended in filter(None, (flow, self._forgotten_clients.other(flow))):
+            await self._flows.finish(ended.id, FlowStatus.FAILED, CANCELLED)
+            self._pending.cancel_flow(ended)
+
+    def link(self, flow: Flow) -> str:
+        """Return the link of a flow."""
+        return link_of(flow, self._public_url)
+
     async def connections(self) -> list[Connection]:
         """Return the connection of each configured server and account. Raises StoreError."""
         return await stored_connections(self._servers, self._database, now=self._clock())
@@ -401,19 +467,32 @@ class Broker:
         A revocation that fails is part of the result: the grant is deleted all the same. ``forget_client``: delete the
         dynamic registrations too, even if there is no grant. Raises StoreError.
         """
+        disconnected = await self._disconnect(account, self._servers.get(account.server))
+        if forget_client:
+            await self._registrar.forget_all(account)
+        return replace(disconnected, client_forgotten=forget_client)
+
+    async def _disconnect(self, account: Account, server: ServerSettings | None) -> Disconnected:
         # In this order: a grant that is stored in between finds its flow cancelled, or is deleted.
         await self._flows.cancel(account)
         grants = await self._grants.delete(account)
         self._tokens.evict(account)
         self._pending.cancel(account)
-        forgotten = [await self._revoke(account, grant) for grant in grants if grant.ended_at is None]
-        if forget_client:
-            await self._registrar.forget_all(account)
-        return Disconnected(account=account, grants=tuple(forgotten), client_forgotten=forget_client)
+        forgotten = [await self._revoke(account, grant, server) for grant in grants if grant.ended_at is None]
+        return Disconnected(account=account, grants=tuple(forgotten), client_forgotten=False)
 
-    async def _revoke(self, account: Account, grant: Grant) -> ForgottenGrant:
+    async def server_deleted(self, server: ServerSettings) -> list[Disconnected]:
+        """Delete and revoke the grants of all accounts at a server that is no longer there. Raises StoreError."""
+        gone: list[Disconnected] = []
+        stored = [grant.key.account for grant in await self._grants.all()]
+        stored += [flow.key.account for flow in await self._flows.waiting(self._clock())]
+        for account in dict.fromkeys(stored):
+            if account.server == server.name:
+                gone.append(await self._disconnect(account, server))
+        return gone
+
+    async def _revoke(self, account: Account, grant: Grant, server: ServerSettings | None) -> ForgottenGrant:
         reason = ""
-        server = self._servers.get(account.server)
         try:
             if server is None:
                 raise server_removed(account.server)

@@ -213,6 +213,11 @@ class PendingFlows:
             self._stop_following(pending.flow)
             self.drop(pending.flow, AuthorizationDenied(CANCELLED))
 
+    def cancel_flow(self, flow: Flow) -> None:
+        """Raise an error for everyone who waits for a flow that was cancelled, and stop polling for it."""
+        self._stop_following(flow)
+        self.drop(flow, AuthorizationDenied(CANCELLED))
+
     def servers_changed(self, names: Collection[str]) -> None:
         """Fail the flows of these servers that no longer match the configuration."""
         for pending in self.all():

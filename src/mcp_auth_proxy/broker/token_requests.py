@@ -152,7 +152,7 @@ class TokenClient:
                     metadata.userinfo_endpoint,
                     headers=[("Authorization", f"Bearer {grant.tokens.access_token}")],
                     document="userinfo response",
-                    policy=self._discoverer.policy(server.url),
+                    policy=self._discoverer.policy(server.url, server),
                 )
                 return account_label.of_person(parse_object(response.body)) if response.status == 200 else ""
         except (AuthorizationError, TimeoutError, ValueError) as error:

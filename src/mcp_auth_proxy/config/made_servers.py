@@ -14,6 +14,8 @@ from mcp_auth_proxy.errors import ConfigError
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.addresses import AddressPolicy, AddressRefused
 
+_UPSTREAM_TIMEOUT = ServerSettings(name="", url="").upstream_timeout
+
 
 class _Remote(Context):
     """A context without files and environment variables."""
@@ -33,9 +35,7 @@ class _Remote(Context):
         return Secret(text)
 
 
-def read_made_server(
-    name: str, document: Mapping[str, object], *, upstream_timeout: float
-) -> tuple[ServerSettings | None, list[ConfigError]]:
+def read_made_server(name: str, document: Mapping[str, object]) -> tuple[ServerSettings | None, list[ConfigError]]:
     """Return the settings of a server and all errors; a path among those is relative to ``document``.
 
     ``document`` has the keys that a server has in the configuration file, ``url`` included, as a JSON object. The
@@ -43,7 +43,7 @@ def read_made_server(
     """
     context = _Remote({}, Path("/"))
     section = Section({name: _as_text(document)}, "", context)
-    server = read_servers(section, upstream_timeout).get(name)
+    server = read_servers(section, _UPSTREAM_TIMEOUT).get(name)
     errors = [replace(error, path=_below(error.path, name)) for error in context.errors]
     return server, errors
 
