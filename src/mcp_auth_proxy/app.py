@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
+from mcp_auth_proxy.identity import NoAuthenticator
 from mcp_auth_proxy.models import AccessToken, Flow
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
@@ -28,6 +29,8 @@ from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.web import browser
+from mcp_auth_proxy.web.api.context import ApiContext
+from mcp_auth_proxy.web.api_mount import ApiMount
 from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.site import Site
 
@@ -172,6 +175,15 @@ async def lifespan(
             status, challenge = await probe(forwarder.upstream, route)
             return await broker.begin(route.account, status=status, challenge=challenge)
 
+        api = ApiContext(
+            broker=broker,
+            servers=servers,
+            database=database,
+            settings=lambda: application.settings,
+            public_url=public_url,
+            clock=clock,
+            authenticator=NoAuthenticator(),
+        )
         site = Site(
             broker=broker,
             servers=servers,
@@ -179,11 +191,12 @@ async def lifespan(
             public_url=public_url,
             draining=lambda: router.draining,
             start=start,
+            api=ApiMount(api) if settings.admin.enabled else None,
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(guard=guard, servers=servers, forwarder=forwarder, site=site.build())
         servers.on_change(lambda change: _forget_series(servers, change.removed))
-        yield Application(
+        application = Application(
             settings=settings,
             listening=listening,
             public_url=public_url,
@@ -197,6 +210,7 @@ async def lifespan(
             router=router,
             site=site,
         )
+        yield application
 
 
 def _opens_links(settings: Settings) -> bool:

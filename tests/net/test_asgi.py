@@ -64,6 +64,7 @@ async def test_the_scope_describes_the_request() -> None:
             "path": "/a b//",
             "raw_path": b"/a%20b/%2f",
             "query_string": b"c=%20",
+            "client": ("unknown", 0),
             "headers": [(b"host", b"a"), (b"x-a", b"b")],
         }
     ]

@@ -22,7 +22,10 @@ async def run_asgi(app: App, request: ClientRequest) -> None:
 
 
 def scope_of(request: ClientRequest) -> dict[str, Any]:
-    """Return the scope of a request (ASGI, HTTP connection scope)."""
+    """Return the scope of a request (ASGI, HTTP connection scope).
+
+    The host of ``client`` is ``ClientRequest.client``: it may name a client behind a trusted proxy.
+    """
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -32,6 +35,7 @@ def scope_of(request: ClientRequest) -> dict[str, Any]:
         "path": unquote(request.path.decode("ascii")),
         "raw_path": request.path,
         "query_string": request.query,
+        "client": (request.client, 0),
         "headers": _headers(request),
     }
 

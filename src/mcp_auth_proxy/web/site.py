@@ -7,7 +7,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.broker import Broker
@@ -20,6 +20,7 @@ from mcp_auth_proxy.observability.instruments import CONTENT_TYPE
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine
 from mcp_auth_proxy.web.address import Start, address_page, start_page
+from mcp_auth_proxy.web.api_mount import ApiMount
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page
 from mcp_auth_proxy.web.pages import message, page
@@ -39,13 +40,16 @@ class Site:
         public_url: str,
         draining: Callable[[], bool],
         start: Start,
+        api: ApiMount | None = None,
     ) -> None:
+        """``api`` is None if the API is off."""
         self._broker = broker
         self._servers = servers
         self._database = database
         self._public_url = public_url
         self._draining = draining
         self._start = start
+        self.api = api
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:
@@ -61,6 +65,7 @@ class Site:
                 Route("/connect/{server}/start", self._start_authorization, methods=["POST"]),
                 Route("/mcp", self._address),
                 Route("/{server}/mcp", self._address),
+                *([Mount("/api/v1", self.api)] if self.api is not None else []),
             ],
             exception_handlers={404: _not_found, 405: _not_allowed, StoreError: _store_error},
         )

@@ -1,0 +1,33 @@
+"""What the handlers of the API work with."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from mcp_auth_proxy.broker import Broker
+from mcp_auth_proxy.config.settings import ServerSettings, Settings
+from mcp_auth_proxy.identity import Authenticator
+from mcp_auth_proxy.models import Caller
+from mcp_auth_proxy.store import Engine
+
+
+async def no_session(request: Request) -> Caller | None:
+    """Return the caller of a session: none, if there are no sessions."""
+    return None
+
+
+@dataclass(slots=True, kw_only=True)
+class ApiContext:
+    """The parts of the running proxy that the API uses."""
+
+    broker: Broker
+    servers: Mapping[str, ServerSettings]
+    database: Engine
+    settings: Callable[[], Settings]
+    """Returns the settings as they are now: a reload changes them."""
+    public_url: str
+    clock: Callable[[], float]
+    authenticator: Authenticator
+    session_caller: Callable[[Request], Awaitable[Caller | None]] = no_session
+    """Returns the caller of the session that a request belongs to, None if it has none."""

@@ -1,0 +1,67 @@
+"""Who calls the API: the principal of a credential, or of a browser's session."""
+
+from ipaddress import ip_address
+
+from starlette.requests import Request
+
+from mcp_auth_proxy.errors import CallerRefused
+from mcp_auth_proxy.models import Caller
+from mcp_auth_proxy.net.peers import limit_key, parse_address
+from mcp_auth_proxy.web.api.context import ApiContext
+from mcp_auth_proxy.web.api.limits import Limits
+from mcp_auth_proxy.web.api.problems import Problem, forbidden, too_many
+
+_CREDENTIALS = ("authorization", "x-api-key")
+
+NO_CREDENTIAL = (
+    "A credential is needed: Authorization with Bearer and an API key or a JWT, X-API-Key, Basic with the key as "
+    "password, or the session of a browser."
+)
+
+
+async def caller_of(request: Request, api: ApiContext, limits: Limits) -> Caller:
+    """Return who calls. Raises Problem (400, 401, 403, 429), CallerRefused and StoreError."""
+    client, peer = addresses(request)
+    address = limit_key(parse_address(client)) if _is_address(client) else client
+    if seconds := limits.failed_credentials.wait(address):
+        raise too_many("Too many credentials from this address did not hold.", seconds)
+    try:
+        return await _identify(request, api, peer)
+    except CallerRefused as error:
+        if error.status in (400, 401, 403):
+            limits.failed_credentials.take(address)
+        raise
+
+
+async def _identify(request: Request, api: ApiContext, peer: str) -> Caller:
+    presented = any(name in request.headers for name in _CREDENTIALS)
+    session = await api.session_caller(request)
+    if session is None:
+        if not presented and api.authenticator.anonymous:
+            raise CallerRefused(NO_CREDENTIAL)
+        return await api.authenticator.identify(request.headers.raw, peer)
+    if presented:
+        raise Problem(400, "several-credentials", "The request has a session and another credential: send one of them.")
+    _check_origin(request)
+    return session
+
+
+def _check_origin(request: Request) -> None:
+    """Check that a page of ours sends what a session pays for. The guard has refused each foreign Origin already."""
+    if "origin" not in request.headers and request.headers.get("sec-fetch-site") != "same-origin":
+        raise forbidden("A session can be used by the pages of this proxy only: Origin is missing.")
+
+
+def addresses(request: Request) -> tuple[str, str]:
+    """Return the addresses of the client, and of the peer that the connection comes from (see ``net.peers``)."""
+    shown = request.client.host if request.client is not None else "unknown"
+    client, _, peer = shown.partition(" through ")
+    return client, peer or client
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text.partition("%")[0])
+    except ValueError:
+        return False
+    return True
