@@ -12,7 +12,7 @@ from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
 from mcp_auth_proxy.identity import NoAuthenticator
-from mcp_auth_proxy.models import AccessToken, Flow
+from mcp_auth_proxy.models import AccessToken, Account, Flow
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
 from mcp_auth_proxy.net.descriptors import Shares
@@ -170,10 +170,9 @@ async def lifespan(
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
 
-        async def start(server: ServerSettings) -> AccessToken | PendingAuthorization | None:
-            route = route_to(server)
-            status, challenge = await probe(forwarder.upstream, route)
-            return await broker.begin(route.account, status=status, challenge=challenge)
+        async def start(server: ServerSettings, account: Account) -> AccessToken | PendingAuthorization | None:
+            status, challenge = await probe(forwarder.upstream, route_to(server))
+            return await broker.begin(account, status=status, challenge=challenge)
 
         api = ApiContext(
             broker=broker,

@@ -26,6 +26,7 @@
     │   └── IssuerMissing              it has no iss, which the authorization server promises
     ├── ServerConflict                 a server can't be made or changed at run time as things are
     ├── CallerRefused                  a request whose caller is not known, or may not call
+    │   └── SignInNeeded               a page that only users see who have signed in
     └── UpstreamError
         ├── UpstreamUnreachable        no connection: no byte of the request was sent
         ├── UpstreamTimeout            connected, but no response head in time
@@ -324,6 +325,13 @@ class CallerRefused(McpAuthProxyError):
         self.status = status
         self.retry_after = retry_after
         super().__init__(message)
+
+
+class SignInNeeded(CallerRefused):
+    """A browser has opened a page that its user has to sign in for."""
+
+    def __init__(self) -> None:
+        super().__init__("Sign in first.")
 
 
 class UpstreamError(McpAuthProxyError):

@@ -107,6 +107,33 @@ LOCAL_CALLER = Caller(principal=LOCAL_PRINCIPAL, credential="local")
 """Everybody, if callers are not identified."""
 
 
+class SessionKind(StrEnum):
+    """Where a session of a browser comes from, or what a link for one has become."""
+
+    BROWSER = "browser"
+    """Its user has signed in."""
+    LINK = "link"
+    """Its user has opened the single-use link of ``dashboard``."""
+    UNUSED_LINK = "unused_link"
+    """Not a session yet: the link itself."""
+    USED_LINK = "used_link"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A browser whose user has signed in. ``id`` is no secret: the browser's cookie is, and only its hash is stored."""
+
+    id: str
+    kind: SessionKind
+    principal: str
+    """The principal's id."""
+    credential: str
+    """What the user has signed in with, as in ``Caller``; ``link:ID`` for a single-use link."""
+    scopes: frozenset[Scope]
+    created_at: float
+    expires_at: float
+
+
 class ClientAuth(StrEnum):
     """How a client authenticates at the token endpoint (RFC 7591 §2, token_endpoint_auth_method)."""
 

@@ -18,12 +18,17 @@ from mcp_auth_proxy.broker import (
     PendingAuthorization,
     SignIn,
 )
+from mcp_auth_proxy.broker.ownership import MayOpen
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
-from mcp_auth_proxy.models import AccessToken, Flow
+from mcp_auth_proxy.identity import NoAuthenticator
+from mcp_auth_proxy.identity.sessions import BrowserSessions
+from mcp_auth_proxy.models import AccessToken, Account, Flow
 from mcp_auth_proxy.net.asgi import run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.store import Engine
+from mcp_auth_proxy.web.session import Visitors
+from mcp_auth_proxy.web.sign_in import SignInPages
 from mcp_auth_proxy.web.site import Site
 
 REDIRECT = AuthorizationRedirect(
@@ -57,25 +62,25 @@ class ScriptedVisits:
         self.confirmed: list[tuple[str, str]] = []
         self.callbacks: list[tuple[dict[str, list[str]], dict[str, str]]] = []
 
-    async def confirm_link(self, server: str, flow_id: str) -> AuthorizationRedirect:
+    async def confirm_link(self, server: str, flow_id: str, may_open: MayOpen) -> AuthorizationRedirect:
         self.confirmed.append((server, flow_id))
         return REDIRECT
 
-    async def connected(self, server: str) -> ConnectedServer | None:
+    async def connected(self, account: Account) -> ConnectedServer | None:
         return self.is_connected
 
-    async def begin(self, server: ServerSettings) -> AccessToken | PendingAuthorization | None:
+    async def begin(self, server: ServerSettings, account: Account) -> AccessToken | PendingAuthorization | None:
         if isinstance(self.begins, McpAuthProxyError):
             raise self.begins
         return self.begins
 
-    async def open_link(self, server: str, flow_id: str) -> Shown:
+    async def open_link(self, server: str, flow_id: str, may_open: MayOpen) -> Shown:
         self.opened.append((server, flow_id))
         if isinstance(self.visit, McpAuthProxyError):
             raise self.visit
         return self.visit
 
-    async def complete(self, params: dict[str, list[str]], cookies: dict[str, str]) -> Flow:
+    async def complete(self, params: dict[str, list[str]], cookies: dict[str, str], may_open: MayOpen) -> Flow:
         self.callbacks.append((params, cookies))
         if isinstance(self.outcome, McpAuthProxyError):
             raise self.outcome
@@ -117,6 +122,11 @@ class Pages:
         await run_asgi(self._app, request)
 
 
+def nobody_signs_in(public_url: str) -> Visitors:
+    """Return the visitors of mode ``none``, without any session."""
+    return Visitors(authenticator=NoAuthenticator(), sessions=cast(BrowserSessions, None), public_url=public_url)
+
+
 @asynccontextmanager
 async def site_setup(
     public_url: str = "http://127.0.0.1:8787", servers: Mapping[str, ServerSettings] | None = None
@@ -130,6 +140,8 @@ async def site_setup(
             public_url=public_url,
             draining=lambda: setup.draining,
             start=setup.broker.begin,
+            visitors=(visitors := nobody_signs_in(public_url)),
+            sign_in=lambda: SignInPages(visitors=visitors, check_key=None, provider=None, public_url=public_url),
         )
         async with listener(Pages(site)) as port:
             client.base_url = httpx2.URL(f"http://127.0.0.1:{port}")

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mcp_auth_proxy import secret_values
+from mcp_auth_proxy.broker import ownership
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
+from mcp_auth_proxy.broker.ownership import MayOpen
 from mcp_auth_proxy.broker.sign_ins import SignIn, SignIns, sign_in
 from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.errors import CallbackRefused
@@ -88,14 +90,14 @@ class AuthorizationAttempts:
         self._clock = clock
 
     async def open(
-        self, server: str, flow_id: str
+        self, server: str, flow_id: str, may_open: MayOpen = ownership.anyone
     ) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer:
         """Start an attempt for a link, unless its user has to confirm first, or has authorized with it.
 
-        Raises CallbackRefused if the link is unknown, has failed or is too old, AuthorizationError if the authorization
-        server has no page to sign in at, and StoreError.
+        Raises CallbackRefused if the link is unknown, has failed or is too old, or is not for this user (403),
+        AuthorizationError if the authorization server has no page to sign in at, and StoreError.
         """
-        flow = await self._usable(server, flow_id)
+        flow = await self._usable(server, flow_id, may_open)
         if flow.status is FlowStatus.DONE:
             return ConnectedServer(server=server, issuer=flow.key.issuer)
         if flow.device is not None:
@@ -109,18 +111,22 @@ class AuthorizationAttempts:
             visited=await self._clients.was_visited(flow),
         )
 
-    async def confirm(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
+    async def confirm(
+        self, server: str, flow_id: str, may_open: MayOpen = ownership.anyone
+    ) -> AuthorizationRedirect | DevicePrompt:
         """Start an attempt for a link whose user has confirmed. Raises as ``open`` does, also if the link was used."""
-        flow = await self._usable(server, flow_id)
+        flow = await self._usable(server, flow_id, may_open)
         if flow.status is FlowStatus.DONE:
             raise _ended(flow)
         if flow.device is not None:
             return _device_prompt(flow, flow.device)
         return await self._start(flow, confirmed=True)
 
-    async def _usable(self, server: str, flow_id: str) -> Flow:
+    async def _usable(self, server: str, flow_id: str, may_open: MayOpen) -> Flow:
         """Return a flow that waits for its user, or one that is done."""
-        flow = await self._clients.newest(await self._find(server, flow_id))
+        found = await self._find(server, flow_id)
+        ownership.require(may_open, found.key.account)
+        flow = await self._clients.newest(found)
         if flow.status is FlowStatus.DONE:
             return flow
         if flow.status is not FlowStatus.PENDING or flow.expires_at <= self._clock():
@@ -162,11 +168,16 @@ class AuthorizationAttempts:
             raise CallbackRefused("This link is not known here. Ask your MCP client again: it gets a new one.", 404)
         return flow
 
-    async def accept(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> AcceptedCallback:
+    async def accept(
+        self,
+        params: Mapping[str, Sequence[str]],
+        cookies: Mapping[str, str],
+        may_open: MayOpen = ownership.anyone,
+    ) -> AcceptedCallback:
         """Find the attempt that a callback belongs to, and use it up (RFC 6749 §10.12, RFC 9700 §2.1).
 
-        Raises CallbackRefused: 400 if the state is unknown or used, 403 if another browser made the attempt. A 403
-        does not use it up.
+        Raises CallbackRefused: 400 if the state is unknown or used, 403 if another browser made the attempt, or if the
+        browser's user is not the one that it is for (any more). A 403 does not use it up.
         """
         states = params.get("state", ())
         if len(states) != 1 or not states[0]:
@@ -189,6 +200,7 @@ class AuthorizationAttempts:
             raise CallbackRefused(
                 "This authorization was started in another browser. Open the link in this one, and finish it here.", 403
             )
+        ownership.require(may_open, found[0].key.account)
         taken = await self._flows.take_attempt(digest(state), self._clock())
         if taken is None:
             raise unknown_state

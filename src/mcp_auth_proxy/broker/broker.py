@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
+from mcp_auth_proxy.broker import ownership
 from mcp_auth_proxy.broker.attempts import (
     AcceptedCallback,
     AuthorizationAttempts,
@@ -25,6 +26,7 @@ from mcp_auth_proxy.broker.flows import Announce, PendingFlows
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.headless import HeadlessAttempts
 from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches, server_removed
+from mcp_auth_proxy.broker.ownership import MayOpen
 from mcp_auth_proxy.broker.pending import PendingAuthorization, link_of
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer
@@ -44,7 +46,7 @@ from mcp_auth_proxy.errors import (
     StoreError,
     TokenRefused,
 )
-from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow, FlowStatus, Grant, Registration
+from mcp_auth_proxy.models import AccessToken, Account, Flow, FlowStatus, Grant, Registration
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.fetch import Fetcher
@@ -264,20 +266,21 @@ class Broker:
         self._visits.opened(flow)
 
     async def open_link(
-        self, server: str, flow_id: str
+        self, server: str, flow_id: str, may_open: MayOpen = ownership.anyone
     ) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer:
         """Return what to show to the browser that opened a link.
 
-        Raises CallbackRefused if the link can't be used, AuthorizationError if its server was removed, or if the
-        authorization server has asked for a pause that has not ended, and StoreError.
+        ``may_open`` says which accounts the browser's user may authorize. Raises CallbackRefused if the link can't be
+        used, or not by this user (403), AuthorizationError if its server was removed, or if the authorization server
+        has asked for a pause that has not ended, and StoreError.
         """
         flow = await self._flows.get(flow_id)
         waits = flow is not None and flow.status is FlowStatus.PENDING and flow.device is None
-        if flow is not None and waits and flow.key.account.server == server:
+        if flow is not None and waits and flow.key.account.server == server and may_open(flow.key.account):
             self._backoff.check_asked(of_issuer(server, flow.key.issuer))
-        opened = await self._attempts.open(server, flow_id)
+        opened = await self._attempts.open(server, flow_id, may_open)
         configured(self._servers, server)
-        if isinstance(opened, ConnectedServer) and await self.connected(server) is None:
+        if isinstance(opened, ConnectedServer) and flow is not None and await self.connected(flow.key.account) is None:
             raise CallbackRefused(
                 "This link has been used, but the server is no longer connected. Ask your MCP client again: it gets a "
                 "new link.",
@@ -285,12 +288,14 @@ class Broker:
             )
         return opened
 
-    async def confirm_link(self, server: str, flow_id: str) -> AuthorizationRedirect | DevicePrompt:
+    async def confirm_link(
+        self, server: str, flow_id: str, may_open: MayOpen = ownership.anyone
+    ) -> AuthorizationRedirect | DevicePrompt:
         """Return where to send the browser whose user has confirmed a ``ConfirmationPrompt``.
 
         Raises as ``open_link`` does.
         """
-        opened = await self._attempts.confirm(server, flow_id)
+        opened = await self._attempts.confirm(server, flow_id, may_open)
         configured(self._servers, server)
         return opened
 
@@ -302,12 +307,12 @@ class Broker:
         self._visits.started(flow)
         await self._pending.replace(flow)
 
-    async def connected(self, server: str) -> ConnectedServer | None:
-        """Return who has authorized a server, None if it is not connected. Raises StoreError."""
-        grant, settings = await self._grants.current(Account(LOCAL, server)), self._servers.get(server)
+    async def connected(self, account: Account) -> ConnectedServer | None:
+        """Return who has authorized an account, None if it is not connected. Raises StoreError."""
+        grant, settings = await self._grants.current(account), self._servers.get(account.server)
         if grant is None or settings is None or not matches(grant, settings):
             return None
-        return ConnectedServer(server=server, issuer=grant.key.issuer)
+        return ConnectedServer(server=account.server, issuer=grant.key.issuer)
 
     async def begin(
         self, account: Account, *, status: int, challenge: Sequence[bytes]
@@ -325,12 +330,18 @@ class Broker:
         finally:
             self._begun.discard(account)
 
-    async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
+    async def complete(
+        self,
+        params: Mapping[str, Sequence[str]],
+        cookies: Mapping[str, str],
+        may_open: MayOpen = ownership.anyone,
+    ) -> Flow:
         """Complete the flow that a callback belongs to, and let everyone who waits for it continue.
 
-        Raises CallbackRefused if it belongs to none, AuthorizationError if the authorization failed.
+        Raises CallbackRefused if it belongs to none, or to one of another user than the browser's (403; nothing is
+        used up), AuthorizationError if the authorization failed.
         """
-        return await self._finish(await self._attempts.accept(params, cookies), params)
+        return await self._finish(await self._attempts.accept(params, cookies, may_open), params)
 
     async def complete_headless(self, account: Account, *, code: str, state: str, iss: str | None) -> Flow:
         """Complete a headless flow of an account's principal, at its server, with the code that a program brings.

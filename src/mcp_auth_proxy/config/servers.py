@@ -9,7 +9,7 @@ from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.settings import OAuthSettings, ServerSettings
 from mcp_auth_proxy.net import urls
 
-RESERVED = frozenset({"mcp", "connect", "oauth", "static", "api", "healthz", "readyz", "metrics"})
+RESERVED = frozenset({"mcp", "connect", "oauth", "sign-in", "static", "api", "healthz", "readyz", "metrics"})
 """First path segments that the proxy uses itself."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")

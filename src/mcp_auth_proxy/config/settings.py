@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from mcp_auth_proxy.config.signing_key import SigningKey
 from mcp_auth_proxy.models import (
     DEFAULT_ACCOUNT,
     DEFAULT_PROJECT,
+    LOCAL,
     Account,
     ClientAuth,
     DpopUse,
@@ -182,9 +184,25 @@ class ServerSettings:
         return self.id or self.name
 
     def account(self, principal: Principal, name: str = DEFAULT_ACCOUNT) -> Account:
-        """Return the account whose grant a principal uses here."""
-        owner = shared_principal(self.project) if self.grant_owner == "shared" else principal.id
-        return Account(owner, self.name, name)
+        """Return the account whose grant a principal uses here.
+
+        If callers are not identified, all grants are those of ``local``.
+        """
+        shared = self.grant_owner == "shared" and principal.id != LOCAL
+        return Account(shared_principal(self.project) if shared else principal.id, self.name, name)
+
+    def admits(self, principal: Principal) -> bool:
+        """Return whether a principal may use this server; for anyone else it does not exist."""
+        if principal.id == LOCAL:
+            return True
+        if self.project != principal.project_id or (self.origin == "adhoc" and self.owner != principal.id):
+            return False
+        return any(
+            principal.role == pattern.removeprefix("role:")
+            if pattern.startswith("role:")
+            else fnmatchcase(principal.name, pattern)
+            for pattern in self.allow
+        )
 
     def scopes_of(self, account: Account) -> tuple[str, ...] | None:
         """Return the scopes that are configured for an account, None if there are none."""

@@ -10,35 +10,43 @@ from starlette.responses import Response
 from mcp_auth_proxy.broker import Broker, PendingAuthorization
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, UpstreamError, excerpt
-from mcp_auth_proxy.models import AccessToken
+from mcp_auth_proxy.models import AccessToken, Account
 from mcp_auth_proxy.web.callback import connected_path
 from mcp_auth_proxy.web.connect import cannot_start
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
+from mcp_auth_proxy.web.paths import name_of
 
-Start = Callable[[ServerSettings], Awaitable[AccessToken | PendingAuthorization | None]]
-"""Authorizes a server because a user in a browser wants it, whether or not it is connected.
+Start = Callable[[ServerSettings, Account], Awaitable[AccessToken | PendingAuthorization | None]]
+"""Authorizes an account of a server because a user in a browser wants it, whether or not it is connected.
 
 None: it asks for no authorization. Raises AuthorizationError, UpstreamError and StoreError.
 """
 
 
-async def address_page(server: ServerSettings, broker: Broker, *, public_url: str) -> Response:
-    """Return the page of a server's address. Raises StoreError."""
+async def address_page(
+    server: ServerSettings, account: Account, broker: Broker, *, public_url: str, may_authorize: bool
+) -> Response:
+    """Return the page of a server's address. Raises StoreError.
+
+    ``may_authorize``: whether the page has a button; an account that is shared is authorized by admins.
+    """
     secure = public_url.startswith("https://") and server.url.startswith("https://")
-    connected = await broker.connected(server.name)
+    connected = await broker.connected(account)
+    name = name_of(account)
     return page(
         "address.html",
-        server=server.name,
-        address=f"{public_url}/{server.name}/mcp",
+        server=name,
+        address=f"{public_url}/{name}/mcp",
         issuer=excerpt(connected.issuer) if connected is not None else "",
+        may_authorize=may_authorize,
         headers=form_headers(http=not secure),
     )
 
 
-async def start_page(server: ServerSettings, start: Start) -> Response:
+async def start_page(server: ServerSettings, account: Account, start: Start) -> Response:
     """Start an authorization, and redirect the browser to its link. Raises StoreError."""
     try:
-        outcome = await start(server)
+        outcome = await start(server, account)
     except AuthorizationError as error:
         return cannot_start(error)
     except UpstreamError as error:
@@ -48,4 +56,4 @@ async def start_page(server: ServerSettings, start: Start) -> Response:
     if outcome is None:
         text = "It answers without a token, so there is nothing to do."
         return message(f"{server.name} asks for no authorization", text, status=200)
-    return redirect(connected_path(server.name), f"{server.name} is connected")
+    return redirect(connected_path(account), f"{server.name} is connected")

@@ -9,28 +9,36 @@ from starlette.responses import Response
 
 from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
+from mcp_auth_proxy.models import Account
+from mcp_auth_proxy.web.connect import link_refused
 from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.pages import message, redirect
+from mcp_auth_proxy.web.paths import name_of
+from mcp_auth_proxy.web.session import Visitors
 
 logger = logging.getLogger(__name__)
 
 RETRY_HINT = "You can close this tab. Repeat the request in your MCP client to get a new link."
 
 
-def connected_path(server: str) -> str:
-    """Return the path of the last page, which says that a server is connected."""
-    return f"/oauth/connected/{quote(server)}"
+def connected_path(account: Account) -> str:
+    """Return the path of the last page, which says that an account is connected."""
+    return f"/oauth/connected/{quote(name_of(account), safe='@')}"
 
 
-async def callback(request: Request, broker: Broker) -> Response:
-    """Complete the flow that the authorization response belongs to (RFC 6749 §4.1.2)."""
+async def callback(request: Request, broker: Broker, visitors: Visitors) -> Response:
+    """Complete the flow that the authorization response belongs to (RFC 6749 §4.1.2).
+
+    Its principal must still be signed in with this browser (T52). Raises CallerRefused and StoreError.
+    """
+    caller = await visitors.caller(request)
     params: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         params.setdefault(name, []).append(value)
     try:
-        flow = await broker.complete(params, read_cookies(request))
+        flow = await broker.complete(params, read_cookies(request), visitors.may_open(caller))
     except CallbackRefused as refused:
-        return message("This authorization was not accepted", str(refused), status=refused.status)
+        return link_refused("This authorization was not accepted", refused, name=visitors.name(caller), onward="/")
     except AuthorizationDenied as denied:
         return message("Not authorized", str(denied), status=400, hint=RETRY_HINT)
     except AuthorizationError as error:
@@ -41,7 +49,7 @@ async def callback(request: Request, broker: Broker) -> Response:
         logger.error("a grant could not be stored: %s", error)
         return message("The authorization could not be stored", str(error), status=503, hint=RETRY_HINT)
     # The address of the last page must not have the code in it: it is in the history, and can be loaded again.
-    server = flow.key.account.server
-    response = redirect(connected_path(server), f"{server} is connected")
+    account = flow.key.account
+    response = redirect(connected_path(account), f"{account.server} is connected")
     response.delete_cookie(cookie_name(params["state"][0]), path="/oauth/callback")
     return response

@@ -4,13 +4,14 @@ import hashlib
 import hmac
 import re
 import secrets
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from mcp_auth_proxy.broker import ConfirmationPrompt
 from mcp_auth_proxy.web.cookies import read_cookies
+from mcp_auth_proxy.web.forms import read_form
 from mcp_auth_proxy.web.pages import ScopeList, form_headers, page
 
 COOKIE_PREFIX = "mcp_auth_page_"
@@ -56,23 +57,10 @@ async def is_confirmed(request: Request, flow_id: str) -> bool:
     It may be sent twice, as with a double click: each starts an attempt of its own.
     """
     cookie = read_cookies(request).get(_cookie_name(flow_id), "")
-    tokens = parse_qs(await _body(request)).get("token", [])
-    if len(tokens) != 1 or not _COOKIE_VALUE.fullmatch(cookie):
+    token = (await read_form(request, limit=MAX_FORM)).get("token", "")
+    if not token or not _COOKIE_VALUE.fullmatch(cookie):
         return False
-    return hmac.compare_digest(tokens[0].encode("utf-8", "replace"), _token(flow_id, cookie).encode())
-
-
-async def _body(request: Request) -> str:
-    """Return the body of a form; an empty one if it is too long or incomplete."""
-    body = b""
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_FORM:
-                return ""
-    except ClientDisconnect:
-        return ""
-    return body.decode("ascii", "replace")
+    return hmac.compare_digest(token.encode("utf-8", "replace"), _token(flow_id, cookie).encode())
 
 
 def _cookie_name(flow_id: str) -> str:

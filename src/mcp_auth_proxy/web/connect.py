@@ -12,6 +12,8 @@ from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused, excerpt
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.confirm import confirmation_page, is_confirmed
 from mcp_auth_proxy.web.pages import ScopeList, message, page, redirect
+from mcp_auth_proxy.web.paths import path_of, sign_in_path
+from mcp_auth_proxy.web.session import Visitors
 
 REFRESH = 5
 """Seconds between reloads of a page that waits."""
@@ -28,27 +30,31 @@ NOT_CONFIRMED = (
 )
 
 
-async def connect(request: Request, broker: Broker, *, public_url: str, warn: Callable[[str, str], None]) -> Response:
-    """Redirect a browser to the authorization server, or ask its user first.
+async def connect(
+    request: Request, broker: Broker, visitors: Visitors, *, public_url: str, warn: Callable[[str, str], None]
+) -> Response:
+    """Redirect a browser to the authorization server, or ask its user first, or let them sign in.
 
     A POST is the form with which the user confirms (``web.confirm``). ``warn`` is called with the server and the reason
-    if a form is forged.
+    if a form is forged. Raises SignInNeeded and CallerRefused.
     """
     server, flow_id = request.path_params["server"], request.query_params.get("flow", "")
-    if _is_other_loopback_name(request, public_url):
+    if is_other_loopback_name(request, public_url):
         query = urlencode([*request.query_params.multi_items(), (REDIRECTED, "1")])
         return redirect(f"{public_url}/connect/{quote(server)}?{query}", "Continue")
+    caller = await visitors.require(request)
+    may_open = visitors.may_open(caller)
     opened: AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer
     try:
         if request.method != "POST":
-            opened = await broker.open_link(server, flow_id)
+            opened = await broker.open_link(server, flow_id, may_open)
         elif await is_confirmed(request, flow_id):
-            opened = await broker.confirm_link(server, flow_id)
+            opened = await broker.confirm_link(server, flow_id, may_open)
         else:
             warn(server, "a form to continue its sign-in was refused: it was not sent by our page in the same browser")
             raise CallbackRefused(NOT_CONFIRMED, 403)
     except CallbackRefused as refused:
-        return message("This link can't be used", str(refused), status=refused.status)
+        return link_refused("This link can't be used", refused, name=visitors.name(caller), onward=path_of(request))
     except AuthorizationError as error:
         return cannot_start(error)
     if isinstance(opened, ConnectedServer):
@@ -82,7 +88,7 @@ def _is_https(public_url: str) -> bool:
     return public_url.startswith("https://")
 
 
-def _is_other_loopback_name(request: Request, public_url: str) -> bool:
+def is_other_loopback_name(request: Request, public_url: str) -> bool:
     """Return whether the link was opened under another loopback name than the host of ``public_url``.
 
     The callback would then not get the cookie: to a browser, ``localhost`` and ``127.0.0.1`` are two hosts. Other
@@ -97,6 +103,18 @@ def _is_other_loopback_name(request: Request, public_url: str) -> bool:
         and REDIRECTED not in request.query_params
         and len(request.url.path) + len(request.url.query) <= MAX_LINK
     )
+
+
+def link_refused(title: str, refused: CallbackRefused, *, name: str | None, onward: str) -> Response:
+    """Return the page that says why a link or a callback is refused.
+
+    ``name``: who is signed in, empty for nobody, None if callers are not identified. ``onward``: the path to open
+    again after a sign-in.
+    """
+    if refused.status != 403 or name is None:
+        return message(title, str(refused), status=refused.status)
+    hint = f"You are signed in as {name}." if name else "Nobody is signed in."
+    return message(title, str(refused), status=403, hint=hint, onward=("Sign in", sign_in_path(onward)))
 
 
 def cannot_start(error: AuthorizationError) -> Response:

@@ -82,6 +82,8 @@ def redirect(url: str, text: str) -> HTMLResponse:
     return HTMLResponse(html, status_code=303, headers={**SECURITY_HEADERS, "location": url})
 
 
-def message(title: str, text: str, *, status: int, hint: str = "") -> HTMLResponse:
-    """Return a page with one message."""
-    return page("message.html", status=status, title=title, text=text, hint=hint, good=status < 400)
+def message(
+    title: str, text: str, *, status: int, hint: str = "", onward: tuple[str, str] | None = None
+) -> HTMLResponse:
+    """Return a page with one message. ``onward``: words and path of a link to another page of ours."""
+    return page("message.html", status=status, title=title, text=text, hint=hint, onward=onward, good=status < 400)

@@ -2,18 +2,21 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from math import ceil
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from mcp_auth_proxy import __version__
-from mcp_auth_proxy.broker import Broker
+from mcp_auth_proxy.broker import Broker, ownership
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import StoreError, excerpt
-from mcp_auth_proxy.models import GrantType
+from mcp_auth_proxy.errors import CallbackRefused, CallerRefused, SignInNeeded, StoreError, excerpt
+from mcp_auth_proxy.models import Account, Caller, GrantType
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.instruments import CONTENT_TYPE
@@ -23,7 +26,12 @@ from mcp_auth_proxy.web.address import Start, address_page, start_page
 from mcp_auth_proxy.web.api_mount import ApiMount
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page
-from mcp_auth_proxy.web.pages import message, page
+from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
+from mcp_auth_proxy.web.paths import path_of, sign_in_path, split_name
+from mcp_auth_proxy.web.session import Visitors, WithVisitors
+
+if TYPE_CHECKING:
+    from mcp_auth_proxy.web.sign_in import SignInPages
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +48,14 @@ class Site:
         public_url: str,
         draining: Callable[[], bool],
         start: Start,
+        visitors: Visitors,
+        sign_in: "Callable[[], SignInPages]",
         api: ApiMount | None = None,
     ) -> None:
-        """``api`` is None if the API is off."""
+        """``sign_in`` returns the pages to sign in with, which are made when they are first needed.
+
+        ``api`` is None if the API is off.
+        """
         self._broker = broker
         self._servers = servers
         self._database = database
@@ -50,6 +63,8 @@ class Site:
         self._draining = draining
         self._start = start
         self.api = api
+        self._visitors = visitors
+        self._sign_in = sign_in
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:
@@ -59,6 +74,9 @@ class Site:
                 Route("/", self._index),
                 *self.health_routes(),
                 Route("/connect/{server}", self._connect, methods=["GET", "POST"]),
+                Route("/sign-in", self._sign_in_page, methods=["GET", "POST"]),
+                Route("/sign-in/callback", self._signed_in),
+                Route("/sign-in/out", self._sign_out, methods=["POST"]),
                 Route("/oauth/callback", self._callback),
                 Route("/oauth/client-metadata.json", self._client_metadata),
                 Route("/oauth/connected/{server}", self._connected),
@@ -67,7 +85,14 @@ class Site:
                 Route("/{server}/mcp", self._address),
                 *([Mount("/api/v1", self.api)] if self.api is not None else []),
             ],
-            exception_handlers={404: _not_found, 405: _not_allowed, StoreError: _store_error},
+            middleware=[Middleware(WithVisitors, visitors=self._visitors)],
+            exception_handlers={
+                404: _not_found,
+                405: _not_allowed,
+                SignInNeeded: _sign_in_needed,
+                CallerRefused: _caller_refused,
+                StoreError: _store_error,
+            },
         )
         # An address with a slash too many is another address, as for MCP clients.
         site.router.redirect_slashes = False
@@ -82,8 +107,15 @@ class Site:
         ]
 
     async def _index(self, request: Request) -> Response:
-        servers = [{"name": name, "address": f"{self._public_url}/{name}/mcp"} for name in self._servers]
-        return page("index.html", servers=servers, version=__version__)
+        caller = await self._visitors.require(request)
+        servers = [
+            {"name": name, "address": f"{self._public_url}/{name}/mcp"}
+            for name, server in self._servers.items()
+            if server.admits(caller.principal)
+        ]
+        name = self._visitors.name(caller)
+        headers = form_headers(http=False) if name else {}
+        return page("index.html", servers=servers, name=name, version=__version__, headers=headers)
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "service": "mcp-auth-proxy", "version": __version__})
@@ -98,35 +130,68 @@ class Site:
         return JSONResponse({"status": "ready"})
 
     async def _connect(self, request: Request) -> Response:
-        return await connect(request, self._broker, public_url=self._public_url, warn=self._warn)
+        return await connect(request, self._broker, self._visitors, public_url=self._public_url, warn=self._warn)
 
     def _warn(self, server: str, reason: str) -> None:
         if server in self._servers:
             self._warnings.warn(server, reason)
 
     async def _callback(self, request: Request) -> Response:
-        return await callback(request, self._broker)
+        return await callback(request, self._broker, self._visitors)
+
+    async def _sign_in_page(self, request: Request) -> Response:
+        pages = self._sign_in()
+        return await (pages.submit(request) if request.method == "POST" else pages.show(request))
+
+    async def _signed_in(self, request: Request) -> Response:
+        return await self._sign_in().callback(request)
+
+    async def _sign_out(self, request: Request) -> Response:
+        return await self._sign_in().sign_out(request)
 
     async def _connected(self, request: Request) -> Response:
-        server = request.path_params["server"]
-        connected = await self._broker.connected(server)
+        caller = await self._visitors.require(request)
+        found = self._account(caller, request.path_params["server"])
+        connected = await self._broker.connected(found[1]) if found is not None else None
         if connected is not None:
             return connected_page(connected)
         text = "Your MCP client gets a link when it uses the server."
-        return message(f"{excerpt(server)} is not connected", text, status=404)
+        return message(f"{excerpt(request.path_params['server'])} is not connected", text, status=404)
+
+    def _account(self, caller: Caller, text: str) -> tuple[ServerSettings, Account] | None:
+        """Return the server and the caller's account that ``SERVER`` or ``SERVER@ACCOUNT`` names.
+
+        None if there is none for this caller.
+        """
+        name, account = split_name(text)
+        server = self._servers.get(name)
+        if server is None or not server.admits(caller.principal):
+            return None
+        return server, server.account(caller.principal, account)
 
     async def _address(self, request: Request) -> Response:
         """Show what an MCP address is; the router sends browsers here, and MCP clients to the server."""
-        server = self._servers.get(request.path_params.get("server") or next(iter(self._servers), ""))
-        if server is None:
+        caller = await self._visitors.require(request)
+        found = self._account(caller, request.path_params.get("server") or next(iter(self._servers), ""))
+        if found is None:
             return await _not_found(request, HTTPException(404))
-        return await address_page(server, self._broker, public_url=self._public_url)
+        server, account = found
+        may_authorize = self._visitors.may_open(caller)(account)
+        return await address_page(
+            server, account, self._broker, public_url=self._public_url, may_authorize=may_authorize
+        )
 
     async def _start_authorization(self, request: Request) -> Response:
-        server = self._servers.get(request.path_params["server"])
-        if server is None:
+        caller = await self._visitors.require(request)
+        found = self._account(caller, request.path_params["server"])
+        if found is None:
             return await _not_found(request, HTTPException(404))
-        return await start_page(server, self._start)
+        server, account = found
+        try:
+            ownership.require(self._visitors.may_open(caller), account)
+        except CallbackRefused as refused:
+            return message("You can't authorize this server", str(refused), status=refused.status)
+        return await start_page(server, account, self._start)
 
     async def _client_metadata(self, request: Request) -> Response:
         if not self._public_url.startswith("https://"):
@@ -147,6 +212,20 @@ async def _not_found(request: Request, error: Exception) -> Response:
 async def _not_allowed(request: Request, error: Exception) -> Response:
     response = message("Not possible", f"This address does not accept {request.method}.", status=405)
     response.headers.update(getattr(error, "headers", None) or {})
+    return response
+
+
+async def _sign_in_needed(request: Request, error: Exception) -> Response:
+    """Lead a browser to the sign-in page and, if what it opened can be opened again, back."""
+    again = request.method in ("GET", "HEAD") or "flow" in request.query_params
+    return redirect(sign_in_path(path_of(request) if again else "/"), "Sign in first")
+
+
+async def _caller_refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, CallerRefused)
+    response = message("You can't use this page", str(error), status=error.status)
+    if error.retry_after is not None:
+        response.headers["retry-after"] = str(max(1, ceil(error.retry_after)))
     return response
 
 

@@ -1,0 +1,43 @@
+"""Paths of our own pages that a request names."""
+
+import re
+from urllib.parse import quote
+
+from starlette.requests import Request
+
+from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account
+
+MAX_PATH = 1000
+"""Characters of a path with its query. Those of our pages are shorter."""
+
+_LOCAL = re.compile(r"/(?![/\\])[!-\[\]-~]*")
+_NAME = re.compile(r"([a-z0-9][a-z0-9-]{0,62})(?:@([a-z0-9][a-z0-9-]{0,31}))?")
+
+
+def local_path(text: str) -> str:
+    """Return a path of this proxy to go on to, ``/`` if the text is anything else: it never leads elsewhere (T18)."""
+    return text if len(text) <= MAX_PATH and _LOCAL.fullmatch(text) else "/"
+
+
+def sign_in_path(onward: str) -> str:
+    """Return the path of the sign-in page that leads on to another path."""
+    return f"/sign-in?next={quote(onward, safe='')}" if local_path(onward) != "/" else "/sign-in"
+
+
+def path_of(request: Request) -> str:
+    """Return the path and query of a page, as they were sent."""
+    raw, query = request.scope["raw_path"].decode("ascii"), request.scope["query_string"].decode("latin-1")
+    return f"{raw}?{query}" if query else str(raw)
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Return the server and the account that ``SERVER`` or ``SERVER@ACCOUNT`` names; if none, both are empty."""
+    match = _NAME.fullmatch(text)
+    if match is None:
+        return "", ""
+    return match[1], match[2] or DEFAULT_ACCOUNT
+
+
+def name_of(account: Account) -> str:
+    """Return ``SERVER`` or, if it is not the default account, ``SERVER@ACCOUNT``."""
+    return account.server if account.name == DEFAULT_ACCOUNT else f"{account.server}@{account.name}"
