@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
-from mcp_auth_proxy.identity import NoAuthenticator
+from mcp_auth_proxy.identity import Authenticator, NoAuthenticator
 from mcp_auth_proxy.models import AccessToken, Account, Flow
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
@@ -28,10 +28,12 @@ from mcp_auth_proxy.proxy.routes import route_to
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api_mount import ApiMount
 from mcp_auth_proxy.web.guard import Guard
+from mcp_auth_proxy.web.protected_resource import ProtectedResource
 from mcp_auth_proxy.web.site import Site
 
 logger = logging.getLogger(__name__)
@@ -120,10 +122,12 @@ async def lifespan(
     announce: Announce | None = None,
     announce_key: Callable[[str], None] = logger.warning,
     background: bool = True,
+    authenticator: Authenticator | None = None,
 ) -> AsyncIterator[Application]:
     """Open everything that a running proxy needs, and close it again. Raises ConfigurationError, StoreError.
 
-    ``background``: renew tokens, and watch the store for what other processes write.
+    ``background``: renew tokens, and watch the store for what other processes write. ``authenticator`` tells who calls;
+    None: nobody does.
     """
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
@@ -193,7 +197,15 @@ async def lifespan(
             api=ApiMount(api) if settings.admin.enabled else None,
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
-        router = Router(guard=guard, servers=servers, forwarder=forwarder, site=site.build())
+        router = Router(
+            guard=guard,
+            servers=servers,
+            forwarder=forwarder,
+            site=site.build(),
+            authenticator=authenticator or NoAuthenticator(),
+            resource=ProtectedResource(public_url, settings.inbound),
+            session_key=await SharedSecrets(database).get(SESSION_IDS),
+        )
         servers.on_change(lambda change: _forget_series(servers, change.removed))
         application = Application(
             settings=settings,

@@ -10,6 +10,7 @@
     ├── LoopDetected                   a client's request has come through too many proxies
     ├── ClientDisconnected             the client went away before its request was complete
     ├── ConfigurationError             the configuration is invalid; lists all errors at once
+    ├── NotConnected                   a server needs its user's authorization first
     ├── StoreError
     │   ├── StoreRejected              foreign, damaged or newer database: nothing is started or written
     │   │   └── KeyRejected            the store's key is missing, malformed, or not the one it was made with
@@ -27,6 +28,7 @@
     ├── ServerConflict                 a server can't be made or changed at run time as things are
     ├── CallerRefused                  a request whose caller is not known, or may not call
     │   └── SignInNeeded               a page that only users see who have signed in
+    ├── SessionNotFound                a session id that was not given to this caller
     └── UpstreamError
         ├── UpstreamUnreachable        no connection: no byte of the request was sent
         ├── UpstreamTimeout            connected, but no response head in time
@@ -303,6 +305,10 @@ class IssuerMissing(CallbackRefused):
         super().__init__(message, 422)
 
 
+class NotConnected(McpAuthProxyError):
+    """A server can't be asked yet: its user has to authorize first."""
+
+
 class ServerConflict(McpAuthProxyError):
     """A server can't be made, changed or deleted at run time as things are.
 
@@ -332,6 +338,13 @@ class SignInNeeded(CallerRefused):
 
     def __init__(self) -> None:
         super().__init__("Sign in first.")
+
+
+class SessionNotFound(McpAuthProxyError):
+    """A request has an Mcp-Session-Id that its caller was not given, at this server and account."""
+
+    def __init__(self) -> None:
+        super().__init__("There is no such session. Begin a new one with initialize, without Mcp-Session-Id.")
 
 
 class UpstreamError(McpAuthProxyError):

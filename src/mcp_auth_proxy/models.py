@@ -377,6 +377,13 @@ class Attempt:
         secret_values.remember(self.code_verifier)
 
 
+class Tool(NamedTuple):
+    """A tool that an MCP server offers, for people to see that the server can be used."""
+
+    name: str
+    description: str = ""
+
+
 class DPoPSigner(Protocol):
     """Sign the proof that each request with a DPoP-bound token needs (RFC 9449 §4)."""
 

@@ -97,7 +97,7 @@ async def test_a_caller_that_the_server_does_not_know_is_refused_without_its_tok
 async def test_without_a_caller_nothing_is_sent(servers: Servers, issuer: ExtensionServer, client: Client) -> None:
     upstream = await servers.mcp_server(issuer)
     plan = await client.planner.plan(Account("local", "mcp"), exchanging(upstream.url), None)
-    with pytest.raises(AuthorizationError, match="does not identify its callers"):
+    with pytest.raises(AuthorizationError, match="needs the JWT that a caller was identified by"):
         await client.tokens.obtain(plan)
     assert issuer.token_requests() == 0
 

@@ -12,6 +12,7 @@ from mcp_auth_proxy.broker import Broker, PendingAuthorization
 from mcp_auth_proxy.config.settings import LimitSettings, ServerSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.models import (
+    LOCAL_CALLER,
     AccessToken,
     Account,
     ClientAuth,
@@ -111,10 +112,10 @@ class ForwardingServer:
         self._route = route
 
     def try_fast_path(self, request: ClientRequest) -> bool:
-        return request.method == b"POST" and self.forwarder.try_fast_path(self._route, request)
+        return request.method == b"POST" and self.forwarder.try_fast_path(self._route, request, LOCAL_CALLER)
 
     async def serve(self, request: ClientRequest) -> None:
-        await self.forwarder.serve(self._route, request)
+        await self.forwarder.serve(self._route, request, LOCAL_CALLER)
 
 
 @asynccontextmanager

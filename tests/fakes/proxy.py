@@ -20,6 +20,7 @@ from mcp_auth_proxy.app import Application, lifespan
 from mcp_auth_proxy.cli.listener import bind, listening
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.config.settings import Address
+from mcp_auth_proxy.identity import Authenticator
 from mcp_auth_proxy.models import Flow
 
 Json = dict[str, Any]
@@ -86,11 +87,13 @@ async def running_proxy(
     *,
     clock: Callable[[], float] = time.time,
     listen: Address | None = None,
+    authenticator: Authenticator | None = None,
     **sections: Unpack[Sections],
 ) -> AsyncIterator[RunningProxy]:
     """Run the proxy in this event loop until the block ends; the same ``folder`` means the same store.
 
-    ``listen`` keeps the port over a restart, because the redirect URI names it.
+    ``listen`` keeps the port over a restart, because the redirect URI names it. ``authenticator``: instead of that
+    of the configuration.
     """
     settings = load(write_config(folder, servers, **sections), environ=os.environ)
     links: list[str] = []
@@ -101,7 +104,14 @@ async def running_proxy(
     sock, address = bind(listen or settings.listen)
     with sock:
         async with (
-            lifespan(settings, address, clock=clock, announce=announce, announce_key=lambda line: None) as application,
+            lifespan(
+                settings,
+                address,
+                clock=clock,
+                announce=announce,
+                announce_key=lambda line: None,
+                authenticator=authenticator,
+            ) as application,
             listening(application, sock),
         ):
             yield RunningProxy(application.public_url, links, application)

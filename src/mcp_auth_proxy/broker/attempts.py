@@ -192,7 +192,7 @@ class AuthorizationAttempts:
             raise unknown_state
         if found[1].browser_hash == HEADLESS_ATTEMPT:
             raise CallbackRefused(
-                "A program has begun this authorization. Give it the address of this page: it finishes what you allowed.",
+                "A program has begun this authorization. Give it the address of this page, so that it can finish it.",
                 403,
             )
         cookie = cookies.get(cookie_name(state), "")

@@ -1,6 +1,7 @@
 """Authorize an account: from a challenge to a token, or to a flow that waits for the user."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_server
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
@@ -16,7 +17,16 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, TokenRefused
 from mcp_auth_proxy.models import AccessToken, Account, Flow, Grant, GrantType
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
+from mcp_auth_proxy.oauth.token_exchange import SubjectToken
 from mcp_auth_proxy.store.grants import Grants
+
+
+class _Flight(NamedTuple):
+    """What runs only once at a time."""
+
+    account: Account
+    subject: int
+    """The hash of the caller's JWT: whoever has a newer one does not wait for what the older one leads to."""
 
 
 class Authorizations:
@@ -41,7 +51,7 @@ class Authorizations:
         self._backoff = backoff
         self._clock = clock
         self._step_ups = StepUpLimiter(clock=clock)
-        self._running: SingleFlight[Account, AccessToken | PendingAuthorization] = SingleFlight()
+        self._running: SingleFlight[_Flight, AccessToken | PendingAuthorization] = SingleFlight()
 
     async def aclose(self) -> None:
         await self._running.aclose()
@@ -54,15 +64,22 @@ class Authorizations:
         *,
         already: tuple[str, ...] | None = None,
         schemes: tuple[str, ...] = (),
+        subject: str | None = None,
     ) -> AccessToken | PendingAuthorization:
         """Return a token if no user has to be asked, otherwise the flow to wait for.
 
         ``server``: the settings of the server that sent the challenge. ``already``: scopes granted before a step-up;
         None if this is not a step-up. ``schemes``: authentication schemes other than Bearer that the server asked for.
+        ``subject``: the caller's JWT, for ``token_exchange``; what fails with one is tried again with another.
         After a failure nothing is tried again until the pause ends; a flow that waits for its user is returned all the
         same. Raises AuthorizationError and StoreError.
         """
-        return await self._running.run(account, lambda: self._authorize(account, server, challenge, already, schemes))
+        if server.oauth.grant is not GrantType.TOKEN_EXCHANGE:
+            subject = None
+        return await self._running.run(
+            _Flight(account, hash(subject)),
+            lambda: self._authorize(account, server, challenge, already, schemes, subject),
+        )
 
     async def request(
         self,
@@ -82,12 +99,12 @@ class Authorizations:
             found = self._pending.usable(account) or await self._pending.resume(account, None)
             if found is not None and wanted.fits(found.flow):
                 return found
-            return await self._new(account, wanted.settings(account, server), challenge, None, schemes, wanted)
+            return await self._new(account, wanted.settings(account, server), challenge, None, schemes, None, wanted)
 
         before = self._pending.usable(account) or await self._pending.resume(account, None)
         while True:
             # A request of an MCP client may be authorizing the account just now, with a flow of another kind.
-            outcome = await self._running.run(account, start)
+            outcome = await self._running.run(_Flight(account, hash(None)), start)
             if not isinstance(outcome, PendingAuthorization) or wanted.fits(outcome.flow):
                 break
         new = isinstance(outcome, PendingAuthorization) and (before is None or before.flow.id != outcome.flow.id)
@@ -101,7 +118,8 @@ class Authorizations:
         newest = self._pending.get(pending.flow.key.account) or pending
         if not self._pending.needs_fresh_link(newest):
             return newest
-        outcome = await self._running.run(newest.flow.key.account, lambda: self._replace(newest.flow))
+        flight = _Flight(newest.flow.key.account, hash(None))
+        outcome = await self._running.run(flight, lambda: self._replace(newest.flow))
         return outcome if isinstance(outcome, PendingAuthorization) else newest
 
     async def note_rejection(self, error: str, rejected: Flow | Plan) -> None:
@@ -118,11 +136,12 @@ class Authorizations:
         challenge: BearerChallenge | None,
         already: tuple[str, ...] | None,
         schemes: tuple[str, ...],
+        subject: str | None,
     ) -> AccessToken | PendingAuthorization:
         pending = self._pending.usable(account) or await self._pending.resume(account, challenge)
         if pending is not None:
             return pending
-        return await self._new(account, server, challenge, already, schemes, None)
+        return await self._new(account, server, challenge, already, schemes, subject, None)
 
     async def _new(
         self,
@@ -131,9 +150,10 @@ class Authorizations:
         challenge: BearerChallenge | None,
         already: tuple[str, ...] | None,
         schemes: tuple[str, ...],
+        subject: str | None,
         wanted: FlowRequest | None,
     ) -> AccessToken | PendingAuthorization:
-        everyone, own = of_server(server.name), of_account(account)
+        everyone, own = of_server(server.name), of_account(account, subject)
         self._backoff.check(everyone, own)
         # A token that can't be read is no server's failure: no pause, and nothing is fetched in vain.
         await self._token_client.check_credentials(server)
@@ -142,7 +162,7 @@ class Authorizations:
             if already is not None:
                 requested = (challenge and challenge.scopes) or ()
                 self._step_ups.count(account, server=server.name, requested=requested, already=already)
-            made = await (self._obtain(plan) if server.oauth.grant.unattended else self._new_flow(plan))
+            made = await (self._obtain(plan, subject) if server.oauth.grant.unattended else self._new_flow(plan))
         except AuthorizationDenied as denied:
             # An OAuth error may be about this account's credentials or request, and says that the issuer works.
             self._backoff.failed(own, denied)
@@ -155,10 +175,11 @@ class Authorizations:
             return await self._pending.start(made if wanted is None else wanted.apply(made))
         return self._pending.activate(await self._grants.add(made)).token
 
-    async def _obtain(self, plan: Plan) -> Grant:
+    async def _obtain(self, plan: Plan, subject: str | None) -> Grant:
+        token = None if subject is None else SubjectToken(subject)
         try:
             with self._backoff.attempt(of_issuer(plan.server.name, plan.key.issuer)):
-                return await self._token_client.obtain(plan)
+                return await self._token_client.obtain(plan, subject=token)
         except TokenRefused as refused:
             raise _denied(refused) from None
 

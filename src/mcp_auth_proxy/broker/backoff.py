@@ -53,8 +53,9 @@ def of_issuer(server: str, issuer: str) -> Subject:
     return Subject(server, "issuer", hash(issuer))
 
 
-def of_account(account: Account) -> Subject:
-    return Subject(account.server, "account", account)
+def of_account(account: Account, token: str | None = None) -> Subject:
+    """Return the authorizations of an account; those on behalf of a caller only as long as it has the same token."""
+    return Subject(account.server, "account", account if token is None else (account, hash(token)))
 
 
 def of_tokens(account: Account) -> Subject:

@@ -241,13 +241,15 @@ class Broker:
         used: AccessToken | None,
         history: ChallengeHistory,
         nonce: Sequence[bytes] = (),
+        subject: str | None = None,
     ) -> AccessToken | PendingAuthorization | None:
         """Decide how to continue after a 401 or 403: with a token to try again, or a pending authorization to wait for.
 
         None: the response is not a challenge (a 403 for another reason) and belongs to the client. ``sent_to`` are the
         settings that the request began with. ``challenge`` and ``nonce`` are the WWW-Authenticate and DPoP-Nonce fields
-        of the response, ``used`` the token of the request. Call ``check_origin`` before a token that this returns is
-        sent. Raises AuthorizationError, AuthorizationServerUnavailable and StoreError.
+        of the response, ``used`` the token of the request, ``subject`` the JWT that the caller was identified by, if it
+        was. Call ``check_origin`` before a token that this returns is sent. Raises
+        AuthorizationError, AuthorizationServerUnavailable and StoreError.
         """
         return await self._challenges.challenged(
             account,
@@ -257,6 +259,7 @@ class Broker:
             used=used,
             history=history,
             nonce=nonce,
+            subject=subject,
         )
 
     # For browsers

@@ -44,6 +44,7 @@ class ChallengeHandler:
         used: AccessToken | None,
         history: ChallengeHistory,
         nonce: Sequence[bytes],
+        subject: str | None = None,
     ) -> AccessToken | PendingAuthorization | None:
         """Return how to continue: see ``Broker.challenged``."""
         bearer = challenges.bearer(challenge)
@@ -79,6 +80,7 @@ class ChallengeHandler:
             bearer,
             already=cached.grant.scopes if cached is not None and status == 403 else None,
             schemes=challenges.other_schemes(challenge),
+            subject=subject,
         )
 
     async def _renew_after_401(

@@ -81,6 +81,9 @@ class TokenClient:
 
     async def check_unattended(self, plan: Plan) -> None:
         """Raise AuthorizationError if a grant that asks no user could not even be requested; send no token request."""
+        if plan.server.oauth.grant is GrantType.TOKEN_EXCHANGE:
+            # What it begins with comes with the request of a caller.
+            return
         await self._forms.build(plan.server, plan.server.oauth.grant, plan.key, plan.scopes)
 
     async def check_credentials(self, server: ServerSettings) -> None:

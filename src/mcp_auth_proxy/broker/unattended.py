@@ -48,8 +48,8 @@ class UnattendedForms:
                 return token_exchange.request(subject, resource=key.resource, scopes=scopes)
             case GrantType.TOKEN_EXCHANGE:
                 raise AuthorizationError(
-                    f"{server.key('oauth.grant')} is token_exchange, which acts with the token that the caller itself "
-                    f"was identified by, and this proxy does not identify its callers. Use another grant."
+                    f"{server.key('oauth.grant')} is token_exchange, which needs the JWT that a caller was identified "
+                    f"by, and there is none here. Send requests with a JWT of an issuer in inbound.jwt."
                 )
             case _:
                 raise AuthorizationError(

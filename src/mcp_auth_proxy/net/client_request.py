@@ -44,6 +44,8 @@ class ClientConnection(Protocol):
 
     transport: asyncio.Transport
     write_paused: bool
+    peer: str
+    """The address at the other end; empty if it is not known."""
 
     def resume_reading(self) -> None:
         """Continue reading: there is space for more of the request's body."""
@@ -230,6 +232,11 @@ class ClientRequest:
     def client(self) -> str:
         """Whose request it is, for a log: an address."""
         return self._connection.client(self)
+
+    @property
+    def peer(self) -> str:
+        """The address that the connection comes from, which may be that of a web server in front; or empty."""
+        return self._connection.peer
 
     @property
     def may_write(self) -> bool:

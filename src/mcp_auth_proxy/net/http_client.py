@@ -10,6 +10,7 @@ shown. A connection that was opened under one address policy, or under none, is 
 
 import asyncio
 import sys
+from collections.abc import Collection
 from operator import itemgetter
 
 from mcp_auth_proxy.errors import UpstreamPoolTimeout
@@ -84,11 +85,12 @@ class HttpClient:
         """Return the pool of an origin, or None before the first request to it."""
         return self._pools.get(_key(origin, policy))
 
-    def discard(self, origin: Origin, policy: AddressPolicy) -> None:
-        """Close the connections to an origin under a policy, which no server needs any more, and forget the pool."""
-        pool = self._pools.pop((origin, policy), None)
-        if pool is not None:
-            pool.close()
+    def discard_unused(self, needed: Collection[tuple[Origin, AddressPolicy]]) -> None:
+        """Forget the pools under an address policy that no server needs, but for those with active requests."""
+        for key, pool in list(self._pools.items()):
+            if not isinstance(key, Origin) and key not in needed and pool.open == pool.idle:
+                del self._pools[key]
+                pool.close()
 
     def set_limit(self, connections_per_origin: int, connections: int | None = None) -> None:
         """Change how many connections there may be, as in the constructor. Those over a limit are used until they

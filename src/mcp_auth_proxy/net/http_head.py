@@ -17,12 +17,14 @@ class Fields:
     the fields are checked and encoded once.
     """
 
-    __slots__ = ("events", "forwarded", "headers", "plain")
+    __slots__ = ("events", "forwarded", "forwarded_for", "headers", "plain")
 
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
         self.forwarded: bytes | None = None
         """What whoever forwards the message has made of the fields; None until then."""
+        self.forwarded_for: object = None
+        """The rules by which ``forwarded`` was made: other rules make something else of the same fields."""
         self.events: bool | None = None
         """Whether the content is an event stream; None until somebody has found out."""
         self.plain: bool | None = None

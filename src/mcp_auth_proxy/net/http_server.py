@@ -63,6 +63,7 @@ class HttpServerConnection(asyncio.Protocol):
 
     transport: asyncio.Transport
     write_paused: bool
+    peer: str
     _send_timer: SendTimer
 
     def __init__(
@@ -77,6 +78,7 @@ class HttpServerConnection(asyncio.Protocol):
         """``slot``: the place of the connection, if their number is limited."""
         self._loop = _loop or asyncio.get_running_loop()
         self._slot = slot
+        self.peer = slot.peer if slot is not None else ""
         self._server = cast(RequestServer, config.app)
         self._connections = server_state.connections
         self._tasks = server_state.tasks

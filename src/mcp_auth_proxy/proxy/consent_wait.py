@@ -7,6 +7,7 @@ from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.proxy.responder import Responder
+from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
 from mcp_auth_proxy.rpc import answers, events
 from mcp_auth_proxy.rpc.messages import RequestBody
@@ -44,6 +45,7 @@ class ConsentWait:
         request: ClientRequest,
         body: RequestBody,
         responder: Responder,
+        route: Route,
         *,
         at_once: bool = False,
     ) -> AccessToken | None:
@@ -68,7 +70,7 @@ class ConsentWait:
             if token is not None:
                 return token
             if deadline <= loop.time() or self._draining.done():
-                await self._answer_with_link(await self._broker.fresh_link(pending), request, body, responder)
+                await self._answer_with_link(await self._broker.fresh_link(pending), request, body, responder, route)
                 return None
             if may_stream:
                 await responder.keep_alive(b"waiting for the user to authorize")
@@ -77,20 +79,31 @@ class ConsentWait:
         limit = max(self._wait, RETRY_WAIT) if body.consent_action else self._wait
         return min(limit, DISCOVER_WAIT) if body.has_method("server/discover") else limit
 
-    async def answer_unread(self, pending: PendingAuthorization, request: ClientRequest, responder: Responder) -> None:
+    async def answer_unread(
+        self, pending: PendingAuthorization, request: ClientRequest, responder: Responder, route: Route
+    ) -> None:
         """Answer a request whose body there is no memory for. Raises AuthorizationError and StoreError."""
-        await self._answer_with_link(await self._broker.fresh_link(pending), request, RequestBody(b""), responder)
+        newest = await self._broker.fresh_link(pending)
+        await self._answer_with_link(newest, request, RequestBody(b""), responder, route)
 
     async def _answer_with_link(
-        self, pending: PendingAuthorization, request: ClientRequest, body: RequestBody, responder: Responder
+        self,
+        pending: PendingAuthorization,
+        request: ClientRequest,
+        body: RequestBody,
+        responder: Responder,
+        route: Route,
     ) -> None:
         link, server = pending.link, responder.server
+        if not route.may_authorize:
+            await _answer_without_link(body, responder)
+            return
         if not body.requests:
             text = answers.authorization_text(server, link)
             await responder.fail(body, 503, text, answers.AUTHORIZATION_REQUIRED, retry_after=5.0, link=link)
             return
         session = next((value for name, value in request.headers if name == b"mcp-session-id"), None)
-        elicits = self._sessions.elicits(server, session)
+        elicits = self._sessions.elicits(route.account, session)
         document = answers.answer_all(
             body,
             lambda message: answers.authorization_needed(
@@ -111,6 +124,22 @@ class ConsentWait:
             ),
         )
         await responder.answer(200, document)
+
+
+async def _answer_without_link(body: RequestBody, responder: Responder) -> None:
+    """Answer a caller who can't authorize: an admin has to."""
+    server, text = responder.server, answers.ask_admin_text(responder.server)
+    if not body.requests:
+        await responder.fail(body, 503, text, answers.AUTHORIZATION_REQUIRED, retry_after=5.0)
+        return
+    document = answers.answer_all(
+        body,
+        lambda message: answers.admin_needed(message, server=server, trace_id=responder.trace_id),
+        lambda: answers.failure(
+            None, text, code=answers.AUTHORIZATION_REQUIRED, server=server, trace_id=responder.trace_id
+        ),
+    )
+    await responder.answer(200, document)
 
 
 def _should_be_json(request: ClientRequest) -> bool:

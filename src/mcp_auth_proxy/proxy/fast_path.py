@@ -9,7 +9,7 @@ import time
 from typing import Literal, Protocol
 
 from mcp_auth_proxy.errors import UpstreamError, UpstreamPoolTimeout
-from mcp_auth_proxy.models import AccessToken
+from mcp_auth_proxy.models import AccessToken, Caller
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.http_response import Response
@@ -24,8 +24,9 @@ MAX_BODY = 64 * 1024
 """Bytes of request body. With a larger one, the cost of a task hardly matters."""
 
 
-End = Literal["disconnected", "draining", "removed"]
-"""Why a request is ended early: its client is gone, the proxy shuts down, its server was removed."""
+End = Literal["disconnected", "draining", "removed", "refused"]
+"""Why a request is ended early: its client is gone, the proxy shuts down, its server was removed, or its caller may no
+longer call."""
 
 
 class FastPathOwner(Protocol):
@@ -65,6 +66,7 @@ class FastPathRequest:
         "_events",
         "_owner",
         "_streaming",
+        "caller",
         "ending",
         "error",
         "kept",
@@ -78,13 +80,16 @@ class FastPathRequest:
 
     _connection: HttpConnection
 
-    def __init__(self, owner: FastPathOwner, route: Route, request: ClientRequest, token: AccessToken | None) -> None:
+    def __init__(
+        self, owner: FastPathOwner, route: Route, request: ClientRequest, caller: Caller, token: AccessToken | None
+    ) -> None:
         self._owner = owner
         self._streaming = False
         self._events = False
         """The response is an event stream, counted as open."""
         self.route = route
         self.request = request
+        self.caller = caller
         self.token = token
         self.size = 0
         """Bytes of the body, as long as the owner counts them."""
@@ -98,7 +103,7 @@ class FastPathRequest:
         self.started_at = time.monotonic()
 
     def head(self, length: int) -> bytes:
-        """Return the head of the upstream request, for a body of ``length`` bytes."""
+        """Return the head of the upstream request, for a body of ``length`` bytes. Raises SessionNotFound."""
         route = self.route
         return build_head(route, b"POST", route.target, self.request.fields, self.token, length)
 
@@ -143,7 +148,7 @@ class FastPathRequest:
             note_nonce(self.token, response)
         if response.whole:
             self._owner.finished(self)
-            self.request.respond(status, encoded_response_fields(response.fields), response.take())
+            self.request.respond(status, encoded_response_fields(response.fields, self.route.rules), response.take())
             self._owner.record(self.route, self.request, self.started_at)
         elif response.broken:
             # Nothing of it is with the client yet, so the client can be told.
@@ -173,9 +178,9 @@ class FastPathRequest:
         request.release_body()
         self._owner.release(self)
         if self._streaming:
-            request.start_nowait(response.status, encoded_response_fields(response.fields))
+            request.start_nowait(response.status, encoded_response_fields(response.fields, self.route.rules))
         else:
-            request.start_nowait(response.status, response_headers(response.headers))
+            request.start_nowait(response.status, response_headers(response.headers, self.route.rules))
         if self._events and may_be_pinged(response):
             self._owner.pings.watch(request)
         if not response.ready:

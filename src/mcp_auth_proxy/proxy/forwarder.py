@@ -3,11 +3,12 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.settings import LimitSettings
-from mcp_auth_proxy.errors import UpstreamError
+from mcp_auth_proxy.errors import SessionNotFound, UpstreamError
+from mcp_auth_proxy.models import Caller
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
@@ -16,7 +17,7 @@ from mcp_auth_proxy.observability.metrics import CLIENT_GONE
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.observability.trace import trace_id_of
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
-from mcp_auth_proxy.proxy.fast_path import FastPathRequest, is_eligible
+from mcp_auth_proxy.proxy.fast_path import End, FastPathRequest, is_eligible
 from mcp_auth_proxy.proxy.handler import ProxyContext, RequestHandler
 from mcp_auth_proxy.proxy.headers import is_in_loop
 from mcp_auth_proxy.proxy.pings import Pings
@@ -79,7 +80,7 @@ class Forwarder:
 
     # Requests
 
-    def try_fast_path(self, route: Route, request: ClientRequest) -> bool:
+    def try_fast_path(self, route: Route, request: ClientRequest, caller: Caller) -> bool:
         """Forward a request at once if nothing has to be awaited; return whether it was sent.
 
         The body must be complete. If True is returned, the response is handled as well.
@@ -94,8 +95,11 @@ class Forwarder:
         memory, size = self.memory, len(content)
         if memory.fast + size > memory.limit_of_fast:
             return False
-        fast = FastPathRequest(self, route, request, token)
-        head = fast.head(size)
+        fast = FastPathRequest(self, route, request, caller, token)
+        try:
+            head = fast.head(size)
+        except SessionNotFound:
+            return False
         connection = self.upstream.idle_connection(route)
         if connection is None:
             return False
@@ -179,7 +183,7 @@ class Forwarder:
         self._access_log.write(
             Entry(
                 server=account.server,
-                account=f"{account.principal}/{account.name}",
+                account=f"{route.principal}/{account.name}",
                 method=request.method.decode("ascii"),
                 mcp_method=method_token(mcp_method) if mcp_method is not None else method_of(request.headers),
                 status=status,
@@ -195,17 +199,19 @@ class Forwarder:
 
         async def serve(request: ClientRequest) -> None:
             self.fast_requests.discard(fast)
-            await self.serve(fast.route, request, fast)
+            await self.serve(fast.route, request, fast.caller, fast)
 
         fast.request.run(serve)
 
-    async def serve(self, route: Route, request: ClientRequest, sent: FastPathRequest | None = None) -> None:
+    async def serve(
+        self, route: Route, request: ClientRequest, caller: Caller, sent: FastPathRequest | None = None
+    ) -> None:
         """Answer one request. The client gets a response whatever happens, unless it goes away.
 
-        ``sent``: the fast path has sent the request already.
+        ``route`` is that of the ``caller``. ``sent``: the fast path has sent the request already.
         """
         started_at = time.monotonic() if sent is None else sent.started_at
-        handler = RequestHandler(self._context, route, request, sent)
+        handler = RequestHandler(self._context, route, request, caller, sent)
         self._handlers.add(handler)
         ending = "draining" if self.ended else sent.ending if sent is not None else None
         if ending is not None:
@@ -259,15 +265,22 @@ class Forwarder:
 
     def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
         """End every active request to servers that were removed; requests to changed servers continue as they began."""
-        for handler in list(self._handlers):
-            if handler.route.server.name in removed:
-                handler.end("removed")
-        for fast in list(self.fast_requests):
-            if fast.route.server.name in removed:
-                fast.end("removed")
+        self._end_those(lambda route: route.server.name in removed, "removed")
         for name in (*removed, *changed):
             self._outages.forget(name)
             self._overloads.forget(name)
+
+    def refuse(self, principal: str) -> None:
+        """End every active request of a principal that may no longer call."""
+        self._end_those(lambda route: route.principal == principal, "refused")
+
+    def _end_those(self, concerned: Callable[[Route], bool], reason: End) -> None:
+        for handler in list(self._handlers):
+            if concerned(handler.route):
+                handler.end(reason)
+        for fast in list(self.fast_requests):
+            if concerned(fast.route):
+                fast.end(reason)
 
     def _check_idle(self) -> None:
         if self._idle is not None and not self.active_requests and not self._idle.done():

@@ -20,13 +20,14 @@ from mcp_auth_proxy.errors import (
     LoopDetected,
     McpAuthProxyError,
     Overloaded,
+    SessionNotFound,
     StoreError,
     UpstreamError,
     UpstreamPoolTimeout,
     UpstreamProtocolError,
     UpstreamTimeout,
 )
-from mcp_auth_proxy.models import AccessToken
+from mcp_auth_proxy.models import AccessToken, Caller
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_head import HOPS, MAX_HOPS, Fields
 from mcp_auth_proxy.net.http_response import Response
@@ -34,7 +35,7 @@ from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import MAX_BODY, End, FastPathRequest
-from mcp_auth_proxy.proxy.headers import is_in_loop, response_headers, without_cors
+from mcp_auth_proxy.proxy.headers import encoded_request_fields, is_in_loop, response_headers, without_cors
 from mcp_auth_proxy.proxy.pings import Pings, may_be_pinged
 from mcp_auth_proxy.proxy.quota import MemoryBudget, Quota, RequestMemory
 from mcp_auth_proxy.proxy.responder import Responder
@@ -49,7 +50,11 @@ logger = logging.getLogger(__name__)
 MAX_SENDS = 10
 """Maximum number of times that one request is sent, whatever the other bounds allow."""
 
-_END_TEXTS = {"draining": "the proxy is shutting down", "removed": "it is no longer configured"}
+_END_TEXTS = {
+    "draining": "the proxy is shutting down",
+    "removed": "it is no longer configured",
+    "refused": "whoever called may no longer do so",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class RequestHandler:
     __slots__ = (
         "__weakref__",
         "_body",
+        "_caller",
         "_context",
         "_request",
         "_responder",
@@ -93,11 +99,17 @@ class RequestHandler:
     )
 
     def __init__(
-        self, context: ProxyContext, route: Route, request: ClientRequest, sent: FastPathRequest | None = None
+        self,
+        context: ProxyContext,
+        route: Route,
+        request: ClientRequest,
+        caller: Caller,
+        sent: FastPathRequest | None = None,
     ) -> None:
         """``sent``: the fast path has sent the request already, with this outcome."""
         self._context = context
         self._request = request
+        self._caller = caller
         trace_id = trace.trace_id_of(request.headers)
         self.memory = RequestMemory(context.memory, route.server.name)
         self._responder = Responder(request, server=route.server.name, memory=self.memory, trace_id=trace_id or "")
@@ -168,7 +180,7 @@ class RequestHandler:
             if pending is None:
                 raise
             context.overloaded(account.server, "limits.memory")
-            await context.consent.answer_unread(pending, self._request, self._responder)
+            await context.consent.answer_unread(pending, self._request, self._responder, self.route)
             return False
         return True
 
@@ -179,6 +191,8 @@ class RequestHandler:
                 f"The request is in a loop: it has come through {MAX_HOPS} proxies already ({HOPS.decode()}). "
                 f"Check where servers.{account.server}.url leads."
             )
+        # Nothing else is done for a session that is not the caller's.
+        encoded_request_fields(self._request.fields, self.route.rules)
         if needs_inspection(self._body.content):
             # The user's answer in a retry is for the proxy alone: reading it removes it from the forwarded body.
             self._body.parse()
@@ -210,6 +224,7 @@ class RequestHandler:
                     nonce=_fields(response, b"dpop-nonce"),
                     used=token,
                     history=history,
+                    subject=self._caller.jwt,
                 )
             if verdict is None:
                 await self._relay(response)
@@ -226,7 +241,7 @@ class RequestHandler:
         try:
             with self._hold(or_refuse=False):
                 return await self._context.consent.token(
-                    pending, self._request, self._body, self._responder, at_once=not self.held
+                    pending, self._request, self._body, self._responder, self.route, at_once=not self.held
                 )
         finally:
             waiting.dec()
@@ -297,7 +312,7 @@ class RequestHandler:
             self.listening = response.status == 200 and is_events and self._listens()
             await self._responder.relay_as_events(response, is_events=is_events, body=self._body)
             return
-        headers = response_headers(response.headers)
+        headers = response_headers(response.headers, self.route.rules)
         if self._request.added_fields:
             headers = without_cors(headers)
         self._remember_session(headers)
@@ -323,7 +338,7 @@ class RequestHandler:
         if any(message.method == "initialize" and message.url_elicitation for message in self._body.messages):
             for name, value in headers:
                 if name == b"mcp-session-id":
-                    self._context.sessions.remember(self.route.server.name, value)
+                    self._context.sessions.remember(self.route.account, value)
 
     async def _fail(self, error: McpAuthProxyError) -> None:
         """Answer with the error, and log it."""
@@ -340,7 +355,7 @@ class RequestHandler:
             logger.error("server %s: %s", server, error, extra=self._log_extra)
         elif isinstance(error, Overloaded):
             self._context.overloaded(server, error.key)
-        elif not isinstance(error, BodyTooLarge):
+        elif not isinstance(error, BodyTooLarge | SessionNotFound):
             # The others are about the server.
             peer = f" It came from {self._request.client}." if isinstance(error, LoopDetected) else ""
             self._context.outages.warn(server, f"{error}{peer}", trace_id=self._responder.trace_id)
@@ -348,7 +363,8 @@ class RequestHandler:
             self.route.metrics.upstream_failed(failure_kind(error))
         status, retry_after = _status_of(error)
         text = str(error) if isinstance(error, BodyTooLarge) else f"Server {server}: {error}"
-        await self._responder.fail(self._body, status, text, answers.UPSTREAM_FAILED, retry_after=retry_after)
+        code = answers.NOT_FOUND if isinstance(error, SessionNotFound) else answers.UPSTREAM_FAILED
+        await self._responder.fail(self._body, status, text, code, retry_after=retry_after)
 
     @property
     def _log_extra(self) -> dict[str, Any]:
@@ -369,7 +385,9 @@ class RequestHandler:
                 # It may have been ended before its body was read: the answer should have its id.
                 self._body = RequestBody(self._request.peek_body()[:MAX_BODY])
             text = f"Server {self.route.server.name}: {_END_TEXTS[self.ending]}."
-            await self._responder.finish_early(self._body, text)
+            if self.ending == "refused":
+                self._request.keep_alive = False
+            await self._responder.finish_early(self._body, text, refused=self.ending == "refused")
 
     def close(self) -> None:
         """Release the upstream's response. Idempotent."""
@@ -384,6 +402,8 @@ def _status_of(error: McpAuthProxyError) -> tuple[int, float | None]:
     match error:
         case BodyTooLarge():
             return 413, None
+        case SessionNotFound():
+            return 404, None
         case LoopDetected():
             return 508, None
         case Overloaded():

@@ -5,8 +5,12 @@ Heads are built from scratch, from the fields that may be forwarded, so nothing 
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+from mcp_auth_proxy.errors import SessionNotFound
 from mcp_auth_proxy.net.http_head import HOPS, MAX_HOPS, Fields, Headers, check_lines, encode_fields
+from mcp_auth_proxy.proxy import session_ids
+from mcp_auth_proxy.proxy.session_ids import SessionIds
 from mcp_auth_proxy.rpc import events
 
 _COUNTS = {b"%d" % count: count for count in range(MAX_HOPS)}
@@ -145,6 +149,29 @@ other server. If the upstream sends a policy too, both apply."""
 
 _NO_PAGES = frozenset({b"application/json", b"text/event-stream"})
 
+_LAST_EVENT_ID = b"last-event-id"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FieldRules:
+    """What is forwarded depends on this besides the fields: whose request it is, and of which account of a server."""
+
+    credentials: frozenset[bytes] = frozenset()
+    """Names of the fields with credentials of callers: they are dropped, in any spelling."""
+    sessions: SessionIds | None = None
+    """None if there is one caller only: then session ids pass as they are."""
+    shared: bool = False
+    """Whether other callers use the same token: without a session, the server can't tell whose events it repeats."""
+
+
+ONE_CALLER = FieldRules()
+"""The rules if callers are not identified."""
+
+
+def canonical_name(name: bytes) -> bytes:
+    """Return the one spelling of a field name, in lower case, that stands for all that a server could confuse."""
+    return name.translate(_CANONICAL).strip(b"-")
+
 
 def request_head(
     method: bytes,
@@ -154,16 +181,16 @@ def request_head(
     authorization: bytes | None,
     content_length: int | None,
     proof: bytes | None = None,
+    *,
+    rules: FieldRules = ONE_CALLER,
 ) -> bytes:
     """Return the head of an upstream request, with the client's ``fields`` (see ``request_headers``).
 
     ``content_length`` is None for a request without a body; ``proof`` belongs to a token that is bound to a key (RFC
-    9449 §7). Raises ValueError if a part would break out of its line; the request parser lets none through.
+    9449 §7). Raises SessionNotFound, and ValueError if a part would break out of its line; the request parser lets none
+    through.
     """
-    forwarded = fields.forwarded
-    if forwarded is None:
-        hops = (HOPS, b"%d" % (_hops(fields.headers) + 1))
-        fields.forwarded = forwarded = encode_fields([*request_headers(fields.headers), hops])
+    forwarded = encoded_request_fields(fields, rules)
     start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, target, host)
     end = b"\r\n" if content_length is None else b"content-length: %d\r\n\r\n" % content_length
     count = 3 if content_length is None else 4
@@ -177,6 +204,19 @@ def request_head(
     if b" " in target:
         raise ValueError("the request target holds a space")
     return start + forwarded + end
+
+
+def encoded_request_fields(fields: Fields, rules: FieldRules) -> bytes:
+    """Return the fields of a client's request that go to the upstream, encoded.
+
+    Raises SessionNotFound, and ValueError if a field holds a line break.
+    """
+    forwarded = fields.forwarded
+    if forwarded is None or fields.forwarded_for is not rules:
+        hops = (HOPS, b"%d" % (_hops(fields.headers) + 1))
+        fields.forwarded = forwarded = encode_fields([*request_headers(fields.headers, rules), hops])
+        fields.forwarded_for = rules
+    return forwarded
 
 
 def is_in_loop(fields: Fields) -> bool:
@@ -193,12 +233,13 @@ def _hops(headers: Headers) -> int:
     return _COUNTS.get(values[0], MAX_HOPS) if len(values) == 1 else MAX_HOPS
 
 
-def request_headers(headers: Headers) -> Headers:
+def request_headers(headers: Headers, rules: FieldRules = ONE_CALLER) -> Headers:
     """Return the fields of a client's request that go to the upstream, names in lower case as they came.
 
     Dropped are hop-by-hop fields and those that ``Connection`` lists, framing, ``Expect``, and every field about who
     the client is or claims to be, in any spelling that a server could read as one. The rest passes unchanged and in
-    order, ``Via`` too.
+    order, ``Via`` too. If there are several callers, their credentials are dropped, and the session id is checked and
+    stripped of its signature. Raises SessionNotFound.
     """
     kept: Headers = []
     listed: set[bytes] | None = None
@@ -207,22 +248,45 @@ def request_headers(headers: Headers) -> Headers:
         if name in _FORWARDED_UNCHECKED:
             kept.append(field)
         elif name not in _DROPPED_UNCHECKED:
-            key = name.translate(_CANONICAL).strip(b"-")
+            key = canonical_name(name)
             if key not in _NOT_FORWARDED and not key.startswith(_NOT_FORWARDED_PREFIXES):
                 kept.append(field)
             elif key == b"connection" and field[1] not in _SIMPLE_CONNECTION:
                 listed = _list_names(listed, field[1])
-    return [field for field in kept if field[0] not in listed] if listed else kept
+    if listed:
+        kept = [field for field in kept if field[0] not in listed]
+    return kept if rules.sessions is None else _of_one_caller(kept, rules, rules.sessions)
 
 
-def encoded_response_fields(fields: Fields) -> bytes:
+def _of_one_caller(headers: Headers, rules: FieldRules, sessions: SessionIds) -> Headers:
+    """Return the fields without credentials and without what belongs to another caller. Raises SessionNotFound."""
+    kept: Headers = []
+    repeats = in_session = False
+    for name, value in headers:
+        key = canonical_name(name)
+        if name == session_ids.FIELD:
+            session_id = sessions.open(value)
+            if session_id is None:
+                raise SessionNotFound
+            kept.append((name, session_id))
+            in_session = True
+        elif key not in rules.credentials and key != session_ids.FIELD:
+            kept.append((name, value))
+            repeats = repeats or key == _LAST_EVENT_ID
+    if repeats and rules.shared and not in_session:
+        return [field for field in kept if canonical_name(field[0]) != _LAST_EVENT_ID]
+    return kept
+
+
+def encoded_response_fields(fields: Fields, rules: FieldRules = ONE_CALLER) -> bytes:
     """Return the fields of an upstream response that go to the client, encoded, without Content-Length.
 
     Raises ValueError if a field holds a line break; the parser lets none through.
     """
     forwarded = fields.forwarded
-    if forwarded is None:
-        fields.forwarded = forwarded = encode_fields(response_headers(fields.headers))
+    if forwarded is None or fields.forwarded_for is not rules:
+        fields.forwarded = forwarded = encode_fields(response_headers(fields.headers, rules))
+        fields.forwarded_for = rules
     return forwarded
 
 
@@ -242,7 +306,7 @@ def is_plain(fields: Fields) -> bool:
     return fields.plain
 
 
-def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
+def response_headers(raw: Iterable[tuple[bytes, bytes]], rules: FieldRules = ONE_CALLER) -> Headers:
     """Return the fields of an upstream response that go to the client, names in lower case.
 
     Dropped are hop-by-hop fields and those that ``Connection`` lists, challenges, cookies, policies for a whole origin
@@ -251,7 +315,7 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
     ``without_cors``.
     ``Cache-Control: no-store`` is added if the upstream has no ``Cache-Control``: the response was made for the proxy's
     token, of which caches between proxy and client know nothing (RFC 9111 §3.5). A response that is neither JSON nor
-    events is made inert, in case a browser was sent here.
+    events is made inert, in case a browser was sent here. If there are several callers, session ids are signed.
     """
     kept: Headers = []
     listed: set[bytes] | None = None
@@ -264,7 +328,7 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
             kept.append(field)
             continue
         name, value = field[0].lower(), field[1]
-        key = name.translate(_CANONICAL).strip(b"-")
+        key = canonical_name(name)
         if key in _NOT_RETURNED or key.startswith(_NOT_RETURNED_PREFIXES):
             if name == b"content-length":
                 kept.append((name, value))
@@ -291,7 +355,10 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
         kept.append(UNBUFFERED)
     if inert or types != 1:  # without a type, or with two, browsers guess
         kept.append(INERT)
-    return kept
+    sessions = rules.sessions
+    if sessions is None:
+        return kept
+    return [(name, sessions.sign(value) if name == session_ids.FIELD else value) for name, value in kept]
 
 
 def without_cors(headers: Headers) -> Headers:

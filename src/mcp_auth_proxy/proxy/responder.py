@@ -193,15 +193,16 @@ class Responder:
             await self._request.start(200, _EVENTS_HEAD)
         await self._request.write(events.comment(text))
 
-    async def finish_early(self, body: RequestBody, text: str) -> None:
+    async def finish_early(self, body: RequestBody, text: str, *, refused: bool = False) -> None:
         """End the response: with an error while it is the proxy's own, else with a final chunk if possible.
 
-        The client then sees a regular end, not a broken response.
+        The client then sees a regular end, not a broken response. ``refused``: its caller may no longer call.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_TIMEOUT):
                 if not self.relaying:
-                    await self.fail(body, 503, text, answers.UPSTREAM_FAILED, retry_after=5.0)
+                    code, after = (answers.CALLER_REFUSED, None) if refused else (answers.UPSTREAM_FAILED, 5.0)
+                    await self.fail(body, 401 if refused else 503, text, code, retry_after=after)
                 elif self.streaming and not self._request.complete:
                     await self._request.write(b"", last=True)
 

@@ -1,22 +1,35 @@
-"""Map a raw request path to a server and its upstream: one dictionary look-up, however many servers there are."""
+"""Map a caller and a raw path to a server and an account there: two look-ups, however many there are."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from mcp_auth_proxy.config.servers import RESERVED
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.models import LOCAL, Account
+from mcp_auth_proxy.models import DEFAULT_ACCOUNT, LOCAL, LOCAL_PRINCIPAL, Account, Principal, Role
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.addresses import AddressPolicy
 from mcp_auth_proxy.net.urls import Origin
 from mcp_auth_proxy.observability.metrics import ServerMetrics, server_label
+from mcp_auth_proxy.proxy.headers import ONE_CALLER, FieldRules, canonical_name
+from mcp_auth_proxy.proxy.session_ids import SessionIds
+
+ROUTES_OF_A_CALLER = 256
+"""Routes that are kept for one caller beside those that were built ahead; beyond it, all of its own are dropped."""
+
+CALLERS_KEPT = 10_000
+"""Callers whose routes are kept; beyond it, those that came first are dropped."""
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
+_PATH = re.compile(rb"/([a-z0-9][a-z0-9-]{0,62})(?:(?:@|%40)([a-z0-9][a-z0-9-]{0,31}))?/mcp")
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A server: where its requests go, and whose grant they use. Nothing here is taken from a request."""
+    """One caller's way to a server: where its requests go, and whose grant they use.
+
+    Of a request, only the path decides which route is taken.
+    """
 
     server: ServerSettings
     origin: Origin
@@ -26,25 +39,148 @@ class Route:
     metrics: ServerMetrics
     policy: AddressPolicy | None = None
     """Which addresses may be dialed, for servers that were made at run time. None: any."""
+    principal: str = LOCAL
+    """The id of the caller; that of ``account`` may be the project's."""
+    rules: FieldRules = ONE_CALLER
+    may_authorize: bool = True
+    """Whether the caller gets links: those of a shared grant are for admins."""
+
+
+@dataclass(slots=True)
+class _Table:
+    """The routes of one caller, by raw path."""
+
+    principal: Principal
+    routes: dict[bytes, Route]
+    limit: int = ROUTES_OF_A_CALLER
+
+
+class Routes:
+    """The routes of all callers. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        servers: Mapping[str, ServerSettings],
+        *,
+        session_key: bytes = b"",
+        credential_fields: Collection[bytes] = (),
+    ) -> None:
+        """``servers`` may change at any time; call ``rebuild`` afterwards.
+
+        ``session_key`` signs session ids; empty if callers are not identified. ``credential_fields`` are not forwarded.
+        """
+        self._servers = servers
+        self._session_key = session_key
+        self._credentials = frozenset(map(canonical_name, credential_fields))
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Read the servers again."""
+        self._to_servers: dict[str, Route] = {}
+        self._tables: dict[str, _Table] = {}
+        self._single = single_server(self._servers)
+        self.local = {} if self._session_key else build(self._servers)
+        """The routes of everybody, if callers are not identified."""
+        if not self._session_key:
+            self._tables[LOCAL] = _Table(LOCAL_PRINCIPAL, self.local, len(self.local) + ROUTES_OF_A_CALLER)
+
+    def get(self, principal: Principal, path: bytes) -> Route | None:
+        """Return a route that was found before; None if it has to be looked for with ``find``, or if there is none."""
+        table = self._tables.get(principal.id)
+        if table is None or (table.principal is not principal and table.principal != principal):
+            return None
+        return table.routes.get(path)
+
+    def find(self, principal: Principal, path: bytes) -> Route | None:
+        """Return the route for a path; None if there is none that this caller may use."""
+        route = self.get(principal, path)
+        if route is None:
+            route = self._make(principal, path)
+            if route is not None:
+                self._keep(principal, path, route)
+        return route
+
+    def names(self, principal: Principal) -> list[str]:
+        """Return the names of the servers that a caller may use."""
+        return sorted(name for name, server in self._servers.items() if server.admits(principal))
+
+    def forget(self, principal: str) -> None:
+        """Drop the routes of a principal."""
+        if self._session_key:
+            self._tables.pop(principal, None)
+
+    def _make(self, principal: Principal, path: bytes) -> Route | None:
+        name, account = self._parse(path)
+        server = self._servers.get(name)
+        if server is None or not server.admits(principal):
+            return None
+        to_server = self._to_servers.get(name)
+        if to_server is None:
+            self._to_servers[name] = to_server = route_to(server)
+        its_account = server.account(principal, account)
+        shared = its_account.principal != principal.id
+        rules = ONE_CALLER
+        if self._session_key:
+            sessions = SessionIds(self._session_key, principal=principal.id, server=name, account=account)
+            rules = FieldRules(self._credentials, sessions, shared)
+        return replace(
+            to_server,
+            account=its_account,
+            principal=principal.id,
+            rules=rules,
+            may_authorize=not shared or principal.role is Role.ADMIN,
+        )
+
+    def _parse(self, path: bytes) -> tuple[str, str]:
+        """Return the server and the account that a raw path names; both may not exist."""
+        if path == b"/mcp":
+            return self._single, DEFAULT_ACCOUNT
+        match = _PATH.fullmatch(path)
+        if match is None:
+            return "", ""
+        name, account = match.groups()
+        return name.decode(), DEFAULT_ACCOUNT if account is None else account.decode()
+
+    def _keep(self, principal: Principal, path: bytes, route: Route) -> None:
+        tables = self._tables
+        table = tables.get(principal.id)
+        if table is None or table.principal != principal:
+            # Its name, role or project has changed: what it may use too.
+            if table is None and len(tables) >= CALLERS_KEPT:
+                del tables[next(iter(tables))]
+            tables[principal.id] = table = _Table(principal, {})
+        elif len(table.routes) >= table.limit:
+            table.routes.clear()
+            table.routes.update({} if self._session_key else build(self._servers))
+        table.routes[path] = route
+
+
+def single_server(servers: Mapping[str, ServerSettings]) -> str:
+    """Return the name of the only server of the configuration, which is at ``/mcp`` too; empty if there are several.
+
+    Servers that were made at run time do not change it.
+    """
+    configured = [name for name, server in servers.items() if server.origin == "config"]
+    return configured[0] if len(configured) == 1 else ""
 
 
 def build(servers: Mapping[str, ServerSettings]) -> dict[bytes, Route]:
-    """Return the routes by raw path: ``/{server}/mcp``, and ``/mcp`` too if there is just one server."""
+    """Return the routes of ``local`` by raw path: ``/{server}/mcp``, and ``/mcp`` too if there is just one server."""
     routes = {f"/{name}/mcp".encode(): route_to(server) for name, server in servers.items()}
-    if len(routes) == 1:
-        routes[b"/mcp"] = next(iter(routes.values()))
+    if single := single_server(servers):
+        routes[b"/mcp"] = routes[f"/{single}/mcp".encode()]
     return routes
 
 
 def route_to(server: ServerSettings) -> Route:
-    """Return the route to one server."""
+    """Return the route of ``local`` to the default account of one server."""
     url = urls.parse(server.url)
     return Route(
         server,
         url.origin,
         url.target,
         url.origin.authority.encode("ascii"),
-        Account(LOCAL, server.name),
+        server.account(LOCAL_PRINCIPAL),
         ServerMetrics(server_label(server.name)),
         None if server.allow_private is None else AddressPolicy.only(server.allow_private),
     )

@@ -2,6 +2,8 @@
 
 from collections import OrderedDict
 
+from mcp_auth_proxy.models import Account
+
 SESSIONS_REMEMBERED = 10_000
 
 LONGEST_ID = 256
@@ -12,16 +14,16 @@ class Sessions:
     """The sessions that declared URL elicitation when they were initialized. Bounded: the oldest is dropped first."""
 
     def __init__(self) -> None:
-        self._elicits: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        self._elicits: OrderedDict[tuple[Account, bytes], None] = OrderedDict()
 
-    def remember(self, server: str, session_id: bytes) -> None:
-        """Remember a session that declared URL elicitation."""
+    def remember(self, account: Account, session_id: bytes) -> None:
+        """Remember a session that declared URL elicitation, by the id that its client has."""
         if len(session_id) > LONGEST_ID:
             return
-        self._elicits[server, session_id] = None
+        self._elicits[account, session_id] = None
         if len(self._elicits) > SESSIONS_REMEMBERED:
             self._elicits.popitem(last=False)
 
-    def elicits(self, server: str, session_id: bytes | None) -> bool:
+    def elicits(self, account: Account, session_id: bytes | None) -> bool:
         """Return whether a session declared URL elicitation."""
-        return session_id is not None and (server, session_id) in self._elicits
+        return session_id is not None and (account, session_id) in self._elicits

@@ -81,11 +81,14 @@ def build_head(
     token: AccessToken | None,
     content_length: int | None,
 ) -> bytes:
-    """Return the head of an upstream request, with the token and, if it is bound to a key, a proof (RFC 9449 §7)."""
+    """Return the head of an upstream request, with the token and, if it is bound to a key, a proof (RFC 9449 §7).
+
+    Raises SessionNotFound.
+    """
     if token is None:
-        return request_head(method, target, route.host, fields, None, content_length)
+        return request_head(method, target, route.host, fields, None, content_length, rules=route.rules)
     proof = token.signer.prove(method, target) if token.signer is not None else None
-    return request_head(method, target, route.host, fields, token.header, content_length, proof)
+    return request_head(method, target, route.host, fields, token.header, content_length, proof, rules=route.rules)
 
 
 def note_nonce(token: AccessToken | None, response: Response) -> None:

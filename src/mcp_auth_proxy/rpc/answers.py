@@ -18,6 +18,12 @@ AUTHORIZATION_REQUIRED = -32001
 UPSTREAM_FAILED = -32002
 """The proxy's own code: the upstream server, or its authorization server, can't be used now."""
 
+NOT_FOUND = -32004
+"""The proxy's own code: there is no such server, or no such session, for whoever calls."""
+
+CALLER_REFUSED = -32005
+"""The proxy's own code: it is not known who calls, or they may not."""
+
 JSON_HEADERS = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
 """The headers of every JSON answer of the proxy's own."""
 
@@ -73,8 +79,23 @@ def _input_required(text: str, link: str) -> Json:
     }
 
 
-def _tool_error(text: str, link: str, *, modern: bool) -> Json:
-    result: Json = {"content": [{"type": "text", "text": text}], "isError": True, "_meta": {LINK_KEY: link}}
+def admin_needed(message: Message, *, server: str, trace_id: str = "") -> Json:
+    """Return the answer to one request while an admin has to authorize, for a caller who is none: it has no link."""
+    text = ask_admin_text(server)
+    if message.method == "tools/call":
+        return _result(message, _tool_error(text, None, modern=message.modern))
+    return failure(message, text, code=AUTHORIZATION_REQUIRED, server=server, trace_id=trace_id)
+
+
+def ask_admin_text(server: str) -> str:
+    """Return what a caller is told who may not authorize a server whose grant is shared."""
+    return f"Server {server} needs an authorization that all share, which only an admin can give. Ask one."
+
+
+def _tool_error(text: str, link: str | None, *, modern: bool) -> Json:
+    result: Json = {"content": [{"type": "text", "text": text}], "isError": True}
+    if link is not None:
+        result["_meta"] = {LINK_KEY: link}
     if modern:
         result["resultType"] = "complete"
     return result

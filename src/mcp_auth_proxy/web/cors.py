@@ -1,6 +1,7 @@
 """Let pages of the configured origins use the MCP endpoints (WHATWG Fetch §3.2, CORS).
 
-An origin is allowed by name, never by ``*``, and without credentials: the endpoints have no cookies.
+An origin is allowed by name, never by ``*``, and without cookies: the endpoints have none. A page that has a key or a
+token of its own sends it as any client does.
 """
 
 import re
@@ -21,6 +22,7 @@ REQUEST_FIELDS = (
     b"mcp-session-id",
     b"traceparent",
     b"tracestate",
+    b"x-api-key",
 )
 """What MCP clients send. A page may send other fields too, which a preflight asks for by name."""
 
