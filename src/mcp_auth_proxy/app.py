@@ -7,12 +7,16 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
+from mcp_auth_proxy.broker.made_servers import MadeServers
+from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
 from mcp_auth_proxy.identity import Authenticator, NoAuthenticator
-from mcp_auth_proxy.models import AccessToken, Account, Flow
+from mcp_auth_proxy.identity.sessions import BrowserSessions
+from mcp_auth_proxy.models import LOCAL, LOCAL_PRINCIPAL, AccessToken, Account, Flow, Principal
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
 from mcp_auth_proxy.net.descriptors import Shares
@@ -25,15 +29,19 @@ from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.proxy.probe import probe
 from mcp_auth_proxy.proxy.routes import route_to
+from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.sessions import Sessions
 from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api_mount import ApiMount
 from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.protected_resource import ProtectedResource
+from mcp_auth_proxy.web.session import Visitors
+from mcp_auth_proxy.web.sign_in import SignInPages
 from mcp_auth_proxy.web.site import Site
 
 logger = logging.getLogger(__name__)
@@ -71,6 +79,7 @@ class Application:
     listening: Address
     public_url: str
     servers: ServerRegistry
+    made: MadeServers
     announcer: "Announcer"
     broker: Broker
     resolver: Resolver
@@ -84,6 +93,7 @@ class Application:
         """Hand each section of a changed configuration to its owner. Active requests keep the old one."""
         self.settings = settings = change.settings
         self.servers.replace(settings.servers)
+        self.made.set_allow_private(settings.admin.allow_private)
         self.announcer.configure(settings)
         self.broker.set_allow_private(settings.authorization.allow_private)
         self.broker.set_opens_links(_opens_links(settings))
@@ -143,7 +153,16 @@ async def lifespan(
         stack.push_async_callback(database.close)
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
+        made = MadeServers(
+            database=database,
+            servers=servers,
+            allow_private=settings.admin.allow_private,
+            clock=clock,
+            check_loop=partial(loops.check_url, listening=listening, public_url=public_url),
+        )
+        await made.reload()
         broker = Broker(
+            readers=(made,),
             servers=servers,
             database=database,
             fetcher=fetcher,
@@ -178,14 +197,22 @@ async def lifespan(
             status, challenge = await probe(forwarder.upstream, route_to(server))
             return await broker.begin(account, status=status, challenge=challenge)
 
+        sessions = BrowserSessions(
+            sessions=Sessions(database), find_principal=_find_principal, key_holds=_key_holds, clock=clock
+        )
+        visitors = Visitors(authenticator=authenticator or NoAuthenticator(), sessions=sessions, public_url=public_url)
         api = ApiContext(
             broker=broker,
             servers=servers,
+            made=made,
+            probe=lambda server: probe(forwarder.upstream, route_to(server)),
+            list_tools=lambda server, account: list_tools(broker, forwarder.upstream, server, account),
             database=database,
             settings=lambda: application.settings,
             public_url=public_url,
             clock=clock,
-            authenticator=NoAuthenticator(),
+            authenticator=authenticator or NoAuthenticator(),
+            session_caller=visitors.session_caller,
         )
         site = Site(
             broker=broker,
@@ -195,6 +222,8 @@ async def lifespan(
             draining=lambda: router.draining,
             start=start,
             api=ApiMount(api) if settings.admin.enabled else None,
+            visitors=visitors,
+            sign_in=lambda: SignInPages(visitors=visitors, check_key=None, provider=None, public_url=public_url),
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(
@@ -207,11 +236,13 @@ async def lifespan(
             session_key=await SharedSecrets(database).get(SESSION_IDS),
         )
         servers.on_change(lambda change: _forget_series(servers, change.removed))
+        servers.on_change(lambda change: _forget_pools(servers, http))
         application = Application(
             settings=settings,
             listening=listening,
             public_url=public_url,
             servers=servers,
+            made=made,
             announcer=announcer,
             broker=broker,
             resolver=dialer.resolver,
@@ -222,6 +253,16 @@ async def lifespan(
             site=site,
         )
         yield application
+
+
+async def _find_principal(principal: str) -> Principal | None:
+    """Return the principal of a session, if callers are not identified."""
+    return LOCAL_PRINCIPAL if principal == LOCAL else None
+
+
+async def _key_holds(key: str) -> bool:
+    """Return that no API key holds, if callers are not identified."""
+    return False
 
 
 def _opens_links(settings: Settings) -> bool:
@@ -252,6 +293,17 @@ def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:
                 metrics.registry.forget_server(name)
 
     asyncio.get_running_loop().call_later(FORGET_DELAY, forget)
+
+
+def _forget_pools(servers: ServerRegistry, http: HttpClient) -> None:
+    """Close the connections to servers that were made at run time and are gone, once nobody uses them."""
+
+    def forget() -> None:
+        routes = map(route_to, servers.made.values())
+        http.discard_unused({(route.origin, route.policy) for route in routes if route.policy is not None})
+
+    if servers.made or http.has_guarded:
+        asyncio.get_running_loop().call_later(FORGET_DELAY, forget)
 
 
 class Announcer:

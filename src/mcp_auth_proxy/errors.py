@@ -266,7 +266,8 @@ class TokenRefused(AuthorizationError):
 class AuthorizationServerUnavailable(AuthorizationError):
     """The authorization server can't be used now.
 
-    ``maybe_processed``: the request may have been processed, and only the response was lost.
+    ``maybe_processed``: the request may have been processed, and only the response was lost. ``timed_out``: it did not
+    answer in time.
     """
 
     def __init__(
@@ -276,11 +277,13 @@ class AuthorizationServerUnavailable(AuthorizationError):
         *,
         server_retry_after: float = 0.0,
         maybe_processed: bool = False,
+        timed_out: bool = False,
     ) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.server_retry_after = server_retry_after
         self.maybe_processed = maybe_processed
+        self.timed_out = timed_out
 
 
 class CallbackRefused(McpAuthProxyError):

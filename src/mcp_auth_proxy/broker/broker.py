@@ -22,6 +22,7 @@ from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connections import Connection, Disconnected, ForgottenGrant, Revocation, stored_connections
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.discovery import Discoverer
+from mcp_auth_proxy.broker.examination import Examination
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.headless import HeadlessAttempts
@@ -85,6 +86,7 @@ class Broker:
         """
         self._servers = servers
         self._database = database
+        self._fetcher = fetcher
         self._public_url = public_url
         self._clock = clock
         self.outages = OutageLog()
@@ -448,6 +450,27 @@ class Broker:
             raise self._backoff.with_time(error) from None
         finally:
             self._begun.discard(account)
+
+    async def examine(self, server: ServerSettings, *, challenge: Sequence[bytes]) -> Examination:
+        """Return what discovery finds out about a server, which need not be configured. Nothing is stored.
+
+        ``challenge``: the WWW-Authenticate fields of its response to a request without a token. Raises StoreError.
+        """
+        found = Examination()
+        discoverer = Discoverer(
+            fetcher=self._fetcher, allow_private=self._discoverer.allow_private, observe=found.lookups.append
+        )
+        planner = Planner(
+            discoverer=discoverer,
+            registrar=self._registrar,
+            token_client=self._token_client,
+            backoff=Backoff(clock=self._clock),
+        )
+        try:
+            found.plan = await planner.preview(Account("", server.name), server, challenges.bearer(challenge))
+        except AuthorizationError as error:
+            found.error = error
+        return found
 
     async def flow(self, flow_id: str) -> Flow | None:
         """Return a flow, whatever its status is. Raises StoreError."""

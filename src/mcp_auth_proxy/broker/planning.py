@@ -112,7 +112,7 @@ class Planner:
                 registration = await register(metadata)
         except TimeoutError:
             raise AuthorizationServerUnavailable(
-                f"Discovery for server {server.name} did not end within {DISCOVERY_DEADLINE:.0f} s."
+                f"Discovery for server {server.name} did not end within {DISCOVERY_DEADLINE:.0f} s.", timed_out=True
             ) from None
         place = urls.parse(server.url)
         return Plan(

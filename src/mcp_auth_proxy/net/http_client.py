@@ -85,6 +85,11 @@ class HttpClient:
         """Return the pool of an origin, or None before the first request to it."""
         return self._pools.get(_key(origin, policy))
 
+    @property
+    def has_guarded(self) -> bool:
+        """Whether there are pools under an address policy."""
+        return any(not isinstance(key, Origin) for key in self._pools)
+
     def discard_unused(self, needed: Collection[tuple[Origin, AddressPolicy]]) -> None:
         """Forget the pools under an address policy that no server needs, but for those with active requests."""
         for key, pool in list(self._pools.items()):

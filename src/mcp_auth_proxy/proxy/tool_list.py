@@ -5,7 +5,6 @@ This shows that a server can be used, to whoever has just authorized it.
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from mcp_auth_proxy.broker import Broker, ChallengeHistory, PendingAuthorization
@@ -31,13 +30,14 @@ MAX_TRIES = 3
 """Requests that are begun again with another token, at most."""
 
 
-@dataclass(frozen=True, slots=True)
 class _Challenged(Exception):
-    """The server wants a token, or another one."""
+    """The server wants a token, or another one. ``challenge`` and ``nonce`` are fields of its response."""
 
-    status: int
-    challenge: list[bytes]
-    nonce: list[bytes]
+    def __init__(self, status: int, challenge: list[bytes], nonce: list[bytes]) -> None:
+        self.status = status
+        self.challenge = challenge
+        self.nonce = nonce
+        super().__init__(status)
 
 
 async def list_tools(broker: Broker, upstream: UpstreamClient, server: ServerSettings, account: Account) -> list[Tool]:
