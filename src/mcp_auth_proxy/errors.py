@@ -22,6 +22,7 @@
     │   ├── AuthorizationDenied        the authorization server or the user refused
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
+    ├── GrantUnusable                  a grant that has ended, or that can't be renewed
     ├── CallbackRefused                a callback request that matches no pending flow
     │   ├── StateRefused               its state is not one of the caller's own flows
     │   └── IssuerMissing              it has no iss, which the authorization server promises
@@ -284,6 +285,14 @@ class AuthorizationServerUnavailable(AuthorizationError):
         self.server_retry_after = server_retry_after
         self.maybe_processed = maybe_processed
         self.timed_out = timed_out
+
+
+class GrantUnusable(McpAuthProxyError):
+    """A grant can't be renewed. ``ended``: it is over, and only a person can mend it."""
+
+    def __init__(self, message: str, *, ended: bool) -> None:
+        self.ended = ended
+        super().__init__(message)
 
 
 class CallbackRefused(McpAuthProxyError):

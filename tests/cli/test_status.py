@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 
 from mcp_auth_proxy.broker import Connection, ConnectionState
+from mcp_auth_proxy.broker.states import GrantStatus, Health
 from mcp_auth_proxy.cli.status import _in_words, _row
 from mcp_auth_proxy.models import LOCAL, Account
+from mcp_auth_proxy.store.grant_summaries import GrantState
 
 NOTES = Account(LOCAL, "notes")
+FRESH = GrantStatus(GrantState.ACTIVE, Health.FRESH)
+ENDED = GrantStatus(GrantState.ENDED, Health.ENDED)
 ISSUER = "https://as.example"
 LINK = "http://127.0.0.1:8787/connect/notes?flow=F1"
 
@@ -57,18 +61,18 @@ def test_a_state_is_described_in_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "authorizing", "label"),
+    ("status", "authorizing", "label"),
     [
-        (ConnectionState.CONNECTED, False, "connected"),
-        (ConnectionState.CONNECTED, True, "connected"),
-        (ConnectionState.ENDED, False, "ended"),
-        (ConnectionState.ENDED, True, "authorizing"),
-        (ConnectionState.NOT_CONNECTED, False, "needs consent"),
-        (ConnectionState.NOT_CONNECTED, True, "authorizing"),
+        (FRESH, False, "connected"),
+        (FRESH, True, "connected"),
+        (ENDED, False, "ended"),
+        (ENDED, True, "authorizing"),
+        (None, False, "needs consent"),
+        (None, True, "authorizing"),
     ],
 )
-def test_each_situation_has_its_own_label(state: ConnectionState, authorizing: bool, label: str) -> None:
-    assert Connection(account=NOTES, url="u", state=state, authorizing=authorizing).label == label
+def test_each_situation_has_its_own_label(status: GrantStatus | None, authorizing: bool, label: str) -> None:
+    assert Connection(account=NOTES, url="u", status=status, authorizing=authorizing).label == label
 
 
 def test_a_link_that_waits_is_shown_with_and_without_a_grant() -> None:

@@ -34,6 +34,7 @@ from mcp_auth_proxy.broker.renewal import Renewer
 from mcp_auth_proxy.broker.requested_flows import FlowRequest
 from mcp_auth_proxy.broker.sign_ins import SignIns
 from mcp_auth_proxy.broker.store_watch import StoreReader, StoreWatch
+from mcp_auth_proxy.broker.stored_grants import StoredGrants
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.broker.visits import LinkVisits
@@ -166,6 +167,16 @@ class Broker:
         self._challenges = ChallengeHandler(
             servers=servers, tokens=self._tokens, authorizations=self._authorizations, backoff=backoff
         )
+        self.stored_grants = StoredGrants(
+            servers=servers,
+            database=database,
+            tokens=self._tokens,
+            renewer=renewer,
+            pending=self._pending,
+            revoke=self._revoke,
+            clock=clock,
+        )
+        """What the API and the pages ask about grants."""
         self._watch = StoreWatch(
             database=database,
             flows=self._flows,
@@ -515,7 +526,7 @@ class Broker:
         grants = await self._grants.delete(account)
         self._tokens.evict(account)
         self._pending.cancel(account)
-        forgotten = [await self._revoke(account, grant, server) for grant in grants if grant.ended_at is None]
+        forgotten = [await self._revoke_at(account, grant, server) for grant in grants if grant.ended_at is None]
         return Disconnected(account=account, grants=tuple(forgotten), client_forgotten=False)
 
     async def server_deleted(self, server: ServerSettings) -> list[Disconnected]:
@@ -528,7 +539,10 @@ class Broker:
                 gone.append(await self._disconnect(account, server))
         return gone
 
-    async def _revoke(self, account: Account, grant: Grant, server: ServerSettings | None) -> ForgottenGrant:
+    async def _revoke(self, account: Account, grant: Grant) -> ForgottenGrant:
+        return await self._revoke_at(account, grant, self._servers.get(account.server))
+
+    async def _revoke_at(self, account: Account, grant: Grant, server: ServerSettings | None) -> ForgottenGrant:
         reason = ""
         try:
             if server is None:

@@ -8,6 +8,7 @@ from mcp_auth_proxy.broker.client_registration import public_url_of
 from mcp_auth_proxy.broker.matching import matches
 from mcp_auth_proxy.broker.pending import link_of
 from mcp_auth_proxy.broker.renewal import renewable
+from mcp_auth_proxy.broker.states import GrantStatus, grant_status, word
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.models import LOCAL, Account, Flow, Grant
@@ -50,19 +51,12 @@ class Connection:
     scopes: tuple[str, ...] = ()
     reason: str = ""
     """Why the grant has ended."""
+    status: GrantStatus | None = None
 
     @property
     def label(self) -> str:
         """The state in one or two words, for a user."""
-        match self.state:
-            case ConnectionState.CONNECTED:
-                return "connected"
-            case _ if self.authorizing:
-                return "authorizing"
-            case ConnectionState.ENDED:
-                return "ended"
-            case _:
-                return "needs consent"
+        return word(self.status, authorizing=self.authorizing)
 
 
 class Revocation(StrEnum):
@@ -112,7 +106,7 @@ async def stored_connections(
             connection = Connection(account=account, url=without_query_values(server.url))
             if flow is not None and matches(flow, server) and not _is_answered(flow, grant):
                 connection = _with_flow(connection, flow)
-            found.append(connection if grant is None else _with_grant(connection, grant))
+            found.append(connection if grant is None else _with_grant(connection, grant, now))
     return found
 
 
@@ -154,7 +148,7 @@ def _current(grants: Iterable[Grant], server: ServerSettings) -> Grant | None:
     return max(usable, key=lambda grant: (grant.ended_at is None, grant.granted_at), default=None)
 
 
-def _with_grant(connection: Connection, grant: Grant) -> Connection:
+def _with_grant(connection: Connection, grant: Grant, now: float) -> Connection:
     return replace(
         connection,
         state=ConnectionState.CONNECTED if grant.ended_at is None else ConnectionState.ENDED,
@@ -164,4 +158,5 @@ def _with_grant(connection: Connection, grant: Grant) -> Connection:
         renews_itself=renewable(grant),
         scopes=grant.tokens.scopes,
         reason=grant.ended_reason,
+        status=grant_status(grant, now=now),
     )

@@ -12,9 +12,10 @@ from mcp_auth_proxy.models import DpopUse, Flow, Grant, GrantKey, GrantType
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.urls import Origin
 from mcp_auth_proxy.oauth import discovery, dpop
+from mcp_auth_proxy.store.grant_summaries import GrantSummary
 
 
-def matches(stored: Grant | Flow, server: ServerSettings) -> bool:
+def matches(stored: Grant | GrantSummary | Flow, server: ServerSettings) -> bool:
     """Return whether a grant, or the grant that a flow leads to, may be used with the server as configured now."""
     return (
         _grant_type(stored) is server.oauth.grant
@@ -70,8 +71,8 @@ def server_reconfigured(name: str) -> AuthorizationError:
     )
 
 
-def _grant_type(stored: Grant | Flow) -> GrantType:
-    if isinstance(stored, Grant):
+def _grant_type(stored: Grant | GrantSummary | Flow) -> GrantType:
+    if not isinstance(stored, Flow):
         return stored.grant_type
     return GrantType.AUTHORIZATION_CODE if stored.device is None else GrantType.DEVICE_CODE
 
@@ -104,8 +105,18 @@ def _place(url: str) -> tuple[Origin, str]:
     return parsed.origin, parsed.path or "/"
 
 
-def _binding_matches(stored: Grant | Flow, use: DpopUse) -> bool:
-    bound = stored.dpop_key is not None if isinstance(stored, Flow) else stored.tokens.token_type == dpop.TOKEN_TYPE
+def _is_bound(stored: Grant | GrantSummary | Flow) -> bool:
+    match stored:
+        case Flow():
+            return stored.dpop_key is not None
+        case Grant():
+            return stored.tokens.token_type == dpop.TOKEN_TYPE
+        case _:
+            return stored.token_type == dpop.TOKEN_TYPE
+
+
+def _binding_matches(stored: Grant | GrantSummary | Flow, use: DpopUse) -> bool:
+    bound = _is_bound(stored)
     match use:
         case DpopUse.OFF:
             return not bound

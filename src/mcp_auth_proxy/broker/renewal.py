@@ -34,6 +34,10 @@ ENDING_ERRORS = frozenset({"invalid_grant", "invalid_client"})
 """Errors of the token endpoint after which a grant can't be renewed any more (RFC 6749 §5.2)."""
 
 
+MAX_FAILURES = 1000
+"""Failed renewals that are remembered."""
+
+
 class GrantEnded(Exception):
     """Signal within the broker: the grant is over, and a new authorization is needed."""
 
@@ -75,6 +79,8 @@ class Renewer:
         self._outages = outages
         self._clock = clock
         self._owner = lease.new_owner()
+        self.failures: dict[int, str] = {}
+        """Why the last renewal of a grant failed, by the grant's id, if it did for a reason that passes."""
 
     async def renew(self, server: ServerSettings, grant: Grant) -> Grant:
         """Return the grant with new tokens, which are stored already. Nothing is sent during a pause.
@@ -87,6 +93,7 @@ class Renewer:
         if current is None or current.ended_at is not None:
             raise GrantEnded
         if current.version != grant.version:
+            self.failures.pop(current.id, None)
             return current
         if not await self._grants.begin_refresh(
             current.id, version=current.version, owner=self._owner, now=self._clock()
@@ -99,6 +106,7 @@ class Renewer:
         except AuthorizationError as failure:
             raise await self._failed(current, failure) from None
         self._backoff.succeeded(*_subjects(current))
+        self.failures.pop(current.id, None)
         stored = await self._save_with_retry(current, tokens)
         if stored is None:
             # Fenced off: another process took over the lease, so its result is the one to use.
@@ -132,6 +140,9 @@ class Renewer:
         """Remember a temporary failure; return the error for requests that need the token."""
         unavailable = failure if isinstance(failure, AuthorizationServerUnavailable) else None
         error = AuthorizationServerUnavailable(str(failure), server_retry_after=failure.server_retry_after)
+        self.failures[grant.id] = str(error)
+        if len(self.failures) > MAX_FAILURES:
+            del self.failures[next(iter(self.failures))]
         issuer, own = _subjects(grant)
         self._backoff.failed(issuer if unavailable else own, error)
         # If the response was lost, the intent stays stored: the refresh token may be used up, and the next try
@@ -152,6 +163,7 @@ class Renewer:
         if grant.refresh_begun_at is not None:
             reason = f"a renewal was interrupted before its result was stored. {reason}"
         self._backoff.succeeded(of_grant(grant))
+        self.failures.pop(grant.id, None)
         if not await self._grants.end(grant.id, version=grant.version, reason=reason, now=self._clock()):
             newer = await self._grants.get(grant.id)
             if newer is not None and newer.ended_at is None:

@@ -250,6 +250,13 @@ class Grants:
             rows = await transaction.execute(_DELETE, account_params(account))
         return await self._read(rows, account_params(account))
 
+    async def delete_one(self, grant_id: int) -> Grant | None:
+        """Delete a grant, and return it; None if it was gone or can't be decrypted."""
+        asked: Columns = {"id": grant_id}
+        async with self._engine.transaction() as transaction:
+            rows = await transaction.execute("DELETE FROM grants WHERE id = :id RETURNING *", asked)
+        return next(iter(await self._read(rows, asked)), None)
+
     async def _end(self, transaction: Transaction, row: Row, *, now: float, reason: str) -> None:
         changes = {"ended_at": now, "ended_reason": reason, **_NO_REFRESH}
         await change_row(self._engine, transaction, _TABLE, row, changes)

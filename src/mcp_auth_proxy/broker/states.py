@@ -1,0 +1,100 @@
+"""The state of each grant and connection, in one place for commands, pages and the API.
+
+=============================================  ========  ==========  =============
+situation                                      state     health      word
+=============================================  ========  ==========  =============
+token good                                     active    fresh       connected
+refresh under way                              active    refreshing  connected
+last refresh failed for a reason that passes   active    retrying    retrying
+token good, cannot be renewed                  degraded  degraded    degraded
+token dead, renewable, nothing scheduled       expired   expired     expired
+only a person can mend it                      ended     ended       ended
+never connected, or disconnected by the user                         needs consent
+flow open                                                            authorizing
+a request could not connect                                          unreachable
+=============================================  ========  ==========  =============
+
+``store.grant_summaries`` has the states as conditions in SQL.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mcp_auth_proxy.models import Grant
+from mcp_auth_proxy.store.grant_summaries import GrantState, GrantSummary
+
+EXPIRED = "The token has expired, and can't be renewed."
+
+
+class Health(StrEnum):
+    """How the renewal of a grant goes."""
+
+    FRESH = "fresh"
+    REFRESHING = "refreshing"
+    RETRYING = "retrying"
+    DEGRADED = "degraded"
+    EXPIRED = "expired"
+    ENDED = "ended"
+
+
+class Word(StrEnum):
+    """The state of a connection in one or two words, for a user. As ``data-state``, with a hyphen for the space."""
+
+    CONNECTED = "connected"
+    RETRYING = "retrying"
+    DEGRADED = "degraded"
+    EXPIRED = "expired"
+    ENDED = "ended"
+    NEEDS_CONSENT = "needs consent"
+    AUTHORIZING = "authorizing"
+    UNREACHABLE = "unreachable"
+
+
+@dataclass(frozen=True, slots=True)
+class GrantStatus:
+    """The state and health of a grant."""
+
+    state: GrantState
+    health: Health
+    reason: str = ""
+    """Why it has ended, or why its last renewal failed."""
+
+
+def grant_status(grant: GrantSummary | Grant, *, now: float, failure: str | None = None) -> GrantStatus:
+    """Return the state of a grant at ``now`` (Unix seconds).
+
+    ``failure``: why its last renewal failed, if it did, for a reason that passes.
+    """
+    summary = GrantSummary.of(grant) if isinstance(grant, Grant) else grant
+    dead = summary.expires_at is not None and summary.expires_at <= now
+    renewable = summary.has_refresh_token or summary.grant_type.unattended
+    if summary.ended_at is not None:
+        return GrantStatus(GrantState.ENDED, Health.ENDED, summary.ended_reason)
+    if not renewable:
+        if dead:
+            return GrantStatus(GrantState.ENDED, Health.ENDED, EXPIRED)
+        return GrantStatus(GrantState.DEGRADED, Health.DEGRADED)
+    if failure is not None:
+        return GrantStatus(GrantState.ACTIVE, Health.RETRYING, failure)
+    if summary.refresh_begun_at is not None:
+        return GrantStatus(GrantState.ACTIVE, Health.REFRESHING)
+    if dead:
+        return GrantStatus(GrantState.EXPIRED, Health.EXPIRED)
+    return GrantStatus(GrantState.ACTIVE, Health.FRESH)
+
+
+def word(status: GrantStatus | None, *, authorizing: bool = False, unreachable: bool = False) -> Word:
+    """Return the word for a connection, whose grant has this status; None if it has no grant.
+
+    ``authorizing``: a flow waits for its user. It does not hide that the grant can still be used.
+    """
+    if unreachable:
+        return Word.UNREACHABLE
+    usable = status is not None and status.state in (GrantState.ACTIVE, GrantState.DEGRADED)
+    if authorizing and not usable:
+        return Word.AUTHORIZING
+    if status is None:
+        return Word.NEEDS_CONSENT
+    if status.health in (Health.FRESH, Health.REFRESHING):
+        return Word.CONNECTED
+    return Word(status.health.value)
