@@ -1,0 +1,78 @@
+"""``/discover``: what a server asks for, without registering or storing anything."""
+
+from pathlib import Path
+
+import pytest
+
+from fakes.fixtures import Servers
+from fakes.http_exchange import FakeResponse
+from fakes.raw_server import raw_server
+from web.api.api_setup import api_setup, assert_problem
+from web.api.made_setup import administer, made_setup
+
+
+async def test_a_protected_server_is_described_and_nothing_is_registered(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path, scopes=("read",)) as setup:
+        response = await setup.api.ben.post("/discover", json={"mcp_server_url": setup.upstream.url})
+        assert response.status_code == 200, response.text
+        found, issuer = response.json(), setup.issuer.issuer
+        assert found["requires_authorization"] is True
+        assert found["issuer"] == issuer
+        assert found["authorization_endpoint"].startswith(issuer)
+        assert found["token_endpoint"].startswith(issuer)
+        assert found["registration_endpoint"].startswith(issuer)
+        assert found["supports_dynamic_registration"] is True
+        assert "dynamic" in found["registration_methods"]
+        assert {finding["verdict"] for finding in found["findings"]} <= {"ok", "note"}
+        assert setup.issuer.registrations == 0
+        servers_left = (await setup.api.ada.get("/servers")).json()["items"]
+        assert [server["name"] for server in servers_left] == ["notes"]
+
+
+async def test_what_a_server_does_not_have_is_null(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        setup.issuer.registration = False
+        found = (await setup.api.ben.post("/discover", json={"mcp_server_url": setup.upstream.url})).json()
+        assert (found["registration_endpoint"], found["supports_dynamic_registration"]) == (None, False)
+        assert found["registration_methods"] == ["configured"]
+        assert any(finding["verdict"] == "refused" for finding in found["findings"])
+
+
+async def test_an_open_server_needs_nothing(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path, protected=False, metadata_at=set()) as setup:
+        found = (await setup.api.ben.post("/discover", json={"mcp_server_url": setup.upstream.url})).json()
+        assert found["requires_authorization"] is False
+
+
+async def test_a_refused_document_is_named(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        setup.issuer.answers["metadata"] = FakeResponse.json({"issuer": "https://evil.example"})
+        problem = assert_problem(
+            await setup.api.ben.post("/discover", json={"mcp_server_url": setup.upstream.url}), 502, "document-refused"
+        )
+        assert "issuer" in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://169.254.169.254/latest", "https://[fd00:ec2::254]/", "ftp://x.example", "http://far.example/mcp", ""]
+)
+async def test_a_url_that_breaks_a_rule_is_refused_before_anything_is_sent(tmp_path: Path, url: str) -> None:  # T69
+    async with api_setup(tmp_path) as api:
+        problem = assert_problem(await api.ben.post("/discover", json={"mcp_server_url": url}), 422)
+        assert problem["errors"][0]["loc"] == ["body", "mcp_server_url"]
+
+
+async def test_a_name_that_leads_to_a_private_address_is_refused_when_it_is_dialed(tmp_path: Path) -> None:  # T69
+    async with api_setup(tmp_path) as api, raw_server(lambda data: b"") as there:
+        asked: list[str] = []
+
+        async def resolve(host: str, port: int) -> list[str]:
+            asked.append(host)
+            # Public when it is looked at first, as a name that rebinds.
+            return ["203.0.114.7"] if len(asked) == 1 else ["127.0.0.1"]
+
+        api.proxy.application.resolver._resolve = resolve
+        url = f"http://rebind.example:{there.port}/mcp".replace("http://", "https://")
+        problem = assert_problem(await api.ben.post("/discover", json={"mcp_server_url": url}), 502)
+        assert there.connections == 0
+        assert problem
