@@ -13,14 +13,18 @@ from fuzz.oauth_targets import FLOW, ISSUER, NOW
 from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.broker.attempts import AuthorizationAttempts, digest
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
+from mcp_auth_proxy.broker.ownership import MayOpen
 from mcp_auth_proxy.broker.sign_ins import SignIns
 from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.errors import McpAuthProxyError
+from mcp_auth_proxy.identity import NoAuthenticator
+from mcp_auth_proxy.identity.sessions import BrowserSessions
 from mcp_auth_proxy.models import Attempt, Flow
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.web import pages
 from mcp_auth_proxy.web.callback import callback as handle_callback
+from mcp_auth_proxy.web.session import Visitors
 
 STATE = "the-state"
 COOKIE = "the-cookie"
@@ -59,9 +63,11 @@ class CodeReader:
             clock=lambda: NOW,
         )
 
-    async def complete(self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str]) -> Flow:
+    async def complete(
+        self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str], may_open: MayOpen
+    ) -> Flow:
         try:
-            flow = (await self._attempts.accept(params, cookies)).flow
+            flow = (await self._attempts.accept(params, cookies, may_open)).flow
             self.code = authorization_code.check_response(params, flow=flow)
         except McpAuthProxyError as error:
             self.error = error
@@ -100,7 +106,10 @@ def callback(data: bytes) -> None:
         "headers": [(b"cookie", cookie)],
     }
     broker = CodeReader()
-    response = _RUNNER.run(handle_callback(Request(scope), cast(Broker, broker)))
+    visitors = Visitors(
+        authenticator=NoAuthenticator(), sessions=cast(BrowserSessions, None), public_url="https://proxy.example"
+    )
+    response = _RUNNER.run(handle_callback(Request(scope), cast(Broker, broker), visitors))
     check_fields(response.raw_headers)
     page = bytes(response.body).decode()
     assert len(page) <= _MAX_PAGE, f"a page of {len(page)} characters"

@@ -14,9 +14,9 @@ from mcp_auth_proxy.broker.made_servers import MadeServers
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
-from mcp_auth_proxy.identity import Authenticator, NoAuthenticator
-from mcp_auth_proxy.identity.sessions import BrowserSessions
-from mcp_auth_proxy.models import LOCAL, LOCAL_PRINCIPAL, AccessToken, Account, Flow, Principal
+from mcp_auth_proxy.identity import Authenticator, Callers, make_authenticator
+from mcp_auth_proxy.identity.sessions import make_sessions
+from mcp_auth_proxy.models import AccessToken, Account, Flow
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
 from mcp_auth_proxy.net.descriptors import Shares
@@ -33,7 +33,6 @@ from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import open_store
-from mcp_auth_proxy.store.sessions import Sessions
 from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.api.context import ApiContext
@@ -41,7 +40,7 @@ from mcp_auth_proxy.web.api_mount import ApiMount
 from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.protected_resource import ProtectedResource
 from mcp_auth_proxy.web.session import Visitors
-from mcp_auth_proxy.web.sign_in import SignInPages
+from mcp_auth_proxy.web.sign_in_mount import SignInMount
 from mcp_auth_proxy.web.site import Site
 
 logger = logging.getLogger(__name__)
@@ -88,6 +87,9 @@ class Application:
     forwarder: Forwarder
     router: Router
     site: Site
+    callers: Callers
+    visitors: Visitors
+    sign_in: SignInMount
 
     def apply(self, change: SettingsChange) -> None:
         """Hand each section of a changed configuration to its owner. Active requests keep the old one."""
@@ -103,6 +105,8 @@ class Application:
         self.forwarder.configure(
             limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
         )
+        self.callers.configure(settings.inbound)
+        self.sign_in.configure(settings.inbound)
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
 
     async def drain(self, waiting: Callable[[int], None] = _say_nothing) -> None:
@@ -136,8 +140,8 @@ async def lifespan(
 ) -> AsyncIterator[Application]:
     """Open everything that a running proxy needs, and close it again. Raises ConfigurationError, StoreError.
 
-    ``background``: renew tokens, and watch the store for what other processes write. ``authenticator`` tells who calls;
-    None: nobody does.
+    ``background``: renew tokens, and watch the store for what other processes write. ``authenticator``
+    tells who calls instead of what ``inbound`` says.
     """
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
@@ -153,6 +157,10 @@ async def lifespan(
         stack.push_async_callback(database.close)
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
+        callers = make_authenticator(settings, database=database, fetcher=fetcher, clock=clock)
+        stack.push_async_callback(callers.aclose)
+        if background:
+            await callers.start()
         made = MadeServers(
             database=database,
             servers=servers,
@@ -197,10 +205,12 @@ async def lifespan(
             status, challenge = await probe(forwarder.upstream, route_to(server))
             return await broker.begin(account, status=status, challenge=challenge)
 
-        sessions = BrowserSessions(
-            sessions=Sessions(database), find_principal=_find_principal, key_holds=_key_holds, clock=clock
+        sessions = make_sessions(callers, database=database, clock=clock)
+        visitors = Visitors(authenticator=authenticator or callers, sessions=sessions, public_url=public_url)
+        sign_in_mount = SignInMount(
+            settings.inbound, visitors=visitors, callers=callers, fetcher=fetcher, public_url=public_url, clock=clock
         )
-        visitors = Visitors(authenticator=authenticator or NoAuthenticator(), sessions=sessions, public_url=public_url)
+        stack.push_async_callback(sign_in_mount.aclose)
         api = ApiContext(
             broker=broker,
             servers=servers,
@@ -211,7 +221,7 @@ async def lifespan(
             settings=lambda: application.settings,
             public_url=public_url,
             clock=clock,
-            authenticator=authenticator or NoAuthenticator(),
+            authenticator=authenticator or callers,
             session_caller=visitors.session_caller,
         )
         site = Site(
@@ -223,7 +233,7 @@ async def lifespan(
             start=start,
             api=ApiMount(api) if settings.admin.enabled else None,
             visitors=visitors,
-            sign_in=lambda: SignInPages(visitors=visitors, check_key=None, provider=None, public_url=public_url),
+            sign_in=sign_in_mount.pages,
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(
@@ -231,7 +241,7 @@ async def lifespan(
             servers=servers,
             forwarder=forwarder,
             site=site.build(),
-            authenticator=authenticator or NoAuthenticator(),
+            authenticator=authenticator or callers,
             resource=ProtectedResource(public_url, settings.inbound),
             session_key=await SharedSecrets(database).get(SESSION_IDS),
         )
@@ -251,18 +261,11 @@ async def lifespan(
             forwarder=forwarder,
             router=router,
             site=site,
+            callers=callers,
+            visitors=visitors,
+            sign_in=sign_in_mount,
         )
         yield application
-
-
-async def _find_principal(principal: str) -> Principal | None:
-    """Return the principal of a session, if callers are not identified."""
-    return LOCAL_PRINCIPAL if principal == LOCAL else None
-
-
-async def _key_holds(key: str) -> bool:
-    """Return that no API key holds, if callers are not identified."""
-    return False
 
 
 def _opens_links(settings: Settings) -> bool:

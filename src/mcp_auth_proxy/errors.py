@@ -15,6 +15,7 @@
     │   ├── StoreRejected              foreign, damaged or newer database: nothing is started or written
     │   │   └── KeyRejected            the store's key is missing, malformed, or not the one it was made with
     │   ├── StoreUnavailable           locked, read-only or full: temporary, try again
+    │   ├── NameTaken                  a row of that name, or for that identity, exists already
     │   └── DecryptionError            one encrypted value can't be decrypted; other rows are not affected
     ├── AuthorizationError             an authorization can't continue
     │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
@@ -179,6 +180,14 @@ class KeyRejected(StoreRejected):
 
 class StoreUnavailable(StoreError):
     """The store can't be read or written now: locked, read-only, or the disk is full."""
+
+
+class NameTaken(StoreError):
+    """A row can't be added, because another one has its name. ``existing_id`` is the id of that one."""
+
+    def __init__(self, message: str, existing_id: str) -> None:
+        self.existing_id = existing_id
+        super().__init__(message)
 
 
 class DecryptionError(StoreError):

@@ -60,7 +60,14 @@ class Principal:
     project_id: str = DEFAULT_PROJECT
     role: Role = Role.MEMBER
     status: PrincipalStatus = PrincipalStatus.ACTIVE
+    listed: bool = True
+    """Somebody who administers the proxy has made or named it; otherwise its first request has made it."""
     created_at: float = 0.0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the principal may call."""
+        return self.status is PrincipalStatus.ACTIVE
 
 
 class Identity(NamedTuple):
@@ -85,6 +92,24 @@ class Scope(StrEnum):
 
 
 ALL_SCOPES = frozenset(Scope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """An API key as it is stored. The key itself is shown once, when it is made, and then forgotten."""
+
+    id: str
+    """The second part of the key, ``mapk_<id>_<secret>``."""
+    principal: str
+    """The id of the principal that it belongs to."""
+    name: str
+    key_hash: str
+    """The SHA-256 (hex) of the whole key, which has 256 random bits."""
+    scopes: frozenset[Scope]
+    created_at: float
+    expires_at: float | None = None
+    last_used_at: float | None = None
+    """To the hour."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

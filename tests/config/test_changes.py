@@ -13,14 +13,18 @@ from mcp_auth_proxy.config import changes, signing_key
 from mcp_auth_proxy.config.changes import ServerChange, compare
 from mcp_auth_proxy.config.settings import (
     Address,
+    AdminSettings,
     AuthorizationSettings,
     InboundSettings,
+    JwtSettings,
     KeySource,
     LimitSettings,
     OutboundSettings,
     ServerSettings,
     Settings,
+    SignInSettings,
     StoreSettings,
+    TrustedHeaderSettings,
 )
 
 KEY = KeySource(kind="file", name="/x/store.key")
@@ -41,6 +45,9 @@ RESTART = {
     "store.keys": replace(
         BASE, store=replace(BASE.store, keys=(KeySource(kind="env", name="K"), KEY), default_key=False)
     ),
+    "inbound.mode": replace(BASE, inbound=InboundSettings(modes=("api_key",))),
+    "admin.enabled": replace(BASE, admin=AdminSettings(enabled=False)),
+    "admin.token_file": replace(BASE, admin=AdminSettings(token_file=Path("/x/token"))),
     "outbound.ca_bundle": replace(BASE, outbound=OutboundSettings(ca_bundle=Path("/x/ca.pem"))),
     "outbound.trust_proxy": replace(BASE, outbound=OutboundSettings(trust_proxy=True)),
 }
@@ -60,6 +67,21 @@ APPLIED = {
     "inbound.allow_anonymous": replace(BASE, inbound=InboundSettings(allow_anonymous=True)),
     "inbound.allowed_origins": replace(BASE, inbound=InboundSettings(allowed_origins=("https://a.example",))),
     "inbound.allowed_hosts": replace(BASE, inbound=InboundSettings(allowed_hosts=("proxy.example",))),
+    "inbound.provision": replace(BASE, inbound=InboundSettings(provision="listed")),
+    "inbound.jwt": replace(BASE, inbound=InboundSettings(jwt=(JwtSettings(issuer="https://a.example", audience="p"),))),
+    "inbound.trusted_header": replace(
+        BASE,
+        inbound=InboundSettings(
+            trusted_header=TrustedHeaderSettings(name="x-user", sources=(IPv4Network("10.0.0.0/8"),))
+        ),
+    ),
+    "inbound.sign_in": replace(
+        BASE, inbound=InboundSettings(sign_in=SignInSettings(issuer="https://a.example", client_id="proxy"))
+    ),
+    "admin.adhoc": replace(BASE, admin=AdminSettings(adhoc="member")),
+    "admin.popup_origins": replace(BASE, admin=AdminSettings(popup_origins=("https://a.example",))),
+    "admin.allow_private": replace(BASE, admin=AdminSettings(allow_private=("10.0.0.1",))),
+    "admin.customer_id": replace(BASE, admin=AdminSettings(customer_id="other")),
 }
 
 
@@ -98,12 +120,13 @@ def test_a_default_key_that_follows_the_store_is_not_named_too() -> None:
 
 
 def test_every_setting_is_either_applied_or_needs_a_restart() -> None:
-    sections = {"authorization", "limits", "inbound", "outbound", "store"}
+    sections = {"authorization", "limits", "inbound", "admin", "outbound", "store"}
     keys = {field.name for field in fields(Settings)} - sections - {"servers", "source"}
     for section in sections - {"store"}:
         assert is_dataclass(getattr(BASE, section))
         keys |= {f"{section}.{field.name}" for field in fields(getattr(BASE, section))}
-    assert keys | {"store.url", "store.keys"} == set(RESTART) | set(APPLIED)
+    keys = keys - {"inbound.modes"} | {"inbound.mode", "store.url", "store.keys"}
+    assert keys == set(RESTART) | set(APPLIED)
     assert set(changes._RESTART) == set(RESTART)
     assert set(changes._APPLIED) == set(APPLIED)
 

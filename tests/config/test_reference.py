@@ -10,14 +10,18 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.config.settings import (
+    AdminSettings,
     AuthorizationSettings,
     IdpSettings,
     InboundSettings,
+    JwtSettings,
     LimitSettings,
     OAuthSettings,
     OutboundSettings,
     ServerSettings,
     Settings,
+    SignInSettings,
+    TrustedHeaderSettings,
 )
 from mcp_auth_proxy.errors import ConfigurationError
 
@@ -29,34 +33,47 @@ SECTIONS: dict[str, type] = {
     "authorization.": AuthorizationSettings,
     "limits.": LimitSettings,
     "inbound.": InboundSettings,
+    "inbound.jwt[].": JwtSettings,
+    "inbound.trusted_header.": TrustedHeaderSettings,
+    "inbound.sign_in.": SignInSettings,
+    "admin.": AdminSettings,
     "outbound.": OutboundSettings,
     "servers.*.": ServerSettings,
     "servers.*.oauth.": OAuthSettings,
     "servers.*.oauth.idp.": IdpSettings,
 }
 NOT_KEYS = {"source", "servers.*.name"}
+# Fields that have another name than their key, or hold a part of what is written there.
+RENAMED = {
+    "inbound.modes": "inbound.mode",
+    "inbound.jwt[].roles_claim": "inbound.jwt[].roles.claim",
+    "inbound.jwt[].roles_admin": "inbound.jwt[].roles.admin",
+    "inbound.trusted_header.sources": "inbound.trusted_header.from",
+}
 # Keys that are no field of their section: they are turned into something else while they are read.
 MORE_KEYS = {"upstream_timeout", "store.url", "store.keys", "servers.*.oauth.signing_alg"}
 
 
 def setting_keys() -> set[str]:
     fields = {prefix + field.name for prefix, section in SECTIONS.items() for field in dataclasses.fields(section)}
-    return fields - NOT_KEYS | MORE_KEYS
+    return {RENAMED.get(field, field) for field in fields - NOT_KEYS} | MORE_KEYS
 
 
 def documented_keys() -> set[str]:
-    return set(re.findall(r"^\| `([a-z_.*]+)` \|", REFERENCE.read_text(), re.MULTILINE))
+    return set(re.findall(r"^\| `([a-z_.*\[\]]+)` \|", REFERENCE.read_text(), re.MULTILINE))
 
 
 def example_keys(text: str) -> set[str]:
     keys: set[str] = set()
     parents: list[tuple[int, str]] = []
     for line in text.splitlines():
-        found = re.match(r"( *)([a-z_]+):(?: |$)", line)
+        found = re.match(r"( *(?:- )?)([a-z_]+):(?: |$)", line)
         if found is None:
             continue
         depth = len(found[1])
         parents = [parent for parent in parents if parent[0] < depth]
+        if found[1].endswith("- "):
+            parents[-1] = (parents[-1][0], f"{parents[-1][1]}[]")
         name = "*" if [key for _, key in parents] == ["servers"] else found[2]
         parents.append((depth, name))
         keys.add(".".join(key for _, key in parents))
@@ -64,9 +81,9 @@ def example_keys(text: str) -> set[str]:
 
 
 def whole_example() -> str:
-    """The example with its commented servers switched on."""
+    """The example with its commented servers and ways to identify callers switched on."""
     text = EXAMPLE.read_text()
-    return re.sub(r"^  # (  [ #].*|  [a-z_]+:.*|[a-z]+:)$", r"  \1", text, flags=re.MULTILINE)
+    return re.sub(r"^  # (  [ #-].*|  [a-z_]+:.*|[a-z_]+:)$", r"  \1", text, flags=re.MULTILINE)
 
 
 def test_the_reference_has_every_key_and_no_other() -> None:
@@ -101,13 +118,15 @@ def a_key() -> str:
 
 def test_every_documented_key_is_known_to_the_loader(tmp_path: Path) -> None:
     path = tmp_path / "all.yaml"
-    leaves = {key for key in documented_keys() if not any(other.startswith(key + ".") for other in documented_keys())}
+    known = documented_keys()
+    leaves = {key for key in known if not any(other.startswith((f"{key}.", f"{key}[].")) for other in known)}
     tree: dict[str, object] = {}
     for key in leaves:
         node: dict[str, object] = tree
         *parents, last = key.replace("*", "a").split(".")
         for parent in parents:
-            inner = node.setdefault(parent, {})
+            inner = node.setdefault(parent.removesuffix("[]"), [{}] if parent.endswith("[]") else {})
+            inner = inner[0] if isinstance(inner, list) else inner
             assert isinstance(inner, dict)
             node = inner
         node[last] = ["wrong"]

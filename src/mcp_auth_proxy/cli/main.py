@@ -250,6 +250,22 @@ def status(server: str | None, config_file: str | None, as_json: bool) -> None:
     run(command.status(_settings_for(server, config_file, secrets=False), server, as_json=as_json))
 
 
+@cli.command(epilog=examples("dashboard", "dashboard --as anna"))
+@config_option
+@click.option("--as", "name", metavar="NAME", help="The principal whose session it is, if callers are identified.")
+@log_options
+def dashboard(config_file: str | None, name: str | None) -> None:
+    """Print a link that opens a session in a browser, once, with the running proxy; open it if there is a desktop."""
+    from mcp_auth_proxy.cli import dashboard as command
+
+    if location.find(config_file, os.environ) is None:
+        from mcp_auth_proxy.config.load import single_store
+
+        run(command.dashboard(single_store(environ=os.environ), None, name=name))
+    settings = settings_from(config_file, secrets_of=())
+    run(command.dashboard(settings.store, settings, name=name))
+
+
 @cli.command(epilog=examples(f"doctor {EXAMPLE}", "doctor linear --json"))
 @click.argument("server")
 @config_option

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from mcp_auth_proxy.config.settings import ServerSettings, Settings
+from mcp_auth_proxy.config.settings import InboundSettings, ServerSettings, Settings
 
 _RESTART: Mapping[str, Callable[[Settings], object]] = {
     "listen": lambda settings: settings.listen,
@@ -13,6 +13,9 @@ _RESTART: Mapping[str, Callable[[Settings], object]] = {
     "store.url": lambda settings: settings.store.path,
     # A default follows the store.
     "store.keys": lambda settings: None if settings.store.default_key else settings.store.keys,
+    "inbound.mode": lambda settings: frozenset(settings.inbound.modes),
+    "admin.enabled": lambda settings: settings.admin.enabled,
+    "admin.token_file": lambda settings: settings.admin.token_file,
     "outbound.ca_bundle": lambda settings: settings.outbound.ca_bundle,
     "outbound.trust_proxy": lambda settings: settings.outbound.trust_proxy,
 }
@@ -34,6 +37,14 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "inbound.allowed_origins": lambda settings: settings.inbound.allowed_origins,
     "inbound.trusted_proxies": lambda settings: settings.inbound.trusted_proxies,
     "inbound.allow_anonymous": lambda settings: settings.inbound.allow_anonymous,
+    "inbound.provision": lambda settings: settings.inbound.provision,
+    "inbound.jwt": lambda settings: settings.inbound.jwt,
+    "inbound.trusted_header": lambda settings: settings.inbound.trusted_header,
+    "inbound.sign_in": lambda settings: settings.inbound.sign_in,
+    "admin.adhoc": lambda settings: settings.admin.adhoc,
+    "admin.popup_origins": lambda settings: settings.admin.popup_origins,
+    "admin.allow_private": lambda settings: settings.admin.allow_private,
+    "admin.customer_id": lambda settings: settings.admin.customer_id,
 }
 """The keys besides ``servers`` that a running proxy applies."""
 
@@ -81,20 +92,31 @@ def compare_servers(old: Mapping[str, ServerSettings], new: Mapping[str, ServerS
 
 def compare(old: Settings, new: Settings) -> SettingsChange:
     """Return the changes that take a running proxy from ``old`` to ``new``."""
+    new_inbound = _with_modes_of(old.inbound, new.inbound)
+    settings = replace(
+        new,
+        listen=old.listen,
+        health_listen=old.health_listen,
+        health_quit=old.health_quit,
+        public_url=old.public_url,
+        store=old.store,
+        inbound=new_inbound,
+        admin=replace(new.admin, enabled=old.admin.enabled, token_file=old.admin.token_file),
+        outbound=old.outbound,
+    )
     return SettingsChange(
-        settings=replace(
-            new,
-            listen=old.listen,
-            health_listen=old.health_listen,
-            health_quit=old.health_quit,
-            public_url=old.public_url,
-            store=old.store,
-            outbound=old.outbound,
-        ),
+        settings=settings,
         servers=compare_servers(old.servers, new.servers),
-        applied=_different(_APPLIED, old, new),
+        applied=_different(_APPLIED, old, settings),
         needs_restart=_different(_RESTART, old, new),
     )
+
+
+def _with_modes_of(old: InboundSettings, new: InboundSettings) -> InboundSettings:
+    """Return new settings with the modes of the old ones, and with whatever those modes need, if the modes differ."""
+    if frozenset(old.modes) == frozenset(new.modes):
+        return replace(new, modes=old.modes)
+    return replace(new, modes=old.modes, jwt=old.jwt, trusted_header=old.trusted_header, sign_in=old.sign_in)
 
 
 def _different(keys: Mapping[str, Callable[[Settings], object]], old: Settings, new: Settings) -> tuple[str, ...]:

@@ -41,11 +41,12 @@ def exposure_errors(settings: Settings, allowed: bool) -> list[ConfigError]:
 
     ``allowed``: the flag of ``serve``. ``health_listen`` gives access to no grant, so it may be anywhere.
     """
-    if urls.is_loopback(settings.listen.host) or settings.inbound.allow_anonymous or allowed:
+    if settings.inbound.modes or settings.inbound.allow_anonymous or allowed or urls.is_loopback(settings.listen.host):
         return []
     problem = (
         f"must be true to listen on {settings.listen} (or give serve the flag --allow-anonymous). This is not a "
-        f"loopback address, and callers are not identified: whoever can reach it can use the proxy's grants"
+        f"loopback address, and callers are not identified: whoever can reach it can use the proxy's grants. Or set "
+        f"inbound.mode, so that they are"
     )
     return [ConfigError("inbound.allow_anonymous", problem)]
 

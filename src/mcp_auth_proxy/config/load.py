@@ -9,12 +9,12 @@ import platformdirs
 
 from mcp_auth_proxy.config import listeners, loops, values
 from mcp_auth_proxy.config.document import parse
+from mcp_auth_proxy.config.inbound import read_admin, read_inbound
 from mcp_auth_proxy.config.location import APP
 from mcp_auth_proxy.config.reader import NOT_YET, Context, Section
 from mcp_auth_proxy.config.servers import read_servers, read_single
 from mcp_auth_proxy.config.settings import (
     AuthorizationSettings,
-    InboundSettings,
     KeySource,
     LimitSettings,
     OutboundSettings,
@@ -103,7 +103,8 @@ def _read(section: Section, listen: str | None, source: Path, secrets_of: Collec
         store=_read_store(section.section("store")),
         authorization=_read_authorization(section.section("authorization")),
         limits=_read_limits(section.section("limits")),
-        inbound=_read_inbound(section.section("inbound")),
+        inbound=read_inbound(section.section("inbound"), secrets=secrets_of is None),
+        admin=read_admin(section.section("admin")),
         outbound=_read_outbound(section.section("outbound")),
         servers=_read_servers(section, upstream_timeout, secrets_of),
         source=source,
@@ -185,17 +186,6 @@ def _read_limits(section: Section) -> LimitSettings:
         connections=section.parsed("connections", values.count, None),
         connections_per_address=section.parsed("connections_per_address", values.count, None),
         sse_ping=section.parsed("sse_ping", values.duration, default.sse_ping),
-    )
-    section.close()
-    return settings
-
-
-def _read_inbound(section: Section) -> InboundSettings:
-    settings = InboundSettings(
-        allowed_hosts=section.each("allowed_hosts", values.allowed_host) or (),
-        allowed_origins=section.each("allowed_origins", values.allowed_origin) or (),
-        trusted_proxies=section.each("trusted_proxies", values.network) or (),
-        allow_anonymous=section.boolean("allow_anonymous", default=InboundSettings().allow_anonymous),
     )
     section.close()
     return settings

@@ -107,6 +107,10 @@ class Section:
         elif value is not None:
             context.errors.append(ConfigError(path, "must be a mapping (key: value lines)"))
 
+    def without_secrets(self) -> "Section":
+        """Return the same mapping to read without its secrets, which may be missing then."""
+        return Section(self._content, self.path, self.context.without_secrets())
+
     def error(self, key: str, problem: str) -> None:
         """Record an error of a key, unless another mistake explains it."""
         if self.usable and key not in self._faulty:
@@ -169,6 +173,27 @@ class Section:
             if parsed is not None:
                 found.append(parsed)
         return tuple(found)
+
+    def one_or_more(self, key: str, parse: Callable[[str], T]) -> tuple[T, ...] | None:
+        """Return a list of at least one item, or a single value as such a list; None if it is absent or invalid."""
+        if isinstance(self._content.get(key), list):
+            return self.each(key, parse, min_items=1)
+        found = self.parsed(key, parse, None)
+        return None if found is None else (found,)
+
+    def sections(self, key: str) -> list["Section"]:
+        """Return the mappings of a list under a key; none if it is absent."""
+        self._known[key] = None
+        value = self._content.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            self.error(key, "must be a list of mappings (- key: value lines)")
+            return []
+        return [
+            Section("" if item is None else item, f"{self.inner(key)}[{number}]", self.context)
+            for number, item in enumerate(value)
+        ]
 
     def section(self, key: str) -> "Section":
         """Return the mapping under a key; an empty one if it is absent."""

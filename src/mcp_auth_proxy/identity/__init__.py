@@ -3,6 +3,22 @@
 ``Authenticator`` is what the router, the pages and the API ask. ``NoAuthenticator`` is that of mode ``none``.
 """
 
-from mcp_auth_proxy.identity.authenticator import Authenticator, Fields, NoAuthenticator
+import time
+from collections.abc import Callable
 
-__all__ = ["Authenticator", "Fields", "NoAuthenticator"]
+from mcp_auth_proxy.config.settings import Settings
+from mcp_auth_proxy.identity.authenticator import Authenticator, Fields, NoAuthenticator
+from mcp_auth_proxy.identity.callers import Callers
+from mcp_auth_proxy.identity.directory import Directory
+from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.store.engine import Engine
+
+__all__ = ["Authenticator", "Callers", "Directory", "Fields", "NoAuthenticator", "make_authenticator"]
+
+
+def make_authenticator(
+    settings: Settings, *, database: Engine, fetcher: Fetcher, clock: Callable[[], float] = time.time
+) -> Callers:
+    """Return what identifies callers as ``inbound`` says. ``start`` and ``aclose`` of it must be awaited."""
+    directory = Directory(database, clock=clock, local=not settings.inbound.modes)
+    return Callers(settings.inbound, directory, fetcher=fetcher, clock=clock)

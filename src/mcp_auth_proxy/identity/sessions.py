@@ -11,7 +11,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from mcp_auth_proxy import secret_values
-from mcp_auth_proxy.models import ALL_SCOPES, LOCAL, Caller, Principal, PrincipalStatus, Session, SessionKind
+from mcp_auth_proxy.identity.callers import Callers
+from mcp_auth_proxy.models import ALL_SCOPES, LOCAL, LOCAL_PRINCIPAL, Caller, Principal, Session, SessionKind
+from mcp_auth_proxy.store.api_keys import ApiKeys
+from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.sealed_rows import new_uid
 from mcp_auth_proxy.store.sessions import Sessions
 
@@ -83,7 +86,7 @@ class BrowserSessions:
         principal = await self._find_principal(session.principal)
         if principal is None:
             return None
-        if principal.status is not PrincipalStatus.ACTIVE:
+        if not principal.is_active:
             await self._sessions.end_all(session.principal)
             return None
         key = session.credential.removeprefix(_KEY)
@@ -144,6 +147,27 @@ def _credential(link: Session) -> str:
 
 def _seconds(session: Session) -> int:
     return max(1, int(session.expires_at - session.created_at))
+
+
+def make_sessions(callers: Callers, *, database: Engine, clock: Callable[[], float]) -> BrowserSessions:
+    """Return the sessions of a running proxy. In mode ``none``, only those of ``local`` count."""
+    directory, keys = callers.directory, ApiKeys(database)
+
+    async def find_principal(principal_id: str) -> Principal | None:
+        if callers.anonymous:
+            return LOCAL_PRINCIPAL if principal_id == LOCAL else None
+        found = directory.principal(principal_id)
+        if found is None:
+            # Another process may have made it a moment ago.
+            await directory.heed_changes()
+            found = directory.principal(principal_id)
+        return found
+
+    async def key_holds(key_id: str) -> bool:
+        key = await keys.get(key_id)
+        return key is not None and (key.expires_at is None or key.expires_at > clock())
+
+    return BrowserSessions(sessions=Sessions(database), find_principal=find_principal, key_holds=key_holds, clock=clock)
 
 
 async def new_link(sessions: Sessions, *, principal: str = LOCAL, now: float) -> str:

@@ -64,8 +64,8 @@ class Engine(Protocol):
     async def fetch_one(self, sql: str, params: Params = NO_PARAMS) -> Row | None:
         """Return the first row of a query, as committed, or None."""
 
-    async def changed(self) -> bool:
-        """Return whether another process has written since the last call."""
+    async def changed(self, reader: str = "") -> bool:
+        """Return whether another process has written since the last call of the same ``reader``; True for its first."""
 
     async def check_writable(self) -> None:
         """Check that the database can be written now. After a failed write this includes a write. See the class."""

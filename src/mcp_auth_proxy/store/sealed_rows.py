@@ -12,7 +12,7 @@ import re
 import secrets
 import struct
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from mcp_auth_proxy.errors import DecryptionError, excerpt
 from mcp_auth_proxy.store.cipher import Cipher
@@ -126,6 +126,39 @@ async def decode_rows(
             # Only the type: the text of the error may contain a value of the row.
             engine.report_broken(table, uid, DecryptionError(f"a value is damaged ({type(error).__name__})"))
     return found
+
+
+class SealedTable(Generic[T]):
+    """A whole table as values. To read it again costs little: a row that has the seal it had is not decoded again."""
+
+    def __init__(self, engine: Engine, table: str, read: Callable[[Row, RowCipher], T]) -> None:
+        self._engine = engine
+        self._table = table
+        self._read = read
+        self._decoded: dict[str, tuple[bytes, T]] = {}
+
+    async def all(self) -> list[T]:
+        """Return the values of the rows that are as they were sealed. Raises StoreUnavailable.
+
+        Columns that no seal covers may be those of an earlier call.
+        """
+        rows = await self._engine.fetch_all(f"SELECT * FROM {self._table}")  # noqa: S608 - a table of our own
+        before, self._decoded = self._decoded, {}
+        changed = []
+        # Something else than the table may be in its place, without these columns.
+        has_seals = bool(rows) and {"uid", SEAL} <= set(rows[0].keys())
+        for row in rows:
+            known = before.get(row["uid"]) if has_seals else None
+            if known is not None and known[0] == row[SEAL]:
+                self._decoded[row["uid"]] = known
+            else:
+                changed.append(row)
+        for uid, seal, value in await decode_rows(self._engine, self._table, changed, {}, self._read_with_seal):
+            self._decoded[uid] = (seal, value)
+        return [value for _, value in self._decoded.values()]
+
+    def _read_with_seal(self, row: Row, cipher: RowCipher) -> tuple[str, bytes, T]:
+        return row["uid"], row[SEAL], self._read(row, cipher)
 
 
 async def intact_rows(engine: Engine, table: str, rows: list[Row], asked: Mapping[str, object]) -> list[Row]:

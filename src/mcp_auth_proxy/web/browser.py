@@ -26,13 +26,15 @@ def should_open(choice: Literal["auto", "always", "never"], *, loopback: bool, e
     return sys.platform in ("darwin", "win32") or any(name in environ for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
-def open_link(link: str) -> None:
-    """Open a ``/connect/…`` link in ``$BROWSER`` or the system's browser; no shell sees it (CVE-2025-6514).
+def open_link(link: str) -> threading.Thread:
+    """Open a link of the proxy in ``$BROWSER`` or the system's browser; no shell sees it (CVE-2025-6514).
 
-    Returns at once. Some browser commands run until the browser is closed. Neither a request nor the shutdown may
-    wait for that, so this uses a daemon thread instead of asyncio's executor.
+    Returns at once, with the thread that starts it. Some browser commands run until the browser is closed. Neither a
+    request nor the shutdown may wait for that, so this is a daemon thread instead of asyncio's executor.
     """
-    threading.Thread(target=_open, args=(link,), name="browser", daemon=True).start()
+    thread = threading.Thread(target=_open, args=(link,), name="browser", daemon=True)
+    thread.start()
+    return thread
 
 
 def _open(link: str) -> None:

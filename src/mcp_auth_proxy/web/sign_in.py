@@ -6,7 +6,7 @@ the browser only prefetches, is not used before a button is pressed.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +21,9 @@ from mcp_auth_proxy.web.forms import read_form
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import local_path, sign_in_path
 from mcp_auth_proxy.web.session import Visitors
+
+if TYPE_CHECKING:
+    from mcp_auth_proxy.identity.openid import OpenIdProvider
 
 NO_SIGN_IN = (
     "The callers of this proxy are not identified, so there is nobody to sign in as. Run `mcp-auth-proxy dashboard` on "
@@ -37,24 +40,6 @@ CheckKey = Callable[[str], Awaitable[Caller]]
 """Return whose an API key is. Raises CallerRefused and StoreError."""
 
 
-class IdentityProvider(Protocol):
-    """Where users sign in by OpenID Connect."""
-
-    @property
-    def address(self) -> str:
-        """The origin of its sign-in page, as far as it is known, for the button."""
-
-    async def authorization_url(self, attempt: SignInAttempt) -> str:
-        """Return where to send the browser. Raises AuthorizationError."""
-
-    async def finish(self, attempt: SignInAttempt, params: dict[str, list[str]]) -> Caller:
-        """Return who has signed in there.
-
-        Raises CallbackRefused if the response is not for this attempt, AuthorizationError, CallerRefused if the
-        principal may not call, and StoreError.
-        """
-
-
 class SignInPages:
     """The handlers of ``/sign-in`` and of what is below it."""
 
@@ -63,7 +48,7 @@ class SignInPages:
         *,
         visitors: Visitors,
         check_key: CheckKey | None,
-        provider: IdentityProvider | None,
+        provider: "OpenIdProvider | None",
         public_url: str,
     ) -> None:
         """``check_key`` and ``provider`` are None if users don't sign in this way."""
@@ -111,9 +96,12 @@ class SignInPages:
         if self._provider is None or attempt is None:
             return self._failed("This sign-in was not started in this browser, or more than 10 minutes ago.", 403)
         try:
-            caller = await self._provider.finish(attempt, params)
-        except (CallbackRefused, CallerRefused) as refused:
+            caller = await self._provider.finish(params, nonce=attempt.nonce, code_verifier=attempt.code_verifier)
+        except CallbackRefused as refused:
             return self._failed(str(refused), refused.status)
+        except CallerRefused as refused:
+            # 401 would ask for another credential.
+            return self._failed(str(refused), max(403, refused.status), refused.retry_after)
         except AuthorizationError as error:
             return self._failed(str(error), 502 if error.retry_after is None else 503, error.retry_after)
         response = await self._begin(request, caller, attempt.onward)
@@ -146,10 +134,12 @@ class SignInPages:
             response.headers["www-authenticate"] = "Bearer"
         return response
 
-    async def _to_provider(self, provider: IdentityProvider, onward: str) -> Response:
+    async def _to_provider(self, provider: "OpenIdProvider", onward: str) -> Response:
         attempt = SignInAttempt.new(local_path(onward))
         try:
-            url = await provider.authorization_url(attempt)
+            url = await provider.authentication_url(
+                state=attempt.state, nonce=attempt.nonce, code_verifier=attempt.code_verifier
+            )
         except AuthorizationError as error:
             return self._failed(str(error), 502 if error.retry_after is None else 503, error.retry_after)
         response = redirect(url, "Continue to the identity provider")

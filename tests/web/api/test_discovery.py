@@ -8,7 +8,7 @@ from fakes.fixtures import Servers
 from fakes.http_exchange import FakeResponse
 from fakes.raw_server import raw_server
 from web.api.api_setup import api_setup, assert_problem
-from web.api.made_setup import administer, made_setup
+from web.api.made_setup import made_setup
 
 
 async def test_a_protected_server_is_described_and_nothing_is_registered(servers: Servers, tmp_path: Path) -> None:
@@ -54,7 +54,8 @@ async def test_a_refused_document_is_named(servers: Servers, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "url", ["http://169.254.169.254/latest", "https://[fd00:ec2::254]/", "ftp://x.example", "http://far.example/mcp", ""]
+    "url",
+    ["http://169.254.169.254/latest", "https://[fd00:ec2::254]/", "ftp://x.example", "http://far.example/mcp", ""],
 )
 async def test_a_url_that_breaks_a_rule_is_refused_before_anything_is_sent(tmp_path: Path, url: str) -> None:  # T69
     async with api_setup(tmp_path) as api:

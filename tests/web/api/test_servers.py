@@ -99,7 +99,12 @@ async def test_the_operators_files_and_variables_cannot_be_read_by_the_api(tmp_p
 
 async def test_a_private_address_needs_the_key_that_the_refusal_names(tmp_path: Path) -> None:  # T69
     async with api_setup(tmp_path) as api:
-        for url in ("http://169.254.169.254/mcp", "http://127.0.0.1:1/mcp", "https://10.0.0.7/mcp", "http://localhost/"):
+        for url in (
+            "http://169.254.169.254/mcp",
+            "http://127.0.0.1:1/mcp",
+            "https://10.0.0.7/mcp",
+            "http://localhost/",
+        ):
             problem = assert_problem(await api.ada.post("/servers", json={"name": "x", "url": url}), 422)
             assert problem["errors"][0]["loc"] == ["body", "url"], url
         administer(api, allow_private=LOOPBACK)

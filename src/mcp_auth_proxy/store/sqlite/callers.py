@@ -17,6 +17,7 @@ CALLERS = (
         name TEXT NOT NULL UNIQUE,
         role TEXT NOT NULL,
         status TEXT NOT NULL,
+        listed INTEGER NOT NULL,
         created_at DOUBLE PRECISION NOT NULL,
         seal BLOB NOT NULL
     )
@@ -39,7 +40,7 @@ CALLERS = (
         id TEXT PRIMARY KEY,
         principal TEXT NOT NULL,
         name TEXT NOT NULL,
-        key_hash TEXT NOT NULL,
+        key_hash TEXT NOT NULL UNIQUE,
         scopes TEXT NOT NULL,
         created_at DOUBLE PRECISION NOT NULL,
         expires_at DOUBLE PRECISION,

@@ -49,7 +49,7 @@ class SqliteEngine:
         self._connection = connection
         self._lock = asyncio.Lock()
         self._identity = _identity(path)
-        self._data_version = 0
+        self._data_versions: dict[str, int] = {}
         self._statement_begun_at = 0.0
         self._closed = False
         self._last_write_failed = False
@@ -128,12 +128,12 @@ class SqliteEngine:
         rows = await self.fetch_all(sql, params)
         return rows[0] if rows else None
 
-    async def changed(self) -> bool:
-        """Return whether another process has written since the last call."""
-        before = self._data_version
+    async def changed(self, reader: str = "") -> bool:
+        """Return whether another process has written since the last call of the same ``reader``; True for its first."""
+        before = self._data_versions.get(reader)
         rows = await self.fetch_all("PRAGMA data_version")
-        self._data_version = rows[0]["data_version"]
-        return self._data_version != before
+        self._data_versions[reader] = version = int(rows[0]["data_version"])
+        return version != before
 
     async def check_writable(self) -> None:
         """Check that the store can be written now. After a failed write this includes a write."""

@@ -1,0 +1,51 @@
+"""The file ``api-token`` of mode ``none``: a key of ``local``, for programs of this user on this machine."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from mcp_auth_proxy.config.settings import Settings
+from mcp_auth_proxy.identity.keys import has_key_form, make_key
+from mcp_auth_proxy.models import ALL_SCOPES, LOCAL
+from mcp_auth_proxy.store import files
+
+_MAX_TEXT = 4096
+
+
+def token_path(settings: Settings) -> Path:
+    """Return where the file is: beside the store, unless ``admin.token_file`` says otherwise."""
+    return settings.admin.token_file or settings.store.path.with_name("api-token")
+
+
+def read_token(path: Path) -> str | None:
+    """Return the key in the file; None if there is none, or if others than this user could read or write it.
+
+    Raises OSError.
+    """
+    try:
+        with path.open("rb") as file:
+            problem = files.exposure(os.fstat(file.fileno()))
+            text = file.read(_MAX_TEXT).strip()
+    except FileNotFoundError:
+        return None
+    return text.decode() if problem is None and has_key_form(text) else None
+
+
+def obtain_token(path: Path, *, now: float) -> str:
+    """Return the key in the file; make the file, 0600, if it is missing or can't be trusted. Raises OSError."""
+    token = read_token(path)
+    if token is not None:
+        return token
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    files.make_folder(path.parent)
+    _, token = make_key(principal=LOCAL, name="api-token", scopes=ALL_SCOPES, now=now)
+    draft = files.temporary_path(path)
+    files.create(draft, f"{token}\n".encode())
+    if files.link_into_place(draft, path):
+        return token
+    # Another process has made it at the same time.
+    other = read_token(path)
+    if other is None:
+        raise PermissionError(f"{path} is not this user's alone")
+    return other
