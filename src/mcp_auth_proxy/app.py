@@ -15,6 +15,7 @@ from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
 from mcp_auth_proxy.identity import Authenticator, Callers, make_authenticator
+from mcp_auth_proxy.identity.api_token import obtain_token, token_path
 from mcp_auth_proxy.identity.sessions import make_sessions
 from mcp_auth_proxy.models import AccessToken, Account, Flow
 from mcp_auth_proxy.net import descriptors
@@ -181,6 +182,11 @@ async def lifespan(
             opens_links=_opens_links(settings),
         )
         stack.push_async_callback(broker.aclose)
+        callers = make_authenticator(settings, database=database, fetcher=fetcher, clock=clock)
+        stack.push_async_callback(callers.aclose)
+        await callers.start()
+        if callers.anonymous and settings.admin.enabled:
+            callers.accept_token(obtain_token(token_path(settings), now=clock()))
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
         if background:
             await broker.start()
@@ -221,7 +227,8 @@ async def lifespan(
             settings=lambda: application.settings,
             public_url=public_url,
             clock=clock,
-            authenticator=authenticator or callers,
+            authenticator=callers,
+            directory=callers.directory,
             session_caller=visitors.session_caller,
         )
         site = Site(

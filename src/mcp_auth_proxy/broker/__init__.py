@@ -37,8 +37,10 @@ from mcp_auth_proxy.broker.examination import Examination
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.requested_flows import FlowRequest, FlowState
 from mcp_auth_proxy.broker.sign_ins import SignIn, sign_in
+from mcp_auth_proxy.broker.stored_grants import AccountConnection
 
 __all__ = [
+    "AccountConnection",
     "AuthorizationRedirect",
     "Broker",
     "ChallengeHistory",

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mcp_auth_proxy.broker.connections import ForgottenGrant
 from mcp_auth_proxy.broker.flows import PendingFlows
@@ -31,6 +32,14 @@ class AccountConnection:
     grant: GrantSummary | None = None
     status: GrantStatus | None = None
     """None if there is no grant."""
+
+
+class DeletedGrant(NamedTuple):
+    """A grant that was deleted from the store."""
+
+    grant: GrantSummary
+    revoked: ForgottenGrant | None
+    """What became of it at its authorization server; None if it had ended before."""
 
 
 class StoredGrants:
@@ -136,8 +145,8 @@ class StoredGrants:
             raise GrantUnusable(f"The grant has ended: {ended.ended_reason if ended else 'it is gone.'}", ended=True)
         return GrantSummary.of(renewed.grant)
 
-    async def delete(self, grant_id: int) -> ForgottenGrant | None:
-        """Delete a grant and revoke it at its authorization server; None if it was gone, or had ended before.
+    async def delete(self, grant_id: int) -> DeletedGrant | None:
+        """Delete a grant and revoke it at its authorization server; None if it was gone.
 
         An authorization of the same account that waits for its user is cancelled, as by a logout.
         """
@@ -152,19 +161,20 @@ class StoredGrants:
         if live:
             self._tokens.evict(account)
             self._pending.cancel(account)
-        if deleted is None or deleted.ended_at is not None:
+        if deleted is None:
             return None
-        return await self._revoke(account, deleted)
+        return DeletedGrant(summary, await self._revoke(account, deleted) if deleted.ended_at is None else None)
 
-    async def delete_all(self, principal: str) -> list[tuple[GrantSummary, ForgottenGrant | None]]:
+    async def delete_all(self, principal: str) -> list[DeletedGrant]:
         """Delete and revoke all grants of an owner, as ``delete`` does."""
         running = asyncio.Semaphore(REVOKED_AT_ONCE)
 
-        async def delete(grant: GrantSummary) -> tuple[GrantSummary, ForgottenGrant | None]:
+        async def delete(grant: GrantSummary) -> DeletedGrant | None:
             async with running:
-                return grant, await self.delete(grant.id)
+                return await self.delete(grant.id)
 
-        return list(await asyncio.gather(*map(delete, await self._summaries.of_principal(principal))))
+        grants = await self._summaries.of_principal(principal)
+        return [deleted for deleted in await asyncio.gather(*map(delete, grants)) if deleted is not None]
 
 
 def _is_at(account: Account, owner: str, server: ServerSettings) -> bool:

@@ -9,9 +9,7 @@ from mcp_auth_proxy.models import Caller
 from mcp_auth_proxy.net.peers import limit_key, parse_address
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api.limits import Limits
-from mcp_auth_proxy.web.api.problems import Problem, forbidden, too_many
-
-_CREDENTIALS = ("authorization", "x-api-key")
+from mcp_auth_proxy.web.api.problems import forbidden, too_many
 
 NO_CREDENTIAL = (
     "A credential is needed: Authorization with Bearer and an API key or a JWT, X-API-Key, Basic with the key as "
@@ -34,16 +32,16 @@ async def caller_of(request: Request, api: ApiContext, limits: Limits) -> Caller
 
 
 async def _identify(request: Request, api: ApiContext, peer: str) -> Caller:
-    presented = any(name in request.headers for name in _CREDENTIALS)
+    caller = await api.authenticator.identify_api(request.headers.raw, peer)
     session = await api.session_caller(request)
-    if session is None:
-        if not presented and api.authenticator.anonymous:
-            raise CallerRefused(NO_CREDENTIAL)
-        return await api.authenticator.identify(request.headers.raw, peer)
-    if presented:
-        raise Problem(400, "several-credentials", "The request has a session and another credential: send one of them.")
-    _check_origin(request)
-    return session
+    if caller is not None and session is not None:
+        raise CallerRefused("The request has a session and another credential: send one of them.", 400)
+    if session is not None:
+        _check_origin(request)
+    found = caller or session
+    if found is None:
+        raise CallerRefused(NO_CREDENTIAL)
+    return found
 
 
 def _check_origin(request: Request) -> None:

@@ -13,8 +13,8 @@ from mcp_auth_proxy.models import Caller, Role, Scope
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api.problems import Problem
 
-B = TypeVar("B")
-Q = TypeVar("Q")
+B_co = TypeVar("B_co", covariant=True)
+Q_co = TypeVar("Q_co", covariant=True)
 
 
 class Access(StrEnum):
@@ -33,13 +33,13 @@ def is_admin(caller: Caller) -> bool:
 
 
 @dataclass(slots=True, kw_only=True)
-class Call(Generic[B, Q]):
+class Call(Generic[B_co, Q_co]):
     """One valid call of an operation."""
 
     api: ApiContext
     caller: Caller
-    body: B
-    query: Q
+    body: B_co
+    query: Q_co
     path: Mapping[str, str]
     """The parameters in the path, decoded."""
     raw_query: bytes
