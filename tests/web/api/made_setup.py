@@ -12,8 +12,11 @@ import httpx2
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import Servers
 from fakes.headless import Browser
+from fakes.mcp_client import PlainClient
 from fakes.mcp_server import FakeMcpServer
+from fakes.team import post
 from mcp_auth_proxy.config.settings import AdminSettings
+from mcp_auth_proxy.models import Principal
 from web.api.api_setup import ApiSetup, api_setup
 
 LOOPBACK = ("127.0.0.1",)
@@ -26,6 +29,22 @@ class MadeSetup:
     api: ApiSetup
     issuer: FakeAuthorizationServer
     upstream: FakeMcpServer
+
+    def key(self, name: str) -> dict[str, str]:
+        """Return the fields with the key of a principal."""
+        return {"authorization": f"Bearer {self.api.keys[name]}"}
+
+    def mcp(self, server: str, name: str) -> PlainClient:
+        """Return an MCP client of a principal."""
+        return self.api.proxy.client(server, headers=self.key(name))
+
+    @asynccontextmanager
+    async def signed_in(self, name: str) -> AsyncIterator[Browser]:
+        """Yield a browser in which a principal has signed in."""
+        async with Browser() as browser:
+            done = await post(browser, f"{self.api.proxy.origin}/sign-in", key=self.api.keys[name], next="/")
+            assert done.status_code == 303, done.text
+            yield browser
 
     async def make(self, name: str = "tickets", **more: object) -> dict[str, Any]:
         """Make a server for ``upstream``, as the admin."""
@@ -57,6 +76,12 @@ def administer(api: ApiSetup, **admin: Any) -> None:
     api.proxy.application.made.set_allow_private(settings.admin.allow_private)
 
 
+def principal_of(api: ApiSetup, name: str) -> Principal:
+    found = api.directory.principal(f"prn_{name}")
+    assert found is not None
+    return found
+
+
 async def consented(authorization_url: str) -> dict[str, str]:
     """Consent at the authorization server as a user does; return what it sends to the redirect URI."""
     async with Browser() as browser:
@@ -71,6 +96,6 @@ async def made_setup(
     """Run everything until the block ends; servers made at run time may be on loopback."""
     authority = await servers.authorization_server(**{"auto_consent": True, **(issuer or {})})
     server = await servers.mcp_server(authority, **upstream)
-    async with api_setup(folder, authorization={"wait": "0s"}) as api:
-        administer(api, allow_private=LOOPBACK)
+    admin = {"allow_private": list(LOOPBACK)}
+    async with api_setup(folder, authorization={"wait": "0s"}, admin=admin) as api:
         yield MadeSetup(api=api, issuer=authority, upstream=server)

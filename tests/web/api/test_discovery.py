@@ -6,7 +6,8 @@ import pytest
 
 from fakes.fixtures import Servers
 from fakes.http_exchange import FakeResponse
-from fakes.raw_server import raw_server
+from fakes.names import names
+from fakes.raw_server import RawServer, answers, ok
 from web.api.api_setup import api_setup, assert_problem
 from web.api.made_setup import made_setup
 
@@ -26,7 +27,7 @@ async def test_a_protected_server_is_described_and_nothing_is_registered(servers
         assert {finding["verdict"] for finding in found["findings"]} <= {"ok", "note"}
         assert setup.issuer.registrations == 0
         servers_left = (await setup.api.ada.get("/servers")).json()["items"]
-        assert [server["name"] for server in servers_left] == ["notes"]
+        assert [server["name"] for server in servers_left] == ["linear", "notes"]
 
 
 async def test_what_a_server_does_not_have_is_null(servers: Servers, tmp_path: Path) -> None:
@@ -63,17 +64,28 @@ async def test_a_url_that_breaks_a_rule_is_refused_before_anything_is_sent(tmp_p
         assert problem["errors"][0]["loc"] == ["body", "mcp_server_url"]
 
 
-async def test_a_name_that_leads_to_a_private_address_is_refused_when_it_is_dialed(tmp_path: Path) -> None:  # T69
-    async with api_setup(tmp_path) as api, raw_server(lambda data: b"") as there:
-        asked: list[str] = []
-
-        async def resolve(host: str, port: int) -> list[str]:
-            asked.append(host)
-            # Public when it is looked at first, as a name that rebinds.
-            return ["203.0.114.7"] if len(asked) == 1 else ["127.0.0.1"]
-
-        api.proxy.application.resolver._resolve = resolve
-        url = f"http://rebind.example:{there.port}/mcp".replace("http://", "https://")
-        problem = assert_problem(await api.ben.post("/discover", json={"mcp_server_url": url}), 502)
-        assert there.connections == 0
-        assert problem
+async def test_a_name_that_rebinds_is_refused_when_it_is_dialed_and_nothing_is_sent(  # T69
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with names(monkeypatch) as resolver:
+        # Public when the server is made, and this machine when it is used.
+        resolver.addresses = {"127.0.0.1": "127.0.0.1", "rebind.example": "203.0.113.7"}
+        async with api_setup(tmp_path) as api, RawServer(answers(ok())) as there:
+            url = f"https://rebind.example:{there.port}/mcp"
+            made = await api.ada.post("/servers", json={"name": "rebind", "url": url})
+            assert made.status_code == 201
+            for address in ("127.0.0.1", "169.254.169.254", "10.0.0.7"):
+                resolver.addresses["rebind.example"] = address
+                api.proxy.application.resolver.expire("rebind.example", owner=f"rebind.example:{there.port}")
+                for path, body in (
+                    (f"/servers/{made.json()['id']}/verify", {}),
+                    (f"/servers/{made.json()['id']}/flows", {}),
+                    ("/discover", {"mcp_server_url": url}),
+                ):
+                    problem = assert_problem(await api.ben.post(path, json=body), 502, "upstream-failed")
+                    assert "admin.allow_private" in problem["detail"]
+                key = {"authorization": f"Bearer {api.keys['ben']}"}
+                async with api.proxy.client("rebind", headers=key) as client:
+                    refused = await client.post("tools/list", {})
+                assert "admin.allow_private" in refused.message["error"]["message"]
+            assert there.peers == []

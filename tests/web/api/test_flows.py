@@ -9,7 +9,6 @@ import httpx2
 import pytest
 
 from fakes.fixtures import Servers
-from fakes.headless import consent
 from fakes.http_exchange import FakeResponse
 from web.api.api_setup import api_setup, assert_problem
 from web.api.made_setup import MadeSetup, administer, consented, made_setup
@@ -28,7 +27,7 @@ def faults(response: httpx2.Response) -> list[tuple[list[str], str]]:
 
 async def test_a_flow_is_begun_once_and_its_link_connects(servers: Servers, tmp_path: Path) -> None:
     async with made_setup(servers, tmp_path) as setup:
-        made, local = await setup.make(), setup.api.ada
+        made, local = await setup.make(), setup.api.ben
         first = await local.post(f"/servers/{made['id']}/flows", json={})
         assert first.status_code == 201
         flow = first.json()
@@ -39,7 +38,8 @@ async def test_a_flow_is_begun_once_and_its_link_connects(servers: Servers, tmp_
         assert flow["authorization_url"] is None
         again = await local.post(f"/servers/{made['id']}/flows", json={})
         assert (again.status_code, again.json()["id"]) == (200, flow["id"])
-        assert (await consent(flow["connect_url"])).status_code == 200
+        async with setup.signed_in("ben") as browser:
+            assert (await browser.follow(flow["connect_url"])).status_code == 200
         ended = (await local.get(f"/flows/{flow['id']}")).json()
         assert (ended["status"], ended["connect_url"]) == ("connected", None)
         shown = (await local.get(f"/servers/{made['id']}")).json()
@@ -59,10 +59,11 @@ async def test_a_headless_flow_is_completed_with_the_code_by_its_own_principal_o
         assert (await ben.get(f"/flows/{flow['id']}")).json()["authorization_url"] == flow["authorization_url"]
         given = await consented(flow["authorization_url"])
         hers = await setup.headless(made["id"], eve)
+        her_state = parse_qs(urlsplit(hers["authorization_url"]).query)["state"][0]
         for refused in (
             await eve.post(path, json=given),
             await ben.post(path, json={**given, "state": "made-up"}),
-            await ben.post(path, json={**given, "state": parse_qs(urlsplit(hers["authorization_url"]).query)["state"][0]}),
+            await ben.post(path, json={**given, "state": her_state}),
             await ben.post("/servers/notes/complete", json=given),
         ):  # fmt: skip
             assert faults(refused) == [(["body", "state"], "value_error.csrf")]
@@ -106,7 +107,9 @@ async def test_a_browsers_attempt_is_never_completed_by_a_post(servers: Servers,
     async with made_setup(servers, tmp_path) as setup:
         made, ada = await setup.make(), setup.api.ada
         flow = await flow_of(ada, made["id"])
-        given = await consented(flow["connect_url"])
+        async with setup.signed_in("ada") as browser:
+            url = await browser.stop_before(flow["connect_url"])
+        given = {name: value[0] for name, value in parse_qs(urlsplit(url).query).items()}
         refused = await ada.post(f"/servers/{made['id']}/complete", json=given)
         assert faults(refused) == [(["body", "state"], "value_error.csrf")]
 

@@ -1,24 +1,34 @@
 """``/servers``: what the configuration has is shown, and others are made, changed and deleted while the proxy runs."""
 
-from dataclasses import replace
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
 from fakes.fixtures import Servers
-from fakes.proxy import until
+from fakes.proxy import RunningProxy, running_proxy, until
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.servers import NEVER_CONNECTED
-from web.api.api_setup import api_setup, assert_problem
-from web.api.made_setup import LOOPBACK, administer, made_setup
+from web.api.api_setup import SERVERS, api_setup, assert_problem
+from web.api.made_setup import LOOPBACK, administer, made_setup, principal_of
 
 SECRET = "canary-client-secret"
+
+
+def another(folder: Path) -> AbstractAsyncContextManager[RunningProxy]:
+    """Another proxy on the same store."""
+    sections: dict[str, Any] = {"inbound": {"mode": "api_key"}, "admin": {"allow_private": list(LOOPBACK)}}
+    return running_proxy(folder, SERVERS, **sections)
 
 
 async def test_a_server_of_the_configuration_has_its_name_for_an_id_and_cannot_be_changed(tmp_path: Path) -> None:
     async with api_setup(tmp_path) as api:
         listed = (await api.ben.get("/servers")).json()["items"]
-        assert [(it["id"], it["name"], it["origin"]) for it in listed] == [("notes", "notes", "config")]
+        assert [(it["id"], it["name"], it["origin"]) for it in listed] == [
+            ("linear", "linear", "config"),
+            ("notes", "notes", "config"),
+        ]
         assert [(it["account"], it["word"], it["state"]) for it in listed[0]["accounts"]] == [
             ("default", "needs consent", None)
         ]
@@ -39,11 +49,11 @@ async def test_a_server_is_served_as_soon_as_it_is_made_and_until_it_is_deleted(
     async with made_setup(servers, tmp_path, protected=False) as setup:
         made = await setup.make()
         assert (made["origin"], made["name"], made["owner"]) == ("api", "tickets", None)
-        async with setup.api.proxy.client("tickets") as client:
+        async with setup.mcp("tickets", "ben") as client:
             assert (await client.call("echo", text="hello")).text == "hello"
         assert (await setup.api.ada.delete(f"/servers/{made['id']}")).status_code == 204
         assert_problem(await setup.api.ada.get(f"/servers/{made['id']}"), 404)
-        async with httpx2.AsyncClient(trust_env=False) as client:
+        async with httpx2.AsyncClient(trust_env=False, headers=setup.key("ben")) as client:
             gone = await client.post(f"{setup.api.proxy.origin}/tickets/mcp", json={})
         assert gone.status_code == 404
 
@@ -175,21 +185,21 @@ async def test_deleting_a_server_revokes_its_grants_and_forgets_its_name(servers
 async def test_another_process_serves_a_new_server_within_a_second(servers: Servers, tmp_path: Path) -> None:
     async with (
         made_setup(servers, tmp_path, protected=False) as setup,
-        api_setup(tmp_path, authorization={"wait": "0s"}) as other,
+        another(tmp_path) as other,
+        other.client("tickets", headers=setup.key("ben")) as client,
     ):
-        administer(other, allow_private=LOOPBACK)
         made = await setup.make()
-        await until(lambda: "tickets" in other.proxy.application.servers, "the server is known", timeout=3)
-        assert (await other.ada.get(f"/servers/{made['id']}")).json()["name"] == "tickets"
+        await until(lambda: "tickets" in other.application.servers, "the server is known", timeout=3)
+        assert (await client.call("echo", text="hello")).text == "hello"
         await setup.api.ada.delete(f"/servers/{made['id']}")
-        await until(lambda: "tickets" not in other.proxy.application.servers, "the server is gone", timeout=3)
+        await until(lambda: "tickets" not in other.application.servers, "the server is gone", timeout=3)
 
 
 async def test_servers_are_there_after_a_restart(servers: Servers, tmp_path: Path) -> None:
     async with made_setup(servers, tmp_path) as setup:
         made = await setup.make(oauth={"client_id": "c", "client_secret": SECRET})
-    async with api_setup(tmp_path) as api:
-        shown = (await api.ada.get(f"/servers/{made['id']}")).json()
+    async with another(tmp_path) as proxy, httpx2.AsyncClient(trust_env=False, headers=setup.key("ada")) as client:
+        shown = (await client.get(f"{proxy.origin}/api/v1/servers/{made['id']}")).json()
         assert (shown["name"], shown["oauth"]["has_client_secret"]) == ("tickets", True)
 
 
@@ -198,16 +208,16 @@ async def test_an_adhoc_server_belongs_to_one_principal_and_goes_if_it_is_never_
 ) -> None:
     async with made_setup(servers, tmp_path) as setup:
         api, made = setup.api, setup.api.proxy.application.made
-        server = await made.adhoc(api.callers.callers["ben"].principal, setup.upstream.url)
-        assert await made.adhoc(api.callers.callers["ben"].principal, setup.upstream.url) == server
+        server = await made.adhoc(principal_of(api, "ben"), setup.upstream.url)
+        assert await made.adhoc(principal_of(api, "ben"), setup.upstream.url) == server
         shown = (await api.ben.get(f"/servers/{server.id}")).json()
-        assert (shown["origin"], shown["owner"]) == ("adhoc", "ben")
+        assert (shown["origin"], shown["owner"]) == ("adhoc", "prn_ben")
         assert server.id not in [it["id"] for it in (await api.eve.get("/servers")).json()["items"]]
         assert_problem(await api.eve.get(f"/servers/{server.id}"), 404)  # T65
         assert_problem(await api.eve.post(f"/servers/{server.id}/flows", json={}), 404)
         assert_problem(await api.eve.delete(f"/servers/{server.id}"), 404)
         assert (await setup.connect(server.id, api.ben))["status"] == "connected"
-        unused = await made.adhoc(api.callers.callers["eve"].principal, setup.upstream.url)
+        unused = await made.adhoc(principal_of(api, "eve"), setup.upstream.url)
         api.clock.ahead += NEVER_CONNECTED + 10
         await made.purge()
         assert unused.name not in api.proxy.application.servers
@@ -217,11 +227,10 @@ async def test_an_adhoc_server_belongs_to_one_principal_and_goes_if_it_is_never_
 
 async def test_adhoc_servers_share_one_label_in_the_metrics(servers: Servers, tmp_path: Path) -> None:
     async with made_setup(servers, tmp_path, protected=False) as setup:
-        local = setup.api.callers.callers["ben"].principal
-        server = await setup.api.proxy.application.made.adhoc(replace(local, id="local"), setup.upstream.url)
-        async with setup.api.proxy.client(server.name) as client:
+        server = await setup.api.proxy.application.made.adhoc(principal_of(setup.api, "ben"), setup.upstream.url)
+        async with setup.mcp(server.name, "ben") as client:
             assert (await client.call("echo", text="hello")).text == "hello"
-        async with httpx2.AsyncClient(trust_env=False) as client:
+        async with httpx2.AsyncClient(trust_env=False, headers=setup.key("ada")) as client:
             metrics = (await client.get(f"{setup.api.proxy.origin}/metrics")).text
         assert 'server="adhoc"' in metrics
         assert server.name not in metrics
@@ -233,9 +242,9 @@ async def test_servers_are_listed_in_pages(tmp_path: Path) -> None:
         for number in range(5):
             await api.ada.post("/servers", json={"name": f"s{number}", "url": f"https://{number}.example/mcp"})
         names: list[str] = []
-        token = ""
-        for _ in range(3):
+        token: str | None = ""
+        for _ in range(4):
             page = (await api.ben.get("/servers", params={"page_size": 2, "page_token": token})).json()
             names += [it["name"] for it in page["items"]]
             token = page["page"]["next_page_token"]
-        assert (names, token) == (["notes", *(f"s{number}" for number in range(5))], None)
+        assert (names, token) == (["linear", "notes", *(f"s{number}" for number in range(5))], None)
