@@ -12,7 +12,7 @@ from mcp_auth_proxy.config.document import parse
 from mcp_auth_proxy.config.inbound import read_admin, read_inbound
 from mcp_auth_proxy.config.location import APP
 from mcp_auth_proxy.config.reader import NOT_YET, Context, Section
-from mcp_auth_proxy.config.servers import read_servers, read_single
+from mcp_auth_proxy.config.servers import read_servers, read_single, token_exchange_errors
 from mcp_auth_proxy.config.settings import (
     AuthorizationSettings,
     KeySource,
@@ -110,6 +110,7 @@ def _read(section: Section, listen: str | None, source: Path, secrets_of: Collec
         source=source,
     )
     section.context.errors.extend(loops.errors(settings, settings.listen, settings.public_url))
+    section.context.errors.extend(token_exchange_errors(settings.servers, settings.inbound.modes))
     section.close()
     return settings
 

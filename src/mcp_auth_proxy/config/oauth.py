@@ -32,7 +32,7 @@ _HINTS = {"scope": "use scopes", "resource": "use the key resource", "client_id"
 # Grants that need a client registered beforehand: nobody is there to approve a registration.
 _PRE_REGISTERED = frozenset({GrantType.CLIENT_CREDENTIALS, GrantType.ID_JAG, GrantType.TOKEN_EXCHANGE})
 # Grants whose credential is worth more than one server: it goes to no authorization server that the MCP server chooses.
-_PINNED = frozenset({GrantType.JWT_BEARER, GrantType.ID_JAG})
+_PINNED = frozenset({GrantType.JWT_BEARER, GrantType.ID_JAG, GrantType.TOKEN_EXCHANGE})
 # Keys that only one grant uses, and that it requires.
 _OF_ONE_GRANT: Mapping[str, GrantType] = {"assertion": GrantType.JWT_BEARER, "idp": GrantType.ID_JAG}
 _ENDPOINTS: Mapping[GrantType, str] = {
@@ -65,10 +65,10 @@ def read_oauth(section: Section, *, http_server: str = "") -> OAuthSettings:
         client_assertion_audience=section.choice("client_assertion_audience", _AUDIENCES, "issuer"),
         assertion=section.parsed("assertion", lambda text: _credential(section, text), None),
         idp=_read_idp(section.section("idp")) if section.has("idp") else None,
-        scopes=_read_scopes(section),
+        scopes=read_scopes(section),
         issuer=section.parsed("issuer", lambda text: values.issuer(text, own=http_server), None),
         resource=section.parsed("resource", values.resource, "auto"),
-        authorization_params=_read_params(section.section("authorization_params"), _OWN_PARAMS),
+        authorization_params=read_authorization_params(section),
         token_params=_read_params(section.section("token_params"), _OWN_TOKEN_PARAMS),
         metadata=_read_metadata(section, grant, http_server),
         client_metadata_url=section.parsed("client_metadata_url", values.client_metadata_url, None),
@@ -182,9 +182,15 @@ def _read_idp(section: Section) -> IdpSettings | None:
     return settings
 
 
-def _read_scopes(section: Section) -> tuple[str, ...] | None:
+def read_scopes(section: Section) -> tuple[str, ...] | None:
+    """Return the scopes of a section, without duplicates; None if it has none."""
     scopes = section.each("scopes", values.scope)
     return None if scopes is None else tuple(dict.fromkeys(scopes))
+
+
+def read_authorization_params(section: Section) -> dict[str, str]:
+    """Return the additional parameters of authorization requests."""
+    return _read_params(section.section("authorization_params"), _OWN_PARAMS)
 
 
 def _read_params(section: Section, own: frozenset[str]) -> dict[str, str]:

@@ -1,18 +1,31 @@
 """Read the ``servers`` section."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from mcp_auth_proxy.config import values
-from mcp_auth_proxy.config.oauth import read_oauth
+from mcp_auth_proxy.config.oauth import read_authorization_params, read_oauth, read_scopes
 from mcp_auth_proxy.config.reader import Context, Section
-from mcp_auth_proxy.config.settings import OAuthSettings, ServerSettings
+from mcp_auth_proxy.config.settings import (
+    AccountSettings,
+    GrantOwner,
+    InboundMode,
+    OAuthSettings,
+    ServerSettings,
+)
+from mcp_auth_proxy.errors import ConfigError
+from mcp_auth_proxy.models import GrantType, Role
 from mcp_auth_proxy.net import urls
 
 RESERVED = frozenset({"mcp", "connect", "oauth", "sign-in", "static", "api", "healthz", "readyz", "metrics"})
 """First path segments that the proxy uses itself."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_ACCOUNT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_ROLES = frozenset(f"role:{role}" for role in Role)
+_OWNERS: Mapping[str, GrantOwner] = {"caller": "caller", "shared": "shared"}
+# What the configuration alone is enough for belongs to nobody in particular.
+_SHARED_BY_DEFAULT = frozenset({GrantType.CLIENT_CREDENTIALS, GrantType.JWT_BEARER, GrantType.ID_JAG})
 
 
 def read_servers(
@@ -59,10 +72,63 @@ def _read_server(section: Section, name: str, upstream_timeout: float) -> Server
     oauth = (
         read_oauth(inner, http_server=(url or "") if allow_http else "") if section.has("oauth") else OAuthSettings()
     )
+    default = ServerSettings(name=name, url="")
+    owner = section.choice("grant_owner", _OWNERS, "shared" if oauth.grant in _SHARED_BY_DEFAULT else "caller")
+    if oauth.grant is GrantType.TOKEN_EXCHANGE and owner == "shared":
+        section.error("grant_owner", "shared: with grant token_exchange, each token is on behalf of one caller")
+    project = section.parsed("project", _project, default.project)
+    allow = section.each("allow", _pattern)
+    accounts = _read_accounts(section.section("accounts"))
     section.close()
     if url is None:
         return None
-    return ServerSettings(name=name, url=url, allow_http=allow_http, upstream_timeout=timeout, oauth=oauth)
+    return ServerSettings(
+        name=name,
+        url=url,
+        allow_http=allow_http,
+        upstream_timeout=timeout,
+        oauth=oauth,
+        project=project,
+        grant_owner=owner,
+        allow=default.allow if allow is None else allow,
+        accounts=accounts,
+    )
+
+
+def token_exchange_errors(servers: Mapping[str, ServerSettings], modes: Collection[InboundMode]) -> list[ConfigError]:
+    """Return what keeps servers from exchanging the JWTs of their callers: without mode ``jwt`` there are none."""
+    return [
+        ConfigError(server.key("oauth.grant"), "token_exchange needs jwt in inbound.mode: it exchanges callers' JWTs")
+        for server in servers.values()
+        if server.oauth.grant is GrantType.TOKEN_EXCHANGE and "jwt" not in modes
+    ]
+
+
+def _project(text: str) -> str:
+    if _NAME.fullmatch(text) is None:
+        raise ValueError("a project is 1 to 63 of a-z, 0-9 and -, and does not start with -")
+    return text
+
+
+def _pattern(text: str) -> str:
+    if text.startswith("role:") and text not in _ROLES:
+        raise ValueError(f"must be a pattern of names, or one of {', '.join(sorted(_ROLES))}")
+    return text
+
+
+def _read_accounts(section: Section) -> dict[str, AccountSettings]:
+    accounts: dict[str, AccountSettings] = {}
+    for name, value in section.entries():
+        if _ACCOUNT.fullmatch(name) is None:
+            section.error(name, "an account name is 1 to 32 of a-z, 0-9 and -, and does not start with -")
+        inner = Section(value, section.inner(name), section.context)
+        accounts[name] = AccountSettings(
+            login_hint=inner.text("login_hint"),
+            authorization_params=read_authorization_params(inner),
+            scopes=read_scopes(inner),
+        )
+        inner.close()
+    return accounts
 
 
 def single_name(url: str) -> str:

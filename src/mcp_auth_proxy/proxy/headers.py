@@ -261,19 +261,21 @@ def request_headers(headers: Headers, rules: FieldRules = ONE_CALLER) -> Headers
 def _of_one_caller(headers: Headers, rules: FieldRules, sessions: SessionIds) -> Headers:
     """Return the fields without credentials and without what belongs to another caller. Raises SessionNotFound."""
     kept: Headers = []
-    repeats = in_session = False
-    for name, value in headers:
-        key = canonical_name(name)
+    in_session = False
+    credentials = rules.credentials
+    for field in headers:
+        name = field[0]
         if name == session_ids.FIELD:
-            session_id = sessions.open(value)
+            session_id = sessions.open(field[1])
             if session_id is None:
                 raise SessionNotFound
             kept.append((name, session_id))
             in_session = True
-        elif key not in rules.credentials and key != session_ids.FIELD:
-            kept.append((name, value))
-            repeats = repeats or key == _LAST_EVENT_ID
-    if repeats and rules.shared and not in_session:
+        else:
+            key = name if name in _FORWARDED_UNCHECKED else canonical_name(name)
+            if key not in credentials and key != session_ids.FIELD:
+                kept.append(field)
+    if rules.shared and not in_session:
         return [field for field in kept if canonical_name(field[0]) != _LAST_EVENT_ID]
     return kept
 
