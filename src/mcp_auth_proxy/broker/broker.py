@@ -13,6 +13,7 @@ from mcp_auth_proxy.broker.attempts import (
     ConfirmationPrompt,
     ConnectedServer,
     DevicePrompt,
+    digest,
 )
 from mcp_auth_proxy.broker.authorization import Authorizations
 from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_tokens
@@ -31,7 +32,7 @@ from mcp_auth_proxy.broker.ownership import MayOpen
 from mcp_auth_proxy.broker.pending import PendingAuthorization, link_of
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer
-from mcp_auth_proxy.broker.requested_flows import FlowRequest
+from mcp_auth_proxy.broker.requested_flows import FlowRequest, FlowState, state_of
 from mcp_auth_proxy.broker.sign_ins import SignIns
 from mcp_auth_proxy.broker.store_watch import StoreReader, StoreWatch
 from mcp_auth_proxy.broker.stored_grants import StoredGrants
@@ -487,6 +488,15 @@ class Broker:
         """Return a flow, whatever its status is. Raises StoreError."""
         flow = await self._flows.get(flow_id)
         return None if flow is None else await self._forgotten_clients.newest(flow)
+
+    async def flow_of_state(self, state: str) -> Flow | None:
+        """Return the flow that a state belongs to, without using it up; None if it is unknown or used."""
+        found = await self._flows.find_attempt(digest(state))
+        return None if found is None else found[0]
+
+    def flow_state(self, flow: Flow) -> FlowState:
+        """Return how a flow is now."""
+        return state_of(flow, self._clock())
 
     async def authorization_url(self, flow: Flow) -> str | None:
         """Return where the user of a headless flow authorizes; None for other flows, and if that was used.

@@ -18,9 +18,9 @@ from mcp_auth_proxy.errors import (
     TokenRefused,
     UpstreamTimeout,
 )
-from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Flow, FlowMode, GrantType, Tool
+from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Caller, Flow, FlowMode, GrantType, Scope, Tool
 from mcp_auth_proxy.web.api.models import Body, Check, View, moment
-from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation
+from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, is_admin
 from mcp_auth_proxy.web.api.problems import Problem, invalid_field, not_found
 from mcp_auth_proxy.web.api.reach import answered, own_account, owns, usable_server
 
@@ -244,24 +244,31 @@ async def _tools(call: Call[Any, Any], server: ServerSettings, name: str) -> lis
     return tools
 
 
+def may_use_api(caller: Caller) -> bool:
+    """Return whether a credential is for the API at all."""
+    return is_admin(caller) or Scope.SELF in caller.scopes
+
+
 def _completed(message: str, tools: list[Tool]) -> CompletionView:
     views = [ToolView(name=tool.name, description=tool.description) for tool in tools]
     return CompletionView(status="connected", message=message, tools=views)
 
 
+CREATE = Operation(
+    "POST",
+    "/servers/{id}/flows",
+    create_flow,
+    action="flows.create",
+    access=Access.SELF,
+    summary="Begin an authorization (201), or return the one under way (200)",
+    body=NewFlow,
+    answers={201: FlowView, 200: FlowView},
+    problems=(409, 502, 504),
+    starts_flow=True,
+)
+
 OPERATIONS = (
-    Operation(
-        "POST",
-        "/servers/{id}/flows",
-        create_flow,
-        action="flows.create",
-        access=Access.SELF,
-        summary="Begin an authorization (201), or return the one under way (200)",
-        body=NewFlow,
-        answers={201: FlowView, 200: FlowView},
-        problems=(409, 502, 504),
-        starts_flow=True,
-    ),
+    CREATE,
     Operation(
         "GET",
         "/flows/{id}",
