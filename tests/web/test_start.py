@@ -11,6 +11,7 @@ import pytest
 
 from fakes.fixtures import Servers
 from fakes.headless import Browser, Page
+from fakes.team import post
 from web.api.made_setup import LOOPBACK, MadeSetup, administer, made_setup
 
 APP = "https://app.example"
@@ -108,6 +109,14 @@ async def test_without_a_session_the_user_signs_in_first_and_keeps_the_opener(se
         for response in (page, form):
             assert response.headers["cross-origin-opener-policy"] == "unsafe-none"
         assert sent(setup) == 0
+        # Whoever led the browser to the sign-in: after it, the user is asked.
+        target = start(setup).removeprefix(setup.api.proxy.origin)
+        done = await post(browser, f"{setup.api.proxy.origin}/sign-in", key=setup.api.keys["ben"], next=target)
+        assert done.headers["cross-origin-opener-policy"] == "unsafe-none"
+        onward = f"{setup.api.proxy.origin}{done.headers['location']}"
+        asked = await browser.client.get(onward, headers={"sec-fetch-site": "same-origin"})
+        assert (asked.status_code, sent(setup), names(setup)) == (200, 0, [])
+        assert (await browser.submit(onward, Page(asked.text).forms[0], None)).status_code == 303
 
 
 async def test_programs_with_a_key_and_our_own_pages_need_no_form(servers: Servers, tmp_path: Path) -> None:

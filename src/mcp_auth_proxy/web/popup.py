@@ -21,6 +21,10 @@ TYPE = "mcp-auth-proxy.oauth"
 
 START = "/oauth/start"
 SCRIPT = "/static/popup.js"
+CONFIRM = "confirm"
+"""Query parameter of ``START``: the user is asked, wherever the request comes from."""
+
+_STARTS = (f"{START}?", f"/api/v1{START}?")
 
 _SCRIPT = Path(__file__).parent / "static" / "popup.js"
 
@@ -68,9 +72,17 @@ def keep_opener(response: Response) -> Response:
     return response
 
 
-def leads_to_popup(response: Response, onward: str) -> bool:
-    """Return whether a page of the sign-in leads on to an authorization in a popup."""
-    return response.headers.get("location", onward).startswith(f"{START}?") or onward.startswith(f"{START}?")
+def signed_in(response: Response, onward: str) -> Response:
+    """Return the answer of the sign-in; if it leads on to ``/oauth/start``, the tie to the opener is kept.
+
+    The browser then comes from a page of ours. But any page can have led it to the sign-in, so the user is asked.
+    """
+    location = response.headers.get("location", "")
+    if location.startswith(_STARTS):
+        response.headers["location"] = f"{location}&{CONFIRM}=1"
+    elif not onward.startswith(_STARTS):
+        return response
+    return keep_opener(response)
 
 
 async def script(request: Request) -> Response:

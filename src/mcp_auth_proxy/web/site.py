@@ -29,7 +29,7 @@ from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import path_of, sign_in_path, split_name
-from mcp_auth_proxy.web.popup import SCRIPT, START, Popups, keep_opener, leads_to_popup
+from mcp_auth_proxy.web.popup import SCRIPT, START, Popups, keep_opener, signed_in
 from mcp_auth_proxy.web.popup import script as popup_script
 from mcp_auth_proxy.web.session import Visitors, WithVisitors
 
@@ -170,11 +170,10 @@ class Site:
     async def _sign_in_page(self, request: Request) -> Response:
         pages = self._sign_in()
         response = await (pages.submit(request) if request.method == "POST" else pages.show(request))
-        return keep_opener(response) if leads_to_popup(response, request.query_params.get("next", "")) else response
+        return signed_in(response, request.query_params.get("next", ""))
 
     async def _signed_in(self, request: Request) -> Response:
-        response = await self._sign_in().callback(request)
-        return keep_opener(response) if leads_to_popup(response, "") else response
+        return signed_in(await self._sign_in().callback(request), "")
 
     async def _sign_out(self, request: Request) -> Response:
         return await self._sign_in().sign_out(request)

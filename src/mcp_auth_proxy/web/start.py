@@ -31,7 +31,7 @@ from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.forms import read_form
 from mcp_auth_proxy.web.pages import ScopeList, form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import path_of, sign_in_path
-from mcp_auth_proxy.web.popup import keep_opener
+from mcp_auth_proxy.web.popup import CONFIRM, keep_opener
 from mcp_auth_proxy.web.session import Visitors
 
 COOKIE_PREFIX = "mcp_auth_start_"
@@ -97,7 +97,8 @@ class StartPage:
             if not explicit and not await self._is_ours(request):
                 raise Problem(403, "forbidden", FORGED)
             return await self._begin(request, caller, wanted)
-        if explicit or request.headers.get("sec-fetch-site") == "same-origin":
+        ours = request.headers.get("sec-fetch-site") == "same-origin" and CONFIRM not in request.query_params
+        if explicit or ours:
             return await self._begin(request, caller, wanted)
         return self._page(request, wanted)
 
