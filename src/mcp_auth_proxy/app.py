@@ -92,6 +92,7 @@ class Application:
             limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
         )
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
+        self.router.resource = ProtectedResource(self.public_url, settings.inbound)
 
     async def drain(self, waiting: Callable[[int], None] = _say_nothing) -> None:
         """Become unready, let requests finish for a bounded time, then end those that are left.

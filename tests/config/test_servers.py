@@ -6,7 +6,7 @@ import pytest
 
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.config.servers import token_exchange_errors
-from mcp_auth_proxy.config.settings import AccountSettings, OAuthSettings, ServerSettings
+from mcp_auth_proxy.config.settings import AccountSettings, InboundMode, OAuthSettings, ServerSettings
 from mcp_auth_proxy.errors import ConfigurationError
 from mcp_auth_proxy.models import LOCAL_PRINCIPAL, Account, GrantType, Principal, Role
 
@@ -80,7 +80,8 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, found: str) -> None:
 def test_token_exchange_needs_callers_with_a_jwt() -> None:
     server = ServerSettings(name="a", url="https://a.example", oauth=OAuthSettings(grant=GrantType.TOKEN_EXCHANGE))
     other = ServerSettings(name="b", url="https://b.example")
-    for modes in ((), ("api_key",), ("api_key", "trusted_header")):
+    without: list[tuple[InboundMode, ...]] = [(), ("api_key",), ("api_key", "trusted_header")]
+    for modes in without:
         (error,) = token_exchange_errors({"a": server, "b": other}, modes)
         assert error.path == "servers.a.oauth.grant"
     assert token_exchange_errors({"a": server}, ("api_key", "jwt")) == []
