@@ -109,6 +109,7 @@ class Application:
         self.callers.configure(settings.inbound)
         self.sign_in.configure(settings.inbound)
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
+        self.router.resource = ProtectedResource(self.public_url, settings.inbound)
 
     async def drain(self, waiting: Callable[[int], None] = _say_nothing) -> None:
         """Become unready, let requests finish for a bounded time, then end those that are left.

@@ -130,6 +130,8 @@ def test_an_identity_provider_is_read(tmp_path: Path) -> None:
         ("grant: id_jag, client_id: a, idp: {client_auth: client_secret_post}", "idp.client_auth: client_secret_post"),
         ("idp: {client_id: i}", "idp: is for grant id_jag only"),
         ("grant: token_exchange", "client_id: is needed with grant token_exchange"),
+        ("grant: token_exchange, client_id: a", "issuer: is needed with grant token_exchange, or metadata"),
+        (f"grant: token_exchange, client_id: a, {ISSUER}", "grant: token_exchange needs jwt in inbound.mode"),
         (
             "grant: device_code, metadata: {token_endpoint: 'https://a.example'}",
             "metadata.device_authorization_endpoint: is needed",

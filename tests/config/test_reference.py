@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.config.settings import (
+    AccountSettings,
     AdminSettings,
     AuthorizationSettings,
     IdpSettings,
@@ -39,10 +40,14 @@ SECTIONS: dict[str, type] = {
     "admin.": AdminSettings,
     "outbound.": OutboundSettings,
     "servers.*.": ServerSettings,
+    "servers.*.accounts.*.": AccountSettings,
     "servers.*.oauth.": OAuthSettings,
     "servers.*.oauth.idp.": IdpSettings,
 }
-NOT_KEYS = {"source", "servers.*.name"}
+NOT_KEYS = {
+    "source",
+    *(f"servers.*.{field}" for field in ("name", "id", "origin", "owner", "version", "allow_private")),
+}
 # Fields that have another name than their key, or hold a part of what is written there.
 RENAMED = {
     "inbound.modes": "inbound.mode",
@@ -74,7 +79,7 @@ def example_keys(text: str) -> set[str]:
         parents = [parent for parent in parents if parent[0] < depth]
         if found[1].endswith("- "):
             parents[-1] = (parents[-1][0], f"{parents[-1][1]}[]")
-        name = "*" if [key for _, key in parents] == ["servers"] else found[2]
+        name = "*" if [key for _, key in parents] in (["servers"], ["servers", "*", "accounts"]) else found[2]
         parents.append((depth, name))
         keys.add(".".join(key for _, key in parents))
     return keys
@@ -107,7 +112,7 @@ def test_the_commented_servers_of_the_example_load(tmp_path: Path) -> None:
     path.write_text(whole_example())
     secrets = dict.fromkeys(re.findall(r"env:([A-Z_]+)\n", EXAMPLE.read_text()), "s")
     found = load(path, environ={**secrets, "REPORTS_KEY": a_key()})
-    assert set(found.servers) == {"linear", "warehouse", "reports", "batch", "payroll", "travel"}
+    assert set(found.servers) == {"linear", "warehouse", "notes", "reports", "batch", "payroll", "travel"}
     assert found.servers["warehouse"].oauth.metadata
 
 

@@ -200,7 +200,6 @@ async def test_the_keys_of_a_configured_server_apply_and_its_secrets_stay(server
             },
             "gone.jwt can't be read",
         ),
-        ({"grant": "token_exchange", "client_id": "x"}, "does not identify its callers"),
     ],
 )
 async def test_what_a_configured_grant_lacks_is_refused(

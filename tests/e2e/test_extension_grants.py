@@ -329,17 +329,6 @@ async def test_an_expired_id_token_is_reported_and_a_new_one_is_used(
         assert (await client.call("echo", text="y")).text == "y"
 
 
-async def test_token_exchange_without_an_identified_caller_says_so(
-    servers: Servers, issuer: ExtensionServer, tmp_path: Path
-) -> None:
-    upstream = await servers.mcp_server(issuer)
-    oauth: dict[str, object] = {"grant": "token_exchange", "client_id": "agent", "client_secret": "s"}
-    async with client_of(tmp_path, upstream.url, oauth) as client:
-        answer = await client.call("echo", text="x")
-    assert "does not identify its callers" in answer.error["message"]
-    assert issuer.token_requests() == 0
-
-
 async def test_no_key_assertion_or_token_is_in_the_log_or_the_store(  # T45
     servers: Servers, issuer: ExtensionServer, idp: ExtensionServer, tmp_path: Path
 ) -> None:

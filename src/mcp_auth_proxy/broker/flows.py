@@ -31,6 +31,9 @@ FLOW_LIFETIME = 600.0
 MIN_LINK_LIFETIME = 60.0
 """Seconds that a link must still be usable when it is given out; if its whole life is short, a tenth of that."""
 
+MANY = 1000
+"""Pending authorizations at which those whose links have expired are dropped: a caller may name any account."""
+
 Announce = Callable[[Flow, str], None]
 """Called with each new flow and its link."""
 
@@ -151,11 +154,19 @@ class PendingFlows:
             pending = before.replaced_by(flow, link)
         else:
             pending = PendingAuthorization(flow, link, asyncio.get_running_loop().create_future())
+        if len(self._pending) >= MANY:
+            self._drop_expired()
         self._pending[account] = pending
         if flow.device is not None and flow.id not in self._following:
             self._following[flow.id] = task = self._spawn(self._follow_device(flow))
             task.add_done_callback(lambda _: self._following.pop(flow.id, None))
         return pending
+
+    def _drop_expired(self) -> None:
+        """Drop what nobody can complete any more. Who still waits for it gets a new link."""
+        now = self._clock()
+        for account in [key for key, pending in self._pending.items() if pending.flow.expires_at <= now]:
+            del self._pending[account]
 
     async def _follow_device(self, flow: Flow) -> None:
         """Wait for the user on another device, then let everyone who waits continue."""
