@@ -24,6 +24,7 @@ from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.web import pages
 from mcp_auth_proxy.web.callback import callback as handle_callback
+from mcp_auth_proxy.web.popup import Popups
 from mcp_auth_proxy.web.session import Visitors
 
 STATE = "the-state"
@@ -62,6 +63,9 @@ class CodeReader:
             clients=cast(ForgottenClients, None),
             clock=lambda: NOW,
         )
+
+    async def flow_of_state(self, state: str) -> Flow | None:
+        return FLOW if digest(state) == ATTEMPT.state_hash else None
 
     async def complete(
         self, params: Mapping[str, Sequence[str]], cookies: Mapping[str, str], may_open: MayOpen
@@ -109,7 +113,8 @@ def callback(data: bytes) -> None:
     visitors = Visitors(
         authenticator=NoAuthenticator(), sessions=cast(BrowserSessions, None), public_url="https://proxy.example"
     )
-    response = _RUNNER.run(handle_callback(Request(scope), cast(Broker, broker), visitors))
+    popups = Popups(cast(Broker, broker), {})
+    response = _RUNNER.run(handle_callback(Request(scope), cast(Broker, broker), visitors, popups))
     check_fields(response.raw_headers)
     page = bytes(response.body).decode()
     assert len(page) <= _MAX_PAGE, f"a page of {len(page)} characters"

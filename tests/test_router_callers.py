@@ -52,7 +52,7 @@ class Shared:
 
     def identify(self, settings: InboundSettings) -> None:
         """Use other settings for what the answers say."""
-        self.proxy.application.router.identify_by(self.callers, ProtectedResource(self.proxy.origin, settings))
+        self.proxy.application.router.resource = ProtectedResource(self.proxy.origin, settings)
 
     def configure(self, **changes: Any) -> None:
         """Change settings of the server ``notes``."""
@@ -246,7 +246,7 @@ async def test_pages_of_allowed_origins_see_challenge_and_metadata_without_a_cre
         ({"origin": "adhoc", "owner": "id-of-bob"}, {"bob"}),
     ],
 )
-async def test_a_server_does_not_exist_for_those_it_is_not_for(  # T59 T65
+async def test_a_server_does_not_exist_for_those_it_is_not_for(  # T44 T59 T65
     tmp_path: Path, changes: dict[str, Any], allowed: set[str]
 ) -> None:
     async with shared(tmp_path) as there:
@@ -345,7 +345,7 @@ async def test_a_session_id_is_signed_on_the_way_down_and_stripped_on_the_way_up
 
 
 @pytest.mark.parametrize("changes", [{}, {"grant_owner": "shared"}], ids=["own grants", "a shared grant"])
-async def test_the_session_of_another_caller_server_or_account_is_not_found(  # T64
+async def test_the_session_of_another_caller_server_or_account_is_not_found(  # T44 T64
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     async with shared(tmp_path) as there:

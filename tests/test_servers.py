@@ -1,6 +1,7 @@
 """The server map has one owner, which reports every change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -94,3 +95,34 @@ def test_a_change_is_described_in_words() -> None:
         "",
         False,
     )
+
+
+def made(name: str, url: str = "https://{}.example/mcp") -> ServerSettings:
+    return replace(server(name, url), id=f"srv_{name}", origin="api")
+
+
+def test_servers_made_at_run_time_come_after_those_of_the_configuration() -> None:
+    registry = ServerRegistry(servers("b", "a"))
+    change = registry.replace_made({"c": made("c")})
+    assert (change, list(registry)) == (ServerChange(added=("c",)), ["b", "a", "c"])
+    # A reload leaves them alone.
+    assert registry.replace(servers("a")) == ServerChange(removed=("b",))
+    assert (list(registry), list(registry.configured), list(registry.made)) == (["a", "c"], ["a"], ["c"])
+    assert registry.replace_made({}) == ServerChange(removed=("c",))
+
+
+def test_the_configuration_wins_a_clash_and_the_other_comes_back_when_it_ends() -> None:
+    registry = ServerRegistry(servers("a"))
+    registry.replace_made({"b": made("b", "https://made.example/mcp")})
+    assert registry.replace(servers("a", "b")).changed == ("b",)
+    assert registry["b"].url == "https://b.example/mcp"
+    assert registry.by_id("srv_b") is None
+    assert registry.replace(servers("a")).changed == ("b",)
+    assert registry["b"].url == "https://made.example/mcp"
+
+
+def test_a_server_is_found_by_its_id_which_is_its_name_in_the_configuration() -> None:
+    registry = ServerRegistry(servers("a"))
+    registry.replace_made({"b": made("b")})
+    assert (registry.by_id("a"), registry.by_id("srv_b")) == (server("a"), made("b"))
+    assert [registry.by_id(it) for it in ("b", "", "srv_c")] == [None, None, None]

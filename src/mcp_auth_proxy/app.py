@@ -7,8 +7,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
+from mcp_auth_proxy.broker.made_servers import MadeServers
+from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
 from mcp_auth_proxy.identity import Authenticator, Callers, make_authenticator
@@ -27,6 +30,7 @@ from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.proxy.probe import probe
 from mcp_auth_proxy.proxy.routes import route_to
+from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import open_store
@@ -75,6 +79,7 @@ class Application:
     listening: Address
     public_url: str
     servers: ServerRegistry
+    made: MadeServers
     announcer: "Announcer"
     broker: Broker
     resolver: Resolver
@@ -91,6 +96,7 @@ class Application:
         """Hand each section of a changed configuration to its owner. Active requests keep the old one."""
         self.settings = settings = change.settings
         self.servers.replace(settings.servers)
+        self.made.set_allow_private(settings.admin.allow_private)
         self.announcer.configure(settings)
         self.broker.set_allow_private(settings.authorization.allow_private)
         self.broker.set_opens_links(_opens_links(settings))
@@ -101,9 +107,10 @@ class Application:
             limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
         )
         self.callers.configure(settings.inbound)
-        self.router.identify_by(self.router.authenticator, ProtectedResource(self.public_url, settings.inbound))
+        self.router.identify_by(self.router.authenticator)
         self.sign_in.configure(settings.inbound)
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
+        self.router.resource = ProtectedResource(self.public_url, settings.inbound)
 
     async def drain(self, waiting: Callable[[int], None] = _say_nothing) -> None:
         """Become unready, let requests finish for a bounded time, then end those that are left.
@@ -159,7 +166,16 @@ async def lifespan(
             await callers.start()
             if callers.anonymous and settings.admin.enabled:
                 _accept_token(callers, settings, now=clock())
+        made = MadeServers(
+            database=database,
+            servers=servers,
+            allow_private=settings.admin.allow_private,
+            clock=clock,
+            check_loop=partial(loops.check_url, listening=listening, public_url=public_url),
+        )
+        await made.reload()
         broker = Broker(
+            readers=(made,),
             servers=servers,
             database=database,
             fetcher=fetcher,
@@ -203,6 +219,9 @@ async def lifespan(
         api = ApiContext(
             broker=broker,
             servers=servers,
+            made=made,
+            probe=lambda server: probe(forwarder.upstream, route_to(server)),
+            list_tools=lambda server, account: list_tools(broker, forwarder.upstream, server, account),
             database=database,
             settings=lambda: application.settings,
             public_url=public_url,
@@ -233,11 +252,13 @@ async def lifespan(
             session_key=await SharedSecrets(database).get(SESSION_IDS),
         )
         servers.on_change(lambda change: _forget_series(servers, change.removed))
+        servers.on_change(lambda change: _forget_pools(servers, http))
         application = Application(
             settings=settings,
             listening=listening,
             public_url=public_url,
             servers=servers,
+            made=made,
             announcer=announcer,
             broker=broker,
             resolver=dialer.resolver,
@@ -290,6 +311,17 @@ def _forget_series(servers: ServerRegistry, removed: Collection[str]) -> None:
                 metrics.registry.forget_server(name)
 
     asyncio.get_running_loop().call_later(FORGET_DELAY, forget)
+
+
+def _forget_pools(servers: ServerRegistry, http: HttpClient) -> None:
+    """Close the connections to servers that were made at run time and are gone, once nobody uses them."""
+
+    def forget() -> None:
+        routes = map(route_to, servers.made.values())
+        http.discard_unused({(route.origin, route.policy) for route in routes if route.policy is not None})
+
+    if servers.made or http.has_guarded:
+        asyncio.get_running_loop().call_later(FORGET_DELAY, forget)
 
 
 class Announcer:

@@ -10,6 +10,7 @@
     ├── LoopDetected                   a client's request has come through too many proxies
     ├── ClientDisconnected             the client went away before its request was complete
     ├── ConfigurationError             the configuration is invalid; lists all errors at once
+    ├── NotConnected                   a server needs its user's authorization first
     ├── StoreError
     │   ├── StoreRejected              foreign, damaged or newer database: nothing is started or written
     │   │   └── KeyRejected            the store's key is missing, malformed, or not the one it was made with
@@ -25,6 +26,9 @@
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
     ├── GrantUnusable                  a grant that has ended, or that can't be renewed
     ├── CallbackRefused                a callback request that matches no pending flow
+    │   ├── StateRefused               its state is not one of the caller's own flows
+    │   └── IssuerMissing              it has no iss, which the authorization server promises
+    ├── ServerConflict                 a server can't be made or changed at run time as things are
     ├── CallerRefused                  a request whose caller is not known, or may not call
     │   └── SignInNeeded               a page that only users see who have signed in
     ├── SessionNotFound                a session id that was not given to this caller
@@ -284,7 +288,8 @@ class TokenRefused(AuthorizationError):
 class AuthorizationServerUnavailable(AuthorizationError):
     """The authorization server can't be used now.
 
-    ``maybe_processed``: the request may have been processed, and only the response was lost.
+    ``maybe_processed``: the request may have been processed, and only the response was lost. ``timed_out``: it did not
+    answer in time.
     """
 
     def __init__(
@@ -294,11 +299,13 @@ class AuthorizationServerUnavailable(AuthorizationError):
         *,
         server_retry_after: float = 0.0,
         maybe_processed: bool = False,
+        timed_out: bool = False,
     ) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.server_retry_after = server_retry_after
         self.maybe_processed = maybe_processed
+        self.timed_out = timed_out
 
 
 class GrantUnusable(McpAuthProxyError):
@@ -314,6 +321,35 @@ class CallbackRefused(McpAuthProxyError):
 
     def __init__(self, message: str, status: int = 400) -> None:
         self.status = status
+        super().__init__(message)
+
+
+class StateRefused(CallbackRefused):
+    """A code was brought with a state that belongs to no headless flow of the caller. Nothing was used up."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 422)
+
+
+class IssuerMissing(CallbackRefused):
+    """A code was brought without ``iss``, which its authorization server always sends. Nothing was used up."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 422)
+
+
+class NotConnected(McpAuthProxyError):
+    """A server can't be asked yet: its user has to authorize first."""
+
+
+class ServerConflict(McpAuthProxyError):
+    """A server can't be made, changed or deleted at run time as things are.
+
+    ``kind`` is a word for programs: ``config-owned``, ``name-taken``, ``changed`` or ``too-many``.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        self.kind = kind
         super().__init__(message)
 
 

@@ -6,7 +6,7 @@ Times are Unix seconds (float, UTC); scopes are tuples in the order given, witho
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from mcp_auth_proxy import secret_values
 
@@ -349,6 +349,10 @@ class FlowStatus(StrEnum):
     FAILED = "failed"
 
 
+HEADLESS_ATTEMPT = "headless"
+"""The ``Attempt.browser_hash`` of an attempt that no browser made: it is no hash, so no cookie matches it."""
+
+
 class FlowMode(StrEnum):
     """How the user comes to the authorization server, and the code back."""
 
@@ -402,11 +406,30 @@ class Flow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MadeServer:
+    """A server that was made at run time, by the API or by its URL alone."""
+
+    id: str
+    name: str
+    project_id: str = DEFAULT_PROJECT
+    origin: Literal["api", "adhoc"] = "api"
+    owner: str = ""
+    """The id of the principal that an ad-hoc server belongs to."""
+    url: str
+    document: Mapping[str, object] = field(default_factory=dict, repr=False)
+    """Its other settings, with the keys of the configuration file."""
+    created_at: float = 0.0
+    updated_at: float = 0.0
+    connected_at: float | None = None
+    """When it was first seen to be connected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
     """A browser that has opened the link of a flow: the authorization response is checked against it.
 
     ``state_hash`` and ``browser_hash`` are the SHA-256 (hex) of the state and of the cookie that binds the
-    browser; the values themselves are never stored.
+    browser; the values themselves are never stored. HEADLESS_ATTEMPT stands for no browser.
     """
 
     flow_id: str
@@ -418,6 +441,13 @@ class Attempt:
 
     def __post_init__(self) -> None:
         secret_values.remember(self.code_verifier)
+
+
+class Tool(NamedTuple):
+    """A tool that an MCP server offers, for people to see that the server can be used."""
+
+    name: str
+    description: str = ""
 
 
 class DPoPSigner(Protocol):

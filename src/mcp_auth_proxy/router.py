@@ -48,20 +48,20 @@ class Router:
     ) -> None:
         """``session_key`` signs the ids of sessions if callers are identified."""
         self.guard = guard
-        """May be replaced at any time."""
+        """May be replaced at any time, as ``resource``."""
+        self.resource = resource
         self._servers = servers
         self._forwarder = forwarder
         self._site = site
         self._session_key = session_key
         self.draining = False
         self._refusals = RefusalLog()
-        self.identify_by(authenticator, resource)
+        self.identify_by(authenticator)
         servers.on_change(self._servers_changed)
 
-    def identify_by(self, authenticator: Authenticator, resource: ProtectedResource) -> None:
+    def identify_by(self, authenticator: Authenticator) -> None:
         """Identify the callers of all requests that begin from now on; active requests continue as they began."""
         self._authenticator = authenticator
-        self._resource = resource
         self._anonymous = authenticator.anonymous
         self._routes = Routes(
             self._servers,
@@ -190,7 +190,7 @@ class Router:
         headers = list(answers.JSON_HEADERS)
         if refused.status == 401:
             presented = any(name in self._authenticator.credential_fields for name, _ in request.headers)
-            headers += self._resource.challenge(request.path, presented=presented)
+            headers += self.resource.challenge(request.path, presented=presented)
         if refused.retry_after is not None:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(refused.retry_after))))
         self._respond_error(request, refused.status, answers.CALLER_REFUSED, str(refused), headers=headers)
@@ -218,7 +218,7 @@ class Router:
     def _respond_metadata(self, request: ClientRequest) -> None:
         """Answer at ``/.well-known/…``, without asking who calls: clients look here to find out how to log in."""
         resource = protected_resource.endpoint_of(request.path)
-        document = self._resource.document(request.path, is_endpoint=routes.is_endpoint(resource))
+        document = self.resource.document(request.path, is_endpoint=routes.is_endpoint(resource))
         if document is not None and request.method in (b"GET", b"HEAD"):
             request.respond(200, answers.JSON_HEADERS, document)
         else:

@@ -11,7 +11,7 @@ from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import Servers
 from fakes.http_exchange import ABSENT, FakeResponse
 from fakes.mcp_server import FakeMcpServer
-from mcp_auth_proxy.broker import ChallengeHistory, ConnectionState, PendingAuthorization, Revocation
+from mcp_auth_proxy.broker import ChallengeHistory, ConnectionState, PendingAuthorization, Revocation, flows
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused
 from mcp_auth_proxy.models import LOCAL, AccessToken, Account, FlowStatus
 
@@ -118,6 +118,21 @@ async def test_another_run_resumes_the_flow_that_waits(setup: BrokerSetup, tmp_p
         # The first one learns of the consent from the store.
         await another.broker.complete(*await another.callback(resumed))
         assert await pending.wait(5) is not None
+
+
+async def test_the_expired_links_of_other_accounts_are_dropped(
+    setup: BrokerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flows, "MANY", 2)
+    others = [NOTES._replace(name=name) for name in ("a", "b")]
+    for account in others:
+        await setup.pending(account)
+    await setup.pending()
+    assert all(setup.broker.pending(account) is not None for account in (*others, NOTES))
+    setup.clock.ahead += flows.FLOW_LIFETIME + 1
+    await setup.pending(NOTES._replace(name="c"))
+    for account in others:
+        assert setup.broker.token_nowait(account) == (True, None)
 
 
 async def test_a_link_that_is_about_to_expire_is_replaced_and_the_old_one_still_counts(setup: BrokerSetup) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fakes.proxy import until
+from mcp_auth_proxy.broker import token_cache
 from mcp_auth_proxy.broker.backoff import FIRST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.renewal import Renewer
@@ -130,6 +131,18 @@ async def test_a_missing_grant_is_remembered_until_the_store_may_have_changed(se
     assert await setup.text() == ""
     setup.cache.clear_negative()
     assert await setup.text() == "Bearer canary-access-1"
+
+
+async def test_only_so_many_accounts_without_a_grant_are_remembered(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_cache, "MAX_WITHOUT_GRANT", 3)
+    for number in range(8):
+        account = Account("local", "linear", f"a{number}")
+        assert await setup.cache.token(account) is None
+        assert setup.cache.token_nowait(account) == (True, None)
+    known = [setup.cache.token_nowait(Account("local", "linear", f"a{number}"))[0] for number in range(8)]
+    assert known == [False] * 6 + [True] * 2
 
 
 async def test_a_grant_stored_while_the_store_is_read_is_not_missed(setup: Setup) -> None:

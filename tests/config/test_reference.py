@@ -44,7 +44,10 @@ SECTIONS: dict[str, type] = {
     "servers.*.oauth.": OAuthSettings,
     "servers.*.oauth.idp.": IdpSettings,
 }
-NOT_KEYS = {"source", "servers.*.name", "servers.*.id", "servers.*.origin", "servers.*.owner"}
+NOT_KEYS = {
+    "source",
+    *(f"servers.*.{field}" for field in ("name", "id", "origin", "owner", "version", "allow_private")),
+}
 # Fields that have another name than their key, or hold a part of what is written there.
 RENAMED = {
     "inbound.modes": "inbound.mode",

@@ -170,7 +170,7 @@ async def test_only_admins_get_the_link_of_a_shared_grant_and_all_use_it(  # T66
         assert len(set.union(*bearers(mcp_server).values())) == 1
 
 
-async def test_a_session_at_a_shared_server_belongs_to_one_caller(  # T64
+async def test_a_session_at_a_shared_server_belongs_to_one_caller(  # T44 T64
     mcp_server: FakeMcpServer, tmp_path: Path
 ) -> None:
     mcp_server.sessions_on = True

@@ -1,5 +1,7 @@
 """Mapping a raw path to a server: one look-up, and no ambiguous paths."""
 
+from dataclasses import replace
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.models import LOCAL_PRINCIPAL, Account, Principal, Role
 from mcp_auth_proxy.proxy import routes
 
 
@@ -135,3 +138,76 @@ def test_each_of_ten_thousand_servers_is_found() -> None:
     found = routes.build(servers(*names))
     assert found[b"/s9999/mcp"].server.name == "s9999"
     assert b"/mcp" not in found
+
+
+# Callers
+
+KEY = b"k" * 32
+
+
+def caller(name: str, **changes: Any) -> Principal:
+    return replace(Principal(id=f"id-of-{name}", name=name), **changes)
+
+
+def table(found: dict[str, ServerSettings], key: bytes = KEY) -> routes.Routes:
+    return routes.Routes(found, session_key=key, credential_fields=[b"x-api-key"])
+
+
+def test_a_route_of_a_caller_is_made_once_and_then_found_by_a_look_up() -> None:
+    all_routes = table(servers("alpha", "beta"))
+    ada = caller("ada")
+    assert all_routes.get(ada, b"/alpha/mcp") is None
+    route = all_routes.find(ada, b"/alpha/mcp")
+    assert route is not None
+    assert all_routes.get(ada, b"/alpha/mcp") is route is all_routes.find(ada, b"/alpha/mcp")
+    assert (route.account, route.principal) == (Account(ada.id, "alpha"), ada.id)
+    assert all_routes.get(caller("bob"), b"/alpha/mcp") is None
+    assert all_routes.local == {}
+
+
+def test_a_principal_that_has_changed_gets_routes_of_its_own_again() -> None:
+    all_routes = table({"alpha": replace(servers("alpha")["alpha"], grant_owner="shared")})
+    member = all_routes.find(caller("ada"), b"/mcp")
+    admin = all_routes.find(caller("ada", role=Role.ADMIN), b"/mcp")
+    assert member is not None
+    assert admin is not None
+    assert (member.may_authorize, admin.may_authorize) == (False, True)
+    assert member.account == admin.account == Account("project:default", "alpha")
+    assert all_routes.get(caller("ada"), b"/mcp") is None
+
+
+def test_callers_and_their_routes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "CALLERS_KEPT", 3)
+    all_routes = table(servers("alpha"))
+    callers = [caller(str(number)) for number in range(5)]
+    for each in callers:
+        assert all_routes.find(each, b"/mcp") is not None
+    assert [all_routes.get(each, b"/mcp") is not None for each in callers] == [False, False, True, True, True]
+
+
+def test_the_routes_of_everybody_stay_when_those_of_other_accounts_are_dropped() -> None:
+    all_routes = table(servers("alpha", "beta"), b"")
+    built = dict(all_routes.local)
+    for number in range(2 * routes.ROUTES_OF_A_CALLER):
+        assert all_routes.find(LOCAL_PRINCIPAL, b"/alpha@a%d/mcp" % number) is not None
+        assert built.keys() <= all_routes.local.keys()
+        assert len(all_routes.local) <= len(built) + routes.ROUTES_OF_A_CALLER
+
+
+def test_a_forgotten_principal_has_no_routes_but_everybody_has() -> None:
+    all_routes = table(servers("alpha"))
+    all_routes.find(caller("ada"), b"/mcp")
+    all_routes.forget(caller("ada").id)
+    assert all_routes.get(caller("ada"), b"/mcp") is None
+    everybody = table(servers("alpha"), b"")
+    everybody.forget(LOCAL_PRINCIPAL.id)
+    assert everybody.get(LOCAL_PRINCIPAL, b"/mcp") is everybody.local[b"/mcp"]
+
+
+def test_the_servers_that_are_named_are_those_that_a_caller_may_use() -> None:
+    found = servers("alpha", "beta", "gamma")
+    found["beta"] = replace(found["beta"], allow=("bob",))
+    found["gamma"] = replace(found["gamma"], project="other")
+    assert table(found).names(caller("ada")) == ["alpha"]
+    assert table(found).names(caller("bob")) == ["alpha", "beta"]
+    assert table(found).names(caller("eve", project_id="other")) == ["gamma"]

@@ -62,6 +62,12 @@ class ScriptedVisits:
         self.confirmed: list[tuple[str, str]] = []
         self.callbacks: list[tuple[dict[str, list[str]], dict[str, str]]] = []
 
+    async def flow(self, flow_id: str) -> Flow | None:
+        return None
+
+    async def flow_of_state(self, state: str) -> Flow | None:
+        return None
+
     async def confirm_link(self, server: str, flow_id: str, may_open: MayOpen) -> AuthorizationRedirect:
         self.confirmed.append((server, flow_id))
         return REDIRECT

@@ -7,6 +7,7 @@ Other packages use ``Broker``, which is built from the modules here::
        ├───── authorization ── planning ── discovery, client_registration
        ├───── flows ── device               token_requests ── authenticated_requests, unattended
        ├───── attempts ── visits, sign_ins
+       ├───── headless, requested_flows: flows that the API asks for
        ├───── store_watch, connections
        └───── backoff: what waits after a failure
 
@@ -32,9 +33,11 @@ from mcp_auth_proxy.broker.connections import (
     stored_connections,
     stored_servers,
 )
+from mcp_auth_proxy.broker.examination import Examination
 from mcp_auth_proxy.broker.oauth_clients import CHANGED as CLIENT_CHANGED
 from mcp_auth_proxy.broker.oauth_clients import REVOKED as CLIENT_REVOKED
 from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker.requested_flows import FlowRequest, FlowState
 from mcp_auth_proxy.broker.sign_ins import SignIn, sign_in
 from mcp_auth_proxy.broker.stored_grants import AccountConnection
 
@@ -51,6 +54,9 @@ __all__ = [
     "ConnectionState",
     "DevicePrompt",
     "Disconnected",
+    "Examination",
+    "FlowRequest",
+    "FlowState",
     "ForgottenGrant",
     "PendingAuthorization",
     "Revocation",

@@ -85,7 +85,7 @@ class AuthenticatedRequests:
             url=url,
             form=form,
             document=document,
-            policy=self._discoverer.policy(server.url),
+            policy=self._discoverer.policy(server.url, server),
             signing_key=signing_key,
             audience=url if server.oauth.client_assertion_audience == "endpoint" else "",
         )

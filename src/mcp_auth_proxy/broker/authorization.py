@@ -9,6 +9,7 @@ from mcp_auth_proxy.broker.flows import PendingFlows, clone_flow, new_flow
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.planning import Planner
+from mcp_auth_proxy.broker.requested_flows import FlowRequest
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.broker.step_up import StepUpLimiter
 from mcp_auth_proxy.broker.token_requests import TokenClient
@@ -80,6 +81,35 @@ class Authorizations:
             lambda: self._authorize(account, server, challenge, already, schemes, subject),
         )
 
+    async def request(
+        self,
+        account: Account,
+        server: ServerSettings,
+        challenge: BearerChallenge | None,
+        wanted: FlowRequest,
+        *,
+        schemes: tuple[str, ...] = (),
+    ) -> tuple[AccessToken | PendingAuthorization, bool]:
+        """Return the flow that somebody asks for, and whether it is new; a token if no user has to be asked.
+
+        Raises as ``authorize`` does.
+        """
+
+        async def start() -> AccessToken | PendingAuthorization:
+            found = self._pending.usable(account) or await self._pending.resume(account, None)
+            if found is not None and wanted.fits(found.flow):
+                return found
+            return await self._new(account, wanted.settings(account, server), challenge, None, schemes, None, wanted)
+
+        before = self._pending.usable(account) or await self._pending.resume(account, None)
+        while True:
+            # A request of an MCP client may be authorizing the account just now, with a flow of another kind.
+            outcome = await self._running.run(_Flight(account, hash(None)), start)
+            if not isinstance(outcome, PendingAuthorization) or wanted.fits(outcome.flow):
+                break
+        new = isinstance(outcome, PendingAuthorization) and (before is None or before.flow.id != outcome.flow.id)
+        return outcome, new
+
     async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
         """Return a pending authorization whose link can be used for a while, a new one if necessary.
 
@@ -111,6 +141,18 @@ class Authorizations:
         pending = self._pending.usable(account) or await self._pending.resume(account, challenge)
         if pending is not None:
             return pending
+        return await self._new(account, server, challenge, already, schemes, subject, None)
+
+    async def _new(
+        self,
+        account: Account,
+        server: ServerSettings,
+        challenge: BearerChallenge | None,
+        already: tuple[str, ...] | None,
+        schemes: tuple[str, ...],
+        subject: str | None,
+        wanted: FlowRequest | None,
+    ) -> AccessToken | PendingAuthorization:
         everyone, own = of_server(server.name), of_account(account, subject)
         self._backoff.check(everyone, own)
         # A token that can't be read is no server's failure: no pause, and nothing is fetched in vain.
@@ -133,7 +175,7 @@ class Authorizations:
             raise
         self._backoff.succeeded(everyone, own, of_issuer(server.name, plan.key.issuer))
         if isinstance(made, Flow):
-            return await self._pending.start(made)
+            return await self._pending.start(made if wanted is None else wanted.apply(made))
         return self._pending.activate(await self._grants.add(made)).token
 
     async def _obtain(self, plan: Plan, subject: str | None) -> Grant:

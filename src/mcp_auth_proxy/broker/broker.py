@@ -7,11 +7,13 @@ from dataclasses import replace
 
 from mcp_auth_proxy.broker import ownership
 from mcp_auth_proxy.broker.attempts import (
+    AcceptedCallback,
     AuthorizationAttempts,
     AuthorizationRedirect,
     ConfirmationPrompt,
     ConnectedServer,
     DevicePrompt,
+    digest,
 )
 from mcp_auth_proxy.broker.authorization import Authorizations
 from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_tokens
@@ -21,16 +23,19 @@ from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connections import Connection, Disconnected, ForgottenGrant, Revocation, stored_connections
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.discovery import Discoverer
+from mcp_auth_proxy.broker.examination import Examination
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
+from mcp_auth_proxy.broker.headless import HeadlessAttempts
 from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches, server_removed
 from mcp_auth_proxy.broker.oauth_clients import ClientDirectory
 from mcp_auth_proxy.broker.ownership import MayOpen
-from mcp_auth_proxy.broker.pending import PendingAuthorization
+from mcp_auth_proxy.broker.pending import PendingAuthorization, link_of
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
+from mcp_auth_proxy.broker.requested_flows import FlowRequest, FlowState, state_of
 from mcp_auth_proxy.broker.sign_ins import SignIns
-from mcp_auth_proxy.broker.store_watch import StoreWatch
+from mcp_auth_proxy.broker.store_watch import StoreReader, StoreWatch
 from mcp_auth_proxy.broker.stored_grants import StoredGrants
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
@@ -85,15 +90,18 @@ class Broker:
         clock: Callable[[], float],
         allow_private: tuple[str, ...] = (),
         opens_links: bool = False,
+        readers: tuple[StoreReader, ...] = (),
     ) -> None:
         """``servers`` may change at any time; call ``servers_changed`` afterwards.
 
         ``announce`` is called with each new flow and its link. ``allow_private``: private hosts and networks that
         metadata documents may lead to. ``opens_links``: whether links may be opened in a browser (``link_opened``);
-        then every visit but the first after that has to be confirmed.
+        then every visit but the first after that has to be confirmed. ``readers`` are told what other processes write.
         """
         self._servers = servers
         self._database = database
+        self._fetcher = fetcher
+        self._public_url = public_url
         self._clock = clock
         self.outages = OutageLog()
         self._backoff = backoff = Backoff(clock=clock)
@@ -129,6 +137,7 @@ class Broker:
             clock=clock,
         )
 
+        self._headless = HeadlessAttempts(flows=self._flows, clock=clock)
         self._begun: set[Account] = set()
         """The accounts for which a user in a browser begins an authorization right now."""
 
@@ -190,7 +199,12 @@ class Broker:
         )
         """What the API and the pages ask about grants."""
         self._watch = StoreWatch(
-            database=database, flows=self._flows, tokens=self._tokens, pending=self._pending, clock=clock
+            database=database,
+            flows=self._flows,
+            tokens=self._tokens,
+            pending=self._pending,
+            clock=clock,
+            readers=readers,
         )
 
     async def start(self) -> None:
@@ -364,7 +378,19 @@ class Broker:
         Raises CallbackRefused if it belongs to none, or to one of another user than the browser's (403; nothing is
         used up), AuthorizationError if the authorization failed.
         """
-        flow, attempt, confirmed = await self._attempts.accept(params, cookies, may_open)
+        return await self._finish(await self._attempts.accept(params, cookies, may_open), params)
+
+    async def complete_headless(self, account: Account, *, code: str, state: str, iss: str | None) -> Flow:
+        """Complete a headless flow of an account's principal, at its server, with the code that a program brings.
+
+        Raises StateRefused and IssuerMissing, which use up nothing, and else as ``complete`` does.
+        """
+        accepted = await self._headless.accept(account.principal, account.server, state, iss)
+        params = {"code": [code], "state": [state], **({} if iss is None else {"iss": [iss]})}
+        return await self._finish(accepted, params)
+
+    async def _finish(self, accepted: AcceptedCallback, params: Mapping[str, Sequence[str]]) -> Flow:
+        flow, attempt, confirmed = accepted
         other = self._forgotten_clients.other(flow)
         try:
             server = configured_for(self._servers, flow)
@@ -396,7 +422,7 @@ class Broker:
                 await self._sign_ins.remember(flow)
         account, issuer = stored.key.account, stored.key.issuer
         self._backoff.succeeded(of_issuer(server.name, issuer), of_account(account), of_tokens(account))
-        metrics.flows.labels(server.name, "completed").inc()
+        metrics.flows.labels(metrics.server_label(server.name), "completed").inc()
         logger.info("server %s is connected", server.name)
         if not stored.label and (label := await self._token_client.label(server, stored)):
             with contextlib.suppress(StoreError):
@@ -436,6 +462,78 @@ class Broker:
         server = configured(self._servers, account.server)
         schemes = challenges.other_schemes(challenge)
         return await self._authorizations.authorize(account, server, bearer, schemes=schemes)
+
+    async def request_flow(
+        self, account: Account, wanted: FlowRequest, *, status: int, challenge: Sequence[bytes]
+    ) -> tuple[AccessToken | PendingAuthorization | None, bool]:
+        """Return the flow that a person asks for, and whether it is new, also if there is a grant.
+
+        ``status`` and ``challenge`` are as in ``authorize``, and so is the rest. No browser is opened here.
+        """
+        bearer = challenges.bearer(challenge)
+        if not challenges.demands_authorization(status, bearer):
+            return None, False
+        server, schemes = configured(self._servers, account.server), challenges.other_schemes(challenge)
+        self._backoff.person_begins(account.server)
+        self._begun.add(account)
+        try:
+            return await self._authorizations.request(account, server, bearer, wanted, schemes=schemes)
+        except AuthorizationError as error:
+            raise self._backoff.with_time(error) from None
+        finally:
+            self._begun.discard(account)
+
+    async def examine(self, server: ServerSettings, *, challenge: Sequence[bytes]) -> Examination:
+        """Return what discovery finds out about a server, which need not be configured. Nothing is stored.
+
+        ``challenge``: the WWW-Authenticate fields of its response to a request without a token. Raises StoreError.
+        """
+        found = Examination()
+        discoverer = Discoverer(
+            fetcher=self._fetcher, allow_private=self._discoverer.allow_private, observe=found.lookups.append
+        )
+        planner = Planner(
+            discoverer=discoverer,
+            registrar=self._registrar,
+            token_client=self._token_client,
+            backoff=Backoff(clock=self._clock),
+        )
+        try:
+            found.plan = await planner.preview(Account("", server.name), server, challenges.bearer(challenge))
+        except AuthorizationError as error:
+            found.error = error
+        return found
+
+    async def flow(self, flow_id: str) -> Flow | None:
+        """Return a flow, whatever its status is. Raises StoreError."""
+        flow = await self._flows.get(flow_id)
+        return None if flow is None else await self._forgotten_clients.newest(flow)
+
+    async def flow_of_state(self, state: str) -> Flow | None:
+        """Return the flow that a state belongs to, without using it up; None if it is unknown or used."""
+        found = await self._flows.find_attempt(digest(state))
+        return None if found is None else found[0]
+
+    def flow_state(self, flow: Flow) -> FlowState:
+        """Return how a flow is now."""
+        return state_of(flow, self._clock())
+
+    async def authorization_url(self, flow: Flow) -> str | None:
+        """Return where the user of a headless flow authorizes; None for other flows, and if that was used.
+
+        Raises AuthorizationError and StoreError.
+        """
+        return await self._headless.authorization_url(flow)
+
+    async def cancel_flow(self, flow: Flow) -> None:
+        """Cancel a flow that waits for its user: no grant comes from it any more. Raises StoreError."""
+        for ended in filter(None, (flow, self._forgotten_clients.other(flow))):
+            await self._flows.finish(ended.id, FlowStatus.FAILED, CANCELLED)
+            self._pending.cancel_flow(ended)
+
+    def link(self, flow: Flow) -> str:
+        """Return the link of a flow."""
+        return link_of(flow, self._public_url)
 
     async def connections(self) -> list[Connection]:
         """Return the connection of each configured server and account. Raises StoreError."""
@@ -482,19 +580,35 @@ class Broker:
         A revocation that fails is part of the result: the grant is deleted all the same. ``forget_client``: delete the
         dynamic registrations too, even if there is no grant. Raises StoreError.
         """
+        disconnected = await self._disconnect(account, self._servers.get(account.server))
+        if forget_client:
+            await self._registrar.forget_all(account)
+        return replace(disconnected, client_forgotten=forget_client)
+
+    async def _disconnect(self, account: Account, server: ServerSettings | None) -> Disconnected:
         # In this order: a grant that is stored in between finds its flow cancelled, or is deleted.
         await self._flows.cancel(account)
         grants = await self._grants.delete(account)
         self._tokens.evict(account)
         self._pending.cancel(account)
-        forgotten = [await self._revoke(account, grant) for grant in grants if grant.ended_at is None]
-        if forget_client:
-            await self._registrar.forget_all(account)
-        return Disconnected(account=account, grants=tuple(forgotten), client_forgotten=forget_client)
+        forgotten = [await self._revoke_at(account, grant, server) for grant in grants if grant.ended_at is None]
+        return Disconnected(account=account, grants=tuple(forgotten), client_forgotten=False)
+
+    async def server_deleted(self, server: ServerSettings) -> list[Disconnected]:
+        """Delete and revoke the grants of all accounts at a server that is no longer there. Raises StoreError."""
+        gone: list[Disconnected] = []
+        stored = [grant.key.account for grant in await self._grants.all()]
+        stored += [flow.key.account for flow in await self._flows.waiting(self._clock())]
+        for account in dict.fromkeys(stored):
+            if account.server == server.name:
+                gone.append(await self._disconnect(account, server))
+        return gone
 
     async def _revoke(self, account: Account, grant: Grant) -> ForgottenGrant:
+        return await self._revoke_at(account, grant, self._servers.get(account.server))
+
+    async def _revoke_at(self, account: Account, grant: Grant, server: ServerSettings | None) -> ForgottenGrant:
         reason = ""
-        server = self._servers.get(account.server)
         try:
             if server is None:
                 raise server_removed(account.server)

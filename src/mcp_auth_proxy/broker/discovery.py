@@ -53,9 +53,11 @@ class Discoverer:
         self._observe = observe
         self._ignored_log = PeerLog()
 
-    def policy(self, url: str) -> AddressPolicy:
-        """Return which addresses may be fetched in a discovery that starts from a configured URL."""
-        return AddressPolicy.for_upstream(url, self.allow_private)
+    def policy(self, url: str, server: ServerSettings | None = None) -> AddressPolicy:
+        """Return which addresses may be fetched in a discovery that starts from a URL, that of ``server`` if given."""
+        if server is None or server.allow_private is None:
+            return AddressPolicy.for_upstream(url, self.allow_private)
+        return AddressPolicy.for_upstream(url, (*self.allow_private, *server.allow_private), trusted=False)
 
     async def discover(
         self, server: ServerSettings, challenge: BearerChallenge | None
@@ -66,7 +68,7 @@ class Discoverer:
             with self._lookup(discovery.SERVER_METADATA, "") as lookup:
                 lookup.found = metadata = discovery.configured_server_metadata(oauth.metadata, issuer=oauth.issuer)
             return None, metadata
-        policy = self.policy(server.url)
+        policy = self.policy(server.url, server)
         resource = await self.resource_metadata(server, challenge)
         if resource is not None:
             issuer = _issuer(server, resource)
@@ -89,7 +91,7 @@ class Discoverer:
         """Return the metadata of an authorization server that an earlier discovery for this server has found."""
         if server.oauth.metadata is not None:
             return discovery.configured_server_metadata(server.oauth.metadata, issuer=server.oauth.issuer)
-        policy = self.policy(server.url)
+        policy = self.policy(server.url, server)
         if issuer != urls.raw_origin(server.url):
             return await self._server_metadata(issuer, policy)
         found = await self._find_server_metadata(issuer, policy, legacy=False)
@@ -111,7 +113,7 @@ class Discoverer:
 
         The URL in the challenge is tried first, then the well-known URLs.
         """
-        policy = self.policy(server.url)
+        policy = self.policy(server.url, server)
         named = self._url_in_challenge(server, challenge)
         for url in discovery.resource_metadata_urls(server.url, named):
             with self._lookup(discovery.RESOURCE_METADATA, url) as lookup:

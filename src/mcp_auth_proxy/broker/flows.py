@@ -31,6 +31,9 @@ FLOW_LIFETIME = 600.0
 MIN_LINK_LIFETIME = 60.0
 """Seconds that a link must still be usable when it is given out; if its whole life is short, a tenth of that."""
 
+MANY = 1000
+"""Pending authorizations at which those whose links have expired are dropped: a caller may name any account."""
+
 Announce = Callable[[Flow, str], None]
 """Called with each new flow and its link."""
 
@@ -110,7 +113,7 @@ class PendingFlows:
         except AuthorizationError as error:
             await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
             raise
-        metrics.flows.labels(flow.key.account.server, "started").inc()
+        metrics.flows.labels(metrics.server_label(flow.key.account.server), "started").inc()
         pending = self._track(flow)
         self._announce(flow, pending.link)
         return pending
@@ -151,11 +154,19 @@ class PendingFlows:
             pending = before.replaced_by(flow, link)
         else:
             pending = PendingAuthorization(flow, link, asyncio.get_running_loop().create_future())
+        if len(self._pending) >= MANY:
+            self._drop_expired()
         self._pending[account] = pending
         if flow.device is not None and flow.id not in self._following:
             self._following[flow.id] = task = self._spawn(self._follow_device(flow))
             task.add_done_callback(lambda _: self._following.pop(flow.id, None))
         return pending
+
+    def _drop_expired(self) -> None:
+        """Drop what nobody can complete any more. Who still waits for it gets a new link."""
+        now = self._clock()
+        for account in [key for key, pending in self._pending.items() if pending.flow.expires_at <= now]:
+            del self._pending[account]
 
     async def _follow_device(self, flow: Flow) -> None:
         """Wait for the user on another device, then let everyone who waits continue."""
@@ -164,7 +175,7 @@ class PendingFlows:
             grant = await self._device_polls.wait_for_decision(flow)
             if grant is not None:
                 self.activate(grant)
-                metrics.flows.labels(server, "completed").inc()
+                metrics.flows.labels(metrics.server_label(server), "completed").inc()
                 logger.info("server %s is connected", server)
         except AuthorizationError as error:
             logger.warning("server %s was not authorized: %s", server, error)
@@ -201,7 +212,7 @@ class PendingFlows:
         pending = self._pending.get(account)
         if pending is not None and pending.flow.id == flow.id:
             del self._pending[account]
-            metrics.flows.labels(account.server, "failed").inc()
+            metrics.flows.labels(metrics.server_label(account.server), "failed").inc()
             denied = AuthorizationDenied(str(error))
             denied.retry_after = error.retry_after if isinstance(error, AuthorizationError) else None
             pending.fail(denied)
@@ -212,6 +223,11 @@ class PendingFlows:
         if pending is not None:
             self._stop_following(pending.flow)
             self.drop(pending.flow, AuthorizationDenied(CANCELLED))
+
+    def cancel_flow(self, flow: Flow) -> None:
+        """Raise an error for everyone who waits for a flow that was cancelled, and stop polling for it."""
+        self._stop_following(flow)
+        self.drop(flow, AuthorizationDenied(CANCELLED))
 
     def servers_changed(self, names: Collection[str]) -> None:
         """Fail the flows of these servers that no longer match the configuration."""

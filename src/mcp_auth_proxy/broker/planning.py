@@ -58,7 +58,7 @@ class Planner:
         """
 
         async def register(metadata: ServerMetadata) -> Registration:
-            policy = self._discoverer.policy(server.url)
+            policy = self._discoverer.policy(server.url, server)
             with self._backoff.attempt(of_issuer(server.name, metadata.issuer)):
                 return await self._registrar.register(account, server, metadata, policy, schemes=schemes)
 
@@ -94,7 +94,7 @@ class Planner:
             async with asyncio.timeout(DISCOVERY_DEADLINE):
                 metadata = await self._discoverer.server_metadata(server, issuer)
                 with self._backoff.attempt(of_issuer(server.name, issuer)):
-                    policy = self._discoverer.policy(server.url)
+                    policy = self._discoverer.policy(server.url, server)
                     return await self._registrar.register_again(account, server, metadata, policy)
         except TimeoutError:
             raise AuthorizationServerUnavailable(
@@ -130,7 +130,7 @@ class Planner:
                 )
         except TimeoutError:
             raise AuthorizationServerUnavailable(
-                f"Discovery for server {server.name} did not end within {DISCOVERY_DEADLINE:.0f} s."
+                f"Discovery for server {server.name} did not end within {DISCOVERY_DEADLINE:.0f} s.", timed_out=True
             ) from None
         place = urls.parse(server.url)
         return Plan(

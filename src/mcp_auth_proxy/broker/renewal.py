@@ -120,7 +120,7 @@ class Renewer:
         if stored is None:
             # Fenced off: another process took over the lease, so its result is the one to use.
             return await self._renewed_by_another(current)
-        metrics.refreshes.labels(server.name, "renewed").inc()
+        metrics.refreshes.labels(metrics.server_label(server.name), "renewed").inc()
         logger.info("renewed the grant of server %s", server.name)
         return stored
 
@@ -158,7 +158,7 @@ class Renewer:
         # should know.
         if unavailable is None or not unavailable.maybe_processed:
             await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
-        metrics.refreshes.labels(grant.key.account.server, "failed").inc()
+        metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "failed").inc()
         self._outages.warn(grant.key.account.server, f"its grant can't be renewed now: {error}")
         return error
 
@@ -177,7 +177,7 @@ class Renewer:
             newer = await self._grants.get(grant.id)
             if newer is not None and newer.ended_at is None:
                 return newer
-        metrics.refreshes.labels(grant.key.account.server, "ended").inc()
+        metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "ended").inc()
         logger.warning("the grant of server %s has ended: %s", grant.key.account.server, reason)
         raise GrantEnded
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import Protocol
 
 from mcp_auth_proxy.broker.flows import PendingFlows
 from mcp_auth_proxy.broker.pending import PendingAuthorization
@@ -19,8 +20,18 @@ PURGE_INTERVAL = 3600.0
 """Seconds between deletions of old flows."""
 
 
+class StoreReader(Protocol):
+    """What has read something of the store, and keeps it."""
+
+    async def reload(self) -> None:
+        """Read what another process may have written. Raises StoreError."""
+
+    async def purge(self) -> None:
+        """Delete what is too old. Raises StoreError."""
+
+
 class StoreWatch:
-    """Keep the token cache and the pending flows in step with the store."""
+    """Keep the token cache, the pending flows and ``readers`` in step with the store."""
 
     def __init__(
         self,
@@ -30,7 +41,9 @@ class StoreWatch:
         tokens: TokenCache,
         pending: PendingFlows,
         clock: Callable[[], float],
+        readers: tuple[StoreReader, ...] = (),
     ) -> None:
+        self._readers = readers
         self._database = database
         self._flows = flows
         self._tokens = tokens
@@ -40,7 +53,7 @@ class StoreWatch:
 
     async def start(self) -> None:
         """Delete old flows, then begin to watch. Raises StoreError."""
-        await self._flows.purge(self._clock())
+        await self._purge()
         await self._database.changed()
         self._task = asyncio.create_task(self._watch())
 
@@ -62,13 +75,21 @@ class StoreWatch:
             if abs(now - purged_at) >= PURGE_INTERVAL:
                 purged_at = now
                 with contextlib.suppress(StoreError):
-                    await self._flows.purge(now)
+                    await self._purge()
+
+    async def _purge(self) -> None:
+        # Flows later: whether one is done says that a server was connected.
+        for reader in self._readers:
+            await reader.purge()
+        await self._flows.purge(self._clock())
 
     async def reload(self) -> None:
         """Apply what ``login`` or ``logout`` in another process has stored or deleted.
 
         Raises StoreError.
         """
+        for reader in self._readers:
+            await reader.reload()
         self._tokens.clear_negative()
         for account in {*self._tokens.accounts(), *(pending.flow.key.account for pending in self._pending.all())}:
             grant = await self._tokens.stored(account)

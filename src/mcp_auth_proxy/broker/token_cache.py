@@ -25,6 +25,10 @@ LONGEST_TIMER = 86_400.0
 """Maximum seconds of a timer. Longer waits take several: the clock may be set in the meantime."""
 
 
+MAX_WITHOUT_GRANT = 10_000
+"""Accounts that are remembered to have no grant; beyond it, all are forgotten: a caller may name any account."""
+
+
 @dataclass(slots=True)
 class CachedToken:
     """A grant in use, with what each request needs to know about it. Times are Unix seconds."""
@@ -173,6 +177,8 @@ class TokenCache:
         if grant is not None:
             return self.put(account, grant)
         if account not in self._cached:
+            if len(self._negative) >= MAX_WITHOUT_GRANT:
+                self._negative.clear()
             self._negative.add(account)
         return self._cached.get(account)
 

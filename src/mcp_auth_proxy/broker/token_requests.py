@@ -67,7 +67,7 @@ class TokenClient:
                 response.headers,
                 response.body,
                 url=url,
-                http_loopback=self._discoverer.policy(plan.server.url).loopback,
+                http_loopback=self._discoverer.policy(plan.server.url, plan.server).loopback,
                 secrets=secrets_in(plan.server, plan.registration, form),
             )
 
@@ -177,7 +177,7 @@ class TokenClient:
                     metadata.userinfo_endpoint,
                     headers=[("Authorization", f"Bearer {grant.tokens.access_token}")],
                     document="userinfo response",
-                    policy=self._discoverer.policy(server.url),
+                    policy=self._discoverer.policy(server.url, server),
                 )
                 return account_label.of_person(parse_object(response.body)) if response.status == 200 else ""
         except (AuthorizationError, TimeoutError, ValueError) as error:

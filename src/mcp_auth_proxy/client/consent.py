@@ -28,6 +28,7 @@ from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page
 from mcp_auth_proxy.web.pages import message
+from mcp_auth_proxy.web.popup import Popups
 from mcp_auth_proxy.web.session import Visitors
 
 logger = logging.getLogger(__name__)
@@ -120,12 +121,13 @@ async def _pages(session: Session, sock: socket.socket, public_url: str) -> Asyn
 
 def _site(session: Session, public_url: str, shown: asyncio.Event) -> Starlette:
     visitors = _visitors(session, public_url)
+    popups = Popups(session.broker, {session.server.name: session.server})
 
     async def link(request: Request) -> Response:
-        return await connect(request, session.broker, visitors, public_url=public_url, warn=logger.warning)
+        return await connect(request, session.broker, visitors, popups, public_url=public_url, warn=logger.warning)
 
     async def back(request: Request) -> Response:
-        return await callback(request, session.broker, visitors)
+        return await callback(request, session.broker, visitors, popups)
 
     async def last(request: Request) -> Response:
         connected = await session.broker.connected(session.account)

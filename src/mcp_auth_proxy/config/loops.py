@@ -46,6 +46,13 @@ def errors(
     return found
 
 
+def check_url(url: str, listening: Address, public_url: str) -> None:
+    """Raise ValueError if a URL leads to the listening address or to ``public_url``. Uses no network."""
+    origin, public = urls.parse(url).origin, urls.parse(public_url).origin
+    if any(_leads_to(origin, place, _NONE) for place in (listening, Address(public.host, public.port))):
+        raise ValueError("leads to this proxy itself, in a loop: name the address of the MCP server")
+
+
 async def check(settings: Settings, listening: Address, public_url: str, *, resolver: Resolver) -> None:
     """Raise ConfigurationError if a server's URL leads to the proxy that listens there.
 

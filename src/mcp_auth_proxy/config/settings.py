@@ -172,6 +172,11 @@ class ServerSettings:
     origin: Literal["config", "api", "adhoc"] = "config"
     owner: str = ""
     """The principal that an ad-hoc server belongs to."""
+    version: float = 0.0
+    """When a server that was made at run time was changed last."""
+    allow_private: tuple[str, ...] | None = None
+    """The private hosts and networks that the URL of a server made at run time may lead to. None: it is configured,
+    and may lead anywhere."""
 
     @property
     def server_id(self) -> str:

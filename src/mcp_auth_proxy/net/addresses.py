@@ -1,4 +1,6 @@
-"""Decide which addresses the OAuth documents of a server may lead to, against request forgery (RFC 9728 §7.7).
+"""Decide which addresses URLs from elsewhere may lead to, against request forgery (RFC 9728 §7.7).
+
+These are the URLs of OAuth documents, and those of servers that were made at run time.
 
 The classes are written out, since ``ipaddress.is_private`` and ``is_global`` miss some (NAT64, 6to4) and differ between
 versions of Python.
@@ -110,7 +112,8 @@ class AddressPolicy:
 
     ``hosts`` and ``networks`` are allowed whatever their class. ``own`` is host and port of the upstream if it is
     configured by name: there, and nowhere else, private addresses are allowed too, since its own traffic goes there
-    anyway. ``http`` allows http there, for an upstream that is configured as http away from loopback.
+    anyway. ``http`` allows http there, for an upstream that is configured as http away from loopback. Without
+    ``trusted`` the upstream was not named by the configuration: its own address may be private only if it is listed.
     """
 
     loopback: bool = False
@@ -118,11 +121,33 @@ class AddressPolicy:
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
     own: tuple[str, int] | None = None
     http: bool = False
+    trusted: bool = True
 
     @classmethod
-    def for_upstream(cls, server_url: str, allow_private: Iterable[str] = ()) -> "AddressPolicy":
-        """Return the policy for a configured server URL and the entries of ``authorization.allow_private``."""
-        origin = urls.parse(server_url).origin
+    def for_upstream(
+        cls, server_url: str, allow_private: Iterable[str] = (), *, trusted: bool = True
+    ) -> "AddressPolicy":
+        """Return the policy for the documents of a server at this URL; ``allow_private`` are hosts and networks.
+
+        ``trusted``: whether the URL comes from the configuration.
+        """
+        listed, origin = cls.only(allow_private), urls.parse(server_url).origin
+        loopback = urls.is_loopback(origin.host)
+        hosts = listed.hosts
+        if trusted and not loopback and _is_private_host(origin.host):
+            hosts = (*hosts, origin.host)
+        return cls(
+            loopback=loopback and (trusted or listed._lists(origin.host)),
+            hosts=hosts,
+            networks=listed.networks,
+            own=(origin.host, origin.port),
+            http=origin.scheme == "http" and not loopback,
+            trusted=trusted,
+        )
+
+    @classmethod
+    def only(cls, allow_private: Iterable[str]) -> "AddressPolicy":
+        """Return the policy that allows public addresses, and these hosts, addresses and networks."""
         hosts: list[str] = []
         networks: list[IPv4Network | IPv6Network] = []
         for entry in allow_private:
@@ -130,16 +155,7 @@ class AddressPolicy:
                 networks.append(ipaddress.ip_network(entry.strip("[]"), strict=False))
             except ValueError:
                 hosts.append(entry.lower())
-        loopback = urls.is_loopback(origin.host)
-        if not loopback and _is_private_host(origin.host):
-            hosts.append(origin.host)
-        return cls(
-            loopback=loopback,
-            hosts=tuple(hosts),
-            networks=tuple(networks),
-            own=(origin.host, origin.port),
-            http=origin.scheme == "http" and not loopback,
-        )
+        return cls(hosts=tuple(hosts), networks=tuple(networks))
 
     def allows_http(self, host: str, port: int) -> bool:
         """Return whether http is allowed: on loopback if the policy is, or at the upstream's origin."""
@@ -173,9 +189,14 @@ class AddressPolicy:
             return ""
         if kind == "loopback" and self.loopback:
             return ""
-        if kind in _PRIVATE_USE and (host, port) == self.own and not self.loopback:
+        if kind in _PRIVATE_USE and (host, port) == self.own and self.trusted and not self.loopback:
             return ""
         return kind
+
+    def _lists(self, host: str) -> bool:
+        """Return whether a host that is an address or a name of loopback is allowed with all that it leads to."""
+        found = addresses_of(host)
+        return host in self.hosts or (bool(found) and any(self._listed(str(address)) for address in found))
 
     def _listed(self, address: str) -> bool:
         parsed = ipaddress.ip_address(address)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from mcp_auth_proxy.errors import UpstreamPoolTimeout, UpstreamProtocolError, UpstreamUnreachable
+from mcp_auth_proxy.net.addresses import AddressPolicy, AddressRefused
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_connection import HttpConnection
 from mcp_auth_proxy.net.urls import Origin
@@ -57,7 +58,8 @@ class SharedSlots:
 class ConnectionPool:
     """The connections to one origin. The most recently used is acquired first, so that the others can expire.
 
-    ``limit`` bounds their number; ``connect_timeout`` is in seconds; all connections read into ``buffer``.
+    ``limit`` bounds their number; ``connect_timeout`` is in seconds; all connections read into ``buffer``. Each address
+    that is dialed is checked with ``policy``; None: the origin may lead anywhere.
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class ConnectionPool:
         connect_timeout: float,
         buffer: memoryview,
         shared: SharedSlots,
+        policy: AddressPolicy | None = None,
     ) -> None:
         self.name = str(origin)
         self.buffer = buffer
         self._origin = origin
         self._dialer = dialer
+        self._policy = policy
         self.limit = limit
         self._connect_timeout = connect_timeout
         self._loop = asyncio.get_running_loop()
@@ -198,12 +202,19 @@ class ConnectionPool:
 
     async def _connect(self) -> HttpConnection:
         try:
-            connection = await self._dialer.open(self._origin, self._new_connection, timeout=self._connect_timeout)
+            connection = await self._dialer.open(
+                self._origin, self._new_connection, timeout=self._connect_timeout, policy=self._policy
+            )
             if connection.closed or self._closed:
                 connection.abort()
                 raise UpstreamUnreachable("it closed the connection at once")
         except UpstreamUnreachable as error:
             raise UpstreamUnreachable(f"{self.name} can't be reached: {error}.") from None
+        except AddressRefused as refused:
+            raise UpstreamUnreachable(
+                f"{self.name} is not used: {refused}; if that is intended, list the host in the key "
+                "admin.allow_private."
+            ) from None
         return connection
 
     def _new_connection(self, sock: socket.socket) -> HttpConnection:

@@ -107,7 +107,7 @@ class Fetcher:
     ) -> Response:
         parsed = _check(url, method, document, policy)
         head = _request_head(method, parsed, headers, body)
-        sent = False
+        sent = timed_out = False
         try:
             async with asyncio.timeout(self._deadline):
                 connection = await self._connect(parsed.origin, policy)
@@ -126,11 +126,14 @@ class Fetcher:
                 hint=ConfigHint("authorization.allow_private", parsed.origin.host),
             ) from None
         except TimeoutError:
+            timed_out = True
             reason = f"no complete answer within {self._deadline:g} s"
         except UpstreamError as error:
             reason = str(error).removesuffix(".")
         raise AuthorizationServerUnavailable(
-            f"Could not fetch the {document} from {excerpt(url)}: {reason}.", maybe_processed=sent and body is not None
+            f"Could not fetch the {document} from {excerpt(url)}: {reason}.",
+            maybe_processed=sent and body is not None,
+            timed_out=timed_out,
         )
 
     async def _connect(self, origin: Origin, policy: AddressPolicy) -> HttpConnection:

@@ -22,6 +22,9 @@ from mcp_auth_proxy.observability.instruments import (
 CLIENT_GONE = 499
 """The status of a request whose client went away before it was answered, as in the logs of nginx."""
 
+ADHOC = "adhoc"
+"""The label of all ad-hoc servers together: their names begin with it, and anybody may make some."""
+
 registry = Registry()
 
 requests = Requests(
@@ -120,6 +123,11 @@ process_files = Computed(registry, "process_open_fds", "Open file descriptors.")
 process_files.add_source(process.open_files)
 process_max_files = Computed(registry, "process_max_fds", "Limit on open file descriptors.")
 process_max_files.add_source(process.max_files)
+
+
+def server_label(name: str) -> str:
+    """Return the label of a server by its name."""
+    return ADHOC if name.startswith(f"{ADHOC}-") else name
 
 
 class ServerMetrics:

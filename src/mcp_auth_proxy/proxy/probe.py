@@ -66,16 +66,8 @@ async def ask(
     token: AccessToken | None = None,
 ) -> ProbeResponse:
     """Send one MCP request, without a token unless one is given, and return what comes back. Raises UpstreamError."""
-    version = MODERN if modern else PROTOCOL_VERSION
-    message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": _params(method, modern=modern)}
-    headers = list(_JSON)
-    if modern or method != "initialize":
-        headers.append((b"mcp-protocol-version", version.encode()))
-    if modern:
-        headers.append((b"mcp-method", method.encode()))
-    if session:
-        headers.append((b"mcp-session-id", session))
-    response = await upstream.send(route, method=b"POST", fields=Fields(headers), body=encode(message), token=token)
+    message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params_of(method, modern=modern)}
+    response = await send_message(upstream, route, message, session=session, modern=modern, token=token)
     try:
         body = await _beginning(response)
     finally:
@@ -83,14 +75,42 @@ async def ask(
     return ProbeResponse(method=method, status=response.status, headers=response.headers, body=body)
 
 
+async def send_message(
+    upstream: UpstreamClient,
+    route: Route,
+    message: Mapping[str, object],
+    *,
+    session: bytes = b"",
+    modern: bool = False,
+    token: AccessToken | None = None,
+) -> Response:
+    """Send one MCP message and return the response, of which only the head has been read. Raises UpstreamError."""
+    method = str(message["method"])
+    headers = list(_JSON)
+    if modern or method != "initialize":
+        headers.append((b"mcp-protocol-version", (MODERN if modern else PROTOCOL_VERSION).encode()))
+    if modern:
+        headers.append((b"mcp-method", method.encode()))
+    if session:
+        headers.append((b"mcp-session-id", session))
+    return await upstream.send(route, method=b"POST", fields=Fields(headers), body=encode(message), token=token)
+
+
 async def end_session(
     upstream: UpstreamClient, route: Route, answer: ProbeResponse, *, token: AccessToken | None = None
 ) -> None:
     """End the session that an ``initialize`` began. If the server fails to, the session will expire there."""
     for session in answer.all(b"mcp-session-id")[:1]:
-        headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
-        with suppress(UpstreamError):
-            (await upstream.send(route, method=b"DELETE", fields=Fields(headers), body=b"", token=token)).close()
+        await close_session(upstream, route, session, token=token)
+
+
+async def close_session(
+    upstream: UpstreamClient, route: Route, session: bytes, *, token: AccessToken | None = None
+) -> None:
+    """End a session by its id. If the server fails to, the session will expire there."""
+    headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
+    with suppress(UpstreamError):
+        (await upstream.send(route, method=b"DELETE", fields=Fields(headers), body=b"", token=token)).close()
 
 
 async def _beginning(response: Response) -> bytes:
@@ -105,7 +125,8 @@ async def _beginning(response: Response) -> bytes:
     return body[:MAX_BODY]
 
 
-def _params(method: str, *, modern: bool) -> Mapping[str, object]:
+def params_of(method: str, *, modern: bool) -> Mapping[str, object]:
+    """Return the parameters of a request that names this client."""
     if modern:
         return {
             "_meta": {

@@ -8,8 +8,9 @@ from mcp_auth_proxy.config.servers import RESERVED
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, LOCAL, LOCAL_PRINCIPAL, Account, Principal, Role
 from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.net.addresses import AddressPolicy
 from mcp_auth_proxy.net.urls import Origin
-from mcp_auth_proxy.observability.metrics import ServerMetrics
+from mcp_auth_proxy.observability.metrics import ServerMetrics, server_label
 from mcp_auth_proxy.proxy.headers import ONE_CALLER, FieldRules, canonical_name
 from mcp_auth_proxy.proxy.session_ids import SessionIds
 
@@ -36,6 +37,8 @@ class Route:
     host: bytes
     account: Account
     metrics: ServerMetrics
+    policy: AddressPolicy | None = None
+    """Which addresses may be dialed, for servers that were made at run time. None: any."""
     principal: str = LOCAL
     """The id of the caller; that of ``account`` may be the project's."""
     rules: FieldRules = ONE_CALLER
@@ -178,7 +181,8 @@ def route_to(server: ServerSettings) -> Route:
         url.target,
         url.origin.authority.encode("ascii"),
         server.account(LOCAL_PRINCIPAL),
-        ServerMetrics(server.name),
+        ServerMetrics(server_label(server.name)),
+        None if server.allow_private is None else AddressPolicy.only(server.allow_private),
     )
 
 

@@ -31,7 +31,7 @@ class UpstreamClient:
 
     def idle_connection(self, route: Route) -> HttpConnection | None:
         """Return an idle connection to the upstream on which a request can be sent at once, or None."""
-        return self._http.idle_connection(route.origin)
+        return self._http.idle_connection(route.origin, route.policy)
 
     async def send(
         self,
@@ -55,7 +55,12 @@ class UpstreamClient:
             if response is None:
                 head = build_head(route, method, target, fields, token, length)
                 response = await self._http.send(
-                    route.origin, head, body, method=method, head_timeout=route.server.upstream_timeout
+                    route.origin,
+                    head,
+                    body,
+                    method=method,
+                    head_timeout=route.server.upstream_timeout,
+                    policy=route.policy,
                 )
             note_nonce(token, response)
             if not is_redirect(response.status):

@@ -1,6 +1,6 @@
 """Flows (authorizations that wait for a user) and attempts (a browser that has opened the link of one)."""
 
-from mcp_auth_proxy.models import Account, Attempt, Flow, FlowStatus
+from mcp_auth_proxy.models import HEADLESS_ATTEMPT, Account, Attempt, Flow, FlowStatus
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.codec import account_params, attempt_columns, flow_columns, read_attempt, read_flow
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
@@ -118,7 +118,9 @@ _CLAIM_POLL = """
     UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at WHERE id = :id AND status = 'pending'
     RETURNING id
 """
-_VISITED = "SELECT state_hash FROM attempts WHERE flow_id = :id LIMIT 1"
+_VISITED = "SELECT state_hash FROM attempts WHERE flow_id = :id AND browser_hash <> :headless LIMIT 1"
+_HEADLESS = "SELECT * FROM attempts WHERE flow_id = :flow_id AND browser_hash = :browser_hash"
+_OF_SERVER = "SELECT * FROM flows WHERE principal = :principal AND server = :server ORDER BY created_at"
 _ATTEMPT = "SELECT * FROM attempts WHERE state_hash = :state_hash"
 _DELETE_ATTEMPTS = "DELETE FROM attempts WHERE flow_id = :id"
 
@@ -200,8 +202,21 @@ class Flows:
             )
 
     async def was_visited(self, flow_id: str) -> bool:
-        """Return whether a flow has attempts that have not come back."""
-        return bool(await self._engine.fetch_all(_VISITED, {"id": flow_id}))
+        """Return whether a flow has attempts of browsers that have not come back."""
+        return bool(await self._engine.fetch_all(_VISITED, {"id": flow_id, "headless": HEADLESS_ATTEMPT}))
+
+    async def headless_attempt(self, flow_id: str) -> Attempt | None:
+        """Return the attempt of a flow whose code a program brings; None if it was used, or if there is none."""
+        asked: Columns = {"flow_id": flow_id, "browser_hash": HEADLESS_ATTEMPT}
+        rows = await self._engine.fetch_all(_HEADLESS, asked)
+        return next(iter(await decode_rows(self._engine, "attempts", rows, asked, read_attempt)), None)
+
+    async def of_server(self, principal: str, server: str) -> list[Flow]:
+        """Return the flows of all accounts that a principal has at a server, whatever their status is."""
+        asked: Columns = {"principal": principal, "server": server}
+        return await decode_rows(
+            self._engine, "flows", await self._engine.fetch_all(_OF_SERVER, asked), asked, read_flow
+        )
 
     async def take_attempt(self, state_hash: str, now: float) -> tuple[Flow, Attempt] | None:
         """Delete the attempt of a state and return it with its flow, so that each state is accepted once.

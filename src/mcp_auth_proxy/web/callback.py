@@ -9,11 +9,12 @@ from starlette.responses import Response
 
 from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
-from mcp_auth_proxy.models import Account
+from mcp_auth_proxy.models import Account, Caller, Flow
 from mcp_auth_proxy.web.connect import link_refused
 from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.pages import message, redirect
 from mcp_auth_proxy.web.paths import name_of
+from mcp_auth_proxy.web.popup import Popups, keep_opener
 from mcp_auth_proxy.web.session import Visitors
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def connected_path(account: Account) -> str:
     return f"/oauth/connected/{quote(name_of(account), safe='@')}"
 
 
-async def callback(request: Request, broker: Broker, visitors: Visitors) -> Response:
+async def callback(request: Request, broker: Broker, visitors: Visitors, popups: Popups) -> Response:
     """Complete the flow that the authorization response belongs to (RFC 6749 §4.1.2).
 
     Its principal must still be signed in with this browser (T52). Raises CallerRefused and StoreError.
@@ -35,21 +36,40 @@ async def callback(request: Request, broker: Broker, visitors: Visitors) -> Resp
     params: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         params.setdefault(name, []).append(value)
+    opened = await popups.flow_of_state(params)
+    response = await _complete(request, broker, visitors, params, caller, popups, opened)
+    return response if opened is None else keep_opener(response)
+
+
+async def _complete(
+    request: Request,
+    broker: Broker,
+    visitors: Visitors,
+    params: dict[str, list[str]],
+    caller: Caller | None,
+    popups: Popups,
+    opened: Flow | None,
+) -> Response:
     try:
         flow = await broker.complete(params, read_cookies(request), visitors.may_open(caller))
     except CallbackRefused as refused:
-        return link_refused("This authorization was not accepted", refused, name=visitors.name(caller), onward="/")
+        # If the flow has not ended, somebody else may still end it, and nobody hears of this.
+        popup, name = await popups.ended(opened), visitors.name(caller)
+        return link_refused("This authorization was not accepted", refused, name=name, onward="/", popup=popup)
     except AuthorizationDenied as denied:
-        return message("Not authorized", str(denied), status=400, hint=RETRY_HINT)
+        popup = await popups.ended(opened)
+        return message("Not authorized", str(denied), status=400, hint=RETRY_HINT, popup=popup)
     except AuthorizationError as error:
         logger.warning("an authorization failed: %s", error)
         wait = "" if error.pause is None else f" The server asks to wait {ceil(error.retry_after or 0)} s."
-        return message("The authorization failed", str(error), status=502, hint=RETRY_HINT + wait)
+        popup = await popups.ended(opened)
+        return message("The authorization failed", str(error), status=502, hint=RETRY_HINT + wait, popup=popup)
     except StoreError as error:
         logger.error("a grant could not be stored: %s", error)
         return message("The authorization could not be stored", str(error), status=503, hint=RETRY_HINT)
     # The address of the last page must not have the code in it: it is in the history, and can be loaded again.
     account = flow.key.account
-    response = redirect(connected_path(account), f"{account.server} is connected")
+    last = connected_path(account) if opened is None else f"{connected_path(account)}?flow={quote(opened.id)}"
+    response = redirect(last, f"{account.server} is connected")
     response.delete_cookie(cookie_name(params["state"][0]), path="/oauth/callback")
     return response

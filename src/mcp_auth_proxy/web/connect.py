@@ -11,8 +11,9 @@ from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, ConfirmationPro
 from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused, excerpt
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.confirm import confirmation_page, is_confirmed
-from mcp_auth_proxy.web.pages import ScopeList, message, page, redirect
+from mcp_auth_proxy.web.pages import Popup, ScopeList, message, page, redirect
 from mcp_auth_proxy.web.paths import path_of, sign_in_path
+from mcp_auth_proxy.web.popup import Popups
 from mcp_auth_proxy.web.session import Visitors
 
 REFRESH = 5
@@ -31,7 +32,13 @@ NOT_CONFIRMED = (
 
 
 async def connect(
-    request: Request, broker: Broker, visitors: Visitors, *, public_url: str, warn: Callable[[str, str], None]
+    request: Request,
+    broker: Broker,
+    visitors: Visitors,
+    popups: Popups,
+    *,
+    public_url: str,
+    warn: Callable[[str, str], None],
 ) -> Response:
     """Redirect a browser to the authorization server, or ask its user first, or let them sign in.
 
@@ -57,7 +64,8 @@ async def connect(
     except AuthorizationError as error:
         return cannot_start(error)
     if isinstance(opened, ConnectedServer):
-        return connected_page(opened)
+        flow = await popups.flow(flow_id)
+        return connected_page(opened, await popups.ended(flow))
     if isinstance(opened, DevicePrompt):
         return _device_page(opened)
     if isinstance(opened, ConfirmationPrompt):
@@ -111,14 +119,16 @@ def to_public_url(request: Request, public_url: str) -> Response:
     return redirect(f"{public_url}{path}?{query}", "Continue")
 
 
-def link_refused(title: str, refused: CallbackRefused, *, name: str | None, onward: str) -> Response:
+def link_refused(
+    title: str, refused: CallbackRefused, *, name: str | None, onward: str, popup: Popup | None = None
+) -> Response:
     """Return the page that says why a link or a callback is refused.
 
     ``name``: who is signed in, empty for nobody, None if callers are not identified. ``onward``: the path to open
     again after a sign-in.
     """
     if refused.status != 403 or name is None:
-        return message(title, str(refused), status=refused.status)
+        return message(title, str(refused), status=refused.status, popup=popup)
     hint = f"You are signed in as {name}." if name else "Nobody is signed in."
     return message(title, str(refused), status=403, hint=hint, onward=("Sign in", sign_in_path(onward)))
 
@@ -132,13 +142,14 @@ def cannot_start(error: AuthorizationError) -> Response:
     return later
 
 
-def connected_page(connected: ConnectedServer) -> Response:
+def connected_page(connected: ConnectedServer, popup: Popup | None = None) -> Response:
     """Return the last page of an authorization. It has no form: there is nothing left to do."""
     return message(
         f"{connected.server} is connected",
         "Your MCP client continues automatically. You can close this tab.",
         status=200,
         hint=f"Authorized by {excerpt(connected.issuer)}.",
+        popup=popup,
     )
 
 

@@ -1,4 +1,4 @@
-"""HTML pages: rendered on the server, without scripts or external resources."""
+"""HTML pages: rendered on the server, without external resources; only the last page of a popup has a script."""
 
 from dataclasses import dataclass
 from html import escape
@@ -58,10 +58,36 @@ class ScopeList:
         return cls(shown, len(scopes) - len(shown))
 
 
-def page(template: str, *, status: int = 200, headers: dict[str, str] | None = None, **values: object) -> HTMLResponse:
-    """Return a page with escaped values, and headers that forbid framing and access by an opener."""
-    html = _templates.get_template(template).render(**values)
-    return HTMLResponse(html, status_code=status, headers={**SECURITY_HEADERS, **(headers or {})})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Popup:
+    """What the last page of a popup tells its opener, as JSON, if that is a page of ``origin``."""
+
+    origin: str
+    message: str
+    script: str
+    """The path of the script that does it."""
+
+
+def page(
+    template: str,
+    *,
+    status: int = 200,
+    headers: dict[str, str] | None = None,
+    popup: Popup | None = None,
+    **values: object,
+) -> HTMLResponse:
+    """Return a page with escaped values, and headers that forbid framing and access by an opener.
+
+    With ``popup`` it has a script that tells its opener something.
+    """
+    html = _templates.get_template(template).render(popup=popup, **values)
+    more = _popup_headers() if popup is not None else {}
+    return HTMLResponse(html, status_code=status, headers={**SECURITY_HEADERS, **more, **(headers or {})})
+
+
+def _popup_headers() -> dict[str, str]:
+    policy = f"script-src 'self'; {SECURITY_HEADERS['content-security-policy']}"
+    return {"content-security-policy": policy, "cross-origin-opener-policy": "unsafe-none"}
 
 
 def form_headers(*, http: bool) -> dict[str, str]:
@@ -83,7 +109,22 @@ def redirect(url: str, text: str) -> HTMLResponse:
 
 
 def message(
-    title: str, text: str, *, status: int, hint: str = "", onward: tuple[str, str] | None = None
+    title: str,
+    text: str,
+    *,
+    status: int,
+    hint: str = "",
+    onward: tuple[str, str] | None = None,
+    popup: Popup | None = None,
 ) -> HTMLResponse:
     """Return a page with one message. ``onward``: words and path of a link to another page of ours."""
-    return page("message.html", status=status, title=title, text=text, hint=hint, onward=onward, good=status < 400)
+    return page(
+        "message.html",
+        status=status,
+        popup=popup,
+        title=title,
+        text=text,
+        hint=hint,
+        onward=onward,
+        good=status < 400,
+    )

@@ -1,7 +1,8 @@
 """Everything that is not an MCP endpoint: the pages that a browser sees, and the health endpoints."""
 
+import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.broker import Broker, ownership
@@ -27,6 +28,8 @@ from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page, is_other_loopback_name, to_public_url
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import path_of, sign_in_path, split_name
+from mcp_auth_proxy.web.popup import SCRIPT, START, Popups, keep_opener, signed_in
+from mcp_auth_proxy.web.popup import script as popup_script
 from mcp_auth_proxy.web.session import Visitors
 
 if TYPE_CHECKING:
@@ -61,9 +64,12 @@ class Site:
         self._public_url = public_url
         self._draining = draining
         self._start = start
+        self.api = api
+        self._start_page: Callable[[Request], Awaitable[Response]] | None = None
+        """Made when it is first needed: it imports the API."""
         self._visitors = visitors
         self._sign_in = sign_in
-        self.api = api
+        self._popups = Popups(broker, servers)
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:
@@ -82,7 +88,8 @@ class Site:
                 Route("/connect/{server}/start", self._start_authorization, methods=["POST"]),
                 Route("/mcp", self._address),
                 Route("/{server}/mcp", self._address),
-                *([Mount("/api/v1", self.api)] if self.api is not None else []),
+                Route(SCRIPT, popup_script),
+                *self._api_routes(),
             ],
             exception_handlers={
                 404: _not_found,
@@ -95,6 +102,23 @@ class Site:
         # An address with a slash too many is another address, as for MCP clients.
         site.router.redirect_slashes = False
         return site
+
+    def _api_routes(self) -> list[BaseRoute]:
+        """Return the routes of the API, and of the page that begins an authorization by URL alone."""
+        if self.api is None:
+            return []
+        paths = (START, f"/api/v1{START}")
+        return [
+            *(Route(path, self._start_by_url, methods=["GET", "POST"]) for path in paths),
+            Mount("/api/v1", self.api),
+        ]
+
+    async def _start_by_url(self, request: Request) -> Response:
+        if self._start_page is None:
+            assert self.api is not None
+            module = importlib.import_module("mcp_auth_proxy.web.start")
+            self._start_page = module.StartPage(self.api.application(), self._visitors, self._public_url)
+        return await self._start_page(request)
 
     def health_routes(self) -> list[Route]:
         """Return the routes for probes and for Prometheus, which ``health_listen`` has too."""
@@ -131,21 +155,26 @@ class Site:
         return JSONResponse({"status": "ready"})
 
     async def _connect(self, request: Request) -> Response:
-        return await connect(request, self._broker, self._visitors, public_url=self._public_url, warn=self._warn)
+        response = await connect(
+            request, self._broker, self._visitors, self._popups, public_url=self._public_url, warn=self._warn
+        )
+        opened = await self._popups.flow(request.query_params.get("flow", ""))
+        return response if opened is None else keep_opener(response)
 
     def _warn(self, server: str, reason: str) -> None:
         if server in self._servers:
             self._warnings.warn(server, reason)
 
     async def _callback(self, request: Request) -> Response:
-        return await callback(request, self._broker, self._visitors)
+        return await callback(request, self._broker, self._visitors, self._popups)
 
     async def _sign_in_page(self, request: Request) -> Response:
         pages = self._sign_in()
-        return await (pages.submit(request) if request.method == "POST" else pages.show(request))
+        response = await (pages.submit(request) if request.method == "POST" else pages.show(request))
+        return signed_in(response, request.query_params.get("next", ""))
 
     async def _signed_in(self, request: Request) -> Response:
-        return await self._sign_in().callback(request)
+        return signed_in(await self._sign_in().callback(request), "")
 
     async def _sign_out(self, request: Request) -> Response:
         return await self._sign_in().sign_out(request)
@@ -155,7 +184,9 @@ class Site:
         found = self._account(caller, request.path_params["server"])
         connected = await self._broker.connected(found[1]) if found is not None else None
         if connected is not None:
-            return connected_page(connected)
+            opened = await self._popups.flow(request.query_params.get("flow", ""))
+            own = found is not None and opened is not None and opened.key.account == found[1]
+            return connected_page(connected, await self._popups.ended(opened) if own else None)
         text = "Your MCP client gets a link when it uses the server."
         return message(f"{excerpt(request.path_params['server'])} is not connected", text, status=404)
 

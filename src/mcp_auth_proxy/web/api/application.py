@@ -11,7 +11,19 @@ from starlette.types import Receive, Scope, Send
 from mcp_auth_proxy import models
 from mcp_auth_proxy.errors import McpAuthProxyError, StoreError
 from mcp_auth_proxy.models import Caller
-from mcp_auth_proxy.web.api import audit, events, grants, keys, me, oauth_clients, openapi, principals
+from mcp_auth_proxy.web.api import (
+    audit,
+    discovery,
+    events,
+    flows,
+    grants,
+    keys,
+    me,
+    oauth_clients,
+    openapi,
+    principals,
+    servers,
+)
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api.credentials import caller_of
 from mcp_auth_proxy.web.api.limits import Limits
@@ -29,14 +41,8 @@ MAX_BODY = 256 * 1024
 
 def operations() -> tuple[Operation, ...]:
     """Return all endpoints, in the order of the documentation."""
-    known = (
-        *me.OPERATIONS,
-        *grants.OPERATIONS,
-        *oauth_clients.OPERATIONS,
-        *principals.OPERATIONS,
-        *keys.OPERATIONS,
-        *events.OPERATIONS,
-    )
+    resources = (me, servers, discovery, flows, grants, oauth_clients, principals, keys, events)
+    known = tuple(operation for resource in resources for operation in resource.OPERATIONS)
     return openapi.described(known, PREFIX)
 
 

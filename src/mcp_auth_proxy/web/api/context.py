@@ -1,15 +1,17 @@
 """What the handlers of the API work with."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.requests import Request
 
 from mcp_auth_proxy.broker import Broker
+from mcp_auth_proxy.broker.made_servers import MadeServers
 from mcp_auth_proxy.config.settings import ServerSettings, Settings
 from mcp_auth_proxy.identity import Directory, Fields
-from mcp_auth_proxy.models import Caller, Principal
+from mcp_auth_proxy.models import Account, Caller, Principal, Tool
+from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import Engine
 
 
@@ -30,7 +32,15 @@ class ApiContext:
     """The parts of the running proxy that the API uses."""
 
     broker: Broker
-    servers: Mapping[str, ServerSettings]
+    servers: ServerRegistry
+    made: MadeServers
+    probe: Callable[[ServerSettings], Awaitable[tuple[int, list[bytes]]]]
+    """Sends an ``initialize`` without a token; returns the status and the WWW-Authenticate fields of the answer.
+
+    Raises UpstreamError.
+    """
+    list_tools: Callable[[ServerSettings, Account], Awaitable[list[Tool]]]
+    """Returns the tools of a server. Raises NotConnected, AuthorizationError, UpstreamError and StoreError."""
     database: Engine
     settings: Callable[[], Settings]
     """Returns the settings as they are now: a reload changes them."""

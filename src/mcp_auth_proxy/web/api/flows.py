@@ -1,0 +1,312 @@
+"""``/flows``: authorizations that somebody asks for, and the end of headless ones."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from mcp_auth_proxy.broker import FlowRequest, FlowState, PendingAuthorization
+from mcp_auth_proxy.broker.client_registration import redirect_uri
+from mcp_auth_proxy.broker.requested_flows import allowed_return_origin, mode_of, notice, state_of
+from mcp_auth_proxy.config import values
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import (
+    AuthorizationDenied,
+    CallbackRefused,
+    IssuerMissing,
+    StateRefused,
+    TokenRefused,
+    UpstreamTimeout,
+)
+from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Caller, Flow, FlowMode, GrantType, Scope, Tool
+from mcp_auth_proxy.web.api.models import Body, Check, View, moment
+from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, is_admin
+from mcp_auth_proxy.web.api.problems import Problem, invalid_field, not_found
+from mcp_auth_proxy.web.api.reach import answered, own_account, owns, usable_server
+
+AccountName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,31}$", description="An account of the server.")]
+MAX_SCOPES = 100
+
+
+class FlowView(View):
+    """An authorization. What there is nothing of, is null."""
+
+    id: str
+    server: str
+    server_name: str
+    account: str
+    status: Literal["pending", "connected", "failed", "expired", "cancelled"]
+    reason: str | None
+    mode: Literal["browser", "headless", "device"]
+    connect_url: Annotated[str | None, Meta(description="The link that the user opens.")]
+    authorization_url: Annotated[str | None, Meta(description="Mode headless: where the user authorizes.")]
+    notice: Annotated[str | None, Meta(description="Mode headless: what the user has to know before.")]
+    user_code: Annotated[str | None, Meta(description="Mode device: what the user enters at verification_uri.")]
+    verification_uri: str | None
+    scopes: list[str]
+    return_origin: str | None
+    created_at: datetime
+    expires_at: datetime
+
+
+class NewFlow(Body):
+    """An authorization to begin, or to return if it is under way."""
+
+    account: AccountName = DEFAULT_ACCOUNT
+    scopes: Annotated[list[Annotated[str, Check(values.scope)]], Meta(max_length=MAX_SCOPES)] | None = None
+    mode: Literal["browser", "headless", "device"] | None = None
+    redirect_uri: Annotated[str, Check(values.any_url)] | None = None
+    return_origin: Annotated[str, Check(values.allowed_origin)] | None = None
+
+
+class Completion(Body):
+    """Nothing, to try the server; or the code of a headless authorization."""
+
+    account: AccountName = DEFAULT_ACCOUNT
+    code: Annotated[str, Meta(min_length=1, max_length=4096, pattern="^[ -~]*$")] | None = None
+    state: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
+    iss: Annotated[str, Meta(max_length=2000)] | None = None
+
+
+class Trial(Body):
+    """Which account to try a server with."""
+
+    account: AccountName = DEFAULT_ACCOUNT
+
+
+class ToolView(View):
+    """A tool that a server offers."""
+
+    name: str
+    description: str
+
+
+class CompletionView(View):
+    """What came of a trial, or of a code. After a code there are no tools: ask for them with another call."""
+
+    status: Literal["connected"]
+    message: str
+    tools: list[ToolView]
+
+
+async def flow_view(call: Call[Any, Any], flow: Flow) -> FlowView:
+    """Return a flow as its principal sees it. Raises AuthorizationError and StoreError."""
+    api, account = call.api, flow.key.account
+    state = state_of(flow, api.clock())
+    pending, device, mode = state is FlowState.PENDING, flow.device, mode_of(flow)
+    server = api.servers.get(account.server)
+    headless = pending and mode is FlowMode.HEADLESS
+    return FlowView(
+        id=flow.id,
+        server=server.server_id if server is not None else account.server,
+        server_name=account.server,
+        account=account.name,
+        status=state.value,
+        reason=flow.reason or None,
+        mode=mode.value,
+        connect_url=api.broker.link(flow) if pending else None,
+        authorization_url=await api.broker.authorization_url(flow) if headless else None,
+        notice=notice(flow) if headless else None,
+        user_code=device.user_code if pending and device is not None else None,
+        verification_uri=device.verification_uri if pending and device is not None else None,
+        scopes=list(flow.scopes),
+        return_origin=flow.return_origin,
+        created_at=moment(flow.created_at),
+        expires_at=moment(flow.expires_at),
+    )
+
+
+async def create_flow(call: Call[NewFlow, None]) -> Answer:
+    """Begin an authorization, or return the one under way."""
+    server, body = usable_server(call), call.body
+    account = own_account(call, server, body.account)
+    _check_redirect(call, server)
+    wanted = FlowRequest(
+        mode=_mode(call, server),
+        scopes=None if body.scopes is None else tuple(dict.fromkeys(body.scopes)),
+        return_origin=return_origin(call, body.return_origin),
+    )
+    flow, new = await begin(call, server, account.name, wanted)
+    return Answer(await flow_view(call, flow), status=201 if new else 200)
+
+
+async def begin(call: Call[Any, Any], server: ServerSettings, account: str, wanted: FlowRequest) -> tuple[Flow, bool]:
+    """Return the flow that is asked for, and whether it is new. Raises Problem, AuthorizationError and StoreError."""
+    if server.oauth.grant.unattended:
+        raise Problem(409, "no-user-needed", f"{server.name} is authorized without a user.")
+    with answered(server.name):
+        status, challenge = await call.api.probe(server)
+        outcome, new = await call.api.broker.request_flow(
+            own_account(call, server, account), wanted, status=status, challenge=challenge
+        )
+    if not isinstance(outcome, PendingAuthorization):
+        await call.api.made.connected(server)
+        raise Problem(409, "no-authorization", f"{server.name} asks for no authorization: use it as it is.")
+    return outcome.flow, new
+
+
+def return_origin(call: Call[Any, Any], given: str | None, loc: tuple[str, str] = ("body", "return_origin")) -> str:
+    """Return the origin that hears how a flow ends. Raises Problem (422)."""
+    try:
+        return allowed_return_origin(
+            None if given is None else values.allowed_origin(given),
+            popup_origins=call.api.settings().admin.popup_origins,
+            public_url=call.api.public_url,
+        )
+    except ValueError as error:
+        raise invalid_field(loc, str(error)) from None
+
+
+def _mode(call: Call[NewFlow, None], server: ServerSettings) -> FlowMode:
+    device = server.oauth.grant is GrantType.DEVICE_CODE
+    if call.body.mode is None:
+        return FlowMode.DEVICE if device else FlowMode.BROWSER
+    mode = FlowMode(call.body.mode)
+    if (mode is FlowMode.DEVICE) is not device:
+        raise invalid_field(("body", "mode"), f"can't be {mode} with grant {server.oauth.grant} of {server.name}")
+    return mode
+
+
+def _check_redirect(call: Call[NewFlow, None], server: ServerSettings) -> None:
+    """Check that a code is sent only where the proxy says so. Raises Problem (422)."""
+    given = call.body.redirect_uri
+    own = redirect_uri(call.api.public_url, server.oauth.grant)
+    if given is not None and given != own:
+        raise invalid_field(("body", "redirect_uri"), f"must be {own}, or stand in the oauth-client of the server")
+
+
+async def read_flow(call: Call[None, None]) -> Answer:
+    """Return an authorization."""
+    return Answer(await flow_view(call, await _own_flow(call)))
+
+
+async def delete_flow(call: Call[None, None]) -> Answer:
+    """Cancel an authorization; one that has ended stays as it is."""
+    flow = await _own_flow(call)
+    if state_of(flow, call.api.clock()) is FlowState.PENDING:
+        await call.api.broker.cancel_flow(flow)
+    return Answer(status=204)
+
+
+async def _own_flow(call: Call[Any, Any]) -> Flow:
+    flow = await call.api.broker.flow(call.path["id"])
+    if flow is None or not owns(call, flow):
+        raise not_found("flow")
+    return flow
+
+
+async def complete(call: Call[Completion, None]) -> Answer:
+    """Try the server as an MCP client would; or finish a headless authorization with its code."""
+    server, body = usable_server(call), call.body
+    if body.code is None and body.state is None and body.iss is None:
+        tools = await _tools(call, server, body.account)
+        word = "tool" if len(tools) == 1 else "tools"
+        return Answer(_completed(f"{server.name} is connected, and has {len(tools)} {word}.", tools))
+    for name, value in (("code", body.code), ("state", body.state)):
+        if value is None:
+            raise invalid_field(("body", name), "The field is required.", "missing")
+    assert body.code is not None
+    assert body.state is not None
+    await finish(call, server, body.code, body.state, body.iss)
+    return Answer(_completed(f"{server.name} is connected.", []))
+
+
+async def finish(call: Call[Any, Any], server: ServerSettings, code: str, state: str, iss: str | None) -> Flow:
+    """Complete a headless flow with its code. Raises Problem, AuthorizationError and StoreError."""
+    account = own_account(call, server, DEFAULT_ACCOUNT)
+    try:
+        flow = await call.api.broker.complete_headless(account, code=code, state=state, iss=iss)
+    except StateRefused as refused:
+        raise invalid_field(("body", "state"), str(refused), "value_error.csrf") from None
+    except IssuerMissing as missing:
+        raise invalid_field(("body", "iss"), str(missing), "missing") from None
+    except (CallbackRefused, TokenRefused, AuthorizationDenied) as refused:
+        raise Problem(400, "code-refused", str(refused)) from None
+    await call.api.made.connected(server)
+    return flow
+
+
+async def verify(call: Call[Trial, None]) -> Answer:
+    """Try the server as an MCP client would."""
+    server = usable_server(call)
+    tools = await _tools(call, server, call.body.account)
+    return Answer(_completed(f"{server.name} answers.", tools))
+
+
+async def _tools(call: Call[Any, Any], server: ServerSettings, name: str) -> list[Tool]:
+    account = server.account(call.caller.principal, name)
+    with answered(server.name):
+        try:
+            tools = await call.api.list_tools(server, account)
+        except UpstreamTimeout as error:
+            raise Problem(502, "upstream-failed", f"{server.name} can't be used: {error}") from None
+    await call.api.made.connected(server)
+    return tools
+
+
+def may_use_api(caller: Caller) -> bool:
+    """Return whether a credential is for the API at all."""
+    return is_admin(caller) or Scope.SELF in caller.scopes
+
+
+def _completed(message: str, tools: list[Tool]) -> CompletionView:
+    views = [ToolView(name=tool.name, description=tool.description) for tool in tools]
+    return CompletionView(status="connected", message=message, tools=views)
+
+
+CREATE = Operation(
+    "POST",
+    "/servers/{id}/flows",
+    create_flow,
+    action="flows.create",
+    access=Access.SELF,
+    summary="Begin an authorization (201), or return the one under way (200)",
+    body=NewFlow,
+    answers={201: FlowView, 200: FlowView},
+    problems=(409, 502, 504),
+    starts_flow=True,
+)
+
+OPERATIONS = (
+    CREATE,
+    Operation(
+        "GET",
+        "/flows/{id}",
+        read_flow,
+        action="flows.read",
+        access=Access.SELF,
+        summary="Return an authorization",
+        answers={200: FlowView},
+    ),
+    Operation(
+        "DELETE",
+        "/flows/{id}",
+        delete_flow,
+        action="flows.delete",
+        access=Access.SELF,
+        summary="Cancel an authorization",
+        answers={204: None},
+    ),
+    Operation(
+        "POST",
+        "/servers/{id}/complete",
+        complete,
+        action="servers.complete",
+        access=Access.SELF,
+        summary="Try a server with initialize and tools/list; or finish a headless authorization with its code",
+        body=Completion,
+        answers={200: CompletionView},
+        problems=(502, 504),
+    ),
+    Operation(
+        "POST",
+        "/servers/{id}/verify",
+        verify,
+        action="servers.verify",
+        access=Access.SELF,
+        summary="Try a server with initialize and tools/list",
+        body=Trial,
+        answers={200: CompletionView},
+        problems=(502, 504),
+    ),
+)

@@ -1,0 +1,91 @@
+"""Authorizations in a popup: the last page tells the page that opened it how it ended, and nobody else (T71).
+
+All pages on the way keep the tie to their opener (Cross-Origin-Opener-Policy), but only for flows that have an origin
+to tell: for others it is cut.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mcp_auth_proxy.broker import Broker, FlowState
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.models import Flow
+from mcp_auth_proxy.web.pages import Popup
+
+TYPE = "mcp-auth-proxy.oauth"
+"""The ``type`` of the message, and the name of the BroadcastChannel."""
+
+START = "/oauth/start"
+SCRIPT = "/static/popup.js"
+CONFIRM = "confirm"
+"""Query parameter of ``START``: the user is asked, wherever the request comes from."""
+
+_STARTS = (f"{START}?", f"/api/v1{START}?")
+
+_SCRIPT = Path(__file__).parent / "static" / "popup.js"
+
+
+class Popups:
+    """Find out who hears of the end of a flow. Raises StoreError."""
+
+    def __init__(self, broker: Broker, servers: Mapping[str, ServerSettings]) -> None:
+        self._broker = broker
+        self._servers = servers
+
+    async def flow(self, flow_id: str) -> Flow | None:
+        """Return the flow of a link, if a popup may have opened it."""
+        flow = await self._broker.flow(flow_id) if flow_id else None
+        return flow if flow is not None and flow.return_origin else None
+
+    async def flow_of_state(self, params: Mapping[str, Sequence[str]]) -> Flow | None:
+        """Return the flow of an authorization response, if a popup may have opened it. Nothing is used up."""
+        states = params.get("state", ())
+        flow = await self._broker.flow_of_state(states[0]) if len(states) == 1 and states[0] else None
+        return flow if flow is not None and flow.return_origin else None
+
+    async def ended(self, flow: Flow | None) -> Popup | None:
+        """Return what the last page tells whom; None if the flow has not ended, or if it has nobody to tell."""
+        now = await self.flow(flow.id) if flow is not None else None
+        if now is None or now.return_origin is None:
+            return None
+        state = self._broker.flow_state(now)
+        if state is FlowState.PENDING:
+            return None
+        name = now.key.account.server
+        server = self._servers.get(name)
+        message = {
+            "type": TYPE,
+            "status": state.value,
+            "flow": now.id,
+            "server": server.server_id if server is not None else name,
+        }
+        return Popup(origin=now.return_origin, message=json.dumps(message), script=SCRIPT)
+
+
+def keep_opener(response: Response) -> Response:
+    """Let the page that opened this one keep its reference, and this one hear of its opener."""
+    response.headers["cross-origin-opener-policy"] = "unsafe-none"
+    return response
+
+
+def signed_in(response: Response, onward: str) -> Response:
+    """Return the answer of the sign-in; if it leads on to ``/oauth/start``, the tie to the opener is kept.
+
+    The browser then comes from a page of ours. But any page can have led it to the sign-in, so the user is asked.
+    """
+    location = response.headers.get("location", "")
+    if location.startswith(_STARTS):
+        response.headers["location"] = f"{location}&{CONFIRM}=1"
+    elif not onward.startswith(_STARTS):
+        return response
+    return keep_opener(response)
+
+
+async def script(request: Request) -> Response:
+    """Return the script of the last page."""
+    headers = {"cache-control": "public, max-age=3600", "x-content-type-options": "nosniff"}
+    return Response(_SCRIPT.read_bytes(), headers=headers, media_type="text/javascript")

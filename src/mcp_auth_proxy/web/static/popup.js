@@ -1,0 +1,18 @@
+// The last page of an authorization in a popup tells how it ended: the page that opened it, at exactly the origin that
+// was agreed on before, and our own pages, because a sign-in page may have severed the popup from its opener.
+(() => {
+  const { message: text, origin } = document.currentScript.dataset;
+  const message = JSON.parse(text);
+  const told = `${message.type}.${message.flow}`;
+  try {
+    // Once for each end, also if the page is loaded again.
+    if (sessionStorage.getItem(told) === message.status) return;
+    sessionStorage.setItem(told, message.status);
+  } catch {
+    // Without storage, a page that is loaded again repeats the message.
+  }
+  if (window.opener) window.opener.postMessage(message, origin);
+  const channel = new BroadcastChannel(message.type);
+  channel.postMessage(message);
+  channel.close();
+})();
