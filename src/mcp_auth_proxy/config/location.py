@@ -1,6 +1,7 @@
 """Find the configuration file."""
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,10 +26,7 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
     """
     for text, origin in ((explicit, "--config"), (environ.get(VARIABLE), f"${VARIABLE}")):
         if text:
-            path = Path(text).expanduser().absolute()
-            if not path.is_file():
-                raise ConfigurationError([ConfigError("", f"{path} (from {origin}) does not exist or is not a file")])
-            return path
+            return _named(text, origin)
     here = Path.cwd() / FILE_NAME
     if here.is_file():
         if problem := reason_to_distrust(here):
@@ -38,5 +36,37 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
             )
             raise ConfigurationError([ConfigError("", refusal)])
         return here
-    platform = platformdirs.user_config_path(APP, appauthor=False) / FILE_NAME
+    try:
+        platform = platformdirs.user_config_path(APP, appauthor=False) / FILE_NAME
+    except RuntimeError:
+        # This user has no home folder.
+        return None
     return platform if platform.is_file() else None
+
+
+def _named(text: str, origin: str) -> Path:
+    """Return the absolute path of a file that a flag or variable names. Raises ConfigurationError if it is none."""
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError:
+        problem = f"{text} (from {origin}) names a home folder that does not exist"
+        raise ConfigurationError([ConfigError("", problem)]) from None
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_file = False
+    except OSError as error:
+        problem = f"{path} (from {origin}) can't be read ({error.strerror})"
+        raise ConfigurationError([ConfigError("", problem)]) from None
+    if not is_file:
+        raise ConfigurationError([ConfigError("", f"{path} (from {origin}) does not exist or is not a file")])
+    return path
+
+
+def data_folder() -> Path:
+    """Return where the platform keeps the data of this user's programs. Raises ConfigurationError if it has no home."""
+    try:
+        return platformdirs.user_data_path(APP, appauthor=False)
+    except RuntimeError:
+        problem = "This user has no home folder, where the store would be: set $HOME, or use a configuration file"
+        raise ConfigurationError([ConfigError("", problem)]) from None
