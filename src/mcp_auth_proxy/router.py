@@ -58,7 +58,7 @@ class Router:
         endpoint = not page and (route is not None or routes.is_endpoint(path))
         allowed_origins = self.guard.allowed_origins
         if endpoint:
-            request.added_fields = allowed_origins.response_fields(request.headers)
+            request.added_fields = allowed_origins.response_fields(request.method, request.headers)
         refused = self.guard.refusal(
             path,
             request.headers,
