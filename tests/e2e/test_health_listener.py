@@ -125,6 +125,18 @@ async def test_probes_that_never_end_leave_room_for_others(tmp_path: Path) -> No
         await until(lambda: "the most for one address (health_listen)" in proxy.log)
 
 
+async def test_a_client_that_reads_nothing_takes_no_place_from_other_addresses(tmp_path: Path) -> None:  # T83
+    transport = httpx2.AsyncHTTPTransport(local_address="127.0.0.2")
+    async with serving(tmp_path) as (proxy, _), contextlib.AsyncExitStack() as stack:
+        origin = await health_of(proxy)
+        for _ in range(40):
+            deaf = await stack.enter_async_context(RawClient.to(origin, buffer=4096))
+            deaf.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
+        await until(lambda: "the most for one address (health_listen)" in proxy.log)
+        async with httpx2.AsyncClient(base_url=origin, transport=transport, trust_env=False) as kubelet:
+            assert (await kubelet.get("/readyz")).status_code == 200
+
+
 async def test_quit_ends_the_process_as_sigterm_does(servers: Servers, tmp_path: Path) -> None:
     upstream = await servers.mcp_server(protected=False)
     answer = FakeResponse.json(DONE)
