@@ -208,6 +208,9 @@ def test_the_service_of_the_system_says_what_its_configuration_lacks(machine: Ma
         " keys: ['file:/run/credentials/mcp-auth-proxy.service/store-key']}\n" + CONFIG
     )
     code, out, err = install(key)
+    assert (code, err.startswith("warning: The store key /etc/mcp-auth-proxy/store.key ")) == (0, True)
+    assert err.endswith("can be read or written by others (mode 0644): chmod 600 /etc/mcp-auth-proxy/store.key\n")
+    code, out, err = install(key + "chmod 600 /etc/mcp-auth-proxy/store.key && ")
     assert (code, err) == (0, "")
     assert "/etc/systemd/system/mcp-auth-proxy.service" in out
     assert machine.calls()[-3:] == [

@@ -15,10 +15,11 @@ from importlib import resources
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from mcp_auth_proxy.cli.terminal import say
+from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config import load as config
 from mcp_auth_proxy.config.document import located, parse
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError
+from mcp_auth_proxy.store.files import exposure
 
 NAME = "mcp-auth-proxy"
 STATE_FOLDER = Path("/var/lib/mcp-auth-proxy")
@@ -118,6 +119,8 @@ def install(config_file: Path, *, print_only: bool) -> int:
         errors += _system_errors(config_file)
     if errors:
         raise ConfigurationError(located(errors, config_file), str(config_file))
+    if found.template == "system.service" and (problem := exposure(KEY_FILE.stat())):
+        complain(f"warning: The store key {KEY_FILE} {problem}: chmod 600 {KEY_FILE}")
     _require_program(found)
     if _installed(found) == text and _succeeds(found.check):
         say(f"{NAME} is installed and running already: {found.path}")
