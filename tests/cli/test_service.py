@@ -192,13 +192,6 @@ def test_the_service_of_the_system_says_what_its_configuration_lacks(machine: Ma
     code, _, err = install("chmod 600 /etc/mcp-auth-proxy/config.yaml && ")
     assert code == 2
     assert "which can't read this file: chmod a+r /etc/mcp-auth-proxy/config.yaml" in err
-    code, _, err = install(
-        "mount -t tmpfs none /var/tmp && mv /mnt/bin/mcp-auth-proxy /var/tmp && PATH=$PATH:/var/tmp && "
-    )
-    assert (code, "the service can't see /var/tmp/mcp-auth-proxy: install the program for all users" in err) == (
-        2,
-        True,
-    )
     code, _, err = install("")
     assert code == 2
     assert "store.url: the service can write to /var/lib/mcp-auth-proxy only" in err
@@ -210,7 +203,11 @@ def test_the_service_of_the_system_says_what_its_configuration_lacks(machine: Ma
     code, out, err = install(key)
     assert (code, err.startswith("warning: The store key /etc/mcp-auth-proxy/store.key ")) == (0, True)
     assert err.endswith("can be read or written by others (mode 0644): chmod 600 /etc/mcp-auth-proxy/store.key\n")
-    code, out, err = install(key + "chmod 600 /etc/mcp-auth-proxy/store.key && ")
+    key += "chmod 600 /etc/mcp-auth-proxy/store.key && "
+    hide = "mount -t tmpfs none /var/tmp && mv /mnt/bin/mcp-auth-proxy /var/tmp && PATH=$PATH:/var/tmp && "
+    code, out, err = install(key + hide)
+    assert (code, err.startswith("warning: The service can't see /var/tmp/mcp-auth-proxy: install ")) == (0, True)
+    code, out, err = install(key)
     assert (code, err) == (0, "")
     assert "/etc/systemd/system/mcp-auth-proxy.service" in out
     assert machine.calls()[-3:] == [

@@ -119,8 +119,8 @@ def install(config_file: Path, *, print_only: bool) -> int:
         errors += _system_errors(config_file)
     if errors:
         raise ConfigurationError(located(errors, config_file), str(config_file))
-    if found.template == "system.service" and (problem := exposure(KEY_FILE.stat())):
-        complain(f"warning: The store key {KEY_FILE} {problem}: chmod 600 {KEY_FILE}")
+    if found.template == "system.service":
+        complain(*(f"warning: {warning}" for warning in _system_warnings()))
     _require_program(found)
     if _installed(found) == text and _succeeds(found.check):
         say(f"{NAME} is installed and running already: {found.path}")
@@ -184,9 +184,6 @@ def _config_errors(config_file: Path) -> list[ConfigError]:
 def _system_errors(config_file: Path) -> list[ConfigError]:
     """Return what the system service could not see, write or start without."""
     errors = []
-    if hidden := next(filter(_is_hidden, (_program(), Path(sys.base_prefix))), None):
-        problem = f"the service can't see {hidden}: install the program for all users, with pipx install --global ."
-        errors.append(ConfigError("", problem))
     if _is_hidden(config_file):
         problem = "the service can't see files of users or in /tmp: move it to /etc/mcp-auth-proxy/config.yaml"
         errors.append(ConfigError("", problem))
@@ -206,6 +203,16 @@ def _system_errors(config_file: Path) -> list[ConfigError]:
         )
         errors.append(ConfigError("store.keys", problem))
     return errors
+
+
+def _system_warnings() -> list[str]:
+    """Return what is dangerous or suspicious about the files of the system service."""
+    warnings = []
+    if problem := exposure(KEY_FILE.stat()):
+        warnings.append(f"The store key {KEY_FILE} {problem}: chmod 600 {KEY_FILE}")
+    if hidden := next(filter(_is_hidden, (_program(), Path(sys.base_prefix))), None):
+        warnings.append(f"The service can't see {hidden}: install the program for all users (pipx install --global .).")
+    return warnings
 
 
 def _is_hidden(path: Path) -> bool:
