@@ -40,6 +40,11 @@ def test_the_versions_are_those_of_the_package() -> None:
         ("shared", "replicaCount=1", "replicaCount is not allowed"),
         ("shared", "networkPolicy.form[0].podSelector=x", "form is not allowed"),
         ("shared", "networkPolicy.egressPorts={all}", "networkPolicy.egressPorts.0"),
+        # Helm changes numbers: 1234567890.1234567890, as Slack's ids look, would be 1.2345678901234567e+09.
+        ("shared", "config.servers.linear.oauth.client_id=1234567890", "oauth.client_id: Invalid type"),
+        ("shared", "config.servers.linear.oauth.idp.client_id=7", "oauth.idp.client_id: Invalid type"),
+        ("shared", "config.servers.linear.oauth.dpop=false", "oauth.dpop: Invalid type"),
+        ("shared", "config.servers.linear.oauth.token_params.tenant=7", "oauth.token_params.tenant: Invalid type"),
         # Not true, although a template takes it for that.
         ("shared", "allowAnonymous=no", "allowAnonymous"),
         ("shared", "service.port=http", "service.port"),
