@@ -142,6 +142,14 @@ async def test_a_configuration_in_a_folder_of_another_user(tmp_path: Path) -> No
     os.chown(folder, NOBODY, NOBODY)
     code, said = await refused(config, program=AS_ANOTHER)
     assert (code, said) == (2, f"error: {config} (from --config) can't be read (Permission denied)\n")
+    # The user's folder, as after `sudo -u` with the HOME of root.
+    env = {"HOME": None, "XDG_CONFIG_HOME": str(folder)}
+    process = await start_command("serve", program=AS_ANOTHER, env=env, cwd=tmp_path)
+    _, err = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, err.decode()) == (
+        2,
+        f"error: {folder}/mcp-auth-proxy/mcp-auth-proxy.yaml can't be read (Permission denied)\n",
+    )
 
 
 @as_root

@@ -28,7 +28,7 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
         if text:
             return _named(text, origin)
     here = Path.cwd() / FILE_NAME
-    if here.is_file():
+    if _is_file(here, str(here)):
         if problem := reason_to_distrust(here):
             refusal = (
                 f"{here} was found in the current folder, but {problem}: somebody else may have put it there. "
@@ -41,7 +41,7 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
     except RuntimeError:
         # This user has no home folder.
         return None
-    return platform if platform.is_file() else None
+    return platform if _is_file(platform, str(platform)) else None
 
 
 def _named(text: str, origin: str) -> Path:
@@ -51,16 +51,19 @@ def _named(text: str, origin: str) -> Path:
     except RuntimeError:
         problem = f"{text} (from {origin}) names a home folder that does not exist"
         raise ConfigurationError([ConfigError("", problem)]) from None
-    try:
-        is_file = stat.S_ISREG(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        is_file = False
-    except OSError as error:
-        problem = f"{path} (from {origin}) can't be read ({error.strerror})"
-        raise ConfigurationError([ConfigError("", problem)]) from None
-    if not is_file:
+    if not _is_file(path, f"{path} (from {origin})"):
         raise ConfigurationError([ConfigError("", f"{path} (from {origin}) does not exist or is not a file")])
     return path
+
+
+def _is_file(path: Path, shown: str) -> bool:
+    """Return whether a file exists. Raises ConfigurationError if this user can't find out."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ConfigurationError([ConfigError("", f"{shown} can't be read ({error.strerror})")]) from None
 
 
 def data_folder() -> Path:
