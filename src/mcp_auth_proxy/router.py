@@ -104,7 +104,7 @@ class Router:
         for_pages_elsewhere = well_known or (endpoint and not page)
         allowed_origins = self.guard.allowed_origins
         if for_pages_elsewhere:
-            request.added_fields = allowed_origins.response_fields(request.headers)
+            request.added_fields = allowed_origins.response_fields(request.method, request.headers)
         refused = self.guard.refusal(
             path,
             request.headers,

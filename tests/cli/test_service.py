@@ -34,6 +34,7 @@ class Machine:
     folder: Path
     config: Path
     prefix: tuple[str, ...] = ()
+    python: str = sys.executable
 
     @property
     def unit(self) -> Path:
@@ -50,7 +51,7 @@ class Machine:
             "XDG_CONFIG_HOME": "",
             **(env or {}),
         }
-        command = [*self.prefix, sys.executable, "-m", "mcp_auth_proxy", "service", *arguments]
+        command = [*self.prefix, self.python, "-m", "mcp_auth_proxy", "service", *arguments]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
         return done.returncode, done.stdout, done.stderr
 
@@ -104,6 +105,16 @@ def test_another_configuration_replaces_the_unit(machine: Machine) -> None:
     assert machine.run("install", "--config", str(other))[0] == 0
     assert machine.calls()[-1] == "--user restart mcp-auth-proxy.service"
     assert f'--config "{other.parent}/100%%.yaml"' in machine.unit.read_text()
+
+
+@pytest.mark.parametrize("name", ["a\nExecStartPre=id\n.yaml", "a\r.yaml", "a\u2028b.yaml", os.fsdecode(b"\xff.yaml")])
+def test_a_name_that_would_be_another_line_of_the_unit_is_refused(machine: Machine, name: str) -> None:
+    (config := machine.folder / name).write_text(CONFIG)
+    for option in ([], ["--print"]):
+        code, out, err = machine.run("install", "--config", str(config), *option)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert "has a control character in its name, or bytes that are not text: rename it" in err
+    assert not machine.unit.exists()
 
 
 def test_status_tells_not_installed_from_not_running(machine: Machine) -> None:
@@ -163,15 +174,24 @@ def test_a_faulty_configuration_is_not_installed(machine: Machine) -> None:
 
 @pytest.mark.skipif(not ROOT, reason="the system's service is installed by root")
 def test_the_service_of_the_system_says_what_its_configuration_lacks(machine: Machine) -> None:
-    """In a mount namespace, with an empty /etc."""
+    """In a mount namespace, with an empty /etc, and with Python and the command in /mnt."""
     etc = "mount -t tmpfs none /etc && mkdir -p /etc/mcp-auth-proxy && cp {} /etc/mcp-auth-proxy/config.yaml && {}"
+    mnt = (
+        "mount -t tmpfs none /mnt && mkdir /mnt/bin /mnt/python && cp /bin/true /mnt/bin/mcp-auth-proxy && "
+        f"mount --bind {sys.base_prefix} /mnt/python && "
+    )
     key = "touch /etc/mcp-auth-proxy/store.key && "
+    path = f"{machine.folder}/bin:/mnt/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    machine.python = f"/mnt/python/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
 
     def install(prepare: str) -> tuple[int, str, str]:
-        script = etc.format(machine.config, prepare) + 'exec "$@"'
+        script = mnt + etc.format(machine.config, prepare) + 'exec "$@"'
         machine.prefix = ("unshare", "--mount", "sh", "-c", script, "sh")
-        return machine.run("install", "--config", "/etc/mcp-auth-proxy/config.yaml")
+        return machine.run("install", "--config", "/etc/mcp-auth-proxy/config.yaml", env={"PATH": path})
 
+    code, _, err = install("chmod 600 /etc/mcp-auth-proxy/config.yaml && ")
+    assert code == 2
+    assert "which can't read this file: chmod a+r /etc/mcp-auth-proxy/config.yaml" in err
     code, _, err = install("")
     assert code == 2
     assert "store.url: the service can write to /var/lib/mcp-auth-proxy only" in err
@@ -180,6 +200,13 @@ def test_the_service_of_the_system_says_what_its_configuration_lacks(machine: Ma
         "store: {url: 'sqlite:////var/lib/mcp-auth-proxy/mcp-auth-proxy.db',"
         " keys: ['file:/run/credentials/mcp-auth-proxy.service/store-key']}\n" + CONFIG
     )
+    code, out, err = install(key)
+    assert (code, err.startswith("warning: The store key /etc/mcp-auth-proxy/store.key ")) == (0, True)
+    assert err.endswith("can be read or written by others (mode 0644): chmod 600 /etc/mcp-auth-proxy/store.key\n")
+    key += "chmod 600 /etc/mcp-auth-proxy/store.key && "
+    hide = "mount -t tmpfs none /var/tmp && mv /mnt/bin/mcp-auth-proxy /var/tmp && PATH=$PATH:/var/tmp && "
+    code, out, err = install(key + hide)
+    assert (code, err.startswith("warning: The service can't see /var/tmp/mcp-auth-proxy: install ")) == (0, True)
     code, out, err = install(key)
     assert (code, err) == (0, "")
     assert "/etc/systemd/system/mcp-auth-proxy.service" in out
@@ -214,6 +241,23 @@ def test_the_unit_of_the_system_is_hardened(tmp_path: Path) -> None:
     command = ["systemd-analyze", "security", "--offline=true", "--threshold=25", "--no-pager", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout[-300:]
+
+
+@pytest.mark.systemd
+def test_systemd_reads_the_path_of_the_program_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder := tmp_path / "a$b %h {config}").mkdir()
+    for name in ("python", "mcp-auth-proxy"):
+        shutil.copy("/bin/true", folder / name)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    command = ["systemd-analyze", "--user", "verify", str(unit(tmp_path, service.systemd(system=False)))]
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=False)
+    assert (done.returncode, "mcp-auth-proxy" in done.stderr) == (0, False), done.stderr
+
+
+def test_a_path_is_not_taken_for_a_place_in_the_file() -> None:
+    text = service.unit_text(service.launchd(system=False), Path("/Users/ada/{log} {program}.yaml"))
+    assert plistlib.loads(text.encode())["ProgramArguments"][3] == "/Users/ada/{log} {program}.yaml"
 
 
 def test_the_plist_of_launchd_keeps_it_running() -> None:

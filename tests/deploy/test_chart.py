@@ -32,6 +32,24 @@ def test_the_versions_are_those_of_the_package() -> None:
         ("shared", "config.health_quit=true", "config.health_quit is set by the chart"),
         ("shared", "config.store.url=x", "config.store is set by the chart"),
         ("shared", "config.public_url=http://x", "config.public_url is set by the chart"),
+        ("sidecar", "config.servers.warehouse.oauth.client_secret=s", "must be file:/run/secrets/mcp-auth-proxy/KEY"),
+        ("sidecar", "config.servers.warehouse.oauth.private_key=env:KEY", "oauth.private_key must be file:"),
+        ("sidecar", "config.servers.warehouse.oauth.idp.client_secret=s", "oauth.idp.client_secret must be file:"),
+        ("shared", "config.servers.linear=x", "config.servers.linear"),
+        ("shared", "config=null", "config is required"),
+        ("shared", "replicaCount=1", "replicaCount is not allowed"),
+        ("shared", "networkPolicy.form[0].podSelector=x", "form is not allowed"),
+        ("shared", "networkPolicy.egressPorts={all}", "networkPolicy.egressPorts.0"),
+        # Helm changes numbers: 1234567890.1234567890, as Slack's ids look, would be 1.2345678901234567e+09.
+        ("shared", "config.servers.linear.oauth.client_id=1234567890", "oauth.client_id: Invalid type"),
+        ("shared", "config.servers.linear.oauth.idp.client_id=7", "oauth.idp.client_id: Invalid type"),
+        ("shared", "config.servers.linear.oauth.dpop=false", "oauth.dpop: Invalid type"),
+        ("shared", "config.servers.linear.oauth.token_params.tenant=7", "oauth.token_params.tenant: Invalid type"),
+        # Not true, although a template takes it for that.
+        ("shared", "allowAnonymous=no", "allowAnonymous"),
+        ("shared", "service.port=http", "service.port"),
+        ("sidecar", "agent.name=7", "agent.name"),
+        ("shared", "podAnnotations.number=7", "podAnnotations.number"),
     ],
 )
 def test_values_that_can_not_work_are_refused_with_the_remedy(example: str, setting: str, message: str) -> None:
@@ -76,6 +94,29 @@ def test_allowed_hosts_of_the_values_are_kept() -> None:
     config = chart("shared", "config.inbound.allowed_hosts={mcp.example.com}").config
     assert "mcp.example.com" in config["inbound"]["allowed_hosts"]
     assert "mcp-auth-proxy" in config["inbound"]["allowed_hosts"]
+
+
+def test_labels_and_annotations_of_the_values_take_nothing_from_the_chart() -> None:
+    own = r"app\.kubernetes\.io/name"
+    found = chart("shared", f"podLabels.{own}=x", "podLabels.team=a", "podAnnotations.checksum/config=x")
+    selector = found.objects["Deployment"]["spec"]["selector"]["matchLabels"]
+    assert {**selector, "team": "a"}.items() <= found.template["metadata"]["labels"].items()
+    assert found.template["metadata"] == chart("shared", "podLabels.team=a").template["metadata"]
+
+
+def test_the_network_policy_opens_only_what_is_named() -> None:
+    closed = chart("shared", "networkPolicy.egressPorts=null", "agent.ports[0].containerPort=99")
+    spec = closed.objects["NetworkPolicy"]["spec"]
+    # A rule without ports would allow all of them.
+    assert [[port["port"] for port in rule["ports"]] for rule in spec["egress"]] == [[53, 53]]
+    assert [[port["port"] for port in rule["ports"]] for rule in spec["ingress"]] == [["http"], ["health"]]
+    agent = chart("sidecar", "agent.ports[0].containerPort=99").objects["NetworkPolicy"]["spec"]
+    assert [[port["port"] for port in rule["ports"]] for rule in agent["ingress"]] == [["health"], [99]]
+
+
+def test_a_release_may_have_a_dot_in_its_name() -> None:
+    done = helm(values=EXAMPLES / "shared.yaml", release="team.one")
+    assert Manifests.read(done.stdout).objects["Service"]["metadata"]["name"] == "team-one-mcp-auth-proxy"
 
 
 def test_a_node_can_be_drained() -> None:

@@ -34,8 +34,9 @@ KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than most clients keep theirs."""
 
 
-HEALTH_RULES = ConnectionRules(16, 16, keys=("health_listen", "health_listen"))
-"""Connections of probes. They have places of their own: a proxy that is full of clients is not to be restarted."""
+HEALTH_RULES = ConnectionRules(32, 8, keys=("health_listen", "health_listen"))
+"""Connections of probes. They have places of their own: a proxy that is full of clients is not to be restarted. Nor may
+one address, such as that of a neighbor in the pod, have all of them."""
 
 
 def bind(address: Address, *, chosen_by: str = "--listen or the key 'listen'") -> tuple[socket.socket, Address]:
