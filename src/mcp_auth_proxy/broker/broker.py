@@ -100,7 +100,11 @@ class Broker:
         self._visits = LinkVisits(clock=clock, first_only=opens_links)
         self._sign_ins = SignIns(confirmations=Confirmations(database), grants=self._grants, clock=clock)
         self._forgotten_clients = ForgottenClients(
-            flows=self._flows, register=self._register_again, start=self._start_follower, clock=clock
+            servers=servers,
+            flows=self._flows,
+            register=self._register_again,
+            start=self._start_follower,
+            clock=clock,
         )
         self._attempts = AuthorizationAttempts(
             flows=self._flows,

@@ -85,4 +85,4 @@ def read_single(url: str, context: Context) -> dict[str, ServerSettings]:
     if checked is None:
         return {}
     name = single_name(checked)
-    return {name: ServerSettings(name=name, url=checked)}
+    return {name: ServerSettings(name=name, url=checked, from_url=True)}

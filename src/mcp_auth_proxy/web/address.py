@@ -29,6 +29,7 @@ async def address_page(server: ServerSettings, broker: Broker, *, public_url: st
     return page(
         "address.html",
         server=server.name,
+        command_name=server.command_name,
         address=f"{public_url}/{server.name}/mcp",
         issuer=excerpt(connected.issuer) if connected is not None else "",
         headers=form_headers(http=not secure),

@@ -93,7 +93,15 @@ class Site:
         return JSONResponse({"status": "ready"})
 
     async def _connect(self, request: Request) -> Response:
-        return await connect(request, self._broker, public_url=self._public_url, warn=self._warn)
+        name = request.path_params["server"]
+        server = self._servers.get(name)
+        return await connect(
+            request,
+            self._broker,
+            public_url=self._public_url,
+            command_name=server.command_name if server is not None else name,
+            warn=self._warn,
+        )
 
     def _warn(self, server: str, reason: str) -> None:
         if server in self._servers:
