@@ -59,9 +59,14 @@ def test_a_state_is_described_in_words() -> None:
     assert _in_words(CONNECTED).startswith("connected since 20")
     assert _in_words(CONNECTED).endswith(", renews itself, scopes read write")
     ended = Connection(
-        account=NOTES, url="u", command_name="notes", state=ConnectionState.ENDED, issuer=ISSUER, reason="invalid_grant"
+        account=NOTES,
+        url="u",
+        command_name="notes",
+        state=ConnectionState.ENDED,
+        issuer=ISSUER,
+        reason="It refused: invalid_grant.",
     )
-    assert _in_words(ended) == f"ended: invalid_grant; {LOGIN}"
+    assert _in_words(ended) == f"ended: It refused: invalid_grant; {LOGIN}"
     assert _in_words(Connection(account=NOTES, url="u")).startswith("no grant")
 
 

@@ -119,7 +119,7 @@ def _state_in_words(connection: Connection) -> str:
         # Only the store was read. Whether the server asks for authorization is known when it is used.
         return "no grant: not connected yet, or a server that asks for no authorization"
     if connection.state is ConnectionState.ENDED:
-        return f"ended: {connection.reason}"
+        return f"ended: {connection.reason.rstrip('.')}"
     until = _iso(connection.token_expires_at)
     token = (
         f"token {'expired at' if connection.expired else 'until'} {until}" if until else "token without a stated end"
