@@ -34,7 +34,7 @@ SECTIONS: dict[str, type] = {
     "servers.*.oauth.": OAuthSettings,
     "servers.*.oauth.idp.": IdpSettings,
 }
-NOT_KEYS = {"source", "servers.*.name"}
+NOT_KEYS = {"source", "servers.*.name", "servers.*.from_url"}
 # Keys that are no field of their section: they are turned into something else while they are read.
 MORE_KEYS = {"upstream_timeout", "store.url", "store.keys", "servers.*.oauth.signing_alg"}
 

@@ -136,5 +136,5 @@ async def test_a_bare_status_finds_the_store_of_serve_with_a_url(servers: Server
     )
     code, out, err = await run_command("status", "other", env=env, cwd=tmp_path)
     assert (code, out) == (2, "")
-    assert "There is no server 'other'. In the store" in err
-    assert err.rstrip().endswith(f"{name}.")
+    assert "There is no server 'other': no configuration was found" in err
+    assert err.rstrip().endswith(f"known from `mcp-auth-proxy serve URL`: {name}")

@@ -102,7 +102,7 @@ def config_path(config_file: str | None) -> Path:
     command = click.get_current_context().info_name
     last = (
         "set $MCP_AUTH_PROXY_CONFIG."
-        if command in ("check", "healthcheck")
+        if command in ("check", "healthcheck", "install")
         else f"give the URL of a server: mcp-auth-proxy {command} {EXAMPLE}"
     )
     raise ConfigurationError([ConfigError("", f"No configuration was found. {ways}, or {last}")])
@@ -151,6 +151,9 @@ def serve(url: str | None, config_file: str | None, listen: str | None, allow_an
 
     if url is not None:
         _refuse_both(config_file)
+        if "." not in url and ":" not in url:
+            known = "Give the URL of a server, or nothing to serve all that are configured."
+            raise click.UsageError(f"{url!r} is not a URL. {known}")
         run(serve_forever(config.single(url, listen=listen, allow_anonymous=allow_anonymous), None))
         return
     file = ConfigFile(config_path(config_file), listen=listen, allow_anonymous=allow_anonymous)

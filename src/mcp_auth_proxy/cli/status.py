@@ -32,8 +32,12 @@ async def status_without_configuration(store: StoreSettings, name: str | None, *
     try:
         servers = await stored_servers(database)
         if name is not None and name not in servers:
-            known = f" In the store {store.path}: {', '.join(sorted(servers)) or 'none'}."
-            raise ConfigurationError([ConfigError("", f"There is no server {name!r}.{known}")])
+            known = ", ".join(sorted(servers)) or "none"
+            unknown = (
+                f"There is no server {name!r}: no configuration was found (name one with --config FILE), and these are "
+                f"known from `mcp-auth-proxy serve URL`: {known}"
+            )
+            raise ConfigurationError([ConfigError("", unknown)])
         connections = await stored_connections(
             {each: server for each, server in servers.items() if name in (None, each)}, database, now=time.time()
         )
