@@ -75,7 +75,7 @@ class Router:
             await self._forwarder.serve(route, request)
         elif not routes.is_canonical_path(path):
             self._refuse(request, 400, "The path is not in canonical form.")
-        elif routes.is_endpoint(path):
+        elif routes.is_endpoint(path) or (not routes.is_own(path) and _is_mcp_client(request)):
             self._respond_unknown_server(request)
         elif len(path) + len(request.query) > MAX_TARGET:
             self._refuse(request, 414, "The target is too long for a page.")
@@ -89,7 +89,8 @@ class Router:
     def _respond_unknown_server(self, request: ClientRequest) -> None:
         names = sorted(self._servers)
         place = excerpt(request.path.decode("latin-1"))
-        text = f"There is no server at {place}. Configured servers: {', '.join(names)}."
+        rule = "" if routes.is_endpoint(request.path) else ": the path of a server is /NAME/mcp"
+        text = f"There is no server at {place}{rule}. Configured servers: {', '.join(names)}."
         error = {"code": UNKNOWN_SERVER, "message": text, "data": {"servers": names}}
         document = encode({"jsonrpc": "2.0", "id": None, "error": error})
         request.respond(404, answers.JSON_HEADERS, document)
@@ -101,5 +102,17 @@ class Router:
 
 def _wants_page(request: ClientRequest) -> bool:
     """Return whether a browser asks, not an MCP client: those accept event streams (MCP 2025-11-25, transports)."""
-    accepted = b",".join(value for name, value in request.headers if name == b"accept").lower()
+    accepted = _field(request, b"accept")
     return b"text/html" in accepted and b"text/event-stream" not in accepted
+
+
+def _is_mcp_client(request: ClientRequest) -> bool:
+    """Return whether a request is that of an MCP client: many have a path of their server in mind, such as ``/sse``."""
+    if request.method == b"POST":
+        return _field(request, b"content-type").startswith(b"application/json")
+    return request.method == b"GET" and b"text/event-stream" in _field(request, b"accept")
+
+
+def _field(request: ClientRequest, name: bytes) -> bytes:
+    """Return the values of a field in lower case."""
+    return b",".join(value for each, value in request.headers if each == name).lower()

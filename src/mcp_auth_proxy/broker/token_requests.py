@@ -9,7 +9,7 @@ from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.unattended import UnattendedForms
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, TokenRefused
-from mcp_auth_proxy.models import Attempt, Flow, Grant, GrantType, Registration, TokenSet
+from mcp_auth_proxy.models import Attempt, Flow, Grant, GrantType, Registration, RegistrationKind, TokenSet
 from mcp_auth_proxy.oauth import device_authorization, dpop, retry_after, revocation, token_endpoint
 from mcp_auth_proxy.oauth.client_auth import Fields
 from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart, Poll
@@ -156,7 +156,12 @@ class TokenClient:
                 previous=previous,
                 token_types=_token_types(server, dpop_key, previous),
                 secrets=secrets_in(server, client, form),
-                context=TokenRequestContext(server=server.name, resource=resource, scopes=source.scopes),
+                context=TokenRequestContext(
+                    server=server.name,
+                    resource=resource,
+                    scopes=source.scopes,
+                    configured_client=client.kind is RegistrationKind.CONFIGURED,
+                ),
             )
 
     async def _ask(
