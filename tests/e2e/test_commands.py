@@ -74,6 +74,7 @@ async def stored(folder: Path, url: str = "http://127.0.0.1:9/mcp") -> Path:
         (["serve", "https://a.example/mcp", "--config", "x.yaml"], "not both"),
         (["serve", "a.example/mcp"], "is https:// missing at its beginning?"),
         (["serve", "linear"], "'linear' is not a URL. Give the URL of a server, or nothing"),
+        (["login", "a.example/mcp"], "neither a configured name nor a URL; is https:// missing"),
         (["service", "install"], "or set $MCP_AUTH_PROXY_CONFIG."),
         (["serve", "ftp://a.example/mcp"], "http:// or https://"),
         (["serve", "http://a.example/mcp"], "allow_http"),

@@ -303,6 +303,9 @@ def service_status() -> None:
 
 
 def _settings_for(server: str | None, config_file: str | None, *, secrets: bool = True) -> "Settings":
+    if server is not None and "://" not in server and set(server) & set("./:"):
+        # No name has such characters. The text may be a URL with a secret in it.
+        raise click.UsageError("SERVER is neither a configured name nor a URL; is https:// missing at its beginning?")
     # Secrets of other servers may exist only in the environment of the service, and are not needed here.
     secrets_of = (server,) if secrets and server is not None else ()
     return settings_from(config_file, server if server and "://" in server else None, secrets_of=secrets_of)

@@ -178,7 +178,7 @@ def _config_errors(config_file: Path) -> list[ConfigError]:
 def _system_errors(config_file: Path) -> list[ConfigError]:
     """Return what the system service could not see, write or start without."""
     errors = []
-    if any(config_file.resolve().is_relative_to(folder) for folder in _HIDDEN):
+    if _is_hidden(config_file):
         problem = "the service can't see files of users or in /tmp: move it to /etc/mcp-auth-proxy/config.yaml"
         errors.append(ConfigError("", problem))
     content = parse(config_file.read_bytes()).content
@@ -194,6 +194,11 @@ def _system_errors(config_file: Path) -> list[ConfigError]:
         )
         errors.append(ConfigError("store.keys", problem))
     return errors
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether the service of the system can't see a file."""
+    return any(path.resolve().is_relative_to(folder) for folder in _HIDDEN)
 
 
 def _program() -> Path:
@@ -263,7 +268,19 @@ def _run(commands: Sequence[Sequence[str]], found: Manager) -> None:
         if done.returncode != 0:
             said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
             remedy = _remedy(done.stderr) or f"The log: {found.log}"
+            if found.template == "system.service" and list(command) in found.start:
+                remedy = hidden_program(Path(sys.prefix)) + remedy
             raise McpAuthProxyError(f"`{line}` failed: {said}. {remedy}")
+
+
+def hidden_program(place: Path) -> str:
+    """Return a sentence for a program that is installed where the service of the system can't see it; else nothing."""
+    if not _is_hidden(place):
+        return ""
+    return (
+        f"The service can't see {place}, where the program is: install it outside of home folders and /tmp, for "
+        f"example with: python3 -m venv /opt/{NAME} && /opt/{NAME}/bin/pip install . "
+    )
 
 
 def _remedy(stderr: str) -> str:
