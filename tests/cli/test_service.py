@@ -217,6 +217,12 @@ def test_the_service_of_the_system_says_what_its_configuration_lacks(machine: Ma
     ]
 
 
+def test_a_program_that_the_system_service_cannot_see_is_named() -> None:
+    assert service.hidden_program(Path("/opt/mcp-auth-proxy")) == ""
+    for place in ("/root/.local/share/pipx/venvs/mcp-auth-proxy", "/home/ada/venv", "/tmp/venv"):
+        assert service.hidden_program(Path(place)).startswith(f"The service can't see {place}, where the program is")
+
+
 def unit(folder: Path, found: service.Manager) -> Path:
     """Return the unit that a real machine would have, with a program that exists."""
     file = folder / "mcp-auth-proxy.service"

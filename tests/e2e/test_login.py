@@ -171,6 +171,7 @@ async def test_login_with_client_credentials_needs_no_link(
     code, out, err = await run_command("login", "notes", "--config", str(config), env=env)
     assert (code, out) == (1, "")
     assert "invalid_client" in err.splitlines()[-1]
+    assert "Check servers.notes.oauth.client_id and what it proves itself with (client_secret" in err.splitlines()[-1]
     assert "Traceback" not in err
 
 

@@ -79,7 +79,8 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     if stored is not None:
         outcome = await _try_stored(application, route, stored)
         if not isinstance(outcome, PendingAuthorization):
-            say(f"A login for {server.name} is stored already; `mcp-auth-proxy logout {server.name}` forgets it.")
+            forget = f"`mcp-auth-proxy logout {server.command_name}` forgets it"
+            say(f"A login for {server.name} is stored already; {forget}.")
     else:
         status, challenge = await probe(application.forwarder.upstream, route)
         outcome = await broker.authorize(account, status=status, challenge=challenge)

@@ -309,7 +309,19 @@ def _run(commands: Sequence[Sequence[str]], found: Manager) -> None:
         if done.returncode != 0:
             said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
             remedy = _remedy(done.stderr) or f"The log: {found.log}"
+            if found.template == "system.service" and list(command) in found.start:
+                remedy = hidden_program(Path(sys.prefix)) + remedy
             raise McpAuthProxyError(f"`{line}` failed: {said}. {remedy}")
+
+
+def hidden_program(place: Path) -> str:
+    """Return a sentence for a program that is installed where the service of the system can't see it; else nothing."""
+    if not _is_hidden(place):
+        return ""
+    return (
+        f"The service can't see {place}, where the program is: install it outside of home folders and /tmp, for "
+        f"example with: python3 -m venv /opt/{NAME} && /opt/{NAME}/bin/pip install . "
+    )
 
 
 def _remedy(stderr: str) -> str:

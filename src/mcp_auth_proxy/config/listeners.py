@@ -47,8 +47,8 @@ def exposure_errors(
     if settings.inbound.modes or settings.inbound.allow_anonymous or allowed or urls.is_loopback(settings.listen.host):
         return []
     problem = (
-        f"must be true to listen on {settings.listen} (or {otherwise}). This is not a loopback address, and callers are "
-        f"not identified: whoever can reach it can use the proxy's grants. Or set inbound.mode, so that they are"
+        f"must be true to listen on {settings.listen} (or {otherwise}). This is not a loopback address, and callers "
+        f"are not identified: whoever can reach it can use the proxy's grants. Or set inbound.mode, so that they are"
     )
     return [ConfigError("inbound.allow_anonymous", problem)]
 

@@ -194,6 +194,12 @@ def is_endpoint(path: bytes) -> bool:
     return rest == b"mcp" and name not in _RESERVED
 
 
+def is_own(path: bytes) -> bool:
+    """Return whether a path begins with a segment that is reserved for pages and the like, as ``/mcp`` is not."""
+    name = path[1:].partition(b"/")[0]
+    return name in _RESERVED and name != b"mcp"
+
+
 def is_canonical_path(path: bytes) -> bool:
     """Return whether a raw path has no dot segments, empty segments or encoded separators (RFC 3986 §6.2)."""
     if b"//" in path or b"\\" in path:

@@ -155,8 +155,16 @@ class Site:
         return JSONResponse({"status": "ready"})
 
     async def _connect(self, request: Request) -> Response:
+        name = request.path_params["server"]
+        server = self._servers.get(name)
         response = await connect(
-            request, self._broker, self._visitors, self._popups, public_url=self._public_url, warn=self._warn
+            request,
+            self._broker,
+            self._visitors,
+            self._popups,
+            public_url=self._public_url,
+            command_name=server.command_name if server is not None else name,
+            warn=self._warn,
         )
         opened = await self._popups.flow(request.query_params.get("flow", ""))
         return response if opened is None else keep_opener(response)
