@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fakes.manifests import ROOT, SECRETS, Manifests, chart, manifest, write_in
 from mcp_auth_proxy import __version__
@@ -43,6 +44,15 @@ def test_the_configuration_of_compose_is_accepted(tmp_path: Path) -> None:
     assert settings.store.keys_named
     assert not is_loopback(settings.listen.host)
     assert settings.inbound.allow_anonymous
+
+
+def test_the_container_of_compose_has_few_rights_and_starts_again() -> None:
+    (service,) = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"].values()
+    assert service["restart"] == "unless-stopped"
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["ports"] == ["127.0.0.1:8787:8787"]
+    assert int(service["stop_grace_period"].removesuffix("s")) > DRAIN_SECONDS
 
 
 def test_no_secret_is_applied(applied: Manifests) -> None:

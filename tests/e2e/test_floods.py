@@ -43,7 +43,7 @@ SMALL = 256
 """A limit on open files: 88 connections of clients, 66 of one address."""
 
 ATTACKER, OTHER = "127.0.0.1", "127.0.0.2"
-PROMPT = 2.0
+PROMPT = 5.0
 """Seconds. Usually it takes milliseconds, but the machine is busy with other tests."""
 
 

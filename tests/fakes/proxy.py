@@ -251,7 +251,7 @@ async def ready(origin: str) -> None:
     raise AssertionError(f"{origin} did not become ready")
 
 
-async def until(condition: Callable[[], object], what: str = "the condition", timeout: float = 10) -> None:
+async def until(condition: Callable[[], object], what: str = "the condition", timeout: float = 20) -> None:
     """Wait, bounded, until the condition holds."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
