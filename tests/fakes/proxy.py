@@ -165,7 +165,7 @@ async def start_command(
 
 
 async def run_command(
-    *arguments: str, env: Environment | None = None, cwd: Path | None = None, timeout: float = 30
+    *arguments: str, env: Environment | None = None, cwd: Path | None = None, timeout: float = 50
 ) -> tuple[int, str, str]:
     """Run a command of the proxy to its end; return exit code, stdout and stderr, which names no file (see below)."""
     process = await start_command(*arguments, env=env, cwd=cwd)

@@ -193,7 +193,7 @@ async def test_the_look_up_is_part_of_the_one_deadline(get: Get, authority: Auth
     async with RawServer(silent) as server:
         origin = Origin("https", "slow.example", server.port)
         async with asyncio.timeout(1.6):
-            with pytest.raises(UpstreamUnreachable, match=r"no connection within 1\.0 s"):
+            with pytest.raises(UpstreamUnreachable, match=r"no connection within 1 s"):
                 await get(origin, ca=authority.bundle, timeout=1.0, resolve=slow)
         # A look-up that takes all of the time is named as the reason.
         async with asyncio.timeout(0.7):
