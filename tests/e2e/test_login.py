@@ -249,6 +249,7 @@ async def test_login_refuses_if_another_program_has_its_port(servers: Servers, c
         code, out, err = await run_command("login", "notes", "--config", str(config))
     assert (code, out) == (1, "")
     assert f"{host}:{port} is taken by another program" in err
+    assert [file.name for file in config.parent.iterdir()] == [config.name]
 
 
 # secrets that are known to the service alone
