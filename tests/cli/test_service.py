@@ -1,5 +1,6 @@
 """``service``: the real command with a systemctl that only notes what it is told; systemd itself checks the units."""
 
+import configparser
 import os
 import plistlib
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mcp_auth_proxy.app import DRAIN_SECONDS
 from mcp_auth_proxy.cli import notify, service
 
 ROOT = os.geteuid() == 0
@@ -241,6 +243,42 @@ def test_systemd_accepts_the_unit(tmp_path: Path, system: bool) -> None:
     assert "mcp-auth-proxy.service" not in done.stderr
 
 
+COMMON = {
+    "Service.Type": "notify",
+    "Service.ExecReload": "/bin/kill -HUP $MAINPID",
+    "Service.Restart": "on-failure",
+    "Service.RestartSec": "5s",
+    "Service.RestartPreventExitStatus": "2",
+    "Service.TimeoutStopSec": "45s",
+    "Service.UMask": "0077",
+    "Service.NoNewPrivileges": "yes",
+    "Service.LimitCORE": "0",
+}
+USERS = {**COMMON, "Install.WantedBy": "default.target"}
+SYSTEMS = {
+    **COMMON,
+    "Install.WantedBy": "multi-user.target",
+    "Service.DynamicUser": "yes",
+    "Service.StateDirectory": "mcp-auth-proxy",
+    "Service.StateDirectoryMode": "0700",
+    "Service.LoadCredential": "store-key:/etc/mcp-auth-proxy/store.key",
+}
+
+
+@pytest.mark.parametrize(("system", "promised"), [(False, USERS), (True, SYSTEMS)], ids=["user", "system"])
+def test_the_unit_says_when_it_starts_restarts_and_stops(
+    tmp_path: Path, system: bool, promised: dict[str, str]
+) -> None:
+    reader = configparser.RawConfigParser(strict=False)
+    reader.optionxform = str  # type: ignore[assignment, method-assign]
+    reader.read_string(unit(tmp_path, service.systemd(system=system)).read_text())
+    found = {f"{section}.{key}": value for section in reader.sections() for key, value in reader[section].items()}
+    assert {key: found.get(key) for key in promised} == promised
+    assert found["Service.ExecStart"].endswith("/mcp-auth-proxy serve --config /etc/mcp-auth-proxy/config.yaml")
+    # Running requests get their time.
+    assert int(found["Service.TimeoutStopSec"].rstrip("s")) > DRAIN_SECONDS
+
+
 @pytest.mark.systemd
 def test_the_unit_of_the_system_is_hardened(tmp_path: Path) -> None:
     file = unit(tmp_path, service.systemd(system=True))
@@ -270,7 +308,11 @@ def test_the_plist_of_launchd_keeps_it_running() -> None:
     text = service.unit_text(service.launchd(system=False), Path("/Users/ada/a & b.yaml"))
     plist = plistlib.loads(text.encode())
     assert plist["ProgramArguments"][1:] == ["serve", "--config", "/Users/ada/a & b.yaml"]
-    assert (plist["RunAtLoad"], plist["KeepAlive"]) == (True, True)
+    assert plist["ProgramArguments"][0].endswith("/mcp-auth-proxy")
+    assert (plist["Label"], plist["RunAtLoad"], plist["KeepAlive"]) == ("mcp-auth-proxy", True, True)
+    assert (plist["ThrottleInterval"], plist["Umask"]) == (5, 0o077)
+    assert plist["ExitTimeOut"] > DRAIN_SECONDS
+    assert plist["StandardErrorPath"].endswith(".log")
 
 
 @pytest.mark.parametrize(

@@ -160,3 +160,83 @@ def test_a_claim_that_exists_is_used(tmp_path: Path) -> None:
     (data,) = (volume for volume in found.pod["volumes"] if volume["name"] == "data")
     assert data["persistentVolumeClaim"] == {"claimName": "mine"}
     assert "PersistentVolumeClaim" not in found.objects
+
+
+def test_the_values_of_a_pod_get_to_it() -> None:
+    found = chart(
+        "sidecar",
+        "podLabels.team=a",
+        "podAnnotations.note=b",
+        "nodeSelector.disk=ssd",
+        "tolerations[0].key=spot",
+        "affinity.nodeAffinity.x=y",
+        "imagePullSecrets[0].name=pull",
+        "image.repository=registry.example/proxy",
+        "image.tag=9",
+        "image.pullPolicy=Always",
+        "resources.limits.memory=1Gi",
+        "agent.name=mine",
+        "agent.args={one,two}",
+        "agent.ports[0].containerPort=7000",
+        "agent.resources.limits.memory=2Gi",
+        "agent.securityContext.runAsUser=7",
+    )
+    assert found.template["metadata"]["labels"]["team"] == "a"
+    assert found.template["metadata"]["annotations"]["note"] == "b"
+    assert found.pod["nodeSelector"] == {"disk": "ssd"}
+    assert found.pod["tolerations"] == [{"key": "spot"}]
+    assert found.pod["affinity"] == {"nodeAffinity": {"x": "y"}}
+    assert found.pod["imagePullSecrets"] == [{"name": "pull"}]
+    assert (found.proxy["image"], found.proxy["imagePullPolicy"]) == ("registry.example/proxy:9", "Always")
+    assert found.proxy["resources"]["limits"]["memory"] == "1Gi"
+    (agent,) = found.pod["containers"]
+    assert (agent["name"], agent["image"]) == ("mine", "registry.example.com/agent:1.0.0")
+    assert (agent["args"], agent["ports"]) == (["one", "two"], [{"containerPort": 7000}])
+    assert [variable["name"] for variable in agent["env"]] == ["MCP_SERVER_URL"]
+    assert agent["resources"]["limits"]["memory"] == "2Gi"
+    assert agent["securityContext"] == {"runAsUser": 7}
+    # Who uses the agent still reaches it.
+    assert {"ports": [{"port": 7000, "protocol": "TCP"}]} in found.objects["NetworkPolicy"]["spec"]["ingress"]
+
+
+def test_the_values_of_a_service_get_to_it() -> None:
+    found = chart(
+        "shared",
+        "publicUrl=https://mcp.example.com",
+        "service.type=NodePort",
+        "service.port=80",
+        "persistence.size=3Gi",
+        "persistence.storageClassName=fast",
+        "serviceMonitor.interval=7s",
+        "networkPolicy.egressPorts={443,8443}",
+        "networkPolicy.monitoringFrom[0].ipBlock.cidr=10.0.0.0/8",
+    )
+    assert found.config["public_url"] == "https://mcp.example.com"
+    service = found.objects["Service"]["spec"]
+    assert (service["type"], service["ports"][0]) == ("NodePort", {"name": "http", "port": 80, "targetPort": "http"})
+    claim = found.objects["PersistentVolumeClaim"]["spec"]
+    assert (claim["accessModes"], claim["storageClassName"]) == (["ReadWriteOnce"], "fast")
+    assert claim["resources"] == {"requests": {"storage": "3Gi"}}
+    assert found.objects["ServiceMonitor"]["spec"]["endpoints"][0]["interval"] == "7s"
+    policy = found.objects["NetworkPolicy"]["spec"]
+    assert {"ports": [{"port": "health"}], "from": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]} in policy["ingress"]
+    assert [port["port"] for port in policy["egress"][-1]["ports"]] == [443, 8443]
+
+
+def test_without_a_word_on_callers_only_pods_of_the_namespace_are_let_in() -> None:
+    rules = chart("shared", "networkPolicy.from=null").objects["NetworkPolicy"]["spec"]["ingress"]
+    assert {"ports": [{"port": "http"}], "from": [{"podSelector": {}}]} in rules
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ("networkPolicy.enabled=false", "NetworkPolicy"),
+        ("podDisruptionBudget.enabled=false", "PodDisruptionBudget"),
+        ("serviceMonitor.enabled=false", "ServiceMonitor"),
+        ("persistence.enabled=false", "PersistentVolumeClaim"),
+    ],
+)
+def test_what_is_turned_off_is_not_made(setting: str, kind: str) -> None:
+    assert kind in chart("shared").objects
+    assert kind not in chart("shared", setting).objects

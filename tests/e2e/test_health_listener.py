@@ -101,7 +101,7 @@ async def test_it_says_503_while_a_running_call_is_finished(servers: Servers, tm
         assert (await health.get("/healthz")).status_code == 200
         gate.set()
         assert (await call).text == "done"
-        assert await asyncio.wait_for(proxy.process.wait(), 5) == 0
+        assert await asyncio.wait_for(proxy.process.wait(), 20) == 0
 
 
 async def test_it_answers_although_clients_have_every_connection(servers: Servers, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ async def test_quit_ends_the_process_as_sigterm_does(servers: Servers, tmp_path:
         assert (await health.get("/readyz")).status_code == 503
         gate.set()
         assert (await call).text == "done"
-        assert await asyncio.wait_for(proxy.process.wait(), 5) == 0
+        assert await asyncio.wait_for(proxy.process.wait(), 20) == 0
 
 
 async def test_neither_a_web_page_nor_a_get_ends_the_process(tmp_path: Path) -> None:

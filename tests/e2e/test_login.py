@@ -266,6 +266,7 @@ async def test_login_refuses_if_another_program_has_its_port(servers: Servers, c
         code, out, err = await run_command("login", "notes", "--config", str(config))
     assert (code, out) == (1, "")
     assert f"{host}:{port} is taken by another program" in err
+    assert [file.name for file in config.parent.iterdir()] == [config.name]
 
 
 # secrets that are known to the service alone
@@ -329,7 +330,7 @@ async def test_logout_revokes_the_refresh_token_and_a_running_proxy_notices(
         assert (code, err) == (0, "")
         assert out == f"notes: forgotten here and revoked at {authorization_server.issuer}\n"
         asking = asyncio.create_task(ask_until(client, lambda: len(proxy.links) == 2))
-        await until(lambda: len(proxy.links) == 2, "a new link", timeout=1.5)
+        await until(lambda: len(proxy.links) == 2, "a new link", timeout=5)
         await consent(proxy.links[1])
         await asking
     (request,) = authorization_server.seen("revoke")

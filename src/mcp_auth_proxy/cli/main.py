@@ -205,7 +205,9 @@ def service() -> None:
 
 @service.command(epilog=examples("service install --config mcp-auth-proxy.yaml"))
 @config_option
-@click.option("--print", "print_only", is_flag=True, help="Print the file of the service, and do nothing.")
+@click.option(
+    "--print", "print_only", is_flag=True, help="Print the file of the service, and do nothing. Default: off."
+)
 def install(config_file: str | None, print_only: bool) -> None:
     """Write the file of the service, and start it now and at each login."""
     from mcp_auth_proxy.cli import service
@@ -214,7 +216,7 @@ def install(config_file: str | None, print_only: bool) -> None:
 
 
 @service.command(epilog=examples("service uninstall"))
-@click.option("--print", "print_only", is_flag=True, help="Print the commands, and do nothing.")
+@click.option("--print", "print_only", is_flag=True, help="Only print the commands. Default: off.")
 def uninstall(print_only: bool) -> None:
     """Stop the service and delete its file. Configuration and store stay."""
     from mcp_auth_proxy.cli import service
