@@ -154,6 +154,7 @@ async def lifespan(
         stack.push_async_callback(callers.aclose)
         if background:
             await callers.start()
+            callers.warm_up()
         broker = Broker(
             servers=servers,
             database=database,
@@ -204,6 +205,7 @@ async def lifespan(
             start=start,
             visitors=visitors,
             sign_in=sign_in_mount.pages,
+            problems=callers.problems,
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(

@@ -48,8 +48,12 @@ class Site:
         start: Start,
         visitors: Visitors,
         sign_in: "Callable[[], SignInPages]",
+        problems: Callable[[], list[str]] = list,
     ) -> None:
-        """``sign_in`` returns the pages to sign in with, which are made when they are first needed."""
+        """``sign_in`` returns the pages to sign in with, which are made when they are first needed.
+
+        ``problems`` returns in sentences why some callers can't be identified now.
+        """
         self._broker = broker
         self._servers = servers
         self._database = database
@@ -58,6 +62,7 @@ class Site:
         self._start = start
         self._visitors = visitors
         self._sign_in = sign_in
+        self._problems = problems
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:
@@ -121,7 +126,9 @@ class Site:
             await self._database.check_writable()
         except StoreError as error:
             return JSONResponse({"status": "store", "reason": str(error)}, status_code=503)
-        return JSONResponse({"status": "ready"})
+        # An identity provider that is down is no reason to send nobody here: known callers go on.
+        problems = self._problems()
+        return JSONResponse({"status": "ready", **({"problems": problems} if problems else {})})
 
     async def _connect(self, request: Request) -> Response:
         return await connect(request, self._broker, self._visitors, public_url=self._public_url, warn=self._warn)
