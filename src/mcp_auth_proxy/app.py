@@ -174,6 +174,7 @@ async def lifespan(
             check_loop=partial(loops.check_url, listening=listening, public_url=public_url),
         )
         await made.reload()
+            callers.warm_up()
         broker = Broker(
             readers=(made,),
             servers=servers,
@@ -240,6 +241,7 @@ async def lifespan(
             api=ApiMount(api) if settings.admin.enabled else None,
             visitors=visitors,
             sign_in=sign_in_mount.pages,
+            problems=callers.problems,
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(
