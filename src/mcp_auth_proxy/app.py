@@ -164,6 +164,7 @@ async def lifespan(
         stack.push_async_callback(callers.aclose)
         if background:
             await callers.start()
+            callers.warm_up()
             if callers.anonymous and settings.admin.enabled:
                 _accept_token(callers, settings, now=clock())
         made = MadeServers(
@@ -174,7 +175,6 @@ async def lifespan(
             check_loop=partial(loops.check_url, listening=listening, public_url=public_url),
         )
         await made.reload()
-            callers.warm_up()
         broker = Broker(
             readers=(made,),
             servers=servers,
