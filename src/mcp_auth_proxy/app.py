@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
@@ -52,6 +52,9 @@ Announce = Callable[[Flow, str], None]
 
 FORGET_DELAY = 2.0
 """Seconds until the metrics of a removed server are dropped: its last requests have been counted by then."""
+
+PROBE_SECONDS = 15.0
+"""Seconds that the API waits for the first answer of a server."""
 
 DRAIN_SECONDS = 30.0
 """Seconds that active requests are given after SIGTERM."""
@@ -222,7 +225,7 @@ async def lifespan(
             broker=broker,
             servers=servers,
             made=made,
-            probe=lambda server: probe(forwarder.upstream, route_to(server)),
+            probe=lambda server: probe(forwarder.upstream, route_to(_impatient(server))),
             list_tools=lambda server, account: list_tools(broker, forwarder.upstream, server, account),
             database=database,
             settings=lambda: application.settings,
@@ -274,6 +277,11 @@ async def lifespan(
             sign_in=sign_in_mount,
         )
         yield application
+
+
+def _impatient(server: ServerSettings) -> ServerSettings:
+    """Return a server of which a user of the API does not wait for an answer as long as a tool may take."""
+    return replace(server, upstream_timeout=min(server.upstream_timeout, PROBE_SECONDS))
 
 
 def _opens_links(settings: Settings) -> bool:

@@ -186,7 +186,7 @@ async def test_a_user_who_declines_and_one_who_consents_are_told_apart_by_the_la
         assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
 
 
-async def test_the_last_page_of_other_flows_has_no_script(servers: Servers, tmp_path: Path) -> None:
+async def test_the_last_page_of_other_flows_has_no_script(servers: Servers, tmp_path: Path) -> None:  # T71
     async with started(servers, tmp_path) as setup, setup.signed_in("ben") as browser:
         await setup.make()
         async with setup.mcp("tickets", "ben") as client:
