@@ -106,13 +106,18 @@ class Application:
         shares = _shares(settings.limits)
         self.connections.rules = _connection_rules(settings, shares)
         self.http.set_limit(settings.limits.upstream_connections, shares.upstreams)
-        self.forwarder.configure(
-            limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
-        )
+        self.configure_forwarder()
         self.callers.configure(settings.inbound)
         self.sign_in.configure(settings.inbound)
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
         self.router.resource = ProtectedResource(self.public_url, settings.inbound)
+
+    def configure_forwarder(self) -> None:
+        """Hand the forwarder the limits, of which a server gets a share if there are several."""
+        settings = self.settings
+        self.forwarder.configure(
+            limits=settings.limits, wait=settings.authorization.wait, several=len(self.servers) > 1
+        )
 
     async def drain(self, waiting: Callable[[int], None] = _say_nothing) -> None:
         """Become unready, let requests finish for a bounded time, then end those that are left.
@@ -206,7 +211,7 @@ async def lifespan(
             http=http,
             limits=settings.limits,
             wait=settings.authorization.wait,
-            several=len(settings.servers) > 1,
+            several=len(servers) > 1,
         )
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
@@ -258,6 +263,7 @@ async def lifespan(
         )
         servers.on_change(lambda change: _forget_series(servers, change.removed))
         servers.on_change(lambda change: _forget_pools(servers, http))
+        servers.on_change(lambda change: application.configure_forwarder())
         application = Application(
             settings=settings,
             listening=listening,
