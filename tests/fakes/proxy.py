@@ -38,6 +38,7 @@ class Sections(TypedDict, total=False):
     limits: Mapping[str, object]
     inbound: Mapping[str, object]
     outbound: Mapping[str, object]
+    admin: Mapping[str, object]
 
 
 class RunningProxy:
