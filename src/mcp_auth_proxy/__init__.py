@@ -6,6 +6,7 @@ Each layer imports only from those below it; layers on one line do not import ea
     app                 composition root: builds every layer and closes it again
     router              where each request goes
     proxy | web         forwarding of MCP; pages and health endpoints
+    identity            who calls
     broker              which token a request may use, and what happens if there is none
     oauth | store | servers
                         one module for each OAuth step, without sockets; the encrypted database; the server map

@@ -101,6 +101,7 @@ class Application:
             limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
         )
         self.callers.configure(settings.inbound)
+        self.router.identify_by(self.router.authenticator, ProtectedResource(self.public_url, settings.inbound))
         self.sign_in.configure(settings.inbound)
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
 
@@ -158,6 +159,7 @@ async def lifespan(
             await callers.start()
             if callers.anonymous and settings.admin.enabled:
                 _accept_token(callers, settings, now=clock())
+            callers.warm_up()
         broker = Broker(
             servers=servers,
             database=database,
@@ -220,6 +222,7 @@ async def lifespan(
             visitors=visitors,
             sign_in=sign_in_mount.pages,
             api=ApiMount(api) if settings.admin.enabled else None,
+            problems=callers.problems,
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(

@@ -70,6 +70,11 @@ class Router:
         )
         authenticator.on_refused(self._caller_refused)
 
+    @property
+    def authenticator(self) -> Authenticator:
+        """What identifies the callers now."""
+        return self._authenticator
+
     def try_fast_path(self, request: ClientRequest) -> bool:
         """Forward a usual request at once and return True; return False if it is for ``serve``."""
         if self.draining:

@@ -1,5 +1,8 @@
 """Signing in with a key: which session a browser gets, and when it ends."""
 
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,8 @@ import pytest
 from fakes.fixtures import Servers
 from fakes.headless import Browser
 from fakes.team import add_member, post, team
+from mcp_auth_proxy.config.changes import compare
+from mcp_auth_proxy.config.settings import SignInSettings
 from mcp_auth_proxy.models import PrincipalStatus, Scope
 
 
@@ -146,3 +151,56 @@ async def test_without_callers_there_is_nobody_to_sign_in_as(servers: Servers, t
         assert "mcp-auth-proxy dashboard" in page.text
         assert (await setup.sign_in(browser, "anna")).status_code == 403
         assert dict(browser.client.cookies) == {}
+
+
+async def test_another_name_of_this_machine_leads_to_the_one_that_callbacks_come_to(
+    servers: Servers, tmp_path: Path
+) -> None:
+    async with team(servers, tmp_path, "anna") as setup, Browser() as browser:
+        await setup.sign_in(browser, "anna")
+        for path in ("/", "/notes/mcp", "/sign-in?next=/notes/mcp"):
+            elsewhere = setup.proxy.origin.replace("127.0.0.1", "localhost") + path
+            page = await browser.open(elsewhere)
+            assert page.status_code == 303
+            onward = page.headers["location"]
+            assert onward.startswith(setup.proxy.origin + path.partition("?")[0])
+            assert (await browser.open(onward)).status_code == 200
+
+
+async def test_a_reload_changes_how_users_sign_in(servers: Servers, tmp_path: Path) -> None:
+    async with team(servers, tmp_path, "anna") as setup, Browser() as browser:
+        application = setup.proxy.application
+        before = application.settings
+        assert "Sign in at" not in (await browser.open(f"{setup.proxy.origin}/sign-in")).text
+        sign_in = SignInSettings(issuer="https://idp.example", client_id="proxy")
+        changed = replace(before, inbound=replace(before.inbound, sign_in=sign_in))
+        application.apply(compare(before, changed))
+        page = await browser.open(f"{setup.proxy.origin}/sign-in")
+        assert "Sign in at https://idp.example" in page.text
+        assert 'name="key"' in page.text
+        application.apply(compare(changed, before))
+        assert "Sign in at" not in (await browser.open(f"{setup.proxy.origin}/sign-in")).text
+
+
+async def test_who_has_signed_in_and_which_key_did_not_hold_is_logged_without_the_key(
+    servers: Servers, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="mcp_auth_proxy")
+    wrong = "mapk_000000000000_" + "Q" * 43
+    async with team(servers, tmp_path, "anna") as setup, Browser() as browser:
+        await setup.sign_in(browser, "anna")
+        for _ in range(3):
+            await post(browser, f"{setup.proxy.origin}/sign-in", key=wrong)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len([line for line in lines if "anna has signed in with key:" in line]) == 1
+    assert len([line for line in lines if "does not hold" in line]) == 1
+    assert not any(wrong in line or setup.keys["anna"] in line for line in lines)
+
+
+def test_a_proxy_that_identifies_nobody_does_without_the_modules_of_the_sign_in() -> None:
+    code = "import sys, mcp_auth_proxy.app, mcp_auth_proxy.cli.serve; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    loaded = done.stdout.split()
+    assert "mcp_auth_proxy.web.session" in loaded
+    for module in ("web.sign_in", "identity.openid", "identity.tokens"):
+        assert f"mcp_auth_proxy.{module}" not in loaded

@@ -15,7 +15,7 @@ def announced() -> str:
     return REFERENCE.read_text().partition("## Announced, not in this version")[2]
 
 
-@pytest.mark.parametrize("what", [*MISSING_ROUTES, "keys rotate", "PostgreSQL", "inbound", "cold_start"])
+@pytest.mark.parametrize("what", [*MISSING_ROUTES, "keys rotate", "PostgreSQL", "cold_start"])
 def test_the_list_is_complete(what: str) -> None:
     assert what in announced()
 

@@ -12,7 +12,7 @@ FOUND = [
     for number, files in re.findall(r"^\| ([TF]\d+) \|.*\|([^|]*)\|$", PAGE, re.MULTILINE)
 ]
 ROWS = list(dict.fromkeys(number for number, _ in FOUND))
-THREATS = [*range(1, 55), *(65, 66, 67), *range(77, 90)]
+THREATS = [*range(1, 55), *range(60, 64), *(65, 66, 67, 74), *range(76, 90)]
 NUMBERS = [*(f"T{number}" for number in THREATS), *(f"F{number}" for number in range(1, 15))]
 
 

@@ -16,7 +16,7 @@ def cookies_of(attempt: SignInAttempt) -> dict[str, str]:
     return {name: value}
 
 
-def test_an_attempt_is_found_by_its_state_in_its_browser_alone() -> None:
+def test_an_attempt_is_found_by_its_state_in_its_browser_alone() -> None:  # T54
     attempt = SignInAttempt.new("/connect/notes?flow=1")
     found = SignInAttempt.of(cookies_of(attempt), attempt.state)
     assert found == attempt

@@ -164,7 +164,7 @@ def status(server: str | None, config_file: str | None, as_json: bool) -> None:
 
 @cli.command(epilog=examples("dashboard", "dashboard --as anna"))
 @config_option
-@click.option("--as", "name", metavar="NAME", help="The principal whose session it is, if callers are identified.")
+@click.option("--as", "name", metavar="NAME", help="The principal whose session it is. Default: that of mode none.")
 @log_options
 def dashboard(config_file: str | None, name: str | None) -> None:
     """Print a link that opens a session in a browser, once, with the running proxy; open it if there is a desktop."""

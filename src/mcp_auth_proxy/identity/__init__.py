@@ -1,6 +1,7 @@
 """Who is calling: from the credentials of a request to a principal.
 
-``Authenticator`` is what the router, the pages and the API ask. ``NoAuthenticator`` is that of mode ``none``.
+``Authenticator`` is what the data plane asks; ``Callers`` is that of a running proxy, in every mode, and also tells who
+uses the API. ``Directory`` has the principals and keys.
 """
 
 import time

@@ -2,9 +2,9 @@
 
 ``open_store`` returns an ``Engine`` (engine.py), which runs SQL in transactions; ``sqlite/`` has the one that exists,
 with its file, schema and migrations. ``grants.py``, ``registrations.py`` and ``flows.py`` read and write the frozen
-values of ``models`` through it. ``codec.py`` turns those values into rows, ``cipher.py`` seals the secrets in them,
-``serving.py`` tells other processes that this one serves, ``lease.py`` decides whether another one still holds a
-refresh, ``files.py`` creates private files.
+values of ``models`` through it, ``principals.py`` and ``api_keys.py`` those of callers. ``codec.py`` turns values into
+rows, ``cipher.py`` seals the secrets in them, ``serving.py`` tells other processes that this one serves, ``lease.py``
+decides whether another one still holds a refresh, ``files.py`` creates private files.
 """
 
 import os

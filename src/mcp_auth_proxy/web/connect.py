@@ -40,8 +40,7 @@ async def connect(
     """
     server, flow_id = request.path_params["server"], request.query_params.get("flow", "")
     if is_other_loopback_name(request, public_url):
-        query = urlencode([*request.query_params.multi_items(), (REDIRECTED, "1")])
-        return redirect(f"{public_url}/connect/{quote(server)}?{query}", "Continue")
+        return to_public_url(request, public_url)
     caller = await visitors.require(request)
     may_open = visitors.may_open(caller)
     opened: AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer
@@ -103,6 +102,13 @@ def is_other_loopback_name(request: Request, public_url: str) -> bool:
         and REDIRECTED not in request.query_params
         and len(request.url.path) + len(request.url.query) <= MAX_LINK
     )
+
+
+def to_public_url(request: Request, public_url: str) -> Response:
+    """Redirect a browser to the same page under the name of ``public_url``, once."""
+    query = urlencode([*request.query_params.multi_items(), (REDIRECTED, "1")])
+    path = quote(request.scope["path"], safe="/@")
+    return redirect(f"{public_url}{path}?{query}", "Continue")
 
 
 def link_refused(title: str, refused: CallbackRefused, *, name: str | None, onward: str) -> Response:

@@ -26,8 +26,9 @@ class Visitors:
         self.sessions = sessions
         self._secure = public_url.startswith("https://")
         # Cookies are sent to every port of a host: two proxies on one machine must not overwrite each other's.
-        port = urls.parse(public_url).origin.port
-        self._cookie = f"__Host-{COOKIE}" if self._secure else f"{COOKIE}_{port}"
+        origin = urls.parse_origin(public_url)
+        assert origin is not None
+        self._cookie = f"__Host-{COOKIE}" if self._secure else f"{COOKIE}_{origin.port}"
 
     @property
     def anonymous(self) -> bool:

@@ -5,6 +5,7 @@ from an identity provider is bound to the browser by a cookie, and a single-use 
 the browser only prefetches, is not used before a button is pressed.
 """
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -12,18 +13,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mcp_auth_proxy import secret_values
-from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused, CallerRefused
+from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused, CallerRefused, excerpt
 from mcp_auth_proxy.identity.sessions import SessionCookie
 from mcp_auth_proxy.models import Caller
+from mcp_auth_proxy.observability.peer_log import RefusalLog
 from mcp_auth_proxy.web.attempt import SignInAttempt
+from mcp_auth_proxy.web.connect import is_other_loopback_name, to_public_url
 from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.forms import read_form
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import local_path, sign_in_path
-from mcp_auth_proxy.web.session import Visitors
+from mcp_auth_proxy.web.session import Visitors, peer
 
 if TYPE_CHECKING:
     from mcp_auth_proxy.identity.openid import OpenIdProvider
+
+logger = logging.getLogger(__name__)
 
 NO_SIGN_IN = (
     "The callers of this proxy are not identified, so there is nobody to sign in as. Run `mcp-auth-proxy dashboard` on "
@@ -56,9 +61,12 @@ class SignInPages:
         self._check_key = check_key
         self._provider = provider
         self._public_url = public_url
+        self._refusals = RefusalLog()
 
     async def show(self, request: Request) -> Response:
         """Answer a GET: with the form, or by opening a single-use link."""
+        if is_other_loopback_name(request, self._public_url):
+            return to_public_url(request, self._public_url)
         if "link" in request.query_params:
             return await self._link(request)
         if self._visitors.anonymous:
@@ -82,6 +90,7 @@ class SignInPages:
         try:
             caller = await self._check_key(key)
         except CallerRefused as refused:
+            self._refusals.warn(peer(request), refused.status, "the key that its user signs in with does not hold")
             text = KEY_REFUSED if refused.status in (400, 401) else str(refused)
             return await self._form(request, onward=onward, problem=text, status=max(401, refused.status))
         return await self._begin(request, caller, onward)
@@ -149,6 +158,7 @@ class SignInPages:
     async def _begin(self, request: Request, caller: Caller, onward: str) -> Response:
         """Give the browser a new session, and lead it on."""
         visitors = self._visitors
+        logger.info("%s has signed in with %s", excerpt(caller.principal.name), excerpt(caller.credential))
         cookie = await visitors.sessions.begin(caller, replaces=visitors.cookie(request))
         return self._with_session(cookie, local_path(onward))
 

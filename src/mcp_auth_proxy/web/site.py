@@ -24,7 +24,7 @@ from mcp_auth_proxy.store import Engine
 from mcp_auth_proxy.web.address import Start, address_page, start_page
 from mcp_auth_proxy.web.api_mount import ApiMount
 from mcp_auth_proxy.web.callback import callback
-from mcp_auth_proxy.web.connect import connect, connected_page
+from mcp_auth_proxy.web.connect import connect, connected_page, is_other_loopback_name, to_public_url
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import path_of, sign_in_path, split_name
 from mcp_auth_proxy.web.session import Visitors
@@ -49,11 +49,12 @@ class Site:
         start: Start,
         visitors: Visitors,
         sign_in: "Callable[[], SignInPages]",
+        problems: Callable[[], list[str]] = list,
         api: ApiMount | None = None,
     ) -> None:
         """``sign_in`` returns the pages to sign in with, which are made when they are first needed.
 
-        ``api`` is None if the API is off.
+        ``problems`` returns in sentences why some callers can't be identified now. ``api`` is None if the API is off.
         """
         self._broker = broker
         self._servers = servers
@@ -64,6 +65,7 @@ class Site:
         self._visitors = visitors
         self._sign_in = sign_in
         self.api = api
+        self._problems = problems
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:
@@ -87,7 +89,7 @@ class Site:
             exception_handlers={
                 404: _not_found,
                 405: _not_allowed,
-                SignInNeeded: _sign_in_needed,
+                SignInNeeded: self._sign_in_needed,
                 CallerRefused: _caller_refused,
                 StoreError: _store_error,
             },
@@ -128,7 +130,9 @@ class Site:
             await self._database.check_writable()
         except StoreError as error:
             return JSONResponse({"status": "store", "reason": str(error)}, status_code=503)
-        return JSONResponse({"status": "ready"})
+        # An identity provider that is down is no reason to send nobody here: known callers go on.
+        problems = self._problems()
+        return JSONResponse({"status": "ready", **({"problems": problems} if problems else {})})
 
     async def _connect(self, request: Request) -> Response:
         return await connect(request, self._broker, self._visitors, public_url=self._public_url, warn=self._warn)
@@ -194,6 +198,14 @@ class Site:
             return message("You can't authorize this server", str(refused), status=refused.status)
         return await start_page(server, account, self._start)
 
+    async def _sign_in_needed(self, request: Request, error: Exception) -> Response:
+        """Lead a browser to the sign-in page and, if what it opened can be opened again, back."""
+        if is_other_loopback_name(request, self._public_url):
+            # It may be signed in under the name that the callback comes to.
+            return to_public_url(request, self._public_url)
+        again = request.method in ("GET", "HEAD") or "flow" in request.query_params
+        return redirect(sign_in_path(path_of(request) if again else "/"), "Sign in first")
+
     async def _client_metadata(self, request: Request) -> Response:
         if not self._public_url.startswith("https://"):
             return message("Not found", "A client metadata document needs a public_url with https.", status=404)
@@ -214,12 +226,6 @@ async def _not_allowed(request: Request, error: Exception) -> Response:
     response = message("Not possible", f"This address does not accept {request.method}.", status=405)
     response.headers.update(getattr(error, "headers", None) or {})
     return response
-
-
-async def _sign_in_needed(request: Request, error: Exception) -> Response:
-    """Lead a browser to the sign-in page and, if what it opened can be opened again, back."""
-    again = request.method in ("GET", "HEAD") or "flow" in request.query_params
-    return redirect(sign_in_path(path_of(request) if again else "/"), "Sign in first")
 
 
 async def _caller_refused(request: Request, error: Exception) -> Response:
