@@ -2,13 +2,16 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
+import ssl
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import jwt
 import pytest
+import yaml
 from mcp import ClientSession
 from mcp.client.auth import OAuthClientProvider
 from mcp.client.streamable_http import streamable_http_client
@@ -19,14 +22,20 @@ from pydantic import AnyUrl
 from fakes.fixtures import Servers
 from fakes.identity_provider import Person, identity_provider
 from fakes.mcp_client import PlainClient
+from fakes.proxy import PROGRAM
 from fakes.sharing import Shared, block
+from identity import idp
 
 CONFIG = block("yaml", "sign_in:")
 CURL = block("sh", "oauth-protected-resource")
 CLAUDE = block("sh", "claude mcp add", without="--header")
 FILE = block("json", '{"mcpServers": {"linear": {"url"')
+LIST = block("sh", "principals list")
 LISTED = block("yaml", "provision: listed")
 ADD = block("sh", "principals add")
+KUBERNETES = block("yaml", "kubernetes: true")
+KEYS_CONFIG = block("yaml", "mode: api_key")
+POD = block("yaml", "serviceAccountToken")
 
 CALLBACK = "/callback"
 
@@ -128,7 +137,7 @@ async def test_clients_and_browsers_sign_in_at_a_certified_identity_provider(ser
                     assert await echo(program, name) == name
                     # The browser was signed in at the provider already.
                     assert person.asked_at == [urlsplit(issuer).netloc]
-            listed = await shared.run(block("sh", "principals list"))
+            listed = await shared.run(LIST)
             assert "ada  member  active" in listed
             assert "root  admin  active" in listed
             assert listed.count("active") == 2
@@ -142,6 +151,48 @@ async def test_with_a_list_a_valid_token_is_not_enough(servers: Servers, tmp_pat
         async with shared.serving(), shared.person(name="00u1a2b3c4") as ada:
             page = await ada.follow(f"{shared.origin}/sign-in")
             assert page.status_code == 403
-            identity = block("sh", "principals add").text.split()[-1]
-            assert shared.moved(identity) in page.text
+            assert shared.moved(ADD.text).split()[-1] in page.text
             await shared.run(ADD)
+            page = await ada.follow(f"{shared.origin}/linear/mcp", until="/linear/mcp")
+            assert page.status_code == 200
+
+
+CLUSTER = "https://kubernetes.default.svc.cluster.local"
+ACCOUNT = "system:serviceaccount:team:agent"
+
+
+@pytest.mark.nginx
+async def test_pods_are_callers(servers: Servers, tmp_path: Path) -> None:
+    authority = await servers.authorization_server(auto_consent=True)
+    upstream = await servers.mcp_server(authority)
+    shared = Shared.on(tmp_path, mcp_linear_app=upstream.url)
+    shared.configure(KEYS_CONFIG, KUBERNETES)
+    (volume,) = yaml.safe_load(shared.moved(POD.text))["spec"]["volumes"]
+    (source,) = volume["projected"]["sources"]
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(shared.files.certificate, shared.files.key)
+    async with idp.identity_provider(tls) as api_server:
+        now = int(time.time())
+        common = {"iss": CLUSTER, "iat": now, "exp": now + source["serviceAccountToken"]["expirationSeconds"]}
+        own = api_server.token(**common, sub="system:serviceaccount:mcp:proxy", aud=CLUSTER)
+        agents = api_server.token(**common, sub=ACCOUNT, aud=source["serviceAccountToken"]["audience"])
+        account = tmp_path / "serviceaccount"
+        account.mkdir()
+        (account / "token").write_text(own)
+        (account / "ca.crt").write_bytes(shared.files.authority.read_bytes())
+        shared.env = {
+            "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+            "KUBERNETES_SERVICE_PORT": api_server.issuer.rpartition(":")[2],
+        }
+        async with shared.serving(program=in_pod(account)):
+            for token, status in {own: 401, agents: 200}.items():
+                async with shared.client(f"{shared.origin}/linear/mcp", {"Authorization": f"Bearer {token}"}) as client:
+                    assert (await client.call("echo", text="x")).status == status
+            assert ACCOUNT in await shared.run(LIST)
+
+
+def in_pod(account: Path) -> Sequence[str]:
+    """Return how the proxy is started with the files of a service account where a pod has them."""
+    place = "/run/secrets/kubernetes.io"
+    script = f'mount -t tmpfs none /run; mkdir -p {place}; cp -r {account} {place}; exec "$@"'
+    return ("unshare", "--map-root-user", "--mount", "sh", "-euc", script, "sh", *PROGRAM)

@@ -1,4 +1,4 @@
-"""The proxy that docs/sharing.md sets up, with its commands, addresses and files moved to where a test may have them."""
+"""The proxy that docs/sharing.md sets up: its commands run, with addresses and files moved to where a test has them."""
 
 import asyncio
 import json
@@ -6,8 +6,8 @@ import os
 import re
 import ssl
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from bench.processes import free_port
 from fakes.identity_provider import CLIENT_SECRET, Person
 from fakes.mcp_client import PlainClient
 from fakes.nginx import running_nginx
-from fakes.proxy import ProxyProcess, serving
+from fakes.proxy import PROGRAM, serving
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = (DOCS / "sharing.md").read_text()
@@ -63,7 +63,10 @@ class Shared:
     moves: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     behind: int = field(default_factory=free_port)
+    sign_on: int = 0
+    """The port of what answers nginx's ``auth_request``."""
     env: dict[str, str] = field(default_factory=dict)
+    """Of the proxy, in addition."""
 
     @classmethod
     def on(cls, folder: Path, **moves: str) -> "Shared":
@@ -72,7 +75,6 @@ class Shared:
         made.moves |= {f"https://{name.replace('_', '.')}/mcp": url for name, url in moves.items()}
         commands = folder / "bin"
         commands.mkdir()
-        (folder / "mcp-auth-proxy").write_text("")
         program = f'#!/bin/sh\nexec "{sys.executable}" -m mcp_auth_proxy "$@"\n'
         claude = CLAUDE.format(python=sys.executable, file=str(folder / "claude.json"))
         for name, text in {"mcp-auth-proxy": program, "claude": claude}.items():
@@ -102,24 +104,19 @@ class Shared:
             "/etc/ssl/mcp-auth-proxy/privkey.pem": str(self.files.key),
             "/etc/mcp-auth-proxy/": f"{self.folder}/",
             "/etc/nginx/": f"{self.folder}/",
+            "127.0.0.1:4180": f"127.0.0.1:{self.sign_on}",
         }
         for old, new in changes.items():
             text = text.replace(old, new)
         return text
 
-    def document(self, *blocks: Block, **servers: Mapping[str, object]) -> dict[str, Any]:
-        """Return the configuration in these blocks, the later ones over the earlier ones."""
+    def configure(self, *blocks: Block) -> None:
+        """Write the configuration in these blocks, the sections of the later ones over those of the earlier ones."""
         document: dict[str, Any] = {"authorization": {"wait": 0, "open_browser": "never"}}
         for each in blocks:
             for key, value in yaml.safe_load(self.moved(each.text)).items():
                 document[key] = {**document.get(key, {}), **value} if isinstance(value, dict) else value
-        return document
-
-    def configure(self, *blocks: Block) -> Path:
-        """Write the configuration in these blocks; return the file."""
-        file = self.folder / "mcp-auth-proxy.yaml"
-        file.write_text(yaml.safe_dump(self.document(*blocks)))
-        return file
+        (self.folder / "mcp-auth-proxy.yaml").write_text(yaml.safe_dump(document))
 
     async def run(self, commands: Block, *, typed: str = "", **env: str) -> str:
         """Run commands as a terminal would, but end with the first one that fails; return their stdout."""
@@ -138,9 +135,9 @@ class Shared:
     async def added_to_claude(self, commands: Block, **env: str) -> PlainClient:
         """Run a ``claude mcp add``; return a client with what it was told."""
         await self.run(commands, **env)
-        mcp, add, *given, name, url = json.loads((self.folder / "claude.json").read_text())[:6]
-        assert (mcp, add, given, name) == ("mcp", "add", ["--transport", "http"], "linear")
-        headers = json.loads((self.folder / "claude.json").read_text())[6:]
+        *given, url = (told := json.loads((self.folder / "claude.json").read_text()))[:6]
+        assert given == ["mcp", "add", "--transport", "http", "linear"]
+        headers = told[6:]
         fields = [each.partition(": ") for each in headers[1::2]]
         assert headers[::2] == ["--header"] * len(fields)
         return self.client(url, {field: value for field, _, value in fields})
@@ -168,19 +165,16 @@ class Shared:
         return str(found).rstrip(".")
 
     @asynccontextmanager
-    async def serving(self, *, nginx: Block = PLAIN_NGINX) -> AsyncIterator[ProxyProcess]:
+    async def serving(self, *, nginx: str = PLAIN_NGINX.text, program: Sequence[str] = PROGRAM) -> AsyncIterator[None]:
         """Run the proxy and nginx until the block ends."""
-        async with AsyncExitStack() as stack:
-            proxy = await stack.enter_async_context(
-                serving(env=self._environment({}), ready_at=f"http://127.0.0.1:{self.behind}")
-            )
-            await stack.enter_async_context(self.behind_nginx(self.moved(nginx.text)))
-            yield proxy
+        at = f"http://127.0.0.1:{self.behind}"
+        async with serving(env=self._environment({}), ready_at=at, program=program), self.with_nginx(nginx):
+            yield
 
     @asynccontextmanager
-    async def behind_nginx(self, server: str) -> AsyncIterator[None]:
-        """Run nginx until the block ends."""
-        async with running_nginx(self.folder / "nginx", server, self.port):
+    async def with_nginx(self, server: str) -> AsyncIterator[None]:
+        """Run nginx with a ``server`` block until the block ends."""
+        async with running_nginx(self.folder / "nginx", self.moved(server), self.port):
             yield
 
     def _environment(self, env: Mapping[str, str]) -> dict[str, str]:

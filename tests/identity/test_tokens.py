@@ -77,7 +77,8 @@ async def test_no_other_slash_may_differ(tmp_path: Path, configured: str, presen
         issuer = JwtSettings(issuer=provider.issuer, audience=configured)
         async with identifying(tmp_path, InboundSettings(modes=("jwt",), jwt=(issuer,))) as setup:
             assert (await refused(setup, provider.token(aud=presented))).status == 401
-            assert await setup.callers.identify(bearer(provider.token(aud=configured)), PEER)
+            caller = await setup.callers.identify(bearer(provider.token(aud=configured)), PEER)
+            assert caller.principal.name == "alice"
 
 
 async def test_keys_are_fetched_once_for_many_tokens(tmp_path: Path) -> None:
