@@ -136,7 +136,6 @@ admin: {enabled: maybe, adhoc: everybody, popup_origins: [app.example], allow_pr
         "inbound.jwt[0].algorithms",
         "inbound.jwt[1].issuer",
         "inbound.jwt[1].roles.claims",
-        "inbound.jwt[1].roles.claim",
         "inbound.jwt[1].roles.admin",
         "inbound.jwt[2]",
         "inbound.trusted_header.name",

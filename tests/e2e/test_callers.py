@@ -14,7 +14,7 @@ from fakes.authorization_server import FakeAuthorizationServer
 from fakes.callers import HeaderCallers, admin, principal
 from fakes.extension_server import TOKEN_EXCHANGE, ExtensionServer
 from fakes.fixtures import Servers
-from fakes.headless import consent
+from fakes.headless import Browser
 from fakes.mcp_client import PlainClient
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import RunningProxy, link_in, running_proxy, until
@@ -42,14 +42,16 @@ async def proxied(
         yield proxy, callers
 
 
-async def authorize(link: str) -> None:
-    """Consent in a browser, which need not show what is connected."""
-    await consent(link)
+async def authorize(link: str, name: str) -> None:
+    """Consent in a browser of a caller, whom a web server in front names."""
+    async with Browser() as browser:
+        browser.client.headers["x-test-caller"] = name
+        assert (await browser.follow(link)).status_code == 200
 
 
 async def connect(client: PlainClient) -> None:
     """Authorize as the user of a client would."""
-    await authorize(link_in((await client.call("echo", text="connect")).message))
+    await authorize(link_in((await client.call("echo", text="connect")).message), client.http.headers["x-test-caller"])
     assert "/connect/" not in (await client.call("echo", text="connected")).body.decode()
 
 
@@ -76,7 +78,7 @@ async def test_no_token_is_swapped_in_200_interleaved_calls_of_each_of_two_calle
             text = f"{name} {number}"
             reply = await client.call("echo", text=text)
             if "authorization_url" in json.dumps(reply.message):
-                await authorize(link_in(reply.message))
+                await authorize(link_in(reply.message), name)
                 consents[name] += 1
                 reply = await client.call("echo", text=text)
             assert reply.text == text
@@ -133,7 +135,7 @@ async def test_nobody_waits_in_or_is_woken_by_the_flow_of_another(  # T75
         waiting.append(asyncio.create_task(bob.call("echo", text="bob x")))
         links.append(await proxy.next_link(2))
         assert links[0] != links[1]
-        await authorize(links[0])
+        await authorize(links[0], "ada")
         async with asyncio.timeout(10):
             assert (await waiting[0]).text == "ada x"
             # Who is connected does not wait for anybody.
@@ -141,10 +143,10 @@ async def test_nobody_waits_in_or_is_woken_by_the_flow_of_another(  # T75
         assert not waiting[1].done()
         assert set(bearers(mcp_server)) == {"ada"}
         waiting.append(asyncio.create_task(root.call("echo", text="root x")))
-        await authorize(await proxy.next_link(3))
+        await authorize(await proxy.next_link(3), "root")
         assert (await waiting[2]).text == "root x"
         assert not waiting[1].done()
-        await authorize(links[1])
+        await authorize(links[1], "bob")
         async with asyncio.timeout(10):
             assert (await waiting[1]).text == "bob x"
         used = bearers(mcp_server)

@@ -537,7 +537,9 @@ def make_old(folder: Path) -> None:
     """Make the store look like one of schema 5, whose rows the next start would seal."""
     with attacker(folder) as connection:
         connection.execute("UPDATE grants SET token_endpoint = :evil", {"evil": EVIL})
-        connection.execute("DROP INDEX grants_by_oauth_client")
+        indexes = "SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL AND tbl_name = 'grants'"
+        for (index,) in connection.execute(indexes).fetchall():
+            connection.execute(f"DROP INDEX {index}")
         for table in ("grants", "flows"):
             for column in ("path", "oauth_client"):
                 connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
