@@ -11,6 +11,7 @@ from mcp_auth_proxy.broker.stored_grants import AccountConnection
 from mcp_auth_proxy.config.settings import OAuthSettings, ServerSettings
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.models import MadeServer
+from mcp_auth_proxy.web.api.grants import HealthView
 from mcp_auth_proxy.web.api.models import Body, View, moment, moment_or_none
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, etag_of
 from mcp_auth_proxy.web.api.pages import PageInfo, PageQuery, info, position
@@ -22,12 +23,6 @@ Url = Annotated[str, Meta(min_length=1, max_length=2000, description="Where the 
 Keys = Annotated[
     dict[str, Any], Meta(description="As in the configuration file, but for files and environment variables.")
 ]
-
-
-class HealthView(View):
-    """How the renewal of a grant goes."""
-
-    state: str
 
 
 class AccountView(View):
@@ -154,7 +149,7 @@ async def change_server(call: Call[ServerPatch, None]) -> Answer:
         changed = await call.api.made.change(made, name, patch, unchanged_since=since)
     if changed.name != made.name:
         # Grants are kept by the server's name.
-        await call.api.broker.server_deleted(server)
+        await call.api.broker.disconnector.server_deleted(server)
         await call.api.made.forget(made.name)
     connections = await call.api.broker.stored_grants.connections(call.caller.principal)
     return _answer(call, call.api.servers[changed.name], connections.get(changed.name, ()))
@@ -167,7 +162,7 @@ async def delete_server(call: Call[None, None]) -> Answer:
     call.check_match(_view(call, server, ()))
     if not await call.api.made.delete(made):
         raise not_found("server")
-    await call.api.broker.server_deleted(server)
+    await call.api.broker.disconnector.server_deleted(server)
     await call.api.made.forget(made.name)
     return Answer(status=204)
 
@@ -237,7 +232,7 @@ def _account_view(connection: AccountConnection) -> AccountView:
         account=connection.account.name,
         word=connection.word.value,
         state=None if status is None else status.state.value,
-        health=None if status is None else HealthView(state=status.health.value),
+        health=None if status is None else HealthView(state=status.health, reason=status.reason),
         reason=None if status is None else status.reason or None,
         label=None if grant is None else grant.label or None,
         granted_at=moment_or_none(None if grant is None else grant.granted_at),
