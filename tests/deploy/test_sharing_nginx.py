@@ -1,6 +1,7 @@
 """The third way of docs/sharing.md: nginx signs people in, and tells the proxy who they are."""
 
 import base64
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ async def prepared(servers: Servers, folder: Path) -> AsyncIterator[Shared]:
     authority = await servers.authorization_server(auto_consent=True)
     upstream = await servers.mcp_server(authority)
     shared = Shared.on(folder, mcp_linear_app=upstream.url)
+    shared.moves["-g www-data"] = f"-g {os.getgid()}"
     await shared.run(MAKE_SECRET, typed=f"{PASSWORD}\n")
     shared.configure(CONFIG)
     yield shared

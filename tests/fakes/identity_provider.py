@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import os
 import shutil
 import ssl
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from bench.processes import Child, free_port
-from conftest import IDENTITY_PROVIDER, SEARCH
+from conftest import IDENTITY_PROVIDER, MADE, SEARCH
 from fakes.headless import Browser, Form
 
 CLIENT_SECRET = "sign-in-secret"  # as in provider.js
@@ -23,7 +24,8 @@ CLIENT_SECRET = "sign-in-secret"  # as in provider.js
 @asynccontextmanager
 async def identity_provider(folder: Path, redirect_uri: str) -> AsyncIterator[str]:
     """Run the identity provider with a client for browsers; yield its issuer."""
-    node, port = shutil.which("node", path=SEARCH), free_port()
+    # Rather the version that make idp installs than another one of this machine.
+    node, port = shutil.which("node", path=os.pathsep.join([*MADE, SEARCH])), free_port()
     assert node is not None
     child = Child(
         [node, str(IDENTITY_PROVIDER / "provider.js"), str(port), redirect_uri], log=folder / "identity-provider.log"

@@ -56,7 +56,7 @@ async def test_a_good_token_names_its_caller(tmp_path: Path, algorithm: str) -> 
 
 
 async def test_a_url_without_a_path_is_the_same_audience_with_a_slash(tmp_path: Path) -> None:
-    """JavaScript's ``URL`` writes the slash, so clients with the TypeScript SDK ask for tokens with it."""
+    """JavaScript's ``URL`` writes the slash, so older TypeScript SDKs ask for tokens with it."""
     async with with_provider(tmp_path) as (setup, provider):
         for audience in (AUDIENCE, f"{AUDIENCE}/"):
             caller = await setup.callers.identify(bearer(provider.token(aud=audience)), PEER)

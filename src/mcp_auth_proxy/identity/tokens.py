@@ -241,7 +241,7 @@ class TokenCallers:
 def _spellings(audience: str) -> tuple[str, ...]:
     """Return how an audience may be written: if it is the URL of an origin, with a slash at its end and without.
 
-    They are equivalent (RFC 3986 §6.2.3). Many MCP clients add the slash to the ``resource`` that they request a token
+    They are equivalent (RFC 3986 §6.2.3). Some MCP clients add the slash to the ``resource`` that they request a token
     for, because JavaScript's ``URL`` does.
     """
     bare = audience.removesuffix("/")
