@@ -23,6 +23,7 @@ from mcp_auth_proxy.web.api.models import Body, Check, View, moment
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, is_admin
 from mcp_auth_proxy.web.api.problems import Problem, invalid_field, not_found
 from mcp_auth_proxy.web.api.reach import answered, own_account, owns, usable_server
+from mcp_auth_proxy.web.wire_errors import REFUSED_BY_PROVIDER
 
 AccountName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,31}$", description="An account of the server.")]
 MAX_SCOPES = 100
@@ -221,7 +222,8 @@ async def finish(call: Call[Any, Any], server: ServerSettings, code: str, state:
     except IssuerMissing as missing:
         raise invalid_field(("body", "iss"), str(missing), "missing") from None
     except (CallbackRefused, TokenRefused, AuthorizationDenied) as refused:
-        raise Problem(400, "code-refused", str(refused)) from None
+        of_code = isinstance(refused, CallbackRefused) or refused.error in ("invalid_grant", "")
+        raise Problem(400, "code-refused" if of_code else REFUSED_BY_PROVIDER, str(refused)) from None
     await call.api.made.connected(server)
     return flow
 
