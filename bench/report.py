@@ -5,6 +5,7 @@ import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
+from bench.callers import MODES, CallerResults
 from bench.load import GENERATOR
 from bench.measures import Speed
 from bench.results import BEFORE, OURS, Results, Target, targets
@@ -35,6 +36,7 @@ def render(results: Results, connections: int, stream_counts: list[int]) -> str:
         speed_table(results, connections),
         workload_table(results, connections),
         *([other_table(results, stream_counts)] if results.ready or results.downloads else []),
+        *([caller_table(results.callers)] if results.callers else []),
         target_table(results, connections, stream_counts[-1]),
     ]
     lines = notes(results, connections)
@@ -83,6 +85,23 @@ def other_table(results: Results, stream_counts: list[int]) -> str:
         rows.append([name, *cells])
     head = ["", *[f"per stream, {count:,}" for count in stream_counts], "streamed body", "ready", "idle"]
     return table(head, rows)
+
+
+def caller_table(found: CallerResults) -> str:
+    """Return one row for each way to identify callers."""
+    rows = []
+    for mode in MODES:
+        share, cpu = found.share(mode), found.cpu(mode)
+        rows.append(
+            [
+                mode,
+                DASH if share is None else f"{share:.3f}",
+                DASH if cpu is None else f"{cpu * 1e6:,.1f} µs",
+                DASH if mode not in found.ready else f"{found.ready[mode]:.2f} s",
+                DASH if mode not in found.idle else f"{found.idle[mode] / 2**20:.1f} MB",
+            ]
+        )
+    return table([f"Callers, {found.principals:,} principals", "share of none", "CPU/req added", "ready", "idle"], rows)
 
 
 def target_table(results: Results, connections: int, streams: int) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from statistics import median
 
+from bench.callers import MODES, CallerResults
 from bench.measures import Speed, summary
 from bench.workloads import APART, JSON, WORKLOADS
 
@@ -23,6 +24,7 @@ class Results:
     ready: dict[str, float] = field(default_factory=dict)
     idle: dict[str, int] = field(default_factory=dict)
     servers: dict[int, float] = field(default_factory=dict)
+    callers: CallerResults | None = None
     absent: list[str] = field(default_factory=list)
 
     def speed(self, name: str, workload: str, connections: int) -> Speed | None:
@@ -91,6 +93,24 @@ def targets(results: Results, connections: int, streams: int, name: str = OURS) 
         Target("streamed body, rate over nginx", own / theirs if own and theirs else None, 0.3, True, " ×"),
         Target(f"requests/s over FastMCP's proxy, {many}", over_fastmcp, 300, True, " ×"),
         many_servers(results, name),
+        *(caller_targets(results.callers) if name == OURS and results.callers else []),
+    ]
+
+
+def caller_targets(found: CallerResults) -> list[Target]:
+    """Return the targets for callers that are identified: the mode that costs most counts."""
+    others = MODES[1:]
+    shares = [share for mode in others if (share := found.share(mode)) is not None]
+    cpus = [cpu for mode in others if (cpu := found.cpu(mode)) is not None]
+    count = f"{found.principals:,} principals"
+    return [
+        Target("requests/s with callers over without", min(shares, default=None), 0.95, True, " ×"),
+        Target("CPU per request added by callers", scaled(max(cpus, default=None), 1e6), 3, False, " µs"),
+        Target(
+            f"resident when idle, {count}", scaled(max(found.idle.values(), default=None), 2**-20), 60, False, " MB"
+        ),
+        Target(f"ready after start, {count}", max(found.ready.values(), default=None), 0.5, False, " s"),
+        Target(f"a page of {found.grants:,} grants", scaled(found.page, 1e3), 30, False, " ms"),
     ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from bench import measures
+from bench import callers, measures
 from bench.backend import Backend
 from bench.contenders import Contender, Start, available, direct, ours
 from bench.results import BEFORE, OURS, Results
@@ -27,6 +27,8 @@ class Plan:
     blob: int = 200 * 2**20
     starts: int = 3
     servers: int = 10_000
+    principals: int = 1_000
+    grants: int = 100_000
     rates_only: bool = False
     """Whether memory, large bodies and start-up are left out."""
 
@@ -50,6 +52,7 @@ class Run:
             self.start_up()
             if OURS in self.contenders:
                 self.many_servers()
+                self.callers()
         return self.results
 
     def rates(self) -> None:
@@ -113,6 +116,20 @@ class Run:
         ):
             few_p50, many_p50 = measures.many_servers(one, many, rounds=self.plan.rounds, seconds=self.plan.seconds / 2)
         self.results.servers = {1: few_p50, count: many_p50}
+
+    def callers(self) -> None:
+        """Measure what it costs that callers are identified, and a page of many grants."""
+        plan = self.plan
+        say(f"callers: {plan.principals:,} principals, {plan.grants:,} grants")
+        self.results.callers = callers.measure(
+            self.folder,
+            self.backend,
+            rounds=plan.rounds,
+            seconds=plan.seconds,
+            connections=CONNECTIONS,
+            principals=plan.principals,
+            grants=plan.grants,
+        )
 
 
 @contextmanager

@@ -148,6 +148,33 @@ async def test_an_endpoint_of_an_unknown_server_is_answered_with_the_names_of_th
             assert path in error["message"]
 
 
+@pytest.mark.parametrize("path", ["/", "/notes", "/notes/mcp/", "/notes/sse", "/mcp/", "/sse"])
+async def test_a_client_with_a_wrong_path_is_told_the_form_of_the_right_one(tmp_path: Path, path: str) -> None:
+    async with (
+        running_proxy(tmp_path, {"notes": "http://127.0.0.1:1/mcp"}) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        client.post(CALL, path=path)
+        client.get(path)
+        for _ in range(2):
+            answer = await client.answer()
+            assert answer.status == 404
+            assert json.loads(answer.body)["error"]["message"] == (
+                f"There is no server at {path}: the path of a server is /NAME/mcp. Configured servers: notes."
+            )
+
+
+async def test_a_reserved_path_is_no_wrong_path_of_a_client(tmp_path: Path) -> None:
+    async with (
+        running_proxy(tmp_path, {"notes": "http://127.0.0.1:1/mcp"}) as proxy,
+        RawClient.to(proxy.origin) as client,
+    ):
+        for path, status in (("/healthz", 405), ("/api/v1/servers", 404), ("/connect/notes/start/x", 404)):
+            client.post(CALL, path=path)
+            answer = await client.answer()
+            assert (answer.status, b"jsonrpc" in answer.body) == (status, False)
+
+
 @pytest.mark.parametrize("path", ["/notes//mcp", "/notes/../notes/mcp", "/notes%2fmcp", "/./mcp", "/notes/mcp/.."])
 async def test_a_path_that_could_be_read_in_two_ways_is_refused(tmp_path: Path, path: str) -> None:
     async with (

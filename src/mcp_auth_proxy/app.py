@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
@@ -52,6 +52,9 @@ Announce = Callable[[Flow, str], None]
 
 FORGET_DELAY = 2.0
 """Seconds until the metrics of a removed server are dropped: its last requests have been counted by then."""
+
+PROBE_SECONDS = 15.0
+"""Seconds that the API waits for the first answer of a server."""
 
 DRAIN_SECONDS = 30.0
 """Seconds that active requests are given after SIGTERM."""
@@ -103,14 +106,19 @@ class Application:
         shares = _shares(settings.limits)
         self.connections.rules = _connection_rules(settings, shares)
         self.http.set_limit(settings.limits.upstream_connections, shares.upstreams)
-        self.forwarder.configure(
-            limits=settings.limits, wait=settings.authorization.wait, several=len(settings.servers) > 1
-        )
+        self.configure_forwarder()
         self.callers.configure(settings.inbound)
         self.router.identify_by(self.router.authenticator)
         self.sign_in.configure(settings.inbound)
         self.router.guard = Guard(listen=self.listening, public_url=self.public_url, inbound=settings.inbound)
         self.router.resource = ProtectedResource(self.public_url, settings.inbound)
+
+    def configure_forwarder(self) -> None:
+        """Hand the forwarder the limits, of which a server gets a share if there are several."""
+        settings = self.settings
+        self.forwarder.configure(
+            limits=settings.limits, wait=settings.authorization.wait, several=len(self.servers) > 1
+        )
 
     async def drain(self, waiting: Callable[[int], None] = _say_nothing) -> None:
         """Become unready, let requests finish for a bounded time, then end those that are left.
@@ -164,6 +172,7 @@ async def lifespan(
         stack.push_async_callback(callers.aclose)
         if background:
             await callers.start()
+            callers.warm_up()
             if callers.anonymous and settings.admin.enabled:
                 _accept_token(callers, settings, now=clock())
         made = MadeServers(
@@ -201,7 +210,7 @@ async def lifespan(
             http=http,
             limits=settings.limits,
             wait=settings.authorization.wait,
-            several=len(settings.servers) > 1,
+            several=len(servers) > 1,
         )
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
@@ -220,7 +229,7 @@ async def lifespan(
             broker=broker,
             servers=servers,
             made=made,
-            probe=lambda server: probe(forwarder.upstream, route_to(server)),
+            probe=lambda server: probe(forwarder.upstream, route_to(_impatient(server))),
             list_tools=lambda server, account: list_tools(broker, forwarder.upstream, server, account),
             database=database,
             settings=lambda: application.settings,
@@ -240,6 +249,7 @@ async def lifespan(
             api=ApiMount(api) if settings.admin.enabled else None,
             visitors=visitors,
             sign_in=sign_in_mount.pages,
+            problems=callers.problems,
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(
@@ -253,6 +263,7 @@ async def lifespan(
         )
         servers.on_change(lambda change: _forget_series(servers, change.removed))
         servers.on_change(lambda change: _forget_pools(servers, http))
+        servers.on_change(lambda change: application.configure_forwarder())
         application = Application(
             settings=settings,
             listening=listening,
@@ -281,6 +292,11 @@ def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:
         callers.accept_token(obtain_token(path, now=now))
     except OSError as error:
         logger.warning("the API can't be used: its key can't be kept in %s (%s)", path, error.strerror or error)
+
+
+def _impatient(server: ServerSettings) -> ServerSettings:
+    """Return a server of which a user of the API does not wait for an answer as long as a tool may take."""
+    return replace(server, upstream_timeout=min(server.upstream_timeout, PROBE_SECONDS))
 
 
 def _opens_links(settings: Settings) -> bool:

@@ -105,7 +105,7 @@ class Router:
         for_pages_elsewhere = well_known or (endpoint and not page)
         allowed_origins = self.guard.allowed_origins
         if for_pages_elsewhere:
-            request.added_fields = allowed_origins.response_fields(request.headers)
+            request.added_fields = allowed_origins.response_fields(request.method, request.headers)
         refused = self.guard.refusal(
             path,
             request.headers,
@@ -122,6 +122,9 @@ class Router:
             self._respond_metadata(request)
         elif endpoint and not page:
             await self._serve_endpoint(request)
+        elif not routes.is_own(path) and _is_mcp_client(request):
+            if (caller := await self._caller(request)) is not None:
+                self._respond_unknown_server(request, caller)
         elif len(path) + len(request.query) > MAX_TARGET:
             self._refuse(request, 414, "The target is too long for a page.")
         elif path != _METRICS or await self._is_admin(request):
@@ -198,7 +201,8 @@ class Router:
     def _respond_unknown_server(self, request: ClientRequest, caller: Caller) -> None:
         names = self._routes.names(caller.principal)
         place = excerpt(request.path.decode("latin-1"))
-        text = f"There is no server at {place}. Configured servers: {', '.join(names)}."
+        rule = "" if routes.is_endpoint(request.path) else ": the path of a server is /NAME/mcp"
+        text = f"There is no server at {place}{rule}. Configured servers: {', '.join(names)}."
         self._respond_error(request, 404, UNKNOWN_SERVER, text, data={"servers": names})
 
     def _respond_error(
@@ -237,5 +241,17 @@ class Router:
 
 def _wants_page(request: ClientRequest) -> bool:
     """Return whether a browser asks, not an MCP client: those accept event streams (MCP 2025-11-25, transports)."""
-    accepted = b",".join(value for name, value in request.headers if name == b"accept").lower()
+    accepted = _field(request, b"accept")
     return b"text/html" in accepted and b"text/event-stream" not in accepted
+
+
+def _is_mcp_client(request: ClientRequest) -> bool:
+    """Return whether a request is that of an MCP client: many have a path of their server in mind, such as ``/sse``."""
+    if request.method == b"POST":
+        return _field(request, b"content-type").startswith(b"application/json")
+    return request.method == b"GET" and b"text/event-stream" in _field(request, b"accept")
+
+
+def _field(request: ClientRequest, name: bytes) -> bytes:
+    """Return the values of a field in lower case."""
+    return b",".join(value for each, value in request.headers if each == name).lower()

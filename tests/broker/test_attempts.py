@@ -20,6 +20,7 @@ from mcp_auth_proxy.broker.attempts import (
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.sign_ins import SignIns
 from mcp_auth_proxy.broker.visits import LinkVisits
+from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused
 from mcp_auth_proxy.models import (
     Account,
@@ -55,11 +56,14 @@ class Setup:
         self.visits = LinkVisits(clock=self.clock, first_only=False)
         self.registrations = 0
         self.can_register = True
+        self.servers = {"linear": ServerSettings(name="linear", url="https://mcp.as.example/mcp")}
         self.attempts = self.with_flows(self.flows)
 
     def with_flows(self, flows: Flows) -> AuthorizationAttempts:
         sign_ins = SignIns(confirmations=Confirmations(self.database), grants=Grants(self.database), clock=self.clock)
-        clients = ForgottenClients(flows=flows, register=self.register, start=flows.save, clock=self.clock)
+        clients = ForgottenClients(
+            servers=self.servers, flows=flows, register=self.register, start=flows.save, clock=self.clock
+        )
         return AuthorizationAttempts(
             flows=flows, sign_ins=sign_ins, visits=self.visits, clients=clients, clock=self.clock
         )
@@ -222,7 +226,7 @@ class EndedMeanwhile(Flows):
     [
         (lambda flows: flows.finish("flow-1", FlowStatus.DONE), 410, "connected"),
         (lambda flows: flows.cancel(Account("local", "linear")), 410, "new one"),
-        (lambda flows: flows.purge(NOW + 86_400), 404, "new one"),
+        (lambda flows: flows.purge(NOW + 86_400 * 40), 404, "new one"),
     ],
     ids=["done", "cancelled", "purged"],
 )
@@ -332,6 +336,15 @@ async def test_a_server_that_registers_no_more_is_asked_once_and_the_old_client_
     assert {await client_of(setup) for _ in range(4)} == {linear().registration.client_id}
     assert setup.registrations == 1
     assert "mcp-auth-proxy logout linear --forget-client" in caplog.text
+
+
+async def test_the_log_names_a_server_without_a_configuration_by_its_url(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup.servers["linear"] = replace(setup.servers["linear"], from_url=True)
+    await client_of(setup)
+    await client_of(setup)
+    assert caplog.text.rstrip().endswith("run: mcp-auth-proxy logout https://mcp.as.example/mcp --forget-client")
 
 
 async def test_a_configured_client_is_never_replaced(setup: Setup) -> None:

@@ -1,5 +1,6 @@
 """``service``: the real command with a systemctl that only notes what it is told; systemd itself checks the units."""
 
+import configparser
 import os
 import plistlib
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mcp_auth_proxy.app import DRAIN_SECONDS
 from mcp_auth_proxy.cli import notify, service
 
 ROOT = os.geteuid() == 0
@@ -34,6 +36,7 @@ class Machine:
     folder: Path
     config: Path
     prefix: tuple[str, ...] = ()
+    python: str = sys.executable
 
     @property
     def unit(self) -> Path:
@@ -50,7 +53,7 @@ class Machine:
             "XDG_CONFIG_HOME": "",
             **(env or {}),
         }
-        command = [*self.prefix, sys.executable, "-m", "mcp_auth_proxy", "service", *arguments]
+        command = [*self.prefix, self.python, "-m", "mcp_auth_proxy", "service", *arguments]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
         return done.returncode, done.stdout, done.stderr
 
@@ -104,6 +107,16 @@ def test_another_configuration_replaces_the_unit(machine: Machine) -> None:
     assert machine.run("install", "--config", str(other))[0] == 0
     assert machine.calls()[-1] == "--user restart mcp-auth-proxy.service"
     assert f'--config "{other.parent}/100%%.yaml"' in machine.unit.read_text()
+
+
+@pytest.mark.parametrize("name", ["a\nExecStartPre=id\n.yaml", "a\r.yaml", "a\u2028b.yaml", os.fsdecode(b"\xff.yaml")])
+def test_a_name_that_would_be_another_line_of_the_unit_is_refused(machine: Machine, name: str) -> None:
+    (config := machine.folder / name).write_text(CONFIG)
+    for option in ([], ["--print"]):
+        code, out, err = machine.run("install", "--config", str(config), *option)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert "has a control character in its name, or bytes that are not text: rename it" in err
+    assert not machine.unit.exists()
 
 
 def test_status_tells_not_installed_from_not_running(machine: Machine) -> None:
@@ -163,15 +176,24 @@ def test_a_faulty_configuration_is_not_installed(machine: Machine) -> None:
 
 @pytest.mark.skipif(not ROOT, reason="the system's service is installed by root")
 def test_the_service_of_the_system_says_what_its_configuration_lacks(machine: Machine) -> None:
-    """In a mount namespace, with an empty /etc."""
+    """In a mount namespace, with an empty /etc, and with Python and the command in /mnt."""
     etc = "mount -t tmpfs none /etc && mkdir -p /etc/mcp-auth-proxy && cp {} /etc/mcp-auth-proxy/config.yaml && {}"
+    mnt = (
+        "mount -t tmpfs none /mnt && mkdir /mnt/bin /mnt/python && cp /bin/true /mnt/bin/mcp-auth-proxy && "
+        f"mount --bind {sys.base_prefix} /mnt/python && "
+    )
     key = "touch /etc/mcp-auth-proxy/store.key && "
+    path = f"{machine.folder}/bin:/mnt/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    machine.python = f"/mnt/python/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
 
     def install(prepare: str) -> tuple[int, str, str]:
-        script = etc.format(machine.config, prepare) + 'exec "$@"'
+        script = mnt + etc.format(machine.config, prepare) + 'exec "$@"'
         machine.prefix = ("unshare", "--mount", "sh", "-c", script, "sh")
-        return machine.run("install", "--config", "/etc/mcp-auth-proxy/config.yaml")
+        return machine.run("install", "--config", "/etc/mcp-auth-proxy/config.yaml", env={"PATH": path})
 
+    code, _, err = install("chmod 600 /etc/mcp-auth-proxy/config.yaml && ")
+    assert code == 2
+    assert "which can't read this file: chmod a+r /etc/mcp-auth-proxy/config.yaml" in err
     code, _, err = install("")
     assert code == 2
     assert "store.url: the service can write to /var/lib/mcp-auth-proxy only" in err
@@ -181,6 +203,13 @@ def test_the_service_of_the_system_says_what_its_configuration_lacks(machine: Ma
         " keys: ['file:/run/credentials/mcp-auth-proxy.service/store-key']}\n" + CONFIG
     )
     code, out, err = install(key)
+    assert (code, err.startswith("warning: The store key /etc/mcp-auth-proxy/store.key ")) == (0, True)
+    assert err.endswith("can be read or written by others (mode 0644): chmod 600 /etc/mcp-auth-proxy/store.key\n")
+    key += "chmod 600 /etc/mcp-auth-proxy/store.key && "
+    hide = "mount -t tmpfs none /var/tmp && mv /mnt/bin/mcp-auth-proxy /var/tmp && PATH=$PATH:/var/tmp && "
+    code, out, err = install(key + hide)
+    assert (code, err.startswith("warning: The service can't see /var/tmp/mcp-auth-proxy: install ")) == (0, True)
+    code, out, err = install(key)
     assert (code, err) == (0, "")
     assert "/etc/systemd/system/mcp-auth-proxy.service" in out
     assert machine.calls()[-3:] == [
@@ -188,6 +217,12 @@ def test_the_service_of_the_system_says_what_its_configuration_lacks(machine: Ma
         "enable mcp-auth-proxy.service",
         "restart mcp-auth-proxy.service",
     ]
+
+
+def test_a_program_that_the_system_service_cannot_see_is_named() -> None:
+    assert service.hidden_program(Path("/opt/mcp-auth-proxy")) == ""
+    for place in ("/root/.local/share/pipx/venvs/mcp-auth-proxy", "/home/ada/venv", "/tmp/venv"):
+        assert service.hidden_program(Path(place)).startswith(f"The service can't see {place}, where the program is")
 
 
 def unit(folder: Path, found: service.Manager) -> Path:
@@ -208,6 +243,42 @@ def test_systemd_accepts_the_unit(tmp_path: Path, system: bool) -> None:
     assert "mcp-auth-proxy.service" not in done.stderr
 
 
+COMMON = {
+    "Service.Type": "notify",
+    "Service.ExecReload": "/bin/kill -HUP $MAINPID",
+    "Service.Restart": "on-failure",
+    "Service.RestartSec": "5s",
+    "Service.RestartPreventExitStatus": "2",
+    "Service.TimeoutStopSec": "45s",
+    "Service.UMask": "0077",
+    "Service.NoNewPrivileges": "yes",
+    "Service.LimitCORE": "0",
+}
+USERS = {**COMMON, "Install.WantedBy": "default.target"}
+SYSTEMS = {
+    **COMMON,
+    "Install.WantedBy": "multi-user.target",
+    "Service.DynamicUser": "yes",
+    "Service.StateDirectory": "mcp-auth-proxy",
+    "Service.StateDirectoryMode": "0700",
+    "Service.LoadCredential": "store-key:/etc/mcp-auth-proxy/store.key",
+}
+
+
+@pytest.mark.parametrize(("system", "promised"), [(False, USERS), (True, SYSTEMS)], ids=["user", "system"])
+def test_the_unit_says_when_it_starts_restarts_and_stops(
+    tmp_path: Path, system: bool, promised: dict[str, str]
+) -> None:
+    reader = configparser.RawConfigParser(strict=False)
+    reader.optionxform = str  # type: ignore[assignment, method-assign]
+    reader.read_string(unit(tmp_path, service.systemd(system=system)).read_text())
+    found = {f"{section}.{key}": value for section in reader.sections() for key, value in reader[section].items()}
+    assert {key: found.get(key) for key in promised} == promised
+    assert found["Service.ExecStart"].endswith("/mcp-auth-proxy serve --config /etc/mcp-auth-proxy/config.yaml")
+    # Running requests get their time.
+    assert int(found["Service.TimeoutStopSec"].rstrip("s")) > DRAIN_SECONDS
+
+
 @pytest.mark.systemd
 def test_the_unit_of_the_system_is_hardened(tmp_path: Path) -> None:
     file = unit(tmp_path, service.systemd(system=True))
@@ -216,11 +287,32 @@ def test_the_unit_of_the_system_is_hardened(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-300:]
 
 
+@pytest.mark.systemd
+def test_systemd_reads_the_path_of_the_program_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder := tmp_path / "a$b %h {config}").mkdir()
+    for name in ("python", "mcp-auth-proxy"):
+        shutil.copy("/bin/true", folder / name)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    command = ["systemd-analyze", "--user", "verify", str(unit(tmp_path, service.systemd(system=False)))]
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=False)
+    assert (done.returncode, "mcp-auth-proxy" in done.stderr) == (0, False), done.stderr
+
+
+def test_a_path_is_not_taken_for_a_place_in_the_file() -> None:
+    text = service.unit_text(service.launchd(system=False), Path("/Users/ada/{log} {program}.yaml"))
+    assert plistlib.loads(text.encode())["ProgramArguments"][3] == "/Users/ada/{log} {program}.yaml"
+
+
 def test_the_plist_of_launchd_keeps_it_running() -> None:
     text = service.unit_text(service.launchd(system=False), Path("/Users/ada/a & b.yaml"))
     plist = plistlib.loads(text.encode())
     assert plist["ProgramArguments"][1:] == ["serve", "--config", "/Users/ada/a & b.yaml"]
-    assert (plist["RunAtLoad"], plist["KeepAlive"]) == (True, True)
+    assert plist["ProgramArguments"][0].endswith("/mcp-auth-proxy")
+    assert (plist["Label"], plist["RunAtLoad"], plist["KeepAlive"]) == ("mcp-auth-proxy", True, True)
+    assert (plist["ThrottleInterval"], plist["Umask"]) == (5, 0o077)
+    assert plist["ExitTimeOut"] > DRAIN_SECONDS
+    assert plist["StandardErrorPath"].endswith(".log")
 
 
 @pytest.mark.parametrize(

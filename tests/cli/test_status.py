@@ -14,6 +14,7 @@ NOTES = Account(LOCAL, "notes")
 FRESH = GrantStatus(GrantState.ACTIVE, Health.FRESH)
 ENDED = GrantStatus(GrantState.ENDED, Health.ENDED)
 ISSUER = "https://as.example"
+LOGIN = "needs authorization: run `mcp-auth-proxy login notes`"
 LINK = "http://127.0.0.1:8787/connect/notes?flow=F1"
 
 CONNECTED = Connection(
@@ -34,6 +35,7 @@ def test_a_row_has_the_keys_that_scripts_rely_on() -> None:
         "server",
         "url",
         "state",
+        "needs_authorization",
         "issuer",
         "since",
         "token_until",
@@ -46,18 +48,30 @@ def test_a_row_has_the_keys_that_scripts_rely_on() -> None:
     assert row["since"] < row["token_until"]
 
 
-@pytest.mark.parametrize("authorizing", [False, True])
-def test_a_server_without_a_grant_has_three_keys(authorizing: bool) -> None:
-    connection = Connection(account=NOTES, url="https://mcp.example/mcp", authorizing=authorizing)
-    assert _row(connection) == {"server": "notes", "url": "https://mcp.example/mcp", "state": "not connected"}
+@pytest.mark.parametrize("needed", [False, True])
+def test_a_server_without_a_grant_has_four_keys(needed: bool) -> None:
+    connection = Connection(account=NOTES, url="https://mcp.example/mcp", unanswered=needed)
+    assert _row(connection) == {
+        "server": "notes",
+        "url": "https://mcp.example/mcp",
+        "state": "not connected",
+        "needs_authorization": needed,
+    }
 
 
 def test_a_state_is_described_in_words() -> None:
-    assert _in_words(_row(CONNECTED)).startswith("connected since 20")
-    assert _in_words(_row(CONNECTED)).endswith(", renews itself, scopes read write")
-    ended = Connection(account=NOTES, url="u", state=ConnectionState.ENDED, issuer=ISSUER, reason="invalid_grant")
-    assert _in_words(_row(ended)) == "ended, it needs a new authorization: invalid_grant"
-    assert _in_words(_row(Connection(account=NOTES, url="u"))).startswith("no grant")
+    assert _in_words(CONNECTED).startswith("connected since 20")
+    assert _in_words(CONNECTED).endswith(", renews itself, scopes read write")
+    ended = Connection(
+        account=NOTES,
+        url="u",
+        command_name="notes",
+        state=ConnectionState.ENDED,
+        issuer=ISSUER,
+        reason="It refused: invalid_grant.",
+    )
+    assert _in_words(ended) == f"ended: It refused: invalid_grant; {LOGIN}"
+    assert _in_words(Connection(account=NOTES, url="u")).startswith("no grant")
 
 
 @pytest.mark.parametrize(
@@ -76,14 +90,37 @@ def test_each_situation_has_its_own_label(status: GrantStatus | None, authorizin
 
 
 def test_a_link_that_waits_is_shown_with_and_without_a_grant() -> None:
-    waiting = replace(CONNECTED, authorizing=True, link=LINK)
+    waiting = replace(CONNECTED, authorizing=True, unanswered=True, link=LINK)
     assert _row(waiting)["authorization_url"] == LINK
-    assert _in_words(_row(waiting)).startswith("connected since 20")
-    assert _in_words(_row(waiting)).endswith(f"; needs authorization: {LINK}")
-    first = Connection(account=NOTES, url="u", authorizing=True, link=LINK)
-    assert _in_words(_row(first)) == f"needs authorization: {LINK}"
+    assert _in_words(waiting).startswith("connected since 20")
+    assert _in_words(waiting).endswith(f"; needs authorization: {LINK}")
+    first = Connection(account=NOTES, url="u", authorizing=True, unanswered=True, link=LINK)
+    assert _in_words(first) == f"needs authorization: {LINK}"
 
 
 def test_a_code_for_another_device_is_shown_with_its_address() -> None:
-    device = Connection(account=NOTES, url="u", link="https://as.example/device", user_code="AB-CD")
-    assert _in_words(_row(device)) == "needs authorization: https://as.example/device, code AB-CD"
+    device = Connection(account=NOTES, url="u", unanswered=True, link="https://as.example/device", user_code="AB-CD")
+    assert _in_words(device) == "needs authorization: https://as.example/device, code AB-CD"
+
+
+def test_a_link_that_has_expired_is_replaced_by_the_command_for_a_new_one() -> None:
+    needed = Connection(account=NOTES, url="u", command_name="notes", unanswered=True)
+    assert _in_words(needed) == LOGIN
+    denied = replace(needed, failure="The user declined.")
+    assert _in_words(denied) == f"{LOGIN}; the last one failed: The user declined."
+    assert _row(denied)["reason"] == "The user declined."
+    refused = replace(CONNECTED, command_name="notes", unanswered=True)
+    assert _in_words(refused).startswith("connected since 20")
+    assert _in_words(refused).endswith(f"; {LOGIN}")
+
+
+def test_more_scopes_are_asked_for_by_the_call_that_needs_them() -> None:
+    more = replace(CONNECTED, unanswered=True, asked_scopes=("admin", "delete"))
+    assert _in_words(more).endswith("; needs authorization for more scopes (admin delete): repeat the call for a link")
+    assert _row(more)["needs_authorization"] is True
+
+
+def test_a_token_that_has_expired_and_cannot_be_renewed_needs_a_new_authorization() -> None:
+    expired = replace(CONNECTED, command_name="notes", renews_itself=False, expired=True)
+    assert ", token expired at 20" in _in_words(expired)
+    assert _in_words(expired).endswith(f", can't be renewed, scopes read write; {LOGIN}")

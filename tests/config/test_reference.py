@@ -46,7 +46,7 @@ SECTIONS: dict[str, type] = {
 }
 NOT_KEYS = {
     "source",
-    *(f"servers.*.{field}" for field in ("name", "id", "origin", "owner", "version", "allow_private")),
+    *(f"servers.*.{field}" for field in ("name", "id", "origin", "owner", "version", "allow_private", "from_url")),
 }
 # Fields that have another name than their key, or hold a part of what is written there.
 RENAMED = {

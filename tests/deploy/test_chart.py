@@ -32,6 +32,24 @@ def test_the_versions_are_those_of_the_package() -> None:
         ("shared", "config.health_quit=true", "config.health_quit is set by the chart"),
         ("shared", "config.store.url=x", "config.store is set by the chart"),
         ("shared", "config.public_url=http://x", "config.public_url is set by the chart"),
+        ("sidecar", "config.servers.warehouse.oauth.client_secret=s", "must be file:/run/secrets/mcp-auth-proxy/KEY"),
+        ("sidecar", "config.servers.warehouse.oauth.private_key=env:KEY", "oauth.private_key must be file:"),
+        ("sidecar", "config.servers.warehouse.oauth.idp.client_secret=s", "oauth.idp.client_secret must be file:"),
+        ("shared", "config.servers.linear=x", "config.servers.linear"),
+        ("shared", "config=null", "config is required"),
+        ("shared", "replicaCount=1", "replicaCount is not allowed"),
+        ("shared", "networkPolicy.form[0].podSelector=x", "form is not allowed"),
+        ("shared", "networkPolicy.egressPorts={all}", "networkPolicy.egressPorts.0"),
+        # Helm changes numbers: 1234567890.1234567890, as Slack's ids look, would be 1.2345678901234567e+09.
+        ("shared", "config.servers.linear.oauth.client_id=1234567890", "oauth.client_id: Invalid type"),
+        ("shared", "config.servers.linear.oauth.idp.client_id=7", "oauth.idp.client_id: Invalid type"),
+        ("shared", "config.servers.linear.oauth.dpop=false", "oauth.dpop: Invalid type"),
+        ("shared", "config.servers.linear.oauth.token_params.tenant=7", "oauth.token_params.tenant: Invalid type"),
+        # Not true, although a template takes it for that.
+        ("shared", "allowAnonymous=no", "allowAnonymous"),
+        ("shared", "service.port=http", "service.port"),
+        ("sidecar", "agent.name=7", "agent.name"),
+        ("shared", "podAnnotations.number=7", "podAnnotations.number"),
     ],
 )
 def test_values_that_can_not_work_are_refused_with_the_remedy(example: str, setting: str, message: str) -> None:
@@ -78,6 +96,29 @@ def test_allowed_hosts_of_the_values_are_kept() -> None:
     assert "mcp-auth-proxy" in config["inbound"]["allowed_hosts"]
 
 
+def test_labels_and_annotations_of_the_values_take_nothing_from_the_chart() -> None:
+    own = r"app\.kubernetes\.io/name"
+    found = chart("shared", f"podLabels.{own}=x", "podLabels.team=a", "podAnnotations.checksum/config=x")
+    selector = found.objects["Deployment"]["spec"]["selector"]["matchLabels"]
+    assert {**selector, "team": "a"}.items() <= found.template["metadata"]["labels"].items()
+    assert found.template["metadata"] == chart("shared", "podLabels.team=a").template["metadata"]
+
+
+def test_the_network_policy_opens_only_what_is_named() -> None:
+    closed = chart("shared", "networkPolicy.egressPorts=null", "agent.ports[0].containerPort=99")
+    spec = closed.objects["NetworkPolicy"]["spec"]
+    # A rule without ports would allow all of them.
+    assert [[port["port"] for port in rule["ports"]] for rule in spec["egress"]] == [[53, 53]]
+    assert [[port["port"] for port in rule["ports"]] for rule in spec["ingress"]] == [["http"], ["health"]]
+    agent = chart("sidecar", "agent.ports[0].containerPort=99").objects["NetworkPolicy"]["spec"]
+    assert [[port["port"] for port in rule["ports"]] for rule in agent["ingress"]] == [["health"], [99]]
+
+
+def test_a_release_may_have_a_dot_in_its_name() -> None:
+    done = helm(values=EXAMPLES / "shared.yaml", release="team.one")
+    assert Manifests.read(done.stdout).objects["Service"]["metadata"]["name"] == "team-one-mcp-auth-proxy"
+
+
 def test_a_node_can_be_drained() -> None:
     for example in ("shared", "sidecar"):
         found = chart(example)
@@ -119,3 +160,83 @@ def test_a_claim_that_exists_is_used(tmp_path: Path) -> None:
     (data,) = (volume for volume in found.pod["volumes"] if volume["name"] == "data")
     assert data["persistentVolumeClaim"] == {"claimName": "mine"}
     assert "PersistentVolumeClaim" not in found.objects
+
+
+def test_the_values_of_a_pod_get_to_it() -> None:
+    found = chart(
+        "sidecar",
+        "podLabels.team=a",
+        "podAnnotations.note=b",
+        "nodeSelector.disk=ssd",
+        "tolerations[0].key=spot",
+        "affinity.nodeAffinity.x=y",
+        "imagePullSecrets[0].name=pull",
+        "image.repository=registry.example/proxy",
+        "image.tag=9",
+        "image.pullPolicy=Always",
+        "resources.limits.memory=1Gi",
+        "agent.name=mine",
+        "agent.args={one,two}",
+        "agent.ports[0].containerPort=7000",
+        "agent.resources.limits.memory=2Gi",
+        "agent.securityContext.runAsUser=7",
+    )
+    assert found.template["metadata"]["labels"]["team"] == "a"
+    assert found.template["metadata"]["annotations"]["note"] == "b"
+    assert found.pod["nodeSelector"] == {"disk": "ssd"}
+    assert found.pod["tolerations"] == [{"key": "spot"}]
+    assert found.pod["affinity"] == {"nodeAffinity": {"x": "y"}}
+    assert found.pod["imagePullSecrets"] == [{"name": "pull"}]
+    assert (found.proxy["image"], found.proxy["imagePullPolicy"]) == ("registry.example/proxy:9", "Always")
+    assert found.proxy["resources"]["limits"]["memory"] == "1Gi"
+    (agent,) = found.pod["containers"]
+    assert (agent["name"], agent["image"]) == ("mine", "registry.example.com/agent:1.0.0")
+    assert (agent["args"], agent["ports"]) == (["one", "two"], [{"containerPort": 7000}])
+    assert [variable["name"] for variable in agent["env"]] == ["MCP_SERVER_URL"]
+    assert agent["resources"]["limits"]["memory"] == "2Gi"
+    assert agent["securityContext"] == {"runAsUser": 7}
+    # Who uses the agent still reaches it.
+    assert {"ports": [{"port": 7000, "protocol": "TCP"}]} in found.objects["NetworkPolicy"]["spec"]["ingress"]
+
+
+def test_the_values_of_a_service_get_to_it() -> None:
+    found = chart(
+        "shared",
+        "publicUrl=https://mcp.example.com",
+        "service.type=NodePort",
+        "service.port=80",
+        "persistence.size=3Gi",
+        "persistence.storageClassName=fast",
+        "serviceMonitor.interval=7s",
+        "networkPolicy.egressPorts={443,8443}",
+        "networkPolicy.monitoringFrom[0].ipBlock.cidr=10.0.0.0/8",
+    )
+    assert found.config["public_url"] == "https://mcp.example.com"
+    service = found.objects["Service"]["spec"]
+    assert (service["type"], service["ports"][0]) == ("NodePort", {"name": "http", "port": 80, "targetPort": "http"})
+    claim = found.objects["PersistentVolumeClaim"]["spec"]
+    assert (claim["accessModes"], claim["storageClassName"]) == (["ReadWriteOnce"], "fast")
+    assert claim["resources"] == {"requests": {"storage": "3Gi"}}
+    assert found.objects["ServiceMonitor"]["spec"]["endpoints"][0]["interval"] == "7s"
+    policy = found.objects["NetworkPolicy"]["spec"]
+    assert {"ports": [{"port": "health"}], "from": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]} in policy["ingress"]
+    assert [port["port"] for port in policy["egress"][-1]["ports"]] == [443, 8443]
+
+
+def test_without_a_word_on_callers_only_pods_of_the_namespace_are_let_in() -> None:
+    rules = chart("shared", "networkPolicy.from=null").objects["NetworkPolicy"]["spec"]["ingress"]
+    assert {"ports": [{"port": "http"}], "from": [{"podSelector": {}}]} in rules
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ("networkPolicy.enabled=false", "NetworkPolicy"),
+        ("podDisruptionBudget.enabled=false", "PodDisruptionBudget"),
+        ("serviceMonitor.enabled=false", "ServiceMonitor"),
+        ("persistence.enabled=false", "PersistentVolumeClaim"),
+    ],
+)
+def test_what_is_turned_off_is_not_made(setting: str, kind: str) -> None:
+    assert kind in chart("shared").objects
+    assert kind not in chart("shared", setting).objects

@@ -1,8 +1,10 @@
 """What the manifest and both modes of the chart have in common: an accepted configuration, probes, few privileges."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fakes.manifests import ROOT, SECRETS, Manifests, chart, manifest, write_in
 from mcp_auth_proxy import __version__
@@ -44,6 +46,15 @@ def test_the_configuration_of_compose_is_accepted(tmp_path: Path) -> None:
     assert settings.inbound.allow_anonymous
 
 
+def test_the_container_of_compose_has_few_rights_and_starts_again() -> None:
+    (service,) = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"].values()
+    assert service["restart"] == "unless-stopped"
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["ports"] == ["127.0.0.1:8787:8787"]
+    assert int(service["stop_grace_period"].removesuffix("s")) > DRAIN_SECONDS
+
+
 def test_no_secret_is_applied(applied: Manifests) -> None:
     """`apply` and `helm upgrade` would write its placeholders over the real one."""
     assert "Secret" not in applied.objects
@@ -81,6 +92,46 @@ def test_the_proxy_is_locked_down_and_the_pod_is_not_touched(applied: Manifests)
     assert [c for c in applied.pod["containers"] if c["name"] != "mcp-auth-proxy" and "securityContext" in c] == []
 
 
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        ("deploy/kubernetes/sidecar.yaml", ["store-key", "warehouse-client-secret"]),
+        ("deploy/helm/mcp-auth-proxy/values.yaml", ["store-key"]),
+    ],
+)
+def test_the_command_that_makes_the_secret_names_its_files(file: str, names: list[str]) -> None:
+    text = (ROOT / file).read_text()
+    command = re.search(r"# +kubectl create secret generic (\S+)((?:.*\\\n)*.*)", text)
+    assert command
+    assert command[1] == "mcp-auth-proxy"
+    assert re.findall(r"--from-literal=([\w-]+)=", command[2]) == names
+
+
+def test_names_that_refer_to_each_other_fit(applied: Manifests) -> None:
+    deployment = applied.objects["Deployment"]
+    assert deployment["spec"]["selector"]["matchLabels"].items() <= applied.template["metadata"]["labels"].items()
+    volumes = {volume["name"]: volume for volume in applied.pod["volumes"]}
+    assert volumes["config"]["configMap"] == {"name": applied.objects["ConfigMap"]["metadata"]["name"]}
+    # The image names the file, and the ConfigMap has its name.
+    named = re.search(r"\bMCP_AUTH_PROXY_CONFIG=(\S+)", (ROOT / "Dockerfile").read_text())
+    assert named
+    (mount,) = (mount for mount in applied.proxy["volumeMounts"] if mount["name"] == "config")
+    assert [f"{mount['mountPath']}/{key}" for key in applied.objects["ConfigMap"]["data"]] == [named[1]]
+    ports = [(port["name"], port["containerPort"]) for port in applied.proxy["ports"]]
+    assert ports in ([("health", 8788)], [("http", 8787), ("health", 8788)])
+    kinds = applied.objects.keys() - {"ConfigMap", "Deployment", "NetworkPolicy"}
+    assert kinds <= {"PersistentVolumeClaim", "PodDisruptionBudget", "Service", "ServiceMonitor"}
+
+
+def test_the_data_that_a_pod_loses_is_bounded(sidecar: Manifests) -> None:
+    (data,) = (volume for volume in sidecar.pod["volumes"] if volume["name"] == "data")
+    assert data == {"name": "data", "emptyDir": {"sizeLimit": "64Mi"}}
+
+
+def test_a_changed_configuration_is_noticed(applied: Manifests) -> None:
+    assert applied.template["metadata"]["annotations"]["checksum/config"]
+
+
 def test_memory_and_ephemeral_storage_are_bounded(applied: Manifests) -> None:
     for container in [*applied.pod.get("initContainers", []), *applied.pod["containers"]]:
         assert container["resources"]["limits"].keys() >= {"memory", "ephemeral-storage"}
@@ -98,6 +149,12 @@ def test_probes_ask_the_health_listener_by_the_name_of_its_port(applied: Manifes
         "readiness": {"path": "/readyz", "port": "health"},
         "liveness": {"path": "/healthz", "port": "health"},
     }
+    # It is asked often at first and has a minute; later one slow answer does not end it.
+    times = {name: applied.proxy[f"{name}Probe"] for name in asked}
+    assert times["startup"]["periodSeconds"] == 1
+    assert times["startup"]["failureThreshold"] >= 60
+    assert times["liveness"]["failureThreshold"] >= 3
+    assert {probe["timeoutSeconds"] for probe in times.values()} == {5}
 
 
 def test_there_is_one_proxy_at_a_time_and_it_has_time_to_drain(applied: Manifests) -> None:

@@ -65,7 +65,7 @@ async def test_the_node_probes_it_and_only_the_pod_uses_it(network: PodNetwork, 
         check = await start_command("healthcheck", "--config", str(config), program=network.inside(*PROGRAM))
         assert (await check.communicate(), check.returncode) == ((b"ready\n", b""), 0)
         process.terminate()
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert await asyncio.wait_for(process.wait(), 20) == 0
 
 
 async def test_a_port_that_another_container_of_the_pod_has_taken(network: PodNetwork, config: Path) -> None:

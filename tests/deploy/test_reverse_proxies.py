@@ -21,7 +21,7 @@ from fakes.headless import Browser
 from fakes.http_exchange import Channel, FakeResponse
 from fakes.mcp_client import events
 from fakes.proxy import running_proxy
-from mcp_auth_proxy.config.settings import Address
+from mcp_auth_proxy.config.settings import Address, LimitSettings
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/deployment.md"
 DOMAIN = "mcp-auth-proxy.example.com"
@@ -91,6 +91,20 @@ async def in_front(program: Program, folder: Path, port: int, upstream: int) -> 
         yield ssl.create_default_context(cafile=files.authority)
     finally:
         child.stop()
+
+
+def test_nginx_waits_an_hour_for_the_next_event_and_takes_what_the_proxy_takes() -> None:
+    found = dict(re.findall(r"^ +(\w+) ([^;{\n]+);", example("nginx", "proxy_pass"), re.MULTILINE))
+    assert found["listen"] == "443 ssl"
+    assert found["proxy_pass"] == "http://127.0.0.1:8787"
+    assert (found["proxy_buffering"], found["proxy_request_buffering"]) == ("off", "off")
+    assert (found["proxy_read_timeout"], found["proxy_send_timeout"]) == ("1h", "1h")
+    assert int(found["client_max_body_size"].removesuffix("m")) * MIB >= LimitSettings().body
+
+
+def test_envoy_waits_an_hour_for_the_next_event_and_for_ever_for_the_last() -> None:
+    text = example("yaml", "static_resources")
+    assert re.findall(r"\b\w*timeout: (\w+)", text) == ["3600s", "0s"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

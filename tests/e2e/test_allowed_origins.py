@@ -129,6 +129,16 @@ async def test_any_other_origin_is_refused_by_an_error_that_names_the_key(
         assert (twice.status, cors_of(twice)) == (403, [("vary", "Origin")])
 
 
+async def test_what_a_cache_may_keep_says_that_it_depends_on_the_origin(servers: Servers, tmp_path: Path) -> None:
+    kept = {"response_headers": (("cache-control", "max-age=60"), ("access-control-allow-origin", "*"))}
+    async with (
+        connected(servers, tmp_path, inbound=INBOUND, options=kept) as setup,
+        RawClient.to(setup.proxy.origin) as client,
+    ):
+        client.send("GET /notes/mcp HTTP/1.1\nHost: HOST\n\n")
+        assert cors_of(await client.answer()) == [("vary", "Origin")]
+
+
 @pytest.mark.parametrize("path", ["/", "/api/v1/servers", "/connect/notes", "/oauth/callback", "/healthz", "/x/y"])
 async def test_only_the_endpoints_are_open_to_an_allowed_page(tmp_path: Path, path: str) -> None:  # T41
     async with running_proxy(tmp_path, {"notes": NOWHERE}, inbound=INBOUND) as proxy:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,9 +18,13 @@ import yaml
 
 from fakes.fixtures import Servers
 from fakes.mcp_client import PlainClient
+from fakes.other_users import NOBODY, as_root
 from fakes.proxy import proxy_process, run_command, serving, unnamed, until, write_config
 from mcp_auth_proxy import __version__
+from mcp_auth_proxy.cli.listener import bind
 from mcp_auth_proxy.cli.main import cli
+from mcp_auth_proxy.config.settings import Address
+from mcp_auth_proxy.errors import McpAuthProxyError
 
 FAULTY = """
 listen: 8787
@@ -67,7 +72,10 @@ async def stored(folder: Path, url: str = "http://127.0.0.1:9/mcp") -> Path:
         (["login"], "SERVER"),
         (["serve", "--log-level", "loud"], "'debug', 'info', 'warning'"),
         (["serve", "https://a.example/mcp", "--config", "x.yaml"], "not both"),
-        (["serve", "a.example/mcp"], "http:// or https://"),
+        (["serve", "a.example/mcp"], "is https:// missing at its beginning?"),
+        (["serve", "linear"], "'linear' is not a URL. Give the URL of a server, or nothing"),
+        (["login", "a.example/mcp"], "neither a configured name nor a URL; is https:// missing"),
+        (["service", "install"], "or set $MCP_AUTH_PROXY_CONFIG."),
         (["serve", "ftp://a.example/mcp"], "http:// or https://"),
         (["serve", "http://a.example/mcp"], "allow_http"),
         (["serve", "https://a.example/mcp", "--listen", "nowhere"], "HOST:PORT"),
@@ -114,6 +122,9 @@ async def test_all_errors_of_the_file_are_reported_at_once(tmp_path: Path, comma
         ("servers:\n\ta: 1", "line 2, column 1"),
         ('servers:\n  a:\n    url: "https://x\n', "it begins on line 3"),
         ("- a", "mapping"),
+        ("mcpServers:\n  a:\n    url: https://a.example/mcp", "1: mcpServers: unknown key; did you mean servers?"),
+        ("servers:\n  a:\n    uri: https://a.example/mcp", "3: servers.a.uri: unknown key; did you mean url?"),
+        ("servers:\n  a:\n    url: a.example/mcp", "URL; is https:// missing at its beginning?"),
     ],
 )
 async def test_an_invalid_configuration_is_reported_in_one_line(tmp_path: Path, content: str, words: str) -> None:
@@ -157,7 +168,7 @@ async def test_help_has_an_example_and_each_default(command: tuple[str, ...]) ->
     assert all(" ".join(command) in line for line in example[1].splitlines())
     options = out.partition("Options:\n")[2].partition("\n\n")[0]
     described = [" ".join(text.split()) for text in re.split(r"^  (?=-)", options, flags=re.MULTILINE)[1:]]
-    own = [text for text in described if not text.startswith(("-h,", "-V,", "--print"))]
+    own = [text for text in described if not text.startswith(("-h,", "-V,"))]
     assert [text for text in own if "Default: " not in text] == []
 
 
@@ -209,6 +220,24 @@ async def test_a_port_that_is_taken_is_one_line_and_exit_1(tmp_path: Path) -> No
     assert address in line
     assert "--listen" in line
     assert [file.name for file in tmp_path.iterdir()] == [config.name]
+
+
+async def test_an_address_of_another_machine_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    arguments = ("serve", "https://a.example/mcp", "--listen", "192.0.2.1:8787", "--allow-anonymous")
+    code, _, err = await run_command(*arguments, env={"XDG_DATA_HOME": str(tmp_path)}, cwd=tmp_path)
+    assert code == 1
+    assert "Can't listen on 192.0.2.1:8787: this machine does not have that address; choose another with" in err
+    one_line(err)
+
+
+@as_root
+def test_a_port_that_is_for_root_alone_says_so() -> None:
+    os.seteuid(NOBODY)
+    try:
+        with pytest.raises(McpAuthProxyError, match=r"127\.0\.0\.1:1: ports below 1024 are for root"):
+            bind(Address("127.0.0.1", 1))
+    finally:
+        os.seteuid(0)
 
 
 async def test_a_port_alone_is_one_of_loopback(tmp_path: Path) -> None:

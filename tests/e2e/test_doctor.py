@@ -87,7 +87,10 @@ async def test_a_valid_server_is_ready_and_its_configuration_works(servers: Serv
         ),
         pytest.param({"answers": {"metadata": FakeResponse(headers=JSON, body=b"{")}}, {}, "not JSON", id="not JSON"),
         pytest.param(
-            {}, {"metadata_changes": {"resource": "https://other.example/mcp"}}, "RFC 9728 §3.3", id="resource"
+            {},
+            {"metadata_changes": {"resource": "https://other.example/mcp"}},
+            "check the server's url (RFC 9728 §3.3)",
+            id="resource",
         ),
         pytest.param({}, {"metadata_changes": {"authorization_servers": []}}, "RFC 9728 §2", id="no issuer"),
         pytest.param(

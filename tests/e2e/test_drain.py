@@ -25,6 +25,9 @@ from fakes.unattended import connected, unattended
 
 CALL = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": {"name": "echo"}}).encode()
 
+SOON = 4.0
+"""Seconds. Connections that are not closed would keep the process for five."""
+
 
 @asynccontextmanager
 async def serving(servers: Servers, folder: Path, **sections: Any) -> AsyncIterator[tuple[ProxyProcess, FakeMcpServer]]:
@@ -68,7 +71,7 @@ async def test_an_idle_proxy_ends_at_once(servers: Servers, tmp_path: Path, sign
         async with proxy.client("notes") as client:
             await client.call("echo", text="this connection is kept alive")
             proxy.process.send_signal(sign)
-            assert await exit_code(proxy, 3) == 0
+            assert await exit_code(proxy, SOON) == 0
         assert await silent.rest(1) == b""
 
 
@@ -89,7 +92,7 @@ async def test_a_running_call_completes_while_probes_see_503(servers: Servers, t
         assert proxy.process.returncode is None
         gate.set()
         assert (await call).text == "done"
-        assert await exit_code(proxy, 3) == 0
+        assert await exit_code(proxy, SOON) == 0
     assert len(upstream.calls("tools/call:slow")) == 1
 
 
@@ -106,7 +109,7 @@ async def test_a_stream_of_progress_continues_to_its_result(servers: Servers, tm
                 assert await anext(events) == {"n": number}
             channel.close()
             assert [event async for event in events] == []
-        assert await exit_code(proxy, 3) == 0
+        assert await exit_code(proxy, SOON) == 0
 
 
 @pytest.mark.parametrize("sent", ["get", "subscriptions/listen", "subscriptions\\/listen"])
@@ -124,9 +127,9 @@ async def test_idle_streams_end_with_a_final_chunk_at_once(servers: Servers, tmp
                 assert (await raw.head())[0] == 200
             proxy.process.send_signal(signal.SIGTERM)
             for raw in streams:
-                assert (await raw.rest(2)).endswith(b"0\r\n\r\n")
-        assert await exit_code(proxy, 2) == 0
-        await until(lambda: all(r.gone.is_set() for r in upstream.requests[-5:]), timeout=1)
+                assert (await raw.rest()).endswith(b"0\r\n\r\n")
+        assert await exit_code(proxy, SOON) == 0
+        await until(lambda: all(r.gone.is_set() for r in upstream.requests[-5:]))
 
 
 async def test_a_stream_that_the_upstream_has_not_opened_yet_ends_at_once(servers: Servers, tmp_path: Path) -> None:
@@ -136,7 +139,7 @@ async def test_a_stream_that_the_upstream_has_not_opened_yet_ends_at_once(server
         await until(lambda: upstream.calls("GET"))
         proxy.process.send_signal(signal.SIGTERM)
         assert (await raw.answer()).status == 503
-        assert await exit_code(proxy, 2) == 0
+        assert await exit_code(proxy, SOON) == 0
 
 
 async def test_clients_that_always_have_another_request_do_not_keep_it_running(
@@ -196,7 +199,7 @@ async def test_streams_that_clients_open_again_do_not_keep_it_running(servers: S
             assert (await again.head())[0] in (200, 503)
             gate.set()
             await call
-            assert await exit_code(proxy, 3) == 0
+            assert await exit_code(proxy, SOON) == 0
 
 
 async def test_a_stream_whose_client_does_not_read_does_not_keep_it_running(servers: Servers, tmp_path: Path) -> None:
@@ -262,8 +265,8 @@ async def test_a_second_signal_ends_it_at_once(
             begun = time.monotonic()
             proxy.process.send_signal(second)
             assert await exit_code(proxy, 5) == 0
-            assert time.monotonic() - begun < 2
-            assert (await raw.rest(1))[-5:] in (b"", b"0\r\n\r\n") or kind == "before the head"
+            assert time.monotonic() - begun < SOON
+            assert (await raw.rest())[-5:] in (b"", b"0\r\n\r\n") or kind == "before the head"
 
 
 async def test_ctrl_c_says_once_how_many_requests_it_waits_for(servers: Servers, tmp_path: Path) -> None:

@@ -253,5 +253,5 @@ async def test_calls_that_outlast_the_drain_are_answered_at_the_second_signal(se
         proxy.process.send_signal(signal.SIGTERM)
         answer = await raw.answer()
         assert (answer.status, json.loads(answer.body)["id"]) == (503, 9)
-        assert await asyncio.wait_for(proxy.process.wait(), 5) == 0
+        assert await asyncio.wait_for(proxy.process.wait(), 20) == 0
         assert "Traceback" not in proxy.log

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
-from typing import Self, Unpack
+from typing import ClassVar, Self, Unpack
 from urllib.parse import urlsplit
 
 import pytest
@@ -43,16 +43,19 @@ SMALL = 256
 """A limit on open files: 88 connections of clients, 66 of one address."""
 
 ATTACKER, OTHER = "127.0.0.1", "127.0.0.2"
-PROMPT = 2.0
+PROMPT = 5.0
 """Seconds. Usually it takes milliseconds, but the machine is busy with other tests."""
 
 
 class Connection:
-    """One connection from an address of loopback."""
+    """One connection from an address of loopback. All that were opened are closed when ``attacked`` ends."""
+
+    opened: ClassVar[list["Connection"]] = []
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self.opened.append(self)
 
     @classmethod
     async def open(cls, proxy: ProxyProcess, source: str = ATTACKER, first: bytes = b"") -> Self:
@@ -61,9 +64,13 @@ class Connection:
         sock.setblocking(False)
         # Without a port: else the system would look for one that is free for all destinations.
         sock.setsockopt(socket.IPPROTO_IP, getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24), 1)
-        sock.bind((source, 0))
-        await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
-        made = cls(*await asyncio.open_connection(sock=sock))
+        try:
+            sock.bind((source, 0))
+            await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
+            made = cls(*await asyncio.open_connection(sock=sock))
+        except BaseException:
+            sock.close()
+            raise
         made.writer.write(first)
         return made
 
@@ -169,8 +176,13 @@ async def attacked(
     upstream.answers["GET"] = stream
     config = write_config(folder, {"notes": upstream.url}, **sections)
     async with proxy_process(config, max_files=max_files) as proxy:
-        assert await serves(proxy)
-        yield proxy
+        try:
+            assert await serves(proxy)
+            yield proxy
+        finally:
+            # Also those of a test that failed: what is left open would fail another test.
+            while Connection.opened:
+                Connection.opened.pop().close()
 
 
 @pytest.mark.parametrize(("attack", "max_files"), [*((attack, SMALL) for attack in ATTACKS), ("kept", 1024)])
@@ -284,7 +296,8 @@ async def test_a_process_without_descriptors_accepts_again_later(servers: Server
     async with attacked(servers, tmp_path) as proxy:
         pid = proxy.process.pid
         limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (descriptors(proxy), limits[1]))
+        # The numbers of stdin, stdout and stderr are taken for as long as the process runs.
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
         waiting = [await Connection.open(proxy, OTHER, REQUEST) for _ in range(5)]
         await until(lambda: "Too many open files" in proxy.err, "a warning")
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)

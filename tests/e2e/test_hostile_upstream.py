@@ -269,7 +269,7 @@ async def test_a_head_that_trickles_is_ended_by_the_time_out(tmp_path: Path) -> 
         RawServer(script) as upstream,
         running_proxy(tmp_path, {"notes": {"url": upstream.url, **server}}) as proxy,
         httpx2.AsyncClient(trust_env=False) as http,
-        asyncio.timeout(3),
+        asyncio.timeout(5),
     ):
         assert (await http.post(f"{proxy.origin}/notes/mcp", content=CALL)).status_code == 504
 

@@ -140,13 +140,26 @@ async def test_the_same_subject_of_another_issuer_is_somebody_else(tmp_path: Pat
         assert names == ["alice", f"alice@{second.issuer.removeprefix('http://')}"]
 
 
-async def test_an_identity_provider_that_is_down_delays_only_new_tokens(tmp_path: Path) -> None:
-    async with identity_provider() as provider, shared(tmp_path, issuers(provider)) as there:
+async def test_an_identity_provider_that_is_down_at_start_means_503_and_health_says_so(tmp_path: Path) -> None:
+    async with identity_provider() as provider:
         provider.down = 503
-        answer = await there.post(f"Authorization: Bearer {token_of(provider)}")
-        assert answer.status == 503
-        assert int(answer.all("retry-after")[0]) >= 1
-        assert there.upstream.requests == []
+        async with shared(tmp_path, issuers(provider)) as there:
+            callers = there.proxy.application.callers
+            await until(callers.problems, "the keys were asked for")
+            answer = await there.post(f"Authorization: Bearer {token_of(provider)}")
+            assert answer.status == 503
+            assert int(answer.all("retry-after")[0]) >= 1
+            assert there.upstream.requests == []
+            there.client.get("/readyz")
+            health = await there.client.answer()
+            assert health.status == 200
+            assert provider.issuer in json.loads(health.body)["problems"][0]
+            provider.down = 0
+            callers.warm_up()
+            await until(lambda: not callers.problems(), "the keys are there")
+            assert (await there.post(f"Authorization: Bearer {token_of(provider)}")).status == 200
+            there.client.get("/readyz")
+            assert json.loads((await there.client.answer()).body) == {"status": "ready"}
 
 
 FRONT = {"name": "X-Forwarded-User", "from": ["127.0.0.1"], "secret": "canary-front", "secret_header": "X-Proxy-Secret"}

@@ -171,15 +171,32 @@ async def test_login_with_client_credentials_needs_no_link(
     code, out, err = await run_command("login", "notes", "--config", str(config), env=env)
     assert (code, out) == (1, "")
     assert "invalid_client" in err.splitlines()[-1]
+    assert "Check servers.notes.oauth.client_id and what it proves itself with (client_secret" in err.splitlines()[-1]
     assert "Traceback" not in err
 
 
 async def test_login_on_a_wildcard_address_lists_the_tools_too(real_mcp_server: RealMcpServer, tmp_path: Path) -> None:
-    config = write_config(tmp_path, {"notes": real_mcp_server.url}, listen=f"0.0.0.0:{free_port()}")
+    inbound = {"allow_anonymous": True}
+    config = write_config(tmp_path, {"notes": real_mcp_server.url}, listen=f"0.0.0.0:{free_port()}", inbound=inbound)
     async with login("notes", config) as setup:
         await consent(await setup.link())
         code, out, err = await setup.end()
     assert (code, out.splitlines()[-1][:17]) == (0, "It offers 6 tools"), err
+
+
+async def test_login_listens_beyond_loopback_only_if_that_is_meant(
+    real_mcp_server: RealMcpServer, tmp_path: Path
+) -> None:
+    address = f"0.0.0.0:{free_port()}"
+    config = write_config(tmp_path, {"notes": real_mcp_server.url}, listen=address)
+    code, out, err = await run_command("login", "notes", "--config", str(config))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"inbound.allow_anonymous: must be true to listen on {address} (or start the proxy first)" in err
+    assert [file.name for file in tmp_path.iterdir()] == [config.name]
+    async with proxy_process(config, "--allow-anonymous", listen=address), login("notes", config) as setup:
+        await consent(await setup.link())
+        code, _, err = await setup.end()
+    assert code == 0, err
 
 
 async def test_a_declined_login_is_one_line_and_exit_1(config: Path) -> None:
@@ -249,6 +266,7 @@ async def test_login_refuses_if_another_program_has_its_port(servers: Servers, c
         code, out, err = await run_command("login", "notes", "--config", str(config))
     assert (code, out) == (1, "")
     assert f"{host}:{port} is taken by another program" in err
+    assert [file.name for file in config.parent.iterdir()] == [config.name]
 
 
 # secrets that are known to the service alone
@@ -312,7 +330,7 @@ async def test_logout_revokes_the_refresh_token_and_a_running_proxy_notices(
         assert (code, err) == (0, "")
         assert out == f"notes: forgotten here and revoked at {authorization_server.issuer}\n"
         asking = asyncio.create_task(ask_until(client, lambda: len(proxy.links) == 2))
-        await until(lambda: len(proxy.links) == 2, "a new link", timeout=1.5)
+        await until(lambda: len(proxy.links) == 2, "a new link", timeout=5)
         await consent(proxy.links[1])
         await asking
     (request,) = authorization_server.seen("revoke")

@@ -101,7 +101,7 @@ class Flooded:
             client.post(body, *fields)
             with contextlib.suppress(ConnectionError):
                 await client.writer.drain()
-            return await client.answer()
+            return await client.answer(40)
 
     async def ask(self) -> None:
         """Make the proxy ask for an authorization."""
@@ -122,7 +122,7 @@ class Flooded:
 
     async def until_gauge(self, name: str, value: float) -> None:
         """Wait, bounded, until a gauge has a value."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while await self.gauge(name) != value:  # noqa: ASYNC110  # it is in another process
                 await asyncio.sleep(0.01)
 

@@ -1,5 +1,6 @@
 """Signing in at an identity provider: who comes back, and which answers are believed."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from fakes.fixtures import Servers
 from fakes.headless import Browser
 from fakes.openid_provider import SECRET, OpenIdProvider
 from fakes.team import Team, post, team
+from mcp_auth_proxy.identity import openid
 from mcp_auth_proxy.models import Principal, PrincipalStatus, Role
 
 CALLBACK = "/sign-in/callback"
@@ -185,7 +187,10 @@ async def test_with_provision_listed_only_those_who_are_listed_sign_in(servers: 
         assert principals(setup) == []
 
 
-async def test_a_provider_that_is_down_is_told_with_the_time_to_wait(servers: Servers, tmp_path: Path) -> None:
+async def test_a_provider_that_is_down_is_told_with_the_time_to_wait(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openid, "RETRY_INTERVAL", 0.0)
     async with openid_team(servers, tmp_path) as (setup, provider), Browser() as browser:
         provider.status = 503
         page = await to_provider(setup, browser)
@@ -197,6 +202,17 @@ async def test_a_provider_that_is_down_is_told_with_the_time_to_wait(servers: Se
         provider.status = 503
         page = await browser.open(callback)
         assert page.status_code == 503
+
+
+async def test_a_provider_that_is_down_is_not_asked_by_each_request(servers: Servers, tmp_path: Path) -> None:
+    async with openid_team(servers, tmp_path) as (setup, provider):
+        provider.status = 503
+        browsers = [Browser() for _ in range(10)]
+        pages = await asyncio.gather(*(to_provider(setup, browser) for browser in browsers))
+        assert [page.status_code for page in pages] == [503] * 10
+        assert provider.documents == 1
+        for browser in browsers:
+            await browser.client.aclose()
 
 
 async def test_no_secret_of_a_sign_in_is_in_a_log_or_in_the_store(

@@ -65,6 +65,7 @@ async def until_the_token_is_another(setup: ProxySetup, before: str | None) -> N
     raise AssertionError("the new token was never used")
 
 
+@pytest.mark.timeout(180)  # a thousand requests, their client and both servers share one thread
 async def test_a_thousand_requests_with_an_expired_token_share_one_renewal(
     servers: Servers, tmp_path: Path
 ) -> None:  # F3

@@ -136,6 +136,49 @@ async def test_a_secret_that_is_missing(tmp_path: Path) -> None:
 
 
 @as_root
+async def test_a_configuration_in_a_folder_of_another_user(tmp_path: Path) -> None:
+    (folder := tmp_path / "mounted").mkdir(mode=0o700)
+    config = write_config(folder, SERVERS)
+    os.chown(folder, NOBODY, NOBODY)
+    code, said = await refused(config, program=AS_ANOTHER)
+    assert (code, said) == (2, f"error: {config} (from --config) can't be read (Permission denied)\n")
+    # The user's folder, as after `sudo -u` with the HOME of root.
+    env = {"HOME": None, "XDG_CONFIG_HOME": str(folder)}
+    process = await start_command("serve", program=AS_ANOTHER, env=env, cwd=tmp_path)
+    _, err = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, err.decode()) == (
+        2,
+        f"error: {folder}/mcp-auth-proxy/mcp-auth-proxy.yaml can't be read (Permission denied)\n",
+    )
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("check",), 2, "No configuration was found."),
+        (("serve", SERVERS["notes"]), 2, "This user has no home folder, where the store would be"),
+        (("status",), 2, "This user has no home folder"),
+        (("service", "status"), 1, "This user has no home folder"),
+        (
+            ("check", "--config", "~nobody-of-that-name/proxy.yaml"),
+            2,
+            "(from --config) names a home folder that does not",
+        ),
+        (("healthcheck", "--config", "~nobody-of-that-name/proxy.yaml"), 1, "names a home folder that does not exist"),
+    ],
+)
+async def test_a_user_without_a_home_folder(tmp_path: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
+    program = ("unshare", "--user", "--map-user=4242", "--map-group=4242", *PROGRAM)
+    home = {"HOME": None, "XDG_CONFIG_HOME": None, "XDG_DATA_HOME": None}
+    process = await start_command(*arguments, program=program, env=home, cwd=tmp_path)
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, out, err.count(b"\n")) == (code, b"", 1), err.decode()
+    assert words in err.decode()
+    assert list(tmp_path.iterdir()) == []
+
+
+@as_root
 async def test_a_volume_of_another_user(tmp_path: Path) -> None:
     (tmp_path / "store-key").write_text("A" * 43 + "=")
     (data := tmp_path / "data").mkdir(mode=0o700)

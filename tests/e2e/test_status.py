@@ -10,9 +10,11 @@ import pytest
 from e2e.test_login import free_port, log_in, login
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import RealMcpServer, Servers
-from fakes.headless import consent
+from fakes.headless import consent, decline
 from fakes.mcp_client import PlainClient
 from fakes.proxy import link_in, proxy_process, run_command, serving, write_config
+from fakes.proxy_setup import proxy_setup
+from mcp_auth_proxy.broker.flows import FLOW_LIFETIME
 
 WAIT = {"wait": "0s", "open_browser": "never"}
 
@@ -76,6 +78,33 @@ async def test_status_shows_the_link_of_the_last_call_and_asks_nobody(
         assert await proxy.stop() == 0
 
 
+async def test_status_goes_on_to_say_that_authorization_is_needed_when_the_link_has_expired(
+    servers: Servers, tmp_path: Path
+) -> None:
+    config = tmp_path / "mcp-auth-proxy.yaml"
+    async with proxy_setup(servers, tmp_path) as setup:
+        setup.clock.ahead = -FLOW_LIFETIME
+        await setup.link()
+        needed = "notes  needs authorization: run `mcp-auth-proxy login notes`\n"
+        assert await run_command("status", "--config", str(config)) == (0, needed, "")
+        _, document, _ = await run_command("status", "--json", "--config", str(config))
+        (row,) = json.loads(document)
+        assert (row["state"], row["needs_authorization"]) == ("not connected", True)
+        assert "authorization_url" not in row
+        await setup.connect()
+        _, text, _ = await run_command("status", "--config", str(config))
+        assert text.startswith("notes  connected since")
+        assert "needs" not in text
+
+
+async def test_status_says_why_the_last_authorization_failed(servers: Servers, tmp_path: Path) -> None:
+    async with proxy_setup(servers, tmp_path, issuer={"auto_consent": False}) as setup:
+        await decline(await setup.link())
+        _, text, _ = await run_command("status", "--config", str(tmp_path / "mcp-auth-proxy.yaml"))
+        assert text.startswith("notes  needs authorization: run `mcp-auth-proxy login notes`; the last one failed: ")
+        assert "access_denied" in text
+
+
 async def test_a_bare_status_finds_the_store_of_serve_with_a_url(servers: Servers, tmp_path: Path) -> None:
     upstream = await servers.mcp_server(await servers.authorization_server(auto_consent=True))
     env = {
@@ -107,5 +136,5 @@ async def test_a_bare_status_finds_the_store_of_serve_with_a_url(servers: Server
     )
     code, out, err = await run_command("status", "other", env=env, cwd=tmp_path)
     assert (code, out) == (2, "")
-    assert "There is no server 'other'. In the store" in err
-    assert err.rstrip().endswith(f"{name}.")
+    assert "There is no server 'other': no configuration was found" in err
+    assert err.rstrip().endswith(f"known from `mcp-auth-proxy serve URL`: {name}")

@@ -83,13 +83,15 @@ def manifest() -> Manifests:
     return Manifests.read((ROOT / "deploy/kubernetes/sidecar.yaml").read_text())
 
 
-def helm(*settings: str, values: Path | None = None) -> subprocess.CompletedProcess[str]:
+def helm(
+    *settings: str, values: Path | None = None, release: str = "mcp-auth-proxy"
+) -> subprocess.CompletedProcess[str]:
     """Render the chart; ``settings`` are given to ``--set``."""
     program = shutil.which("helm", path=SEARCH)
     assert program is not None
     chosen = ["--values", str(values)] if values else []
     flags = [text for setting in settings for text in ("--set", setting)]
-    command = [program, "template", "mcp-auth-proxy", str(CHART), "--namespace", "agents", *chosen, *flags]
+    command = [program, "template", release, str(CHART), "--namespace", "agents", *chosen, *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -62,7 +62,7 @@ class PlainClient:
         self.session: str | None = None
         self.http = httpx2.AsyncClient(
             trust_env=False,
-            timeout=30,
+            timeout=60,
             headers=headers,
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
         )

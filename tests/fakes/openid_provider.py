@@ -42,6 +42,8 @@ class OpenIdProvider:
         self.requests: list[dict[str, str]] = []
         """The authentication requests."""
         self.redeemed: list[dict[str, str]] = []
+        self.documents = 0
+        """Requests for the metadata."""
         self._codes: dict[str, dict[str, str]] = {}
 
     @classmethod
@@ -81,6 +83,7 @@ class OpenIdProvider:
         )
 
     async def _metadata(self, request: Request) -> Response:
+        self.documents += 1
         document = {
             "issuer": self.issuer,
             "authorization_endpoint": f"{self.issuer}/authorize",

@@ -38,6 +38,7 @@ class Sections(TypedDict, total=False):
     limits: Mapping[str, object]
     inbound: Mapping[str, object]
     outbound: Mapping[str, object]
+    admin: Mapping[str, object]
 
 
 class RunningProxy:
@@ -175,7 +176,7 @@ async def start_command(
 
 
 async def run_command(
-    *arguments: str, env: Environment | None = None, cwd: Path | None = None, timeout: float = 30
+    *arguments: str, env: Environment | None = None, cwd: Path | None = None, timeout: float = 50
 ) -> tuple[int, str, str]:
     """Run a command of the proxy to its end; return exit code, stdout and stderr, which names no file (see below)."""
     process = await start_command(*arguments, env=env, cwd=cwd)
@@ -261,7 +262,7 @@ async def ready(origin: str) -> None:
     raise AssertionError(f"{origin} did not become ready")
 
 
-async def until(condition: Callable[[], object], what: str = "the condition", timeout: float = 10) -> None:
+async def until(condition: Callable[[], object], what: str = "the condition", timeout: float = 20) -> None:
     """Wait, bounded, until the condition holds."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlsplit
 
-SECONDS = 10
+SECONDS = 20
 
 
 @dataclass

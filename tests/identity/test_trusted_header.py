@@ -1,5 +1,6 @@
 """The field of a web server in front: believed from it alone, and never if a client may have had a hand in it (T63)."""
 
+from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -80,6 +81,14 @@ async def test_forged_fields_are_refused_although_the_caller_is_known(tmp_path: 
         for name in (b"\xff\xfe", b"a\tb", b"x" * 256):
             assert await status_of(setup, [(b"x-forwarded-user", name), SECRET]) == 401
         assert [principal.name for principal in setup.callers.directory.principals()] == ["alice"]
+
+
+async def test_nobody_is_believed_while_the_secret_is_not_known(tmp_path: Path) -> None:
+    # T63: a command that needs no secrets of this section was started without them.
+    skipped = replace(WITH_SECRET, secret=None)
+    async with identifying(tmp_path, inbound(skipped)) as setup:
+        for fields in ([USER], [USER, SECRET], [USER, (b"x-proxy-secret", b"")]):
+            assert await status_of(setup, fields) == 401
 
 
 async def test_fields_and_their_twins_are_never_forwarded(tmp_path: Path) -> None:

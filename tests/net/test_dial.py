@@ -178,13 +178,13 @@ async def test_connecting_has_one_deadline_that_includes_tls(get: Get, authority
     async with RawServer(script) as server:
         with pytest.raises(UpstreamUnreachable, match=r"no connection within 0\.1 s"):
             await get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle, timeout=0.1)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(5):
             await server.peers[0].gone.wait()
 
 
 async def test_the_look_up_is_part_of_the_one_deadline(get: Get, authority: Authority) -> None:
     async def slow(host: str, port: int) -> Sequence[str]:
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(0.9)
         return ("127.0.0.1",)
 
     async def silent(peer: Peer) -> None:
@@ -192,11 +192,11 @@ async def test_the_look_up_is_part_of_the_one_deadline(get: Get, authority: Auth
 
     async with RawServer(silent) as server:
         origin = Origin("https", "slow.example", server.port)
-        async with asyncio.timeout(0.7):
-            with pytest.raises(UpstreamUnreachable, match=r"no connection within 0\.5 s"):
-                await get(origin, ca=authority.bundle, timeout=0.5, resolve=slow)
+        async with asyncio.timeout(1.6):
+            with pytest.raises(UpstreamUnreachable, match=r"no connection within 1 s"):
+                await get(origin, ca=authority.bundle, timeout=1.0, resolve=slow)
         # A look-up that takes all of the time is named as the reason.
-        async with asyncio.timeout(0.35):
+        async with asyncio.timeout(0.7):
             with pytest.raises(UpstreamUnreachable, match=r"the name slow\.example can't be looked up now"):
                 await get(origin, ca=authority.bundle, timeout=0.1, resolve=slow)
 
@@ -232,7 +232,7 @@ async def test_a_cancelled_tls_handshake_closes_the_socket(get: Get, authority: 
         asking = asyncio.ensure_future(get(Origin("https", "127.0.0.1", server.port), ca=authority.bundle))
         await started.wait()
         asking.cancel()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(5):
             await server.peers[0].gone.wait()
         with pytest.raises(asyncio.CancelledError):
             await asking

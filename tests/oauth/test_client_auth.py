@@ -16,7 +16,7 @@ def client(method: ClientAuth, secret: str | None = "p:w d/ü") -> Registration:
     return Registration(
         server="linear",
         issuer="https://as",
-        client_id="https://c:1/é",
+        client_id="https://c:1/é a",
         client_auth=method,
         kind=RegistrationKind.CONFIGURED,
         client_secret=secret,
@@ -43,7 +43,7 @@ def test_the_method_is_as_configured_or_as_the_server_supports(
 
 def test_a_public_client_sends_its_id() -> None:
     assert client_auth.authenticate(client(ClientAuth.NONE, None), FORM) == (
-        [*FORM, ("client_id", "https://c:1/é")],
+        [*FORM, ("client_id", "https://c:1/é a")],
         [],
     )
 
@@ -51,7 +51,7 @@ def test_a_public_client_sends_its_id() -> None:
 def test_post_puts_id_and_secret_into_the_form() -> None:
     fields, headers = client_auth.authenticate(client(ClientAuth.POST), FORM)
 
-    assert (fields, headers) == ([*FORM, ("client_id", "https://c:1/é"), ("client_secret", "p:w d/ü")], [])
+    assert (fields, headers) == ([*FORM, ("client_id", "https://c:1/é a"), ("client_secret", "p:w d/ü")], [])
     assert parse_qsl(client_auth.encode_form(fields).decode()) == fields
 
 
@@ -60,13 +60,13 @@ def test_basic_form_encodes_id_and_secret_first() -> None:
 
     assert (fields, name) == (FORM, "Authorization")
     decoded = base64.b64decode(value.removeprefix("Basic ")).decode()
-    assert decoded == "https%3A%2F%2Fc%3A1%2F%C3%A9:p%3Aw%20d%2F%C3%BC"
+    assert decoded == "https%3A%2F%2Fc%3A1%2F%C3%A9%20a:p%3Aw%20d%2F%C3%BC"
 
 
 def test_basic_can_include_client_id_in_the_form_but_never_the_secret() -> None:
     fields, headers = client_auth.authenticate(client(ClientAuth.BASIC), FORM, include_client_id=True)
 
-    assert fields == [*FORM, ("client_id", "https://c:1/é")]
+    assert fields == [*FORM, ("client_id", "https://c:1/é a")]
     assert [name for name, _ in headers] == ["Authorization"]
 
 

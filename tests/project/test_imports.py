@@ -56,3 +56,15 @@ def test_a_violation_of_the_contract_is_noticed(tmp_path: Path, module: str, lin
     assert lint(tmp_path).returncode == 0
     (package / module).write_text(line + "\n")
     assert lint(tmp_path).returncode == 1
+
+
+def test_a_proxy_imports_the_api_only_when_it_is_used() -> None:
+    """Its models and their library take some megabytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import mcp_auth_proxy.app, sys; print('msgspec' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"

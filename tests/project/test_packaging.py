@@ -57,14 +57,16 @@ def test_every_dependency_is_locked_and_the_locks_agree() -> None:
         assert fuzz[name] == version, f"{name} differs between the locks: run `make lock`"
 
 
-def test_the_wheel_has_the_type_marker_and_the_pages(tmp_path: Path) -> None:
+def test_the_wheel_has_the_type_marker_the_pages_and_the_files_of_services(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=50)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    templates = ROOT / "src/mcp_auth_proxy/web/templates"
     assert "mcp_auth_proxy/py.typed" in names
-    assert {f"mcp_auth_proxy/web/templates/{page.name}" for page in templates.iterdir()} <= set(names)
+    for folder in ("web/templates", "cli/units"):
+        files = list((ROOT / "src/mcp_auth_proxy" / folder).iterdir())
+        assert files
+        assert {f"mcp_auth_proxy/{folder}/{file.name}" for file in files} <= set(names)
 
 
 def test_only_systems_that_it_runs_on_are_classifiers() -> None:
@@ -97,6 +99,16 @@ def test_make_prints_its_commands_and_they_are_described() -> None:
     assert printed == wanted
     described = re.findall(r"^\| `make ([a-z]+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     assert {*wanted} - {*described} == {"help", "clean"}
+
+
+def test_ci_checks_the_chart_for_four_versions_of_kubernetes() -> None:
+    versions = re.search(r"^KUBERNETES := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert versions
+    assert len(set(versions[1].split())) >= 4
+    done = subprocess.run(["make", "-n", "chart"], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    assert f"for version in {versions[1]}; do" in done.stdout
+    assert re.search(r"kubernetes-validate .*deploy/kubernetes/\*\.yaml dist/chart/\*\.yaml", done.stdout)
+    assert re.search(r"^(timeout \d+ )?make chart$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
 
 
 def test_the_ci_script_is_valid_and_can_be_started() -> None:

@@ -177,12 +177,16 @@ def test_a_principal_that_has_changed_gets_routes_of_its_own_again() -> None:
 
 
 def test_callers_and_their_routes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "CALLERS_KEPT", 3)
+    monkeypatch.setattr(routes, "ROUTES_KEPT", 6)
     all_routes = table(servers("alpha"))
     callers = [caller(str(number)) for number in range(5)]
     for each in callers:
-        assert all_routes.find(each, b"/mcp") is not None
+        for path in (b"/mcp", b"/alpha/mcp"):
+            assert all_routes.find(each, path) is not None
     assert [all_routes.get(each, b"/mcp") is not None for each in callers] == [False, False, True, True, True]
+    for number in range(10):
+        assert all_routes.find(callers[0], b"/alpha@a%d/mcp" % number) is not None
+    assert [all_routes.get(each, b"/mcp") is not None for each in callers] == [False] * 5
 
 
 def test_the_routes_of_everybody_stay_when_those_of_other_accounts_are_dropped() -> None:

@@ -7,7 +7,14 @@ import pytest
 
 from mcp_auth_proxy.models import Account, FlowStatus
 from mcp_auth_proxy.store import Engine
-from mcp_auth_proxy.store.flows import KEPT_ATTEMPTS_IN_ALL, KEPT_FLOWS, KEPT_IN_ALL, KEPT_SECONDS, Flows
+from mcp_auth_proxy.store.flows import (
+    KEPT_ATTEMPTS_IN_ALL,
+    KEPT_FLOWS,
+    KEPT_IN_ALL,
+    KEPT_SECONDS,
+    KEPT_UNANSWERED_SECONDS,
+    Flows,
+)
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import KEPT_REGISTRATIONS, Registrations
 from store.builders import NOW, attempt, flow, grant, registration, sha256
@@ -120,6 +127,8 @@ async def test_expired_flows_and_attempts_are_deleted(engine: Engine) -> None:
     await flows.purge(NOW + 600)
     assert (await count(engine, "attempts"), await count(engine, "flows")) == (0, KEPT_FLOWS)
     await flows.purge(NOW + 600 + KEPT_SECONDS)
+    assert await count(engine, "flows") == 1  # the newest, for `status`
+    await flows.purge(NOW + 600 + KEPT_UNANSWERED_SECONDS)
     assert await count(engine, "flows") == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mcp_auth_proxy.models import Account, FlowStatus
 from mcp_auth_proxy.store import Engine, open_store
-from mcp_auth_proxy.store.flows import CANCELLED, KEPT_ATTEMPTS, KEPT_SECONDS, Flows
+from mcp_auth_proxy.store.flows import CANCELLED, KEPT_ATTEMPTS, KEPT_SECONDS, KEPT_UNANSWERED_SECONDS, Flows
 from store.builders import NOW, attempt, flow, registration, sha256, store_settings
 
 
@@ -122,6 +122,34 @@ async def test_purge_deletes_attempts_in_time_and_flows_later(flows: Flows) -> N
     await flows.purge(NOW + 600)
     assert await flows.find_attempt(sha256("s")) is None
     assert await flows.get("flow-1")
+    await flows.finish("flow-1", FlowStatus.DONE)
+    await flows.purge(NOW + 600 + KEPT_SECONDS - 1)
+    assert await flows.get("flow-1")
+    await flows.purge(NOW + 600 + KEPT_SECONDS)
+    assert await flows.get("flow-1") is None
+
+
+@pytest.mark.parametrize("status", [FlowStatus.PENDING, FlowStatus.FAILED])
+async def test_the_newest_flow_of_an_account_is_kept_longer_if_nobody_authorized(
+    flows: Flows, status: FlowStatus
+) -> None:
+    await flows.save(flow("older"))
+    await flows.save(flow("newest", at=NOW + 1))
+    await flows.save(flow("elsewhere", "warehouse"))
+    await flows.finish("newest", status, "no" if status is FlowStatus.FAILED else "")
+    await flows.purge(NOW + 601 + KEPT_SECONDS)
+    assert [kept.id for kept in await flows.unanswered()] == ["elsewhere", "newest"]
+    newest = await flows.newest(Account("local", "linear"), NOW + 601 + KEPT_SECONDS)
+    assert newest is not None
+    assert newest.id == "newest"
+    await flows.purge(NOW + 601 + KEPT_UNANSWERED_SECONDS)
+    assert await flows.unanswered() == []
+
+
+async def test_a_cancelled_flow_is_not_kept_longer(flows: Flows) -> None:
+    await flows.save(flow())
+    await flows.cancel(Account("local", "linear"))
+    assert await flows.unanswered() == []
     await flows.purge(NOW + 600 + KEPT_SECONDS)
     assert await flows.get("flow-1") is None
 

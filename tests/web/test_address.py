@@ -1,13 +1,15 @@
 """The page of an MCP address, what its button leads to, and the last page of an authorization."""
 
+import html
+
 import pytest
 
 from fakes.forwarding import pending_authorization
-from mcp_auth_proxy.broker import ConnectedServer
+from mcp_auth_proxy.broker import ConfirmationPrompt, ConnectedServer
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, McpAuthProxyError, UpstreamUnreachable
 from mcp_auth_proxy.models import AccessToken
-from web.site_setup import site_setup
+from web.site_setup import SIGN_IN, site_setup
 
 NOTES = {"notes": ServerSettings(name="notes", url="https://notes.example/mcp")}
 START = "/connect/notes/start"
@@ -25,6 +27,15 @@ async def test_the_page_of_an_address_has_a_button(path: str, connected: Connect
         assert f'<form method="post" action="{START}">' in page.text
         assert ("Authorize again" in page.text) is (connected is not None)
         assert "logout notes --forget-client" in page.text
+
+
+async def test_the_pages_name_a_server_without_a_configuration_by_its_url() -> None:
+    served = {"notes": ServerSettings(name="notes", url="https://notes.example/mcp?key=1&b", from_url=True)}
+    async with site_setup(servers=served) as setup:
+        setup.broker.visit = ConfirmationPrompt(flow_id="F1", sign_in=SIGN_IN, max_age=600, visited=True)
+        for path in ("/notes/mcp", "/connect/notes?flow=F1"):
+            page = html.unescape((await setup.client.get(path)).text)
+            assert "mcp-auth-proxy logout 'https://notes.example/mcp?key=****&****' --forget-client" in page
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """``/oauth/start``: a page that only checks and shows, and a form of ours that begins."""
 
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 
 from fakes.fixtures import Servers
 from fakes.headless import Browser, Page
+from fakes.proxy import running_proxy
 from fakes.team import post
+from mcp_auth_proxy.identity.sessions import new_link
+from mcp_auth_proxy.store.sessions import Sessions
 from web.api.made_setup import LOOPBACK, MadeSetup, administer, made_setup
 
 APP = "https://app.example"
@@ -186,7 +190,7 @@ async def test_a_user_who_declines_and_one_who_consents_are_told_apart_by_the_la
         assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
 
 
-async def test_the_last_page_of_other_flows_has_no_script(servers: Servers, tmp_path: Path) -> None:
+async def test_the_last_page_of_other_flows_has_no_script(servers: Servers, tmp_path: Path) -> None:  # T71
     async with started(servers, tmp_path) as setup, setup.signed_in("ben") as browser:
         await setup.make()
         async with setup.mcp("tickets", "ben") as client:
@@ -197,3 +201,21 @@ async def test_the_last_page_of_other_flows_has_no_script(servers: Servers, tmp_
         assert page.status_code == 200
         assert "script" not in page.text
         assert page.headers["cross-origin-opener-policy"] == "same-origin"
+
+
+async def test_if_callers_are_not_identified_the_link_of_the_dashboard_is_needed(
+    servers: Servers, tmp_path: Path
+) -> None:
+    upstream = await servers.mcp_server()
+    admin = {"allow_private": list(LOOPBACK)}
+    async with running_proxy(tmp_path, {"notes": upstream.url}, admin=admin) as proxy, Browser() as browser:
+        url = f"{proxy.origin}/oauth/start?mcp_server_url={quote(upstream.url)}"
+        page = await browser.open(url)
+        assert page.status_code == 401
+        assert "mcp-auth-proxy dashboard" in page.text
+        api = proxy.application.site.api
+        assert api is not None
+        link = await new_link(Sessions(api.context.database), now=time.time())
+        await browser.client.get(f"{proxy.origin}/sign-in?link={link}", headers={"sec-fetch-site": "none"})
+        assert Page((await browser.open(url)).text).forms
+        assert upstream.requests == []

@@ -127,7 +127,11 @@ class Broker:
         self._visits = LinkVisits(clock=clock, first_only=opens_links)
         self._sign_ins = SignIns(confirmations=Confirmations(database), grants=self._grants, clock=clock)
         self._forgotten_clients = ForgottenClients(
-            flows=self._flows, register=self._register_again, start=self._start_follower, clock=clock
+            servers=servers,
+            flows=self._flows,
+            register=self._register_again,
+            start=self._start_follower,
+            clock=clock,
         )
         self._attempts = AuthorizationAttempts(
             flows=self._flows,
@@ -598,7 +602,7 @@ class Broker:
         """Delete and revoke the grants of all accounts at a server that is no longer there. Raises StoreError."""
         gone: list[Disconnected] = []
         stored = [grant.key.account for grant in await self._grants.all()]
-        stored += [flow.key.account for flow in await self._flows.waiting(self._clock())]
+        stored += [flow.key.account for flow in await self._flows.unanswered()]
         for account in dict.fromkeys(stored):
             if account.server == server.name:
                 gone.append(await self._disconnect(account, server))

@@ -11,9 +11,9 @@ from mcp_auth_proxy.broker.renewal import renewable
 from mcp_auth_proxy.broker.states import GrantStatus, grant_status, word
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import without_query_values
-from mcp_auth_proxy.models import LOCAL, Account, Flow, Grant
+from mcp_auth_proxy.models import LOCAL, Account, Flow, FlowStatus, Grant
 from mcp_auth_proxy.store.engine import Engine
-from mcp_auth_proxy.store.flows import Flows
+from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
 
 
@@ -35,8 +35,16 @@ class Connection:
     url: str
     """The server's URL, with the values in its query masked."""
     state: ConnectionState = ConnectionState.NOT_CONNECTED
+    command_name: str = ""
+    """What commands call the server: its name, or its URL if there is no configuration."""
     authorizing: bool = False
     """Whether an authorization waits for its user."""
+    unanswered: bool = False
+    """Whether an authorization was needed that nobody has given yet, also if its link has expired or it failed."""
+    asked_scopes: tuple[str, ...] = ()
+    """What it asked for in addition to the scopes of the grant."""
+    failure: str = ""
+    """Why that authorization failed; empty if it did not."""
     link: str = field(default="", repr=False)
     """Where the user authorizes, if an authorization waits for them."""
     user_code: str = field(default="", repr=False)
@@ -48,10 +56,17 @@ class Connection:
     """When the access token expires; None also if its server did not say."""
     renews_itself: bool = False
     """Whether tokens are renewed without a user."""
+    expired: bool = False
+    """Whether its token has expired and can't be renewed."""
     scopes: tuple[str, ...] = ()
     reason: str = ""
     """Why the grant has ended."""
     status: GrantStatus | None = None
+
+    @property
+    def needs_authorization(self) -> bool:
+        """Whether a user has to authorize, as far as the store knows."""
+        return self.state is ConnectionState.ENDED or self.expired or self.unanswered
 
     @property
     def label(self) -> str:
@@ -101,28 +116,30 @@ async def stored_connections(
     for server in servers.values():
         own = [grant for grant in grants if grant.key.account.server == server.name]
         for account in sorted({grant.key.account for grant in own}) or [Account(LOCAL, server.name)]:
-            flow = await flows.live(account, now) if flows is not None else None
+            flow = await flows.newest(account, now) if flows is not None else None
             grant = _current((grant for grant in own if grant.key.account == account), server)
-            connection = Connection(account=account, url=without_query_values(server.url))
-            if flow is not None and matches(flow, server) and not _is_answered(flow, grant):
-                connection = _with_flow(connection, flow)
+            connection = Connection(
+                account=account, url=without_query_values(server.url), command_name=server.command_name
+            )
+            if flow is not None and matches(flow, server) and not _is_answered(flow, grant, now):
+                connection = _with_flow(connection, flow, grant, now)
             found.append(connection if grant is None else _with_grant(connection, grant, now))
     return found
 
 
-async def stored_servers(database: Engine, *, now: float) -> dict[str, ServerSettings]:
-    """Return the servers that have a grant or wait for their user, by name, as far as the store knows them.
+async def stored_servers(database: Engine) -> dict[str, ServerSettings]:
+    """Return the servers that have a grant or need one, by name, as far as the store knows them.
 
     For a store without a configuration: that of ``serve URL``. Raises StoreError.
     """
-    grants, flows = await Grants(database).all(), await Flows(database).waiting(now)
+    grants, flows = await Grants(database).all(), await Flows(database).unanswered()
     servers: dict[str, ServerSettings] = {}
     both: list[Grant | Flow] = [*grants, *flows]
     for stored in sorted(both, key=_time):
         key = stored.key
         if key.upstream is not None:
             name = key.account.server
-            servers[name] = ServerSettings(name=name, url=f"{key.upstream}{key.path or '/'}")
+            servers[name] = ServerSettings(name=name, url=f"{key.upstream}{key.path or '/'}", from_url=True)
     return servers
 
 
@@ -130,13 +147,34 @@ def _time(stored: Grant | Flow) -> float:
     return stored.granted_at if isinstance(stored, Grant) else stored.created_at
 
 
-def _is_answered(flow: Flow, grant: Grant | None) -> bool:
-    """Return whether a user has authorized since, by another link."""
-    return grant is not None and grant.ended_at is None and grant.granted_at > flow.created_at
+def _is_answered(flow: Flow, grant: Grant | None, now: float) -> bool:
+    """Return whether nothing is left to do for a flow: it was used or cancelled, or its user authorized by another one.
+
+    A grant that was renewed after a flow has failed or expired was not refused: what was asked for was not needed.
+    """
+    if flow.status is FlowStatus.DONE or flow.reason == CANCELLED:
+        return True
+    if grant is None or grant.ended_at is not None:
+        return False
+    renewed = not _is_live(flow, now) and grant.tokens.obtained_at > flow.created_at
+    return renewed or grant.granted_at > flow.created_at
 
 
-def _with_flow(connection: Connection, flow: Flow) -> Connection:
+def _is_live(flow: Flow, now: float) -> bool:
+    return flow.status is FlowStatus.PENDING and flow.expires_at > now
+
+
+def _with_flow(connection: Connection, flow: Flow, grant: Grant | None, now: float) -> Connection:
+    held = grant.scopes if grant is not None and grant.ended_at is None else flow.scopes
+    connection = replace(
+        connection,
+        unanswered=True,
+        asked_scopes=tuple(scope for scope in flow.scopes if scope not in held),
+        failure=flow.reason,
+    )
     device = flow.device
+    if not _is_live(flow, now):
+        return connection
     if device is None:
         return replace(connection, authorizing=True, link=link_of(flow, public_url_of(flow.redirect_uri)))
     return replace(connection, authorizing=True, link=device.verification_uri, user_code=device.user_code)
@@ -149,14 +187,16 @@ def _current(grants: Iterable[Grant], server: ServerSettings) -> Grant | None:
 
 
 def _with_grant(connection: Connection, grant: Grant, now: float) -> Connection:
+    expires_at = grant.tokens.expires_at
     return replace(
         connection,
         state=ConnectionState.CONNECTED if grant.ended_at is None else ConnectionState.ENDED,
         issuer=grant.key.issuer,
         granted_at=grant.granted_at,
-        token_expires_at=grant.tokens.expires_at,
+        token_expires_at=expires_at,
         renews_itself=renewable(grant),
         scopes=grant.tokens.scopes,
+        expired=expires_at is not None and expires_at <= now and not renewable(grant),
         reason=grant.ended_reason,
         status=grant_status(grant, now=now),
     )

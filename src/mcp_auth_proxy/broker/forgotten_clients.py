@@ -6,11 +6,12 @@ may know the client after all.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from mcp_auth_proxy.broker.flows import clone_flow
 from mcp_auth_proxy.broker.single_flight import SingleFlight
+from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, excerpt
 from mcp_auth_proxy.models import Flow, FlowStatus, Registration, RegistrationKind
 from mcp_auth_proxy.store.flows import Flows
@@ -24,12 +25,16 @@ class ForgottenClients:
     def __init__(
         self,
         *,
+        servers: Mapping[str, ServerSettings],
         flows: Flows,
         register: Callable[[Flow], Awaitable[Registration]],
         start: Callable[[Flow], Awaitable[None]],
         clock: Callable[[], float],
     ) -> None:
-        """``register`` makes a new registration for a flow, ``start`` stores the flow that has it."""
+        """``servers`` may change at any time. ``register`` makes a new registration for a flow, ``start`` stores the
+        flow that has it.
+        """
+        self._servers = servers
         self._flows = flows
         self._register = register
         self._start = start
@@ -73,7 +78,9 @@ class ForgottenClients:
         for flow_id in [flow_id for flow_id, followed in self._followed.items() if followed.expires_at <= now]:
             del self._followed[flow_id]
             self._first.pop(flow_id, None)
-        remedy = f"if its sign-in page does not know the client, run: mcp-auth-proxy logout {server} --forget-client"
+        settings = self._servers.get(server)
+        name = settings.command_name if settings is not None else server
+        remedy = f"if its sign-in page does not know the client, run: mcp-auth-proxy logout {name} --forget-client"
         try:
             registration = await self._register(flow)
         except AuthorizationError as error:

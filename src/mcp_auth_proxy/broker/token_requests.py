@@ -210,7 +210,12 @@ class TokenClient:
                 previous=previous,
                 token_types=_token_types(server, dpop_key, previous),
                 secrets=secrets_in(server, client, form),
-                context=TokenRequestContext(server=server.name, resource=resource, scopes=source.scopes),
+                context=TokenRequestContext(
+                    server=server.name,
+                    resource=resource,
+                    scopes=source.scopes,
+                    configured_client=client.kind is RegistrationKind.CONFIGURED,
+                ),
             )
 
     async def _ask(

@@ -17,6 +17,8 @@ from mcp_auth_proxy.broker import (
 )
 from mcp_auth_proxy.cli.listener import bind, in_numbers, listening
 from mcp_auth_proxy.cli.terminal import complain, say
+from mcp_auth_proxy.config.document import located
+from mcp_auth_proxy.config.listeners import exposure_errors
 from mcp_auth_proxy.config.settings import ServerSettings, Settings, reachable
 from mcp_auth_proxy.errors import (
     MAX_MESSAGE,
@@ -53,11 +55,13 @@ async def login(settings: Settings, name: str) -> int:
         except AddressInUse:
             sock, address = None, settings.listen
             _require_our_proxy(settings)
+        if sock is not None:
+            stack.enter_context(sock)
+            _require_leave_to_listen(settings)
         application = await stack.enter_async_context(
             lifespan(settings, address, announce=_say_nothing, announce_key=new_key.append)
         )
         if sock is not None:
-            stack.enter_context(sock)
             await stack.enter_async_context(listening(application, sock))
         token = await _authorize(application, server)
         complain(*new_key)
@@ -75,7 +79,8 @@ async def _authorize(application: Application, server: ServerSettings) -> Access
     if stored is not None:
         outcome = await _try_stored(application, route, stored)
         if not isinstance(outcome, PendingAuthorization):
-            say(f"A login for {server.name} is stored already; `mcp-auth-proxy logout {server.name}` forgets it.")
+            forget = f"`mcp-auth-proxy logout {server.command_name}` forgets it"
+            say(f"A login for {server.name} is stored already; {forget}.")
     else:
         status, challenge = await probe(application.forwarder.upstream, route)
         outcome = await broker.authorize(account, status=status, challenge=challenge)
@@ -208,6 +213,13 @@ def server_of(settings: Settings, name: str) -> ServerSettings:
     except KeyError:
         known = ", ".join(sorted(settings.servers))
         raise ConfigurationError([ConfigError("", f"There is no server {name!r}. Configured: {known}.")]) from None
+
+
+def _require_leave_to_listen(settings: Settings) -> None:
+    """Raise ConfigurationError if this command would serve the stored grants to other machines without being told."""
+    source = settings.source
+    if source is not None and (errors := exposure_errors(settings, False, otherwise="start the proxy first")):
+        raise ConfigurationError(located(errors, source), str(source))
 
 
 def _require_our_proxy(settings: Settings) -> None:

@@ -34,8 +34,9 @@ KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than most clients keep theirs."""
 
 
-HEALTH_RULES = ConnectionRules(16, 16, keys=("health_listen", "health_listen"))
-"""Connections of probes. They have places of their own: a proxy that is full of clients is not to be restarted."""
+HEALTH_RULES = ConnectionRules(32, 8, keys=("health_listen", "health_listen"))
+"""Connections of probes. They have places of their own: a proxy that is full of clients is not to be restarted. Nor may
+one address, such as that of a neighbor in the pod, have all of them."""
 
 
 def bind(address: Address, *, chosen_by: str = "--listen or the key 'listen'") -> tuple[socket.socket, Address]:
@@ -56,9 +57,19 @@ def bind(address: Address, *, chosen_by: str = "--listen or the key 'listen'") -
                 f"{address} is taken by another program, maybe another mcp-auth-proxy. End that one, or choose "
                 f"another address with {chosen_by}."
             ) from None
-        raise McpAuthProxyError(f"Can't listen on {address}: {error.strerror or error}.") from None
+        raise McpAuthProxyError(f"Can't listen on {address}: {_bind_problem(error, chosen_by)}.") from None
     sock.setblocking(False)
     return sock, Address(address.host, sock.getsockname()[1])
+
+
+def _bind_problem(error: OSError, chosen_by: str) -> str:
+    """Return why an address can't be used, and what to do about it."""
+    match error.errno:
+        case errno.EADDRNOTAVAIL:
+            return f"this machine does not have that address; choose another with {chosen_by}"
+        case errno.EACCES:
+            return f"ports below 1024 are for root; choose a higher one with {chosen_by}"
+    return error.strerror or str(error)
 
 
 def bound(sock: socket.socket) -> Address:

@@ -61,6 +61,9 @@ def serve(url: str | None, config_file: str | None, listen: str | None, allow_an
 
     if url is not None:
         refuse_both(config_file)
+        if "." not in url and ":" not in url:
+            known = "Give the URL of a server, or nothing to serve all that are configured."
+            raise click.UsageError(f"{url!r} is not a URL. {known}")
         run(serve_forever(config.single(url, listen=listen, allow_anonymous=allow_anonymous), None))
         return
     file = ConfigFile(config_path(config_file), listen=listen, allow_anonymous=allow_anonymous)
@@ -202,7 +205,9 @@ def service() -> None:
 
 @service.command(epilog=examples("service install --config mcp-auth-proxy.yaml"))
 @config_option
-@click.option("--print", "print_only", is_flag=True, help="Print the file of the service, and do nothing.")
+@click.option(
+    "--print", "print_only", is_flag=True, help="Print the file of the service, and do nothing. Default: off."
+)
 def install(config_file: str | None, print_only: bool) -> None:
     """Write the file of the service, and start it now and at each login."""
     from mcp_auth_proxy.cli import service
@@ -211,7 +216,7 @@ def install(config_file: str | None, print_only: bool) -> None:
 
 
 @service.command(epilog=examples("service uninstall"))
-@click.option("--print", "print_only", is_flag=True, help="Print the commands, and do nothing.")
+@click.option("--print", "print_only", is_flag=True, help="Only print the commands. Default: off.")
 def uninstall(print_only: bool) -> None:
     """Stop the service and delete its file. Configuration and store stay."""
     from mcp_auth_proxy.cli import service
@@ -232,6 +237,9 @@ cli.add_command(principals)
 
 
 def _settings_for(server: str | None, config_file: str | None, *, secrets: bool = True) -> "Settings":
+    if server is not None and "://" not in server and set(server) & set("./:"):
+        # No name has such characters. The text may be a URL with a secret in it.
+        raise click.UsageError("SERVER is neither a configured name nor a URL; is https:// missing at its beginning?")
     # Secrets of other servers may exist only in the environment of the service, and are not needed here.
     secrets_of = (server,) if secrets and server is not None else ()
     return settings_from(config_file, server if server and "://" in server else None, secrets_of=secrets_of)

@@ -2,19 +2,24 @@
 
 import getpass
 import os
+import re
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from mcp_auth_proxy.cli.terminal import say
+from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config import load as config
 from mcp_auth_proxy.config.document import located, parse
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError
+from mcp_auth_proxy.store.files import exposure
 
 NAME = "mcp-auth-proxy"
 STATE_FOLDER = Path("/var/lib/mcp-auth-proxy")
@@ -52,7 +57,7 @@ def systemd(*, system: bool) -> Manager:
     """Return how systemd runs the service."""
     unit = f"{NAME}.service"
     configured = os.environ.get("XDG_CONFIG_HOME", "")
-    home = Path(configured) if configured.startswith("/") else Path.home() / ".config"
+    home = Path(configured) if configured.startswith("/") else _home() / ".config"
     systemctl = ["systemctl"] if system else ["systemctl", "--user"]
     return Manager(
         template="system.service" if system else "user.service",
@@ -67,7 +72,7 @@ def systemd(*, system: bool) -> Manager:
 
 def launchd(*, system: bool) -> Manager:
     """Return how launchd runs the service."""
-    folder = Path("/Library/LaunchDaemons") if system else Path.home() / "Library/LaunchAgents"
+    folder = Path("/Library/LaunchDaemons") if system else _home() / "Library/LaunchAgents"
     path = folder / f"{NAME}.plist"
     domain = "system" if system else f"gui/{os.getuid()}"
     return Manager(
@@ -87,17 +92,16 @@ def manager() -> Manager:
 
 
 def unit_text(found: Manager, config_file: Path) -> str:
-    """Return the file of the service."""
+    """Return the file of the service. Raises McpAuthProxyError if a path can't be written in it."""
     text = (resources.files("mcp_auth_proxy.cli") / "units" / found.template).read_text("utf-8")
-    quoted = escape if found.template.endswith(".plist") else _quoted
-    values = {
-        "{program}": quoted(str(_program())),
-        "{config}": quoted(str(config_file)),
-        "{log}": escape(str(_launchd_log(system=os.geteuid() == 0))),
-    }
-    for name, value in values.items():
-        text = text.replace(name, value)
-    return text
+    program, config = _writable(_program()), _writable(config_file)
+    if found.template.endswith(".plist"):
+        log = _launchd_log(system=os.geteuid() == 0)
+        values = {"{program}": escape(program), "{config}": escape(config), "{log}": escape(str(log))}
+    else:
+        # $ begins a variable in arguments only (systemd.service(5)).
+        values = {"{program}": _quoted(program), "{config}": _quoted(config.replace("$", "$$"))}
+    return re.sub(r"\{\w+\}", lambda name: values[name[0]], text)
 
 
 def install(config_file: Path, *, print_only: bool) -> int:
@@ -115,6 +119,8 @@ def install(config_file: Path, *, print_only: bool) -> int:
         errors += _system_errors(config_file)
     if errors:
         raise ConfigurationError(located(errors, config_file), str(config_file))
+    if found.template == "system.service":
+        complain(*(f"warning: {warning}" for warning in _system_warnings()))
     _require_program(found)
     if _installed(found) == text and _succeeds(found.check):
         say(f"{NAME} is installed and running already: {found.path}")
@@ -135,7 +141,7 @@ def uninstall(*, print_only: bool) -> int:
     found = manager()
     if print_only:
         commands = [*found.stop, ["rm", str(found.path)], *found.after_removal]
-        say(*(" ".join(command) for command in commands))
+        say(*map(shlex.join, commands))
         return 0
     if _installed(found) is None:
         say(f"{NAME} is not installed: there is no {found.path}")
@@ -178,8 +184,11 @@ def _config_errors(config_file: Path) -> list[ConfigError]:
 def _system_errors(config_file: Path) -> list[ConfigError]:
     """Return what the system service could not see, write or start without."""
     errors = []
-    if any(config_file.resolve().is_relative_to(folder) for folder in _HIDDEN):
+    if _is_hidden(config_file):
         problem = "the service can't see files of users or in /tmp: move it to /etc/mcp-auth-proxy/config.yaml"
+        errors.append(ConfigError("", problem))
+    elif not _is_open(config_file):
+        problem = f"the service has a user of its own, which can't read this file: chmod a+r {config_file}"
         errors.append(ConfigError("", problem))
     content = parse(config_file.read_bytes()).content
     store = content.get("store") if isinstance(content, Mapping) else None
@@ -196,6 +205,28 @@ def _system_errors(config_file: Path) -> list[ConfigError]:
     return errors
 
 
+def _system_warnings() -> list[str]:
+    """Return what is dangerous or suspicious about the files of the system service."""
+    warnings = []
+    if problem := exposure(KEY_FILE.stat()):
+        warnings.append(f"The store key {KEY_FILE} {problem}: chmod 600 {KEY_FILE}")
+    if hidden := next(filter(_is_hidden, (_program(), Path(sys.base_prefix))), None):
+        warnings.append(f"The service can't see {hidden}: install the program for all users (pipx install --global .).")
+    return warnings
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(place.is_relative_to(folder) for place in (path, path.resolve()) for folder in _HIDDEN)
+
+
+def _is_open(file: Path) -> bool:
+    """Return whether every user can read a file, and pass through its folders."""
+    real = file.resolve()
+    return bool(real.stat().st_mode & stat.S_IROTH) and all(
+        folder.stat().st_mode & stat.S_IXOTH for folder in real.parents
+    )
+
+
 def _program() -> Path:
     """Return the command of this installation, absolute."""
     beside = Path(sys.executable).with_name(NAME)
@@ -208,12 +239,27 @@ def _program() -> Path:
 
 
 def _launchd_log(*, system: bool) -> Path:
-    return Path("/var/log/mcp-auth-proxy.log") if system else Path.home() / "Library/Logs/mcp-auth-proxy.log"
+    return Path("/var/log/mcp-auth-proxy.log") if system else _home() / "Library/Logs/mcp-auth-proxy.log"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise McpAuthProxyError("This user has no home folder, where its services are: set $HOME.") from None
+
+
+def _writable(path: Path) -> str:
+    """Return a path as text. Raises McpAuthProxyError if a line break in it would begin a line of the file."""
+    text = str(path)
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
+        raise McpAuthProxyError(f"{text} has a control character in its name, or bytes that are not text: rename it.")
+    return text
 
 
 def _quoted(text: str) -> str:
-    """Return an argument as systemd.service(5) reads it: % and $ are doubled, and quotes keep spaces."""
-    text = text.replace("%", "%%").replace("$", "$$")
+    """Return a word as systemd.service(5) reads it: % is doubled, and quotes keep spaces."""
+    text = text.replace("%", "%%")
     if not set(text) & set(" \t\"'\\;"):
         return text
     return '"{}"'.format(text.replace("\\", "\\\\").replace('"', '\\"'))
@@ -263,7 +309,19 @@ def _run(commands: Sequence[Sequence[str]], found: Manager) -> None:
         if done.returncode != 0:
             said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
             remedy = _remedy(done.stderr) or f"The log: {found.log}"
+            if found.template == "system.service" and list(command) in found.start:
+                remedy = hidden_program(Path(sys.prefix)) + remedy
             raise McpAuthProxyError(f"`{line}` failed: {said}. {remedy}")
+
+
+def hidden_program(place: Path) -> str:
+    """Return a sentence for a program that is installed where the service of the system can't see it; else nothing."""
+    if not _is_hidden(place):
+        return ""
+    return (
+        f"The service can't see {place}, where the program is: install it outside of home folders and /tmp, for "
+        f"example with: python3 -m venv /opt/{NAME} && /opt/{NAME}/bin/pip install . "
+    )
 
 
 def _remedy(stderr: str) -> str:

@@ -1,7 +1,7 @@
 """``status``. It reads the store directly, whether or not a proxy is running, and asks no server."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -28,15 +28,18 @@ async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
 
 async def status_without_configuration(store: StoreSettings, name: str | None, *, as_json: bool) -> int:
     """Print as ``status`` does what is in the store of ``serve URL``. Return 0; raise McpAuthProxyError."""
-    now = time.time()
     database = await open_store(store)
     try:
-        servers = await stored_servers(database, now=now)
+        servers = await stored_servers(database)
         if name is not None and name not in servers:
-            known = f" In the store {store.path}: {', '.join(sorted(servers)) or 'none'}."
-            raise ConfigurationError([ConfigError("", f"There is no server {name!r}.{known}")])
+            known = ", ".join(sorted(servers)) or "none"
+            unknown = (
+                f"There is no server {name!r}: no configuration was found (name one with --config FILE), and these are "
+                f"known from `mcp-auth-proxy serve URL`: {known}"
+            )
+            raise ConfigurationError([ConfigError("", unknown)])
         connections = await stored_connections(
-            {each: server for each, server in servers.items() if name in (None, each)}, database, now=now
+            {each: server for each, server in servers.items() if name in (None, each)}, database, now=time.time()
         )
     finally:
         await database.close()
@@ -50,14 +53,13 @@ async def status_without_configuration(store: StoreSettings, name: str | None, *
     return 0
 
 
-def _show(connections: Iterable[Connection], *, as_json: bool) -> None:
-    rows = [_row(connection) for connection in connections]
+def _show(connections: Collection[Connection], *, as_json: bool) -> None:
     if as_json:
-        say_json(rows)
+        say_json([_row(connection) for connection in connections])
         return
-    width = max(len(row["server"]) for row in rows)
-    for row in rows:
-        say(f"{row['server']:<{width}}  {_in_words(row)}")
+    width = max(len(connection.account.server) for connection in connections)
+    for connection in connections:
+        say(f"{connection.account.server:<{width}}  {_in_words(connection)}")
 
 
 async def _connections(settings: Settings, servers: Mapping[str, ServerSettings]) -> list[Connection]:
@@ -71,13 +73,19 @@ async def _connections(settings: Settings, servers: Mapping[str, ServerSettings]
 
 
 def _row(connection: Connection) -> dict[str, Any]:
-    row = {"server": connection.account.server, "url": connection.url, "state": connection.state.value}
+    row = {
+        "server": connection.account.server,
+        "url": connection.url,
+        "state": connection.state.value,
+        "needs_authorization": connection.needs_authorization,
+    }
     if connection.link:
         row["authorization_url"] = connection.link
     if connection.user_code:
         row["user_code"] = connection.user_code
+    reason = connection.reason or connection.failure
     if connection.state is ConnectionState.NOT_CONNECTED:
-        return row
+        return {**row, "reason": reason} if reason else row
     return {
         **row,
         "issuer": connection.issuer,
@@ -85,28 +93,44 @@ def _row(connection: Connection) -> dict[str, Any]:
         "token_until": _iso(connection.token_expires_at),
         "renews_itself": connection.renews_itself,
         "scopes": list(connection.scopes),
-        "reason": connection.reason,
+        "reason": reason,
     }
 
 
-def _in_words(row: dict[str, Any]) -> str:
-    code = f", code {row['user_code']}" if "user_code" in row else ""
-    needs = f"needs authorization: {row['authorization_url']}{code}" if "authorization_url" in row else ""
-    if row["state"] == "not connected" and needs:
+def _in_words(connection: Connection) -> str:
+    needs = _needs_in_words(connection)
+    if connection.state is ConnectionState.NOT_CONNECTED and needs:
         return needs
-    return _state_in_words(row) + (f"; {needs}" if needs else "")
+    return _state_in_words(connection) + (f"; {needs}" if needs else "")
 
 
-def _state_in_words(row: dict[str, Any]) -> str:
-    if row["state"] == "not connected":
+def _needs_in_words(connection: Connection) -> str:
+    """Return what the user has to do; empty if there is nothing."""
+    if not connection.needs_authorization:
+        return ""
+    if connection.link:
+        code = f", code {connection.user_code}" if connection.user_code else ""
+        return f"needs authorization: {connection.link}{code}"
+    failed = f"; the last one failed: {connection.failure}" if connection.failure else ""
+    if connection.state is ConnectionState.CONNECTED and connection.asked_scopes:
+        more = " ".join(connection.asked_scopes)
+        return f"needs authorization for more scopes ({more}): repeat the call for a link{failed}"
+    return f"needs authorization: run `mcp-auth-proxy login {connection.command_name}`{failed}"
+
+
+def _state_in_words(connection: Connection) -> str:
+    if connection.state is ConnectionState.NOT_CONNECTED:
         # Only the store was read. Whether the server asks for authorization is known when it is used.
         return "no grant: not connected yet, or a server that asks for no authorization"
-    if row["state"] == "ended":
-        return f"ended, it needs a new authorization: {row['reason']}"
-    until = f"token until {row['token_until']}" if row["token_until"] else "token without a stated end"
-    renews = "renews itself" if row["renews_itself"] else "can't be renewed"
-    scopes = f", scopes {' '.join(row['scopes'])}" if row["scopes"] else ""
-    return f"connected since {row['since']} by {row['issuer']}, {until}, {renews}{scopes}"
+    if connection.state is ConnectionState.ENDED:
+        return f"ended: {connection.reason.rstrip('.')}"
+    until = _iso(connection.token_expires_at)
+    token = (
+        f"token {'expired at' if connection.expired else 'until'} {until}" if until else "token without a stated end"
+    )
+    renews = "renews itself" if connection.renews_itself else "can't be renewed"
+    scopes = f", scopes {' '.join(connection.scopes)}" if connection.scopes else ""
+    return f"connected since {_iso(connection.granted_at)} by {connection.issuer}, {token}, {renews}{scopes}"
 
 
 def _iso(moment: float | None) -> str | None:

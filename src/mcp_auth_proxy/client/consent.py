@@ -124,7 +124,15 @@ def _site(session: Session, public_url: str, shown: asyncio.Event) -> Starlette:
     popups = Popups(session.broker, {session.server.name: session.server})
 
     async def link(request: Request) -> Response:
-        return await connect(request, session.broker, visitors, popups, public_url=public_url, warn=logger.warning)
+        return await connect(
+            request,
+            session.broker,
+            visitors,
+            popups,
+            public_url=public_url,
+            command_name=session.server.command_name,
+            warn=logger.warning,
+        )
 
     async def back(request: Request) -> Response:
         return await callback(request, session.broker, visitors, popups)

@@ -36,17 +36,19 @@ def read_health_quit(section: Section, health_listen: Address | None) -> bool:
     return quits
 
 
-def exposure_errors(settings: Settings, allowed: bool) -> list[ConfigError]:
+def exposure_errors(
+    settings: Settings, allowed: bool, *, otherwise: str = "give serve the flag --allow-anonymous"
+) -> list[ConfigError]:
     """Return an error if others than this machine would reach a listener that identifies nobody.
 
-    ``allowed``: the flag of ``serve``. ``health_listen`` gives access to no grant, so it may be anywhere.
+    ``allowed``: the flag of ``serve``. ``otherwise`` is the other remedy. ``health_listen`` gives access to no grant,
+    so it may be anywhere.
     """
     if settings.inbound.modes or settings.inbound.allow_anonymous or allowed or urls.is_loopback(settings.listen.host):
         return []
     problem = (
-        f"must be true to listen on {settings.listen} (or give serve the flag --allow-anonymous). This is not a "
-        f"loopback address, and callers are not identified: whoever can reach it can use the proxy's grants. Or set "
-        f"inbound.mode, so that they are"
+        f"must be true to listen on {settings.listen} (or {otherwise}). This is not a loopback address, and callers "
+        f"are not identified: whoever can reach it can use the proxy's grants. Or set inbound.mode, so that they are"
     )
     return [ConfigError("inbound.allow_anonymous", problem)]
 

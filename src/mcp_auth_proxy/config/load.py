@@ -5,12 +5,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
-import platformdirs
-
 from mcp_auth_proxy.config import listeners, loops, values
 from mcp_auth_proxy.config.document import parse
 from mcp_auth_proxy.config.inbound import read_admin, read_inbound
-from mcp_auth_proxy.config.location import APP
+from mcp_auth_proxy.config.location import data_folder
 from mcp_auth_proxy.config.reader import NOT_YET, Context, Section
 from mcp_auth_proxy.config.servers import read_servers, read_single, token_exchange_errors
 from mcp_auth_proxy.config.settings import (
@@ -69,7 +67,7 @@ def single(
     url: str, *, environ: Mapping[str, str] = os.environ, listen: str | None = None, allow_anonymous: bool = False
 ) -> Settings:
     """Return the settings of ``serve URL``: one server named after its host, a store in the platform's data folder."""
-    context = Context(environ, platformdirs.user_data_path(APP, appauthor=False))
+    context = Context(environ, data_folder())
     servers = read_single(url, context)
     section = Section({}, "", context)
     settings = Settings(
@@ -87,7 +85,7 @@ def single(
 
 def single_store(*, environ: Mapping[str, str] = os.environ) -> StoreSettings:
     """Return the store of ``serve URL``, which exists once that was run."""
-    context = Context(environ, platformdirs.user_data_path(APP, appauthor=False))
+    context = Context(environ, data_folder())
     return _read_store(Section({}, "", context))
 
 

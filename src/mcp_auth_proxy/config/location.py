@@ -1,6 +1,7 @@
 """Find the configuration file."""
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,12 +26,9 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
     """
     for text, origin in ((explicit, "--config"), (environ.get(VARIABLE), f"${VARIABLE}")):
         if text:
-            path = Path(text).expanduser().absolute()
-            if not path.is_file():
-                raise ConfigurationError([ConfigError("", f"{path} (from {origin}) does not exist or is not a file")])
-            return path
+            return _named(text, origin)
     here = Path.cwd() / FILE_NAME
-    if here.is_file():
+    if _is_file(here, str(here)):
         if problem := reason_to_distrust(here):
             refusal = (
                 f"{here} was found in the current folder, but {problem}: somebody else may have put it there. "
@@ -38,5 +36,40 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
             )
             raise ConfigurationError([ConfigError("", refusal)])
         return here
-    platform = platformdirs.user_config_path(APP, appauthor=False) / FILE_NAME
-    return platform if platform.is_file() else None
+    try:
+        platform = platformdirs.user_config_path(APP, appauthor=False) / FILE_NAME
+    except RuntimeError:
+        # This user has no home folder.
+        return None
+    return platform if _is_file(platform, str(platform)) else None
+
+
+def _named(text: str, origin: str) -> Path:
+    """Return the absolute path of a file that a flag or variable names. Raises ConfigurationError if it is none."""
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError:
+        problem = f"{text} (from {origin}) names a home folder that does not exist"
+        raise ConfigurationError([ConfigError("", problem)]) from None
+    if not _is_file(path, f"{path} (from {origin})"):
+        raise ConfigurationError([ConfigError("", f"{path} (from {origin}) does not exist or is not a file")])
+    return path
+
+
+def _is_file(path: Path, shown: str) -> bool:
+    """Return whether a file exists. Raises ConfigurationError if this user can't find out."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ConfigurationError([ConfigError("", f"{shown} can't be read ({error.strerror})")]) from None
+
+
+def data_folder() -> Path:
+    """Return where the platform keeps the data of this user's programs. Raises ConfigurationError if it has no home."""
+    try:
+        return platformdirs.user_data_path(APP, appauthor=False)
+    except RuntimeError:
+        problem = "This user has no home folder, where the store would be: set $HOME, or use a configuration file"
+        raise ConfigurationError([ConfigError("", problem)]) from None

@@ -208,12 +208,18 @@ class Section:
             yield name, value
 
     def close(self) -> None:
-        """Record an error for each unknown key, with the most similar known one."""
+        """Record an error for each unknown key, with the most similar known one, which is not called missing too."""
         for key in self._content:
             if key in self._known:
                 continue
             near = difflib.get_close_matches(str(key), self._known, n=1)
+            if near and near[0] not in self._content:
+                self._retract(near[0])
             self.error(str(key), f"unknown key; did you mean {near[0]}?" if near else "unknown key")
+
+    def _retract(self, key: str) -> None:
+        errors = self.context.errors
+        errors[:] = [error for error in errors if error.path != self.inner(key)]
 
     def _text(self, key: str) -> str | None:
         self._known[key] = None

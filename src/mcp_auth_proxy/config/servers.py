@@ -51,13 +51,27 @@ def read_servers(
 
 def server_url(text: str, *, allow_http: bool) -> str:
     """Return the URL of an MCP server as written. Raises ValueError with the rule that it breaks."""
-    origin = values.url(text).origin
+    try:
+        origin = values.url(text).origin
+    except ValueError as error:
+        raise ValueError(f"{error}{_missing_scheme(text)}") from None
     if origin.scheme == "http" and not allow_http and not urls.is_loopback(origin.host):
         raise ValueError(
             "http:// would send tokens unencrypted to another machine: use https://, "
             "or set allow_http: true on this server in the configuration if you trust the network"
         )
     return text
+
+
+def _missing_scheme(text: str) -> str:
+    """Return what to add to an error if a URL only lacks its beginning; the text of the URL may be secret."""
+    if "://" in text:
+        return ""
+    try:
+        values.url(f"https://{text}")
+    except ValueError:
+        return ""
+    return "; is https:// missing at its beginning?"
 
 
 def _read_server(section: Section, name: str, upstream_timeout: float) -> ServerSettings | None:
@@ -151,4 +165,4 @@ def read_single(url: str, context: Context) -> dict[str, ServerSettings]:
     if checked is None:
         return {}
     name = single_name(checked)
-    return {name: ServerSettings(name=name, url=checked)}
+    return {name: ServerSettings(name=name, url=checked, from_url=True)}

@@ -1,5 +1,6 @@
 """The settings: frozen sections, each passed as a whole to the layer that needs it. Durations are in seconds."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -8,6 +9,7 @@ from typing import Literal
 
 from mcp_auth_proxy import secret_values
 from mcp_auth_proxy.config.signing_key import SigningKey
+from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.models import (
     DEFAULT_ACCOUNT,
     DEFAULT_PROJECT,
@@ -208,6 +210,17 @@ class ServerSettings:
         """Return the scopes that are configured for an account, None if there are none."""
         preset = self.accounts.get(account.name)
         return self.oauth.scopes if preset is None or preset.scopes is None else preset.scopes
+
+    from_url: bool = False
+    """Whether there is no configuration: the commands were given a URL."""
+
+    @property
+    def command_name(self) -> str:
+        """What to write for this server after ``mcp-auth-proxy login``: its name, or its URL, quoted for a shell.
+
+        Query values are masked.
+        """
+        return shlex.quote(without_query_values(self.url)) if self.from_url else self.name
 
     def key(self, path: str) -> str:
         """Return the full configuration key of a path below this server, for messages.

@@ -83,6 +83,11 @@ class Callers:
         """Read the principals and keys, and watch for changes. Raises StoreError."""
         await self.directory.start()
 
+    def warm_up(self) -> None:
+        """Ask identity providers for their keys now, in the background: whether that works is known then, too."""
+        if self._tokens is not None:
+            self._tokens.fetch_keys()
+
     async def aclose(self) -> None:
         """Stop watching."""
         await self.directory.aclose()

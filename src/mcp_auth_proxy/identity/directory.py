@@ -109,9 +109,14 @@ class Directory:
 
     async def find(self, identity: Identity) -> Principal | None:
         """Return the principal of an identity, or None. Raises StoreError."""
+        versions = self._versions
         principal = await self._store.by_identity(identity)
-        # What is known may be newer than what was read.
-        return None if principal is None else self._known.setdefault(principal.id, principal)
+        if principal is None:
+            return None
+        # Not replaced: a change is told to the subscribers when everything is read again.
+        known = self._known.setdefault(principal.id, principal)
+        # If that has just been done, what is known is newer than what was read here.
+        return principal if versions == self._versions else known
 
     async def identities(self, principal_id: str) -> list[Identity]:
         """Return the identities of a principal; the subject of ``key`` is the id of an API key. Raises StoreError."""

@@ -28,6 +28,9 @@ UNKNOWN_KEY_INTERVAL = 30.0
 RETRY_INTERVAL = 5.0
 """Seconds after a request that failed until the next one."""
 
+BACKGROUND_RETRY = 30.0
+"""Seconds after which keys that could not be had are asked for again although nobody needs them now."""
+
 MAX_KEYS = 100
 
 ALGORITHMS: Mapping[str, frozenset[str]] = {
@@ -170,6 +173,7 @@ class KeySet:
         self._fetched_at: float | None = None
         self._failed_at: float | None = None
         self._task: asyncio.Task[None] | None = None
+        self._retry: asyncio.TimerHandle | None = None
         self.problem = ""
         """Why the last request failed; empty if it did not."""
 
@@ -183,10 +187,22 @@ class KeySet:
             found = self._matching(kid, algorithm)
         return found
 
-    async def aclose(self) -> None:
-        """End a request that is running."""
+    def fetch_soon(self) -> None:
+        """Ask for the keys in the background unless that is done already."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._fetch())
+
+    def cancel(self) -> None:
+        """End a request that is running, and send none in the background any more."""
+        if self._retry is not None:
+            self._retry.cancel()
         if self._task is not None:
             self._task.cancel()
+
+    async def aclose(self) -> None:
+        """Do what ``cancel`` does, and wait until it is done."""
+        self.cancel()
+        if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def _matching(self, kid: str | None, algorithm: str) -> list[VerificationKey]:
@@ -196,8 +212,8 @@ class KeySet:
         pause = self._pause()
         if pause > 0:
             raise KeysUnavailable(pause)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._fetch())
+        self.fetch_soon()
+        assert self._task is not None
         # Whoever stops waiting must not end it for the others.
         await asyncio.shield(self._task)
         if self._failed_at is not None:
@@ -215,6 +231,9 @@ class KeySet:
             if not self.problem:
                 logger.warning("callers with tokens of %s can't be identified: %s", self._name, error)
             self.problem = str(error)
+            if self._retry is not None:
+                self._retry.cancel()
+            self._retry = asyncio.get_running_loop().call_later(BACKGROUND_RETRY, self.fetch_soon)
             return
         if self.problem:
             logger.warning("callers with tokens of %s can be identified again", self._name)

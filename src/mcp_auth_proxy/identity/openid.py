@@ -31,6 +31,9 @@ from mcp_auth_proxy.oauth.token_endpoint import read_answer
 METADATA_LIFETIME = 300.0
 """Seconds that the provider's metadata are used for."""
 
+RETRY_INTERVAL = 5.0
+"""Seconds after a failure until they are asked for again."""
+
 CallerOfClaims = Callable[[str, Mapping[str, object]], Awaitable[Caller]]
 """Return the caller that the verified claims of an issuer name. Raises CallerRefused, StoreError."""
 
@@ -59,7 +62,9 @@ class OpenIdProvider:
         self._clock = clock
         self._keys = KeySet(self._settings.issuer, self)
         self._metadata: tuple[ServerMetadata, str] | None = None
+        self._problem: AuthorizationError | None = None
         self._read_at = 0.0
+        self._reading = asyncio.Lock()
 
     @property
     def address(self) -> str:
@@ -156,11 +161,23 @@ class OpenIdProvider:
         return token.claims
 
     async def _read_metadata(self) -> tuple[ServerMetadata, str]:
-        """Return the metadata of the provider, and the URL of its keys. Raises AuthorizationError."""
-        if self._metadata is None or self._clock() - self._read_at >= METADATA_LIFETIME:
-            self._metadata = await self._fetch_metadata()
-            self._read_at = self._clock()
-        return self._metadata
+        """Return the metadata of the provider, and the URL of its keys. Raises AuthorizationError.
+
+        Anybody can ask for a sign-in: so one request runs at a time, and after a failure the next one waits.
+        """
+        async with self._reading:
+            age = self._clock() - self._read_at
+            if self._problem is not None and age < RETRY_INTERVAL:
+                raise self._problem.with_traceback(None)
+            if self._metadata is None or self._problem is not None or age >= METADATA_LIFETIME:
+                self._read_at = self._clock()
+                try:
+                    self._metadata = await self._fetch_metadata()
+                except AuthorizationError as error:
+                    self._problem = error
+                    raise
+                self._problem = None
+            return self._metadata
 
     async def _fetch_metadata(self) -> tuple[ServerMetadata, str]:
         issuer = self._settings.issuer

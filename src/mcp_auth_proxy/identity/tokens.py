@@ -153,6 +153,15 @@ class TokenCallers:
                 issuer.keys = before.keys
         if self._kubernetes is not None and other._kubernetes is not None:
             self._kubernetes.keys = other._kubernetes.keys
+        adopted = {id(issuer.keys) for issuer in self._all()}
+        for issuer in other._all():
+            if id(issuer.keys) not in adopted:
+                issuer.keys.cancel()
+
+    def fetch_keys(self) -> None:
+        """Ask for the keys of every issuer in the background, so that the first token need not wait for them."""
+        for issuer in self._all():
+            issuer.keys.fetch_soon()
 
     async def aclose(self) -> None:
         """End the requests for keys that are running."""

@@ -26,6 +26,8 @@ class TrustedHeader:
         self._secret = settings.secret.value.encode() if settings.secret is not None else None
         self._names = frozenset(_spellings(settings.name))
         self._secret_names = frozenset(_spellings(settings.secret_header)) if settings.secret_header else frozenset()
+        # Commands read the configuration without the secrets that they do not need, and may listen for a while.
+        self._secret_is_missing = settings.secret_header is not None and settings.secret is None
         self._peers: dict[str, bool] = {}
 
     @property
@@ -70,6 +72,8 @@ class TrustedHeader:
 
     def believes(self, peer: str) -> bool:
         """Return whether the peer may name callers."""
+        if self._secret_is_missing:
+            return False
         known = self._peers.get(peer)
         if known is None:
             try:

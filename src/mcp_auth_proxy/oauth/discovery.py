@@ -100,7 +100,8 @@ def read_resource_metadata(
     resource = document.required_string("resource")
     if not covers(resource, server_url):
         raise document.refusal(
-            f"it is for the resource {excerpt(resource)}, not for {excerpt(server_url)}", "RFC 9728 §3.3"
+            f"it is for the resource {excerpt(resource)}, not for {excerpt(server_url)}; check the server's url",
+            "RFC 9728 §3.3",
         )
     if http_loopback is None:
         http_loopback = urls.is_loopback(urls.parse(server_url).origin.host)

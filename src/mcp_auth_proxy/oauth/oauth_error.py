@@ -29,6 +29,8 @@ class TokenRequestContext:
     server: str
     resource: str = ""
     scopes: tuple[str, ...] = ()
+    configured_client: bool = False
+    """Whether the client is one of the configuration, and not registered by the proxy."""
 
 
 def hint(error: str, description: object, context: TokenRequestContext) -> tuple[str, ConfigHint | None]:
@@ -50,6 +52,12 @@ def hint(error: str, description: object, context: TokenRequestContext) -> tuple
         requested = excerpt(" ".join(context.scopes)) or "none"
         key = server_key(context.server, "oauth.scopes")
         return f" The scopes requested were: {requested}. Set others in {key}.", ConfigHint("oauth.scopes")
+    if error == "invalid_client" and context.configured_client:
+        key = server_key(context.server, "oauth")
+        return (
+            f" Check {key}.client_id and what it proves itself with (client_secret or private_key, client_auth).",
+            None,
+        )
     return "", None
 
 

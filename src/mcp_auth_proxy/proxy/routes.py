@@ -17,8 +17,8 @@ from mcp_auth_proxy.proxy.session_ids import SessionIds
 ROUTES_OF_A_CALLER = 256
 """Routes that are kept for one caller beside those that were built ahead; beyond it, all of its own are dropped."""
 
-CALLERS_KEPT = 10_000
-"""Callers whose routes are kept; beyond it, those that came first are dropped."""
+ROUTES_KEPT = 20_000
+"""Routes that are kept for all callers; beyond it, those of the callers that came first are dropped."""
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
 _PATH = re.compile(rb"/([a-z0-9][a-z0-9-]{0,62})(?:(?:@|%40)([a-z0-9][a-z0-9-]{0,31}))?/mcp")
@@ -78,6 +78,7 @@ class Routes:
         """Read the servers again."""
         self._to_servers: dict[str, Route] = {}
         self._tables: dict[str, _Table] = {}
+        self._kept = 0
         self._single = single_server(self._servers)
         self.local = {} if self._session_key else build(self._servers)
         """The routes of everybody, if callers are not identified."""
@@ -107,7 +108,8 @@ class Routes:
     def forget(self, principal: str) -> None:
         """Drop the routes of a principal."""
         if self._session_key:
-            self._tables.pop(principal, None)
+            table = self._tables.pop(principal, None)
+            self._kept -= len(table.routes) if table is not None else 0
 
     def _make(self, principal: Principal, path: bytes) -> Route | None:
         name, account = self._parse(path)
@@ -146,13 +148,18 @@ class Routes:
         table = tables.get(principal.id)
         if table is None or table.principal != principal:
             # Its name, role or project has changed: what it may use too.
-            if table is None and len(tables) >= CALLERS_KEPT:
-                del tables[next(iter(tables))]
+            self.forget(principal.id)
             tables[principal.id] = table = _Table(principal, {})
         elif len(table.routes) >= table.limit:
+            self._kept -= len(table.routes)
             table.routes.clear()
-            table.routes.update({} if self._session_key else build(self._servers))
+            if not self._session_key:
+                table.routes.update(build(self._servers))
+                self._kept += len(table.routes)
+        while self._session_key and self._kept >= ROUTES_KEPT and len(tables) > 1:
+            self.forget(next(each for each in tables if each != principal.id))
         table.routes[path] = route
+        self._kept += 1
 
 
 def single_server(servers: Mapping[str, ServerSettings]) -> str:
@@ -192,6 +199,12 @@ def is_endpoint(path: bytes) -> bool:
         return True
     name, _, rest = path[1:].partition(b"/")
     return rest == b"mcp" and name not in _RESERVED
+
+
+def is_own(path: bytes) -> bool:
+    """Return whether a path begins with a segment that is reserved for pages and the like, as ``/mcp`` is not."""
+    name = path[1:].partition(b"/")[0]
+    return name in _RESERVED and name != b"mcp"
 
 
 def is_canonical_path(path: bytes) -> bool:

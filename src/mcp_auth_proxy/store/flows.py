@@ -24,6 +24,9 @@ KEPT_ATTEMPTS_IN_ALL = 20_000
 KEPT_SECONDS = 3600.0
 """Seconds that a flow is kept after it has expired, so that its link can still say how it ended."""
 
+KEPT_UNANSWERED_SECONDS = 30 * 86_400.0
+"""The same for the newest flow of an account that neither succeeded nor was cancelled: ``status`` still shows it."""
+
 CANCELLED = "The authorization was cancelled."
 
 _SAVE = """
@@ -111,8 +114,24 @@ _LIVE = """
 _DEVICES = """
     SELECT * FROM flows WHERE device IS NOT NULL AND status = 'pending' AND expires_at > :now ORDER BY created_at
 """
-_WAITING = "SELECT * FROM flows WHERE status = 'pending' AND expires_at > :now ORDER BY created_at"
 _OF_OAUTH_CLIENT = "SELECT * FROM flows WHERE oauth_client = :oauth_client AND status = 'pending' ORDER BY created_at"
+_UNANSWERED = "SELECT * FROM flows WHERE status <> 'done' AND reason <> :cancelled ORDER BY created_at"
+_NEWEST = """
+    SELECT * FROM flows WHERE principal = :principal AND server = :server AND account = :account
+    ORDER BY (status = 'pending' AND expires_at > :now) DESC, created_at DESC, uid DESC
+"""
+_FORGET_EXPIRED = """
+    DELETE FROM flows
+    WHERE expires_at <= :then AND (
+        expires_at <= :long_ago OR status = 'done' OR reason = :cancelled OR uid NOT IN (
+            SELECT uid FROM (
+                SELECT uid, row_number() OVER (
+                    PARTITION BY principal, server, account ORDER BY created_at DESC, uid DESC
+                ) AS place FROM flows
+            ) AS ranked WHERE place = 1
+        )
+    )
+"""
 _POLL = "SELECT * FROM flows WHERE id = :id AND status = 'pending' AND expires_at > :now"
 _CLAIM_POLL = """
     UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at WHERE id = :id AND status = 'pending'
@@ -158,9 +177,14 @@ class Flows:
         rows = await self._engine.fetch_all(_DEVICES, {"now": now})
         return await decode_rows(self._engine, "flows", rows, {}, read_flow)
 
-    async def waiting(self, now: float) -> list[Flow]:
-        """Return the flows of all accounts that still wait for their user, oldest first."""
-        rows = await self._engine.fetch_all(_WAITING, {"now": now})
+    async def newest(self, account: Account, now: float) -> Flow | None:
+        """Return the newest flow of an account, if possible one that still waits for its user at ``now``; or None."""
+        asked = account_params(account)
+        return await self._flow(await self._engine.fetch_all(_NEWEST, {**asked, "now": now}), asked)
+
+    async def unanswered(self) -> list[Flow]:
+        """Return the flows of all accounts that neither succeeded nor were cancelled, oldest first."""
+        rows = await self._engine.fetch_all(_UNANSWERED, {"cancelled": CANCELLED})
         return await decode_rows(self._engine, "flows", rows, {}, read_flow)
 
     async def of_oauth_client(self, client_id: str) -> list[Flow]:
@@ -262,10 +286,11 @@ class Flows:
         await transaction.execute(_DELETE_ATTEMPTS, {"id": row["id"]})
 
     async def purge(self, now: float) -> None:
-        """Delete expired attempts, and flows KEPT_SECONDS after they have expired."""
+        """Delete expired attempts, and flows KEPT_SECONDS or KEPT_UNANSWERED_SECONDS after they have expired."""
+        old = {"then": now - KEPT_SECONDS, "long_ago": now - KEPT_UNANSWERED_SECONDS, "cancelled": CANCELLED}
         async with self._engine.transaction() as transaction:
             await transaction.execute("DELETE FROM attempts WHERE expires_at <= :now", {"now": now})
-            await transaction.execute("DELETE FROM flows WHERE expires_at <= :then", {"then": now - KEPT_SECONDS})
+            await transaction.execute(_FORGET_EXPIRED, old)
 
     async def _intact(self, rows: list[Row], asked: Columns) -> list[Row]:
         return await intact_rows(self._engine, "flows", rows, asked)

@@ -36,6 +36,7 @@ async def address_page(
     return page(
         "address.html",
         server=name,
+        command_name=server.command_name,
         address=f"{public_url}/{name}/mcp",
         issuer=excerpt(connected.issuer) if connected is not None else "",
         may_authorize=may_authorize,

@@ -21,11 +21,11 @@ MAX_FORM = 1024
 _COOKIE_VALUE = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
-def confirmation_page(request: Request, prompt: ConfirmationPrompt, *, secure: bool) -> Response:
+def confirmation_page(request: Request, prompt: ConfirmationPrompt, *, secure: bool, command_name: str) -> Response:
     """Return the page, which works without JavaScript, and the cookie that ties its form to this browser.
 
     A browser keeps its cookie if it has one, so that the page can be open twice. ``secure``: whether browsers reach the
-    proxy over https.
+    proxy over https. ``command_name`` is what commands call the server.
     """
     name = _cookie_name(prompt.flow_id)
     cookie = read_cookies(request).get(name, "")
@@ -36,6 +36,7 @@ def confirmation_page(request: Request, prompt: ConfirmationPrompt, *, secure: b
         sign_in=prompt.sign_in,
         scopes=ScopeList.of(prompt.sign_in.scopes),
         visited=prompt.visited,
+        command_name=command_name,
         token=_token(prompt.flow_id, cookie),
         headers=form_headers(http=not prompt.sign_in.address.startswith("https://")),
     )

@@ -38,12 +38,15 @@ async def connect(
     popups: Popups,
     *,
     public_url: str,
+    command_name: str,
     warn: Callable[[str, str], None],
 ) -> Response:
     """Redirect a browser to the authorization server, or ask its user first, or let them sign in.
 
-    A POST is the form with which the user confirms (``web.confirm``). ``warn`` is called with the server and the reason
-    if a form is forged. Raises SignInNeeded and CallerRefused.
+
+    A POST is the form with which the user confirms (``web.confirm``). ``command_name`` is what commands call the
+    server. ``warn`` is called with the server and the reason if a form is forged. Raises SignInNeeded and
+    CallerRefused.
     """
     server, flow_id = request.path_params["server"], request.query_params.get("flow", "")
     if is_other_loopback_name(request, public_url):
@@ -69,7 +72,7 @@ async def connect(
     if isinstance(opened, DevicePrompt):
         return _device_page(opened)
     if isinstance(opened, ConfirmationPrompt):
-        return confirmation_page(request, opened, secure=_is_https(public_url))
+        return confirmation_page(request, opened, secure=_is_https(public_url), command_name=command_name)
     return _authorization_redirect(opened, secure=_is_https(public_url))
 
 

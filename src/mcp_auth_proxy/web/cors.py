@@ -53,9 +53,12 @@ class AllowedOrigins:
         origins = [value for name, value in headers if name == b"origin"]
         return origins[0] if len(origins) == 1 and origins[0] in self else b""
 
-    def response_fields(self, headers: Headers) -> bytes:
-        """Return the encoded fields of every response to a request, refusals too; none if it has no Origin."""
-        if not self or all(name != b"origin" for name, _ in headers):
+    def response_fields(self, method: bytes, headers: Headers) -> bytes:
+        """Return the encoded fields of every response to a request, refusals too.
+
+        None if there is no Origin, except for a GET: caches may keep its response, and must not give it to a page.
+        """
+        if not self or (method != b"GET" and all(name != b"origin" for name, _ in headers)):
             return b""
         fields = [(b"vary", b"Origin")]
         if origin := self.origin_of(headers):

@@ -17,7 +17,7 @@ class HealthEndpoints:
     """
 
     def __init__(self, routes: list[Route], *, on_quit: Callable[[], None] | None) -> None:
-        """``on_quit`` is called by ``POST /quitquitquit``; None: there is no such route."""
+        """``on_quit`` is called by the first ``POST /quitquitquit``; None: there is no such route."""
         self._on_quit = on_quit
         quit_routes = [Route("/quitquitquit", self._quit, methods=["POST"])] if on_quit is not None else []
         self._app = Router([*routes, *quit_routes], redirect_slashes=False)
@@ -31,9 +31,11 @@ class HealthEndpoints:
         await run_asgi(self._app, request)
 
     async def _quit(self, request: Request) -> Response:
-        # Browsers send Origin with each POST of a page, and no page may end the process.
-        if "origin" in request.headers:
+        # Browsers send these with each POST of a page, and no page may end the process.
+        if "origin" in request.headers or "sec-fetch-site" in request.headers:
             return PlainTextResponse("Web pages must not end this process.\n", status_code=403)
-        assert self._on_quit is not None
-        self._on_quit()
+        # Called again, it would end the running requests, as a second signal does.
+        on_quit, self._on_quit = self._on_quit, None
+        if on_quit is not None:
+            on_quit()
         return PlainTextResponse("The process ends after its running requests, as with SIGTERM.\n")

@@ -52,11 +52,12 @@ class Site:
         start: Start,
         visitors: Visitors,
         sign_in: "Callable[[], SignInPages]",
+        problems: Callable[[], list[str]] = list,
         api: ApiMount | None = None,
     ) -> None:
         """``sign_in`` returns the pages to sign in with, which are made when they are first needed.
 
-        ``api`` is None if the API is off.
+        ``problems`` returns in sentences why some callers can't be identified now. ``api`` is None if the API is off.
         """
         self._broker = broker
         self._servers = servers
@@ -70,6 +71,7 @@ class Site:
         self._visitors = visitors
         self._sign_in = sign_in
         self._popups = Popups(broker, servers)
+        self._problems = problems
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:
@@ -154,11 +156,21 @@ class Site:
             await self._database.check_writable()
         except StoreError as error:
             return JSONResponse({"status": "store", "reason": str(error)}, status_code=503)
-        return JSONResponse({"status": "ready"})
+        # An identity provider that is down is no reason to send nobody here: known callers go on.
+        problems = self._problems()
+        return JSONResponse({"status": "ready", **({"problems": problems} if problems else {})})
 
     async def _connect(self, request: Request) -> Response:
+        name = request.path_params["server"]
+        server = self._servers.get(name)
         response = await connect(
-            request, self._broker, self._visitors, self._popups, public_url=self._public_url, warn=self._warn
+            request,
+            self._broker,
+            self._visitors,
+            self._popups,
+            public_url=self._public_url,
+            command_name=server.command_name if server is not None else name,
+            warn=self._warn,
         )
         opened = await self._popups.flow(request.query_params.get("flow", ""))
         return response if opened is None else keep_opener(response)

@@ -20,7 +20,7 @@ from mcp_auth_proxy.models import Account, Grant
 from mcp_auth_proxy.store import Engine, open_store, open_store_read_only
 from mcp_auth_proxy.store.cipher import generate_key_file
 from mcp_auth_proxy.store.confirmations import Confirmations
-from mcp_auth_proxy.store.flows import KEPT_SECONDS, Flows
+from mcp_auth_proxy.store.flows import KEPT_UNANSWERED_SECONDS, Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
 from store import samples
@@ -101,7 +101,7 @@ async def test_a_store_of_each_schema_can_still_be_used(tmp_path: Path, schema: 
     assert await flows.take_attempt(sha256("state"), NOW) == (held.flows[0], held.attempts[0])
     for waiting in held.flows:
         await flows.save(waiting)
-    await flows.purge(NOW + 600 + KEPT_SECONDS)
+    await flows.purge(NOW + 600 + KEPT_UNANSWERED_SECONDS)
     assert await flows.get(held.flows[0].id) is None
     for client in held.registrations:
         await Registrations(engine).save(replace(client, client_id="new"))

@@ -15,7 +15,7 @@ from web.api.api_setup import SERVERS, ApiSetup, api_setup, assert_problem
 BODY = 256 * 1024
 
 
-async def test_no_credential_is_401_everywhere_but_for_the_document(tmp_path: Path) -> None:
+async def test_no_credential_is_401_everywhere_but_for_the_document(tmp_path: Path) -> None:  # T43
     async with api_setup(tmp_path) as api:
         for method, path in [("GET", "/me"), ("GET", "/nothing"), ("DELETE", "/me")]:
             response = await api.nobody.request(method, path)
@@ -142,7 +142,7 @@ async def test_a_principal_may_call_200_times_at_once_and_then_ten_times_a_secon
         assert [response.status_code for response in await many(api.ben, 11)].count(200) == 10
 
 
-async def test_an_address_may_present_five_bad_credentials_a_second(tmp_path: Path) -> None:
+async def test_an_address_may_present_five_bad_credentials_a_second(tmp_path: Path) -> None:  # T43
     async with api_setup(tmp_path) as api:
         api.clock.stop()
         bad = {"x-api-key": "mapk_000000000000_" + "x" * 43}

@@ -89,3 +89,21 @@ async def test_a_name_that_rebinds_is_refused_when_it_is_dialed_and_nothing_is_s
                     refused = await client.post("tools/list", {})
                 assert "admin.allow_private" in refused.message["error"]["message"]
             assert there.peers == []
+
+
+async def test_documents_at_a_private_address_are_refused(servers: Servers, tmp_path: Path) -> None:  # T69
+    async with made_setup(servers, tmp_path) as setup:
+        # The server may be on loopback, its authorization server nowhere else.
+        setup.upstream.metadata_changes = {"authorization_servers": ["https://10.0.0.7"]}
+        problem = assert_problem(
+            await setup.api.ben.post("/discover", json={"mcp_server_url": setup.upstream.url}), 502, "document-refused"
+        )
+        assert "10.0.0.7" in problem["detail"]
+
+
+async def test_a_server_that_does_not_answer_in_time_is_504(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        made = await setup.make(upstream_timeout="300ms")
+        setup.upstream.intercept = lambda request: FakeResponse(head=False)
+        for action, status in (("flows", 504), ("verify", 502)):
+            assert_problem(await setup.api.ben.post(f"/servers/{made['id']}/{action}"), status)

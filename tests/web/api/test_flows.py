@@ -263,3 +263,29 @@ async def test_two_principals_connect_the_same_server_at_the_same_time(servers: 
 
 async def connected(setup: MadeSetup, server: str, client: httpx2.AsyncClient) -> dict[str, Any]:
     return await setup.connect(server, client)
+
+
+async def test_a_server_that_needs_no_user_is_tried_with_a_token_of_its_own(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        setup.issuer.add_client(client_id="agent", secret="canary-agent-secret")
+        setup.upstream.checks_audience = False
+        oauth = {"grant": "client_credentials", "client_id": "agent", "client_secret": "canary-agent-secret"}
+        made = await setup.make("robot", oauth=oauth)
+        assert made["grant_owner"] == "shared"
+        for action in ("complete", "verify"):
+            tools = await setup.api.ben.post(f"/servers/{made['id']}/{action}", json={})
+            assert "echo" in [tool["name"] for tool in tools.json()["tools"]], tools.text
+
+
+async def test_a_token_that_the_server_refuses_is_renewed_for_a_trial(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        made, ben = await setup.make(), setup.api.ben
+        await setup.connect(made["id"], ben)
+        for issued in setup.issuer.ledger.tokens.values():
+            issued.expires_at = 0
+        tools = await ben.post(f"/servers/{made['id']}/verify")
+        assert tools.status_code == 200, tools.text
+        assert setup.issuer.refreshes == 1
+        for issued in setup.issuer.ledger.tokens.values():
+            issued.grant.ended = True
+        assert_problem(await ben.post(f"/servers/{made['id']}/verify"), 400, "not-authorized")

@@ -1,5 +1,5 @@
 {{- define "mcp-auth-proxy.name" -}}
-{{- printf "%s" (ternary .Release.Name (printf "%s-mcp-auth-proxy" .Release.Name) (contains "mcp-auth-proxy" .Release.Name)) | trunc 63 | trimSuffix "-" -}}
+{{- printf "%s" (ternary .Release.Name (printf "%s-mcp-auth-proxy" .Release.Name) (contains "mcp-auth-proxy" .Release.Name)) | replace "." "-" | trunc 63 | trimSuffix "-" -}}
 {{- end }}
 
 {{- define "mcp-auth-proxy.selector" -}}
@@ -27,6 +27,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if not .Values.config.servers }}{{ fail "config.servers is empty; at least one server must be configured" }}{{ end -}}
 {{- range $key := list "listen" "health_listen" "health_quit" "store" "public_url" }}
 {{- if hasKey $.Values.config $key }}{{ fail (printf "config.%s is set by the chart; remove it (public_url is the value publicUrl)" $key) }}{{ end -}}
+{{- end -}}
+{{- range $server, $settings := .Values.config.servers }}
+{{- $oauth := get ($settings | default dict) "oauth" | default dict -}}
+{{- $idp := get $oauth "idp" | default dict -}}
+{{- $secrets := dict "client_secret" (get $oauth "client_secret") "private_key" (get $oauth "private_key") "idp.client_secret" (get $idp "client_secret") -}}
+{{- range $key, $text := $secrets }}
+{{- if and $text (not (hasPrefix "file:" (toString $text))) }}{{ fail (printf "config.servers.%s.oauth.%s must be file:/run/secrets/mcp-auth-proxy/KEY, with the value in the Secret; the configuration is a ConfigMap" $server $key) }}{{ end -}}
+{{- end -}}
 {{- end -}}
 {{- if and (eq .Values.mode "shared") (not .Values.allowAnonymous) }}{{ fail "allowAnonymous is false; whoever reaches the Service uses its grants, so set it to true if the NetworkPolicy lets only those callers through who may" }}{{ end -}}
 {{- if and (eq .Values.mode "sidecar") (not .Values.agent.image) }}{{ fail "agent.image is empty; with mode sidecar it is the container that uses the proxy" }}{{ end -}}
@@ -101,7 +109,7 @@ volumeMounts:
   secret: {secretName: {{ .Values.secretName | quote }}, defaultMode: 0400}
 - name: data
   {{- if include "mcp-auth-proxy.persistent" . }}
-  persistentVolumeClaim: {claimName: {{ .Values.persistence.existingClaim | default (include "mcp-auth-proxy.name" .) }}}
+  persistentVolumeClaim: {claimName: {{ .Values.persistence.existingClaim | default (include "mcp-auth-proxy.name" .) | quote }}}
   {{- else }}
   emptyDir: {sizeLimit: 64Mi}
   {{- end }}

@@ -222,7 +222,7 @@ def _registration(plan: Plan) -> Step:
         clause = "draft-ietf-oauth-client-id-metadata-document"
         used += f" The authorization server must be able to fetch {plan.registration.client_id}."
     if kind is RegistrationKind.DYNAMIC and plan.registration.client_id:
-        forget = f"mcp-auth-proxy logout {plan.server.name} --forget-client"
+        forget = f"mcp-auth-proxy logout {plan.server.command_name} --forget-client"
         used += f" If the sign-in page does not know that client any more, `{forget}` makes the proxy register again."
     return _ok("registration", used, clause)
 

@@ -11,6 +11,7 @@ from mcp_auth_proxy.broker.stored_grants import AccountConnection
 from mcp_auth_proxy.config.settings import OAuthSettings, ServerSettings
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.models import MadeServer
+from mcp_auth_proxy.web.api.grants import HealthView
 from mcp_auth_proxy.web.api.models import Body, View, moment, moment_or_none
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, etag_of
 from mcp_auth_proxy.web.api.pages import PageInfo, PageQuery, info, position
@@ -22,12 +23,6 @@ Url = Annotated[str, Meta(min_length=1, max_length=2000, description="Where the 
 Keys = Annotated[
     dict[str, Any], Meta(description="As in the configuration file, but for files and environment variables.")
 ]
-
-
-class HealthView(View):
-    """How the renewal of a grant goes."""
-
-    state: str
 
 
 class AccountView(View):
@@ -237,7 +232,7 @@ def _account_view(connection: AccountConnection) -> AccountView:
         account=connection.account.name,
         word=connection.word.value,
         state=None if status is None else status.state.value,
-        health=None if status is None else HealthView(state=status.health.value),
+        health=None if status is None else HealthView(state=status.health, reason=status.reason),
         reason=None if status is None else status.reason or None,
         label=None if grant is None else grant.label or None,
         granted_at=moment_or_none(None if grant is None else grant.granted_at),
