@@ -21,7 +21,7 @@ from mcp_auth_proxy.web import protected_resource
 from mcp_auth_proxy.web.cors import preflight_fields
 from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.protected_resource import ProtectedResource
-from mcp_auth_proxy.web.wire_errors import WireError, refusal
+from mcp_auth_proxy.web.wire_errors import WireError, is_wire, refusal
 
 UNKNOWN_SERVER = answers.NOT_FOUND
 
@@ -122,7 +122,7 @@ class Router:
             self._respond_metadata(request)
         elif endpoint and not page:
             await self._serve_endpoint(request)
-        elif not routes.is_own(path) and _is_mcp_client(request):
+        elif not (routes.is_own(path) or is_wire(path)) and _is_mcp_client(request):
             if (caller := await self._caller(request)) is not None:
                 self._respond_unknown_server(request, caller)
         elif len(path) + len(request.query) > MAX_TARGET:

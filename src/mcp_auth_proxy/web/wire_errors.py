@@ -72,5 +72,10 @@ def refusal(path: str, error: WireError, title: str) -> Shaped | None:
     return Shaped(error.status, PROBLEM, {"type": kind, "title": title, "status": error.status, "detail": error.detail})
 
 
+def is_wire(path: bytes) -> bool:
+    """Return whether a path is that of a wire whose first segment a server may have too."""
+    return path.startswith(b"/v1/customers/") or _is_at(path.decode("latin-1"), COMPLETE_TOOL)
+
+
 def _is_at(path: str, pattern: str) -> bool:
     return re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", pattern), path) is not None

@@ -16,7 +16,7 @@ from fakes.headless import Browser
 from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import PlainClient
 from web.api.api_setup import ApiSetup, api_setup, assert_problem
-from web.api.made_setup import LOOPBACK, administer, consented, made_setup
+from web.api.made_setup import LOOPBACK, NO_ISS, administer, consented, made_setup
 
 CLIENTS = "/v1/customers/default/projects/default/mcp-oauth-clients"
 BODY = {
@@ -27,7 +27,6 @@ BODY = {
     "authorization_url": "https://as.example/authorize",
     "token_url": "https://as.example/token",
 }
-NO_ISS = {"iss": None, "metadata_changes": {"authorization_response_iss_parameter_supported": False}}
 DISCOVERED = {
     "scopes_supported", "authorization_endpoint", "token_endpoint", "registration_endpoint",
     "supports_dynamic_registration",
