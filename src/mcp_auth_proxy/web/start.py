@@ -26,6 +26,7 @@ from mcp_auth_proxy.web.api.application import Api, perform
 from mcp_auth_proxy.web.api.credentials import addresses, caller_of
 from mcp_auth_proxy.web.api.operations import Call, is_admin
 from mcp_auth_proxy.web.api.problems import Problem, problem_of
+from mcp_auth_proxy.web.api.reach import may_use_api
 from mcp_auth_proxy.web.connect import REDIRECTED, is_other_loopback_name
 from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.forms import read_form
@@ -202,7 +203,7 @@ def _check_access(caller: Caller, admin: AdminSettings) -> None:
     if admin.adhoc == "off" or (admin.adhoc == "admin" and not is_admin(caller)):
         who = "Nobody may" if admin.adhoc == "off" else "Only admins may"
         raise Problem(403, "forbidden", f"{who} connect servers by their URL here (the key admin.adhoc).")
-    if not flows.may_use_api(caller):
+    if not may_use_api(caller):
         raise Problem(403, "forbidden", "This credential is not for the API: it needs the scope self or admin.")
 
 

@@ -159,7 +159,7 @@ async def test_other_methods_are_405_and_limits_are_shared_with_the_api(tmp_path
 
 
 async def test_servers_of_these_names_keep_their_addresses(servers: Servers, tmp_path: Path) -> None:
-    upstream = await servers.mcp_server(None, protected=False)
+    upstream = await servers.mcp_server(await servers.authorization_server(), protected=False)
     names = {"v1": upstream.url, "tools": upstream.url, "customers": upstream.url}
     async with api_setup(tmp_path, names) as api:
         for name in names:
@@ -240,7 +240,13 @@ async def test_oauth_clients_as_tetrate_documents_them(tmp_path: Path) -> None:
         assert got.headers["etag"] == (await api.ada.get(f"/oauth-clients/{view['id']}")).headers["etag"]
         listed = await client.get(CLIENTS, params={"page_size": 1})
         assert listed.json() == {"clients": [view], "page": {"next_page_token": None}}
-        nothing = {"provider": "", "scopes": [], "status": "", "redirect_uris": None, "client_secret": ""}
+        nothing: dict[str, Any] = {
+            "provider": "",
+            "scopes": [],
+            "status": "",
+            "redirect_uris": None,
+            "client_secret": "",
+        }
         same = await client.patch(one, json={**place, "id": view["id"], **nothing})
         assert same.status_code == 200, same.text
         assert {**same.json(), "updated_at": ""} == {**view, "updated_at": ""}
@@ -319,8 +325,9 @@ async def test_complete_as_bifrost_documents_it(servers: Servers, tmp_path: Path
         client_error(await client.post(path), 400, "not-authorized")
         client_error(await client.post("/api/mcp/client/made-up/complete-oauth"), 404, "not-found")
         await setup.connect(made["id"], setup.api.ben)
-        for sent in ({}, {"content": "", "headers": {"content-type": "application/json"}}, {"json": {}}):
-            done = await client.post(path, **sent)  # type: ignore[arg-type]
+        as_json = {"content-type": "application/json"}
+        for headers, content in (({}, ""), (as_json, ""), (as_json, "{}")):
+            done = await client.post(path, headers=headers, content=content)
             assert done.status_code == 200, done.text
             assert set(done.json()) == {"status", "message"}
             assert done.json()["status"] == "success"

@@ -185,7 +185,7 @@ async def change_client(call: Call[OAuthClientChange, None]) -> Answer:
     await _write(after, _store(call).change)
     if revoked or another:
         reason = CLIENT_REVOKED if revoked else CLIENT_CHANGED
-        await call.api.broker.end_client(before, reason, revoke=revoked)
+        await call.api.broker.disconnector.end_client(before, reason, revoke=revoked)
     return Answer(_view(after), etag=True)
 
 
@@ -203,7 +203,7 @@ async def delete_client(call: Call[None, None]) -> Answer:
         deleted_at=now,
     )
     await _write(hidden, _store(call).change)
-    await call.api.broker.end_client(before, CLIENT_REVOKED, revoke=True)
+    await call.api.broker.disconnector.end_client(before, CLIENT_REVOKED, revoke=True)
     return Answer(status=204)
 
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mcp_auth_proxy.web import wire_errors
-from mcp_auth_proxy.web.api import discovery, flows, oauth_clients
+from mcp_auth_proxy.web.api import completion, discovery, oauth_clients
 from mcp_auth_proxy.web.api.application import Api
 from mcp_auth_proxy.web.api.models import Body, View
 from mcp_auth_proxy.web.api.oauth_clients import NewOAuthClient, OAuthClientChange, OAuthClientList, OAuthClientView
@@ -149,9 +149,9 @@ class WireResult(View):
 
 async def complete_client(call: Call[Any, Any]) -> Answer:
     """Try a server as an MCP client would."""
-    call.body = flows.Completion()
-    done = (await flows.complete(call)).content
-    assert isinstance(done, flows.CompletionView)
+    call.body = completion.Completion()
+    done = (await completion.complete(call)).content
+    assert isinstance(done, completion.CompletionView)
     return Answer(Success(status="success", message=done.message))
 
 
@@ -161,9 +161,9 @@ async def complete_tool(call: Call[Any, Any]) -> Answer:
     call.path = {"id": tool}
     if given.project_key != call.caller.principal.project_id:
         raise not_found("project")
-    call.body = read_body(msgspec.json.encode({"state": given.state, **_code(given.code)}), flows.Completion)
-    done = (await flows.complete(call)).content
-    assert isinstance(done, flows.CompletionView)
+    call.body = read_body(msgspec.json.encode({"state": given.state, **_code(given.code)}), completion.Completion)
+    done = (await completion.complete(call)).content
+    assert isinstance(done, completion.CompletionView)
     return Answer(WireResult(is_success=True, item_id=tool, detail=done.message, error=None))
 
 
@@ -219,7 +219,7 @@ def _of_clients() -> tuple[Operation, ...]:
     )
 
 
-_COMPLETE = _operation(flows.OPERATIONS, "servers.complete")
+_COMPLETE = _operation(completion.OPERATIONS, "servers.complete")
 
 WIRES = (
     Wire((_as(_operation(discovery.OPERATIONS, "servers.discover"), DISCOVER, discovery.discover),)),
