@@ -1,4 +1,4 @@
-# make demo | test | check | bench | conformance | fuzz | chart | idp | sbom | audit | run | lock | clean
+# make demo | test | check | bench | conformance | fuzz | chart | idp | sbom | audit | docs | run | lock | clean
 # Everything happens in .venv, which is made from requirements/dev.txt when that file changes.
 
 SHELL := /bin/bash
@@ -40,7 +40,7 @@ PIP := -m pip --disable-pip-version-check -qq
 UV_COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help demo test check format bench conformance fuzz chart idp sbom audit run lock clean
+.PHONY: help demo test check format bench conformance fuzz chart idp sbom audit docs run lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -95,6 +95,9 @@ sbom: $(STAMP) $(SBOM_STAMP) ## what a running proxy is made of, with hashes and
 
 audit: $(AUDIT_STAMP) ## known vulnerabilities of the locked packages (asks pypi.org)
 	@$(AUDIT_VENV)/bin/python deploy/audit.py
+
+docs: $(STAMP) ## docs/api.md, from the OpenAPI document (ARGS=--check: only say whether it is up to date)
+	@$(BIN)/python deploy/api_page.py $(ARGS)
 
 run: $(STAMP) ## the proxy with ./mcp-auth-proxy.yaml (ARGS=URL for one server without a file)
 	@$(BIN)/mcp-auth-proxy serve $(ARGS)

@@ -18,6 +18,7 @@ from mcp_auth_proxy.web.api.models import Body, View
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation
 from mcp_auth_proxy.web.api.problems import Problem, invalid_field
 from mcp_auth_proxy.web.api.reach import AccountName, answered, own_account, usable_server
+from mcp_auth_proxy.web.wire_errors import REFUSED_BY_PROVIDER
 
 
 class Completion(Body):
@@ -76,7 +77,8 @@ async def finish(call: Call[Any, Any], server: ServerSettings, code: str, state:
     except IssuerMissing as missing:
         raise invalid_field(("body", "iss"), str(missing), "missing") from None
     except (CallbackRefused, TokenRefused, AuthorizationDenied) as refused:
-        raise Problem(400, "code-refused", str(refused)) from None
+        of_code = isinstance(refused, CallbackRefused) or refused.error in ("invalid_grant", "")
+        raise Problem(400, "code-refused" if of_code else REFUSED_BY_PROVIDER, str(refused)) from None
     await call.api.made.connected(server)
     return flow
 

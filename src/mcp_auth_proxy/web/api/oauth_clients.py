@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -56,6 +56,8 @@ Scopes = Annotated[list[Annotated[str, Meta(min_length=1, max_length=200), Check
 Uris = Annotated[list[NeededUrl], Meta(max_length=50)]
 Ids = Annotated[list[Name], Meta(max_length=200)]
 Metadata = Annotated[dict[str, Any], Check(_metadata)]
+Status = Literal["active", "inactive", "revoked", ""]
+"""Empty is as good as absent."""
 
 
 class NewOAuthClient(Body):
@@ -71,7 +73,7 @@ class NewOAuthClient(Body):
     redirect_uris: Uris | None = None
     metadata: Metadata | None = None
     server_ids: Ids | None = None
-    status: OAuthClientStatus = OAuthClientStatus.ACTIVE
+    status: Status | None = None
 
 
 class OAuthClientChange(Body):
@@ -87,7 +89,7 @@ class OAuthClientChange(Body):
     redirect_uris: Uris | None = None
     metadata: Metadata | None = None
     server_ids: Ids | None = None
-    status: OAuthClientStatus | None = None
+    status: Status | None = None
     replace_scopes: bool | UnsetType = UNSET
     replace_redirect_uris: bool | UnsetType = UNSET
     replace_metadata: bool | UnsetType = UNSET
@@ -139,7 +141,8 @@ async def get_client(call: Call[None, None]) -> Answer:
 async def create_client(call: Call[NewOAuthClient, None]) -> Answer:
     """Store a new client."""
     body, now = call.body, call.api.clock()
-    if body.status is OAuthClientStatus.REVOKED:
+    status = OAuthClientStatus(body.status or OAuthClientStatus.ACTIVE)
+    if status is OAuthClientStatus.REVOKED:
         raise invalid_field(("body", "status"), "A new client can't be revoked.")
     client = OAuthClient(
         id=f"oac_{secrets.token_hex(12)}",
@@ -155,7 +158,7 @@ async def create_client(call: Call[NewOAuthClient, None]) -> Answer:
         redirect_uris=tuple(body.redirect_uris or ()),
         metadata=body.metadata or {},
         server_ids=tuple(dict.fromkeys(body.server_ids or ())),
-        status=body.status,
+        status=status,
         created_at=now,
         updated_at=now,
     )
@@ -226,8 +229,10 @@ async def _write(client: OAuthClient, write: Callable[[OAuthClient], Awaitable[N
 
 def _changed(before: OAuthClient, body: OAuthClientChange, now: float) -> OAuthClient:
     """Return a client with the changes: what is null or empty stays, unless it is to be replaced."""
-    single = ("provider", "provider_name", "client_id", "client_secret", "authorization_url", "token_url", "status")
+    single = ("provider", "provider_name", "client_id", "client_secret", "authorization_url", "token_url")
     changes: dict[str, Any] = {name: value for name in single if (value := getattr(body, name))}
+    if body.status:
+        changes["status"] = OAuthClientStatus(body.status)
     for name in ("scopes", "redirect_uris", "server_ids"):
         value = getattr(body, name) or ()
         if value or getattr(body, f"replace_{name}") is True:
