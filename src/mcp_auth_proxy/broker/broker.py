@@ -325,8 +325,8 @@ class Broker:
             connected = await self.connected(flow.key.account)
             if connected is None:
                 raise CallbackRefused(
-                    "This link has been used, but the server is no longer connected. Ask your MCP client again: it gets "
-                    "a new link.",
+                    "This link has been used, but the server is no longer connected. Ask your MCP client again: it "
+                    "gets a new link.",
                     410,
                 )
             return connected

@@ -110,26 +110,29 @@ async def stored_connections(
     *,
     now: float,
     owner_of: Callable[[ServerSettings], str] | None = lambda server: LOCAL,
+    account: str | None = None,
 ) -> list[Connection]:
     """Return the connections of all configured servers, in their order, as the store knows them.
 
     ``owner_of`` says whose accounts at a server are listed, as in ``Account.principal``; without any, the default one
-    is. None: those of everybody; without any, the default one of nobody (""). ``database`` is None if there is no store
-    yet. Neither the network nor the secrets of the configuration are needed. Raises StoreError.
+    is. None: those of everybody; without any, the default one of nobody (""). ``account``: the name of the only ones to
+    list. ``database`` is None if there is no store yet. Neither the network nor the secrets of the configuration are
+    needed. Raises StoreError.
     """
     grants = await Grants(database).all() if database is not None else []
     flows = Flows(database) if database is not None else None
     waiting = await flows.unanswered() if flows is not None else []
-    known = {stored.key.account for stored in (*grants, *waiting)}
+    everything = {grant.key.account for grant in grants} | {flow.key.account for flow in waiting}
+    known = {each for each in everything if account in (None, each.name)}
     found: list[Connection] = []
     for server in servers.values():
         owner = None if owner_of is None else owner_of(server)
         own = [grant for grant in grants if grant.key.account.server == server.name]
-        for account in _accounts(server, owner, known):
-            flow = await flows.newest(account, now) if flows is not None else None
-            grant = _current((grant for grant in own if grant.key.account == account), server)
+        for each in _accounts(server, owner, known, account):
+            flow = await flows.newest(each, now) if flows is not None else None
+            grant = _current((grant for grant in own if grant.key.account == each), server)
             connection = Connection(
-                account=account, url=without_query_values(server.url), command_name=server.command_name
+                account=each, url=without_query_values(server.url), command_name=server.command_name
             )
             if flow is not None and matches(flow, server) and not _is_answered(flow, grant, now):
                 connection = _with_flow(connection, flow, grant, now)
@@ -137,14 +140,14 @@ async def stored_connections(
     return found
 
 
-def _accounts(server: ServerSettings, owner: str | None, known: Collection[Account]) -> list[Account]:
+def _accounts(server: ServerSettings, owner: str | None, known: Collection[Account], only: str | None) -> list[Account]:
     """Return the accounts of a server to list: those that the store knows and, of one owner, those that are preset."""
     found = {each for each in known if each.server == server.name and owner in (None, each.principal)}
     if not found:
         nobody = shared_principal(server.project) if server.grant_owner == "shared" else ""
-        found.add(Account(nobody if owner is None else owner, server.name))
+        found.add(Account(nobody if owner is None else owner, server.name, only or DEFAULT_ACCOUNT))
     if owner is not None:
-        found |= {Account(owner, server.name, name) for name in server.accounts}
+        found |= {Account(owner, server.name, name) for name in server.accounts if only in (None, name)}
     return sorted(found, key=lambda each: (each.principal, each.name != DEFAULT_ACCOUNT, each.name))
 
 
