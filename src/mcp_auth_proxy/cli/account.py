@@ -58,7 +58,8 @@ async def login(settings: Settings, name: str, *, owner: str | None = None) -> i
     server = server_of(settings, server_name)
     require_owner(settings, server, owner)
     # The secrets of the other servers may be missing here: their grants are left to the running proxy.
-    settings = replace(settings, servers={server.name: server})
+    # Nobody needs the API of this process, which would leave its key behind.
+    settings = replace(settings, servers={server.name: server}, admin=replace(settings.admin, enabled=False))
     new_key: list[str] = []
     async with AsyncExitStack() as stack:
         stack.enter_context(provisional_store(settings.store))

@@ -176,8 +176,8 @@ async def logout(proxy: RemoteProxy, name: str, *, owner: str | None) -> int:
     failed = [result["detail"] for _, result in live if "could not be revoked" in result["detail"]]
     for grant, result in live:
         if result["detail"] not in failed:
-            done = f"and revoked at {grant['issuer']}" if result["revoked_upstream"] else f"there. {result['detail']}"
-            say(f"{name_of(account)}: forgotten {done}")
+            done = f" and revoked at {grant['issuer']}" if result["revoked_upstream"] else f"; {result['detail']}"
+            say(f"{name_of(account)}: forgotten there{done}")
     if failed:
         raise McpAuthProxyError(f"{name_of(account)}: {' '.join(failed)}")
     if not live:
