@@ -52,7 +52,6 @@ def test_a_row_has_the_keys_that_scripts_rely_on() -> None:
     assert (shown["account"], shown["label"], shown["principal"]) == ("default", "", "local")
 
 
-@pytest.mark.parametrize("needed", [False, True])
 def test_a_row_names_account_label_and_principal() -> None:
     work = replace(CONNECTED, account=Account("prn_1", "notes", "work"), grant_label="me@work.example")
     shown = row(work, {"prn_1": "anna"})
@@ -64,6 +63,7 @@ def test_a_row_names_account_label_and_principal() -> None:
     assert row(Connection(account=Account("", "notes"), url="u"), {})["principal"] is None
 
 
+@pytest.mark.parametrize("needed", [False, True])
 def test_a_server_without_a_grant_has_seven_keys(needed: bool) -> None:
     connection = Connection(account=NOTES, url="https://mcp.example/mcp", unanswered=needed)
     assert row(connection, {}) == {
