@@ -139,7 +139,7 @@ def list_principals(config_file: str | None, as_json: bool) -> None:
     multiple=True,
     callback=_identities,
     metavar="SOURCE=SUBJECT",
-    help="jwt:ISSUER=SUBJECT or header:NAME=SUBJECT. May be repeated.",
+    help="jwt:ISSUER=SUBJECT or header:NAME=SUBJECT. May be repeated. Default: none.",
 )
 @click.option(
     "--role", type=click.Choice(["admin", "member"]), help="Of the principal. Default: as it is, else member."

@@ -16,9 +16,11 @@ def grants() -> None:
     epilog=examples("grants assign --from local --to anna", "grants assign --from local --to shared linear notes")
 )
 @click.argument("servers", nargs=-1, metavar="[SERVER]...")
-@click.option("--from", "giver", required=True, metavar="NAME", help="Whose they are: local, or a principal.")
 @click.option(
-    "--to", "receiver", required=True, metavar="NAME", help="Whose they become: a principal, or shared (grant_owner)."
+    "--from", "giver", required=True, metavar="NAME", help="Whose they are: local, or a principal. Default: none."
+)
+@click.option(
+    "--to", "receiver", required=True, metavar="NAME", help="Whose they become: a principal, or shared. Default: none."
 )
 @config_option
 def assign(servers: tuple[str, ...], giver: str, receiver: str, config_file: str | None) -> None:

@@ -64,11 +64,18 @@ def account_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ``remote`` is the URL of a proxy that runs elsewhere and where its key is, or None.
     """
 
-    @click.option("--as", "owner", metavar="NAME", help="The principal whose account it is, if callers are identified.")
+    @click.option(
+        "--as",
+        "owner",
+        metavar="NAME",
+        help="Whose account it is, if callers are identified. Default: shared, or everybody's.",
+    )
     @click.option(
         "--url", metavar="URL", help="Use the API of the proxy there. Default: the configuration and store here."
     )
-    @click.option("--api-key", metavar="SOURCE", help="Where the key for --url is: env:NAME or file:PATH.")
+    @click.option(
+        "--api-key", metavar="SOURCE", help="Where the key for --url is: env:NAME or file:PATH. Default: none."
+    )
     @wraps(command)
     def checked(*args: Any, url: str | None, api_key: str | None, **kwargs: Any) -> Any:
         if (url is None) != (api_key is None):
