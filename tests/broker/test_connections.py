@@ -3,12 +3,13 @@
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mcp_auth_proxy.broker import Connection, ConnectionState, stored_connections, stored_servers
-from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.models import Flow, FlowStatus, Grant
+from mcp_auth_proxy.config.settings import AccountSettings, ServerSettings
+from mcp_auth_proxy.models import LOCAL, Account, Flow, FlowStatus, Grant
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
@@ -107,3 +108,28 @@ async def test_a_server_without_a_configuration_is_known_by_its_expired_flow(dat
     await Flows(database).save(asked())
     (server,) = (await stored_servers(database)).values()
     assert (server.name, server.command_name) == ("linear", URL)
+
+
+async def listed(database: Engine, servers: dict[str, ServerSettings], **wanted: Any) -> list[Account]:
+    return [each.account for each in await stored_connections(servers, database, now=NOW, **wanted)]
+
+
+async def test_the_accounts_of_one_owner_or_of_everybody_are_listed(database: Engine) -> None:
+    linear = ServerSettings(name="linear", url=URL, accounts={"home": AccountSettings()})
+    team = ServerSettings(name="team", url=URL, grant_owner="shared")
+    servers = {"linear": linear, "team": team}
+    work, hers = Account(LOCAL, "linear", "work"), Account("prn_1", "linear")
+    home, shared = Account(LOCAL, "linear", "home"), Account("project:default", "team")
+    assert await listed(database, servers) == [Account(LOCAL, "linear"), home, Account(LOCAL, "team")]
+    assert await listed(database, servers, owner_of=None) == [Account("", "linear"), shared]
+    for account in (work, hers):
+        key = replace(grant().key, account=account)
+        await Grants(database).add(replace(grant(), key=key))
+    waiting = asked()
+    await Flows(database).save(replace(waiting, key=replace(waiting.key, account=shared)))
+    assert await listed(database, servers) == [home, work, Account(LOCAL, "team")]
+    assert await listed(database, servers, owner_of=None) == [work, hers, shared]
+    assert await listed(database, servers, owner_of=lambda server: "prn_1", account="work") == [
+        Account("prn_1", "linear", "work"),
+        Account("prn_1", "team", "work"),
+    ]

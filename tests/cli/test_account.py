@@ -1,25 +1,11 @@
 """What ``login`` and ``logout`` say."""
 
-import pytest
-
 from mcp_auth_proxy.broker import Disconnected, ForgottenGrant, Revocation
-from mcp_auth_proxy.cli.account import _first, _logout_lines
+from mcp_auth_proxy.cli.account import _logout_lines
 from mcp_auth_proxy.models import LOCAL, Account
 
 NOTES = Account(LOCAL, "notes")
 ISSUER = "https://as.example"
-
-
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        (ValueError("1 validation error\ntools\n  Field required."), "1 validation error tools Field required"),
-        (ExceptionGroup("", [ExceptionGroup("", [OSError("refused")]), ValueError("later")]), "refused"),
-        (TimeoutError(), "TimeoutError"),
-    ],
-)
-def test_an_error_is_shown_on_one_line(error: Exception, text: str) -> None:
-    assert _first(error) == text
 
 
 # logout

@@ -6,7 +6,7 @@ import pytest
 
 from mcp_auth_proxy.broker import Connection, ConnectionState
 from mcp_auth_proxy.broker.states import GrantStatus, Health
-from mcp_auth_proxy.cli.status import _in_words, _row
+from mcp_auth_proxy.cli.status import _in_words, row
 from mcp_auth_proxy.models import LOCAL, Account
 from mcp_auth_proxy.store.grant_summaries import GrantState
 
@@ -30,8 +30,8 @@ CONNECTED = Connection(
 
 
 def test_a_row_has_the_keys_that_scripts_rely_on() -> None:
-    row = _row(CONNECTED)
-    assert list(row) == [
+    shown = row(CONNECTED, {})
+    assert list(shown) == [
         "server",
         "url",
         "state",
@@ -42,20 +42,38 @@ def test_a_row_has_the_keys_that_scripts_rely_on() -> None:
         "renews_itself",
         "scopes",
         "reason",
+        "account",
+        "label",
+        "principal",
     ]
-    assert (row["server"], row["state"], row["renews_itself"]) == ("notes", "connected", True)
-    assert (row["scopes"], row["reason"]) == (["read", "write"], "")
-    assert row["since"] < row["token_until"]
+    assert (shown["server"], shown["state"], shown["renews_itself"]) == ("notes", "connected", True)
+    assert (shown["scopes"], shown["reason"]) == (["read", "write"], "")
+    assert shown["since"] < shown["token_until"]
+    assert (shown["account"], shown["label"], shown["principal"]) == ("default", "", "local")
+
+
+def test_a_row_names_account_label_and_principal() -> None:
+    work = replace(CONNECTED, account=Account("prn_1", "notes", "work"), grant_label="me@work.example")
+    shown = row(work, {"prn_1": "anna"})
+    assert (shown["server"], shown["account"]) == ("notes", "work")
+    assert (shown["label"], shown["principal"]) == ("me@work.example", "anna")
+    assert " as me@work.example by https://as.example, " in _in_words(work)
+    shared = replace(CONNECTED, account=Account("project:default", "notes"))
+    assert row(shared, {})["principal"] == "project:default"
+    assert row(Connection(account=Account("", "notes"), url="u"), {})["principal"] is None
 
 
 @pytest.mark.parametrize("needed", [False, True])
-def test_a_server_without_a_grant_has_four_keys(needed: bool) -> None:
+def test_a_server_without_a_grant_has_seven_keys(needed: bool) -> None:
     connection = Connection(account=NOTES, url="https://mcp.example/mcp", unanswered=needed)
-    assert _row(connection) == {
+    assert row(connection, {}) == {
         "server": "notes",
         "url": "https://mcp.example/mcp",
         "state": "not connected",
         "needs_authorization": needed,
+        "account": "default",
+        "label": "",
+        "principal": "local",
     }
 
 
@@ -91,7 +109,7 @@ def test_each_situation_has_its_own_label(status: GrantStatus | None, authorizin
 
 def test_a_link_that_waits_is_shown_with_and_without_a_grant() -> None:
     waiting = replace(CONNECTED, authorizing=True, unanswered=True, link=LINK)
-    assert _row(waiting)["authorization_url"] == LINK
+    assert row(waiting, {})["authorization_url"] == LINK
     assert _in_words(waiting).startswith("connected since 20")
     assert _in_words(waiting).endswith(f"; needs authorization: {LINK}")
     first = Connection(account=NOTES, url="u", authorizing=True, unanswered=True, link=LINK)
@@ -108,7 +126,7 @@ def test_a_link_that_has_expired_is_replaced_by_the_command_for_a_new_one() -> N
     assert _in_words(needed) == LOGIN
     denied = replace(needed, failure="The user declined.")
     assert _in_words(denied) == f"{LOGIN}; the last one failed: The user declined."
-    assert _row(denied)["reason"] == "The user declined."
+    assert row(denied, {})["reason"] == "The user declined."
     refused = replace(CONNECTED, command_name="notes", unanswered=True)
     assert _in_words(refused).startswith("connected since 20")
     assert _in_words(refused).endswith(f"; {LOGIN}")
@@ -117,7 +135,7 @@ def test_a_link_that_has_expired_is_replaced_by_the_command_for_a_new_one() -> N
 def test_more_scopes_are_asked_for_by_the_call_that_needs_them() -> None:
     more = replace(CONNECTED, unanswered=True, asked_scopes=("admin", "delete"))
     assert _in_words(more).endswith("; needs authorization for more scopes (admin delete): repeat the call for a link")
-    assert _row(more)["needs_authorization"] is True
+    assert row(more, {})["needs_authorization"] is True
 
 
 def test_a_token_that_has_expired_and_cannot_be_renewed_needs_a_new_authorization() -> None:

@@ -237,7 +237,8 @@ async def test_a_grant_outlives_a_login_that_fails_afterwards(
 ) -> None:
     page = FakeResponse.html("a web page", 404)
     upstream = await servers.mcp_server(authorization_server)
-    upstream.answers["initialize"] = upstream.answers["server/discover"] = page
+    for method in ("initialize", "server/discover", "tools/list"):
+        upstream.answers[method] = page
     config = write_config(tmp_path, {"notes": upstream.url})
     async with login("notes", config) as setup:
         await consent(await setup.link())

@@ -77,6 +77,14 @@ async def test_a_code_for_another_device_is_shown_until_the_user_is_done(complet
         assert 'http-equiv="refresh"' not in page.text
 
 
+async def test_the_last_page_says_whose_account_is_connected() -> None:
+    async with site_setup() as setup:
+        setup.broker.visit = ConnectedServer(server="notes", issuer="https://as.example", label="<me>, workspace Acme")
+        page = await setup.client.get(LINK)
+        assert "You are connected as &lt;me&gt;, workspace Acme." in page.text
+        assert "Authorized by https://as.example." in page.text
+
+
 @pytest.mark.parametrize(
     ("public_url", "host", "moved"),
     [

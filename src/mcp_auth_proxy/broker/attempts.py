@@ -50,6 +50,8 @@ class ConnectedServer:
 
     server: str
     issuer: str
+    label: str = ""
+    """Whose account it is, as far as the authorization server said so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -330,12 +330,15 @@ class Broker:
             self._backoff.check_asked(of_issuer(server, flow.key.issuer))
         opened = await self._attempts.open(server, flow_id, may_open)
         configured(self._servers, server)
-        if isinstance(opened, ConnectedServer) and flow is not None and await self.connected(flow.key.account) is None:
-            raise CallbackRefused(
-                "This link has been used, but the server is no longer connected. Ask your MCP client again: it gets a "
-                "new link.",
-                410,
-            )
+        if isinstance(opened, ConnectedServer) and flow is not None:
+            connected = await self.connected(flow.key.account)
+            if connected is None:
+                raise CallbackRefused(
+                    "This link has been used, but the server is no longer connected. Ask your MCP client again: it "
+                    "gets a new link.",
+                    410,
+                )
+            return connected
         return opened
 
     async def confirm_link(
@@ -362,7 +365,7 @@ class Broker:
         grant, settings = await self._grants.current(account), self._servers.get(account.server)
         if grant is None or settings is None or not matches(grant, settings):
             return None
-        return ConnectedServer(server=account.server, issuer=grant.key.issuer)
+        return ConnectedServer(server=account.server, issuer=grant.key.issuer, label=grant.label)
 
     async def begin(
         self, account: Account, *, status: int, challenge: Sequence[bytes]

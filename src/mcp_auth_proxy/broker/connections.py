@@ -1,6 +1,6 @@
 """The state of each connection, for the command line, pages and the API; and the result of disconnecting."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -11,7 +11,7 @@ from mcp_auth_proxy.broker.renewal import renewable
 from mcp_auth_proxy.broker.states import GrantStatus, grant_status, word
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import without_query_values
-from mcp_auth_proxy.models import LOCAL, Account, Flow, FlowStatus, Grant
+from mcp_auth_proxy.models import DEFAULT_ACCOUNT, LOCAL, Account, Flow, FlowStatus, Grant, shared_principal
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
@@ -61,6 +61,8 @@ class Connection:
     scopes: tuple[str, ...] = ()
     reason: str = ""
     """Why the grant has ended."""
+    grant_label: str = ""
+    """Whose account it is, as far as the authorization server said so."""
     status: GrantStatus | None = None
 
     @property
@@ -103,28 +105,50 @@ class Disconnected:
 
 
 async def stored_connections(
-    servers: Mapping[str, ServerSettings], database: Engine | None, *, now: float
+    servers: Mapping[str, ServerSettings],
+    database: Engine | None,
+    *,
+    now: float,
+    owner_of: Callable[[ServerSettings], str] | None = lambda server: LOCAL,
+    account: str | None = None,
 ) -> list[Connection]:
     """Return the connections of all configured servers, in their order, as the store knows them.
 
-    A server that nobody has connected is listed with its default account. ``database`` is None if there is no store
-    yet. Neither the network nor the secrets of the configuration are needed. Raises StoreError.
+    ``owner_of`` says whose accounts at a server are listed, as in ``Account.principal``; without any, the default one
+    is. None: those of everybody; without any, the default one of nobody (""). ``account``: the name of the only ones to
+    list. ``database`` is None if there is no store yet. Neither the network nor the secrets of the configuration are
+    needed. Raises StoreError.
     """
     grants = await Grants(database).all() if database is not None else []
     flows = Flows(database) if database is not None else None
+    waiting = await flows.unanswered() if flows is not None else []
+    everything = {grant.key.account for grant in grants} | {flow.key.account for flow in waiting}
+    known = {each for each in everything if account in (None, each.name)}
     found: list[Connection] = []
     for server in servers.values():
+        owner = None if owner_of is None else owner_of(server)
         own = [grant for grant in grants if grant.key.account.server == server.name]
-        for account in sorted({grant.key.account for grant in own}) or [Account(LOCAL, server.name)]:
-            flow = await flows.newest(account, now) if flows is not None else None
-            grant = _current((grant for grant in own if grant.key.account == account), server)
+        for each in _accounts(server, owner, known, account):
+            flow = await flows.newest(each, now) if flows is not None else None
+            grant = _current((grant for grant in own if grant.key.account == each), server)
             connection = Connection(
-                account=account, url=without_query_values(server.url), command_name=server.command_name
+                account=each, url=without_query_values(server.url), command_name=server.command_name
             )
             if flow is not None and matches(flow, server) and not _is_answered(flow, grant, now):
                 connection = _with_flow(connection, flow, grant, now)
             found.append(connection if grant is None else _with_grant(connection, grant, now))
     return found
+
+
+def _accounts(server: ServerSettings, owner: str | None, known: Collection[Account], only: str | None) -> list[Account]:
+    """Return the accounts of a server to list: those that the store knows and, of one owner, those that are preset."""
+    found = {each for each in known if each.server == server.name and owner in (None, each.principal)}
+    if not found:
+        nobody = shared_principal(server.project) if server.grant_owner == "shared" else ""
+        found.add(Account(nobody if owner is None else owner, server.name, only or DEFAULT_ACCOUNT))
+    if owner is not None:
+        found |= {Account(owner, server.name, name) for name in server.accounts if only in (None, name)}
+    return sorted(found, key=lambda each: (each.principal, each.name != DEFAULT_ACCOUNT, each.name))
 
 
 async def stored_servers(database: Engine) -> dict[str, ServerSettings]:
@@ -198,5 +222,6 @@ def _with_grant(connection: Connection, grant: Grant, now: float) -> Connection:
         scopes=grant.tokens.scopes,
         expired=expires_at is not None and expires_at <= now and not renewable(grant),
         reason=grant.ended_reason,
+        grant_label=grant.label,
         status=grant_status(grant, now=now),
     )

@@ -73,6 +73,10 @@ class StoredGrants:
         """Return a grant, ended or not; None if it is gone."""
         return await self._summaries.get(grant_id)
 
+    async def count(self, principal: str) -> int:
+        """Return how many grants of an owner have not ended."""
+        return sum(grant.ended_at is None for grant in await self._summaries.of_principal(principal))
+
     async def page(
         self, *, after: int, count: int, state: GrantState | None = None, **wanted: str | None
     ) -> tuple[list[GrantSummary], int | None]:

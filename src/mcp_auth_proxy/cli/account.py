@@ -1,6 +1,5 @@
 """``login`` and ``logout``. They use the store directly, whether or not a proxy is running."""
 
-import logging
 import os
 import time
 from contextlib import AsyncExitStack
@@ -13,9 +12,17 @@ from mcp_auth_proxy.broker import (
     ForgottenGrant,
     PendingAuthorization,
     Revocation,
-    sign_in,
 )
+from mcp_auth_proxy.cli.invitation import NOT_USED, invitation, offer, who_opens
 from mcp_auth_proxy.cli.listener import bind, in_numbers, listening
+from mcp_auth_proxy.cli.owners import (
+    account_of,
+    find_principal,
+    in_command,
+    require_admitted,
+    require_owner,
+    split,
+)
 from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config.document import located
 from mcp_auth_proxy.config.listeners import exposure_errors
@@ -28,25 +35,31 @@ from mcp_auth_proxy.errors import (
     McpAuthProxyError,
     excerpt,
 )
-from mcp_auth_proxy.models import LOCAL, AccessToken, Account, Flow
+from mcp_auth_proxy.models import LOCAL_PRINCIPAL, AccessToken, Account, Flow, Principal, Tool
 from mcp_auth_proxy.proxy.probe import ask, end_session, probe
 from mcp_auth_proxy.proxy.routes import Route, route_to
+from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.store import provisional_store, serving
 from mcp_auth_proxy.web import browser
+from mcp_auth_proxy.web.paths import name_of
 
 MAX_TRIES = 5
 """How often a stored login is tried: a renewed token, or a new nonce, is tried again."""
 
 
-async def login(settings: Settings, name: str) -> int:
-    """Authorize one server and list its tools through the proxy. Return the exit code; raise McpAuthProxyError.
+async def login(settings: Settings, name: str, *, owner: str | None = None) -> int:
+    """Authorize one account and list the tools that it sees. Return the exit code; raise McpAuthProxyError.
 
-    If a proxy is running, its callback completes the flow, and this process learns of it from the store. Otherwise
-    this process listens itself. A store that it had to make stays only if there is a grant to keep.
+    ``owner``: the principal that it is for, if callers are identified. If a proxy is running, its callback completes
+    the flow, and this process learns of it from the store. Otherwise this process listens itself. A store that it had
+    to make stays only if there is a grant to keep.
     """
-    server = server_of(settings, name)
+    server_name, account_name = split(name)
+    server = server_of(settings, server_name)
+    require_owner(settings, server, owner)
     # The secrets of the other servers may be missing here: their grants are left to the running proxy.
-    settings = replace(settings, servers={server.name: server})
+    # Nobody needs the API of this process, which would leave its key behind.
+    settings = replace(settings, servers={server.name: server}, admin=replace(settings.admin, enabled=False))
     new_key: list[str] = []
     async with AsyncExitStack() as stack:
         stack.enter_context(provisional_store(settings.store))
@@ -63,38 +76,70 @@ async def login(settings: Settings, name: str) -> int:
         )
         if sock is not None:
             await stack.enter_async_context(listening(application, sock))
-        token = await _authorize(application, server)
+        principal = await _owner(application, owner)
+        if principal is not None and settings.inbound.modes:
+            require_admitted(server, principal)
+        account = account_of(server, principal, account_name)
+        token = await _authorize(application, server, account, owner)
         complain(*new_key)
-        say(f"{server.name} is connected." if token else f"{server.name} asks for no authorization.")
-        await _list_tools(server, f"http://{reachable(address)}/{server.name}/mcp")
+        say(await _authorized(application, account) if token else f"{server.name} asks for no authorization.")
+        say(offer(tool.name for tool in await _tools(application, server, account)))
     return 0
 
 
-async def _authorize(application: Application, server: ServerSettings) -> AccessToken | None:
-    """Return the server's token, after the user has consented if necessary; None if it asks for no authorization."""
-    broker, account = application.broker, Account(LOCAL, server.name)
-    route = route_to(server)
+async def _owner(application: Application, name: str | None) -> Principal | None:
+    """Return the principal that a command is for; None if the grants of its server are shared.
+
+    Raises McpAuthProxyError.
+    """
+    if not application.settings.inbound.modes:
+        return LOCAL_PRINCIPAL
+    if name is None:
+        return None
+    directory = application.callers.directory
+    await directory.reload()
+    return find_principal(directory.principals(), name)
+
+
+async def _authorize(
+    application: Application, server: ServerSettings, account: Account, owner: str | None
+) -> AccessToken | None:
+    """Return the token of an account, after its user has consented if necessary.
+
+    None if the server asks for no authorization.
+    """
+    broker, shown = application.broker, name_of(account)
+    route = replace(route_to(server), account=account)
     stored = await broker.token(account)
     outcome: AccessToken | PendingAuthorization | None
     if stored is not None:
         outcome = await _try_stored(application, route, stored)
         if not isinstance(outcome, PendingAuthorization):
-            forget = f"`mcp-auth-proxy logout {server.command_name}` forgets it"
-            say(f"A login for {server.name} is stored already; {forget}.")
+            forget = f"`mcp-auth-proxy logout {in_command(server, account.name, owner)}` forgets it"
+            say(f"A login for {shown} is stored already; {forget}.")
     else:
         status, challenge = await probe(application.forwarder.upstream, route)
         outcome = await broker.authorize(account, status=status, challenge=challenge)
     if not isinstance(outcome, PendingAuthorization):
         return outcome
-    say(*_invitation(server.name, outcome))
-    opens = browser.should_open(application.settings.authorization.open_browser, loopback=True, environ=os.environ)
-    if opens:
+    identified = bool(application.settings.inbound.modes)
+    say(*invitation(shown, outcome, who_opens(account, owner) if identified else None))
+    choice = application.settings.authorization.open_browser
+    # The link is for somebody who is signed in, at whichever machine.
+    if not identified and browser.should_open(choice, loopback=True, environ=os.environ):
         broker.link_opened(outcome.flow)
         browser.open_link(outcome.link)
     token = await outcome.wait(max(0.0, outcome.flow.expires_at - time.time()))
     if token is None:
-        raise McpAuthProxyError("The link was not used in time. Run login again for a new one.")
+        raise McpAuthProxyError(NOT_USED)
     return token
+
+
+async def _authorized(application: Application, account: Account) -> str:
+    """Return that an account is connected, and whose it is at the server."""
+    connected = await application.broker.connected(account)
+    label = f" as {connected.label}" if connected is not None and connected.label else ""
+    return f"{name_of(account)} is connected{label}."
 
 
 async def _try_stored(application: Application, route: Route, token: AccessToken) -> AccessToken | PendingAuthorization:
@@ -124,65 +169,42 @@ async def _try_stored(application: Application, route: Route, token: AccessToken
     raise McpAuthProxyError(f"{route.server.name} refuses every token that is renewed for it.")
 
 
-def _invitation(server: str, pending: PendingAuthorization) -> list[str]:
-    """Return in lines what the user has to do: open a link here or, with a code, on any device (RFC 8628)."""
-    device = pending.flow.device
-    if device is None:
-        return [f"Open this link to authorize {server}:", "", f"  {pending.link}", ""]
-    asked = sign_in(pending.flow).in_words
-    lines = [f"To authorize {asked}, open on any device", device.verification_uri, "and enter", device.user_code]
-    if device.verification_uri_complete:
-        lines += ["or open this address, and check that it shows the same code:", device.verification_uri_complete]
-    return [part for number, line in enumerate(lines) for part in (("", f"  {line}", "") if number % 2 else (line,))]
-
-
-async def _list_tools(server: ServerSettings, url: str) -> None:
+async def _tools(application: Application, server: ServerSettings, account: Account) -> list[Tool]:
     """Use the server as any client would, to make sure that it works. Raises McpAuthProxyError."""
-    # Importing the SDK takes 0.6 s, which only the commands that use it should pay for.
-    from mcp import Client
-
-    # The SDK logs problems with tracebacks; what matters is in the error below.
-    logging.getLogger("mcp").setLevel(logging.CRITICAL)
     try:
-        async with Client(url) as client:
-            tools = (await client.list_tools()).tools
-    except Exception as error:  # the SDK raises groups of whatever went wrong in its tasks
+        return await list_tools(application.broker, application.forwarder.upstream, server, account)
+    except McpAuthProxyError as error:
         raise McpAuthProxyError(
-            f"The tools of {server.name} could not be listed: {excerpt(_first(error), MAX_MESSAGE)}. "
+            f"The tools of {server.name} could not be listed: {excerpt(str(error).rstrip('.'), MAX_MESSAGE)}. "
             f"Is {server.url} its MCP endpoint?"
         ) from None
-    names = ", ".join(sorted(excerpt(tool.name) for tool in tools))
-    say(f"It offers {len(tools)} tool{'s'[: len(tools) != 1]}{': ' if names else ''}{names}")
 
 
-def _first(error: BaseException) -> str:
-    """Return the text of the first error in a group of them, on one line."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+async def logout(settings: Settings, name: str, *, owner: str | None = None, forget_client: bool) -> int:
+    """Delete the grants of an account and revoke them. Return the exit code; raise McpAuthProxyError.
 
-
-async def logout(settings: Settings, name: str, *, forget_client: bool) -> int:
-    """Delete the grants of a server and revoke them. Return the exit code; raise McpAuthProxyError.
-
-    If a revocation fails, the grant is deleted all the same, and the error says so.
+    ``owner``: whose they are, if callers are identified. If a revocation fails, the grant is deleted all the same, and
+    the error says so.
     """
-    server = server_of(settings, name)
+    server_name, account_name = split(name)
+    server = server_of(settings, server_name)
+    require_owner(settings, server, owner)
     async with lifespan(settings, settings.listen, background=False, announce_key=complain) as application:
-        result = await application.broker.disconnect(Account(LOCAL, server.name), forget_client=forget_client)
+        account = account_of(server, await _owner(application, owner), account_name)
+        result = await application.broker.disconnect(account, forget_client=forget_client)
     done, failed = _logout_lines(result)
     for line in done:
         say(line)
     if failed:
         raise McpAuthProxyError(" ".join(failed))
     if not done:
-        say(f"{server.name}: nothing was connected.")
+        say(f"{name_of(account)}: nothing was connected.")
     return 0
 
 
 def _logout_lines(result: Disconnected) -> tuple[list[str], list[str]]:
     """Return what was done and what failed, in lines for the terminal."""
-    server = result.account.server
+    server = name_of(result.account)
     done = [_forgotten_line(server, grant) for grant in result.grants if grant.revocation is not Revocation.FAILED]
     if result.client_forgotten:
         done.append(f"{server}: the next authorization registers a new client")
@@ -216,8 +238,17 @@ def server_of(settings: Settings, name: str) -> ServerSettings:
 
 
 def _require_leave_to_listen(settings: Settings) -> None:
-    """Raise ConfigurationError if this command would serve the stored grants to other machines without being told."""
+    """Raise an error if this command would serve the stored grants to other machines without being told.
+
+    It must not identify callers without the secrets that this takes either. Raises ConfigurationError and
+    McpAuthProxyError.
+    """
     source = settings.source
+    if settings.inbound.sign_in is not None or settings.inbound.trusted_header is not None:
+        raise McpAuthProxyError(
+            "No proxy is running, and this command does not read the secrets with which callers sign in. Start the "
+            "proxy first."
+        )
     if source is not None and (errors := exposure_errors(settings, False, otherwise="start the proxy first")):
         raise ConfigurationError(located(errors, source), str(source))
 

@@ -9,9 +9,11 @@ from click.exceptions import NoArgsIsHelpError
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.cli.callers import api_keys, principals
+from mcp_auth_proxy.cli.grants import grants
 from mcp_auth_proxy.cli.hardening import protect_process
 from mcp_auth_proxy.cli.options import (
     EXAMPLE,
+    account_options,
     config_option,
     config_path,
     examples,
@@ -26,7 +28,10 @@ from mcp_auth_proxy.config import location
 from mcp_auth_proxy.errors import ConfigurationError, KeyRejected, McpAuthProxyError
 
 if TYPE_CHECKING:
+    from mcp_auth_proxy.cli.remote_proxy import RemoteProxy
     from mcp_auth_proxy.config.settings import Settings
+
+_REMOTE = "--url https://proxy.example.com --api-key env:PROXY_KEY"
 
 
 @click.group(
@@ -123,46 +128,78 @@ def demo() -> None:
     run(run_demo())
 
 
-@cli.command(epilog=examples("login linear", f"login {EXAMPLE}"))
+@cli.command(
+    epilog=examples("login linear", f"login {EXAMPLE}", "login linear@work --as anna", f"login linear {_REMOTE}")
+)
 @click.argument("server")
 @config_option
+@account_options
 @log_options
-def login(server: str, config_file: str | None) -> None:
-    """Authorize SERVER (a configured name, or a URL) from this terminal."""
+def login(server: str, config_file: str | None, owner: str | None, remote: tuple[str, str] | None) -> None:
+    """Authorize SERVER (a configured name, or a URL) from this terminal. SERVER@ACCOUNT is one of several accounts."""
+    _check_form(server)
+    if remote is not None:
+        from mcp_auth_proxy.cli import remote as elsewhere
+
+        run(elsewhere.login(_proxy_at(server, remote), server, owner=owner))
     from mcp_auth_proxy.cli import account
 
-    run(account.login(_settings_for(server, config_file), server))
+    run(account.login(_settings_for(server, config_file), server, owner=owner))
 
 
-@cli.command(epilog=examples("logout linear"))
+@cli.command(epilog=examples("logout linear", "logout linear@work --as anna", f"logout linear {_REMOTE}"))
 @click.argument("server")
 @config_option
 @click.option("--forget-client", is_flag=True, help="Also forget the dynamically registered client. Default: keep it.")
+@account_options
 @log_options
-def logout(server: str, config_file: str | None, forget_client: bool) -> None:
-    """Forget the grant of SERVER, and revoke it upstream if the server supports that."""
+def logout(
+    server: str, config_file: str | None, forget_client: bool, owner: str | None, remote: tuple[str, str] | None
+) -> None:
+    """Forget the grant of SERVER, or of SERVER@ACCOUNT, and revoke it upstream if the server supports that."""
+    _check_form(server)
+    if remote is not None:
+        from mcp_auth_proxy.cli import remote as elsewhere
+
+        if forget_client:
+            raise click.UsageError("--forget-client can't be used with --url.")
+        run(elsewhere.logout(_proxy_at(server, remote), server, owner=owner))
     from mcp_auth_proxy.cli import account
 
-    run(account.logout(_settings_for(server, config_file), server, forget_client=forget_client))
+    run(account.logout(_settings_for(server, config_file), server, owner=owner, forget_client=forget_client))
 
 
-@cli.command(epilog=examples("status", "status linear --json"))
+@cli.command(epilog=examples("status", "status linear --json", "status linear@work --as anna", f"status {_REMOTE}"))
 @click.argument("server", required=False)
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON. Default: text.")
+@account_options
 @log_options
-def status(server: str | None, config_file: str | None, as_json: bool) -> None:
-    """Show what is connected, since when and until when: all servers, or SERVER (a configured name, or a URL)."""
+def status(
+    server: str | None, config_file: str | None, as_json: bool, owner: str | None, remote: tuple[str, str] | None
+) -> None:
+    """Show what is connected, since when and until when: all servers, or SERVER (a configured name, or a URL).
+
+    SERVER@ACCOUNT is one of several accounts.
+    """
     from mcp_auth_proxy.cli import status as command
 
+    if server is not None:
+        _check_form(server)
+    if remote is not None:
+        from mcp_auth_proxy.cli import remote as elsewhere
+
+        run(elsewhere.status(_proxy_at(server, remote), server, owner=owner, as_json=as_json))
     url = server is not None and "://" in server
     if not url and location.find(config_file, os.environ) is None:
         from mcp_auth_proxy.config.load import single_store
 
         store = single_store(environ=os.environ)
         if store.path.exists():
+            if owner is not None:
+                raise click.UsageError("The callers of `serve URL` are not identified: leave --as out.")
             run(command.status_without_configuration(store, server, as_json=as_json))
-    run(command.status(_settings_for(server, config_file, secrets=False), server, as_json=as_json))
+    run(command.status(_settings_for(server, config_file, secrets=False), server, owner=owner, as_json=as_json))
 
 
 @cli.command(epilog=examples("dashboard", "dashboard --as anna"))
@@ -234,15 +271,30 @@ def service_status() -> None:
 
 cli.add_command(api_keys)
 cli.add_command(principals)
+cli.add_command(grants)
+
+
+def _check_form(server: str) -> None:
+    if "://" not in server and set(server) & set("./:"):
+        # No name has such characters. The text may be a URL with a secret in it.
+        raise click.UsageError("SERVER is neither a configured name nor a URL; is https:// missing at its beginning?")
 
 
 def _settings_for(server: str | None, config_file: str | None, *, secrets: bool = True) -> "Settings":
-    if server is not None and "://" not in server and set(server) & set("./:"):
-        # No name has such characters. The text may be a URL with a secret in it.
-        raise click.UsageError("SERVER is neither a configured name nor a URL; is https:// missing at its beginning?")
+    if server is not None:
+        _check_form(server)
     # Secrets of other servers may exist only in the environment of the service, and are not needed here.
-    secrets_of = (server,) if secrets and server is not None else ()
+    secrets_of = (server.partition("@")[0],) if secrets and server is not None else ()
     return settings_from(config_file, server if server and "://" in server else None, secrets_of=secrets_of)
+
+
+def _proxy_at(server: str | None, remote: tuple[str, str]) -> "RemoteProxy":
+    """Return the proxy of --url. Raises ConfigurationError."""
+    from mcp_auth_proxy.cli.remote_proxy import RemoteProxy
+
+    if server is not None and "://" in server:
+        raise click.UsageError("SERVER must be the name of a server of the proxy at --url.")
+    return RemoteProxy(*remote)
 
 
 def _explain_usage(error: click.ClickException) -> None:

@@ -58,6 +58,35 @@ def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return configured
 
 
+def account_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --as, and --url with --api-key, to a command about accounts; it gets ``owner`` and ``remote``.
+
+    ``remote`` is the URL of a proxy that runs elsewhere and where its key is, or None.
+    """
+
+    @click.option(
+        "--as",
+        "owner",
+        metavar="NAME",
+        help="Whose account it is, if callers are identified. Default: shared, or everybody's.",
+    )
+    @click.option(
+        "--url", metavar="URL", help="Use the API of the proxy there. Default: the configuration and store here."
+    )
+    @click.option(
+        "--api-key", metavar="SOURCE", help="Where the key for --url is: env:NAME or file:PATH. Default: none."
+    )
+    @wraps(command)
+    def checked(*args: Any, url: str | None, api_key: str | None, **kwargs: Any) -> Any:
+        if (url is None) != (api_key is None):
+            raise click.UsageError("--url and --api-key are needed together: --url URL --api-key env:NAME.")
+        if url is not None and kwargs.get("config_file") is not None:
+            raise click.UsageError("Give --url or --config, not both.")
+        return command(*args, remote=None if url is None else (url, api_key), **kwargs)
+
+    return checked
+
+
 def settings_from(
     config_file: str | None,
     url: str | None = None,

@@ -16,6 +16,7 @@ from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings, reachable
 from mcp_auth_proxy.errors import without_query_values
+from mcp_auth_proxy.models import LOCAL
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.resolver import Resolver
 from mcp_auth_proxy.store import serving
@@ -48,6 +49,8 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
             server = Server(application, health=health, before_close=lock.release)
             async with returning_memory(), reloading(application, file, stop=server.drain_and_exit):
                 _say_what_is_served(application)
+                if settings.inbound.modes:
+                    await _warn_of_left_grants(application)
                 if health is not None:
                     logger.info("/healthz, /readyz and /metrics are also at http://%s", reachable(health_address))
                 # Objects made at start-up are never freed: the garbage collector need not visit them again.
@@ -55,6 +58,21 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
                 gc.freeze()
                 await server.serve(sockets=[sock])
     return 0
+
+
+async def _warn_of_left_grants(application: Application) -> None:
+    """Say which grants nobody can use: those from when callers were not identified."""
+    left = await application.broker.stored_grants.count(LOCAL)
+    if left:
+        logger.warning(
+            "%d grant%s of 'local' %s left from when callers were not identified, and nobody can use %s: "
+            "`mcp-auth-proxy grants assign --from local --to NAME|shared` gives %s to somebody",
+            left,
+            "s"[: left != 1],
+            "is" if left == 1 else "are",
+            "it" if left == 1 else "them",
+            "it" if left == 1 else "them",
+        )
 
 
 def _say_what_is_served(application: Application) -> None:
@@ -68,9 +86,10 @@ def _say_what_is_served(application: Application) -> None:
     if len(names) > MAX_SHOWN:
         lines.append(f"  and {len(names) - MAX_SHOWN} more")
     first = names[0]
+    needs = "a credential of its user (inbound.mode)" if application.settings.inbound.modes else "no credentials"
     lines += [
         "",
-        "Point a client at such an address; it needs no credentials. For example:",
+        f"Point a client at such an address; it needs {needs}. For example:",
         f"  claude mcp add --transport http {first} {base}/{first}/mcp",
         f'  Cursor, VS Code:  {{"url": "{base}/{first}/mcp"}} under the name "{first}"',
         "",

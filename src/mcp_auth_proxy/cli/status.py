@@ -2,28 +2,81 @@
 
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from mcp_auth_proxy.broker import Connection, ConnectionState, stored_connections, stored_servers
 from mcp_auth_proxy.cli.account import server_of
+from mcp_auth_proxy.cli.owners import find_principal, in_command, require_owner, split
 from mcp_auth_proxy.cli.terminal import complain, say, say_json
 from mcp_auth_proxy.config.settings import ServerSettings, Settings, StoreSettings, reachable
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
-from mcp_auth_proxy.store import open_store, serving
+from mcp_auth_proxy.models import Principal, shared_principal
+from mcp_auth_proxy.store import Engine, open_store, serving
+from mcp_auth_proxy.store.principals import Principals
+from mcp_auth_proxy.web.paths import name_of
+
+SHARED = "shared"
+"""What stands in place of a principal's name for grants that belong to a project."""
 
 
-async def status(settings: Settings, name: str | None, *, as_json: bool) -> int:
-    """Print since when and until when one server, or each, is connected. Return 0; raise McpAuthProxyError.
+async def status(settings: Settings, name: str | None, *, owner: str | None = None, as_json: bool) -> int:
+    """Print since when and until when each account is connected. Return 0; raise McpAuthProxyError.
 
-    Whether something is connected does not affect the exit code.
+    ``name``: the only server, or account, to show. ``owner``: the principal whose accounts are shown; None for those of
+    everybody. Whether something is connected does not affect the exit code.
     """
     servers = settings.servers
-    if name is not None:
-        server = server_of(settings, name)
+    require_owner(settings, None, owner)
+    server_name, account = (None, None) if name is None else split(name)
+    if server_name is not None:
+        server = server_of(settings, server_name)
         servers = {server.name: server}
-    _show(await _connections(settings, servers), as_json=as_json)
+    identified = bool(settings.inbound.modes)
+    database = await open_store(settings.store) if settings.store.path.exists() else None
+    try:
+        principals = await Principals(database).all() if database is not None and identified else []
+        found = await _connections(servers, database, principals, identified=identified, owner=owner, account=account)
+    finally:
+        if database is not None:
+            await database.close()
+    names = {principal.id: principal.name for principal in principals}
+    show([_as_named(each, names, servers, identified=identified) for each in found], names, identified, as_json=as_json)
     return 0
+
+
+async def _connections(
+    servers: Mapping[str, ServerSettings],
+    database: Engine | None,
+    principals: Collection[Principal],
+    *,
+    identified: bool,
+    owner: str | None,
+    account: str | None,
+) -> list[Connection]:
+    if not identified:
+        return await stored_connections(servers, database, now=time.time(), account=account)
+    if owner is None:
+        return await stored_connections(servers, database, now=time.time(), owner_of=None, account=account)
+    principal = find_principal(principals, owner)
+    usable = {name: server for name, server in servers.items() if server.admits(principal)}
+    return await stored_connections(
+        usable,
+        database,
+        now=time.time(),
+        owner_of=lambda server: server.account(principal).principal,
+        account=account,
+    )
+
+
+def _as_named(
+    connection: Connection, names: Mapping[str, str], servers: Mapping[str, ServerSettings], *, identified: bool
+) -> Connection:
+    """Return a connection with the command that authorizes its account."""
+    account = connection.account
+    owner = names.get(account.principal) if identified else None
+    return replace(connection, command_name=in_command(servers[account.server], account.name, owner))
 
 
 async def status_without_configuration(store: StoreSettings, name: str | None, *, as_json: bool) -> int:
@@ -31,15 +84,19 @@ async def status_without_configuration(store: StoreSettings, name: str | None, *
     database = await open_store(store)
     try:
         servers = await stored_servers(database)
-        if name is not None and name not in servers:
+        server, account = (None, None) if name is None else split(name)
+        if server is not None and server not in servers:
             known = ", ".join(sorted(servers)) or "none"
             unknown = (
-                f"There is no server {name!r}: no configuration was found (name one with --config FILE), and these are "
-                f"known from `mcp-auth-proxy serve URL`: {known}"
+                f"There is no server {server!r}: no configuration was found (name one with --config FILE), and these "
+                f"are known from `mcp-auth-proxy serve URL`: {known}"
             )
             raise ConfigurationError([ConfigError("", unknown)])
         connections = await stored_connections(
-            {each: server for each, server in servers.items() if name in (None, each)}, database, now=time.time()
+            {each: found for each, found in servers.items() if server in (None, each)},
+            database,
+            now=time.time(),
+            account=account,
         )
     finally:
         await database.close()
@@ -47,32 +104,46 @@ async def status_without_configuration(store: StoreSettings, name: str | None, *
     for address in serving.addresses(store):
         complain(f"a proxy serves it at http://{reachable(address)}")
     if connections or as_json:
-        _show(connections, as_json=as_json)
+        show(connections, {}, False, as_json=as_json)
     else:
         say("nothing is connected, and no authorization waits for you")
     return 0
 
 
-def _show(connections: Collection[Connection], *, as_json: bool) -> None:
+def show(connections: Collection[Connection], names: Mapping[str, str], identified: bool, *, as_json: bool) -> None:
+    """Print connections. ``names``: those of principals, by id, which text has only if callers are ``identified``."""
     if as_json:
-        say_json([_row(connection) for connection in connections])
+        say_json([row(connection, names) for connection in connections])
         return
-    width = max(len(connection.account.server) for connection in connections)
-    for connection in connections:
-        say(f"{connection.account.server:<{width}}  {_in_words(connection)}")
+    lines = [
+        [name_of(each.account), *([_owner_in_words(each.account.principal, names)] if identified else [])]
+        for each in connections
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line, connection in zip(lines, connections, strict=True):
+        say("  ".join([*(f"{part:<{width}}" for part, width in zip(line, widths, strict=True)), _in_words(connection)]))
+    if not connections:
+        say("there is nothing to show: no server is for this principal")
 
 
-async def _connections(settings: Settings, servers: Mapping[str, ServerSettings]) -> list[Connection]:
-    if not settings.store.path.exists():
-        return await stored_connections(servers, None, now=time.time())
-    database = await open_store(settings.store)
-    try:
-        return await stored_connections(servers, database, now=time.time())
-    finally:
-        await database.close()
+def _owner_in_words(principal: str, names: Mapping[str, str]) -> str:
+    if principal.startswith(shared_principal("")):
+        return SHARED
+    return names.get(principal, principal) or "-"
 
 
-def _row(connection: Connection) -> dict[str, Any]:
+def row(connection: Connection, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a connection as ``--json`` shows it. ``names`` are those of principals, by id."""
+    principal = connection.account.principal
+    return {
+        **_state_row(connection),
+        "account": connection.account.name,
+        "label": connection.grant_label,
+        "principal": names.get(principal, principal) or None,
+    }
+
+
+def _state_row(connection: Connection) -> dict[str, Any]:
     row = {
         "server": connection.account.server,
         "url": connection.url,
@@ -130,7 +201,9 @@ def _state_in_words(connection: Connection) -> str:
     )
     renews = "renews itself" if connection.renews_itself else "can't be renewed"
     scopes = f", scopes {' '.join(connection.scopes)}" if connection.scopes else ""
-    return f"connected since {_iso(connection.granted_at)} by {connection.issuer}, {token}, {renews}{scopes}"
+    label = f" as {connection.grant_label}" if connection.grant_label else ""
+    since = f"connected since {_iso(connection.granted_at)}{label} by {connection.issuer}"
+    return f"{since}, {token}, {renews}{scopes}"
 
 
 def _iso(moment: float | None) -> str | None:

@@ -147,9 +147,10 @@ def cannot_start(error: AuthorizationError) -> Response:
 
 def connected_page(connected: ConnectedServer, popup: Popup | None = None) -> Response:
     """Return the last page of an authorization. It has no form: there is nothing left to do."""
+    account = f"You are connected as {excerpt(connected.label)}. " if connected.label else ""
     return message(
         f"{connected.server} is connected",
-        "Your MCP client continues automatically. You can close this tab.",
+        f"{account}Your MCP client continues automatically. You can close this tab.",
         status=200,
         hint=f"Authorized by {excerpt(connected.issuer)}.",
         popup=popup,
