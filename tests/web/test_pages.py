@@ -111,7 +111,7 @@ async def test_every_kind_of_page_has_a_title_an_icon_and_a_link_to_the_front_pa
 
 
 def test_there_is_no_other_kind_of_page() -> None:
-    """A new one belongs into the list above; those of sign-ins and popups have the same base, and tests of their own."""
+    """A new one belongs into the list above; those of sign-ins and popups share the base, and have tests elsewhere."""
     templates = {file.stem: file.read_text() for file in (Path(web.__file__).parent / "templates").iterdir()}
     elsewhere = {"open_link", "sign_in_form", "start"}
     assert templates.keys() - {"base", "sign_in"} == {"address", "confirm", "device", "index", "message"} | elsewhere
