@@ -52,6 +52,19 @@ async def test_a_name_or_identity_of_another_is_409_with_its_id(tmp_path: Path) 
         assert_problem(taken, 409, "name-taken")
 
 
+@pytest.mark.parametrize("name", ["local", "role:admin", "project:default", "prn_ben", " ben", "ben ", "ben\u200f"])
+async def test_a_name_that_means_something_else_is_422(tmp_path: Path, name: str) -> None:
+    async with api_setup(tmp_path) as api:
+        problem = assert_problem(await api.ada.post("/principals", json={"name": name}), 422, "invalid")
+        assert [error["loc"] for error in problem["errors"]] == [["body", "name"]]
+
+
+async def test_the_id_of_a_principal_of_another_project_is_not_told(tmp_path: Path) -> None:  # T65
+    async with api_setup(tmp_path) as api:
+        problem = assert_problem(await api.zoe.post("/principals", json={"name": "ben"}), 409, "name-taken")
+        assert "prn_ben" not in str(problem)
+
+
 async def test_every_fault_of_a_body_is_named(tmp_path: Path) -> None:
     async with api_setup(tmp_path) as api:
         body = {
