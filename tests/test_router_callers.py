@@ -457,6 +457,14 @@ async def test_metrics_are_for_admins(tmp_path: Path, fields: tuple[str, ...], s
             assert (await there.get(probe)).status == 200
 
 
+@pytest.mark.parametrize("path", ["/%6detrics", "/metric%73", "/%6Detrics?a=b"])
+async def test_no_other_spelling_of_the_path_shows_the_metrics(tmp_path: Path, path: str) -> None:
+    async with shared(tmp_path) as there, RawClient.to(there.proxy.origin) as client:
+        client.send(f"GET {path} HTTP/1.1\nHost: HOST\n\n")
+        answer = await client.answer()
+        assert (answer.status, b"mcp_auth_proxy" in answer.body) == (400, False)
+
+
 async def test_the_credential_of_an_admin_without_that_scope_shows_no_metrics(tmp_path: Path) -> None:
     async with shared(tmp_path) as there:
         there.callers.change("root", scopes=frozenset({Scope.MCP}))

@@ -120,6 +120,8 @@ class Caller:
     credential: str
     """For the audit trail: ``local``, ``token``, ``key:ID``, ``jwt:ISSUER``, ``header:NAME`` or ``session:ID``."""
     scopes: frozenset[Scope] = ALL_SCOPES
+    key: str = ""
+    """The id of the API key that it calls with, or has signed in with; empty if there is none."""
     jwt: str | None = field(default=None, repr=False)
     """The JWT that the caller presented, the subject of a token exchange. Never stored, and sent nowhere else."""
 

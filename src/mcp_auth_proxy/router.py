@@ -122,6 +122,8 @@ class Router:
             self._respond_metadata(request)
         elif endpoint and not page:
             await self._serve_endpoint(request)
+        elif routes.has_encoded_letters(path):
+            self._refuse(request, 400, "The path is not in canonical form.")
         elif not (routes.is_own(path) or is_wire(path)) and _is_mcp_client(request):
             if (caller := await self._caller(request)) is not None:
                 self._respond_unknown_server(request, caller)

@@ -104,6 +104,16 @@ def test_a_canonical_path_is_accepted(path: bytes) -> None:
     assert routes.is_canonical_path(path)
 
 
+@pytest.mark.parametrize("path", [b"/%6detrics", b"/metric%73", b"/oauth/%53tart", b"/%7a", b"/%5A", b"/%30", b"/a%4F"])
+def test_an_encoded_letter_is_seen(path: bytes) -> None:
+    assert routes.has_encoded_letters(path)
+
+
+@pytest.mark.parametrize("path", [b"/metrics", b"/notes%40work/mcp", b"/a%20b", b"/%C3%A9", b"/%2540", b"/a%5Fb", b"/%"])
+def test_other_paths_have_no_encoded_letter(path: bytes) -> None:
+    assert not routes.has_encoded_letters(path)
+
+
 @given(
     st.lists(st.sampled_from(["a", "mcp", ".", "..", "/", "%2e", "%2E", "%2f", "%2F", "%5C", "\\", "%"])).map("".join)
 )

@@ -57,6 +57,13 @@ def test_a_cookie_can_not_lead_elsewhere() -> None:
         "",
         "a",
         "/" + "x" * 1000,
+        "/oauth/%73tart?a=b",
+        "/x/../oauth/start?a=b",
+        "/./oauth/start?a=b",
+        "/%2e/oauth/start?a=b",
+        "/oauth//start?a=b",
+        "/oauth/start?a=b#c",
+        "/oauth/start#?a=b",
     ],
 )
 def test_a_sign_in_leads_on_to_paths_of_this_proxy_only(text: str) -> None:  # T18
@@ -64,7 +71,7 @@ def test_a_sign_in_leads_on_to_paths_of_this_proxy_only(text: str) -> None:  # T
     assert sign_in_path(text) == "/sign-in"
 
 
-@pytest.mark.parametrize("text", ["/connect/notes?flow=a_b-c&x=%20", "/oauth/connected/notes@work", "/mcp"])
+@pytest.mark.parametrize("text", ["/connect/notes?flow=a_b-c&x=%20", "/oauth/connected/notes@work", "/notes%40work/mcp", "/mcp"])
 def test_paths_of_this_proxy_are_kept(text: str) -> None:
     assert local_path(text) == text
     assert sign_in_path(text).startswith("/sign-in?next=%2F")

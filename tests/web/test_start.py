@@ -123,6 +123,21 @@ async def test_without_a_session_the_user_signs_in_first_and_keeps_the_opener(se
         assert (await browser.submit(onward, Page(asked.text).forms[0], None)).status_code == 303
 
 
+@pytest.mark.parametrize(
+    ("path", "more"), [("/oauth/start", "#x"), ("/oauth/%73tart", ""), ("/x/../oauth/start", ""), ("/%2e/oauth/start", "")]
+)
+async def test_a_page_that_leads_to_the_sign_in_can_not_leave_out_the_question(
+    servers: Servers, tmp_path: Path, path: str, more: str
+) -> None:  # T70
+    async with started(servers, tmp_path) as setup, Browser() as browser:
+        origin = setup.api.proxy.origin
+        target = start(setup, path).removeprefix(origin) + more
+        done = await post(browser, f"{origin}/sign-in", key=setup.api.keys["ben"], next=target)
+        onward = f"{origin}{done.headers['location']}"
+        await browser.client.get(onward, headers={"sec-fetch-site": "same-origin"})
+        assert (sent(setup), names(setup)) == (0, [])
+
+
 async def test_programs_with_a_key_and_our_own_pages_need_no_form(servers: Servers, tmp_path: Path) -> None:
     async with started(servers, tmp_path) as setup, setup.signed_in("eve") as browser:
         async with httpx2.AsyncClient(trust_env=False, headers=setup.key("ben")) as program:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import ClientNotActive
 from mcp_auth_proxy.models import ClientAuth, OAuthClient, OAuthClientStatus, Registration
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth import client_auth, discovery
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
 from mcp_auth_proxy.store.oauth_clients import OAuthClients
@@ -79,6 +80,30 @@ def metadata_of(client: OAuthClient) -> dict[str, object]:
         "token_endpoint": client.token_url,
         **({"issuer": issuer} if isinstance(issuer, str) else {}),
     }
+
+
+def endpoints_of(client: OAuthClient, metadata: ServerMetadata) -> ServerMetadata:
+    """Return metadata that named the token endpoint of a client, with the client's own place for users.
+
+    Any server can name that endpoint. Its users must see where the client leads them (T78), and its other endpoints
+    must not be sent the client's secret (T68): only those at the token endpoint's origin, which knows it already.
+    """
+    return replace(
+        metadata,
+        authorization_endpoint=client.authorization_url,
+        revocation_endpoint=revocation_endpoint(metadata),
+        device_authorization_endpoint=_beside_tokens(metadata, metadata.device_authorization_endpoint),
+    )
+
+
+def revocation_endpoint(metadata: ServerMetadata) -> str | None:
+    """Return the revocation endpoint if it may be sent the secret of a client of the API."""
+    return _beside_tokens(metadata, metadata.revocation_endpoint)
+
+
+def _beside_tokens(metadata: ServerMetadata, endpoint: str | None) -> str | None:
+    own = urls.parse(metadata.token_endpoint).origin
+    return endpoint if endpoint is not None and urls.parse(endpoint).origin == own else None
 
 
 def method_of(client: OAuthClient, metadata: ServerMetadata) -> ClientAuth:

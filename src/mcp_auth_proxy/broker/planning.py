@@ -7,7 +7,7 @@ from dataclasses import replace
 from mcp_auth_proxy.broker.backoff import Backoff, of_issuer
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.discovery import Discoverer
-from mcp_auth_proxy.broker.oauth_clients import ClientDirectory, metadata_of
+from mcp_auth_proxy.broker.oauth_clients import ClientDirectory, endpoints_of, metadata_of
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -120,9 +120,10 @@ class Planner:
                     demanded=resource is not None and resource.dpop_required,
                     server=server.name,
                 )
-                client = named or (
-                    await self._clients.at_endpoint(server, metadata.token_endpoint) if self._clients else None
-                )
+                client = named
+                if client is None and self._clients:
+                    client = await self._clients.at_endpoint(server, metadata.token_endpoint)
+                    metadata = metadata if client is None else endpoints_of(client, metadata)
                 registration = (
                     await register(metadata)
                     if client is None

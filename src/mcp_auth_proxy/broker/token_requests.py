@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mcp_auth_proxy.broker.authenticated_requests import AuthenticatedRequests, secrets_in
 from mcp_auth_proxy.broker.discovery import Discoverer
-from mcp_auth_proxy.broker.oauth_clients import WithSecret, unchanged
+from mcp_auth_proxy.broker.oauth_clients import WithSecret, revocation_endpoint, unchanged
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.unattended import UnattendedForms
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -152,7 +152,7 @@ class TokenClient:
         except AuthorizationError as error:
             logger.debug("no metadata of %s were found: %s", excerpt(grant.key.issuer), error)
             return None
-        return metadata.revocation_endpoint if metadata.token_endpoint == grant.endpoints.token else None
+        return revocation_endpoint(metadata) if metadata.token_endpoint == grant.endpoints.token else None
 
     async def discard(self, server: ServerSettings, grant: Grant) -> None:
         """Revoke a grant that arrived when it was no longer wanted. A failure is only logged."""

@@ -11,6 +11,7 @@ from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.servers import read_servers
 from mcp_auth_proxy.config.settings import Secret, ServerSettings
 from mcp_auth_proxy.errors import ConfigError
+from mcp_auth_proxy.models import GrantType
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.addresses import AddressPolicy, AddressRefused
 
@@ -44,6 +45,9 @@ def read_made_server(name: str, document: Mapping[str, object]) -> tuple[ServerS
     context = _Remote({}, Path("/"))
     section = Section({name: _as_text(document)}, "", context)
     server = read_servers(section, _UPSTREAM_TIMEOUT).get(name)
+    if server is not None and server.oauth.grant is GrantType.TOKEN_EXCHANGE:
+        problem = "can't be token_exchange here: where callers' tokens are sent is for the configuration file to say"
+        context.errors.append(ConfigError(f"{name}.oauth.grant", problem))
     errors = [replace(error, path=_below(error.path, name)) for error in context.errors]
     return server, errors
 

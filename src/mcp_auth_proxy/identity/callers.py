@@ -241,7 +241,11 @@ class Callers:
             raise CallerRefused(UNKNOWN)
         if role is not None and role is not principal.role:
             await self._store_role(principal, role)
-            principal = replace(principal, role=role)
+            now = self.directory.principal(principal.id)
+            if now is None or not now.is_active:
+                # Disabled meanwhile: whoever remembers the caller would not be told again.
+                raise CallerRefused(UNKNOWN)
+            principal = replace(now, role=role)
         return principal
 
     async def _store_role(self, principal: Principal, role: Role) -> None:

@@ -205,7 +205,10 @@ class Directory:
                 continue
             digest = bytes.fromhex(key.key_hash)
             caller = Caller(
-                principal=principal, credential=f"key:{key.id}", scopes=scopes.setdefault(key.scopes, key.scopes)
+                principal=principal,
+                credential=f"key:{key.id}",
+                scopes=scopes.setdefault(key.scopes, key.scopes),
+                key=key.id,
             )
             (callers if Scope.MCP in key.scopes else others)[digest] = caller
             if key.expires_at is not None:

@@ -5,7 +5,8 @@ from mcp_auth_proxy.models import LOCAL
 MAX_NAME = 255
 """Characters."""
 
-_OTHER_MEANINGS = ("role:", "project:")
+_OTHER_MEANINGS = ("role:", "project:", "prn_")
+"""Patterns of ``allow``, owners of shared grants, and ids of principals, which commands and the API take for names."""
 
 
 def check_name(name: str) -> str:

@@ -89,11 +89,11 @@ class BrowserSessions:
         if not principal.is_active:
             await self._sessions.end_all(session.principal)
             return None
-        key = session.credential.removeprefix(_KEY)
-        if key != session.credential and not await self._key_holds(key):
+        key = session.credential.removeprefix(_KEY) if session.credential.startswith(_KEY) else ""
+        if key and not await self._key_holds(key):
             await self._sessions.end_all(session.principal, credential=session.credential)
             return None
-        return Caller(principal=principal, credential=f"session:{session.id}", scopes=session.scopes)
+        return Caller(principal=principal, credential=f"session:{session.id}", scopes=session.scopes, key=key)
 
     async def end(self, value: str) -> None:
         """End a session, because its user signs out."""

@@ -23,6 +23,8 @@ ROUTES_KEPT = 20_000
 _RESERVED = frozenset(name.encode() for name in RESERVED)
 _PATH = re.compile(rb"/([a-z0-9][a-z0-9-]{0,62})(?:(?:@|%40)([a-z0-9][a-z0-9-]{0,31}))?/mcp")
 
+_ENCODED_LETTER = re.compile(rb"%(?:3[0-9]|[46][1-9a-fA-F]|[57][0-9aA])")
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -216,3 +218,11 @@ def is_canonical_path(path: bytes) -> bool:
         if b"%2f" in lowered or b"%2e" in lowered or b"%5c" in lowered or b"%00" in lowered:
             return False
     return b"/./" not in path and b"/../" not in path and not path.endswith((b"/.", b"/.."))
+
+
+def has_encoded_letters(path: bytes) -> bool:
+    """Return whether a raw path has a letter or digit percent-encoded, as no client does (RFC 3986 §6.2.2.2).
+
+    Rules that look at raw paths would not see what the pages are routed by: ``/%6detrics`` is ``/metrics``.
+    """
+    return b"%" in path and _ENCODED_LETTER.search(path) is not None

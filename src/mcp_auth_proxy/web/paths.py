@@ -10,13 +10,20 @@ from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account
 MAX_PATH = 1000
 """Characters of a path with its query. Those of our pages are shorter."""
 
-_LOCAL = re.compile(r"/(?![/\\])[!-\[\]-~]*")
+_LOCAL = re.compile(r"/(?!/)(?:[A-Za-z0-9._~@/-]|%40)*(?:\?[!\"$-\[\]-~]*)?")
 _NAME = re.compile(r"([a-z0-9][a-z0-9-]{0,62})(?:@([a-z0-9][a-z0-9-]{0,31}))?")
 
 
 def local_path(text: str) -> str:
-    """Return a path of this proxy to go on to, ``/`` if the text is anything else: it never leads elsewhere (T18)."""
-    return text if len(text) <= MAX_PATH and _LOCAL.fullmatch(text) else "/"
+    """Return a path of this proxy to go on to, ``/`` if the text is anything else: it never leads elsewhere (T18).
+
+    A browser and our routes must read it as it is written: without dot segments, encoded letters and a fragment,
+    which could hide ``/oauth/start`` from ``popup.signed_in``.
+    """
+    if len(text) > MAX_PATH or _LOCAL.fullmatch(text) is None:
+        return "/"
+    segments = text.partition("?")[0].split("/")
+    return "/" if {".", ".."} & set(segments) or "" in segments[1:-1] else text
 
 
 def sign_in_path(onward: str) -> str:

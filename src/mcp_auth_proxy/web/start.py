@@ -90,12 +90,14 @@ class StartPage:
 
     async def _answer(self, request: Request) -> Response:
         explicit = any(name in request.headers for name in _CREDENTIALS)
+        # First: a form may take a while, in which its sender can be disabled (T74).
+        forged = request.method == "POST" and not explicit and not await self._is_ours(request)
         caller = await self._caller(request, explicit=explicit)
         admin = self._api.context.settings().admin
         _check_access(caller, admin)
         wanted = self._read(request, admin)
         if request.method == "POST":
-            if not explicit and not await self._is_ours(request):
+            if forged:
                 raise Problem(403, "forbidden", FORGED)
             return await self._begin(request, caller, wanted)
         ours = request.headers.get("sec-fetch-site") == "same-origin" and CONFIRM not in request.query_params

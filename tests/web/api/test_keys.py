@@ -7,6 +7,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from fakes.headless import Browser
+from fakes.team import post
 from mcp_auth_proxy.models import Scope
 from web.api.api_setup import ApiSetup, api_setup, assert_problem
 
@@ -71,6 +73,38 @@ async def test_a_key_that_has_ended_when_it_is_made_is_never_accepted(tmp_path: 
     async with api_setup(tmp_path) as api:
         created = await made(api.ben, expires_at="2001-01-01T00:00:00Z")
         assert_problem(await me_with(api, created["key"]), 401)
+
+
+@pytest.mark.parametrize("signs_in", [False, True])
+async def test_a_members_key_makes_none_that_lasts_longer(tmp_path: Path, signs_in: bool) -> None:
+    async with api_setup(tmp_path) as api, Browser() as browser:
+        end = api.clock() + 60
+        key = (await made(api.ben, expires_at=datetime.fromtimestamp(end, UTC).isoformat()))["key"]
+        client, headers, url = browser.client, {"x-api-key": key}, f"{api.proxy.origin}/api/v1/keys"
+        if signs_in:
+            await post(browser, f"{api.proxy.origin}/sign-in", key=key)
+            headers = {"origin": api.proxy.origin}
+        usual = await client.post(url, headers=headers)
+        assert datetime.fromisoformat(usual.json()["expires_at"]).timestamp() == pytest.approx(end, abs=0.01)
+        for seconds, status in ((59, 201), (61, 403)):
+            wanted = datetime.fromtimestamp(api.clock() + seconds, UTC).isoformat()
+            answer = await client.post(url, headers=headers, json={"expires_at": wanted})
+            assert answer.status_code == status, answer.text
+
+
+async def test_an_admins_key_may(tmp_path: Path) -> None:
+    async with api_setup(tmp_path) as api:
+        key = (await made(api.ada, scopes=["admin"], expires_at="2999-01-01T00:00:00Z"))["key"]
+        answer = await api.nobody.post("/keys", headers={"x-api-key": key}, json={"principal": "ben"})
+        assert answer.json()["expires_at"] is None
+
+
+@pytest.mark.parametrize("end", ["0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-23:00"])
+async def test_an_end_that_no_answer_could_show_is_422(tmp_path: Path, end: str) -> None:
+    async with api_setup(tmp_path) as api:
+        problem = assert_problem(await api.ben.post("/keys", json={"expires_at": end}), 422)
+        assert [error["loc"] for error in problem["errors"]] == [["body", "expires_at"]]
+        assert (await api.ada.get("/keys")).status_code == 200
 
 
 async def test_an_end_without_a_zone_is_422(tmp_path: Path) -> None:

@@ -285,6 +285,25 @@ async def test_an_address_can_not_be_changed_to_read_the_secret(servers: Servers
         assert thief.refreshes == 0
 
 
+async def test_a_server_that_names_the_token_endpoint_of_another_gets_neither_users_nor_the_secret(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """T68, T78: with its own pages and revocation endpoint it has the provider's token endpoint, and so its client."""
+    thief = await servers.authorization_server()
+    async with connected(servers, tmp_path, named=False) as (api, made, issuer, _):
+        thief.metadata_changes, issuer.iss = {"token_endpoint": made["token_url"]}, None
+        hostile = await servers.mcp_server(thief)
+        api.change_server("notes", url=hostile.url)
+        async with api.proxy.client("notes") as client:
+            waiting = asyncio.ensure_future(client.initialize())
+            await consent(await api.proxy.next_link(2))
+            await waiting
+        assert (issuer.authorizations, thief.seen("authorize")) == (2, [])
+        assert (await api.ada.delete(f"/oauth-clients/{made['id']}")).status_code == 204
+        received = b"".join(request.body + repr(request.headers).encode() for request in thief.requests)
+        assert (thief.revocations, SECRET.encode() in received, b"Basic" in received) == (0, False, False)
+
+
 async def call_and_leave(api: ApiSetup) -> None:
     """Call the server, and leave as soon as the link is there."""
     count = len(api.proxy.links)

@@ -1,5 +1,7 @@
 """``/principals`` and ``/me`` over sockets: who may call, and who one is."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 
 from fakes.fixtures import Servers
 from mcp_auth_proxy.store.grants import Grants
-from web.api.api_setup import api_setup, assert_problem
+from web.api.api_setup import ApiSetup, api_setup, assert_problem
 
 MEMBERS = [("GET", "/principals"), ("POST", "/principals"), ("PATCH", "/principals/prn_ben")]
 DELETION = ("DELETE", "/principals/prn_ben/grants")
@@ -52,6 +54,19 @@ async def test_a_name_or_identity_of_another_is_409_with_its_id(tmp_path: Path) 
         assert_problem(taken, 409, "name-taken")
 
 
+@pytest.mark.parametrize("name", ["local", "role:admin", "project:default", "prn_ben", " ben", "ben ", "ben\u200f"])
+async def test_a_name_that_means_something_else_is_422(tmp_path: Path, name: str) -> None:
+    async with api_setup(tmp_path) as api:
+        problem = assert_problem(await api.ada.post("/principals", json={"name": name}), 422, "invalid")
+        assert [error["loc"] for error in problem["errors"]] == [["body", "name"]]
+
+
+async def test_the_id_of_a_principal_of_another_project_is_not_told(tmp_path: Path) -> None:  # T65
+    async with api_setup(tmp_path) as api:
+        problem = assert_problem(await api.zoe.post("/principals", json={"name": "ben"}), 409, "name-taken")
+        assert "prn_ben" not in str(problem)
+
+
 async def test_every_fault_of_a_body_is_named(tmp_path: Path) -> None:
     async with api_setup(tmp_path) as api:
         body = {
@@ -70,6 +85,36 @@ async def test_every_fault_of_a_body_is_named(tmp_path: Path) -> None:
             ("body.identities.2", "type_error"),
             ("body.project_id", "extra_forbidden"),
         }
+
+
+@pytest.mark.parametrize(("change", "status"), [({"status": "disabled"}, 401), ({"role": "member"}, 403)])
+async def test_a_call_that_was_begun_before_does_not_undo_it(  # T74
+    tmp_path: Path, change: dict[str, str], status: int
+) -> None:
+    async with api_setup(tmp_path) as api:
+        kim = await add_admin(api)
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slow_body() -> AsyncIterator[bytes]:
+            yield b'{"status": "active", '
+            begun.set()
+            await go_on.wait()
+            yield b'"role": "admin"}'
+
+        headers = {"x-api-key": await api.key_of(kim), "content-type": "application/json"}
+        undo = asyncio.ensure_future(api.nobody.patch(f"/principals/{kim}", headers=headers, content=slow_body()))
+        await begun.wait()
+        assert (await api.ada.patch(f"/principals/{kim}", json=change)).status_code == 200
+        go_on.set()
+        assert_problem(await undo, status)
+        now = api.directory.principal(kim)
+        assert now is not None
+        assert change.items() <= {"status": str(now.status), "role": str(now.role)}.items()
+
+
+async def add_admin(api: ApiSetup) -> str:
+    added = await api.ada.post("/principals", json={"name": "kim", "role": "admin"})
+    return str(added.json()["id"])
 
 
 async def test_a_disabled_principal_is_401_at_once(tmp_path: Path) -> None:  # T74

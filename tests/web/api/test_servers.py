@@ -96,10 +96,11 @@ async def test_every_fault_of_a_new_server_is_named(tmp_path: Path) -> None:
             assert (await api.ada.post("/servers", json=body)).status_code in (409, 422)
 
 
-async def test_the_operators_files_and_variables_cannot_be_read_by_the_api(tmp_path: Path) -> None:
+async def test_files_variables_and_receivers_of_callers_tokens_cannot_be_named_by_the_api(tmp_path: Path) -> None:
     async with api_setup(tmp_path) as api:
         for oauth in (
             {"client_id": "c", "client_secret": "env:PATH"},
+            {"grant": "token_exchange", "client_id": "c", "client_secret": "s", "issuer": "https://as.example"},
             {"client_id": "c", "private_key": "file:/etc/hostname", "client_auth": "private_key_jwt"},
             {"grant": "jwt_bearer", "client_id": "c", "assertion": "file:/etc/hostname"},
         ):

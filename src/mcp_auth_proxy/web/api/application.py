@@ -135,7 +135,12 @@ class Api:
         if operation.access is not Access.OPEN:
             await self._check_access(call)
         if operation.body is not None:
-            call.body = read_body(await _json_body(request), operation.body)
+            body = await _json_body(request)
+            if body and operation.access is not Access.OPEN:
+                # A body may take minutes, in which its sender was disabled, or is an admin no more (T74).
+                call.caller = await caller_of(request, self.context, self.limits)
+                await self._check_access(call)
+            call.body = read_body(body, operation.body)
         if operation.query is not None:
             call.query = read_query(call.raw_query, operation.query)
         return await perform(call)

@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, UnsetType
 from mcp_auth_proxy.identity.keys import make_key
 from mcp_auth_proxy.models import ApiKey, Caller, Principal, Scope
 from mcp_auth_proxy.web.api.context import ApiContext
-from mcp_auth_proxy.web.api.models import Body, Name, View, moment, moment_or_none
+from mcp_auth_proxy.web.api.models import Body, Check, Name, View, moment, moment_or_none
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, is_admin
 from mcp_auth_proxy.web.api.pages import PageInfo, PageQuery, info, position
 from mcp_auth_proxy.web.api.problems import Problem, forbidden, not_found
@@ -20,12 +20,26 @@ USUAL_SCOPES = frozenset({Scope.MCP, Scope.SELF})
 """What a key is for if nothing is said, as far as its maker may do that."""
 
 
+def _can_be_shown(end: datetime) -> None:
+    try:
+        moment(end.timestamp())
+    except OverflowError:
+        raise ValueError("is too far away") from None
+
+
 class NewKey(Body):
     """An API key to make."""
 
     name: Name = "api"
     scopes: Annotated[list[Scope], Meta(min_length=1, max_length=3)] | None = None
-    expires_at: Annotated[datetime, Meta(tz=True, description="A key that has ended can't be used.")] | None = None
+    expires_at: (
+        Annotated[
+            datetime,
+            Meta(tz=True, description="A key that has ended can't be used. Default: never, or with the key of a member."),
+            Check(_can_be_shown),
+        ]
+        | None
+    ) = None
     principal: Annotated[str | None, Meta(description="The id or name of the key's owner, for admins.")] = None
 
 
@@ -84,8 +98,9 @@ async def create_key(call: Call[NewKey, None]) -> Answer:
     if not scopes <= own:
         more = ", ".join(sorted(scopes - own))
         raise forbidden(f"A key can't be for more than the credential that makes it: this one is not for {more}.")
-    expires_at = None if body.expires_at is None else body.expires_at.timestamp()
-    if len(await call.api.directory.keys(owner.id)) >= MAX_KEYS:
+    known = await call.api.directory.keys(owner.id)
+    expires_at = _end(call, None if body.expires_at is None else body.expires_at.timestamp(), known)
+    if len(known) >= MAX_KEYS:
         raise Problem(409, "too-many-keys", f"A principal has at most {MAX_KEYS} keys: delete some that are not used.")
     key, text = make_key(principal=owner.id, name=body.name, scopes=scopes, now=now, expires_at=expires_at)
     call.target = key.id
@@ -126,6 +141,19 @@ async def delete_key(call: Call[None, None]) -> Answer:
     if not await call.api.directory.revoke_key(key.id):
         raise not_found("key")
     return Answer(status=204)
+
+
+def _end(call: Call[NewKey, None], wanted: float | None, own: list[ApiKey]) -> float | None:
+    """Return when a new key ends: not after the key that makes it, unless an admin does. Raises Problem (403).
+
+    Otherwise whoever was given a key for a while could keep what it is for.
+    """
+    latest = next((key.expires_at for key in own if key.id == call.caller.key), None)
+    if call.is_admin or latest is None:
+        return wanted
+    if wanted is not None and wanted > latest:
+        raise forbidden("A key can't last longer than the key that makes it.")
+    return latest if wanted is None else wanted
 
 
 def _owner(api: ApiContext, caller: Caller, wanted: str | None) -> Principal | None:

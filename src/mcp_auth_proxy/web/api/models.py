@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-__all__ = ["Body", "Check", "Fault", "Name", "Text", "View", "moment", "moment_or_none"]
+__all__ = ["LINE", "Body", "Check", "Fault", "Name", "Text", "View", "moment", "moment_or_none"]
 
 
 class Body(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -33,13 +33,13 @@ class Fault(View):
     type: str
 
 
-_LINE = r"^[^\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]*$"
+LINE = r"^[^\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]*$"
 """No control character, and none that reverses what follows. A pattern, so that the OpenAPI document has it too."""
 
-Text = Annotated[str, Meta(max_length=1000, pattern=_LINE)]
+Text = Annotated[str, Meta(max_length=1000, pattern=LINE)]
 """One line of text."""
 
-Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=_LINE)]
+Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=LINE)]
 """What people call something."""
 
 

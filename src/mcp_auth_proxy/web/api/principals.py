@@ -10,12 +10,17 @@ from mcp_auth_proxy.models import LOCAL, Identity, Principal, PrincipalStatus, R
 from mcp_auth_proxy.store.principals import new_principal_id
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api.grants import DeletedGrant, deletion_view
-from mcp_auth_proxy.web.api.models import Body, Name, Text, View, moment
+from mcp_auth_proxy.web.api.models import LINE, Body, Text, View, moment
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation
 from mcp_auth_proxy.web.api.pages import PageInfo, PageQuery, info, position
 from mcp_auth_proxy.web.api.problems import Problem, not_found
 
 Source = Annotated[str, Meta(max_length=1000, pattern=r"^(jwt|header):[!-~]+$")]
+
+PrincipalName = Annotated[
+    str, Meta(min_length=1, max_length=100, pattern=rf"^(?!local$|role:|project:|prn_|\s){LINE[1:-1]}(?<!\s)$")
+]
+"""As ``identity.naming.check_name``, but as a pattern, so that the OpenAPI document has it too."""
 
 
 class NewIdentity(Body):
@@ -28,7 +33,7 @@ class NewIdentity(Body):
 class NewPrincipal(Body):
     """A principal to add."""
 
-    name: Name
+    name: PrincipalName
     role: Role = Role.MEMBER
     identities: Annotated[list[NewIdentity], Meta(max_length=20)] = field(default_factory=list)
 
@@ -119,7 +124,9 @@ async def create_principal(call: Call[NewPrincipal, None]) -> Answer:
     try:
         await call.api.directory.add(principal, [Identity(each.source, each.subject) for each in body.identities])
     except NameTaken as error:
-        raise Problem(409, "name-taken", str(error), existing_id=error.existing_id) from None
+        # Ids of other projects are nobody's business here (T65).
+        other = call.api.find_principal(error.existing_id, me.project_id)
+        raise Problem(409, "name-taken", str(error), existing_id=other and other.id) from None
     return Answer(await principal_view(call.api, principal), etag=True)
 
 
