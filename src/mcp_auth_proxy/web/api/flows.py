@@ -14,6 +14,7 @@ from mcp_auth_proxy.errors import (
     AuthorizationDenied,
     CallbackRefused,
     IssuerMissing,
+    RedirectRefused,
     StateRefused,
     TokenRefused,
     UpstreamTimeout,
@@ -38,7 +39,9 @@ class FlowView(View):
     status: Literal["pending", "connected", "failed", "expired", "cancelled"]
     reason: str | None
     mode: Literal["browser", "headless", "device"]
-    connect_url: Annotated[str | None, Meta(description="The link that the user opens.")]
+    connect_url: Annotated[
+        str | None, Meta(description="The link that the user opens; null if the code goes to a program's redirect_uri.")
+    ]
     authorization_url: Annotated[str | None, Meta(description="Mode headless: where the user authorizes.")]
     notice: Annotated[str | None, Meta(description="Mode headless: what the user has to know before.")]
     user_code: Annotated[str | None, Meta(description="Mode device: what the user enters at verification_uri.")]
@@ -104,7 +107,7 @@ async def flow_view(call: Call[Any, Any], flow: Flow) -> FlowView:
         status=state.value,
         reason=flow.reason or None,
         mode=mode.value,
-        connect_url=api.broker.link(flow) if pending else None,
+        connect_url=api.broker.link(flow) if pending and not flow.ends_elsewhere else None,
         authorization_url=await api.broker.authorization_url(flow) if headless else None,
         notice=notice(flow) if headless else None,
         user_code=device.user_code if pending and device is not None else None,
@@ -120,9 +123,10 @@ async def create_flow(call: Call[NewFlow, None]) -> Answer:
     """Begin an authorization, or return the one under way."""
     server, body = usable_server(call), call.body
     account = own_account(call, server, body.account)
-    _check_redirect(call, server)
+    mode = _mode(call, server)
     wanted = FlowRequest(
-        mode=_mode(call, server),
+        mode=mode,
+        redirect_uri=_redirect_uri(call, server, mode),
         scopes=None if body.scopes is None else tuple(dict.fromkeys(body.scopes)),
         return_origin=return_origin(call, body.return_origin),
     )
@@ -136,9 +140,12 @@ async def begin(call: Call[Any, Any], server: ServerSettings, account: str, want
         raise Problem(409, "no-user-needed", f"{server.name} is authorized without a user.")
     with answered(server.name):
         status, challenge = await call.api.probe(server)
-        outcome, new = await call.api.broker.request_flow(
-            own_account(call, server, account), wanted, status=status, challenge=challenge
-        )
+        try:
+            outcome, new = await call.api.broker.request_flow(
+                own_account(call, server, account), wanted, status=status, challenge=challenge
+            )
+        except RedirectRefused as refused:
+            raise invalid_field(("body", "redirect_uri"), str(refused)) from None
     if not isinstance(outcome, PendingAuthorization):
         await call.api.made.connected(server)
         raise Problem(409, "no-authorization", f"{server.name} asks for no authorization: use it as it is.")
@@ -167,12 +174,15 @@ def _mode(call: Call[NewFlow, None], server: ServerSettings) -> FlowMode:
     return mode
 
 
-def _check_redirect(call: Call[NewFlow, None], server: ServerSettings) -> None:
-    """Check that a code is sent only where the proxy says so. Raises Problem (422)."""
+def _redirect_uri(call: Call[NewFlow, None], server: ServerSettings, mode: FlowMode) -> str | None:
+    """Return where the code is to go; None: to the proxy, which browsers always come back to. Raises Problem (422)."""
     given = call.body.redirect_uri
     own = redirect_uri(call.api.public_url, server.oauth.grant)
-    if given is not None and given != own:
-        raise invalid_field(("body", "redirect_uri"), f"must be {own}, or stand in the oauth-client of the server")
+    if given in (None, own):
+        return None
+    if mode is not FlowMode.HEADLESS:
+        raise invalid_field(("body", "redirect_uri"), f"must be {own}, unless mode is headless")
+    return given
 
 
 async def read_flow(call: Call[None, None]) -> Answer:
