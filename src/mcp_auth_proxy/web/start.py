@@ -83,12 +83,15 @@ class StartPage:
             return keep_opener(redirect(sign_in_path(path_of(request)), "Sign in first"))
         except (Problem, CallerRefused) as error:
             problem = error if isinstance(error, Problem) else problem_of(error)
+            if _has_credential(request):
+                # It is a program, as for the rest of the API.
+                return problem.response(audit.request_id_of(request.headers.raw))
             response = keep_opener(message("This can't be authorized", problem.detail, status=problem.status))
             response.headers.update(problem.headers)
             return response
 
     async def _answer(self, request: Request) -> Response:
-        explicit = any(name in request.headers for name in _CREDENTIALS)
+        explicit = _has_credential(request)
         caller = await self._caller(request, explicit=explicit)
         admin = self._api.context.settings().admin
         _check_access(caller, admin)
@@ -195,6 +198,11 @@ class StartPage:
         if not _COOKIE_VALUE.fullmatch(cookie):
             return False
         return hmac.compare_digest(token.encode("utf-8", "replace"), _token(_asked(request), cookie).encode())
+
+
+def _has_credential(request: Request) -> bool:
+    """Return whether a request brings a key or a token, other than a browser with its session."""
+    return any(name in request.headers for name in _CREDENTIALS)
 
 
 def _check_access(caller: Caller, admin: AdminSettings) -> None:

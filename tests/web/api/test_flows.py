@@ -345,3 +345,23 @@ async def test_a_code_goes_to_no_other_redirect_uri(servers: Servers, tmp_path: 
         # A browser comes back to the proxy only.
         assert faults(await ben.post(path, json={"redirect_uri": FRONT})) == loc
         assert (await ben.post(path, json=headless)).status_code == 201
+
+
+async def test_events_name_the_server_of_flows_and_grants(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        made, ben = await setup.make(), setup.api.ben
+        await setup.connect(made["id"], ben)
+        grant = (await ben.get("/grants")).json()["items"][0]
+        assert (await ben.delete(f"/grants/{grant['id']}")).status_code == 200
+        events = (await setup.api.ada.get("/events")).json()["items"]
+        assert {event["action"] for event in events} >= {"flows.create", "servers.complete", "grants.delete"}
+        assert {(event["server"], event["server_name"]) for event in events} == {(made["id"], "tickets")}
+
+
+async def test_only_valid_requests_count_as_flows(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        made, ben = await setup.make(), setup.api.ben
+        for _ in range(20):
+            assert_problem(await ben.post(f"/servers/{made['id']}/flows", json={"mode": "no"}), 422)
+        answers = [(await ben.post(f"/servers/{made['id']}/flows", json={})).status_code for _ in range(11)]
+        assert answers == [201, *[200] * 9, 429]

@@ -23,7 +23,7 @@ from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Caller, Flow, FlowMode, Grant
 from mcp_auth_proxy.web.api.models import Body, Check, View, moment
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, is_admin
 from mcp_auth_proxy.web.api.problems import Problem, invalid_field, not_found
-from mcp_auth_proxy.web.api.reach import answered, own_account, owns, usable_server
+from mcp_auth_proxy.web.api.reach import answered, own_account, owns, server_id_and_name, usable_server
 
 AccountName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,31}$", description="An account of the server.")]
 MAX_SCOPES = 100
@@ -202,6 +202,7 @@ async def _own_flow(call: Call[Any, Any]) -> Flow:
     flow = await call.api.broker.flow(call.path["id"])
     if flow is None or not owns(call, flow):
         raise not_found("flow")
+    call.server = server_id_and_name(call, flow.key.account.server)
     return flow
 
 

@@ -4,10 +4,10 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 from mcp_auth_proxy.broker import CLIENT_CHANGED, CLIENT_REVOKED
 from mcp_auth_proxy.models import ClientAuth, OAuthClient, OAuthClientStatus
@@ -87,11 +87,11 @@ class OAuthClientChange(Body):
     redirect_uris: Uris | None = None
     metadata: Metadata | None = None
     server_ids: Ids | None = None
-    status: OAuthClientStatus | None = None
-    replace_scopes: bool | UnsetType = UNSET
-    replace_redirect_uris: bool | UnsetType = UNSET
-    replace_metadata: bool | UnsetType = UNSET
-    replace_server_ids: bool | UnsetType = UNSET
+    status: Literal["active", "inactive", "revoked", ""] | None = None
+    replace_scopes: bool | None = None
+    replace_redirect_uris: bool | None = None
+    replace_metadata: bool | None = None
+    replace_server_ids: bool | None = None
 
 
 class OAuthClientView(View):
@@ -168,9 +168,11 @@ async def change_client(call: Call[OAuthClientChange, None]) -> Answer:
     """Change a client; what depends on the old one ends."""
     before = await _found(call)
     call.check_match(_view(before))
-    if before.status is OAuthClientStatus.REVOKED:
-        raise Problem(409, "client-revoked", "A revoked client can't be changed. Delete it, and make a new one.")
     after = _changed(before, call.body, call.api.clock())
+    if before.status is OAuthClientStatus.REVOKED:
+        if replace(after, version=before.version, updated_at=before.updated_at) == before:
+            return Answer(_view(before), etag=True)
+        raise Problem(409, "client-revoked", "A revoked client can't be changed. Delete it, and make a new one.")
     another = (after.client_id, after.token_url) != (before.client_id, before.token_url)
     if another and before.client_secret is not None and not call.body.client_secret:
         # Else whoever may change the address would be sent the secret (T68).
@@ -226,8 +228,10 @@ async def _write(client: OAuthClient, write: Callable[[OAuthClient], Awaitable[N
 
 def _changed(before: OAuthClient, body: OAuthClientChange, now: float) -> OAuthClient:
     """Return a client with the changes: what is null or empty stays, unless it is to be replaced."""
-    single = ("provider", "provider_name", "client_id", "client_secret", "authorization_url", "token_url", "status")
+    single = ("provider", "provider_name", "client_id", "client_secret", "authorization_url", "token_url")
     changes: dict[str, Any] = {name: value for name in single if (value := getattr(body, name))}
+    if body.status:
+        changes["status"] = OAuthClientStatus(body.status)
     for name in ("scopes", "redirect_uris", "server_ids"):
         value = getattr(body, name) or ()
         if value or getattr(body, f"replace_{name}") is True:
