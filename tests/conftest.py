@@ -26,6 +26,7 @@ PARTS = {
     "debootstrap": ("debootstrap",),
     "envoy": ("envoy",),
     "helm": ("helm",),
+    "idp": ("node",),
     "iproute2": ("ip",),
     "nginx": ("nginx",),
     "systemd": ("systemd-analyze",),
@@ -36,12 +37,18 @@ PARTS = {
 FROM_CHART = {"envoy", "helm"}
 """The parts that ``make chart`` installs."""
 
-MADE = str(Path(__file__).resolve().parents[1] / ".venv-deploy/bin")
-"""Where it installs them."""
+FROM_IDP = {"idp"}
+"""The parts that ``make idp`` installs."""
 
-SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", MADE])
+ROOT = Path(__file__).resolve().parents[1]
+MADE = (str(ROOT / ".venv-deploy/bin"), str(ROOT / ".venv-conformance/node/bin"))
+"""Where they install them."""
+
+IDENTITY_PROVIDER = ROOT / "tests/deploy/identity_provider"
+SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", *MADE])
 REQUIRE_ALL = os.environ.get("MCP_AUTH_PROXY_REQUIRE_ALL") == "1"
 MISSING = {part for part, commands in PARTS.items() if not any(shutil.which(name, path=SEARCH) for name in commands)}
+MISSING |= set() if (IDENTITY_PROVIDER / "node_modules/oidc-provider").is_dir() else FROM_IDP
 
 
 def pytest_report_header() -> str:
@@ -51,7 +58,11 @@ def pytest_report_header() -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if MISSING:
-        ways = {"apt install {} (Debian)": MISSING - FROM_CHART, "make chart, for {}": MISSING & FROM_CHART}
+        ways = {
+            "apt install {} (Debian)": MISSING - FROM_CHART - FROM_IDP,
+            "make chart, for {}": MISSING & FROM_CHART,
+            "make idp, for {}": MISSING & FROM_IDP,
+        }
         remedies = [way.format(" ".join(sorted(parts))) for way, parts in ways.items() if parts]
         terminalreporter.write_line(f"Some tests were skipped, since parts are missing here: {'; '.join(remedies)}")
 

@@ -169,7 +169,7 @@ async def test_a_reserved_path_is_no_wrong_path_of_a_client(tmp_path: Path) -> N
         running_proxy(tmp_path, {"notes": "http://127.0.0.1:1/mcp"}) as proxy,
         RawClient.to(proxy.origin) as client,
     ):
-        for path, status in (("/healthz", 405), ("/api/v1/servers", 404), ("/connect/notes/start/x", 404)):
+        for path, status in (("/healthz", 405), ("/api/v1/servers", 401), ("/connect/notes/start/x", 404)):
             client.post(CALL, path=path)
             answer = await client.answer()
             assert (answer.status, b"jsonrpc" in answer.body) == (status, False)

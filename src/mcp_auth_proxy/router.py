@@ -2,6 +2,7 @@
 the site."""
 
 import math
+import secrets
 from http import HTTPStatus
 
 from mcp_auth_proxy.errors import CallerRefused, StoreError, excerpt
@@ -20,6 +21,7 @@ from mcp_auth_proxy.web import protected_resource
 from mcp_auth_proxy.web.cors import preflight_fields
 from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.protected_resource import ProtectedResource
+from mcp_auth_proxy.web.wire_errors import WireError, is_wire, refusal
 
 UNKNOWN_SERVER = answers.NOT_FOUND
 
@@ -27,7 +29,6 @@ MAX_TARGET = 16 * 1024
 """Bytes of the path and query of a page. The longest are callbacks, whose code may be a JWT. To read 60 KB takes
 30 ms."""
 
-_API = b"/api/v1/"
 _SAFE_METHODS = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 _METRICS = b"/metrics"
 
@@ -121,7 +122,7 @@ class Router:
             self._respond_metadata(request)
         elif endpoint and not page:
             await self._serve_endpoint(request)
-        elif not routes.is_own(path) and _is_mcp_client(request):
+        elif not (routes.is_own(path) or is_wire(path)) and _is_mcp_client(request):
             if (caller := await self._caller(request)) is not None:
                 self._respond_unknown_server(request, caller)
         elif len(path) + len(request.query) > MAX_TARGET:
@@ -177,13 +178,12 @@ class Router:
 
     def _refuse(self, request: ClientRequest, status: int, reason: str) -> None:
         self._refusals.warn(request.client, status, reason, kind=str(status))
-        if request.path.startswith(_API):
-            # As the API answers, which is imported only if it is used (RFC 9457).
-            problem = {"type": "urn:mcp-auth-proxy:refused", "status": status, "detail": reason}
-            title = HTTPStatus(status).phrase
-            request.respond(
-                status, [(b"content-type", b"application/problem+json")], encode({"title": title} | problem)
-            )
+        error = WireError(status=status, kind="refused", detail=reason, event_id=secrets.token_hex(16))
+        # As the API answers, which is imported only if it is used.
+        shaped = refusal(request.path.decode("latin-1"), error, HTTPStatus(status).phrase)
+        if shaped is not None:
+            fields = [(b"content-type", shaped.media_type.encode())]
+            request.respond(shaped.status, fields, encode(shaped.document))
             return
         request.respond(status, [(b"content-type", b"text/plain; charset=utf-8")], reason.encode())
 

@@ -20,6 +20,7 @@ from fakes.fixtures import Servers
 from fakes.headless import Browser
 from fakes.http_exchange import Channel, FakeResponse
 from fakes.mcp_client import events
+from fakes.nginx import command
 from fakes.proxy import running_proxy
 from mcp_auth_proxy.config.settings import Address, LimitSettings
 
@@ -53,12 +54,7 @@ def moved(text: str, files: Certificates, *, port: int, upstream: int) -> str:
 def nginx(folder: Path, files: Certificates, port: int, upstream: int) -> list[str]:
     server = moved(example("nginx", "proxy_pass"), files, port=port, upstream=upstream).replace(DOMAIN, "localhost")
     server = server.replace("$host", "$http_host")  # the port is not 443
-    file = folder / "nginx.conf"
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    own = ["access_log off;", *(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)]
-    main = f"daemon off;\npid {folder}/nginx.pid;\nerror_log stderr;\nevents {{}}\n"
-    file.write_text("\n".join([main, "http {", *own, server, "}", ""]))
-    return ["nginx", "-p", str(folder), "-c", str(file), "-e", "stderr"]
+    return command(folder, server)
 
 
 def caddy(folder: Path, files: Certificates, port: int, upstream: int) -> list[str]:

@@ -1,5 +1,6 @@
 """A headless browser: opens a link, follows redirects, and submits the form on the consent page."""
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -53,8 +54,10 @@ class Browser:
     ``hops`` holds every URL that was opened, in order.
     """
 
-    def __init__(self, cookies: Mapping[str, str] | None = None) -> None:
-        self.client = httpx2.AsyncClient(follow_redirects=False, trust_env=False, timeout=20)
+    def __init__(self, cookies: Mapping[str, str] | None = None, *, trusted: ssl.SSLContext | None = None) -> None:
+        """``trusted``: which certificates; by default, those of the system."""
+        verify = trusted if trusted is not None else True
+        self.client = httpx2.AsyncClient(follow_redirects=False, trust_env=False, timeout=20, verify=verify)
         for name, value in (cookies or {}).items():
             self.client.cookies.set(name, value, domain="127.0.0.1")
         self.hops: list[str] = []

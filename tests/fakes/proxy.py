@@ -215,8 +215,12 @@ async def serving(
     cwd: Path | None = None,
     max_files: int | None = None,
     program: Sequence[str] = PROGRAM,
+    ready_at: str | None = None,
 ) -> AsyncIterator[ProxyProcess]:
-    """Run ``serve`` with these arguments until the block ends; yield the process once it is ready."""
+    """Run ``serve`` with these arguments until the block ends; yield the process once it is ready.
+
+    ``ready_at``: the origin to ask, if that which the proxy prints is a web server's in front of it.
+    """
     process = await start_command("serve", *arguments, env=env, cwd=cwd, max_files=max_files, program=program)
     proxy = ProxyProcess(process, "")
     started = asyncio.Event()
@@ -240,7 +244,7 @@ async def serving(
     try:
         await asyncio.wait_for(started.wait(), 20)
         assert proxy.origin, f"serve did not start:\n{proxy.log}"
-        await ready(proxy.origin)
+        await ready(ready_at or proxy.origin)
         yield proxy
     finally:
         if process.returncode is None:

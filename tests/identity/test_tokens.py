@@ -55,6 +55,32 @@ async def test_a_good_token_names_its_caller(tmp_path: Path, algorithm: str) -> 
         assert provider.paths == ["/.well-known/openid-configuration", "/keys"]
 
 
+async def test_a_url_without_a_path_is_the_same_audience_with_a_slash(tmp_path: Path) -> None:
+    """JavaScript's ``URL`` writes the slash, so clients with the TypeScript SDK ask for tokens with it."""
+    async with with_provider(tmp_path) as (setup, provider):
+        for audience in (AUDIENCE, f"{AUDIENCE}/"):
+            caller = await setup.callers.identify(bearer(provider.token(aud=audience)), PEER)
+            assert caller.principal.name == "alice"
+
+
+@pytest.mark.parametrize(
+    ("configured", "presented"),
+    [
+        ("https://proxy.example/notes", "https://proxy.example/notes/"),
+        ("https://proxy.example/notes/", "https://proxy.example/notes"),
+        ("proxy", "proxy/"),
+        ("api://proxy", "api://proxy/"),
+    ],
+)
+async def test_no_other_slash_may_differ(tmp_path: Path, configured: str, presented: str) -> None:  # T60
+    async with identity_provider() as provider:
+        issuer = JwtSettings(issuer=provider.issuer, audience=configured)
+        async with identifying(tmp_path, InboundSettings(modes=("jwt",), jwt=(issuer,))) as setup:
+            assert (await refused(setup, provider.token(aud=presented))).status == 401
+            caller = await setup.callers.identify(bearer(provider.token(aud=configured)), PEER)
+            assert caller.principal.name == "alice"
+
+
 async def test_keys_are_fetched_once_for_many_tokens(tmp_path: Path) -> None:
     async with with_provider(tmp_path) as (setup, provider):
         for number in range(20):
@@ -68,7 +94,7 @@ async def test_tokens_for_others_are_refused(tmp_path: Path) -> None:
     async with with_provider(tmp_path) as (setup, provider):
         for changes in (
             {"aud": "https://mcp.example"},
-            {"aud": ["https://mcp.example", f"{AUDIENCE}/"]},
+            {"aud": ["https://mcp.example", f"{AUDIENCE}/notes/mcp", f"{AUDIENCE}//", f"{AUDIENCE}?"]},
             {"aud": None},
             {"iss": "https://other.example"},
             {"iss": f"{provider.issuer}/"},

@@ -20,14 +20,15 @@ from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_tok
 from mcp_auth_proxy.broker.challenge_handler import ChallengeHandler
 from mcp_auth_proxy.broker.challenge_history import ChallengeHistory
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
-from mcp_auth_proxy.broker.connections import Connection, Disconnected, ForgottenGrant, Revocation, stored_connections
+from mcp_auth_proxy.broker.connections import Connection, Disconnected, stored_connections
 from mcp_auth_proxy.broker.device import DevicePolls
+from mcp_auth_proxy.broker.disconnection import Disconnector
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.examination import Examination
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.headless import HeadlessAttempts
-from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches, server_removed
+from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches
 from mcp_auth_proxy.broker.oauth_clients import ClientDirectory
 from mcp_auth_proxy.broker.ownership import MayOpen
 from mcp_auth_proxy.broker.pending import PendingAuthorization, link_of
@@ -46,7 +47,6 @@ from mcp_auth_proxy.errors import (
     AuthorizationError,
     AuthorizationServerUnavailable,
     CallbackRefused,
-    McpAuthProxyError,
     StoreError,
     TokenRefused,
 )
@@ -57,7 +57,6 @@ from mcp_auth_proxy.models import (
     FlowStatus,
     Grant,
     GrantType,
-    OAuthClient,
     Registration,
     TokenSet,
 )
@@ -191,6 +190,16 @@ class Broker:
         self._challenges = ChallengeHandler(
             servers=servers, tokens=self._tokens, authorizations=self._authorizations, backoff=backoff
         )
+        self.disconnector = Disconnector(
+            servers=servers,
+            flows=self._flows,
+            grants=self._grants,
+            tokens=self._tokens,
+            pending=self._pending,
+            token_client=self._token_client,
+            registrar=self._registrar,
+            clock=clock,
+        )
         self.stored_grants = StoredGrants(
             servers=servers,
             database=database,
@@ -198,7 +207,7 @@ class Broker:
             renewer=renewer,
             pending=self._pending,
             outages=self.outages,
-            revoke=self._revoke,
+            revoke=self.disconnector.revoke,
             clock=clock,
         )
         """What the API and the pages ask about grants."""
@@ -579,69 +588,8 @@ class Broker:
         self._tokens.put(account, await self._grants.add(grant))
 
     async def disconnect(self, account: Account, *, forget_client: bool = False) -> Disconnected:
-        """Delete the grants of an account and revoke them at their authorization servers.
-
-        A revocation that fails is part of the result: the grant is deleted all the same. ``forget_client``: delete the
-        dynamic registrations too, even if there is no grant. Raises StoreError.
-        """
-        disconnected = await self._disconnect(account, self._servers.get(account.server))
-        if forget_client:
-            await self._registrar.forget_all(account)
-        return replace(disconnected, client_forgotten=forget_client)
-
-    async def _disconnect(self, account: Account, server: ServerSettings | None) -> Disconnected:
-        # In this order: a grant that is stored in between finds its flow cancelled, or is deleted.
-        await self._flows.cancel(account)
-        grants = await self._grants.delete(account)
-        self._tokens.evict(account)
-        self._pending.cancel(account)
-        forgotten = [await self._revoke_at(account, grant, server) for grant in grants if grant.ended_at is None]
-        return Disconnected(account=account, grants=tuple(forgotten), client_forgotten=False)
-
-    async def server_deleted(self, server: ServerSettings) -> list[Disconnected]:
-        """Delete and revoke the grants of all accounts at a server that is no longer there. Raises StoreError."""
-        gone: list[Disconnected] = []
-        stored = [grant.key.account for grant in await self._grants.all()]
-        stored += [flow.key.account for flow in await self._flows.unanswered()]
-        for account in dict.fromkeys(stored):
-            if account.server == server.name:
-                gone.append(await self._disconnect(account, server))
-        return gone
-
-    async def _revoke(self, account: Account, grant: Grant) -> ForgottenGrant:
-        return await self._revoke_at(account, grant, self._servers.get(account.server))
-
-    async def _revoke_at(self, account: Account, grant: Grant, server: ServerSettings | None) -> ForgottenGrant:
-        reason = ""
-        try:
-            if server is None:
-                raise server_removed(account.server)
-            revoked = await self._token_client.revoke(server, grant)
-        except McpAuthProxyError as error:
-            revocation, reason = Revocation.FAILED, str(error)
-        else:
-            revocation = Revocation.REVOKED if revoked else Revocation.NOT_OFFERED
-        return ForgottenGrant(issuer=grant.key.issuer, revocation=revocation, reason=reason)
-
-    async def end_client(self, client: OAuthClient, reason: str, *, revoke: bool) -> None:
-        """End the grants and flows of a client of the API; ``revoke``: at their authorization servers too.
-
-        ``client`` is as it was before it was changed in the store: its secret is needed to revoke. A revocation that
-        fails is logged. Raises StoreError.
-        """
-        for flow in await self._flows.of_oauth_client(client.id):
-            await self._pending.fail(flow, AuthorizationDenied(reason))
-        grants = await self._grants.of_oauth_client(client.id)
-        for grant in grants:
-            await self._grants.end(grant.id, version=grant.version, reason=reason, now=self._clock())
-            self._tokens.evict(grant.key.account)
-        if not revoke:
-            return
-        for grant in grants:
-            known = replace(grant.registration, oauth_client=None, client_secret=client.client_secret)
-            forgotten = await self._revoke(grant.key.account, replace(grant, registration=known))
-            if forgotten.revocation is Revocation.FAILED:
-                logger.warning("a grant of the client %s could not be revoked: %s", client.id, forgotten.reason)
+        """Delete the grants of an account and revoke them; see ``Disconnector.disconnect``. Raises StoreError."""
+        return await self.disconnector.disconnect(account, forget_client=forget_client)
 
     def token_states(self) -> dict[tuple[str, ...], float]:
         """Return how many cached tokens are valid, renewing or expired."""

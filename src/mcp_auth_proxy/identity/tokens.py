@@ -79,14 +79,19 @@ class Token:
         except (PyJWKError, InvalidKeyError, ValueError, TypeError):
             return False
 
-    def check_claims(self, issuer: str, audience: str, *, now: float) -> float:
-        """Return when the token ends (Unix seconds). Raises CallerRefused. ``issuer`` is compared as a raw string."""
-        audiences = self.claims.get("aud")
-        named = audiences if isinstance(audiences, list) else [audiences]
+    def check_claims(self, issuer: str, *audiences: str, now: float) -> float:
+        """Return when the token ends (Unix seconds). Raises CallerRefused.
+
+        ``issuer`` is compared as a raw string; one of ``audiences`` must be named.
+        """
+        aud = self.claims.get("aud")
+        named = aud if isinstance(aud, list) else [aud]
         ends = _number(self.claims.get("exp"))
         begins = max(_number(self.claims.get(name)) or 0.0 for name in ("nbf", "iat"))
         # A token that is bound to a key (RFC 7800) must not be taken from whoever presents it.
-        if self.issuer != issuer or audience not in named or ends is None or "cnf" in self.claims:
+        if self.issuer != issuer or ends is None or "cnf" in self.claims:
+            raise CallerRefused(UNKNOWN)
+        if not any(audience in named for audience in audiences):
             raise CallerRefused(UNKNOWN)
         if now >= ends + LEEWAY or now < begins - LEEWAY:
             raise CallerRefused("The token of this request has expired, or is not valid yet.")
@@ -100,10 +105,11 @@ class Issuer:
         self.settings = settings
         self.keys = keys
         self.is_first = is_first
+        self._audiences = _spellings(settings.audience)
 
     async def verify(self, token: Token, *, now: float) -> float:
         """Return when a token of this issuer ends. Raises CallerRefused."""
-        ends = token.check_claims(self.settings.issuer, self.settings.audience, now=now)
+        ends = token.check_claims(self.settings.issuer, *self._audiences, now=now)
         try:
             keys = await self.keys.find(token.kid, token.algorithm)
         except KeysUnavailable as error:
@@ -230,6 +236,17 @@ class TokenCallers:
         verdict = self._verdicts.pop(digest, None)
         if verdict is not None:
             self._remembered -= verdict.size
+
+
+def _spellings(audience: str) -> tuple[str, ...]:
+    """Return how an audience may be written: if it is the URL of an origin, with a slash at its end and without.
+
+    They are equivalent (RFC 3986 §6.2.3). Many MCP clients add the slash to the ``resource`` that they request a token
+    for, because JavaScript's ``URL`` does.
+    """
+    bare = audience.removesuffix("/")
+    is_origin = bare.startswith(("https://", "http://")) and bare.count("/") == 2
+    return (bare, f"{bare}/") if is_origin and not {"?", "#"}.intersection(bare) else (audience,)
 
 
 def _object(encoded: bytes) -> dict[str, object]:

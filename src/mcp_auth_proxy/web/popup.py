@@ -19,12 +19,14 @@ from mcp_auth_proxy.web.pages import Popup
 TYPE = "mcp-auth-proxy.oauth"
 """The ``type`` of the message, and the name of the BroadcastChannel."""
 
-START = "/oauth/start"
+STARTS = ("/oauth/start", "/api/v1/oauth/start", "/api/mcp/oauth/start")
+"""Where an authorization is begun by URL alone; the last one is a wire (``web.api.wires``), as is this callback."""
+WIRE_CALLBACK = "/api/mcp/oauth/callback"
 SCRIPT = "/static/popup.js"
 CONFIRM = "confirm"
-"""Query parameter of ``START``: the user is asked, wherever the request comes from."""
+"""Query parameter of ``STARTS``: the user is asked, wherever the request comes from."""
 
-_STARTS = (f"{START}?", f"/api/v1{START}?")
+_STARTS = tuple(f"{path}?" for path in STARTS)
 
 _SCRIPT = Path(__file__).parent / "static" / "popup.js"
 

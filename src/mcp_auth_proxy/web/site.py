@@ -23,12 +23,12 @@ from mcp_auth_proxy.observability.instruments import CONTENT_TYPE
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine
 from mcp_auth_proxy.web.address import Start, address_page, start_page
-from mcp_auth_proxy.web.api_mount import ApiMount
+from mcp_auth_proxy.web.api_mount import WIRES, ApiMount, WireMount
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page, is_other_loopback_name, to_public_url
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import path_of, sign_in_path, split_name
-from mcp_auth_proxy.web.popup import SCRIPT, START, Popups, keep_opener, signed_in
+from mcp_auth_proxy.web.popup import SCRIPT, STARTS, WIRE_CALLBACK, Popups, keep_opener, signed_in
 from mcp_auth_proxy.web.popup import script as popup_script
 from mcp_auth_proxy.web.session import Visitors
 
@@ -109,9 +109,11 @@ class Site:
         """Return the routes of the API, and of the page that begins an authorization by URL alone."""
         if self.api is None:
             return []
-        paths = (START, f"/api/v1{START}")
+        wires = WireMount(self.api)
         return [
-            *(Route(path, self._start_by_url, methods=["GET", "POST"]) for path in paths),
+            *(Route(path, self._start_by_url, methods=["GET", "POST"]) for path in STARTS),
+            Route(WIRE_CALLBACK, _wire_callback),
+            *(Route(path, wires) for path in WIRES),
             Mount("/api/v1", self.api),
         ]
 
@@ -251,6 +253,11 @@ class Site:
         device = any(server.oauth.grant is GrantType.DEVICE_CODE for server in self._servers.values())
         document = client_metadata_document(self._public_url, device=device)
         return JSONResponse(document, headers={"cache-control": "public, max-age=3600"})
+
+
+async def _wire_callback(request: Request) -> Response:
+    """Lead on to the callback: the cookie of an attempt is sent to its path alone."""
+    return keep_opener(redirect(f"/oauth/callback?{request.url.query}", "Continue"))
 
 
 async def _metrics(request: Request) -> Response:

@@ -22,10 +22,11 @@ from mcp_auth_proxy.errors import CallerRefused, ConfigurationError, McpAuthProx
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Caller
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.api import audit, flows
-from mcp_auth_proxy.web.api.application import Api, perform
+from mcp_auth_proxy.web.api.application import PREFIX, Api, perform
 from mcp_auth_proxy.web.api.credentials import addresses, caller_of
 from mcp_auth_proxy.web.api.operations import Call, is_admin
 from mcp_auth_proxy.web.api.problems import Problem, problem_of
+from mcp_auth_proxy.web.api.reach import may_use_api
 from mcp_auth_proxy.web.connect import REDIRECTED, is_other_loopback_name
 from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.forms import read_form
@@ -79,12 +80,13 @@ class StartPage:
             return keep_opener(redirect(f"{self._public_url}{request.url.path}?{query}", "Continue"))
         try:
             return keep_opener(await self._answer(request))
-        except SignInNeeded:
+        except SignInNeeded as needed:
+            if _is_program(request):
+                return problem_of(needed).response(audit.request_id_of(request.headers.raw))
             return keep_opener(redirect(sign_in_path(path_of(request)), "Sign in first"))
         except (Problem, CallerRefused) as error:
             problem = error if isinstance(error, Problem) else problem_of(error)
-            if _has_credential(request):
-                # It is a program, as for the rest of the API.
+            if _has_credential(request) or _is_program(request):
                 return problem.response(audit.request_id_of(request.headers.raw))
             response = keep_opener(message("This can't be authorized", problem.detail, status=problem.status))
             response.headers.update(problem.headers)
@@ -205,12 +207,17 @@ def _has_credential(request: Request) -> bool:
     return any(name in request.headers for name in _CREDENTIALS)
 
 
+def _is_program(request: Request) -> bool:
+    """Return whether a request is for the API, and not of a browser that shows a page."""
+    return request.url.path.startswith(PREFIX) and "text/html" not in request.headers.get("accept", "")
+
+
 def _check_access(caller: Caller, admin: AdminSettings) -> None:
     """Raise Problem (403) if a caller may not make ad-hoc servers."""
     if admin.adhoc == "off" or (admin.adhoc == "admin" and not is_admin(caller)):
         who = "Nobody may" if admin.adhoc == "off" else "Only admins may"
         raise Problem(403, "forbidden", f"{who} connect servers by their URL here (the key admin.adhoc).")
-    if not flows.may_use_api(caller):
+    if not may_use_api(caller):
         raise Problem(403, "forbidden", "This credential is not for the API: it needs the scope self or admin.")
 
 

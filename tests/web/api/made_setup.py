@@ -20,6 +20,8 @@ from mcp_auth_proxy.models import Principal
 from web.api.api_setup import ApiSetup, api_setup
 
 LOOPBACK = ("127.0.0.1",)
+NO_ISS = {"iss": None, "metadata_changes": {"authorization_response_iss_parameter_supported": False}}
+"""An authorization server that promises no ``iss``."""
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """The API as an ASGI application: who calls, which operation, is it valid, and what comes of it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -47,12 +47,30 @@ def operations() -> tuple[Operation, ...]:
 
 
 class Api:
-    """The application below ``/api/v1``. Belongs to one event loop."""
+    """The application below ``/api/v1``, or that of other operations. Belongs to one event loop."""
 
-    def __init__(self, context: ApiContext) -> None:
+    def __init__(
+        self,
+        context: ApiContext,
+        known: Sequence[Operation] | None = None,
+        *,
+        prefix: str = PREFIX,
+        limits: Limits | None = None,
+        problem_response: Callable[[Problem, str], Response] = Problem.response,
+    ) -> None:
+        """``known``: the operations, below ``prefix``. ``limits``: those of another application, to share them.
+
+        ``problem_response`` makes the response of a problem and the id of its request.
+        """
         self.context = context
-        self.limits = Limits(context.clock)
-        self._routes = Routes(operations())
+        self.limits = limits if limits is not None else Limits(context.clock)
+        self._routes = Routes(operations() if known is None else known)
+        self._prefix = prefix
+        self._problem_response = problem_response
+
+    def has(self, path: str) -> bool:
+        """Return whether there is an operation at a path, with whatever method."""
+        return bool(self._routes.at(path.removeprefix(self._prefix)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -68,17 +86,17 @@ class Api:
             answer = await self._answer(request, request_id)
             response = answer.response(request.headers.get("if-none-match") if request.method == "GET" else None)
         except Problem as problem:
-            response = problem.response(request_id)
+            response = self._problem_response(problem, request_id)
         except McpAuthProxyError as error:
             if isinstance(error, StoreError):
                 logger.error("%s", error)
-            response = problem_of(error).response(request_id)
+            response = self._problem_response(problem_of(error), request_id)
         response.headers["x-request-id"] = request_id
         response.headers["x-content-type-options"] = "nosniff"
         return response
 
     async def _answer(self, request: Request, request_id: str) -> Answer:
-        path = request.scope["path"].removeprefix(PREFIX)
+        path = request.scope["path"].removeprefix(self._prefix)
         # HEAD is a GET of which the server sends no body.
         found = self._routes.find("GET" if request.method == "HEAD" else request.method, path)
         operation = found[0] if found is not None else None
@@ -150,19 +168,19 @@ async def perform(call: Call[Any, Any]) -> Answer:
 class Routes:
     """Operations by method and path."""
 
-    def __init__(self, known: tuple[Operation, ...]) -> None:
+    def __init__(self, known: Sequence[Operation]) -> None:
         self._known = [(tuple(operation.path.split("/")), operation) for operation in known]
 
     def find(self, method: str, path: str) -> tuple[Operation, Mapping[str, str]] | None:
         """Return the operation, and the parameters in the path; None if there is no such operation."""
-        for operation, parameters in self._at(path):
+        for operation, parameters in self.at(path):
             if operation.method == method:
                 return operation, parameters
         return None
 
     def problem(self, path: str) -> Problem:
         """Return what is wrong with a path or method that has no operation (404, 405)."""
-        methods = sorted({operation.method for operation, _ in self._at(path)})
+        methods = sorted({operation.method for operation, _ in self.at(path)})
         if not methods:
             return not_found("endpoint")
         allowed = [*methods, *(["HEAD"] if "GET" in methods else [])]
@@ -170,7 +188,8 @@ class Routes:
             405, "method-not-allowed", f"Possible here: {', '.join(methods)}.", headers={"allow": ", ".join(allowed)}
         )
 
-    def _at(self, path: str) -> list[tuple[Operation, Mapping[str, str]]]:
+    def at(self, path: str) -> list[tuple[Operation, Mapping[str, str]]]:
+        """Return the operations at a path, each with the parameters in the path."""
         parts = path.split("/")
         found: list[tuple[Operation, Mapping[str, str]]] = []
         for pattern, operation in self._known:

@@ -1,4 +1,4 @@
-"""``/flows``: authorizations that somebody asks for, and the end of headless ones."""
+"""``/flows``: authorizations that somebody asks for."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -10,22 +10,21 @@ from mcp_auth_proxy.broker.client_registration import redirect_uri
 from mcp_auth_proxy.broker.requested_flows import allowed_return_origin, mode_of, notice, state_of
 from mcp_auth_proxy.config import values
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import (
-    AuthorizationDenied,
-    CallbackRefused,
-    IssuerMissing,
-    RedirectRefused,
-    StateRefused,
-    TokenRefused,
-    UpstreamTimeout,
-)
-from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Caller, Flow, FlowMode, GrantType, Scope, Tool
+from mcp_auth_proxy.errors import RedirectRefused
+from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Flow, FlowMode, GrantType
+from mcp_auth_proxy.web.api import completion
 from mcp_auth_proxy.web.api.models import Body, Check, View, moment
-from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, is_admin
+from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation
 from mcp_auth_proxy.web.api.problems import Problem, invalid_field, not_found
-from mcp_auth_proxy.web.api.reach import answered, own_account, owns, server_id_and_name, usable_server
+from mcp_auth_proxy.web.api.reach import (
+    AccountName,
+    answered,
+    own_account,
+    owns,
+    server_id_and_name,
+    usable_server,
+)
 
-AccountName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,31}$", description="An account of the server.")]
 MAX_SCOPES = 100
 
 
@@ -60,36 +59,6 @@ class NewFlow(Body):
     mode: Literal["browser", "headless", "device"] | None = None
     redirect_uri: Annotated[str, Check(values.any_url)] | None = None
     return_origin: Annotated[str, Check(values.allowed_origin)] | None = None
-
-
-class Completion(Body):
-    """Nothing, to try the server; or the code of a headless authorization."""
-
-    account: AccountName = DEFAULT_ACCOUNT
-    code: Annotated[str, Meta(min_length=1, max_length=4096, pattern="^[ -~]*$")] | None = None
-    state: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
-    iss: Annotated[str, Meta(max_length=2000)] | None = None
-
-
-class Trial(Body):
-    """Which account to try a server with."""
-
-    account: AccountName = DEFAULT_ACCOUNT
-
-
-class ToolView(View):
-    """A tool that a server offers."""
-
-    name: str
-    description: str
-
-
-class CompletionView(View):
-    """What came of a trial, or of a code. After a code there are no tools: ask for them with another call."""
-
-    status: Literal["connected"]
-    message: str
-    tools: list[ToolView]
 
 
 async def flow_view(call: Call[Any, Any], flow: Flow) -> FlowView:
@@ -206,65 +175,6 @@ async def _own_flow(call: Call[Any, Any]) -> Flow:
     return flow
 
 
-async def complete(call: Call[Completion, None]) -> Answer:
-    """Try the server as an MCP client would; or finish a headless authorization with its code."""
-    server, body = usable_server(call), call.body
-    if body.code is None and body.state is None and body.iss is None:
-        tools = await _tools(call, server, body.account)
-        word = "tool" if len(tools) == 1 else "tools"
-        return Answer(_completed(f"{server.name} is connected, and has {len(tools)} {word}.", tools))
-    for name, value in (("code", body.code), ("state", body.state)):
-        if value is None:
-            raise invalid_field(("body", name), "The field is required.", "missing")
-    assert body.code is not None
-    assert body.state is not None
-    await finish(call, server, body.code, body.state, body.iss)
-    return Answer(_completed(f"{server.name} is connected.", []))
-
-
-async def finish(call: Call[Any, Any], server: ServerSettings, code: str, state: str, iss: str | None) -> Flow:
-    """Complete a headless flow with its code. Raises Problem, AuthorizationError and StoreError."""
-    account = own_account(call, server, DEFAULT_ACCOUNT)
-    try:
-        flow = await call.api.broker.complete_headless(account, code=code, state=state, iss=iss)
-    except StateRefused as refused:
-        raise invalid_field(("body", "state"), str(refused), "value_error.csrf") from None
-    except IssuerMissing as missing:
-        raise invalid_field(("body", "iss"), str(missing), "missing") from None
-    except (CallbackRefused, TokenRefused, AuthorizationDenied) as refused:
-        raise Problem(400, "code-refused", str(refused)) from None
-    await call.api.made.connected(server)
-    return flow
-
-
-async def verify(call: Call[Trial, None]) -> Answer:
-    """Try the server as an MCP client would."""
-    server = usable_server(call)
-    tools = await _tools(call, server, call.body.account)
-    return Answer(_completed(f"{server.name} answers.", tools))
-
-
-async def _tools(call: Call[Any, Any], server: ServerSettings, name: str) -> list[Tool]:
-    account = server.account(call.caller.principal, name)
-    with answered(server.name):
-        try:
-            tools = await call.api.list_tools(server, account)
-        except UpstreamTimeout as error:
-            raise Problem(502, "upstream-failed", f"{server.name} can't be used: {error}") from None
-    await call.api.made.connected(server)
-    return tools
-
-
-def may_use_api(caller: Caller) -> bool:
-    """Return whether a credential is for the API at all."""
-    return is_admin(caller) or Scope.SELF in caller.scopes
-
-
-def _completed(message: str, tools: list[Tool]) -> CompletionView:
-    views = [ToolView(name=tool.name, description=tool.description) for tool in tools]
-    return CompletionView(status="connected", message=message, tools=views)
-
-
 CREATE = Operation(
     "POST",
     "/servers/{id}/flows",
@@ -298,26 +208,5 @@ OPERATIONS = (
         summary="Cancel an authorization",
         answers={204: None},
     ),
-    Operation(
-        "POST",
-        "/servers/{id}/complete",
-        complete,
-        action="servers.complete",
-        access=Access.SELF,
-        summary="Try a server with initialize and tools/list; or finish a headless authorization with its code",
-        body=Completion,
-        answers={200: CompletionView},
-        problems=(502, 504),
-    ),
-    Operation(
-        "POST",
-        "/servers/{id}/verify",
-        verify,
-        action="servers.verify",
-        access=Access.SELF,
-        summary="Try a server with initialize and tools/list",
-        body=Trial,
-        answers={200: CompletionView},
-        problems=(502, 504),
-    ),
+    *completion.OPERATIONS,
 )

@@ -56,6 +56,8 @@ Scopes = Annotated[list[Annotated[str, Meta(min_length=1, max_length=200), Check
 Uris = Annotated[list[NeededUrl], Meta(max_length=50)]
 Ids = Annotated[list[Name], Meta(max_length=200)]
 Metadata = Annotated[dict[str, Any], Check(_metadata)]
+Status = Literal["active", "inactive", "revoked", ""]
+"""Empty is as good as absent."""
 
 
 class NewOAuthClient(Body):
@@ -71,7 +73,7 @@ class NewOAuthClient(Body):
     redirect_uris: Uris | None = None
     metadata: Metadata | None = None
     server_ids: Ids | None = None
-    status: OAuthClientStatus = OAuthClientStatus.ACTIVE
+    status: Status | None = None
 
 
 class OAuthClientChange(Body):
@@ -87,7 +89,7 @@ class OAuthClientChange(Body):
     redirect_uris: Uris | None = None
     metadata: Metadata | None = None
     server_ids: Ids | None = None
-    status: Literal["active", "inactive", "revoked", ""] | None = None
+    status: Status | None = None
     replace_scopes: bool | None = None
     replace_redirect_uris: bool | None = None
     replace_metadata: bool | None = None
@@ -139,7 +141,8 @@ async def get_client(call: Call[None, None]) -> Answer:
 async def create_client(call: Call[NewOAuthClient, None]) -> Answer:
     """Store a new client."""
     body, now = call.body, call.api.clock()
-    if body.status is OAuthClientStatus.REVOKED:
+    status = OAuthClientStatus(body.status or OAuthClientStatus.ACTIVE)
+    if status is OAuthClientStatus.REVOKED:
         raise invalid_field(("body", "status"), "A new client can't be revoked.")
     client = OAuthClient(
         id=f"oac_{secrets.token_hex(12)}",
@@ -155,7 +158,7 @@ async def create_client(call: Call[NewOAuthClient, None]) -> Answer:
         redirect_uris=tuple(body.redirect_uris or ()),
         metadata=body.metadata or {},
         server_ids=tuple(dict.fromkeys(body.server_ids or ())),
-        status=body.status,
+        status=status,
         created_at=now,
         updated_at=now,
     )
@@ -184,7 +187,7 @@ async def change_client(call: Call[OAuthClientChange, None]) -> Answer:
     await _write(after, _store(call).change)
     if revoked or another:
         reason = CLIENT_REVOKED if revoked else CLIENT_CHANGED
-        await call.api.broker.end_client(before, reason, revoke=revoked)
+        await call.api.broker.disconnector.end_client(before, reason, revoke=revoked)
     return Answer(_view(after), etag=True)
 
 
@@ -202,7 +205,7 @@ async def delete_client(call: Call[None, None]) -> Answer:
         deleted_at=now,
     )
     await _write(hidden, _store(call).change)
-    await call.api.broker.end_client(before, CLIENT_REVOKED, revoke=True)
+    await call.api.broker.disconnector.end_client(before, CLIENT_REVOKED, revoke=True)
     return Answer(status=204)
 
 

@@ -114,6 +114,8 @@ def _entry(operation: Operation) -> Json:
     if operation.body is not None:
         required = any(field.required for field in msgspec.structs.fields(operation.body))
         entry["requestBody"] = {"required": required, "content": {"application/json": {"schema": _ref(operation.body)}}}
+    if operation.access is Access.ADMIN:
+        entry["description"] = "For admins."
     entry["security"] = [] if operation.access is Access.OPEN else [{name: []} for name in _SECURITY]
     return entry
 

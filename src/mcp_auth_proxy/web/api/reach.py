@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -15,10 +17,12 @@ from mcp_auth_proxy.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from mcp_auth_proxy.models import LOCAL, Account, Flow, shared_principal
+from mcp_auth_proxy.models import Account, Caller, Flow, Scope, shared_principal
 from mcp_auth_proxy.web.api.models import Fault
-from mcp_auth_proxy.web.api.operations import Call
+from mcp_auth_proxy.web.api.operations import Call, is_admin
 from mcp_auth_proxy.web.api.problems import Problem, forbidden, invalid, not_found, retry_after
+
+AccountName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,31}$", description="An account of the server.")]
 
 
 def sees(call: Call[Any, Any], server: ServerSettings) -> bool:
@@ -67,9 +71,9 @@ def server_id_and_name(call: Call[Any, Any], name: str) -> tuple[str, str]:
     return (name if server is None else server.server_id), name
 
 
-def is_local(call: Call[Any, Any]) -> bool:
-    """Return whether callers are not identified."""
-    return call.caller.principal.id == LOCAL
+def may_use_api(caller: Caller) -> bool:
+    """Return whether a credential is for the API at all."""
+    return is_admin(caller) or Scope.SELF in caller.scopes
 
 
 @contextmanager

@@ -149,7 +149,7 @@ async def change_server(call: Call[ServerPatch, None]) -> Answer:
         changed = await call.api.made.change(made, name, patch, unchanged_since=since)
     if changed.name != made.name:
         # Grants are kept by the server's name.
-        await call.api.broker.server_deleted(server)
+        await call.api.broker.disconnector.server_deleted(server)
         await call.api.made.forget(made.name)
     connections = await call.api.broker.stored_grants.connections(call.caller.principal)
     return _answer(call, call.api.servers[changed.name], connections.get(changed.name, ()))
@@ -162,7 +162,7 @@ async def delete_server(call: Call[None, None]) -> Answer:
     call.check_match(_view(call, server, ()))
     if not await call.api.made.delete(made):
         raise not_found("server")
-    await call.api.broker.server_deleted(server)
+    await call.api.broker.disconnector.server_deleted(server)
     await call.api.made.forget(made.name)
     return Answer(status=204)
 
