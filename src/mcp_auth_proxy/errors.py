@@ -21,6 +21,7 @@
     │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
     │   ├── RegistrationImpossible     no way to become a client of this authorization server
     │   ├── ClientNotActive            the OAuth client for this server was made inactive, or revoked
+    │   ├── RedirectRefused            a code was to go to a redirect URI that the OAuth client does not have
     │   ├── AuthorizationDenied        the authorization server or the user refused
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
@@ -267,6 +268,10 @@ class ClientNotActive(AuthorizationError):
         super().__init__(
             f"The OAuth client for {excerpt(provider)}, which server {server} uses, is {status}. An admin can {remedy}."
         )
+
+
+class RedirectRefused(AuthorizationError):
+    """The code of a headless authorization was to go to a redirect URI that the OAuth client does not have."""
 
 
 class AuthorizationDenied(AuthorizationError):

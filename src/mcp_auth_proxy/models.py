@@ -406,6 +406,11 @@ class Flow:
     return_origin: str | None = None
     """The origin of the page that opened the link in a popup, which is told how it ended."""
 
+    @property
+    def ends_elsewhere(self) -> bool:
+        """Whether the code goes to a redirect URI that is not the proxy's, and only a program can bring it."""
+        return self.redirect_uri != self.registration.redirect_uri
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MadeServer:

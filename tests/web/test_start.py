@@ -124,7 +124,8 @@ async def test_without_a_session_the_user_signs_in_first_and_keeps_the_opener(se
 
 
 @pytest.mark.parametrize(
-    ("path", "more"), [("/oauth/start", "#x"), ("/oauth/%73tart", ""), ("/x/../oauth/start", ""), ("/%2e/oauth/start", "")]
+    ("path", "more"),
+    [("/oauth/start", "#x"), ("/oauth/%73tart", ""), ("/x/../oauth/start", ""), ("/%2e/oauth/start", "")],
 )
 async def test_a_page_that_leads_to_the_sign_in_can_not_leave_out_the_question(
     servers: Servers, tmp_path: Path, path: str, more: str

@@ -133,6 +133,8 @@ class AuthorizationAttempts:
             return flow
         if flow.status is not FlowStatus.PENDING or flow.expires_at <= self._clock():
             raise _ended(flow)
+        if flow.ends_elsewhere:
+            raise CallbackRefused("A program has begun this authorization, and only it can finish it.", 403)
         return flow
 
     async def _start(self, flow: Flow, *, confirmed: bool) -> AuthorizationRedirect:

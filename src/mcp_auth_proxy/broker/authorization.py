@@ -14,7 +14,13 @@ from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.broker.step_up import StepUpLimiter
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, ClientNotActive, TokenRefused
+from mcp_auth_proxy.errors import (
+    AuthorizationDenied,
+    AuthorizationError,
+    ClientNotActive,
+    RedirectRefused,
+    TokenRefused,
+)
 from mcp_auth_proxy.models import AccessToken, Account, Flow, Grant, GrantType
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.token_exchange import SubjectToken
@@ -96,12 +102,12 @@ class Authorizations:
         """
 
         async def start() -> AccessToken | PendingAuthorization:
-            found = self._pending.usable(account) or await self._pending.resume(account, None)
+            found = self._pending.usable(account, elsewhere=True) or await self._pending.resume(account, None)
             if found is not None and wanted.fits(found.flow):
                 return found
             return await self._new(account, wanted.settings(account, server), challenge, None, schemes, None, wanted)
 
-        before = self._pending.usable(account) or await self._pending.resume(account, None)
+        before = self._pending.usable(account, elsewhere=True) or await self._pending.resume(account, None)
         while True:
             # A request of an MCP client may be authorizing the account just now, with a flow of another kind.
             outcome = await self._running.run(_Flight(account, hash(None)), start)
@@ -159,11 +165,13 @@ class Authorizations:
         await self._token_client.check_credentials(server)
         try:
             plan = await self._planner.plan(account, server, challenge, already=already or (), schemes=schemes)
+            if wanted is not None:
+                wanted.check(plan)
             if already is not None:
                 requested = (challenge and challenge.scopes) or ()
                 self._step_ups.count(account, server=server.name, requested=requested, already=already)
             made = await (self._obtain(plan, subject) if server.oauth.grant.unattended else self._new_flow(plan))
-        except ClientNotActive:
+        except (ClientNotActive, RedirectRefused):
             # No server has failed, and an admin may change it at any time.
             raise
         except AuthorizationDenied as denied:

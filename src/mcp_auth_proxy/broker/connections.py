@@ -200,7 +200,8 @@ def _with_flow(connection: Connection, flow: Flow, grant: Grant | None, now: flo
     if not _is_live(flow, now):
         return connection
     if device is None:
-        return replace(connection, authorizing=True, link=link_of(flow, public_url_of(flow.redirect_uri)))
+        link = "" if flow.ends_elsewhere else link_of(flow, public_url_of(flow.redirect_uri))
+        return replace(connection, authorizing=True, link=link)
     return replace(connection, authorizing=True, link=device.verification_uri, user_code=device.user_code)
 
 

@@ -81,10 +81,15 @@ class PendingFlows:
         """Return the pending authorization of an account."""
         return self._pending.get(account)
 
-    def usable(self, account: Account) -> PendingAuthorization | None:
-        """Return the pending authorization of an account, if its link can be used for a while."""
+    def usable(self, account: Account, *, elsewhere: bool = False) -> PendingAuthorization | None:
+        """Return the pending authorization of an account, if its link can be used for a while.
+
+        ``elsewhere``: also one that only a program can finish (``Flow.ends_elsewhere``).
+        """
         pending = self._pending.get(account)
-        return pending if pending is not None and not pending.done and self._is_usable(pending.flow) else None
+        if pending is None or pending.done or (pending.flow.ends_elsewhere and not elsewhere):
+            return None
+        return pending if self._is_usable(pending.flow) else None
 
     def needs_fresh_link(self, pending: PendingAuthorization) -> bool:
         """Return whether a link is too old to be given out.
@@ -115,7 +120,8 @@ class PendingFlows:
             raise
         metrics.flows.labels(metrics.server_label(flow.key.account.server), "started").inc()
         pending = self._track(flow)
-        self._announce(flow, pending.link)
+        if not flow.ends_elsewhere:
+            self._announce(flow, pending.link)
         return pending
 
     async def replace(self, flow: Flow) -> None:

@@ -19,6 +19,8 @@ class Plan:
     scopes: tuple[str, ...]
     dpop: bool = False
     """Whether the tokens will be bound to a key of the proxy (RFC 9449)."""
+    redirect_uris: tuple[str, ...] = ()
+    """Further redirect URIs of the client, for headless authorizations."""
 
     @property
     def endpoints(self) -> Endpoints:

@@ -147,6 +147,7 @@ class Planner:
             registration=registration,
             scopes=self._scopes(account, server, client, challenge, resource, metadata, already),
             dpop=bound,
+            redirect_uris=client.redirect_uris if client is not None else (),
         )
 
     def _scopes(

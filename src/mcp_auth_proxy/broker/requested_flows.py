@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.sign_ins import sign_in
 from mcp_auth_proxy.config.settings import AccountSettings, ServerSettings
-from mcp_auth_proxy.errors import excerpt
+from mcp_auth_proxy.errors import RedirectRefused, excerpt
 from mcp_auth_proxy.models import Account, Flow, FlowMode, FlowStatus
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.store.flows import CANCELLED
@@ -20,18 +21,28 @@ class FlowRequest:
     scopes: tuple[str, ...] | None = None
     """None: as without the request."""
     return_origin: str | None = None
+    redirect_uri: str | None = None
+    """Where the code of a headless authorization goes; None: to the proxy."""
 
     def fits(self, flow: Flow) -> bool:
         """Return whether a flow that is under way is what is asked for."""
         return (
             mode_of(flow) is self.mode
             and flow.return_origin == self.return_origin
+            and flow.redirect_uri == (self.redirect_uri or flow.registration.redirect_uri)
             and set(self.scopes or ()) <= set(flow.scopes)
         )
 
     def apply(self, flow: Flow) -> Flow:
         """Return a new flow as it is asked for."""
-        return replace(flow, mode=self.mode, return_origin=self.return_origin)
+        redirect_uri = self.redirect_uri or flow.redirect_uri
+        return replace(flow, mode=self.mode, return_origin=self.return_origin, redirect_uri=redirect_uri)
+
+    def check(self, plan: Plan) -> None:
+        """Check that the code goes where it may go. Raises RedirectRefused."""
+        own = plan.registration.redirect_uri
+        if self.redirect_uri not in (None, own, *plan.redirect_uris):
+            raise RedirectRefused(f"must be {own}, or stand in the oauth-client of the server")
 
     def settings(self, account: Account, server: ServerSettings) -> ServerSettings:
         """Return the settings to plan with: those of the server, with the scopes that are asked for."""

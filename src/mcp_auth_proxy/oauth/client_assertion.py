@@ -2,9 +2,8 @@
 
 import secrets
 
-import jwt
-
 from mcp_auth_proxy.config.signing_key import SigningKey
+from mcp_auth_proxy.oauth.signing import sign
 
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 
@@ -28,7 +27,7 @@ def build(key: SigningKey, *, client_id: str, audience: str, now: float) -> str:
         "iat": issued,
         "exp": issued + LIFETIME,
     }
-    return jwt.encode(claims, key.key, algorithm=key.algorithm)
+    return sign(claims, key.key, algorithm=key.algorithm)
 
 
 def form(assertion: str) -> list[tuple[str, str]]:

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
-import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
@@ -20,6 +19,7 @@ from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, excerpt
 from mcp_auth_proxy.models import DpopUse
 from mcp_auth_proxy.oauth import documents, oauth_error
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
+from mcp_auth_proxy.oauth.signing import sign
 
 ALGORITHM = "ES256"
 """The algorithm to sign with: the one in the examples of RFC 9449, so every server supports it."""
@@ -85,7 +85,7 @@ class Key:
             **({"nonce": nonce} if nonce else {}),
         }
         headers = {"typ": "dpop+jwt", "jwk": dict(self.public)}
-        return jwt.encode(claims, self._private, algorithm=ALGORITHM, headers=headers)
+        return sign(claims, self._private, algorithm=ALGORITHM, headers=headers)
 
 
 def digest(text: str) -> str:

@@ -18,9 +18,11 @@ PRUNE_EVERY = 100
 _TABLE = "events"
 _ADD = """
     INSERT INTO events (
-        uid, at, project_id, principal, credential, action, target, outcome, address, request_id, seal
+        uid, at, project_id, principal, credential, action, target, server, server_name, outcome, address, request_id,
+        seal
     ) VALUES (
-        :uid, :at, :project_id, :principal, :credential, :action, :target, :outcome, :address, :request_id, :seal
+        :uid, :at, :project_id, :principal, :credential, :action, :target, :server, :server_name, :outcome, :address,
+        :request_id, :seal
     ) RETURNING id
 """
 _PAGE = """
@@ -47,6 +49,9 @@ class Event:
     """RESOURCE.VERB."""
     target: str
     """The id of what was changed; empty if there is none."""
+    server: str = ""
+    """The id of the server that it concerns, and its name at that time; empty if it concerns none."""
+    server_name: str = ""
     outcome: str
     """``ok``, or the kind of the problem."""
     address: str
@@ -69,6 +74,8 @@ class Events:
             "credential": event.credential,
             "action": event.action,
             "target": event.target,
+            "server": event.server,
+            "server_name": event.server_name,
             "outcome": event.outcome,
             "address": event.address,
             "request_id": event.request_id,
@@ -101,6 +108,8 @@ def _read(row: Row, _: RowCipher) -> Event:
         credential=row["credential"],
         action=row["action"],
         target=row["target"],
+        server=row["server"],
+        server_name=row["server_name"],
         outcome=row["outcome"],
         address=row["address"],
         request_id=row["request_id"],

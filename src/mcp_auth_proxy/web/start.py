@@ -22,7 +22,7 @@ from mcp_auth_proxy.errors import CallerRefused, ConfigurationError, McpAuthProx
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Caller
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.api import audit, flows
-from mcp_auth_proxy.web.api.application import Api, perform
+from mcp_auth_proxy.web.api.application import PREFIX, Api, perform
 from mcp_auth_proxy.web.api.credentials import addresses, caller_of
 from mcp_auth_proxy.web.api.operations import Call, is_admin
 from mcp_auth_proxy.web.api.problems import Problem, problem_of
@@ -80,16 +80,20 @@ class StartPage:
             return keep_opener(redirect(f"{self._public_url}{request.url.path}?{query}", "Continue"))
         try:
             return keep_opener(await self._answer(request))
-        except SignInNeeded:
+        except SignInNeeded as needed:
+            if _is_program(request):
+                return problem_of(needed).response(audit.request_id_of(request.headers.raw))
             return keep_opener(redirect(sign_in_path(path_of(request)), "Sign in first"))
         except (Problem, CallerRefused) as error:
             problem = error if isinstance(error, Problem) else problem_of(error)
+            if _has_credential(request) or _is_program(request):
+                return problem.response(audit.request_id_of(request.headers.raw))
             response = keep_opener(message("This can't be authorized", problem.detail, status=problem.status))
             response.headers.update(problem.headers)
             return response
 
     async def _answer(self, request: Request) -> Response:
-        explicit = any(name in request.headers for name in _CREDENTIALS)
+        explicit = _has_credential(request)
         # First: a form may take a while, in which its sender can be disabled (T74).
         forged = request.method == "POST" and not explicit and not await self._is_ours(request)
         caller = await self._caller(request, explicit=explicit)
@@ -198,6 +202,16 @@ class StartPage:
         if not _COOKIE_VALUE.fullmatch(cookie):
             return False
         return hmac.compare_digest(token.encode("utf-8", "replace"), _token(_asked(request), cookie).encode())
+
+
+def _has_credential(request: Request) -> bool:
+    """Return whether a request brings a key or a token, other than a browser with its session."""
+    return any(name in request.headers for name in _CREDENTIALS)
+
+
+def _is_program(request: Request) -> bool:
+    """Return whether a request is for the API, and not of a browser that shows a page."""
+    return request.url.path.startswith(PREFIX) and "text/html" not in request.headers.get("accept", "")
 
 
 def _check_access(caller: Caller, admin: AdminSettings) -> None:

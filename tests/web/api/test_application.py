@@ -179,6 +179,7 @@ async def test_every_change_leaves_an_event_also_if_it_is_refused(tmp_path: Path
             ("keys.create", key["id"], "ok"),
         ]
         first = page["items"][-1]
+        assert (first["server"], first["server_name"]) == (None, None)
         assert first["request_id"] == "r-1"
         assert (first["principal"], first["address"]) == ("prn_ben", "127.0.0.1")
         assert first["credential"].startswith("key:")

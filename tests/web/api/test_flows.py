@@ -10,6 +10,7 @@ import pytest
 
 from fakes.fixtures import Servers
 from fakes.http_exchange import FakeResponse
+from fakes.proxy import link_in
 from web.api.api_setup import api_setup, assert_problem
 from web.api.made_setup import MadeSetup, administer, consented, made_setup
 
@@ -289,3 +290,78 @@ async def test_a_token_that_the_server_refuses_is_renewed_for_a_trial(servers: S
         for issued in setup.issuer.ledger.tokens.values():
             issued.grant.ended = True
         assert_problem(await ben.post(f"/servers/{made['id']}/verify"), 400, "not-authorized")
+
+
+FRONT = "https://front.example/oauth/callback"
+
+
+async def with_client(setup: MadeSetup, made: dict[str, Any]) -> None:
+    """Register a client by hand, with a redirect URI that is not the proxy's, and give it to the API."""
+    issuer, api = setup.issuer, setup.api
+    issuer.add_client(client_id="by-hand", secret="canary-secret-of-front", redirect_uris=(FRONT,))
+    body = {
+        "provider": "front",
+        "client_id": "by-hand",
+        "client_secret": "canary-secret-of-front",
+        "authorization_url": f"{issuer.issuer}/authorize",
+        "token_url": f"{issuer.issuer}/token",
+        "metadata": {"issuer": issuer.issuer},
+        "redirect_uris": [FRONT],
+        "server_ids": [made["id"]],
+    }
+    response = await api.ada.post("/oauth-clients", json=body)
+    assert response.status_code == 201, response.text
+
+
+async def test_a_code_may_go_to_a_redirect_uri_of_the_oauth_client(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        made, ben = await setup.make(), setup.api.ben
+        await with_client(setup, made)
+        flow = await setup.headless(made["id"], ben, redirect_uri=FRONT)
+        assert parse_qs(urlsplit(flow["authorization_url"]).query)["redirect_uri"] == [FRONT]
+        assert flow["connect_url"] is None
+        assert (await setup.headless(made["id"], ben, redirect_uri=FRONT))["id"] == flow["id"]
+        # An MCP client of the same account gets a link of its own, which a browser can finish.
+        async with setup.mcp("tickets", "ben") as client:
+            link = link_in((await client.call("echo", text="x")).message)
+        assert flow["id"] not in link
+        async with setup.signed_in("ben") as browser:
+            refused = await browser.client.get(f"{setup.api.proxy.origin}/connect/tickets?flow={flow['id']}")
+        assert refused.status_code == 403
+        given = await consented(flow["authorization_url"])
+        done = await ben.post(f"/servers/{made['id']}/complete", json=given)
+        assert done.status_code == 200, done.text
+        assert (await ben.post(f"/servers/{made['id']}/verify", json={})).status_code == 200
+
+
+async def test_a_code_goes_to_no_other_redirect_uri(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        made, ben = await setup.make(), setup.api.ben
+        path, loc = f"/servers/{made['id']}/flows", [(["body", "redirect_uri"], "value_error")]
+        headless = {"mode": "headless", "redirect_uri": FRONT}
+        assert faults(await ben.post(path, json=headless)) == loc
+        await with_client(setup, made)
+        assert faults(await ben.post(path, json={**headless, "redirect_uri": f"{FRONT}/else"})) == loc
+        # A browser comes back to the proxy only.
+        assert faults(await ben.post(path, json={"redirect_uri": FRONT})) == loc
+        assert (await ben.post(path, json=headless)).status_code == 201
+
+
+async def test_events_name_the_server_of_flows_and_grants(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        made, ben = await setup.make(), setup.api.ben
+        await setup.connect(made["id"], ben)
+        grant = (await ben.get("/grants")).json()["items"][0]
+        assert (await ben.delete(f"/grants/{grant['id']}")).status_code == 200
+        events = (await setup.api.ada.get("/events")).json()["items"]
+        assert {event["action"] for event in events} >= {"flows.create", "servers.complete", "grants.delete"}
+        assert {(event["server"], event["server_name"]) for event in events} == {(made["id"], "tickets")}
+
+
+async def test_only_valid_requests_count_as_flows(servers: Servers, tmp_path: Path) -> None:
+    async with made_setup(servers, tmp_path) as setup:
+        made, ben = await setup.make(), setup.api.ben
+        for _ in range(20):
+            assert_problem(await ben.post(f"/servers/{made['id']}/flows", json={"mode": "no"}), 422)
+        answers = [(await ben.post(f"/servers/{made['id']}/flows", json={})).status_code for _ in range(11)]
+        assert answers == [201, *[200] * 9, 429]

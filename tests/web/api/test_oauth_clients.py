@@ -113,6 +113,8 @@ async def test_what_a_change_leaves_and_what_it_replaces(tmp_path: Path) -> None
         }  # fmt: skip
         unchanged = await change(api, made, **empty)
         assert {**unchanged, "updated_at": ""} == {**made, "updated_at": ""}
+        unchanged = await change(api, made, status="", replace_scopes=None, replace_metadata=False)
+        assert {**unchanged, "updated_at": ""} == {**made, "updated_at": ""}
         replaced = await change(api, made, scopes=["write", "write"], metadata={"b": 2})
         assert (replaced["scopes"], replaced["metadata"]) == (["write"], {"b": 2})
         bare = await change(
@@ -156,6 +158,8 @@ async def test_a_revoked_client_stays_revoked(tmp_path: Path) -> None:
         for changes in ({"status": "active"}, {"client_secret": NEWER}):
             refused = await api.ada.patch(f"/oauth-clients/{made['id']}", json=changes)
             assert_problem(refused, 409, "client-revoked")
+        # It is revoked already, so nothing changes.
+        assert (await change(api, made, status="revoked"))["status"] == "revoked"
 
 
 # With an authorization server

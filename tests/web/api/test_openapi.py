@@ -40,6 +40,7 @@ RULED = [
     "flows.create",
     "oauth-clients.create",
     "oauth-clients.change",
+    "oauth.start",
 ]
 
 IDS = """
@@ -67,7 +68,7 @@ async def test_the_document_lists_every_operation(tmp_path: Path) -> None:
     assert document["openapi"].startswith("3.1.")
     assert document["servers"] == [{"url": PREFIX}]
     listed = {(method.upper(), path) for path, entries in document["paths"].items() for method in entries}
-    assert listed == {(operation.method, operation.path) for operation in operations()}
+    assert listed == {(operation.method, operation.path) for operation in operations()} | {("GET", "/oauth/start")}
     ids = [entry["operationId"] for entries in document["paths"].values() for entry in entries.values()]
     assert len(ids) == len(set(ids))
 

@@ -49,6 +49,8 @@ async def test_a_server_is_served_as_soon_as_it_is_made_and_until_it_is_deleted(
     async with made_setup(servers, tmp_path, protected=False) as setup:
         made = await setup.make()
         assert (made["origin"], made["name"], made["owner"]) == ("api", "tickets", None)
+        event = (await setup.api.ada.get("/events")).json()["items"][0]
+        assert (event["action"], event["server"], event["server_name"]) == ("servers.create", made["id"], "tickets")
         async with setup.mcp("tickets", "ben") as client:
             assert (await client.call("echo", text="hello")).text == "hello"
         assert (await setup.api.ada.delete(f"/servers/{made['id']}")).status_code == 204

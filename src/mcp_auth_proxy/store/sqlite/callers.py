@@ -132,6 +132,8 @@ CALLERS = (
         credential TEXT NOT NULL,
         action TEXT NOT NULL,
         target TEXT NOT NULL,
+        server TEXT NOT NULL,
+        server_name TEXT NOT NULL,
         outcome TEXT NOT NULL,
         address TEXT NOT NULL,
         request_id TEXT NOT NULL,

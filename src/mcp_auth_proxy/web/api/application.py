@@ -104,18 +104,11 @@ class Api:
             caller = models.Caller(principal=models.Principal(id="", name=""), credential="", scopes=frozenset())
         else:
             caller = await caller_of(request, self.context, self.limits)
-            self._count(caller, operation)
+            if seconds := self.limits.calls.take(caller.principal.id):
+                raise too_many("Too many requests of this principal.", seconds)
         if found is None:
             raise self._routes.problem(path)
         return await self._perform(request, request_id, caller, *found)
-
-    def _count(self, caller: Caller, operation: Operation | None) -> None:
-        """Count a call. Raises Problem (429)."""
-        principal = caller.principal.id
-        if seconds := self.limits.calls.take(principal):
-            raise too_many("Too many requests of this principal.", seconds)
-        if operation is not None and operation.starts_flow and (seconds := self.limits.flows.take(principal)):
-            raise too_many("Too many authorizations were started by this principal.", seconds)
 
     async def _perform(
         self, request: Request, request_id: str, caller: Caller, operation: Operation, path: Mapping[str, str]
@@ -143,6 +136,8 @@ class Api:
             call.body = read_body(body, operation.body)
         if operation.query is not None:
             call.query = read_query(call.raw_query, operation.query)
+        if operation.starts_flow and (seconds := self.limits.flows.take(caller.principal.id)):
+            raise too_many("Too many authorizations were started by this principal.", seconds)
         return await perform(call)
 
     async def _check_access(self, call: Call[Any, Any]) -> None:

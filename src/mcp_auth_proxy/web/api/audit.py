@@ -36,6 +36,8 @@ async def record(call: Call[Any, Any], outcome: str) -> None:
         credential=call.caller.credential,
         action=call.operation.action,
         target=excerpt(call.target or next(iter(call.path.values()), "")),
+        server=call.server[0],
+        server_name=call.server[1],
         outcome=outcome,
         address=call.address,
         request_id=call.request_id,

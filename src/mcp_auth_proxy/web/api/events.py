@@ -20,6 +20,8 @@ class EventView(View):
     credential: str
     action: Annotated[str, Meta(description="RESOURCE.VERB, such as grants.delete.")]
     target: str
+    server: Annotated[str | None, Meta(description="The id of the server that it concerns.")]
+    server_name: str | None
     outcome: Annotated[str, Meta(description="ok, or the kind of the problem.")]
     address: str
     request_id: str
@@ -50,6 +52,8 @@ def _view(event: Event) -> EventView:
         credential=event.credential,
         action=event.action,
         target=event.target,
+        server=event.server or None,
+        server_name=event.server_name or None,
         outcome=event.outcome,
         address=event.address,
         request_id=event.request_id,

@@ -10,12 +10,20 @@ from mcp_auth_proxy.broker.client_registration import redirect_uri
 from mcp_auth_proxy.broker.requested_flows import allowed_return_origin, mode_of, notice, state_of
 from mcp_auth_proxy.config import values
 from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import RedirectRefused
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Flow, FlowMode, GrantType
 from mcp_auth_proxy.web.api import completion
 from mcp_auth_proxy.web.api.models import Body, Check, View, moment
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation
 from mcp_auth_proxy.web.api.problems import Problem, invalid_field, not_found
-from mcp_auth_proxy.web.api.reach import AccountName, answered, own_account, owns, usable_server
+from mcp_auth_proxy.web.api.reach import (
+    AccountName,
+    answered,
+    own_account,
+    owns,
+    server_id_and_name,
+    usable_server,
+)
 
 MAX_SCOPES = 100
 
@@ -30,7 +38,9 @@ class FlowView(View):
     status: Literal["pending", "connected", "failed", "expired", "cancelled"]
     reason: str | None
     mode: Literal["browser", "headless", "device"]
-    connect_url: Annotated[str | None, Meta(description="The link that the user opens.")]
+    connect_url: Annotated[
+        str | None, Meta(description="The link that the user opens; null if the code goes to a program's redirect_uri.")
+    ]
     authorization_url: Annotated[str | None, Meta(description="Mode headless: where the user authorizes.")]
     notice: Annotated[str | None, Meta(description="Mode headless: what the user has to know before.")]
     user_code: Annotated[str | None, Meta(description="Mode device: what the user enters at verification_uri.")]
@@ -66,7 +76,7 @@ async def flow_view(call: Call[Any, Any], flow: Flow) -> FlowView:
         status=state.value,
         reason=flow.reason or None,
         mode=mode.value,
-        connect_url=api.broker.link(flow) if pending else None,
+        connect_url=api.broker.link(flow) if pending and not flow.ends_elsewhere else None,
         authorization_url=await api.broker.authorization_url(flow) if headless else None,
         notice=notice(flow) if headless else None,
         user_code=device.user_code if pending and device is not None else None,
@@ -82,9 +92,10 @@ async def create_flow(call: Call[NewFlow, None]) -> Answer:
     """Begin an authorization, or return the one under way."""
     server, body = usable_server(call), call.body
     account = own_account(call, server, body.account)
-    _check_redirect(call, server)
+    mode = _mode(call, server)
     wanted = FlowRequest(
-        mode=_mode(call, server),
+        mode=mode,
+        redirect_uri=_redirect_uri(call, server, mode),
         scopes=None if body.scopes is None else tuple(dict.fromkeys(body.scopes)),
         return_origin=return_origin(call, body.return_origin),
     )
@@ -98,9 +109,12 @@ async def begin(call: Call[Any, Any], server: ServerSettings, account: str, want
         raise Problem(409, "no-user-needed", f"{server.name} is authorized without a user.")
     with answered(server.name):
         status, challenge = await call.api.probe(server)
-        outcome, new = await call.api.broker.request_flow(
-            own_account(call, server, account), wanted, status=status, challenge=challenge
-        )
+        try:
+            outcome, new = await call.api.broker.request_flow(
+                own_account(call, server, account), wanted, status=status, challenge=challenge
+            )
+        except RedirectRefused as refused:
+            raise invalid_field(("body", "redirect_uri"), str(refused)) from None
     if not isinstance(outcome, PendingAuthorization):
         await call.api.made.connected(server)
         raise Problem(409, "no-authorization", f"{server.name} asks for no authorization: use it as it is.")
@@ -129,12 +143,15 @@ def _mode(call: Call[NewFlow, None], server: ServerSettings) -> FlowMode:
     return mode
 
 
-def _check_redirect(call: Call[NewFlow, None], server: ServerSettings) -> None:
-    """Check that a code is sent only where the proxy says so. Raises Problem (422)."""
+def _redirect_uri(call: Call[NewFlow, None], server: ServerSettings, mode: FlowMode) -> str | None:
+    """Return where the code is to go; None: to the proxy, which browsers always come back to. Raises Problem (422)."""
     given = call.body.redirect_uri
     own = redirect_uri(call.api.public_url, server.oauth.grant)
-    if given is not None and given != own:
-        raise invalid_field(("body", "redirect_uri"), f"must be {own}, or stand in the oauth-client of the server")
+    if given in (None, own):
+        return None
+    if mode is not FlowMode.HEADLESS:
+        raise invalid_field(("body", "redirect_uri"), f"must be {own}, unless mode is headless")
+    return given
 
 
 async def read_flow(call: Call[None, None]) -> Answer:
@@ -154,6 +171,7 @@ async def _own_flow(call: Call[Any, Any]) -> Flow:
     flow = await call.api.broker.flow(call.path["id"])
     if flow is None or not owns(call, flow):
         raise not_found("flow")
+    call.server = server_id_and_name(call, flow.key.account.server)
     return flow
 
 

@@ -15,6 +15,7 @@ from mcp_auth_proxy.web.api.models import View, moment, moment_or_none
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation
 from mcp_auth_proxy.web.api.pages import PageInfo, PageQuery, info, position
 from mcp_auth_proxy.web.api.problems import Problem, forbidden, not_found, retry_after
+from mcp_auth_proxy.web.api.reach import server_id_and_name
 
 MAX_ID = 2**63 - 1
 
@@ -201,6 +202,7 @@ async def _find(call: Call[None, None]) -> GrantSummary:
     grant = await call.api.broker.stored_grants.get(number) if number <= MAX_ID and str(number) == text else None
     if grant is None or not _may_see(call, grant):
         raise not_found("grant")
+    call.server = server_id_and_name(call, grant.key.account.server)
     return grant
 
 

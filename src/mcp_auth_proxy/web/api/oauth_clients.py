@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 from mcp_auth_proxy.broker import CLIENT_CHANGED, CLIENT_REVOKED
 from mcp_auth_proxy.models import ClientAuth, OAuthClient, OAuthClientStatus
@@ -90,10 +90,10 @@ class OAuthClientChange(Body):
     metadata: Metadata | None = None
     server_ids: Ids | None = None
     status: Status | None = None
-    replace_scopes: bool | UnsetType = UNSET
-    replace_redirect_uris: bool | UnsetType = UNSET
-    replace_metadata: bool | UnsetType = UNSET
-    replace_server_ids: bool | UnsetType = UNSET
+    replace_scopes: bool | None = None
+    replace_redirect_uris: bool | None = None
+    replace_metadata: bool | None = None
+    replace_server_ids: bool | None = None
 
 
 class OAuthClientView(View):
@@ -171,9 +171,11 @@ async def change_client(call: Call[OAuthClientChange, None]) -> Answer:
     """Change a client; what depends on the old one ends."""
     before = await _found(call)
     call.check_match(_view(before))
-    if before.status is OAuthClientStatus.REVOKED:
-        raise Problem(409, "client-revoked", "A revoked client can't be changed. Delete it, and make a new one.")
     after = _changed(before, call.body, call.api.clock())
+    if before.status is OAuthClientStatus.REVOKED:
+        if replace(after, version=before.version, updated_at=before.updated_at) == before:
+            return Answer(_view(before), etag=True)
+        raise Problem(409, "client-revoked", "A revoked client can't be changed. Delete it, and make a new one.")
     another = (after.client_id, after.token_url) != (before.client_id, before.token_url)
     if another and before.client_secret is not None and not call.body.client_secret:
         # Else whoever may change the address would be sent the secret (T68).

@@ -19,6 +19,8 @@ _REF = "#/components/schemas/{name}"
 _ID = "^[A-Za-z0-9_.:-]+$"
 """What ids are made of; those of servers of the configuration are their names."""
 
+_EITHER = ((MEDIA_TYPE, "object"), ("text/html", "string"))
+
 _PARAMETER = re.compile(r"\{(\w+)\}")
 _SECURITY: Json = {
     "bearer": {
@@ -28,6 +30,39 @@ _SECURITY: Json = {
         "Bearer; a request has one of them.",
     },
 }
+_START: Json = {
+    "operationId": "oauth.start",
+    "tags": ["oauth"],
+    "summary": "Begin an authorization by the URL of a server alone, in a popup",
+    "parameters": [
+        {"name": "mcp_server_url", "in": "query", "required": True, "schema": {"type": "string", "format": "uri"}},
+        *(
+            {"name": name, "in": "query", "required": False, "description": text, "schema": {"type": "string"}}
+            for name, text in (
+                ("scopes", "Separated by commas."),
+                ("account", "An account of the server."),
+                ("return_origin", "The origin of the page that hears how it ends: see the key admin.popup_origins."),
+            )
+        ),
+    ],
+    "responses": {
+        "200": {
+            "description": "A page that shows what is asked for, and asks the user of a browser.",
+            "content": {"text/html": {"schema": {"type": "string"}}},
+        },
+        "303": {"description": "To the link of the flow; for a browser without a session, to the sign-in."},
+        **{
+            str(status): {
+                "description": HTTPStatus(status).phrase,
+                "content": {kind: {"schema": {"type": schema}} for kind, schema in _EITHER},
+            }
+            for status in (400, 401, 403, 409, 422, 429, 502, 503, 504)
+        },
+    },
+    "security": [{name: []} for name in _SECURITY],
+}
+"""The page of ``web.start``, which is no operation: it answers browsers."""
+
 _RETRY_AFTER: Json = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
 _INFO = (
     "Everything that the commands can do. Errors are problem details (RFC 9457). Lists have pages: pass the "
@@ -52,6 +87,7 @@ def document(operations: Sequence[Operation], prefix: str) -> OpenApiView:
     paths: dict[str, Json] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _entry(operation)
+    paths["/oauth/start"] = {"get": _START}
     return OpenApiView(
         openapi="3.1.0",
         info={"title": "mcp-auth-proxy", "version": __version__, "description": _INFO},

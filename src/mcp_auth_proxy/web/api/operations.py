@@ -50,6 +50,8 @@ class Call(Generic[B_co, Q_co]):
     operation: "Operation"
     target: str = ""
     """The id of what is changed, for the audit trail; by default the first parameter of the path."""
+    server: tuple[str, str] = ("", "")
+    """The id and name of the server that the call concerns, for the audit trail."""
 
     @property
     def is_admin(self) -> bool:

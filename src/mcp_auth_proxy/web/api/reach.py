@@ -36,6 +36,7 @@ def visible_server(call: Call[Any, Any]) -> ServerSettings:
     server = call.api.servers.by_id(call.path["id"])
     if server is None or not sees(call, server):
         raise not_found("server")
+    call.server = (server.server_id, server.name)
     return server
 
 
@@ -44,6 +45,7 @@ def usable_server(call: Call[Any, Any]) -> ServerSettings:
     server = call.api.servers.by_id(call.path["id"])
     if server is None or not server.admits(call.caller.principal):
         raise not_found("server")
+    call.server = (server.server_id, server.name)
     return server
 
 
@@ -61,6 +63,12 @@ def owns(call: Call[Any, Any], flow: Flow) -> bool:
     if owner == shared_principal(principal.project_id):
         return call.is_admin
     return owner == principal.id
+
+
+def server_id_and_name(call: Call[Any, Any], name: str) -> tuple[str, str]:
+    """Return the id and name of a server by its name, which stands for the id if the server is gone."""
+    server = call.api.servers.get(name)
+    return (name if server is None else server.server_id), name
 
 
 def may_use_api(caller: Caller) -> bool:

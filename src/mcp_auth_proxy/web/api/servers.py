@@ -131,7 +131,7 @@ async def create_server(call: Call[NewServer, None]) -> Answer:
     name = given.pop("name")
     with answered():
         made = await call.api.made.add(name, given, project=call.caller.principal.project_id)
-    call.target = made.id
+    call.target, call.server = made.id, (made.id, made.name)
     return _answer(call, call.api.servers[made.name], (), status=201)
 
 
@@ -187,8 +187,10 @@ def _answer(
     status: int = 200,
 ) -> Answer:
     # What changes with every renewal is no part of the tag: else nobody could change a server that is in use.
-    tag = etag_of(_view(call, server, ()))
-    return Answer(_view(call, server, connections), status=status, headers={"etag": tag})
+    headers = {"etag": etag_of(_view(call, server, ()))}
+    if status == 201:
+        headers["location"] = f"/api/v1/servers/{server.server_id}"
+    return Answer(_view(call, server, connections), status=status, headers=headers)
 
 
 def _view(call: Call[Any, Any], server: ServerSettings, connections: Sequence[AccountConnection]) -> ServerView:
