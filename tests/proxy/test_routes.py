@@ -109,7 +109,9 @@ def test_an_encoded_letter_is_seen(path: bytes) -> None:
     assert routes.has_encoded_letters(path)
 
 
-@pytest.mark.parametrize("path", [b"/metrics", b"/notes%40work/mcp", b"/a%20b", b"/%C3%A9", b"/%2540", b"/a%5Fb", b"/%"])
+@pytest.mark.parametrize(
+    "path", [b"/metrics", b"/notes%40work/mcp", b"/a%20b", b"/%C3%A9", b"/%2540", b"/a%5Fb", b"/%"]
+)
 def test_other_paths_have_no_encoded_letter(path: bytes) -> None:
     assert not routes.has_encoded_letters(path)
 

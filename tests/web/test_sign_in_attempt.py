@@ -71,7 +71,9 @@ def test_a_sign_in_leads_on_to_paths_of_this_proxy_only(text: str) -> None:  # T
     assert sign_in_path(text) == "/sign-in"
 
 
-@pytest.mark.parametrize("text", ["/connect/notes?flow=a_b-c&x=%20", "/oauth/connected/notes@work", "/notes%40work/mcp", "/mcp"])
+@pytest.mark.parametrize(
+    "text", ["/connect/notes?flow=a_b-c&x=%20", "/oauth/connected/notes@work", "/notes%40work/mcp", "/mcp"]
+)
 def test_paths_of_this_proxy_are_kept(text: str) -> None:
     assert local_path(text) == text
     assert sign_in_path(text).startswith("/sign-in?next=%2F")

@@ -35,7 +35,9 @@ class NewKey(Body):
     expires_at: (
         Annotated[
             datetime,
-            Meta(tz=True, description="A key that has ended can't be used. Default: never, or with the key of a member."),
+            Meta(
+                tz=True, description="A key that has ended can't be used. Default: never, or when its maker's key ends."
+            ),
             Check(_can_be_shown),
         ]
         | None

@@ -126,7 +126,7 @@ async def create_principal(call: Call[NewPrincipal, None]) -> Answer:
     except NameTaken as error:
         # Ids of other projects are nobody's business here (T65).
         other = call.api.find_principal(error.existing_id, me.project_id)
-        raise Problem(409, "name-taken", str(error), existing_id=other and other.id) from None
+        raise Problem(409, "name-taken", str(error), existing_id=other.id if other else None) from None
     return Answer(await principal_view(call.api, principal), etag=True)
 
 
