@@ -37,6 +37,13 @@ def test_a_file_that_can_not_be_trusted_is_replaced(tmp_path: Path, mode: int, t
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_fifo_in_its_place_stops_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "api-token"
+    os.mkfifo(path, 0o600)
+    assert read_token(path) is None
+    assert obtain_token(path, now=NOW) == read_token(path)
+
+
 def test_the_file_is_beside_the_store_unless_it_is_named(tmp_path: Path) -> None:
     settings = Settings(listen=Address("127.0.0.1", 0), public_url=None, store=store_settings(tmp_path), servers={})
     assert token_path(settings) == tmp_path / "api-token"

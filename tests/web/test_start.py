@@ -139,6 +139,14 @@ async def test_a_page_that_leads_to_the_sign_in_can_not_leave_out_the_question(
         assert (sent(setup), names(setup)) == (0, [])
 
 
+async def test_a_password_that_a_browser_adds_by_itself_begins_nothing(servers: Servers, tmp_path: Path) -> None:  # T70
+    async with started(servers, tmp_path) as setup, httpx2.AsyncClient(trust_env=False) as browser:
+        for site in ("cross-site", "same-site"):
+            fields = {"sec-fetch-site": site, "sec-fetch-mode": "navigate"}
+            page = await browser.get(start(setup), headers=fields, auth=("any", setup.api.keys["ben"]))
+            assert (page.status_code, sent(setup), names(setup)) == (200, 0, [])
+
+
 async def test_programs_with_a_key_and_our_own_pages_need_no_form(servers: Servers, tmp_path: Path) -> None:
     async with started(servers, tmp_path) as setup, setup.signed_in("eve") as browser:
         async with httpx2.AsyncClient(trust_env=False, headers=setup.key("ben")) as program:

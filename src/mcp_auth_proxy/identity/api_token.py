@@ -23,7 +23,8 @@ def read_token(path: Path) -> str | None:
     Raises OSError.
     """
     try:
-        with path.open("rb") as file:
+        # Not blocking: somebody may have put a FIFO there, if the place was chosen badly.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             problem = files.exposure(os.fstat(file.fileno()))
             text = file.read(_MAX_TEXT).strip()
     except FileNotFoundError:

@@ -105,7 +105,9 @@ class StartPage:
                 raise Problem(403, "forbidden", FORGED)
             return await self._begin(request, caller, wanted)
         ours = request.headers.get("sec-fetch-site") == "same-origin" and CONFIRM not in request.query_params
-        if explicit or ours:
+        # Browsers add a password that they know (Basic) by themselves, whichever page sends them here.
+        by_program = explicit and request.headers.get("sec-fetch-site") not in ("cross-site", "same-site")
+        if by_program or ours:
             return await self._begin(request, caller, wanted)
         return self._page(request, wanted)
 

@@ -36,7 +36,8 @@ class NewKey(Body):
         Annotated[
             datetime,
             Meta(
-                tz=True, description="A key that has ended can't be used. Default: never, or with the key of a member."
+                tz=True,
+                description="A key that has ended can't be used. Default: never, or when its maker's key ends.",
             ),
             Check(_can_be_shown),
         ]

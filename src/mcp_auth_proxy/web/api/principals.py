@@ -125,8 +125,8 @@ async def create_principal(call: Call[NewPrincipal, None]) -> Answer:
         await call.api.directory.add(principal, [Identity(each.source, each.subject) for each in body.identities])
     except NameTaken as error:
         # Ids of other projects are nobody's business here (T65).
-        other = call.api.find_principal(error.existing_id, me.project_id) if error.existing_id else None
-        raise Problem(409, "name-taken", str(error), existing_id=None if other is None else other.id) from None
+        other = call.api.find_principal(error.existing_id, me.project_id)
+        raise Problem(409, "name-taken", str(error), existing_id=other.id if other else None) from None
     return Answer(await principal_view(call.api, principal), etag=True)
 
 
