@@ -16,6 +16,7 @@ from fakes.proxy import running_proxy
 from fakes.team import post
 from mcp_auth_proxy.identity.sessions import new_link
 from mcp_auth_proxy.store.sessions import Sessions
+from web.api.api_setup import assert_problem
 from web.api.made_setup import LOOPBACK, MadeSetup, administer, made_setup
 
 APP = "https://app.example"
@@ -243,3 +244,13 @@ async def test_if_callers_are_not_identified_the_link_of_the_dashboard_is_needed
         await browser.client.get(f"{proxy.origin}/sign-in?link={link}", headers={"sec-fetch-site": "none"})
         assert Page((await browser.open(url)).text).forms
         assert upstream.requests == []
+
+
+async def test_a_program_is_answered_as_by_the_rest_of_the_api(servers: Servers, tmp_path: Path) -> None:
+    async with started(servers, tmp_path) as setup:
+        api = setup.api
+        assert_problem(await api.nobody.get("/oauth/start"), 401, "unauthenticated")
+        assert_problem(await api.ben.get("/oauth/start", params={"mcp_server_url": "ftp://x"}), 422, "invalid")
+        assert_problem(await api.ben.put("/oauth/start"), 405, "method-not-allowed")
+        browser = await api.nobody.get("/oauth/start", headers={"accept": "text/html,*/*;q=0.8"})
+        assert (browser.status_code, browser.headers["location"][:9]) == (303, "/sign-in?")

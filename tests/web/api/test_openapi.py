@@ -41,6 +41,7 @@ RULED = [
     "oauth-clients.create",
     "oauth-clients.change",
     "oauth.start",
+    "oauth.submit",
 ]
 
 IDS = """
@@ -67,8 +68,9 @@ async def test_the_document_lists_every_operation(tmp_path: Path) -> None:
         document: dict[str, Any] = response.json()
     assert document["openapi"].startswith("3.1.")
     assert document["servers"] == [{"url": PREFIX}]
+    pages = {("GET", "/oauth/start"), ("POST", "/oauth/start")}
     listed = {(method.upper(), path) for path, entries in document["paths"].items() for method in entries}
-    assert listed == {(operation.method, operation.path) for operation in operations()} | {("GET", "/oauth/start")}
+    assert listed == {(operation.method, operation.path) for operation in operations()} | pages
     ids = [entry["operationId"] for entries in document["paths"].values() for entry in entries.values()]
     assert len(ids) == len(set(ids))
 

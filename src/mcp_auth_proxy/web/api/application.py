@@ -186,6 +186,8 @@ class Routes:
     def problem(self, path: str) -> Problem:
         """Return what is wrong with a path or method that has no operation (404, 405)."""
         methods = sorted({operation.method for operation, _ in self.at(path)})
+        if path == openapi.START:
+            methods = ["GET", "POST"]
         if not methods:
             return not_found("endpoint")
         allowed = [*methods, *(["HEAD"] if "GET" in methods else [])]

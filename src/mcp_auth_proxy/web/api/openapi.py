@@ -30,6 +30,11 @@ _SECURITY: Json = {
         "Bearer; a request has one of them.",
     },
 }
+START = "/oauth/start"
+"""The path of the page of ``web.start``, which is no operation: it answers browsers."""
+
+_SUBMIT = "The same, as the form of that page sends it; for programs there is no difference"
+
 _START: Json = {
     "operationId": "oauth.start",
     "tags": ["oauth"],
@@ -61,7 +66,6 @@ _START: Json = {
     },
     "security": [{name: []} for name in _SECURITY],
 }
-"""The page of ``web.start``, which is no operation: it answers browsers."""
 
 _RETRY_AFTER: Json = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
 _INFO = (
@@ -87,7 +91,7 @@ def document(operations: Sequence[Operation], prefix: str) -> OpenApiView:
     paths: dict[str, Json] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _entry(operation)
-    paths["/oauth/start"] = {"get": _START}
+    paths[START] = {"get": _START, "post": _START | {"operationId": "oauth.submit", "summary": _SUBMIT}}
     return OpenApiView(
         openapi="3.1.0",
         info={"title": "mcp-auth-proxy", "version": __version__, "description": _INFO},
