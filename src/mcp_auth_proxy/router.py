@@ -89,7 +89,7 @@ class Router:
             route = self._routes.local.get(request.path)
             return route is not None and self._forwarder.try_fast_path(route, request, LOCAL_CALLER)
         caller = self._authenticator.identify_nowait(request.headers, request.peer)
-        if caller is None or Scope.MCP not in caller.scopes:
+        if caller is None or not caller.may_call:
             return False
         route = self._routes.get(caller.principal, request.path)
         return route is not None and self._forwarder.try_fast_path(route, request, caller)
@@ -136,7 +136,7 @@ class Router:
         caller = await self._caller(request)
         if caller is None:
             return
-        if Scope.MCP not in caller.scopes:
+        if not caller.may_call:
             self._respond_refused(request, CallerRefused("This credential is not for calls of MCP servers."))
             return
         route = self._routes.find(caller.principal, request.path)

@@ -233,7 +233,8 @@ def mcp_auth_proxy(arguments: list[str]) -> None:
         require(False, error.format_message())
     server = values.get("server")
     if server is not None and "://" not in server:
-        require(server in document("mcp-auth-proxy.yaml")["servers"], f"{server} is not configured")
+        name = server.partition("@")[0]
+        require(name in document("mcp-auth-proxy.yaml")["servers"], f"{server} is not configured")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -423,10 +423,10 @@ async def test_thousands_of_forged_rows_stop_nobody_and_do_not_fill_the_log(
     waiting = asyncio.ensure_future(
         Confirmations(engine).contains(LINEAR, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=host)
     )
-    longest, before = 0.0, time.monotonic()
+    longest, before = 0.0, time.thread_time()
     while not waiting.done():
         await asyncio.sleep(0)
-        longest, before = max(longest, time.monotonic() - before), time.monotonic()
+        longest, before = max(longest, time.thread_time() - before), time.thread_time()
     assert not await waiting
     assert longest < 0.2
     assert len(caplog.records) <= 21
