@@ -329,3 +329,38 @@ def test_importing_it_imports_neither_the_data_plane_nor_the_pages() -> None:
     unwanted = {"mcp_auth_proxy.proxy", "mcp_auth_proxy.web", "mcp_auth_proxy.app", "mcp_auth_proxy.router"}
     unwanted |= {"mcp_auth_proxy.net.http_server", "starlette", "uvicorn", "mcp", "jinja2"}
     assert unwanted.isdisjoint(found)
+
+
+async def test_a_server_that_asks_for_no_authorization_is_named(storage: FileTokenStorage, servers: Servers) -> None:
+    upstream = await servers.mcp_server(protected=False)
+    auth = OAuth(upstream.url, storage)
+    async with program(None) as client:
+        assert await auth.initialize(client) is None
+    assert (await ping(auth, upstream.url)).status_code == 200
+    assert await auth.refresh_token() is None
+
+
+async def test_more_scopes_are_asked_for_when_the_server_wants_them(
+    user: User, storage: FileTokenStorage, mcp_server: FakeMcpServer, authorization_server: FakeAuthorizationServer
+) -> None:
+    mcp_server.scopes = ("read",)
+    auth = OAuth(mcp_server.url, storage)
+    assert (await user.while_doing(ping(auth, mcp_server.url))).status_code == 200
+    mcp_server.scopes = ("read", "write")
+    assert (await user.while_doing(ping(auth, mcp_server.url))).status_code == 200
+    assert len(user.links) == 2
+    first, second = (asked.form["scope"].split() for asked in authorization_server.seen("authorize"))
+    assert (first, sorted(second)) == (["read"], ["read", "write"])
+
+
+async def test_a_storage_keeps_tokens_that_a_program_gives_it(
+    storage: FileTokenStorage, mcp_server: FakeMcpServer, authorization_server: FakeAuthorizationServer
+) -> None:
+    token = authorization_server.issue(resource=mcp_server.url)
+    await storage.save_tokens(mcp_server.url, {"access_token": token, "refresh_token": "of no known client"})
+    kept = await storage.load_tokens(mcp_server.url)
+    assert kept is not None
+    assert (kept.access_token, kept.refresh_token) == (token, None)
+    assert (await ping(OAuth(mcp_server.url, storage), mcp_server.url)).status_code == 200
+    with pytest.raises(ValueError, match="no access_token"):
+        await storage.save_tokens(mcp_server.url, {"refresh_token": "alone"})
