@@ -20,7 +20,7 @@ from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth import scopes
 
 MARGIN = 30.0
-"""A token is renewed when this many seconds of it are left."""
+"""A token is renewed when this many seconds of it are left, or a fifth of what was left when it was loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +54,10 @@ class BearerAuth(httpx2.Auth):
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A token in use. ``expires_at`` is in Unix seconds."""
+    """A token in use, which is renewed from ``renew_at`` on (Unix seconds)."""
 
     token: AccessToken = field(repr=False)
-    expires_at: float
+    renew_at: float
 
 
 @dataclass(slots=True)
@@ -111,6 +111,8 @@ class OAuth(httpx2.Auth):
         self._files = token_storage if isinstance(token_storage, FileTokenStorage) else None
         self._port = callback_port
         self._held: _Held | None = None
+        self._absent = False
+        """Whether there was no token when the store was read last: it is read again after a challenge only."""
         self._challenge: list[bytes] = [b"Bearer"]
         """What the server asked for last (RFC 9110 §11.6.1)."""
         self._turn = asyncio.Lock()
@@ -142,7 +144,7 @@ class OAuth(httpx2.Auth):
         Raises AuthorizationError, also if the user takes longer than ten minutes, and StoreError.
         """
         async with self._turn:
-            return _bearer((await self._consent()).token)
+            return _bearer((await self._consent(401, self._challenge)).token)
 
     async def refresh_token(self) -> BearerAuth | None:
         """Renew the token now; return None if there is none, or none that can be renewed.
@@ -190,26 +192,26 @@ class OAuth(httpx2.Auth):
     async def _token(self) -> AccessToken | None:
         """Return a token that is good for a while, None if there is none."""
         held = self._held
-        if held is not None and time.time() < held.expires_at - MARGIN:
+        if held is not None and time.time() < held.renew_at:
             return held.token
+        if self._absent:
+            return None
         async with self._turn:
             held = await self._stored()
         return None if held is None else held.token
 
     async def _stored(self) -> _Held | None:
-        """Return the stored token, renewed if it has expired."""
+        """Return the stored token, renewed if it is time."""
         held = self._held
-        if held is not None and time.time() < held.expires_at - MARGIN:
+        if held is not None and time.time() < held.renew_at:
             return held
         async with self._open() as session:
             await self._take_over(session)
             token = await session.broker.token(session.account)
             if token is None:
-                self._held = None
+                self._held, self._absent = None, True
                 return None
-            stored = await session.tokens()
-            expires_at = stored.expires_at if stored else None
-            if expires_at is not None and time.time() >= expires_at - MARGIN:
+            if held is not None and held.token.header == token.header:
                 token = await session.broker.renew(session.account) or token
             return await self._keep(session, token)
 
@@ -217,13 +219,13 @@ class OAuth(httpx2.Auth):
         self, response: httpx2.Response, used: AccessToken | None, tried: _Tried
     ) -> AccessToken | None:
         """Return the token for another try; None if the response is not a challenge, and belongs to the caller."""
-        self._note_challenge(response)
-        status = response.status_code
-        if not challenges.demands_authorization(status, challenges.bearer(self._challenge)):
+        challenge, status = self._note_challenge(response), response.status_code
+        if not challenges.demands_authorization(status, challenges.bearer(challenge)):
             return None
         async with self._turn:
-            if self._held is not None and (used is None or self._held.token.header != used.header):
-                return self._held.token
+            held = self._held if used is not None else await self._stored()
+            if held is not None and (used is None or held.token.header != used.header):
+                return held.token
             if status == 401 and used is not None and not tried.renewed:
                 tried.renewed = True
                 if (token := await self._replaced(used)) is not None:
@@ -231,7 +233,7 @@ class OAuth(httpx2.Auth):
             if tried.asked:
                 raise AuthorizationError(f"{self.server_url} refuses the token that it has just asked for.")
             tried.asked = True
-            return (await self._consent(status)).token
+            return (await self._consent(status, challenge)).token
 
     async def _replaced(self, used: AccessToken) -> AccessToken | None:
         """Return the token that another process has stored since, or a renewed one; None if a user is needed."""
@@ -241,17 +243,18 @@ class OAuth(httpx2.Auth):
                 token = await session.broker.renew(session.account)
             return None if token is None else (await self._keep(session, token)).token
 
-    def _note_challenge(self, response: httpx2.Response) -> None:
+    def _note_challenge(self, response: httpx2.Response) -> list[bytes]:
         fields = [value.encode() for value in response.headers.get_list("www-authenticate")]
         self._challenge = fields or [b"Bearer"]
+        return self._challenge
 
-    async def _consent(self, status: int = 401) -> _Held:
+    async def _consent(self, status: int, challenge: list[bytes]) -> _Held:
         """Let the user authorize in a browser. Raises AuthorizationError and StoreError."""
         from mcp_auth_proxy.client import consent
 
         with consent.bound(self._port) as (sock, public_url):
             async with self._open(public_url) as session:
-                token = await consent.ask(session, sock, public_url, status, self._challenge)
+                token = await consent.ask(session, sock, public_url, status, challenge)
                 return await self._keep(session, token)
 
     # What is kept
@@ -276,8 +279,8 @@ class OAuth(httpx2.Auth):
         stored = await session.tokens()
         if stored is not None and self._own_storage is not None:
             await self._own_storage.save_tokens(self.server_url, as_mapping(stored))
-        expires_at = stored.expires_at if stored is not None and stored.expires_at is not None else float("inf")
-        self._held = _Held(token, expires_at)
+        left = float("inf") if stored is None or stored.expires_at is None else stored.expires_at - time.time()
+        self._held, self._absent = _Held(token, time.time() + left - min(MARGIN, 0.2 * max(0.0, left))), False
         return self._held
 
 
