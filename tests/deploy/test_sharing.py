@@ -10,6 +10,10 @@ from deploy import test_sharing_nginx, test_sharing_provider
 from fakes.fixtures import Servers
 from fakes.mcp_client import PlainClient
 from fakes.sharing import PAGE, Shared, block, blocks_of
+from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.grants import Grants
+from store.builders import grant
 
 KEYS_CONFIG = block("yaml", "mode: api_key")
 MAKE_KEYS = block("sh", "create grace")
@@ -20,7 +24,6 @@ DISABLE = block("sh", "principals disable")
 REVOKE = block("sh", "api-keys revoke")
 WHO = block("yaml", "grant_owner: shared")
 ASSIGN = block("sh", "grants assign")
-"""Run by the tests of that command."""
 
 
 @pytest.mark.nginx
@@ -112,3 +115,14 @@ def test_every_example_of_the_page_is_run() -> None:
     modules = (sys.modules[__name__], test_sharing_nginx, test_sharing_provider)
     run = [value for module in modules for value in vars(module).values()]
     assert [each.text for each in blocks_of(PAGE) if each not in run] == []
+
+
+async def test_the_grants_of_one_user_are_given_to_several(tmp_path: Path) -> None:
+    shared = Shared.on(tmp_path)
+    shared.configure(KEYS_CONFIG, WHO)
+    await shared.run(MAKE_KEYS)
+    engine = await open_store(load(tmp_path / "mcp-auth-proxy.yaml", environ={}).store)
+    for server in ("linear", "wiki"):
+        await Grants(engine).add(grant(server))
+    await engine.close()
+    assert await shared.run(ASSIGN) == "linear: now of grace\nwiki: now shared\n"
