@@ -3,14 +3,15 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mcp_auth_proxy.app import effective_public_url
+from mcp_auth_proxy.broker import Examination
 from mcp_auth_proxy.broker.backoff import Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
-from mcp_auth_proxy.broker.discovery import Discoverer, MetadataLookup
+from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.token_requests import TokenClient
@@ -26,7 +27,6 @@ from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.oauth import registration
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
-from mcp_auth_proxy.oauth.discovery import ResourceMetadata, ServerMetadata
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
@@ -40,23 +40,6 @@ MAX_HINTS = 4
 """Maximum number of configuration hints to apply, one after another."""
 
 
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """One run of discovery: the lookups, and the plan or the error that stopped it."""
-
-    lookups: list[MetadataLookup] = field(default_factory=list)
-    plan: Plan | None = None
-    error: AuthorizationError | None = None
-
-    @property
-    def resource(self) -> ResourceMetadata | None:
-        return next((lookup.found for lookup in self.lookups if isinstance(lookup.found, ResourceMetadata)), None)
-
-    @property
-    def metadata(self) -> ServerMetadata | None:
-        return next((lookup.found for lookup in self.lookups if isinstance(lookup.found, ServerMetadata)), None)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DiscoveryContext:
     """What discovery needs, the same for each run."""
@@ -66,9 +49,9 @@ class _DiscoveryContext:
     public_url: str
     allow_private: tuple[str, ...]
 
-    async def run(self, server: ServerSettings, challenge: BearerChallenge | None) -> _Run:
+    async def run(self, server: ServerSettings, challenge: BearerChallenge | None) -> Examination:
         """Run discovery once, without registering or storing anything."""
-        run = _Run()
+        run = Examination()
         fetcher, clock = self.fetcher, time.time
         discoverer = Discoverer(fetcher=fetcher, allow_private=self.allow_private, observe=run.lookups.append)
         registrar = ClientRegistrar(
@@ -83,7 +66,7 @@ class _DiscoveryContext:
             run.error = error
         return run
 
-    async def listed_method(self, server: ServerSettings, probed: ProbeResult, run: _Run) -> ConfigHint | None:
+    async def listed_method(self, server: ServerSettings, probed: ProbeResult, run: Examination) -> ConfigHint | None:
         """Return a value for ``client_auth`` that the server lists, if its current value is the only obstacle."""
         configured = server.oauth.client_auth
         listed = run.metadata.token_endpoint_auth_methods_supported if run.metadata else None
@@ -200,7 +183,9 @@ def _without_authorization(
     )
 
 
-def _report(server: ServerSettings, probed: ProbeResult, proposal: Proposal, steps: list[Step], run: _Run) -> Report:
+def _report(
+    server: ServerSettings, probed: ProbeResult, proposal: Proposal, steps: list[Step], run: Examination
+) -> Report:
     plan, refused = run.plan, _refusals(steps)
     has_proposal = plan is not None or any(not change.applied for change in proposal.changes)
     return Report(
@@ -241,7 +226,7 @@ def _preview(plan: Plan) -> Preview:
     )
 
 
-def _provider(run: _Run, server: ServerSettings) -> Provider | None:
+def _provider(run: Examination, server: ServerSettings) -> Provider | None:
     named = run.resource.authorization_servers[0] if run.resource else server.oauth.issuer
     issuer = run.metadata.issuer if run.metadata else named
     return None if issuer is None else providers.recognize(issuer, run.metadata)
