@@ -3,10 +3,10 @@
 Times are Unix seconds (float, UTC); scopes are tuples in the order given, without duplicates.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from mcp_auth_proxy import secret_values
 
@@ -458,6 +458,23 @@ class Tool(NamedTuple):
 
     name: str
     description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalog:
+    """What a server answered to ``initialize``, ``server/discover`` and the lists, for one account.
+
+    All are results as the server wrote them (JSON objects), which may say anything: they are shown to no one but the
+    account's own clients.
+    """
+
+    initialize: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    """The results of ``initialize``, by the revision that was asked for; empty if the server has no sessions."""
+    discover: Mapping[str, Any] | None = field(default=None, repr=False)
+    """The result of ``server/discover`` (MCP 2026-07-28); None if the server does not know it."""
+    lists: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict, repr=False)
+    """By member name (``tools``, ``prompts``, ``resources``, ``resourceTemplates``); one that was not listed is absent."""
+    fetched_at: float = 0.0
 
 
 class DPoPSigner(Protocol):
