@@ -31,9 +31,11 @@ from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.proxy.probe import probe
 from mcp_auth_proxy.proxy.routes import route_to
 from mcp_auth_proxy.proxy.tool_list import list_tools
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.mcp_sessions import McpSessions
 from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.api.context import ApiContext
@@ -117,7 +119,7 @@ class Application:
         """Hand the forwarder the limits, of which a server gets a share if there are several."""
         settings = self.settings
         self.forwarder.configure(
-            limits=settings.limits, wait=settings.authorization.wait, several=len(self.servers) > 1
+            limits=settings.limits, authorization=settings.authorization, several=len(self.servers) > 1
         )
 
     async def drain(self, waiting: Callable[[int], None] = _say_nothing) -> None:
@@ -136,6 +138,20 @@ class Application:
     def end(self) -> None:
         """End the active requests that are left, each stream with a final chunk."""
         self.forwarder.end_all()
+
+
+class _Cat:
+    def __init__(self, database):
+        self._c = Catalogs(database)
+
+    async def get(self, server, account):
+        return await self._c.get(account, upstream=server.url)
+
+    async def fetched(self, server, account):
+        return await self._c.get(account, upstream=server.url)
+
+
+from mcp_auth_proxy.store.catalogs import Catalogs
 
 
 @asynccontextmanager
@@ -205,12 +221,18 @@ async def lifespan(
         stack.push_async_callback(http.aclose)
         stack.callback(metrics.tokens.add_source(broker.token_states))
         stack.callback(metrics.upstream_connections.add_source(http.connections))
+        upstream = UpstreamClient(http)
+        catalogs = _Cat(database)
         forwarder = Forwarder(
             broker=broker,
-            http=http,
+            upstream=upstream,
             limits=settings.limits,
-            wait=settings.authorization.wait,
+            authorization=settings.authorization,
             several=len(servers) > 1,
+            store=McpSessions(database),
+            catalogs=catalogs,
+            public_url=public_url,
+            clock=clock,
         )
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))

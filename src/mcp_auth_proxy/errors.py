@@ -33,6 +33,7 @@
     ├── CallerRefused                  a request whose caller is not known, or may not call
     │   └── SignInNeeded               a page that only users see who have signed in
     ├── SessionNotFound                a session id that was not given to this caller
+    │   └── OwnSession                 the id of a session that the proxy began itself: see ``proxy.own_sessions``
     └── UpstreamError
         ├── UpstreamUnreachable        no connection: no byte of the request was sent
         ├── UpstreamTimeout            connected, but no response head in time
@@ -383,6 +384,14 @@ class SessionNotFound(McpAuthProxyError):
 
     def __init__(self) -> None:
         super().__init__("There is no such session. Begin a new one with initialize, without Mcp-Session-Id.")
+
+
+class OwnSession(SessionNotFound):
+    """A request has the id of a session that the proxy itself began, so it can't be forwarded as it is."""
+
+    def __init__(self, session_id: bytes) -> None:
+        super().__init__()
+        self.session_id = session_id
 
 
 class UpstreamError(McpAuthProxyError):

@@ -1,6 +1,7 @@
 """The data plane alone: its listener and its upstream are real sockets, its broker is scripted."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -9,7 +10,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization
-from mcp_auth_proxy.config.settings import LimitSettings, ServerSettings
+from mcp_auth_proxy.config.settings import AuthorizationSettings, LimitSettings, ServerSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.models import (
     LOCAL_CALLER,
@@ -28,7 +29,10 @@ from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_server import HttpServerConnection
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy import routes
+from mcp_auth_proxy.proxy.cold_start import Catalogs
 from mcp_auth_proxy.proxy.forwarder import Forwarder
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
+from mcp_auth_proxy.store.mcp_sessions import McpSessions
 
 Verdict = AccessToken | PendingAuthorization | McpAuthProxyError | None
 
@@ -131,7 +135,18 @@ async def forwarding(
     """Run the data plane before the upstream at ``url``."""
     http = HttpClient(Dialer(environ={}), connections_per_origin=4)
     limits = LimitSettings(body=body_limit, sse_ping=sse_ping)
-    forwarder = Forwarder(broker=cast(Broker, broker), http=http, limits=limits, wait=wait, several=False)
+    forwarder = Forwarder(
+        broker=cast(Broker, broker),
+        upstream=UpstreamClient(http),
+        limits=limits,
+        authorization=AuthorizationSettings(wait=wait, cold_start=False),
+        several=False,
+        # Used by cold start only.
+        store=cast(McpSessions, None),
+        catalogs=cast(Catalogs, None),
+        public_url="http://127.0.0.1",
+        clock=time.time,
+    )
     server = ServerSettings(name="notes", url=url, upstream_timeout=timeout)
     running = ForwardingServer(forwarder, routes.build({"notes": server})[b"/notes/mcp"])
     config, state = Config(cast(Any, running), interface="asgi3", log_config=None), ServerState()

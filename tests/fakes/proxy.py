@@ -70,7 +70,8 @@ def write_config(
     document: dict[str, object] = {
         "listen": listen,
         "store": {"url": "sqlite:///proxy.db"},
-        "authorization": {"wait": "5s", "open_browser": "never"},
+        # Most tests are about held requests; those about cold start turn it on.
+        "authorization": {"wait": "5s", "open_browser": "never", "cold_start": False},
         "servers": {name: {"url": entry} if isinstance(entry, str) else entry for name, entry in servers.items()},
     }
     for name, section in sections.items():

@@ -6,11 +6,16 @@ from mcp_auth_proxy.broker import Broker, PendingAuthorization
 from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
+from mcp_auth_proxy.proxy.cold_start import ColdStart
+from mcp_auth_proxy.proxy.own_sessions import OwnSession
 from mcp_auth_proxy.proxy.responder import Responder
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
 from mcp_auth_proxy.rpc import answers, events
+from mcp_auth_proxy.rpc.encoding import encode
 from mcp_auth_proxy.rpc.messages import RequestBody
+
+FOREVER = float("inf")
 
 COMMENT_INTERVAL = 5.0
 """Seconds between comments on a held response: Python clients give up after 300 s of silence, others earlier."""
@@ -32,8 +37,13 @@ class ConsentWait:
         sessions: Sessions,
         draining: asyncio.Future[None],
         wait: float,
+        cold_start: ColdStart,
     ) -> None:
-        """``draining`` is done when the proxy begins to shut down; ``wait`` is in seconds."""
+        """``draining`` is done when the proxy begins to shut down; ``wait`` is in seconds.
+
+        ``cold_start`` answers in place of the server what can't wait.
+        """
+        self._cold_start = cold_start
         self._broker = broker
         self._sessions = sessions
         self._draining = draining
@@ -47,11 +57,13 @@ class ConsentWait:
         responder: Responder,
         route: Route,
         *,
+        session: OwnSession | None = None,
         at_once: bool = False,
     ) -> AccessToken | None:
         """Return the token once the user has authorized; None if the request was answered instead.
 
-        ``at_once``: answer without waiting, because too many requests wait already.
+        ``session``: the one of the proxy's own that the request belongs to. ``at_once``: answer without waiting,
+        because too many requests wait already.
         Raises AuthorizationError if the authorization failed or the user declined, and StoreError.
         """
         if not body.messages and body.error is not None and _should_be_json(request):
@@ -63,11 +75,17 @@ class ConsentWait:
             raise AuthorizationError("the user declined to open the link.")
         may_stream = _may_stream(request, body)
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + (0.0 if at_once else self._limit(body))
+        deadline = loop.time() + (0.0 if at_once else self._limit(request, body, session))
+        opening = self._cold_start.opening(request, body)
+        if opening is not None and not at_once:
+            await responder.send_event(encode(opening))
         while True:
             left = deadline - loop.time()
             token = await pending.wait(min(COMMENT_INTERVAL, left), self._draining)
             if token is not None:
+                return token
+            if deadline == FOREVER and (token := self._broker.token_nowait(route.account)[1]) is not None:
+                # Its flow was dropped, and the user has consented to a later one.
                 return token
             if deadline <= loop.time() or self._draining.done():
                 await self._answer_with_link(await self._broker.fresh_link(pending), request, body, responder, route)
@@ -75,7 +93,10 @@ class ConsentWait:
             if may_stream:
                 await responder.keep_alive(b"waiting for the user to authorize")
 
-    def _limit(self, body: RequestBody) -> float:
+    def _limit(self, request: ClientRequest, body: RequestBody, session: OwnSession | None) -> float:
+        cold = self._cold_start.wait(request, body, session)
+        if cold is not None:
+            return cold if cold == FOREVER else min(cold, self._wait)
         limit = max(self._wait, RETRY_WAIT) if body.consent_action else self._wait
         return min(limit, DISCOVER_WAIT) if body.has_method("server/discover") else limit
 
@@ -95,6 +116,8 @@ class ConsentWait:
         route: Route,
     ) -> None:
         link, server = pending.link, responder.server
+        if await self._cold_start.answer(link, body, responder, route):
+            return
         if not route.may_authorize:
             await _answer_without_link(body, responder)
             return

@@ -4,49 +4,66 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from typing import Any
 
 from mcp_auth_proxy.broker import Broker
-from mcp_auth_proxy.config.settings import LimitSettings
+from mcp_auth_proxy.config.settings import AuthorizationSettings, LimitSettings
 from mcp_auth_proxy.errors import SessionNotFound, UpstreamError
 from mcp_auth_proxy.models import Caller
 from mcp_auth_proxy.net.client_request import ClientRequest
-from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
 from mcp_auth_proxy.observability.access_log import AccessLog, Entry, method_of, method_token
 from mcp_auth_proxy.observability.metrics import CLIENT_GONE
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.observability.trace import trace_id_of
+from mcp_auth_proxy.proxy.cold_start import Catalogs, ColdStart
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import End, FastPathRequest, is_eligible
 from mcp_auth_proxy.proxy.handler import ProxyContext, RequestHandler
 from mcp_auth_proxy.proxy.headers import is_in_loop
+from mcp_auth_proxy.proxy.own_sessions import OwnSessions
 from mcp_auth_proxy.proxy.pings import Pings
 from mcp_auth_proxy.proxy.quota import MemoryBudget, Quota
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.sessions import Sessions
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient, failure_kind
+from mcp_auth_proxy.store.mcp_sessions import McpSessions
 
 
 class Forwarder:
     """Forward requests, count them, and end them at shutdown or on a reload. Belongs to one event loop."""
 
-    def __init__(self, *, broker: Broker, http: HttpClient, limits: LimitSettings, wait: float, several: bool) -> None:
-        """``wait`` is how long a request is held while a user authorizes, in seconds.
-
-        ``several``: more than one server is configured.
-        """
+    def __init__(
+        self,
+        *,
+        broker: Broker,
+        upstream: UpstreamClient,
+        limits: LimitSettings,
+        authorization: AuthorizationSettings,
+        several: bool,
+        store: McpSessions,
+        catalogs: Catalogs,
+        public_url: str,
+        clock: Callable[[], float],
+    ) -> None:
+        """``several``: more than one server is configured. ``store`` has the sessions that the proxy began itself."""
         self._loop = asyncio.get_running_loop()
         self._broker = broker
         self._body_limit = limits.body
         self.memory = MemoryBudget(limits.memory, several=several)
         self.held = Quota(limits.held, several=several)
         self.pings = Pings(limits.sse_ping)
-        self.upstream = UpstreamClient(http)
+        self.upstream = upstream
         self._sessions = Sessions()
+        self._own_sessions = OwnSessions(store, self.upstream, clock=clock)
+        self._cold_start = ColdStart(
+            catalogs=catalogs, sessions=self._own_sessions, elicits=self._sessions, public_url=public_url
+        )
         self._outages = broker.outages
         self._overloads = OutageLog()
         self._draining: asyncio.Future[None] = self._loop.create_future()
-        self._context = self._make_context(wait)
+        self._finishing: set[asyncio.Future[Any]] = set()
+        self._context = self._make_context(authorization)
         self._access_log = AccessLog()
         self._idle: asyncio.Future[None] | None = None
         self.ended = False
@@ -54,29 +71,50 @@ class Forwarder:
         self.fast_requests: set[FastPathRequest] = set()
         self._handlers: set[RequestHandler] = set()
 
-    def configure(self, *, limits: LimitSettings, wait: float, several: bool) -> None:
+    def configure(self, *, limits: LimitSettings, authorization: AuthorizationSettings, several: bool) -> None:
         """Change the limits for requests that begin from now on; the parameters are those of the constructor."""
         self._body_limit = limits.body
         self.memory.configure(limits.memory, several=several)
         self.held.configure(limits.held, several=several)
         self.pings.configure(limits.sse_ping)
-        self._context = self._make_context(wait)
+        self._context = self._make_context(authorization)
 
-    def _make_context(self, wait: float) -> ProxyContext:
-        broker, sessions, draining = self._broker, self._sessions, self._draining
+    def _make_context(self, authorization: AuthorizationSettings) -> ProxyContext:
+        broker, sessions, draining, cold_start = self._broker, self._sessions, self._draining, self._cold_start
+        cold_start.enabled = authorization.cold_start
         return ProxyContext(
             broker=broker,
             upstream=self.upstream,
             sessions=sessions,
-            consent=ConsentWait(broker=broker, sessions=sessions, draining=draining, wait=wait),
+            own_sessions=self._own_sessions,
+            cold_start=cold_start,
+            consent=ConsentWait(
+                broker=broker,
+                sessions=sessions,
+                draining=draining,
+                wait=authorization.wait,
+                cold_start=cold_start,
+            ),
             outages=self._outages,
             draining=draining,
             body_limit=self._body_limit,
             memory=self.memory,
             held=self.held,
             pings=self.pings,
+            let_finish=self._let_finish,
             overloaded=self._warn_of_overload,
         )
+
+    def _let_finish(self, server: str, asking: asyncio.Future[Any]) -> None:
+        """Keep what goes on for a server after the request that began it was answered; log if it fails."""
+
+        def finished(asking: asyncio.Future[Any]) -> None:
+            self._finishing.discard(asking)
+            if not asking.cancelled() and (error := asking.exception()) is not None:
+                self._outages.warn(server, str(error))
+
+        self._finishing.add(asking)
+        asking.add_done_callback(finished)
 
     # Requests
 
@@ -89,6 +127,8 @@ class Forwarder:
         ready, token = self._broker.token_nowait(route.account)
         # Writing to a client that reads slowly has to be awaited.
         if not ready or not is_eligible(content, self._body_limit) or not request.may_write:
+            return False
+        if route.marker in content and self._cold_start.enabled:
             return False
         if is_in_loop(request.fields):
             return False

@@ -34,9 +34,12 @@ from mcp_auth_proxy.net.http_head import HOPS, MAX_HOPS, Fields
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.observability import trace
 from mcp_auth_proxy.observability.outages import OutageLog
+from mcp_auth_proxy.proxy.cold_request import ColdRequest
+from mcp_auth_proxy.proxy.cold_start import ColdStart
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
 from mcp_auth_proxy.proxy.fast_path import MAX_BODY, End, FastPathRequest
-from mcp_auth_proxy.proxy.headers import encoded_request_fields, is_in_loop, response_headers, without_cors
+from mcp_auth_proxy.proxy.headers import is_in_loop, response_headers, without_cors
+from mcp_auth_proxy.proxy.own_sessions import OwnSessions
 from mcp_auth_proxy.proxy.pings import Pings, may_be_pinged
 from mcp_auth_proxy.proxy.quota import MemoryBudget, Quota, RequestMemory
 from mcp_auth_proxy.proxy.responder import Responder
@@ -58,6 +61,10 @@ _END_TEXTS = {
 }
 
 
+class _Answered(Exception):
+    """The request was answered by the proxy, before it could be sent."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProxyContext:
     """The objects and limits that all request handlers share."""
@@ -65,6 +72,8 @@ class ProxyContext:
     broker: Broker
     upstream: UpstreamClient
     sessions: Sessions
+    own_sessions: OwnSessions
+    cold_start: ColdStart
     consent: ConsentWait
     outages: OutageLog
     draining: asyncio.Future[None]
@@ -75,6 +84,8 @@ class ProxyContext:
     held: Quota
     """Requests that wait."""
     pings: Pings
+    let_finish: Callable[[str, asyncio.Future[Any]], None]
+    """Called with a server and what goes on for it after the request was answered."""
     overloaded: Callable[[str, str], None]
     """Called with a server and ``limits.memory`` or ``limits.held`` when that is used up: logs the client to blame."""
 
@@ -86,6 +97,7 @@ class RequestHandler:
         "__weakref__",
         "_body",
         "_caller",
+        "_cold",
         "_context",
         "_request",
         "_responder",
@@ -114,6 +126,14 @@ class RequestHandler:
         trace_id = trace.trace_id_of(request.headers)
         self.memory = RequestMemory(context.memory, route.server.name)
         self._responder = Responder(request, server=route.server.name, memory=self.memory, trace_id=trace_id or "")
+        self._cold = ColdRequest(
+            request,
+            self._responder,
+            route,
+            cold_start=context.cold_start,
+            sessions=context.own_sessions,
+            elicits=context.sessions,
+        )
         self.held = False
         """Whether the request waits, and counts towards ``limits.held``."""
         self._body = RequestBody(b"")
@@ -143,7 +163,7 @@ class RequestHandler:
         try:
             if await self._read_body():
                 await self._forward()
-        except ClientDisconnected:
+        except (ClientDisconnected, _Answered):
             return
         except (UpstreamProtocolError, Overloaded) as error:
             if self._responder.relaying:
@@ -193,8 +213,8 @@ class RequestHandler:
                 f"Check where servers.{account.server}.url leads."
             )
         # Nothing else is done for a session that is not the caller's.
-        encoded_request_fields(self._request.fields, self.route.rules)
-        if needs_inspection(self._body.content):
+        await self._cold.begin(self._body)
+        if self._cold.concerned or needs_inspection(self._body.content):
             # The user's answer in a retry is for the proxy alone: reading it removes it from the forwarded body.
             self._body.parse()
         if self._sent is not None:
@@ -203,6 +223,8 @@ class RequestHandler:
             ready, _ = broker.token_nowait(account)
             with nullcontext() if ready else self._hold():
                 token = await broker.token(account)
+            if token is None and await self._cold.answer_at_once():
+                return
             pending = broker.pending(account) if token is None else None
             if pending is not None:
                 token = await self._wait_for_consent(pending)
@@ -210,23 +232,19 @@ class RequestHandler:
                     return
         history = ChallengeHistory()
         for _ in range(MAX_SENDS):
-            response = await self._send(token)
+            response = await self._cold.open(token)
+            if response is None:
+                if token is not None and await self._cold.answer_instead():
+                    return
+                self._body = self._cold.body
+                response = await self._send(token)
             if response.status != 401 and response.status != 403:
                 if token is not None:
                     broker.accepted(account)
                 await self._relay(response)
                 return
             with self._hold():
-                verdict = await broker.challenged(
-                    account,
-                    sent_to=self.route.server,
-                    status=response.status,
-                    challenge=_fields(response, b"www-authenticate"),
-                    nonce=_fields(response, b"dpop-nonce"),
-                    used=token,
-                    history=history,
-                    subject=self._caller.jwt,
-                )
+                verdict = await self._challenged(response, token, history)
             if verdict is None:
                 await self._relay(response)
                 return
@@ -236,16 +254,60 @@ class RequestHandler:
                 return
         raise AuthorizationError(f"Server {account.server} refuses every token that is renewed for it.")
 
+    async def _challenged(
+        self, response: Response, used: AccessToken | None, history: ChallengeHistory
+    ) -> AccessToken | PendingAuthorization | None:
+        """Ask the broker how to continue. Raises _Answered if that takes longer than the client can wait."""
+        work = self._context.broker.challenged(
+            self.route.account,
+            sent_to=self.route.server,
+            status=response.status,
+            challenge=_fields(response, b"www-authenticate"),
+            nonce=_fields(response, b"dpop-nonce"),
+            used=used,
+            history=history,
+            subject=self._caller.jwt,
+        )
+        cold_start = self._context.cold_start
+        deadline = cold_start.link_deadline(self._body, self.route) if used is None else None
+        if deadline is None:
+            return await work
+        asking = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({asking}, timeout=deadline)
+        except asyncio.CancelledError:
+            asking.cancel()
+            raise
+        if not asking.done():
+            # It goes on for the requests that follow, which get its link or its error.
+            self._context.let_finish(self.route.account.server, asking)
+            if await cold_start.answer(None, self._body, self._responder, self.route):
+                raise _Answered
+        return await asking
+
     async def _wait_for_consent(self, pending: PendingAuthorization) -> AccessToken | None:
-        waiting = self.route.metrics.waiting_for_consent
+        waiting, session = self.route.metrics.waiting_for_consent, self._cold.session
+        listens = session is not None and self._request.method == b"GET"
         waiting.inc()
+        if session is not None:
+            session.listeners += listens
         try:
             with self._hold(or_refuse=False):
+                self.listening = self._cold.listens
                 return await self._context.consent.token(
-                    pending, self._request, self._body, self._responder, self.route, at_once=not self.held
+                    pending,
+                    self._request,
+                    self._body,
+                    self._responder,
+                    self.route,
+                    session=session,
+                    at_once=not self.held,
                 )
         finally:
+            self.listening = False
             waiting.dec()
+            if session is not None:
+                session.listeners -= listens
 
     @contextmanager
     def _hold(self, *, or_refuse: bool = True) -> Iterator[None]:
@@ -274,8 +336,7 @@ class RequestHandler:
         if token is not None and sent is None:
             # The token is for the server as it is configured now, and the route was found when the request began.
             self._context.broker.check_origin(self.route.server)
-        request = self._request
-        fields = request.fields
+        request, fields = self._request, self._cold.fields
         if self._responder.started == "events":
             # The head of the response is out already, without a Content-Encoding.
             kept = [field for field in fields.headers if field[0] != b"accept-encoding"]
@@ -294,6 +355,7 @@ class RequestHandler:
         return response
 
     async def _relay(self, response: Response) -> None:
+        await self._cold.responded(response.status)
         if not _is_event_stream(response):
             # Events may be far apart; any other body must be complete in time.
             response.expire_after(self.route.server.upstream_timeout)
@@ -311,9 +373,11 @@ class RequestHandler:
     async def _relay_as_started(self, response: Response, *, is_events: bool) -> None:
         if self._responder.started == "events":
             self.listening = response.status == 200 and is_events and self._listens()
-            await self._responder.relay_as_events(response, is_events=is_events, body=self._body)
+            await self._responder.relay_as_events(
+                response, is_events=is_events, body=self._body, acknowledged=self._cold.acknowledged
+            )
             return
-        headers = response_headers(response.headers, self.route.rules)
+        headers = self._cold.response_headers(response_headers(response.headers, self.route.rules))
         if self._request.added_fields:
             headers = without_cors(headers)
         self._remember_session(headers)

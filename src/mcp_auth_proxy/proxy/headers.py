@@ -7,7 +7,7 @@ Heads are built from scratch, from the fields that may be forwarded, so nothing 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mcp_auth_proxy.errors import SessionNotFound
+from mcp_auth_proxy.errors import OwnSession, SessionNotFound
 from mcp_auth_proxy.net.http_head import HOPS, MAX_HOPS, Fields, Headers, check_lines, encode_fields
 from mcp_auth_proxy.proxy import session_ids
 from mcp_auth_proxy.proxy.session_ids import SessionIds
@@ -239,7 +239,7 @@ def request_headers(headers: Headers, rules: FieldRules = ONE_CALLER) -> Headers
     Dropped are hop-by-hop fields and those that ``Connection`` lists, framing, ``Expect``, and every field about who
     the client is or claims to be, in any spelling that a server could read as one. The rest passes unchanged and in
     order, ``Via`` too. If there are several callers, their credentials are dropped, and the session id is checked and
-    stripped of its signature. Raises SessionNotFound.
+    stripped of its signature. Raises SessionNotFound; OwnSession if the server does not know the session.
     """
     kept: Headers = []
     listed: set[bytes] | None = None
@@ -255,7 +255,12 @@ def request_headers(headers: Headers, rules: FieldRules = ONE_CALLER) -> Headers
                 listed = _list_names(listed, field[1])
     if listed:
         kept = [field for field in kept if field[0] not in listed]
-    return kept if rules.sessions is None else _of_one_caller(kept, rules, rules.sessions)
+    if rules.sessions is not None:
+        kept = _of_one_caller(kept, rules, rules.sessions)
+    for name, value in kept:
+        if name == session_ids.FIELD and value.startswith(session_ids.OWN_PREFIX):
+            raise OwnSession(value)
+    return kept
 
 
 def _of_one_caller(headers: Headers, rules: FieldRules, sessions: SessionIds) -> Headers:

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
 from mcp_auth_proxy.errors import Overloaded, UpstreamProtocolError
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_response import Response
+from mcp_auth_proxy.proxy.cold_answers import is_acknowledgment
 from mcp_auth_proxy.proxy.decoding import decoded
 from mcp_auth_proxy.proxy.headers import NO_STORE, UNBUFFERED
 from mcp_auth_proxy.proxy.quota import SMALL, STOPPED, RequestMemory
@@ -18,6 +20,9 @@ from mcp_auth_proxy.rpc.messages import Message, RequestBody
 
 FLUSH_TIMEOUT = 1.0
 """Seconds that a client has to read what was sent before, if its request is ended early."""
+
+_FIRST_EVENT = re.compile(rb"(?:(?!data:)[^\r\n]*(?:\r\n|\r|\n))*data:(?s:.*?)(?:\r\n\r\n|\n\n|\r\r)")
+"""Everything up to the end of the first event that has data."""
 
 _EVENTS_HEAD = [
     (b"content-type", events.CONTENT_TYPE),
@@ -65,13 +70,19 @@ class Responder:
             part = await response.read()
         await self._write(part, last=True)
 
-    async def relay_as_events(self, response: Response, *, is_events: bool, body: RequestBody) -> None:
-        """Relay a response in the event stream that was started. Raises UpstreamProtocolError and Overloaded."""
+    async def relay_as_events(
+        self, response: Response, *, is_events: bool, body: RequestBody, acknowledged: bool = False
+    ) -> None:
+        """Relay a response in the event stream that was started. Raises UpstreamProtocolError and Overloaded.
+
+        ``acknowledged``: a subscription has been acknowledged already, so the server's acknowledgment is dropped.
+        """
         body.parse()  # an error of the proxy's own may still have to name its requests
         self._release(body)
         if response.status == 200 and is_events:
             self._relays_events = True
-            async for data in decoded(response):
+            pieces = decoded(response)
+            async for data in _without_acknowledgment(pieces) if acknowledged else pieces:
                 await self._write(data)
             await self._write(b"", last=True)
             return
@@ -187,11 +198,19 @@ class Responder:
 
     async def keep_alive(self, text: bytes) -> None:
         """Send a comment in an event stream of the proxy's own; the first comment starts the stream."""
+        await self.send_events(events.comment(text))
+
+    async def send_event(self, document: bytes) -> None:
+        """Send a message in an event stream of the proxy's own, and start it if needed."""
+        await self.send_events(events.message_event(document))
+
+    async def send_events(self, data: bytes) -> None:
+        """Send encoded events in an event stream of the proxy's own, and start it if needed."""
         if not self.started:
             self.started = "events"
             self.streaming = True
             await self._request.start(200, _EVENTS_HEAD)
-        await self._request.write(events.comment(text))
+        await self._request.write(data)
 
     async def finish_early(self, body: RequestBody, text: str, *, refused: bool = False) -> None:
         """End the response: with an error while it is the proxy's own, else with a final chunk if possible.
@@ -205,6 +224,26 @@ class Responder:
                     await self.fail(body, 401 if refused else 503, text, code, retry_after=after)
                 elif self.streaming and not self._request.complete:
                     await self._request.write(b"", last=True)
+
+
+async def _without_acknowledgment(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield an event stream without its first message, if that acknowledges a subscription."""
+    start = b""
+    async for data in pieces:
+        start += data
+        found = _FIRST_EVENT.match(start)
+        if found is not None:
+            if not is_acknowledgment(found[0]):
+                yield found[0]
+            yield start[found.end() :]
+            break
+        if len(start) > SMALL:
+            yield start
+            break
+    else:
+        yield start
+    async for data in pieces:
+        yield data
 
 
 def _is_json(response: Response) -> bool:

@@ -11,6 +11,7 @@ from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.addresses import AddressPolicy
 from mcp_auth_proxy.net.urls import Origin
 from mcp_auth_proxy.observability.metrics import ServerMetrics, server_label
+from mcp_auth_proxy.proxy import cold_answers
 from mcp_auth_proxy.proxy.headers import ONE_CALLER, FieldRules, canonical_name
 from mcp_auth_proxy.proxy.session_ids import SessionIds
 
@@ -46,6 +47,8 @@ class Route:
     rules: FieldRules = ONE_CALLER
     may_authorize: bool = True
     """Whether the caller gets links: those of a shared grant are for admins."""
+    marker: bytes = b""
+    """Bytes that are in every call of one of the proxy's own tools."""
 
 
 @dataclass(slots=True)
@@ -192,6 +195,7 @@ def route_to(server: ServerSettings) -> Route:
         server.account(LOCAL_PRINCIPAL),
         ServerMetrics(server_label(server.name)),
         None if server.allow_private is None else AddressPolicy.only(server.allow_private),
+        marker=cold_answers.marker(server.name),
     )
 
 

@@ -10,6 +10,9 @@ from binascii import hexlify
 
 FIELD = b"mcp-session-id"
 
+OWN_PREFIX = b"map-"
+"""How the ids of sessions begin that the proxy began itself (``proxy.own_sessions``)."""
+
 MAC_BYTES = 16
 """Half of the hash, the least that RFC 2104 §5 recommends."""
 

@@ -141,7 +141,7 @@ class _Client:
         response = await self._send(message)
         try:
             _check_status(response)
-            answer = await _answer(response, self._last_id)
+            answer = await read_answer(response, self._last_id)
         finally:
             response.close()
         if method == "initialize":
@@ -178,7 +178,7 @@ def _check_status(response: Response) -> None:
         raise UpstreamProtocolError(f"it answers {response.status}.")
 
 
-async def _answer(response: Response, request_id: int) -> Mapping[str, Any]:
+async def read_answer(response: Response, request_id: object) -> Mapping[str, Any]:
     """Return the JSON-RPC response to a request, from a JSON document or an event stream."""
     if events.is_stream(response.headers):
         async for message in _messages(response):

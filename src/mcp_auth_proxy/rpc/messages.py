@@ -7,7 +7,7 @@ import codecs
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mcp_auth_proxy.rpc.encoding import MAX_PARSED, decode, decode_value, encode, is_cheap
@@ -33,6 +33,9 @@ _INPUT_MARKER = INPUT_KEY.partition("/")[0].encode()
 _INITIALIZE_MARKER = b'"initialize"'
 _SUBSCRIPTION_MARKER = b"subscriptions"
 
+_WITH_PARAMS = frozenset({"initialize", "logging/setLevel", "subscriptions/listen", "tools/call"})
+"""The methods whose parameters an answer of the proxy may depend on."""
+
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 _VERSION_META = "io.modelcontextprotocol/protocolVersion"
@@ -52,6 +55,8 @@ class Message:
     """The message itself declares MCP 2026-07-28 or later."""
     url_elicitation: bool
     """The message itself declares that the client can show URLs to the user."""
+    params: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The parameters, of methods in ``_WITH_PARAMS`` only."""
 
 
 def needs_inspection(content: bytes) -> bool:
@@ -194,6 +199,7 @@ def _message(item: Json) -> Message:
         is_request=isinstance(method, str) and usable,
         modern=modern,
         url_elicitation=isinstance(_mapping(_mapping(declared).get("elicitation")).get("url"), Mapping),
+        params=params if method in _WITH_PARAMS else {},
     )
 
 

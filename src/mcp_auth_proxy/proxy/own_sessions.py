@@ -1,0 +1,230 @@
+"""The MCP sessions that the proxy began itself, because a client could not wait until its user had authorized.
+
+After consent the proxy opens the session at the server with the client's own ``initialize``. From then on requests are
+forwarded with the server's session id in place of the client's. Sessions are rows of the store, so any process on it
+can go on with one.
+"""
+
+import asyncio
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mcp_auth_proxy.errors import SessionNotFound, UpstreamProtocolError
+from mcp_auth_proxy.models import AccessToken, Account
+from mcp_auth_proxy.net.http_head import Fields, Headers
+from mcp_auth_proxy.net.http_response import Response
+from mcp_auth_proxy.proxy import cold_answers, session_ids
+from mcp_auth_proxy.proxy.headers import FieldRules
+from mcp_auth_proxy.proxy.routes import Route
+from mcp_auth_proxy.proxy.session_ids import OWN_PREFIX
+from mcp_auth_proxy.proxy.tool_list import read_answer
+from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
+from mcp_auth_proxy.rpc.encoding import encode
+from mcp_auth_proxy.rpc.messages import Message, RequestBody
+from mcp_auth_proxy.store.mcp_sessions import McpSessions, SessionState
+
+SESSIONS_KEPT = 1_000
+"""Sessions that are kept in memory; others are read from the store again."""
+
+MAX_INITIALIZE = 64 * 1024
+"""Bytes of the longest ``initialize`` that a session is begun with."""
+
+Field = tuple[bytes, bytes]
+
+_VERSION = b"mcp-protocol-version"
+_JSON: Headers = [(b"content-type", b"application/json"), (b"accept", b"application/json, text/event-stream")]
+
+
+class OwnSession:
+    """One session. ``id`` is the proxy's, without the signature that the client's has if callers are identified."""
+
+    def __init__(self, session_id: str, account: Account, state: SessionState) -> None:
+        self.id = session_id
+        self.account = account
+        self.state = state
+        self.lock = asyncio.Lock()
+        self.listeners = 0
+        """GET streams of the client that wait for consent in this process."""
+        self._fields: tuple[Fields, SessionState, Fields] | None = None
+
+    @property
+    def elicits(self) -> bool:
+        """Whether the client declared that it can show URLs to the user."""
+        return any(message.url_elicitation for message in RequestBody(self.state.initialize).messages)
+
+    def client_id(self, rules: FieldRules) -> bytes:
+        """Return the session's id as its client has it."""
+        own = self.id.encode("ascii")
+        return own if rules.sessions is None else rules.sessions.sign(own)
+
+    def fields(self, fields: Fields, rules: FieldRules) -> Fields:
+        """Return a request's fields with the server's session id and revision in place of the client's."""
+        known = self._fields
+        if known is None or known[0] is not fields or known[1] is not self.state:
+            self._fields = known = (fields, self.state, Fields(self._replaced(fields.headers, rules)))
+        return known[2]
+
+    def _replaced(self, headers: Headers, rules: FieldRules) -> Headers:
+        state = self.state
+        older = state.negotiated and state.negotiated != state.announced
+        kept: Headers = []
+        for name, value in headers:
+            if name == session_ids.FIELD:
+                upstream_id = state.upstream_id.encode("latin-1")
+                if upstream_id:
+                    kept.append((name, upstream_id if rules.sessions is None else rules.sessions.sign(upstream_id)))
+            elif name == _VERSION and older:
+                kept.append((name, state.negotiated.encode("latin-1")))
+            else:
+                kept.append((name, value))
+        return kept
+
+
+class OwnSessions:
+    """The sessions that this process uses. Belongs to one event loop."""
+
+    def __init__(self, store: McpSessions, upstream: UpstreamClient, *, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._upstream = upstream
+        self._clock = clock
+        self._sessions: OrderedDict[str, OwnSession] = OrderedDict()
+
+    async def begin(self, route: Route, message: Message, content: bytes, *, announced: str) -> OwnSession:
+        """Begin a session for a client that has sent ``initialize``, and store it. Raises StoreUnavailable."""
+        session_id = OWN_PREFIX.decode() + secrets.token_urlsafe(24)
+        state = SessionState(initialize=content, announced=announced)
+        await self._store.add(session_id, route.account, state, upstream=route.server.url, now=self._clock())
+        return self._keep(OwnSession(session_id, route.account, state))
+
+    async def find(self, session_id: bytes, route: Route) -> OwnSession:
+        """Return the session of an account. Raises SessionNotFound and StoreUnavailable."""
+        name = session_id.decode("latin-1")
+        session = self._sessions.get(name)
+        if session is None:
+            state = await self._store.find(name, route.account, upstream=route.server.url)
+            if state is None:
+                raise SessionNotFound
+            session = self._sessions.get(name) or self._keep(OwnSession(name, route.account, state))
+        if session.account != route.account:
+            raise SessionNotFound
+        self._sessions.move_to_end(name)
+        return session
+
+    async def end(self, session: OwnSession) -> None:
+        """Forget a session. Raises StoreUnavailable."""
+        self._sessions.pop(session.id, None)
+        await self._store.end(session.id)
+
+    async def set_log_level(self, session: OwnSession, level: str) -> None:
+        """Remember what to ask the server for when the session is opened. Raises StoreUnavailable."""
+        await self._change(session, lambda state: replace(state, log_level=level))
+
+    async def take_list_changes(self, session: OwnSession) -> bool:
+        """Return whether the client has still to be told that the lists have changed; True only once.
+
+        Raises StoreUnavailable.
+        """
+        taken = False
+
+        def take(state: SessionState) -> SessionState:
+            nonlocal taken
+            taken = state.announce_lists
+            return replace(state, announce_lists=False)
+
+        if session.state.announce_lists:
+            await self._change(session, take)
+        return taken
+
+    async def open(self, session: OwnSession, route: Route, token: AccessToken | None) -> Response | None:
+        """Open a session at its server, if no process has done so.
+
+        Returns the server's response if that is a challenge. Raises SessionNotFound if the server refuses
+        ``initialize``: the session has ended then. Raises UpstreamError and StoreUnavailable.
+        """
+        async with session.lock:
+            if session.state.opened:
+                return None
+            stored = await self._store.find(session.id, session.account, upstream=route.server.url)
+            if stored is None:
+                raise SessionNotFound
+            session.state = stored
+            if stored.opened:
+                return None
+            return await self._open(session, route, token)
+
+    async def _open(self, session: OwnSession, route: Route, token: AccessToken | None) -> Response | None:
+        message = RequestBody(session.state.initialize).messages[0]
+        response = await self._send(route, session.state.initialize, token)
+        if response.status in (401, 403):
+            return response
+        try:
+            result = await self._read_result(session, message, response)
+        finally:
+            response.close()
+        upstream_id = next((value for name, value in response.headers if name == session_ids.FIELD), b"")
+        version = result.get("protocolVersion")
+        opened = replace(
+            session.state,
+            opened=True,
+            upstream_id=upstream_id.decode("latin-1"),
+            negotiated=version if isinstance(version, str) and version.isascii() and version.isprintable() else "",
+            lists=cold_answers.lists_of(result),
+        )
+
+        # Another process may have been faster: then its session is the one, and this one expires at the server.
+        await self._change(session, lambda state: state if state.opened else opened)
+        await self._notify(session, route, token, {"method": "notifications/initialized"})
+        level = session.state.log_level
+        if level and "logging" in (result.get("capabilities") or {}):
+            await self._notify(
+                session,
+                route,
+                token,
+                {"id": "mcp-auth-proxy-1", "method": "logging/setLevel", "params": {"level": level}},
+            )
+        return None
+
+    async def _read_result(self, session: OwnSession, message: Message, response: Response) -> Mapping[str, Any]:
+        if response.status >= 500 or response.status in (408, 429):
+            raise UpstreamProtocolError(f"it answers {response.status} to initialize.")
+        result = None
+        if 200 <= response.status < 300:
+            answer = await read_answer(response, message.id)
+            result = answer.get("result")
+        if not isinstance(result, Mapping):
+            # It may speak revisions without sessions alone. The client finds out when it begins a new one.
+            await self.end(session)
+            raise SessionNotFound
+        return result
+
+    async def _notify(
+        self, session: OwnSession, route: Route, token: AccessToken | None, message: Mapping[str, object]
+    ) -> None:
+        state = session.state
+        fields = [(_VERSION, (state.negotiated or state.announced).encode("latin-1"))]
+        if state.upstream_id:
+            upstream_id = state.upstream_id.encode("latin-1")
+            sessions = route.rules.sessions
+            fields.append((session_ids.FIELD, upstream_id if sessions is None else sessions.sign(upstream_id)))
+        response = await self._send(route, encode({"jsonrpc": "2.0", **message}), token, fields)
+        response.close()
+
+    async def _send(self, route: Route, body: bytes, token: AccessToken | None, more: Iterable[Field] = ()) -> Response:
+        fields = Fields([*_JSON, *more])
+        return await self._upstream.send(route, method=b"POST", fields=fields, body=body, token=token)
+
+    async def _change(self, session: OwnSession, change: Callable[[SessionState], SessionState]) -> None:
+        changed = await self._store.change(session.id, session.account, change, now=self._clock())
+        if changed is None:
+            self._sessions.pop(session.id, None)
+            raise SessionNotFound
+        session.state = changed
+
+    def _keep(self, session: OwnSession) -> OwnSession:
+        self._sessions[session.id] = session
+        if len(self._sessions) > SESSIONS_KEPT:
+            self._sessions.popitem(last=False)
+        return session
