@@ -154,9 +154,9 @@ async def test_a_restart_goes_on_with_the_session(servers: Servers, tmp_path: Pa
         address = proxy.application.listening
         link = link_in(first.message)
     async with running_proxy(tmp_path, {"notes": upstream.url}, authorization=COLD, listen=address) as proxy:
-        assert (await client_again(client, proxy.origin).post("prompts/list")).result == {"prompts": []}
-        await consent(link)
         async with client_again(client, proxy.origin) as again:
+            assert (await again.post("prompts/list")).result == {"prompts": []}
+            await consent(link)
             assert await names(again) == ["echo", "count", "whoami"]
             async with again.stream() as (_, events):
                 assert [(await anext(events))["method"] for _ in CHANGES] == CHANGES

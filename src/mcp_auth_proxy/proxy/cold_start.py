@@ -66,7 +66,12 @@ class ColdStart:
             return float("inf")
         if message.method == "tools/list":
             return LIST_SECONDS
-        return 0.0 if message.method in ("initialize", "server/discover", *LISTS) else None
+        return 0.0 if self.stands_in(body) else None
+
+    def stands_in(self, body: RequestBody) -> bool:
+        """Return whether a request is one that is answered in place of the server."""
+        message = _only(body) if self.enabled else None
+        return message is not None and message.method in ("initialize", "server/discover", *LISTS)
 
     def opening(self, request: ClientRequest, body: RequestBody) -> Json | None:
         """Return the message that is sent at once to a request that waits: the acknowledgment of a subscription."""

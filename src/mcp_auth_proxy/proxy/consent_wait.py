@@ -3,10 +3,11 @@
 import asyncio
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization
-from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.proxy.cold_start import ColdStart
+from mcp_auth_proxy.proxy.declines import Declines
+from mcp_auth_proxy.proxy.elicitations import Elicitations
 from mcp_auth_proxy.proxy.own_sessions import OwnSession
 from mcp_auth_proxy.proxy.responder import Responder
 from mcp_auth_proxy.proxy.routes import Route
@@ -38,12 +39,15 @@ class ConsentWait:
         draining: asyncio.Future[None],
         wait: float,
         cold_start: ColdStart,
+        elicitations: Elicitations,
     ) -> None:
         """``draining`` is done when the proxy begins to shut down; ``wait`` is in seconds.
 
         ``cold_start`` answers in place of the server what can't wait.
         """
         self._cold_start = cold_start
+        self._elicitations = elicitations
+        self._declines = Declines()
         self._broker = broker
         self._sessions = sessions
         self._draining = draining
@@ -72,7 +76,9 @@ class ConsentWait:
             await responder.fail(body, 400, text, code)
             return None
         if body.consent_action in ("decline", "cancel"):
-            raise AuthorizationError("the user declined to open the link.")
+            self._declines.add(route.principal, route.server.name)
+        if not pending.done and await self._answer_declined(body, responder, route):
+            return None
         may_stream = _may_stream(request, body)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (0.0 if at_once else self._limit(request, body, session))
@@ -127,6 +133,8 @@ class ConsentWait:
             return
         session = next((value for name, value in request.headers if name == b"mcp-session-id"), None)
         elicits = self._sessions.elicits(route.account, session)
+        if elicits and session is not None and not any(message.modern for message in body.requests):
+            self._elicitations.asked(route.account, session, pending.flow.id)
         document = answers.answer_all(
             body,
             lambda message: answers.authorization_needed(
@@ -147,6 +155,28 @@ class ConsentWait:
             ),
         )
         await responder.answer(200, document)
+
+    async def _answer_declined(self, body: RequestBody, responder: Responder, route: Route) -> bool:
+        """Answer a request of a user who has just declined; return whether that was done.
+
+        What cold start answers goes on: it asks for nothing.
+        """
+        server = route.server.name
+        if not self._declines.has(route.principal, server) or self._cold_start.stands_in(body):
+            return False
+        document = answers.answer_all(
+            body,
+            lambda message: answers.declined(message, server=server, trace_id=responder.trace_id),
+            lambda: answers.failure(
+                None,
+                answers.declined_text(server),
+                code=answers.AUTHORIZATION_REQUIRED,
+                server=server,
+                trace_id=responder.trace_id,
+            ),
+        )
+        await responder.answer(200 if body.requests else 503, document)
+        return True
 
 
 async def _answer_without_link(body: RequestBody, responder: Responder) -> None:

@@ -18,6 +18,7 @@ from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.observability.trace import trace_id_of
 from mcp_auth_proxy.proxy.cold_start import Catalogs, ColdStart
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
+from mcp_auth_proxy.proxy.elicitations import Elicitations
 from mcp_auth_proxy.proxy.fast_path import End, FastPathRequest, is_eligible
 from mcp_auth_proxy.proxy.handler import ProxyContext, RequestHandler
 from mcp_auth_proxy.proxy.headers import is_in_loop
@@ -53,6 +54,7 @@ class Forwarder:
         self.memory = MemoryBudget(limits.memory, several=several)
         self.held = Quota(limits.held, several=several)
         self.pings = Pings(limits.sse_ping)
+        self.elicitations = Elicitations(self.pings)
         self.upstream = upstream
         self._sessions = Sessions()
         self._own_sessions = OwnSessions(store, self.upstream, clock=clock)
@@ -88,12 +90,14 @@ class Forwarder:
             sessions=sessions,
             own_sessions=self._own_sessions,
             cold_start=cold_start,
+            elicitations=self.elicitations,
             consent=ConsentWait(
                 broker=broker,
                 sessions=sessions,
                 draining=draining,
                 wait=authorization.wait,
                 cold_start=cold_start,
+                elicitations=self.elicitations,
             ),
             outages=self._outages,
             draining=draining,

@@ -37,6 +37,7 @@ from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.cold_request import ColdRequest
 from mcp_auth_proxy.proxy.cold_start import ColdStart
 from mcp_auth_proxy.proxy.consent_wait import ConsentWait
+from mcp_auth_proxy.proxy.elicitations import Elicitations
 from mcp_auth_proxy.proxy.fast_path import MAX_BODY, End, FastPathRequest
 from mcp_auth_proxy.proxy.headers import is_in_loop, response_headers, without_cors
 from mcp_auth_proxy.proxy.own_sessions import OwnSessions
@@ -74,6 +75,7 @@ class ProxyContext:
     sessions: Sessions
     own_sessions: OwnSessions
     cold_start: ColdStart
+    elicitations: Elicitations
     consent: ConsentWait
     outages: OutageLog
     draining: asyncio.Future[None]
@@ -363,6 +365,7 @@ class RequestHandler:
             return
         if may_be_pinged(response):
             self._context.pings.watch(self._request)
+            self._listen()
         open_streams = self.route.metrics.open_streams
         open_streams.inc()
         try:
@@ -386,6 +389,13 @@ class RequestHandler:
         if self.listening and self._context.draining.done():
             self.end("draining")
         await self._responder.relay(response, headers, self._body)
+
+    def _listen(self) -> None:
+        """Let the proxy's own messages for a session come on this stream, if it is one for messages."""
+        session_id = next((value for name, value in self._request.headers if name == b"mcp-session-id"), None)
+        account = self.route.account
+        if self._request.method == b"GET" and session_id and self._context.sessions.elicits(account, session_id):
+            self._context.elicitations.listens(account, session_id, self._request)
 
     def _listens(self) -> bool:
         """Return whether the request opens a stream for messages of the server.
@@ -460,6 +470,7 @@ class RequestHandler:
         """Release the upstream's response. Idempotent."""
         self.memory.release()
         self._context.pings.forget(self._request)
+        self._context.elicitations.gone(self._request)
         if self._response is not None:
             self._response.close()
 

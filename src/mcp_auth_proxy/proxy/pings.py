@@ -55,6 +55,18 @@ class Pings:
             request.on_write = stream.wrote
             self._schedule()
 
+    def insert(self, request: ClientRequest, event: bytes) -> None:
+        """Send an event of the proxy's own in the event stream that answers a request, as soon as one may stand there.
+
+        Nothing is sent if the stream turns out to be none.
+        """
+        stream = self._streams.get(request)
+        if stream is None:
+            self._streams[request] = stream = _Stream(self._streams, request, self._loop.time)
+            request.on_write = stream.wrote
+            self._schedule()
+        stream.insert(event)
+
     def forget(self, request: ClientRequest) -> None:
         """Send no more comments to the client of a request. Idempotent."""
         if self._streams.pop(request, None) is not None:
@@ -79,7 +91,7 @@ class Pings:
 class _Stream:
     """One event stream, and how what was sent of it ends."""
 
-    __slots__ = ("_clock", "_request", "_streams", "_tail", "silent_since")
+    __slots__ = ("_clock", "_inserted", "_request", "_streams", "_tail", "silent_since")
 
     def __init__(
         self,
@@ -90,6 +102,8 @@ class _Stream:
         self._streams = streams
         self._request = request
         self._clock = clock
+        self._inserted = b""
+        """Events of the proxy's own that wait for the end of an event."""
         self._tail = b"\n\n"
         """The last three bytes that were sent. A stream begins as if an event had ended."""
         self.silent_since = clock()
@@ -99,13 +113,30 @@ class _Stream:
         self._tail = data[-3:] if len(data) > 2 else (self._tail + data)[-3:]
         self.silent_since = self._clock()
         self._streams.move_to_end(self._request)
+        if self._inserted:
+            # Not here: this is called while something is being sent.
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def insert(self, event: bytes) -> None:
+        """Send an event now, or as soon as it would not be within another one."""
+        self._inserted += event
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._inserted and self._request in self._streams and self._is_between_events():
+            event, self._inserted = self._inserted, b""
+            self._request.write_nowait(event)
+
+    def _is_between_events(self) -> bool:
+        request = self._request
+        between = self._tail.endswith(_BOUNDARIES) and self._tail != _HALF_BOUNDARY
+        return between and request.started and not request.complete and request.may_write
 
     def ping(self) -> None:
         """Send a comment, unless it would be within an event, or would wait for a client that does not read."""
-        request = self._request
-        between_events = self._tail.endswith(_BOUNDARIES) and self._tail != _HALF_BOUNDARY
-        if between_events and request.started and not request.complete and request.may_write:
-            request.write_nowait(_PING)
+        if self._is_between_events():
+            self._request.write_nowait(self._inserted or _PING)
+            self._inserted = b""
         else:
             # Whatever it is, it may be over after another interval.
             self.wrote(b"")

@@ -87,6 +87,22 @@ def admin_needed(message: Message, *, server: str, trace_id: str = "") -> Json:
     return failure(message, text, code=AUTHORIZATION_REQUIRED, server=server, trace_id=trace_id)
 
 
+def declined(message: Message, *, server: str, trace_id: str = "") -> Json:
+    """Return the answer to one request of a user who has declined to authorize."""
+    text = declined_text(server)
+    if message.method == "tools/call":
+        return _result(message, _tool_error(text, None, modern=message.modern))
+    return failure(message, text, code=AUTHORIZATION_REQUIRED, server=server, trace_id=trace_id)
+
+
+def declined_text(server: str) -> str:
+    """Return what a user is told who has declined to authorize."""
+    return (
+        f"The authorization of server {server} was declined, so it can't be used. To authorize it after all, run "
+        f"`mcp-auth-proxy login {server}`, or try again in a minute."
+    )
+
+
 def ask_admin_text(server: str) -> str:
     """Return what a caller is told who may not authorize a server whose grant is shared."""
     return f"Server {server} needs an authorization that all share, which only an admin can give. Ask one."
