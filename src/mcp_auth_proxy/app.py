@@ -27,6 +27,7 @@ from mcp_auth_proxy.net.resolver import Resolver
 from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
+from mcp_auth_proxy.proxy.catalogs import ServerCatalogs
 from mcp_auth_proxy.proxy.forwarder import Forwarder
 from mcp_auth_proxy.proxy.probe import probe
 from mcp_auth_proxy.proxy.routes import route_to
@@ -91,6 +92,7 @@ class Application:
     connections: ConnectionLimits
     http: HttpClient
     forwarder: Forwarder
+    catalogs: ServerCatalogs
     router: Router
     site: Site
     callers: Callers
@@ -109,6 +111,7 @@ class Application:
         self.connections.rules = _connection_rules(settings, shares)
         self.http.set_limit(settings.limits.upstream_connections, shares.upstreams)
         self.configure_forwarder()
+        self.catalogs.enabled = settings.authorization.cold_start
         self.callers.configure(settings.inbound)
         self.router.identify_by(self.router.authenticator)
         self.sign_in.configure(settings.inbound)
@@ -140,20 +143,6 @@ class Application:
         self.forwarder.end_all()
 
 
-class _Cat:
-    def __init__(self, database):
-        self._c = Catalogs(database)
-
-    async def get(self, server, account):
-        return await self._c.get(account, upstream=server.url)
-
-    async def fetched(self, server, account):
-        return await self._c.get(account, upstream=server.url)
-
-
-from mcp_auth_proxy.store.catalogs import Catalogs
-
-
 @asynccontextmanager
 async def lifespan(
     settings: Settings,
@@ -167,8 +156,8 @@ async def lifespan(
 ) -> AsyncIterator[Application]:
     """Open everything that a running proxy needs, and close it again. Raises ConfigurationError, StoreError.
 
-    ``background``: renew tokens, and watch the store for what other processes write. ``authenticator``
-    tells who calls instead of what ``inbound`` says.
+    ``background``: renew tokens, remember what servers offer, and watch the store for what other processes write.
+    ``authenticator`` tells who calls instead of what ``inbound`` says.
     """
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
@@ -212,8 +201,6 @@ async def lifespan(
         )
         stack.push_async_callback(broker.aclose)
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
-        if background:
-            await broker.start()
         shares = _shares(settings.limits)
         http = HttpClient(
             dialer, connections_per_origin=settings.limits.upstream_connections, connections=shares.upstreams
@@ -222,7 +209,17 @@ async def lifespan(
         stack.callback(metrics.tokens.add_source(broker.token_states))
         stack.callback(metrics.upstream_connections.add_source(http.connections))
         upstream = UpstreamClient(http)
-        catalogs = _Cat(database)
+        catalogs = ServerCatalogs(
+            broker=broker,
+            servers=servers,
+            upstream=upstream,
+            database=database,
+            clock=clock,
+            enabled=settings.authorization.cold_start,
+        )
+        stack.push_async_callback(catalogs.aclose)
+        broker.add_reader(catalogs)
+        servers.on_change(lambda change: catalogs.servers_changed((*change.removed, *change.changed)))
         forwarder = Forwarder(
             broker=broker,
             upstream=upstream,
@@ -236,6 +233,10 @@ async def lifespan(
         )
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
+        broker.on_connected(forwarder.elicitations.connected)
+        if background:
+            broker.on_connected(catalogs.connected)
+            await broker.start()
 
         async def start(server: ServerSettings, account: Account) -> AccessToken | PendingAuthorization | None:
             status, challenge = await probe(forwarder.upstream, route_to(server))
@@ -298,6 +299,7 @@ async def lifespan(
             connections=ConnectionLimits(_connection_rules(settings, shares)),
             http=http,
             forwarder=forwarder,
+            catalogs=catalogs,
             router=router,
             site=site,
             callers=callers,

@@ -38,6 +38,7 @@
         ├── UpstreamUnreachable        no connection: no byte of the request was sent
         ├── UpstreamTimeout            connected, but no response head in time
         ├── UpstreamProtocolError      the response was cut off or is not valid HTTP
+        │   └── MethodRefused          the server answers a request of the proxy's own with an error
         └── UpstreamPoolTimeout        all connections to the origin are in use
 
 ``str()`` of each is one or two plain sentences for the user: what is wrong and, if there is one, the
@@ -408,6 +409,10 @@ class UpstreamTimeout(UpstreamError):
 
 class UpstreamProtocolError(UpstreamError):
     """The response was cut off or is not valid HTTP. The request may have been processed."""
+
+
+class MethodRefused(UpstreamProtocolError):
+    """The server answers a request of the proxy's own with an error: maybe it does not have the method."""
 
 
 class UpstreamPoolTimeout(UpstreamError):

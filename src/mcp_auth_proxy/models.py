@@ -473,8 +473,9 @@ class Catalog:
     discover: Mapping[str, Any] | None = field(default=None, repr=False)
     """The result of ``server/discover`` (MCP 2026-07-28); None if the server does not know it."""
     lists: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict, repr=False)
-    """By member name (``tools``, ``prompts``, ``resources``, ``resourceTemplates``); one that was not listed is absent."""
+    """By member name: ``tools``, ``prompts``, ``resources``, ``resourceTemplates``; absent if not listed."""
     fetched_at: float = 0.0
+    """When the server was asked, in Unix seconds; 0 if it has not answered everything."""
 
 
 class DPoPSigner(Protocol):

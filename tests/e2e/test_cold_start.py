@@ -13,7 +13,7 @@ from fakes.headless import consent, decline
 from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import MODERN, PlainClient
 from fakes.proxy import link_in, running_proxy, until
-from fakes.proxy_setup import ProxySetup, proxy_setup
+from fakes.proxy_setup import proxy_setup
 
 COLD: dict[str, Any] = {"wait": "5s", "cold_start": True}
 CHANGES = [f"notifications/{name}/list_changed" for name in ("tools", "prompts", "resources")]
@@ -192,7 +192,11 @@ async def test_a_server_without_session_ids_gets_none(servers: Servers, tmp_path
 
 
 async def test_an_older_revision_of_the_server_is_named_in_its_requests(servers: Servers, tmp_path: Path) -> None:
-    result = {"protocolVersion": "2025-03-26", "capabilities": {"tools": {}}, "serverInfo": {"name": "o", "version": "1"}}
+    result = {
+        "protocolVersion": "2025-03-26",
+        "capabilities": {"tools": {}},
+        "serverInfo": {"name": "o", "version": "1"},
+    }
 
     def initialize(received: Any) -> FakeResponse:
         return FakeResponse.json({"jsonrpc": "2.0", "id": received.message["id"], "result": result})

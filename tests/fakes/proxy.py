@@ -66,7 +66,10 @@ class RunningProxy:
 def write_config(
     folder: Path, servers: Mapping[str, str | Json], *, listen: str = "127.0.0.1:0", **sections: Unpack[Sections]
 ) -> Path:
-    """Write a configuration file, with the store in ``folder``. A server may be given as its URL alone."""
+    """Write a configuration file, with the store in ``folder``. A server may be given as its URL alone.
+
+    Unless ``authorization`` says so, there is no cold start, so that the proxy asks servers nothing of its own accord.
+    """
     document: dict[str, object] = {
         "listen": listen,
         "store": {"url": "sqlite:///proxy.db"},

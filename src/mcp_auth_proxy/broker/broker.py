@@ -214,6 +214,7 @@ class Broker:
         self._watch = StoreWatch(
             database=database,
             flows=self._flows,
+            grants=self._grants,
             tokens=self._tokens,
             pending=self._pending,
             clock=clock,
@@ -233,6 +234,39 @@ class Broker:
         await self._tokens.aclose()
         await self._pending.aclose()
         await self._authorizations.aclose()
+
+    def on_connected(self, callback: Callable[[Account], None]) -> Callable[[], None]:
+        """Call ``callback`` whenever a grant is used here for the first time; return a function that ends this.
+
+        That is soon after a consent, also one that another process on the store has received, if it is for an account
+        that was asked for here; and when a stored grant is loaded for the first request after a start. A callback must
+        not raise or block.
+        """
+        return self._tokens.on_connected(callback)
+
+    def add_reader(self, reader: StoreReader) -> None:
+        """Tell one more reader what other processes write to the store."""
+        self._watch.add_reader(reader)
+
+    def granted_at(self, account: Account) -> float | None:
+        """Return when the grant in use was given, in Unix seconds; None if none is in use."""
+        cached = self._tokens.get(account)
+        return None if cached is None else cached.grant.granted_at
+
+    async def newer_token(self, account: Account, refused: AccessToken) -> AccessToken | None:
+        """Return a newer token than one that was refused, renewed if need be; None if there is none.
+
+        For requests of the proxy's own, which never lead to an authorization. Raises AuthorizationError,
+        AuthorizationServerUnavailable and StoreError.
+        """
+        cached = self._tokens.get(account)
+        if cached is None:
+            return None
+        if cached.token.generation == refused.generation:
+            if self._backoff.has_failed(of_tokens(account)) or not renewable(cached.grant):
+                return None
+            cached = await self._tokens.renew(account, cached)
+        return None if cached is None else cached.token
 
     # For requests
 

@@ -58,6 +58,12 @@ def configured_for(servers: Mapping[str, ServerSettings], flow: Flow) -> ServerS
     return server
 
 
+def upstream_of(server: ServerSettings) -> str:
+    """Return the origin and path of a server's URL, without its query, which may have a secret."""
+    origin, path = _place(server.url)
+    return f"{origin.serialized}{path}"
+
+
 def server_removed(name: str) -> AuthorizationError:
     """Return the error for a server that was removed from the configuration."""
     return AuthorizationError(f"Server {name} is no longer configured.")

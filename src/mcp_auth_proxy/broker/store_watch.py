@@ -12,6 +12,7 @@ from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, Store
 from mcp_auth_proxy.models import Account, FlowStatus, Grant
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
+from mcp_auth_proxy.store.grants import Grants
 
 WATCH_INTERVAL = 0.5
 """Seconds between checks whether another process has written to the store."""
@@ -38,6 +39,7 @@ class StoreWatch:
         *,
         database: Engine,
         flows: Flows,
+        grants: Grants,
         tokens: TokenCache,
         pending: PendingFlows,
         clock: Callable[[], float],
@@ -46,10 +48,15 @@ class StoreWatch:
         self._readers = readers
         self._database = database
         self._flows = flows
+        self._grants = grants
         self._tokens = tokens
         self._pending = pending
         self._clock = clock
         self._task: asyncio.Task[None] | None = None
+
+    def add_reader(self, reader: StoreReader) -> None:
+        """Tell one more reader what other processes write."""
+        self._readers += (reader,)
 
     async def start(self) -> None:
         """Delete old flows, then begin to watch. Raises StoreError."""
@@ -91,6 +98,11 @@ class StoreWatch:
         for reader in self._readers:
             await reader.reload()
         self._tokens.clear_negative()
+        awaited = self._tokens.awaited()
+        for account in awaited & await self._grants.accounts() if awaited else ():
+            # If the server was removed just now, nobody waits for its grant.
+            with contextlib.suppress(AuthorizationError):
+                await self._tokens.load(account)
         for account in {*self._tokens.accounts(), *(pending.flow.key.account for pending in self._pending.all())}:
             grant = await self._tokens.stored(account)
             if grant is None:

@@ -63,6 +63,9 @@ class TokenCache:
         self._cached: dict[Account, CachedToken] = {}
         self._negative: set[Account] = set()
         """Accounts that are known to have no grant."""
+        self._awaited: set[Account] = set()
+        """Accounts that had no grant when they were last asked for: another process may store one."""
+        self._callbacks: dict[object, Callable[[Account], None]] = {}
         self._invalidations = 0
         """Incremented by each invalidation. What was read from the store before one is read again."""
         self._loading: SingleFlight[Account, CachedToken | None] = SingleFlight()
@@ -126,6 +129,16 @@ class TokenCache:
 
     # For the broker
 
+    def on_connected(self, callback: Callable[[Account], None]) -> Callable[[], None]:
+        """Subscribe to new grants: see ``Broker.on_connected``."""
+        key = object()
+        self._callbacks[key] = callback
+
+        def unsubscribe() -> None:
+            self._callbacks.pop(key, None)
+
+        return unsubscribe
+
     def states(self) -> dict[tuple[str, ...], float]:
         """Return how many cached tokens are valid, renewing or expired."""
         states: dict[tuple[str, ...], float] = {("valid",): 0, ("renewing",): 0, ("expired",): 0}
@@ -142,6 +155,10 @@ class TokenCache:
     def accounts(self) -> set[Account]:
         """Return the accounts that have a cached token."""
         return set(self._cached)
+
+    def awaited(self) -> set[Account]:
+        """Return the accounts that had no grant when they were last asked for."""
+        return set(self._awaited)
 
     def is_renewing(self, account: Account) -> bool:
         """Return whether a renewal is in progress."""
@@ -177,9 +194,10 @@ class TokenCache:
         if grant is not None:
             return self.put(account, grant)
         if account not in self._cached:
-            if len(self._negative) >= MAX_WITHOUT_GRANT:
-                self._negative.clear()
-            self._negative.add(account)
+            for known in (self._negative, self._awaited):
+                if len(known) >= MAX_WITHOUT_GRANT:
+                    known.clear()
+                known.add(account)
         return self._cached.get(account)
 
     def put(self, account: Account, grant: Grant) -> CachedToken:
@@ -204,7 +222,12 @@ class TokenCache:
         )
         self._cached[account] = cached
         self._negative.discard(account)
+        self._awaited.discard(account)
         self._schedule(account, cached)
+        if before is None or before.grant.granted_at != grant.granted_at:
+            for callback in self._callbacks.values():
+                # Soon, so that whoever waits for the grant has it first.
+                asyncio.get_running_loop().call_soon(callback, account)
         return cached
 
     def evict(self, account: Account) -> None:
@@ -212,8 +235,11 @@ class TokenCache:
         self._invalidations += 1
         self._negative.discard(account)
         cached = self._cached.pop(account, None)
-        if cached is not None and cached.timer is not None:
+        if cached is None:
+            return
+        if cached.timer is not None:
             cached.timer.cancel()
+        self._awaited.add(account)
 
     def clear_negative(self) -> None:
         """Forget which accounts have no grant: another process may have stored one."""

@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mcp_auth_proxy.broker.matching import upstream_of
 from mcp_auth_proxy.errors import SessionNotFound, UpstreamProtocolError
 from mcp_auth_proxy.models import AccessToken, Account
 from mcp_auth_proxy.net.http_head import Fields, Headers
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy import cold_answers, session_ids
+from mcp_auth_proxy.proxy.decoding import decoded
 from mcp_auth_proxy.proxy.headers import FieldRules
 from mcp_auth_proxy.proxy.routes import Route
+from mcp_auth_proxy.proxy.server_client import read_answer
 from mcp_auth_proxy.proxy.session_ids import OWN_PREFIX
-from mcp_auth_proxy.proxy.tool_list import read_answer
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.rpc.encoding import encode
 from mcp_auth_proxy.rpc.messages import Message, RequestBody
@@ -31,6 +33,9 @@ SESSIONS_KEPT = 1_000
 
 MAX_INITIALIZE = 64 * 1024
 """Bytes of the longest ``initialize`` that a session is begun with."""
+
+OPEN_SECONDS = 30.0
+"""Seconds that a server may take to send its answer to ``initialize``."""
 
 Field = tuple[bytes, bytes]
 
@@ -96,7 +101,7 @@ class OwnSessions:
         """Begin a session for a client that has sent ``initialize``, and store it. Raises StoreUnavailable."""
         session_id = OWN_PREFIX.decode() + secrets.token_urlsafe(24)
         state = SessionState(initialize=content, announced=announced)
-        await self._store.add(session_id, route.account, state, upstream=route.server.url, now=self._clock())
+        await self._store.add(session_id, route.account, state, upstream=upstream_of(route.server), now=self._clock())
         return self._keep(OwnSession(session_id, route.account, state))
 
     async def find(self, session_id: bytes, route: Route) -> OwnSession:
@@ -104,7 +109,7 @@ class OwnSessions:
         name = session_id.decode("latin-1")
         session = self._sessions.get(name)
         if session is None:
-            state = await self._store.find(name, route.account, upstream=route.server.url)
+            state = await self._store.find(name, route.account, upstream=upstream_of(route.server))
             if state is None:
                 raise SessionNotFound
             session = self._sessions.get(name) or self._keep(OwnSession(name, route.account, state))
@@ -147,7 +152,7 @@ class OwnSessions:
         async with session.lock:
             if session.state.opened:
                 return None
-            stored = await self._store.find(session.id, session.account, upstream=route.server.url)
+            stored = await self._store.find(session.id, session.account, upstream=upstream_of(route.server))
             if stored is None:
                 raise SessionNotFound
             session.state = stored
@@ -192,7 +197,8 @@ class OwnSessions:
             raise UpstreamProtocolError(f"it answers {response.status} to initialize.")
         result = None
         if 200 <= response.status < 300:
-            answer = await read_answer(response, message.id)
+            response.expire_after(OPEN_SECONDS)
+            answer = await read_answer(response, message.id, decoded(response))
             result = answer.get("result")
         if not isinstance(result, Mapping):
             # It may speak revisions without sessions alone. The client finds out when it begins a new one.

@@ -82,13 +82,17 @@ async def send_message(
     *,
     session: bytes = b"",
     modern: bool = False,
+    revision: str = PROTOCOL_VERSION,
     token: AccessToken | None = None,
 ) -> Response:
-    """Send one MCP message and return the response, of which only the head has been read. Raises UpstreamError."""
+    """Send one MCP message and return the response, of which only the head has been read. Raises UpstreamError.
+
+    ``revision``: what was negotiated for the session.
+    """
     method = str(message["method"])
     headers = list(_JSON)
     if modern or method != "initialize":
-        headers.append((b"mcp-protocol-version", (MODERN if modern else PROTOCOL_VERSION).encode()))
+        headers.append((b"mcp-protocol-version", (MODERN if modern else revision).encode()))
     if modern:
         headers.append((b"mcp-method", method.encode()))
     if session:
@@ -105,10 +109,15 @@ async def end_session(
 
 
 async def close_session(
-    upstream: UpstreamClient, route: Route, session: bytes, *, token: AccessToken | None = None
+    upstream: UpstreamClient,
+    route: Route,
+    session: bytes,
+    *,
+    revision: str = PROTOCOL_VERSION,
+    token: AccessToken | None = None,
 ) -> None:
     """End a session by its id. If the server fails to, the session will expire there."""
-    headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
+    headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", revision.encode())]
     with suppress(UpstreamError):
         (await upstream.send(route, method=b"DELETE", fields=Fields(headers), body=b"", token=token)).close()
 

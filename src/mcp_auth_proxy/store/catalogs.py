@@ -1,7 +1,7 @@
 """What is remembered of the answers of servers, for each account: one sealed row."""
 
 import json
-from collections.abc import Mapping
+from dataclasses import replace
 
 from mcp_auth_proxy.models import Account, Catalog
 from mcp_auth_proxy.store.codec import account_params
@@ -11,6 +11,12 @@ from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, decode_ro
 MAX_CONTENT = 256 * 1024
 """Bytes of one catalog. What does not fit is left out, the lists that matter least first."""
 
+KEPT_CATALOGS = 5000
+"""Catalogs that are kept at most; the oldest go first."""
+
+KEPT_OF_PRINCIPAL = 100
+"""Those of one principal, so that others keep theirs."""
+
 _DROP_ORDER = ("resourceTemplates", "resources", "prompts", "tools")
 
 _TABLE = "catalogs"
@@ -18,12 +24,23 @@ _FIND = """
     SELECT * FROM catalogs
     WHERE principal = :principal AND account = :account AND server = :server AND upstream = :upstream
 """
+_ALL = "SELECT * FROM catalogs ORDER BY fetched_at"
 _PUT = """
-    INSERT INTO catalogs (uid, principal, account, server, upstream, content, fetched_at, seal)
-    VALUES (:uid, :principal, :account, :server, :upstream, :content, :fetched_at, :seal)
+    INSERT INTO catalogs (uid, principal, account, server, upstream, content, tools, fetched_at, seal)
+    VALUES (:uid, :principal, :account, :server, :upstream, :content, :tools, :fetched_at, :seal)
     ON CONFLICT (principal, account, server) DO UPDATE SET
-        uid = excluded.uid, upstream = excluded.upstream, content = excluded.content,
+        uid = excluded.uid, upstream = excluded.upstream, content = excluded.content, tools = excluded.tools,
         fetched_at = excluded.fetched_at, seal = excluded.seal
+"""
+_TRIM_PRINCIPAL = """
+    DELETE FROM catalogs WHERE principal = :principal AND uid NOT IN (
+        SELECT uid FROM catalogs WHERE principal = :principal ORDER BY uid = :uid DESC, fetched_at DESC LIMIT :kept
+    )
+"""
+_TRIM = """
+    DELETE FROM catalogs WHERE (SELECT count(*) FROM catalogs) > :kept AND uid NOT IN (
+        SELECT uid FROM catalogs ORDER BY uid = :uid DESC, fetched_at DESC LIMIT :kept
+    )
 """
 
 
@@ -40,19 +57,37 @@ class Catalogs:
         return next(iter(await decode_rows(self._engine, _TABLE, rows, asked, _read)), None)
 
     async def put(self, account: Account, catalog: Catalog, *, upstream: str) -> Catalog:
-        """Remember a catalog in place of the one before; return as much of it as fits into ``MAX_CONTENT``."""
+        """Remember a catalog in place of the one before; return as much of it as fits into ``MAX_CONTENT``.
+
+        Raises ValueError and RecursionError if it can't be written as JSON.
+        """
         catalog, content = _fitting(catalog)
         uid = new_uid()
         cipher = RowCipher(self._engine.cipher, _TABLE, uid)
+        tools = catalog.lists.get("tools")
         columns: Columns = {
             **account_params(account),
             "upstream": upstream,
             "content": cipher.seal("content", content),
+            "tools": None if tools is None else len(tools),
             "fetched_at": catalog.fetched_at,
         }
         async with self._engine.transaction() as transaction:
             await transaction.execute(_PUT, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
+            kept = {"uid": uid, "principal": account.principal, "kept": KEPT_OF_PRINCIPAL}
+            await transaction.execute(_TRIM_PRINCIPAL, kept)
+            await transaction.execute(_TRIM, {"uid": uid, "kept": KEPT_CATALOGS})
         return catalog
+
+    async def tool_counts(self) -> dict[tuple[Account, str], int]:
+        """Return how many tools each account sees, by account and ``upstream``, as far as that is remembered."""
+        rows = await self._engine.fetch_all(_ALL)
+        return dict(await decode_rows(self._engine, _TABLE, [row for row in rows if _is_counted(row)], {}, _read_count))
+
+
+def size_of(catalog: Catalog) -> int:
+    """Return how many bytes a catalog takes as JSON."""
+    return len(_encode(catalog))
 
 
 def _fitting(catalog: Catalog) -> tuple[Catalog, str]:
@@ -63,9 +98,7 @@ def _fitting(catalog: Catalog) -> tuple[Catalog, str]:
         if len(content) <= MAX_CONTENT:
             return catalog, content
         if lists.pop(name, None) is not None:
-            catalog = Catalog(
-                initialize=catalog.initialize, discover=catalog.discover, lists=lists, fetched_at=catalog.fetched_at
-            )
+            catalog = replace(catalog, lists=dict(lists))
             content = _encode(catalog)
     if len(content) > MAX_CONTENT:
         catalog = Catalog(fetched_at=catalog.fetched_at)
@@ -74,11 +107,7 @@ def _fitting(catalog: Catalog) -> tuple[Catalog, str]:
 
 
 def _encode(catalog: Catalog) -> str:
-    found: Mapping[str, object] = {
-        "initialize": catalog.initialize,
-        "discover": catalog.discover,
-        "lists": catalog.lists,
-    }
+    found = {"initialize": catalog.initialize, "discover": catalog.discover, "lists": catalog.lists}
     return json.dumps(found, separators=(",", ":"))
 
 
@@ -90,3 +119,11 @@ def _read(row: Row, cipher: RowCipher) -> Catalog:
         lists=found["lists"],
         fetched_at=row["fetched_at"],
     )
+
+
+def _is_counted(row: Row) -> bool:
+    return row["tools"] is not None
+
+
+def _read_count(row: Row, _: RowCipher) -> tuple[tuple[Account, str], int]:
+    return (Account(row["principal"], row["server"], row["account"]), row["upstream"]), row["tools"]

@@ -43,6 +43,9 @@ _LEFT = (
     "DELETE FROM client_bindings WHERE server = :server",
     "DELETE FROM confirmations WHERE server = :server",
     "DELETE FROM grants WHERE server = :server",
+    "DELETE FROM catalogs WHERE server = :server",
+    "DELETE FROM mcp_sessions WHERE server = :server",
+    "DELETE FROM connection_notes WHERE server = :server",
 )
 
 

@@ -1,8 +1,9 @@
 """The tables of what is remembered for MCP clients: schema 8.
 
-``catalogs`` has what servers answered to ``initialize``, ``server/discover`` and the lists. ``mcp_sessions`` has the
-sessions that the proxy began itself while consent was outstanding; ``id_hash`` is the SHA-256 (hex) of the id that the
-client has. ``connection_notes`` has what a process saw of a connection, for commands and other processes.
+``catalogs`` has what servers answered to ``initialize``, ``server/discover`` and the lists, and how many ``tools``
+there are. ``mcp_sessions`` has the sessions that the proxy began itself while consent was outstanding; ``id_hash`` is
+the SHA-256 (hex) of the id that the client has. ``connection_notes`` has what a process saw of a connection, for
+commands and other processes.
 """
 
 CLIENTS = (
@@ -14,6 +15,7 @@ CLIENTS = (
         server TEXT NOT NULL,
         upstream TEXT NOT NULL,
         content BLOB NOT NULL,
+        tools INTEGER,
         fetched_at DOUBLE PRECISION NOT NULL,
         seal BLOB NOT NULL,
         PRIMARY KEY (principal, account, server)
@@ -44,6 +46,7 @@ CLIENTS = (
         unreachable_since DOUBLE PRECISION,
         failed_at DOUBLE PRECISION,
         failure TEXT NOT NULL DEFAULT '',
+        remedy TEXT NOT NULL DEFAULT '',
         seal BLOB NOT NULL,
         PRIMARY KEY (principal, account, server)
     )
