@@ -82,9 +82,9 @@ async def test_a_session_goes_on_at_the_server_after_consent(servers: Servers, t
             assert (await client.call("echo", text="hello")).text == "hello"
             own, theirs = client.session, next(iter(setup.upstream.sessions))
             assert own != theirs
-            begun = [call for call in setup.upstream.calls("initialize") if call.bearer][-1]
-            assert begun.message["params"]["capabilities"] == {"roots": {}}
-            assert begun.message["params"]["clientInfo"] == {"name": "plain", "version": "1"}
+            begun = [call.message["params"] for call in setup.upstream.calls("initialize") if call.bearer]
+            sent = {"protocolVersion": "2025-06-18", "capabilities": {"roots": {}}}
+            assert {**sent, "clientInfo": {"name": "plain", "version": "1"}} in begun
             assert setup.upstream.calls("tools/call")[-1].header("mcp-session-id") == theirs
             await until(lambda: setup.upstream.push({"jsonrpc": "2.0", "method": "notifications/message"}))
             assert (await anext(events))["method"] == "notifications/message"
@@ -153,16 +153,20 @@ async def test_a_restart_goes_on_with_the_session(servers: Servers, tmp_path: Pa
             first = await client.initialize()
         address = proxy.application.listening
         link = link_in(first.message)
-    async with running_proxy(tmp_path, {"notes": upstream.url}, authorization=COLD, listen=address) as proxy:
-        async with client_again(client, proxy.origin) as again:
-            assert (await again.post("prompts/list")).result == {"prompts": []}
-            await consent(link)
-            assert await names(again) == ["echo", "count", "whoami"]
-            async with again.stream() as (_, events):
-                assert [(await anext(events))["method"] for _ in CHANGES] == CHANGES
-    async with running_proxy(tmp_path, {"notes": upstream.url}, authorization=COLD, listen=address) as proxy:
-        async with client_again(client, proxy.origin) as again:
-            assert (await again.call("echo", text="x")).text == "x"
+    async with (
+        running_proxy(tmp_path, {"notes": upstream.url}, authorization=COLD, listen=address) as proxy,
+        client_again(client, proxy.origin) as again,
+    ):
+        assert (await again.post("prompts/list")).result == {"prompts": []}
+        await consent(link)
+        assert await names(again) == ["echo", "count", "whoami"]
+        async with again.stream() as (_, events):
+            assert [(await anext(events))["method"] for _ in CHANGES] == CHANGES
+    async with (
+        running_proxy(tmp_path, {"notes": upstream.url}, authorization=COLD, listen=address) as proxy,
+        client_again(client, proxy.origin) as again,
+    ):
+        assert (await again.call("echo", text="x")).text == "x"
     assert len([call for call in upstream.calls("initialize") if call.header("mcp-session-id") is None]) >= 1
     assert len(upstream.sessions) == 1
 

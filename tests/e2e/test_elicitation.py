@@ -19,7 +19,7 @@ COLD: dict[str, Any] = {"wait": "0s", "cold_start": True}
 
 
 async def test_the_session_is_told_when_the_link_was_used(servers: Servers, tmp_path: Path) -> None:
-    options = {"upstream": {"sessions_on": True}, "client": {"capabilities": URLS}}
+    options: dict[str, Any] = {"upstream": {"sessions_on": True}, "client": {"capabilities": URLS}}
     async with proxy_setup(servers, tmp_path, authorization=COLD, **options) as setup:
         client = setup.client
         await client.initialize()
@@ -36,7 +36,7 @@ async def test_the_session_is_told_when_the_link_was_used(servers: Servers, tmp_
 
 
 async def test_the_completion_does_not_stand_within_an_event(servers: Servers, tmp_path: Path) -> None:
-    options = {"upstream": {"sessions_on": True}, "client": {"capabilities": URLS}}
+    options: dict[str, Any] = {"upstream": {"sessions_on": True}, "client": {"capabilities": URLS}}
     async with proxy_setup(servers, tmp_path, **options) as setup:
         client = setup.client
         await consent(link_in((await client.initialize()).message))
@@ -64,7 +64,7 @@ async def test_the_completion_does_not_stand_within_an_event(servers: Servers, t
 async def test_declining_is_answered_in_words_and_not_asked_again(
     servers: Servers, tmp_path: Path, action: str
 ) -> None:
-    options = {"client": {"version": MODERN, "capabilities": URLS}}
+    options: dict[str, Any] = {"client": {"version": MODERN, "capabilities": URLS}}
     async with proxy_setup(servers, tmp_path, authorization=COLD, **options) as setup:
         call = {"name": "echo", "arguments": {"text": "in"}}
         asked = (await setup.client.post("tools/call", call)).result

@@ -14,7 +14,7 @@ from fakes.proxy import until
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, Script, answers, ok
 from fakes.tasks import tasks_of_requests
-from mcp_auth_proxy.config.settings import LimitSettings
+from mcp_auth_proxy.config.settings import AuthorizationSettings, LimitSettings
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.proxy.fast_path import FastPathRequest
 from mcp_auth_proxy.proxy.routes import Route
@@ -71,7 +71,8 @@ async def test_an_account_whose_token_is_not_ready_is_waited_for_by_a_handler() 
 
 async def test_a_smaller_limit_holds_from_the_next_request_on() -> None:
     async with warm(answers(ok(b"good"))) as (upstream, proxy, client):
-        proxy.forwarder.configure(limits=LimitSettings(body=len(CALL) - 1), wait=5.0, several=False)
+        limits = LimitSettings(body=len(CALL) - 1)
+        proxy.forwarder.configure(limits=limits, authorization=AuthorizationSettings(cold_start=False), several=False)
         client.post(CALL)
         assert (await client.answer()).status == 413
     assert len(upstream.requests) == 1
@@ -81,7 +82,8 @@ async def test_a_changed_wait_holds_from_the_next_request_on() -> None:
     broker = ScriptedBroker()
     async with forwarding(broker, "http://127.0.0.1:1/mcp", wait=3600) as proxy, RawClient.to(proxy.origin) as client:
         broker.waiting = pending_authorization()
-        proxy.forwarder.configure(limits=LimitSettings(), wait=0.01, several=False)
+        authorization = AuthorizationSettings(wait=0.01, cold_start=False)
+        proxy.forwarder.configure(limits=LimitSettings(), authorization=authorization, several=False)
         client.post(CALL)
         assert broker.waiting.link in (await client.answer()).body.decode()
 

@@ -15,7 +15,7 @@ from fakes.forwarding import ForwardingServer, ScriptedBroker, access_token, for
 from fakes.proxy import until
 from fakes.raw_client import RawClient
 from fakes.raw_server import Peer, RawServer, ok
-from mcp_auth_proxy.config.settings import LimitSettings
+from mcp_auth_proxy.config.settings import AuthorizationSettings, LimitSettings
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.proxy import consent_wait, pings
 from mcp_auth_proxy.proxy.pings import Pings, _Stream
@@ -297,7 +297,9 @@ async def test_a_reload_changes_the_interval_and_0_turns_comments_off() -> None:
         await client.head()
         proxy.forwarder.configure(limits=limits[0], wait=0.0, several=False)
         assert await client.reader.readexactly(len(PINGED)) == PINGED
-        proxy.forwarder.configure(limits=limits[1], wait=0.0, several=False)
+        proxy.forwarder.configure(
+            limits=limits[1], authorization=AuthorizationSettings(cold_start=False), several=False
+        )
         (request,) = proxy.forwarder.pings._streams
         before = request.sent
         await seconds()

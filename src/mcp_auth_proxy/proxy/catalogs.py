@@ -98,7 +98,7 @@ class ServerCatalogs:
         return catalog
 
     async def fetched(self, server: ServerSettings, account: Account) -> Catalog | None:
-        """Return what is remembered of a server once it has answered what it is being asked; waits for that, bounded."""
+        """Return what is remembered of a server; if it is being asked just now, wait for that, bounded."""
         task = self._tasks.get(account)
         if task is not None:
             await asyncio.wait({task}, timeout=FETCHED_SECONDS)

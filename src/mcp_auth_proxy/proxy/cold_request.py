@@ -93,7 +93,7 @@ class ColdRequest:
     # With a token
 
     async def open(self, token: AccessToken | None) -> Response | None:
-        """Open the session at the server; return its response if that is a challenge. Raises as ``OwnSessions`` does."""
+        """Open the session at the server; return its response if that is a challenge. See ``OwnSessions.open``."""
         session = self.session
         if session is None:
             return None

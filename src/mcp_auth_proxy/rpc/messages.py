@@ -199,7 +199,7 @@ def _message(item: Json) -> Message:
         is_request=isinstance(method, str) and usable,
         modern=modern,
         url_elicitation=isinstance(_mapping(_mapping(declared).get("elicitation")).get("url"), Mapping),
-        params=params if method in _WITH_PARAMS else {},
+        params=params if isinstance(method, str) and method in _WITH_PARAMS else {},
     )
 
 

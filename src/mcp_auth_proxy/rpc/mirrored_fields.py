@@ -1,7 +1,7 @@
 """The header fields that repeat parts of a message (MCP 2026-07-28, Streamable HTTP, "Request Metadata").
 
-``MCP-Protocol-Version`` and ``Mcp-Method`` are for every request, ``Mcp-Name`` is for three methods, and ``Mcp-Param-*``
-has the arguments of a tool whose schema marks them with ``x-mcp-header``.
+``MCP-Protocol-Version`` and ``Mcp-Method`` are for every request, ``Mcp-Name`` is for three methods, and
+``Mcp-Param-*`` has the arguments of a tool whose schema marks them with ``x-mcp-header``.
 """
 
 import base64
@@ -30,19 +30,19 @@ _PLAIN = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 _ENCODED = re.compile(r"=\?base64\?.*\?=")
 
 _SCHEMAS = frozenset(
-    [
-        "items",
-        "contains",
-        "unevaluatedItems",
+    {
         "additionalProperties",
-        "propertyNames",
-        "unevaluatedProperties",
-        "not",
-        "if",
-        "then",
-        "else",
+        "contains",
         "contentSchema",
-    ]
+        "else",
+        "if",
+        "items",
+        "not",
+        "propertyNames",
+        "then",
+        "unevaluatedItems",
+        "unevaluatedProperties",
+    }
 )
 _LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
 _MAPS = frozenset({"patternProperties", "dependentSchemas", "$defs", "definitions"})
