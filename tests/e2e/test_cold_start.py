@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from fakes.callers import HeaderCallers, principal
 from fakes.fixtures import Servers
 from fakes.headless import consent, decline
 from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import MODERN, PlainClient
 from fakes.proxy import link_in, running_proxy, until
-from fakes.proxy_setup import proxy_setup
+from fakes.proxy_setup import ProxySetup, proxy_setup
+from mcp_auth_proxy.models import Account
 
 COLD: dict[str, Any] = {"wait": "5s", "cold_start": True}
 CHANGES = [f"notifications/{name}/list_changed" for name in ("tools", "prompts", "resources")]
@@ -304,3 +306,110 @@ async def listening() -> AsyncIterator[bytes]:
     yield data[20:]
     yield b"data: " + json.dumps(updated).encode() + b"\n\n"
     await asyncio.Event().wait()
+
+
+# what is remembered
+
+
+async def remembered(setup: ProxySetup) -> None:
+    """Connect, wait until the server was asked what it offers, and disconnect."""
+    first = await setup.client.initialize()
+    link = link_in(first.message)
+    await consent(link)
+    await until(lambda: setup.upstream.calls("tools/list"), "the proxy has listed the tools")
+    application = setup.proxy.application
+    account = Account("local", "notes")
+    catalog = await application.catalogs.fetched(application.servers["notes"], account)
+    assert catalog is not None
+    await application.broker.disconnect(account)
+    setup.client.session = None
+
+
+async def test_what_a_server_offered_is_shown_after_its_user_has_disconnected(servers: Servers, tmp_path: Path) -> None:
+    def initialize(received: Any) -> FakeResponse:
+        said = {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {"tools": {}, "logging": {}, "completions": {}},
+            "serverInfo": {"name": "s", "version": "1"},
+            "instructions": "Be kind.",
+        }
+        return FakeResponse.json({"jsonrpc": "2.0", "id": received.message["id"], "result": said})
+
+    async with cold(servers, tmp_path, upstream={"answers": {"initialize": initialize}}) as setup:
+        await remembered(setup)
+        reply = await setup.client.initialize()
+        assert reply.result["protocolVersion"] == "2025-06-18"
+        changed = {"listChanged": True}
+        assert reply.result["capabilities"] == {
+            "tools": changed,
+            "prompts": changed,
+            "resources": changed,
+            "logging": {},
+            "completions": {},
+        }
+        link = setup.proxy.links[-1]
+        assert reply.result["instructions"].startswith("Be kind.\n\n")
+        assert link in reply.result["instructions"]
+        assert await names(setup.client) == ["echo", "count", "whoami", "authorize_notes"]
+        assert (await setup.client.post("logging/setLevel", {"level": "error"})).result == {}
+        await consent(link)
+        assert await names(setup.client) == ["echo", "count", "whoami"]
+        levels = [call.message["params"] for call in setup.upstream.calls("logging/setLevel")]
+        assert levels == [{"level": "error"}]
+
+
+async def test_discover_is_answered_from_memory(servers: Servers, tmp_path: Path) -> None:
+    async with cold(servers, tmp_path, upstream={}) as setup:
+        await remembered(setup)
+        async with setup.proxy.client("notes", version=MODERN) as modern:
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            result = (await modern.post("server/discover")).result
+            assert loop.time() - began < 5
+            assert (result["ttlMs"], result["cacheScope"], result["resultType"]) == (0, "private", "complete")
+            assert result["supportedVersions"] == [MODERN]
+            assert setup.proxy.links[-1] in result["instructions"]
+            assert await names(modern) == ["echo", "count", "whoami", "authorize_notes"]
+            await consent(setup.proxy.links[-1])
+            assert await names(modern) == ["echo", "count", "whoami"]
+
+
+# an authorization server that is slow, and callers
+
+
+async def test_initialize_does_not_wait_for_a_slow_authorization_server(servers: Servers, tmp_path: Path) -> None:
+    answer = asyncio.Event()
+
+    async def never() -> AsyncIterator[bytes]:
+        await answer.wait()
+        yield b""
+
+    upstream = {**SESSIONS, "metadata_answer": FakeResponse(stream=never)}
+    async with cold(servers, tmp_path, upstream=upstream) as setup:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        reply = await setup.client.post("initialize", {"protocolVersion": "2025-11-25", "capabilities": {}})
+        assert 1.5 < loop.time() - began < 8
+        assert f"{setup.proxy.origin}/notes/mcp" in reply.result["instructions"]
+        assert setup.proxy.links == []
+        answer.set()
+
+
+async def test_another_caller_can_not_use_a_session(servers: Servers, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server(auto_consent=True)
+    upstream = await servers.mcp_server(issuer, sessions_on=True)
+    callers = HeaderCallers(principal("ann"), principal("bob"))
+    async with (
+        running_proxy(tmp_path, {"notes": upstream.url}, authorization=COLD, authenticator=callers) as proxy,
+        proxy.client("notes", headers={"x-test-caller": "ann"}) as ann,
+    ):
+        await ann.initialize()
+        assert ann.session is not None
+        assert (await ann.post("ping")).result == {}
+        async with proxy.client("notes", headers={"x-test-caller": "bob"}) as bob:
+            assert (await bob.post("ping", session=ann.session)).status == 404
+            assert (await bob.post("ping", session=ann.session.rpartition(".")[0])).status == 404
+            bob.session = ann.session
+            assert (await bob.delete()).status == 404
+        assert (await ann.post("ping")).result == {}
+    assert len(upstream.sessions) == 0

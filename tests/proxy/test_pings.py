@@ -295,7 +295,9 @@ async def test_a_reload_changes_the_interval_and_0_turns_comments_off() -> None:
     limits = [LimitSettings(sse_ping=interval) for interval in (INTERVAL, 0.0)]
     async with streaming(head(TYPE, CHUNKED), interval=3600.0) as (client, _, proxy), asyncio.timeout(10):
         await client.head()
-        proxy.forwarder.configure(limits=limits[0], wait=0.0, several=False)
+        proxy.forwarder.configure(
+            limits=limits[0], authorization=AuthorizationSettings(cold_start=False), several=False
+        )
         assert await client.reader.readexactly(len(PINGED)) == PINGED
         proxy.forwarder.configure(
             limits=limits[1], authorization=AuthorizationSettings(cold_start=False), several=False
