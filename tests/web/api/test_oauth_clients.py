@@ -88,9 +88,12 @@ async def test_pages(tmp_path: Path) -> None:
     [
         ({"token_url": "http://as.example/token", "scopes": ["a b"]}, [["token_url"], ["scopes", 0]]),
         ({"provider": "", "client_id": ""}, [["provider"], ["client_id"]]),
-        ({"metadata": {"issuer": 7}}, [["metadata"]]),
-        ({"metadata": {"discovery_url": "https://as.example/else"}}, [["metadata"]]),
-        ({"metadata": {"token_auth_method": "private_key_jwt"}}, [["metadata"]]),
+        ({"metadata": {"issuer": 7}}, [["metadata", "issuer"]]),
+        ({"metadata": {"discovery_url": "https://as.example/else"}}, [["metadata", "discovery_url"]]),
+        (
+            {"metadata": {"token_auth_method": "private_key_jwt", "issuer": "x", "other": 1}},
+            [["metadata", "token_auth_method"], ["metadata", "issuer"]],
+        ),
         ({"secret": "x", "status": "off"}, [["secret"], ["status"]]),
         ({"status": "revoked"}, [["status"]]),
         ({"redirect_uris": ["javascript:alert(1)"]}, [["redirect_uris", 0]]),
