@@ -356,7 +356,7 @@ class Announcer:
         )
 
     def __call__(self, flow: Flow, link: str) -> None:
-        server, address = flow.key.account.server, sign_in(flow).address
+        server, address = flow.key.account.shown, sign_in(flow).address
         logger.warning("server %s needs your authorization at %s, open this link: %s", server, address, link)
         if flow.device is not None:
             # The link may lead to a machine that no browser reaches; this address works on any device.

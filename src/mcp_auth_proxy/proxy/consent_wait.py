@@ -94,12 +94,12 @@ class ConsentWait:
         responder: Responder,
         route: Route,
     ) -> None:
-        link, server = pending.link, responder.server
+        link, server, name = pending.link, responder.server, route.account.shown
         if not route.may_authorize:
-            await _answer_without_link(body, responder)
+            await _answer_without_link(body, responder, name)
             return
         if not body.requests:
-            text = answers.authorization_text(server, link)
+            text = answers.authorization_text(name, link)
             await responder.fail(body, 503, text, answers.AUTHORIZATION_REQUIRED, retry_after=5.0, link=link)
             return
         session = next((value for name, value in request.headers if name == b"mcp-session-id"), None)
@@ -109,6 +109,7 @@ class ConsentWait:
             lambda message: answers.authorization_needed(
                 message,
                 server=server,
+                name=name,
                 link=link,
                 elicitation_id=pending.flow.id,
                 session_elicits=elicits,
@@ -116,7 +117,7 @@ class ConsentWait:
             ),
             lambda: answers.failure(
                 None,
-                answers.authorization_text(server, link),
+                answers.authorization_text(name, link),
                 code=answers.AUTHORIZATION_REQUIRED,
                 server=server,
                 link=link,
@@ -126,15 +127,15 @@ class ConsentWait:
         await responder.answer(200, document)
 
 
-async def _answer_without_link(body: RequestBody, responder: Responder) -> None:
+async def _answer_without_link(body: RequestBody, responder: Responder, name: str) -> None:
     """Answer a caller who can't authorize: an admin has to."""
-    server, text = responder.server, answers.ask_admin_text(responder.server)
+    server, text = responder.server, answers.ask_admin_text(name)
     if not body.requests:
         await responder.fail(body, 503, text, answers.AUTHORIZATION_REQUIRED, retry_after=5.0)
         return
     document = answers.answer_all(
         body,
-        lambda message: answers.admin_needed(message, server=server, trace_id=responder.trace_id),
+        lambda message: answers.admin_needed(message, server=server, name=name, trace_id=responder.trace_id),
         lambda: answers.failure(
             None, text, code=answers.AUTHORIZATION_REQUIRED, server=server, trace_id=responder.trace_id
         ),

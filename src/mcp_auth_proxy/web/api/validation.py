@@ -81,9 +81,7 @@ def read_query(raw: bytes, model: type[M]) -> M:
     return _read(values, model, "query", strict=False)
 
 
-def _read(
-    value: object, model: type[M], place: str, *, strict: bool, more: MoreFaults = lambda value: ()
-) -> M:
+def _read(value: object, model: type[M], place: str, *, strict: bool, more: MoreFaults = lambda value: ()) -> M:
     found: list[Fault] = []
     for fault in _faults(value, model, (place,), strict):
         found.append(fault)
