@@ -27,6 +27,9 @@ from mcp_auth_proxy.web.api.reach import (
 
 MAX_SCOPES = 100
 
+NO_AUTHORIZATION = "no-authorization"
+"""The kind of a problem: the server asks for none."""
+
 
 class FlowView(View):
     """An authorization. What there is nothing of, is null."""
@@ -119,7 +122,7 @@ async def begin(call: Call[Any, Any], server: ServerSettings, account: str, want
             raise invalid_field(("body", "redirect_uri"), str(refused)) from None
     if not isinstance(outcome, PendingAuthorization):
         await call.api.made.connected(server)
-        raise Problem(409, "no-authorization", f"{server.name} asks for no authorization: use it as it is.")
+        raise Problem(409, NO_AUTHORIZATION, f"{server.name} asks for no authorization: use it as it is.")
     return outcome.flow, new
 
 
