@@ -29,8 +29,8 @@ IDP = "https://idp.example.com"
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def inbound(*modes: Any, audience: str = "the-proxy", kubernetes: bool = False) -> InboundSettings:
-    return InboundSettings(modes=modes, jwt=(JwtSettings(issuer=IDP, audience=audience, kubernetes=kubernetes),))
+def inbound(*modes: Any, audience: str = "the-proxy", **jwt: Any) -> InboundSettings:
+    return InboundSettings(modes=modes, jwt=(JwtSettings(issuer=IDP, audience=audience, **jwt),))
 
 
 @dataclass

@@ -9,6 +9,8 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlencode
 
@@ -24,8 +26,9 @@ from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.api import audit, flows
 from mcp_auth_proxy.web.api.application import PREFIX, Api, perform
 from mcp_auth_proxy.web.api.credentials import addresses, caller_of
+from mcp_auth_proxy.web.api.models import Fault
 from mcp_auth_proxy.web.api.operations import Call, is_admin
-from mcp_auth_proxy.web.api.problems import Problem, problem_of
+from mcp_auth_proxy.web.api.problems import Problem, invalid, problem_of
 from mcp_auth_proxy.web.api.reach import may_use_api
 from mcp_auth_proxy.web.connect import REDIRECTED, is_other_loopback_name
 from mcp_auth_proxy.web.cookies import read_cookies
@@ -128,23 +131,26 @@ class StartPage:
         url = given.get("mcp_server_url", "")
         scopes = tuple(dict.fromkeys(scope.strip() for scope in given.get("scopes", "").split(",") if scope.strip()))
         account = given.get("account") or DEFAULT_ACCOUNT
-        try:
+        faults: list[Fault] = []
+        with _noted(faults, "mcp_server_url"):
             self._api.context.made.check_url(url)
+        with _noted(faults, "scopes"):
+            if len(scopes) > flows.MAX_SCOPES:
+                raise ValueError(f"must be at most {flows.MAX_SCOPES}")
             for scope in scopes:
                 values.scope(scope)
-            if len(scopes) > flows.MAX_SCOPES:
-                raise ValueError(f"scopes: at most {flows.MAX_SCOPES}")
+        with _noted(faults, "account"):
             if _ACCOUNT.fullmatch(account) is None:
-                raise ValueError("account: 1 to 32 of a-z, 0-9 and -, not beginning with -")
-            origin = given.get("return_origin") or None
+                raise ValueError("must be 1 to 32 of a-z, 0-9 and -, not beginning with -")
+        origin = given.get("return_origin") or None
+        with _noted(faults, "return_origin"):
             origin = allowed_return_origin(
                 None if origin is None else values.allowed_origin(origin),
                 popup_origins=admin.popup_origins,
                 public_url=self._public_url,
             )
-        except (ConfigurationError, ValueError) as error:
-            text = f"mcp_server_url: {error.errors[0].problem}" if isinstance(error, ConfigurationError) else str(error)
-            raise Problem(422, "invalid", f"What was asked for is not possible. {text}") from None
+        if faults or origin is None:
+            raise invalid(faults)
         return Wanted(url, scopes, account, origin)
 
     async def _begin(self, request: Request, caller: Caller, wanted: Wanted) -> Response:
@@ -241,6 +247,16 @@ def _nothing_begun(problem: Problem, wanted: Wanted, server: ServerSettings | No
     response = message(title, problem.detail, status=200 if needless else problem.status, popup=popup)
     response.headers.update(problem.headers)
     return response
+
+
+@contextmanager
+def _noted(faults: list[Fault], name: str) -> Iterator[None]:
+    """Add what is wrong with a parameter of the query to a list, in place of an error."""
+    try:
+        yield
+    except (ConfigurationError, ValueError) as error:
+        text = error.errors[0].problem if isinstance(error, ConfigurationError) else str(error)
+        faults.append(Fault(loc=["query", name], msg=text, type="value_error"))
 
 
 def _has_credential(request: Request) -> bool:
