@@ -28,7 +28,7 @@ from mcp_auth_proxy.net.urls import is_loopback
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.proxy.forwarder import Forwarder
-from mcp_auth_proxy.proxy.probe import probe
+from mcp_auth_proxy.proxy.probe import noting, probe
 from mcp_auth_proxy.proxy.routes import route_to
 from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.router import Router
@@ -229,8 +229,12 @@ async def lifespan(
             broker=broker,
             servers=servers,
             made=made,
-            probe=lambda server: probe(forwarder.upstream, route_to(_impatient(server))),
-            list_tools=lambda server, account: list_tools(broker, forwarder.upstream, server, account),
+            probe=lambda server: noting(
+                broker.outages, servers, server, probe(forwarder.upstream, route_to(_impatient(server)))
+            ),
+            list_tools=lambda server, account: noting(
+                broker.outages, servers, server, list_tools(broker, forwarder.upstream, server, account)
+            ),
             database=database,
             settings=lambda: application.settings,
             public_url=public_url,
