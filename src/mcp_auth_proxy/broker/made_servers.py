@@ -174,12 +174,15 @@ class MadeServers:
             raise ConfigurationError([ConfigError("url", str(error))]) from None
 
     def preview(self, owner: Principal, url: str) -> ServerSettings:
-        """Return what an ad-hoc server for a URL would be, without making it. Raises ConfigurationError."""
+        """Return what an ad-hoc server for a URL would be, without making it. Raises ConfigurationError.
+
+        It is called NAME, so that hints name the keys of the server that somebody may configure.
+        """
         self.check_url(url)
         made = MadeServer(id="", name=f"{ADHOC}-preview", origin="adhoc", owner=owner.id, url=url)
         server = self._settings(made)
         assert server is not None, "the URL was checked"
-        return server
+        return replace(server, name="NAME")
 
     # Rules
 
