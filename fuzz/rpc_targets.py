@@ -33,7 +33,7 @@ def messages(data: bytes) -> None:
     link = answers.answer_all(
         body,
         lambda message: answers.authorization_needed(
-            message, server="s", link=LINK, elicitation_id="e", session_elicits=True, trace_id="t"
+            message, server="s", name="s", link=LINK, elicitation_id="e", session_elicits=True, trace_id="t"
         ),
         lambda: _failure(None),
     )

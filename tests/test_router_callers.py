@@ -29,8 +29,8 @@ IDP = "https://idp.example.com"
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def inbound(*modes: Any, audience: str = "the-proxy", kubernetes: bool = False) -> InboundSettings:
-    return InboundSettings(modes=modes, jwt=(JwtSettings(issuer=IDP, audience=audience, kubernetes=kubernetes),))
+def inbound(*modes: Any, audience: str = "the-proxy", **jwt: Any) -> InboundSettings:
+    return InboundSettings(modes=modes, jwt=(JwtSettings(issuer=IDP, audience=audience, **jwt),))
 
 
 @dataclass
@@ -179,6 +179,10 @@ async def test_metadata_names_the_identity_provider_without_a_credential(tmp_pat
             document = json.loads(answer.body)
             assert document["authorization_servers"] == [IDP]
             assert document["resource"] == f"{there.proxy.origin}/{name}/mcp"
+            assert "scopes_supported" not in document
+        there.identify(inbound("jwt", scopes=("mcp", "openid")))
+        document = json.loads((await there.get("/.well-known/oauth-protected-resource/notes/mcp")).body)
+        assert document["scopes_supported"] == ["mcp", "openid"]
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

@@ -29,7 +29,7 @@ from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.proxy.catalogs import ServerCatalogs
 from mcp_auth_proxy.proxy.forwarder import Forwarder
-from mcp_auth_proxy.proxy.probe import probe
+from mcp_auth_proxy.proxy.probe import noting, probe
 from mcp_auth_proxy.proxy.routes import route_to
 from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
@@ -252,8 +252,12 @@ async def lifespan(
             broker=broker,
             servers=servers,
             made=made,
-            probe=lambda server: probe(forwarder.upstream, route_to(_impatient(server))),
-            list_tools=lambda server, account: list_tools(broker, forwarder.upstream, server, account),
+            probe=lambda server: noting(
+                broker.outages, servers, server, probe(forwarder.upstream, route_to(_impatient(server)))
+            ),
+            list_tools=lambda server, account: noting(
+                broker.outages, servers, server, list_tools(broker, forwarder.upstream, server, account)
+            ),
             database=database,
             settings=lambda: application.settings,
             public_url=public_url,
@@ -380,7 +384,7 @@ class Announcer:
         )
 
     def __call__(self, flow: Flow, link: str) -> None:
-        server, address = flow.key.account.server, sign_in(flow).address
+        server, address = flow.key.account.shown, sign_in(flow).address
         logger.warning("server %s needs your authorization at %s, open this link: %s", server, address, link)
         if flow.device is not None:
             # The link may lead to a machine that no browser reaches; this address works on any device.

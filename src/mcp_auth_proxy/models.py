@@ -31,6 +31,11 @@ class Account(NamedTuple):
     name: str = DEFAULT_ACCOUNT
     """One principal may use a server with several accounts."""
 
+    @property
+    def shown(self) -> str:
+        """``SERVER`` or, if it is not the default account, ``SERVER@ACCOUNT``: how people and addresses name it."""
+        return self.server if self.name == DEFAULT_ACCOUNT else f"{self.server}@{self.name}"
+
 
 def shared_principal(project_id: str) -> str:
     """Return what stands for a principal in the accounts of servers whose grants belong to a project."""

@@ -62,7 +62,7 @@ def user(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> U
 
 @pytest.fixture
 def storage(tmp_path: Path) -> FileTokenStorage:
-    return FileTokenStorage(tmp_path)
+    return FileTokenStorage(str(tmp_path))
 
 
 @asynccontextmanager
@@ -184,7 +184,7 @@ async def test_a_provider_replaces_discovery(
 ) -> None:
     metadata = authorization_server.metadata()
     authorization_server.serves_metadata = False
-    provider = OAuthClientProvider(id="mine", display_name="Mine", metadata=metadata)
+    provider = OAuthClientProvider("mine", "Mine", metadata)
     auth = OAuth(mcp_server.url, storage, oauth_provider=provider)
     assert (await user.while_doing(ping(auth, mcp_server.url))).status_code == 200
     assert authorization_server.discoveries == 0

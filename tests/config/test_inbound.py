@@ -62,7 +62,7 @@ inbound:
   provision: listed
   jwt:
     - {issuer: https://idp.example.com/realm/, audience: p, jwks: https://keys.example.com/k, principal: email,
-       roles: {claim: groups, admin: [mcp-admins, root]}}
+       roles: {claim: groups, admin: [mcp-admins, root]}, scopes: [mcp, openid, mcp]}
     - {kubernetes: true, audience: q}
   trusted_header:
     {name: X-Forwarded-User, from: [10.0.0.0/8, "::1"], secret: env:PROXY_SECRET, secret_header: X-Proxy-Secret}
@@ -87,6 +87,7 @@ admin:
                 principal="email",
                 roles_claim="groups",
                 roles_admin=("mcp-admins", "root"),
+                scopes=("mcp", "openid"),
             ),
             JwtSettings(issuer="", audience="q", kubernetes=True),
         ),
@@ -120,7 +121,7 @@ inbound:
   provision: sometimes
   jwt:
     - {issuer: "http://idp.example.com", algorithms: [HS256]}
-    - {kubernetes: true, issuer: "https://k.example", audience: p, roles: {claims: groups}}
+    - {kubernetes: true, issuer: "https://k.example", audience: p, roles: {claims: groups}, scopes: [a]}
     - nonsense
   trusted_header: {name: "X User", from: [], secret: s}
   sign_in: {client_id: proxy}
@@ -135,6 +136,7 @@ admin: {enabled: maybe, adhoc: everybody, popup_origins: [app.example], allow_pr
         "inbound.jwt[0].audience",
         "inbound.jwt[0].algorithms",
         "inbound.jwt[1].issuer",
+        "inbound.jwt[1].scopes",
         "inbound.jwt[1].roles.claims",
         "inbound.jwt[1].roles.admin",
         "inbound.jwt[2]",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_auth_proxy.config.load import load, single
+from mcp_auth_proxy.config.load import limit_warnings, load, single
 from mcp_auth_proxy.config.location import find
 from mcp_auth_proxy.config.servers import RESERVED
 from mcp_auth_proxy.config.settings import Address, KeySource, LimitSettings, Settings
@@ -434,3 +434,11 @@ def test_a_single_url_is_held_to_the_same_rules(url: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         single(url, environ={})
     assert [error.path for error in caught.value.errors] == ["URL"]
+
+
+@pytest.mark.parametrize(("ping", "warned"), [("50ms", True), ("1s", False), ("0", False)])
+def test_a_very_short_ping_is_a_warning(tmp_path: Path, ping: str, warned: bool) -> None:
+    path = tmp_path / "mcp-auth-proxy.yaml"
+    path.write_text(f"limits: {{sse_ping: {ping}}}\nservers: {{a: {{url: https://x.example/mcp}}}}")
+    found = limit_warnings(load(path, environ={}).limits)
+    assert [line.startswith("limits.sse_ping: 0.05 s") for line in found] == [True] * warned

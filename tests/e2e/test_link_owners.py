@@ -115,6 +115,9 @@ async def test_an_account_has_an_address_and_a_link_of_its_own(servers: Servers,
     async with team(servers, tmp_path, "anna") as setup, Browser() as browser:
         origin = setup.proxy.origin
         await setup.sign_in(browser, "anna")
+        credential = {"authorization": f"Bearer {setup.keys['anna']}"}
+        async with setup.proxy.client("notes@work", headers=credential) as client:
+            assert "Server notes@work needs your authorization" in (await client.call("echo", text="x")).text
         page = await browser.open(f"{origin}/notes@work/mcp")
         assert f"{origin}/notes@work/mcp" in page.text
         started = await post(browser, f"{origin}/connect/notes@work/start")

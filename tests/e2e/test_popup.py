@@ -12,6 +12,7 @@ from playwright.async_api import Browser, BrowserContext, Page
 
 from fakes.chromium import ALLOW, contrast, watched, website
 from fakes.fixtures import Servers
+from fakes.http_exchange import FakeResponse
 from web.api.made_setup import LOOPBACK, MadeSetup, administer, made_setup
 
 pytestmark = pytest.mark.chromium
@@ -153,6 +154,25 @@ async def test_a_user_who_declines_is_a_message_too(servers: Servers, tmp_path: 
         data = (await heard(opener))[0]["data"]
         assert data["status"] == "failed"
         assert (await setup.api.ben.get(f"/flows/{data['flow']}")).json()["status"] == "failed"
+
+
+@pytest.mark.parametrize("status", ["connected", "failed"])
+async def test_an_authorization_that_does_not_begin_is_a_message_too(
+    servers: Servers, tmp_path: Path, browser: Browser, status: str
+) -> None:
+    async with website(OPENER) as port, popups(servers, tmp_path, f"http://127.0.0.1:{port}") as setup:
+        context = await browser.new_context()
+        await sign_in(context, setup, "ben")
+        if status == "connected":
+            setup.upstream.protected = False
+        else:
+            setup.issuer.answers["metadata"] = FakeResponse(status=500)
+        opener, popup = await open_popup(context, port, start(setup))
+        await popup.click("text=Continue")
+        await popup.wait_for_selector("h1")
+        (made,) = setup.api.proxy.application.made.all()
+        told = {"type": "mcp-auth-proxy.oauth", "status": status, "flow": None, "server": made.id}
+        assert [it["data"] for it in await heard(opener)] == [told]
 
 
 async def test_an_image_on_a_foreign_page_begins_nothing(  # T70

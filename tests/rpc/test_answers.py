@@ -74,7 +74,12 @@ def ask(document: object, *, session_elicits: bool = False) -> Any:
     answer = answers.answer_all(
         RequestBody(body),
         lambda message: answers.authorization_needed(
-            message, server="linear", link=LINK, elicitation_id="E1", session_elicits=session_elicits
+            message,
+            server="linear",
+            name="linear@work",
+            link=LINK,
+            elicitation_id="E1",
+            session_elicits=session_elicits,
         ),
         lambda: answers.failure(None, "nothing to answer", code=answers.UPSTREAM_FAILED, server="linear"),
     )

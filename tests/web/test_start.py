@@ -250,7 +250,9 @@ async def test_a_program_is_answered_as_by_the_rest_of_the_api(servers: Servers,
     async with started(servers, tmp_path) as setup:
         api = setup.api
         assert_problem(await api.nobody.get("/oauth/start"), 401, "unauthenticated")
-        assert_problem(await api.ben.get("/oauth/start", params={"mcp_server_url": "ftp://x"}), 422, "invalid")
+        wrong = {"mcp_server_url": "ftp://x", "scopes": 'a"b', "account": "No", "return_origin": "https://evil.example"}
+        problem = assert_problem(await api.ben.get("/oauth/start", params=wrong), 422, "invalid")
+        assert [it["loc"] for it in problem["errors"]] == [["query", name] for name in wrong]
         assert_problem(await api.ben.put("/oauth/start"), 405, "method-not-allowed")
         browser = await api.nobody.get("/oauth/start", headers={"accept": "text/html,*/*;q=0.8"})
         assert (browser.status_code, browser.headers["location"][:9]) == (303, "/sign-in?")

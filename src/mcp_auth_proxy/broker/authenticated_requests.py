@@ -79,7 +79,7 @@ class AuthenticatedRequests:
         authentication method (RFC 6749 §2.3); others find no client without it. If the client is refused, the form is
         sent once more with it: a request that was refused for its client has used up nothing (§5.2).
         """
-        client, signing_key = _as_configured(server, await self._with_secret(client))
+        client, signing_key = _as_configured(server, await self._with_secret(client, url))
         request = FormRequest(
             client=client,
             url=url,

@@ -139,7 +139,7 @@ class PendingFlows:
             return None
         pending = self._track(flow)
         # The process that started the flow opened the browser; the user of this one may be looking for the link.
-        logger.warning("server %s still needs your authorization, open this link: %s", server.name, pending.link)
+        logger.warning("server %s still needs your authorization, open this link: %s", account.shown, pending.link)
         return pending
 
     async def resume_device_flows(self) -> None:

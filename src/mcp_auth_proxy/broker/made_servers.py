@@ -174,12 +174,15 @@ class MadeServers:
             raise ConfigurationError([ConfigError("url", str(error))]) from None
 
     def preview(self, owner: Principal, url: str) -> ServerSettings:
-        """Return what an ad-hoc server for a URL would be, without making it. Raises ConfigurationError."""
+        """Return what an ad-hoc server for a URL would be, without making it. Raises ConfigurationError.
+
+        It is called NAME, so that hints name the keys of the server that somebody may configure.
+        """
         self.check_url(url)
         made = MadeServer(id="", name=f"{ADHOC}-preview", origin="adhoc", owner=owner.id, url=url)
         server = self._settings(made)
         assert server is not None, "the URL was checked"
-        return server
+        return replace(server, name="NAME")
 
     # Rules
 
@@ -192,6 +195,14 @@ class MadeServers:
 
     def _check(self, name: str, document: Mapping[str, object], *, more: tuple[ConfigError, ...] = ()) -> None:
         """Raise ConfigurationError with everything that is wrong with a server."""
+        errors = self.errors(name, document)
+        faulty = {error.path for error in errors}
+        errors += [error for error in more if error.path not in faulty]
+        if errors:
+            raise ConfigurationError(errors)
+
+    def errors(self, name: str, document: Mapping[str, object]) -> list[ConfigError]:
+        """Return everything that is wrong with the settings of a server; a path is relative to ``document``."""
         _, errors = read_made_server(name, document)
         url = document.get("url")
         faulty = {error.path for error in errors}
@@ -200,11 +211,9 @@ class MadeServers:
                 self._check_url(url, allow_http=document.get("allow_http") is True)
             except ValueError as error:
                 errors.append(ConfigError("url", str(error)))
-        errors += [error for error in more if error.path not in faulty]
         if name.startswith(f"{ADHOC}-") and "name" not in faulty:
             errors.append(ConfigError("name", f"names that begin with {ADHOC}- are for servers made by their URL"))
-        if errors:
-            raise ConfigurationError(errors)
+        return errors
 
     def _check_name(self, name: str) -> None:
         if name in self._servers.configured or name in RESERVED:

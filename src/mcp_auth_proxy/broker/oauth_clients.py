@@ -47,25 +47,33 @@ class ClientDirectory:
             raise ClientNotActive(server.name, found[0].provider_name, found[0].status)
         return active
 
-    async def with_secret(self, registration: Registration) -> Registration:
-        """Return a registration with the secret that its client has now; any other one as it is.
+    async def with_secret(self, registration: Registration, url: str) -> Registration:
+        """Return a registration with the secret that its client has now, for a request to ``url``; any other as it is.
 
-        Raises ClientNotActive if the client was revoked, deleted, or is another one now.
+        Raises ClientNotActive if the client was revoked, deleted, is another one now, or has its token endpoint at
+        another origin: its grants end in a moment, and its new secret is not for the old place.
         """
         if registration.oauth_client is None:
             return registration
         client = await self._clients.get(registration.oauth_client)
-        if client is None or client.status is OAuthClientStatus.REVOKED or client.client_id != registration.client_id:
+        if client is None or client.status is OAuthClientStatus.REVOKED or not _is_at(client, registration, url):
             provider = client.provider_name if client else registration.client_id
             raise ClientNotActive(registration.server, provider, OAuthClientStatus.REVOKED)
         return replace(registration, client_secret=client.client_secret)
 
 
-WithSecret = Callable[[Registration], Awaitable[Registration]]
-"""Returns a registration with the secret that it has now."""
+WithSecret = Callable[[Registration, str], Awaitable[Registration]]
+"""Returns a registration with the secret that it has now, for a request to a URL."""
 
 
-async def unchanged(registration: Registration) -> Registration:
+def _is_at(client: OAuthClient, registration: Registration, url: str) -> bool:
+    """Return whether a client is still the one of a registration, and its secret is for the origin of a URL."""
+    if client.client_id != registration.client_id:
+        return False
+    return urls.parse(client.token_url).origin == urls.parse(url).origin
+
+
+async def unchanged(registration: Registration, url: str) -> Registration:
     """Return a registration as it is: where there is no API there are none of its clients."""
     return registration
 

@@ -93,7 +93,7 @@ def check(config_file: str | None) -> None:
     if errors:
         raise ConfigurationError(located(errors, path), str(path))
     found = [first_contact_warning(settings.servers), *warnings(settings.inbound), *key_warnings(settings.store)]
-    for warning in filter(None, found):
+    for warning in filter(None, [*found, *config.limit_warnings(settings.limits)]):
         complain(f"warning: {warning}")
     say(f"{path}: valid, {len(settings.servers)} server{'s'[: len(settings.servers) != 1]}")
 

@@ -12,6 +12,7 @@ from mcp_auth_proxy.cli.reloading import reloading
 from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.inbound import warnings
+from mcp_auth_proxy.config.load import limit_warnings
 from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings, reachable
@@ -34,7 +35,7 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
     descriptors.raise_limit()
     if warning := first_contact_warning(settings.servers):
         logger.warning("%s", warning)
-    for warning in warnings(settings.inbound):
+    for warning in [*warnings(settings.inbound), *limit_warnings(settings.limits)]:
         logger.warning("%s", warning)
     with ExitStack() as sockets:
         sock, address = bind(settings.listen)

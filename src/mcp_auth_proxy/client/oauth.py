@@ -23,7 +23,7 @@ MARGIN = 30.0
 """A token is renewed when this many seconds of it are left, or a fifth of what was left when it was loaded."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class OAuthClientProvider:
     """The authorization server of an MCP server that has no metadata, or wrong ones (RFC 8414 §2)."""
 

@@ -26,8 +26,8 @@ class FileTokenStorage:
     are used from then on by this storage: another program that used them too would end the grant.
     """
 
-    def __init__(self, base_dir: Path | None = None) -> None:
-        self.base_dir = base_dir or Path.home() / ".mcp_use" / "tokens"
+    def __init__(self, base_dir: str | Path | None = None) -> None:
+        self.base_dir = Path(base_dir) if base_dir else Path.home() / ".mcp_use" / "tokens"
 
     @property
     def store(self) -> Path:

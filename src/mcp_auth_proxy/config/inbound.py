@@ -120,11 +120,14 @@ def _read_issuer(section: Section) -> JwtSettings | None:
         for key in ("issuer", "jwks"):
             if section.has(key):
                 section.error(key, "can't be set together with kubernetes: the pod's service account says it")
+        if section.has("scopes"):
+            section.error("scopes", "can't be set together with kubernetes: nobody logs in there")
     audience = section.parsed("audience", _short_text, None)
     _require(section, "audience", "the aud that tokens must have, for example the URL of this proxy")
     if not kubernetes:
         _require(section, "issuer", "the iss that tokens must have, character by character")
     principal = section.parsed("principal", _claim, "sub")
+    scopes = section.each("scopes", values.scope) or ()
     roles = section.section("roles")
     claim = roles.parsed("claim", _claim, None)
     admin = roles.each("admin", _short_text) or ()
@@ -142,6 +145,7 @@ def _read_issuer(section: Section) -> JwtSettings | None:
         principal=principal,
         roles_claim=claim,
         roles_admin=admin,
+        scopes=tuple(dict.fromkeys(scopes)),
         kubernetes=kubernetes,
     )
 

@@ -23,6 +23,9 @@ from mcp_auth_proxy.config.settings import (
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 
 _UPSTREAM_TIMEOUT = ServerSettings(name="", url="").upstream_timeout
+SHORT_PING = 1.0
+"""Seconds. Fewer make a server and its clients busy with comments."""
+
 _STORE = "sqlite:///mcp-auth-proxy.db"
 _BROWSER: Mapping[str, Literal["auto", "always", "never"]] = {"auto": "auto", "always": "always", "never": "never"}
 
@@ -188,6 +191,13 @@ def _read_limits(section: Section) -> LimitSettings:
     )
     section.close()
     return settings
+
+
+def limit_warnings(limits: LimitSettings) -> list[str]:
+    """Return what is hardly meant in the section ``limits``."""
+    if 0 < limits.sse_ping < SHORT_PING:
+        return [f"limits.sse_ping: {limits.sse_ping:g} s: every silent stream is sent a comment that often"]
+    return []
 
 
 def _read_outbound(section: Section) -> OutboundSettings:

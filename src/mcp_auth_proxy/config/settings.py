@@ -265,6 +265,8 @@ class JwtSettings:
     roles_claim: str | None = None
     roles_admin: tuple[str, ...] = ()
     """Values of that claim that make an admin."""
+    scopes: tuple[str, ...] = ()
+    """What clients request at this issuer, as the metadata of the MCP endpoints say."""
     kubernetes: bool = False
 
 

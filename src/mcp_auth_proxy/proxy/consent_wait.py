@@ -121,14 +121,14 @@ class ConsentWait:
         responder: Responder,
         route: Route,
     ) -> None:
-        link, server = pending.link, responder.server
+        link, server, name = pending.link, responder.server, route.account.shown
         if await self._cold_start.answer(link, body, responder, route):
             return
         if not route.may_authorize:
-            await _answer_without_link(body, responder)
+            await _answer_without_link(body, responder, name)
             return
         if not body.requests:
-            text = answers.authorization_text(server, link)
+            text = answers.authorization_text(name, link)
             await responder.fail(body, 503, text, answers.AUTHORIZATION_REQUIRED, retry_after=5.0, link=link)
             return
         session = next((value for name, value in request.headers if name == b"mcp-session-id"), None)
@@ -140,6 +140,7 @@ class ConsentWait:
             lambda message: answers.authorization_needed(
                 message,
                 server=server,
+                name=name,
                 link=link,
                 elicitation_id=pending.flow.id,
                 session_elicits=elicits,
@@ -147,7 +148,7 @@ class ConsentWait:
             ),
             lambda: answers.failure(
                 None,
-                answers.authorization_text(server, link),
+                answers.authorization_text(name, link),
                 code=answers.AUTHORIZATION_REQUIRED,
                 server=server,
                 link=link,
@@ -161,15 +162,15 @@ class ConsentWait:
 
         What cold start answers goes on: it asks for nothing.
         """
-        server = route.server.name
+        server, name = route.server.name, route.account.shown
         if not self._declines.has(route.principal, server) or self._cold_start.stands_in(body):
             return False
         document = answers.answer_all(
             body,
-            lambda message: answers.declined(message, server=server, trace_id=responder.trace_id),
+            lambda message: answers.declined(message, name, server=server, trace_id=responder.trace_id),
             lambda: answers.failure(
                 None,
-                answers.declined_text(server),
+                answers.declined_text(name),
                 code=answers.AUTHORIZATION_REQUIRED,
                 server=server,
                 trace_id=responder.trace_id,
@@ -179,15 +180,15 @@ class ConsentWait:
         return True
 
 
-async def _answer_without_link(body: RequestBody, responder: Responder) -> None:
+async def _answer_without_link(body: RequestBody, responder: Responder, name: str) -> None:
     """Answer a caller who can't authorize: an admin has to."""
-    server, text = responder.server, answers.ask_admin_text(responder.server)
+    server, text = responder.server, answers.ask_admin_text(name)
     if not body.requests:
         await responder.fail(body, 503, text, answers.AUTHORIZATION_REQUIRED, retry_after=5.0)
         return
     document = answers.answer_all(
         body,
-        lambda message: answers.admin_needed(message, server=server, trace_id=responder.trace_id),
+        lambda message: answers.admin_needed(message, server=server, name=name, trace_id=responder.trace_id),
         lambda: answers.failure(
             None, text, code=answers.AUTHORIZATION_REQUIRED, server=server, trace_id=responder.trace_id
         ),

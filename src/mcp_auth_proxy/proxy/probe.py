@@ -1,17 +1,22 @@
 """Ask an upstream, without a token, whether it wants one; or with one, whether it accepts that."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import UpstreamError, UpstreamProtocolError, UpstreamUnreachable
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.http_head import Fields
 from mcp_auth_proxy.net.http_response import Response
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.rpc.encoding import encode
+
+T = TypeVar("T")
 
 PROTOCOL_VERSION = "2025-11-25"
 MODERN = "2026-07-28"
@@ -54,6 +59,21 @@ async def probe(upstream: UpstreamClient, route: Route) -> tuple[int, list[bytes
     answer = await ask(upstream, route, "initialize")
     await end_session(upstream, route, answer)
     return answer.status, answer.challenge
+
+
+async def noting(outages: OutageLog, known: Container[str], server: ServerSettings, trial: Awaitable[T]) -> T:
+    """Return what a trial of a server returns, and note whether the server could be reached, if its name is known.
+
+    Raises what the trial raises.
+    """
+    try:
+        result = await trial
+    except UpstreamUnreachable:
+        if server.name in known:
+            outages.unreachable.add(server.name)
+        raise
+    outages.unreachable.discard(server.name)
+    return result
 
 
 async def ask(

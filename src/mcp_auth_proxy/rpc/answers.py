@@ -38,20 +38,28 @@ MAX_BATCH_ANSWER = 1024 * 1024
 _INPUT_REQUIRED_METHODS = frozenset({"tools/call", "prompts/get", "resources/read"})
 
 
-def authorization_text(server: str, link: str) -> str:
-    """Return what a user is told while a server waits for authorization."""
-    return f"Server {server} needs your authorization. Open {link} in a browser, then try again."
+def authorization_text(name: str, link: str) -> str:
+    """Return what a user is told while a server waits for authorization; ``name`` is that of its account too."""
+    return f"Server {name} needs your authorization. Open {link} in a browser, then try again."
 
 
 def authorization_needed(
-    message: Message, *, server: str, link: str, elicitation_id: str, session_elicits: bool, trace_id: str = ""
+    message: Message,
+    *,
+    server: str,
+    name: str,
+    link: str,
+    elicitation_id: str,
+    session_elicits: bool,
+    trace_id: str = "",
 ) -> Json:
     """Return the answer to one request while a user has to authorize.
 
+    ``name`` is how the server and its account are shown.
     ``session_elicits``: the client declared URL elicitation when it initialized the session of this request.
     """
-    text = authorization_text(server, link)
-    prompt = f"Server {server} needs your authorization."
+    text = authorization_text(name, link)
+    prompt = f"Server {name} needs your authorization."
     elicits = message.url_elicitation or (session_elicits and not message.modern)
     if elicits and message.modern and message.method in _INPUT_REQUIRED_METHODS:
         return _result(message, _input_required(prompt, link))
@@ -79,33 +87,33 @@ def _input_required(text: str, link: str) -> Json:
     }
 
 
-def admin_needed(message: Message, *, server: str, trace_id: str = "") -> Json:
+def admin_needed(message: Message, *, server: str, name: str, trace_id: str = "") -> Json:
     """Return the answer to one request while an admin has to authorize, for a caller who is none: it has no link."""
-    text = ask_admin_text(server)
+    text = ask_admin_text(name)
     if message.method == "tools/call":
         return _result(message, _tool_error(text, None, modern=message.modern))
     return failure(message, text, code=AUTHORIZATION_REQUIRED, server=server, trace_id=trace_id)
 
 
-def declined(message: Message, *, server: str, trace_id: str = "") -> Json:
-    """Return the answer to one request of a user who has declined to authorize."""
-    text = declined_text(server)
+def declined(message: Message, name: str, *, server: str, trace_id: str = "") -> Json:
+    """Return the answer to one request of a user who has declined to authorize; ``name`` as in ``Account.shown``."""
+    text = declined_text(name)
     if message.method == "tools/call":
         return _result(message, _tool_error(text, None, modern=message.modern))
     return failure(message, text, code=AUTHORIZATION_REQUIRED, server=server, trace_id=trace_id)
 
 
-def declined_text(server: str) -> str:
+def declined_text(name: str) -> str:
     """Return what a user is told who has declined to authorize."""
     return (
-        f"The authorization of server {server} was declined, so it can't be used. To authorize it after all, run "
-        f"`mcp-auth-proxy login {server}`, or try again in a minute."
+        f"The authorization of server {name} was declined, so it can't be used. To authorize it after all, run "
+        f"`mcp-auth-proxy login {name}`, or try again in a minute."
     )
 
 
-def ask_admin_text(server: str) -> str:
+def ask_admin_text(name: str) -> str:
     """Return what a caller is told who may not authorize a server whose grant is shared."""
-    return f"Server {server} needs an authorization that all share, which only an admin can give. Ask one."
+    return f"Server {name} needs an authorization that all share, which only an admin can give. Ask one."
 
 
 def _tool_error(text: str, link: str | None, *, modern: bool) -> Json:

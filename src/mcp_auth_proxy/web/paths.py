@@ -47,4 +47,4 @@ def split_name(text: str) -> tuple[str, str]:
 
 def name_of(account: Account) -> str:
     """Return ``SERVER`` or, if it is not the default account, ``SERVER@ACCOUNT``."""
-    return account.server if account.name == DEFAULT_ACCOUNT else f"{account.server}@{account.name}"
+    return account.shown

@@ -59,13 +59,13 @@ class Popups:
             return None
         name = now.key.account.server
         server = self._servers.get(name)
-        message = {
-            "type": TYPE,
-            "status": state.value,
-            "flow": now.id,
-            "server": server.server_id if server is not None else name,
-        }
-        return Popup(origin=now.return_origin, message=json.dumps(message), script=SCRIPT)
+        return told(now.return_origin, state, flow=now.id, server=server.server_id if server is not None else name)
+
+
+def told(origin: str, state: FlowState, *, flow: str | None, server: str | None) -> Popup:
+    """Return what a last page tells an origin; ``flow`` is None if none was begun."""
+    message = {"type": TYPE, "status": state.value, "flow": flow, "server": server}
+    return Popup(origin=origin, message=json.dumps(message), script=SCRIPT)
 
 
 def keep_opener(response: Response) -> Response:

@@ -25,6 +25,7 @@ class ProtectedResource:
         log_in = [jwt for jwt in inbound.jwt if not jwt.kubernetes] if "jwt" in inbound.modes else []
         self._issuers = list(dict.fromkeys(jwt.issuer for jwt in log_in))
         self._audiences = [jwt.audience for jwt in log_in]
+        self._scopes = list(dict.fromkeys(scope for jwt in log_in for scope in jwt.scopes))
         self._challenges = bool({"jwt", "api_key"}.intersection(inbound.modes))
 
     def challenge(self, path: bytes, *, presented: bool) -> list[tuple[bytes, bytes]]:
@@ -52,6 +53,7 @@ class ProtectedResource:
             {
                 "resource": self._resource(f"{self._public_url}{endpoint_of(path).decode('latin-1')}"),
                 "authorization_servers": self._issuers,
+                **({"scopes_supported": self._scopes} if self._scopes else {}),
                 "bearer_methods_supported": ["header"],
                 "resource_name": "mcp-auth-proxy",
             }

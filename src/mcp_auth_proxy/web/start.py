@@ -9,30 +9,33 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mcp_auth_proxy.broker.requested_flows import allowed_return_origin
+from mcp_auth_proxy.broker.requested_flows import FlowState, allowed_return_origin
 from mcp_auth_proxy.config import values
-from mcp_auth_proxy.config.settings import AdminSettings
+from mcp_auth_proxy.config.settings import AdminSettings, ServerSettings
 from mcp_auth_proxy.errors import CallerRefused, ConfigurationError, McpAuthProxyError, SignInNeeded, StoreError
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Caller
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.api import audit, flows
 from mcp_auth_proxy.web.api.application import PREFIX, Api, perform
 from mcp_auth_proxy.web.api.credentials import addresses, caller_of
+from mcp_auth_proxy.web.api.models import Fault
 from mcp_auth_proxy.web.api.operations import Call, is_admin
-from mcp_auth_proxy.web.api.problems import Problem, problem_of
+from mcp_auth_proxy.web.api.problems import Problem, invalid, problem_of
 from mcp_auth_proxy.web.api.reach import may_use_api
 from mcp_auth_proxy.web.connect import REDIRECTED, is_other_loopback_name
 from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.forms import read_form
 from mcp_auth_proxy.web.pages import ScopeList, form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import path_of, sign_in_path
-from mcp_auth_proxy.web.popup import CONFIRM, keep_opener
+from mcp_auth_proxy.web.popup import CONFIRM, keep_opener, told
 from mcp_auth_proxy.web.session import Visitors
 
 COOKIE_PREFIX = "mcp_auth_start_"
@@ -128,32 +131,57 @@ class StartPage:
         url = given.get("mcp_server_url", "")
         scopes = tuple(dict.fromkeys(scope.strip() for scope in given.get("scopes", "").split(",") if scope.strip()))
         account = given.get("account") or DEFAULT_ACCOUNT
-        try:
+        faults: list[Fault] = []
+        with _noted(faults, "mcp_server_url"):
             self._api.context.made.check_url(url)
+        with _noted(faults, "scopes"):
+            if len(scopes) > flows.MAX_SCOPES:
+                raise ValueError(f"must be at most {flows.MAX_SCOPES}")
             for scope in scopes:
                 values.scope(scope)
-            if len(scopes) > flows.MAX_SCOPES:
-                raise ValueError(f"scopes: at most {flows.MAX_SCOPES}")
+        with _noted(faults, "account"):
             if _ACCOUNT.fullmatch(account) is None:
-                raise ValueError("account: 1 to 32 of a-z, 0-9 and -, not beginning with -")
-            origin = given.get("return_origin") or None
+                raise ValueError("must be 1 to 32 of a-z, 0-9 and -, not beginning with -")
+        origin = given.get("return_origin") or None
+        with _noted(faults, "return_origin"):
             origin = allowed_return_origin(
                 None if origin is None else values.allowed_origin(origin),
                 popup_origins=admin.popup_origins,
                 public_url=self._public_url,
             )
-        except (ConfigurationError, ValueError) as error:
-            text = f"mcp_server_url: {error.errors[0].problem}" if isinstance(error, ConfigurationError) else str(error)
-            raise Problem(422, "invalid", f"What was asked for is not possible. {text}") from None
+        if faults or origin is None:
+            raise invalid(faults)
         return Wanted(url, scopes, account, origin)
 
     async def _begin(self, request: Request, caller: Caller, wanted: Wanted) -> Response:
-        """Make the server and its flow, and lead to its link. Raises Problem."""
-        context = self._api.context
+        """Make the server and its flow, and lead to its link. Raises Problem.
+
+        If there is nothing to lead to, the opener of a browser's popup hears that.
+        """
         if seconds := self._api.limits.flows.take(caller.principal.id):
             raise Problem(429, "too-many-requests", "Too many authorizations were started.", headers=_wait(seconds))
+        server: ServerSettings | None = None
         try:
-            server = await context.made.adhoc(caller.principal, wanted.url)
+            server = await self._adhoc(caller, wanted)
+            return redirect(await self._link(request, caller, wanted, server), "Continue")
+        except Problem as problem:
+            if _has_credential(request) or _is_program(request):
+                raise
+            return _nothing_begun(problem, wanted, server)
+
+    async def _adhoc(self, caller: Caller, wanted: Wanted) -> ServerSettings:
+        """Return the server, which is made if it is new. Raises Problem, CallerRefused and StoreError."""
+        try:
+            return await self._api.context.made.adhoc(caller.principal, wanted.url)
+        except (StoreError, CallerRefused):
+            raise
+        except McpAuthProxyError as error:
+            raise problem_of(error) from None
+
+    async def _link(self, request: Request, caller: Caller, wanted: Wanted, server: ServerSettings) -> str:
+        """Begin a flow, and return its link. Raises Problem, CallerRefused and StoreError."""
+        context = self._api.context
+        try:
             call: Call[flows.NewFlow, None] = Call(
                 api=context,
                 caller=caller,
@@ -173,7 +201,7 @@ class StartPage:
             raise problem_of(error) from None
         assert isinstance(flow, flows.FlowView)
         assert flow.connect_url is not None
-        return redirect(flow.connect_url, "Continue")
+        return flow.connect_url
 
     def _page(self, request: Request, wanted: Wanted) -> Response:
         name, query = _cookie_name(request), _asked(request)
@@ -204,6 +232,31 @@ class StartPage:
         if not _COOKIE_VALUE.fullmatch(cookie):
             return False
         return hmac.compare_digest(token.encode("utf-8", "replace"), _token(_asked(request), cookie).encode())
+
+
+def _nothing_begun(problem: Problem, wanted: Wanted, server: ServerSettings | None) -> Response:
+    """Return the last page of an authorization that did not begin, also because the server asks for none."""
+    needless = problem.kind == flows.NO_AUTHORIZATION
+    title = "No authorization is needed" if needless else "This can't be authorized"
+    popup = told(
+        wanted.return_origin,
+        FlowState.CONNECTED if needless else FlowState.FAILED,
+        flow=None,
+        server=server.server_id if server is not None else None,
+    )
+    response = message(title, problem.detail, status=200 if needless else problem.status, popup=popup)
+    response.headers.update(problem.headers)
+    return response
+
+
+@contextmanager
+def _noted(faults: list[Fault], name: str) -> Iterator[None]:
+    """Add what is wrong with a parameter of the query to a list, in place of an error."""
+    try:
+        yield
+    except (ConfigurationError, ValueError) as error:
+        text = error.errors[0].problem if isinstance(error, ConfigurationError) else str(error)
+        faults.append(Fault(loc=["query", name], msg=text, type="value_error"))
 
 
 def _has_credential(request: Request) -> bool:

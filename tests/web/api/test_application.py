@@ -91,6 +91,18 @@ async def test_a_body_that_is_no_json_is_422(tmp_path: Path, body: bytes) -> Non
         assert [(error["loc"], error["type"]) for error in problem["errors"]] == [(["body"], "json_invalid")]
 
 
+@pytest.mark.parametrize("levels", [70, 700, 70_000])
+async def test_a_body_that_is_nested_too_deeply_is_422(tmp_path: Path, levels: int) -> None:
+    async with api_setup(tmp_path) as api:
+        deep = "[" * levels + "]" * levels
+        for path, body in (
+            ("/servers", '{"name": "x", "url": "https://x.example/mcp", "oauth": {"scopes": %s}}'),
+            ("/oauth-clients", '{"metadata": {"a": %s}}'),
+        ):
+            response = await api.ada.post(path, content=body % deep, headers={"content-type": "application/json"})
+            assert assert_problem(response, 422)["errors"][0]["type"] == "json_invalid"
+
+
 @pytest.mark.parametrize("body", ["[]", "7", "null", '"x"'])
 async def test_a_body_that_is_no_object_is_422(tmp_path: Path, body: str) -> None:
     async with api_setup(tmp_path) as api:

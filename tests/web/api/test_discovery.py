@@ -25,6 +25,7 @@ async def test_a_protected_server_is_described_and_nothing_is_registered(servers
         assert found["supports_dynamic_registration"] is True
         assert "dynamic" in found["registration_methods"]
         assert {finding["verdict"] for finding in found["findings"]} <= {"ok", "note"}
+        assert found["findings"][0]["says"] == "It asks for a token, and for the scopes read."
         assert setup.issuer.registrations == 0
         servers_left = (await setup.api.ada.get("/servers")).json()["items"]
         assert [server["name"] for server in servers_left] == ["linear", "notes"]
@@ -36,7 +37,8 @@ async def test_what_a_server_does_not_have_is_null(servers: Servers, tmp_path: P
         found = (await setup.api.ben.post("/discover", json={"mcp_server_url": setup.upstream.url})).json()
         assert (found["registration_endpoint"], found["supports_dynamic_registration"]) == (None, False)
         assert found["registration_methods"] == ["configured"]
-        assert any(finding["verdict"] == "refused" for finding in found["findings"])
+        (refused,) = (finding for finding in found["findings"] if finding["verdict"] == "refused")
+        assert "servers.NAME.oauth.client_id" in refused["says"]
 
 
 async def test_an_open_server_needs_nothing(servers: Servers, tmp_path: Path) -> None:

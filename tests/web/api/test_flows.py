@@ -32,6 +32,7 @@ async def test_a_flow_is_begun_once_and_its_link_connects(servers: Servers, tmp_
         first = await local.post(f"/servers/{made['id']}/flows", json={})
         assert first.status_code == 201
         flow = first.json()
+        assert first.headers["location"] == f"/api/v1/flows/{flow['id']}"
         assert (flow["status"], flow["mode"], flow["server"], flow["server_name"], flow["account"]) == (
             "pending", "browser", made["id"], "tickets", "default",
         )  # fmt: skip
@@ -69,6 +70,8 @@ async def test_a_headless_flow_is_completed_with_the_code_by_its_own_principal_o
         ):  # fmt: skip
             assert faults(refused) == [(["body", "state"], "value_error.csrf")]
         assert setup.issuer.token_requests() == 0
+        lacking = await ben.post(path, json={"iss": setup.issuer.issuer})
+        assert faults(lacking) == [(["body", "code"], "missing"), (["body", "state"], "missing")]
         # The attempt is still good.
         done = await ben.post(path, json=given)
         assert (done.status_code, done.json()["status"]) == (200, "connected"), done.text
@@ -217,6 +220,8 @@ async def test_scopes_accounts_and_modes_are_those_that_are_asked_for(servers: S
             ("scopes", ["a b"]),
         ):
             assert faults(await ben.post(path, json={field: value}))[0][0][:2] == ["body", field]
+        wrong = {"mode": "device", "redirect_uri": "https://evil.example/cb", "return_origin": "https://evil.example"}
+        assert [loc for loc, _ in faults(await ben.post(path, json=wrong))] == [["body", name] for name in wrong]
         own = f"{setup.api.proxy.origin}/oauth/callback"
         assert (await ben.post(path, json={"redirect_uri": own})).status_code in (200, 201)
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.mcp_server import FakeMcpServer
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.oauth_clients import OAuthClients
 from web.api.api_setup import ApiSetup, api_setup, assert_problem
 
 SECRET, NEWER = "canary-client-secret", "canary-newer-secret"
@@ -88,9 +90,12 @@ async def test_pages(tmp_path: Path) -> None:
     [
         ({"token_url": "http://as.example/token", "scopes": ["a b"]}, [["token_url"], ["scopes", 0]]),
         ({"provider": "", "client_id": ""}, [["provider"], ["client_id"]]),
-        ({"metadata": {"issuer": 7}}, [["metadata"]]),
-        ({"metadata": {"discovery_url": "https://as.example/else"}}, [["metadata"]]),
-        ({"metadata": {"token_auth_method": "private_key_jwt"}}, [["metadata"]]),
+        ({"metadata": {"issuer": 7}}, [["metadata", "issuer"]]),
+        ({"metadata": {"discovery_url": "https://as.example/else"}}, [["metadata", "discovery_url"]]),
+        (
+            {"metadata": {"token_auth_method": "private_key_jwt", "issuer": "x", "other": 1}},
+            [["metadata", "token_auth_method"], ["metadata", "issuer"]],
+        ),
         ({"secret": "x", "status": "off"}, [["secret"], ["status"]]),
         ({"status": "revoked"}, [["status"]]),
         ({"redirect_uris": ["javascript:alert(1)"]}, [["redirect_uris", 0]]),
@@ -287,6 +292,21 @@ async def test_an_address_can_not_be_changed_to_read_the_secret(servers: Servers
         received = b"".join(request.body for request in thief.requests)
         assert SECRET.encode() not in received
         assert thief.refreshes == 0
+
+
+async def test_a_new_secret_is_not_sent_to_the_old_token_endpoint(servers: Servers, tmp_path: Path) -> None:  # T68
+    """As between the change of a client and the end of its grants, which are two transactions."""
+    async with connected(servers, tmp_path) as (api, made, issuer, _):
+        store = OAuthClients(api.context.database)
+        client = await store.get(made["id"])
+        assert client is not None
+        moved = replace(client, token_url="https://elsewhere.example/token", client_secret=NEWER)
+        await store.change(replace(moved, version=client.version + 1))
+        (grant,) = (await api.ada.get("/grants")).json()["items"]
+        refused = await api.ada.post(f"/grants/{grant['id']}/refresh")
+        assert refused.status_code in (409, 503), refused.text
+        assert issuer.refreshes == 0
+        assert NEWER.encode() not in b"".join(request.body for request in issuer.requests)
 
 
 async def test_a_server_that_names_the_token_endpoint_of_another_gets_neither_users_nor_the_secret(

@@ -218,3 +218,10 @@ async def test_a_server_that_no_request_reaches_is_unreachable_until_one_does(se
             api.change_server("notes", url=upstream.url)
             await client.call("echo", text="x")
             assert await state() == "authorizing"
+            # A trial by the API is a request too.
+            api.change_server("notes", url="http://127.0.0.1:9/mcp")
+            assert (await api.local.post("/servers/notes/flows", json={})).status_code == 502
+            assert await state() == "unreachable"
+            api.change_server("notes", url=upstream.url)
+            assert (await api.local.post("/servers/notes/flows", json={})).status_code == 201
+            assert await state() == "authorizing"

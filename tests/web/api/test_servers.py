@@ -93,6 +93,20 @@ async def test_every_fault_of_a_new_server_is_named(tmp_path: Path) -> None:
         }
         problem = assert_problem(await api.ada.post("/servers", json={"name": "BAD", "extra": 1}), 422)
         assert {tuple(it["loc"]) for it in problem["errors"]} == {("body", "name"), ("body", "url"), ("body", "extra")}
+        # Also those that only the rules of the configuration find.
+        faulty = {"url": "ftp://x", "oauth": {"grant": "magic"}, "upstream_timeout": "soon", "extra": 1}
+        made = (await api.ada.post("/servers", json={"name": "made", "url": "https://x.example/mcp"})).json()
+        for response in (
+            await api.ada.post("/servers", json={"name": "BAD", **faulty}),
+            await api.ada.patch(f"/servers/{made['id']}", json={"name": "BAD", **faulty}),
+        ):
+            assert {".".join(map(str, it["loc"])) for it in assert_problem(response, 422)["errors"]} == {
+                "body.name",
+                "body.url",
+                "body.oauth.grant",
+                "body.upstream_timeout",
+                "body.extra",
+            }
         for name in ("adhoc-x", "static"):
             body = {"name": name, "url": "https://x.example/mcp"}
             assert (await api.ada.post("/servers", json=body)).status_code in (409, 422)

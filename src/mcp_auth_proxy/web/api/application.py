@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -133,7 +134,8 @@ class Api:
                 # A body may take minutes, in which its sender was disabled, or is an admin no more (T74).
                 call.caller = await caller_of(request, self.context, self.limits)
                 await self._check_access(call)
-            call.body = read_body(body, operation.body)
+            more = operation.more_faults
+            call.body = read_body(body, operation.body, (lambda value: ()) if more is None else partial(more, call))
         if operation.query is not None:
             call.query = read_query(call.raw_query, operation.query)
         if operation.starts_flow and (seconds := self.limits.flows.take(caller.principal.id)):

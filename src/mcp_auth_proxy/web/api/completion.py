@@ -14,9 +14,9 @@ from mcp_auth_proxy.errors import (
     UpstreamTimeout,
 )
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Flow, Tool
-from mcp_auth_proxy.web.api.models import Body, View
+from mcp_auth_proxy.web.api.models import Body, Fault, View
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation
-from mcp_auth_proxy.web.api.problems import Problem, invalid_field
+from mcp_auth_proxy.web.api.problems import Problem, invalid, invalid_field
 from mcp_auth_proxy.web.api.reach import AccountName, answered, own_account, usable_server
 from mcp_auth_proxy.web.wire_errors import REFUSED_BY_PROVIDER
 
@@ -58,11 +58,9 @@ async def complete(call: Call[Completion, None]) -> Answer:
         tools = await _tools(call, server, body.account)
         word = "tool" if len(tools) == 1 else "tools"
         return Answer(_completed(f"{server.name} is connected, and has {len(tools)} {word}.", tools))
-    for name, value in (("code", body.code), ("state", body.state)):
-        if value is None:
-            raise invalid_field(("body", name), "The field is required.", "missing")
-    assert body.code is not None
-    assert body.state is not None
+    if body.code is None or body.state is None:
+        absent = [name for name, value in (("code", body.code), ("state", body.state)) if value is None]
+        raise invalid([Fault(loc=["body", name], msg="The field is required.", type="missing") for name in absent])
     await finish(call, server, body.code, body.state, body.iss)
     return Answer(_completed(f"{server.name} is connected.", []))
 

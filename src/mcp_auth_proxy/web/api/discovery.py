@@ -1,12 +1,14 @@
 """``/discover``: what a server asks for, found out without registering or storing anything."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
 from mcp_auth_proxy.broker import Examination
 from mcp_auth_proxy.broker.discovery import MetadataLookup
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable, ConfigurationError, DocumentRefused
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, ConfigurationError, DocumentRefused, excerpt
+from mcp_auth_proxy.oauth import challenge as challenges
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
 from mcp_auth_proxy.web.api.models import Body, View
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation
@@ -62,26 +64,28 @@ async def discover(call: Call[Target, None]) -> Answer:
         failed = isinstance(found.error, DocumentRefused | AuthorizationServerUnavailable)
         if found.error is not None and found.metadata is None and (demanded or failed):
             raise found.error
-    return Answer(_view(url, found, demanded=demanded))
+    asked = challenges.bearer(challenge) if demanded else None
+    return Answer(_view(url, found, demanded=demanded, scopes=() if asked is None else asked.scopes or ()))
 
 
-def _view(url: str, found: Examination, *, demanded: bool) -> DiscoveryView:
+def _view(url: str, found: Examination, *, demanded: bool, scopes: Sequence[str]) -> DiscoveryView:
+    """``scopes``: those of the challenge."""
     metadata, resource = found.metadata, found.resource
-    scopes = resource.scopes_supported if resource is not None else None
-    if scopes is None and metadata is not None:
-        scopes = metadata.scopes_supported
+    supported = resource.scopes_supported if resource is not None else None
+    if supported is None and metadata is not None:
+        supported = metadata.scopes_supported
     return DiscoveryView(
         mcp_server_url=url,
         requires_authorization=demanded,
         resource=resource.resource if resource is not None else None,
         issuer=metadata.issuer if metadata is not None else None,
-        scopes_supported=None if scopes is None else list(scopes),
+        scopes_supported=None if supported is None else list(supported),
         authorization_endpoint=(metadata.authorization_endpoint or None) if metadata is not None else None,
         token_endpoint=metadata.token_endpoint if metadata is not None else None,
         registration_endpoint=metadata.registration_endpoint if metadata is not None else None,
         supports_dynamic_registration=metadata is not None and metadata.registration_endpoint is not None,
         registration_methods=_methods(metadata),
-        findings=_findings(found, demanded=demanded),
+        findings=_findings(found, demanded=demanded, scopes=scopes),
     )
 
 
@@ -96,8 +100,9 @@ def _methods(metadata: ServerMetadata | None) -> list[Method]:
     return [*methods, "configured"]
 
 
-def _findings(found: Examination, *, demanded: bool) -> list[Finding]:
-    says = "It asks for a token." if demanded else "It answers without a token, so it may need no authorization."
+def _findings(found: Examination, *, demanded: bool, scopes: Sequence[str]) -> list[Finding]:
+    asks = f"It asks for a token, and for the scopes {excerpt(' '.join(scopes))}." if scopes else "It asks for a token."
+    says = asks if demanded else "It answers without a token, so it may need no authorization."
     findings = [Finding(step="challenge", verdict="ok" if demanded else "note", says=says)]
     findings += [_finding(lookup, refused=lookup.error is not None) for lookup in found.lookups]
     if found.error is not None and all(lookup.error is not found.error for lookup in found.lookups):

@@ -13,9 +13,9 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import RedirectRefused
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Flow, FlowMode, GrantType
 from mcp_auth_proxy.web.api import completion
-from mcp_auth_proxy.web.api.models import Body, Check, View, moment
+from mcp_auth_proxy.web.api.models import Body, Check, Fault, View, moment
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation
-from mcp_auth_proxy.web.api.problems import Problem, invalid_field, not_found
+from mcp_auth_proxy.web.api.problems import Problem, invalid, invalid_field, not_found
 from mcp_auth_proxy.web.api.reach import (
     AccountName,
     answered,
@@ -26,6 +26,9 @@ from mcp_auth_proxy.web.api.reach import (
 )
 
 MAX_SCOPES = 100
+
+NO_AUTHORIZATION = "no-authorization"
+"""The kind of a problem: the server asks for none."""
 
 
 class FlowView(View):
@@ -92,15 +95,17 @@ async def create_flow(call: Call[NewFlow, None]) -> Answer:
     """Begin an authorization, or return the one under way."""
     server, body = usable_server(call), call.body
     account = own_account(call, server, body.account)
-    mode = _mode(call, server)
+    if faults := _faults(call, server):
+        raise invalid(faults)
     wanted = FlowRequest(
-        mode=mode,
-        redirect_uri=_redirect_uri(call, server, mode),
+        mode=_mode(call, server),
+        redirect_uri=None if body.redirect_uri == _own_redirect_uri(call, server) else body.redirect_uri,
         scopes=None if body.scopes is None else tuple(dict.fromkeys(body.scopes)),
         return_origin=return_origin(call, body.return_origin),
     )
     flow, new = await begin(call, server, account.name, wanted)
-    return Answer(await flow_view(call, flow), status=201 if new else 200)
+    headers = {"location": f"/api/v1/flows/{flow.id}"} if new else {}
+    return Answer(await flow_view(call, flow), status=201 if new else 200, headers=headers)
 
 
 async def begin(call: Call[Any, Any], server: ServerSettings, account: str, wanted: FlowRequest) -> tuple[Flow, bool]:
@@ -117,41 +122,43 @@ async def begin(call: Call[Any, Any], server: ServerSettings, account: str, want
             raise invalid_field(("body", "redirect_uri"), str(refused)) from None
     if not isinstance(outcome, PendingAuthorization):
         await call.api.made.connected(server)
-        raise Problem(409, "no-authorization", f"{server.name} asks for no authorization: use it as it is.")
+        raise Problem(409, NO_AUTHORIZATION, f"{server.name} asks for no authorization: use it as it is.")
     return outcome.flow, new
 
 
-def return_origin(call: Call[Any, Any], given: str | None, loc: tuple[str, str] = ("body", "return_origin")) -> str:
-    """Return the origin that hears how a flow ends. Raises Problem (422)."""
+def return_origin(call: Call[Any, Any], given: str | None) -> str:
+    """Return the origin that hears how a flow ends. Raises ValueError if it is not allowed."""
+    return allowed_return_origin(
+        None if given is None else values.allowed_origin(given),
+        popup_origins=call.api.settings().admin.popup_origins,
+        public_url=call.api.public_url,
+    )
+
+
+def _faults(call: Call[NewFlow, None], server: ServerSettings) -> list[Fault]:
+    """Return what does not fit the server or the configuration."""
+    body, mode, own = call.body, _mode(call, server), _own_redirect_uri(call, server)
+    wrong: dict[str, str] = {}
+    if (mode is FlowMode.DEVICE) is not (server.oauth.grant is GrantType.DEVICE_CODE):
+        wrong["mode"] = f"can't be {mode} with grant {server.oauth.grant} of {server.name}"
+    if body.redirect_uri not in (None, own) and mode is not FlowMode.HEADLESS:
+        wrong["redirect_uri"] = f"must be {own}, unless mode is headless"
     try:
-        return allowed_return_origin(
-            None if given is None else values.allowed_origin(given),
-            popup_origins=call.api.settings().admin.popup_origins,
-            public_url=call.api.public_url,
-        )
+        return_origin(call, body.return_origin)
     except ValueError as error:
-        raise invalid_field(loc, str(error)) from None
+        wrong["return_origin"] = str(error)
+    return [Fault(loc=["body", name], msg=problem, type="value_error") for name, problem in wrong.items()]
 
 
 def _mode(call: Call[NewFlow, None], server: ServerSettings) -> FlowMode:
-    device = server.oauth.grant is GrantType.DEVICE_CODE
-    if call.body.mode is None:
-        return FlowMode.DEVICE if device else FlowMode.BROWSER
-    mode = FlowMode(call.body.mode)
-    if (mode is FlowMode.DEVICE) is not device:
-        raise invalid_field(("body", "mode"), f"can't be {mode} with grant {server.oauth.grant} of {server.name}")
-    return mode
+    if call.body.mode is not None:
+        return FlowMode(call.body.mode)
+    return FlowMode.DEVICE if server.oauth.grant is GrantType.DEVICE_CODE else FlowMode.BROWSER
 
 
-def _redirect_uri(call: Call[NewFlow, None], server: ServerSettings, mode: FlowMode) -> str | None:
-    """Return where the code is to go; None: to the proxy, which browsers always come back to. Raises Problem (422)."""
-    given = call.body.redirect_uri
-    own = redirect_uri(call.api.public_url, server.oauth.grant)
-    if given in (None, own):
-        return None
-    if mode is not FlowMode.HEADLESS:
-        raise invalid_field(("body", "redirect_uri"), f"must be {own}, unless mode is headless")
-    return given
+def _own_redirect_uri(call: Call[Any, Any], server: ServerSettings) -> str:
+    """Return where browsers always come back to: to the proxy."""
+    return redirect_uri(call.api.public_url, server.oauth.grant)
 
 
 async def read_flow(call: Call[None, None]) -> Answer:

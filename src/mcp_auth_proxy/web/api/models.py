@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-__all__ = ["LINE", "Body", "Check", "Fault", "Name", "Text", "View", "moment", "moment_or_none"]
+__all__ = ["LINE", "Body", "Check", "Fault", "Name", "PartsInvalid", "Text", "View", "moment", "moment_or_none"]
 
 
 class Body(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -16,6 +16,14 @@ class Body(Struct, kw_only=True, forbid_unknown_fields=True):
 
 class View(Struct, kw_only=True):
     """A JSON object of an answer. Times are RFC 3339 in UTC."""
+
+
+class PartsInvalid(ValueError):
+    """Several parts of a value are not valid: ``parts`` are their names, and what is wrong with each."""
+
+    def __init__(self, parts: list[tuple[str, str]]) -> None:
+        self.parts = parts
+        super().__init__("; ".join(f"{name}: {problem}" for name, problem in parts))
 
 
 @dataclass(frozen=True, slots=True)

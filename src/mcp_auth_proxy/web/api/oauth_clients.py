@@ -1,7 +1,7 @@
 """``/oauth-clients``: clients that were registered by hand at a provider. Their secrets go in and never come out."""
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ from mcp_auth_proxy.models import ClientAuth, OAuthClient, OAuthClientStatus
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth.discovery import issuer_of_document
 from mcp_auth_proxy.store.oauth_clients import OAuthClientChanged, OAuthClientConflict, OAuthClients
-from mcp_auth_proxy.web.api.models import Body, Check, Name, Text, View, moment
+from mcp_auth_proxy.web.api.models import Body, Check, Name, PartsInvalid, Text, View, moment
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation
 from mcp_auth_proxy.web.api.pages import PageInfo, PageQuery, info, position
 from mcp_auth_proxy.web.api.problems import Problem, invalid_field, not_found
@@ -38,15 +38,39 @@ def _scope(text: str) -> None:
 def _metadata(values: dict[str, Any]) -> None:
     if len(msgspec.json.encode(values)) > MAX_METADATA:
         raise ValueError("is larger than 16 KiB")
-    for name in ("issuer", "discovery_url"):
-        if name in values:
-            if not isinstance(values[name], str):
-                raise ValueError(f"{name} must be a URL")
-            _endpoint(values[name])
-    if "discovery_url" in values:
-        issuer_of_document(values["discovery_url"])
-    if "token_auth_method" in values and values["token_auth_method"] not in _METHODS:
-        raise ValueError(f"token_auth_method must be one of {', '.join(_METHODS)}")
+    faulty: list[tuple[str, str]] = []
+    for name, test in _METADATA.items():
+        try:
+            if name in values:
+                test(values[name])
+        except ValueError as error:
+            faulty.append((name, str(error)))
+    if faulty:
+        raise PartsInvalid(faulty)
+
+
+def _metadata_url(value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError("must be a URL")
+    _endpoint(value)
+
+
+def _discovery_url(value: object) -> None:
+    _metadata_url(value)
+    issuer_of_document(str(value))
+
+
+def _auth_method(value: object) -> None:
+    if value not in _METHODS:
+        raise ValueError(f"must be one of {', '.join(_METHODS)}")
+
+
+_METADATA: Mapping[str, Callable[[object], None]] = {
+    "issuer": _metadata_url,
+    "discovery_url": _discovery_url,
+    "token_auth_method": _auth_method,
+}
+"""The keys that are used; others are kept."""
 
 
 Url = Annotated[str, Meta(max_length=2000), Check(_endpoint)]

@@ -1,7 +1,7 @@
 """What an endpoint is (``Operation``), what its handler gets (``Call``) and returns (``Answer``)."""
 
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from mcp_auth_proxy.models import Caller, Role, Scope
 from mcp_auth_proxy.web.api.context import ApiContext
+from mcp_auth_proxy.web.api.models import Fault
 from mcp_auth_proxy.web.api.problems import Problem
 
 B_co = TypeVar("B_co", covariant=True)
@@ -117,6 +118,10 @@ class Operation:
     etag: bool = field(kw_only=True, default=False)
     """Whether the answer has an ETag (GET), or If-Match is heeded (others)."""
     starts_flow: bool = field(kw_only=True, default=False)
+    more_faults: Callable[[Call[Any, Any], Mapping[str, Any]], Iterable[Fault]] | None = field(
+        kw_only=True, default=None
+    )
+    """What the handler's rules find in a body that has faults already, so that one answer names all."""
 
     @property
     def is_safe(self) -> bool:

@@ -1,22 +1,23 @@
 """``/servers``: those of the configuration, which are only shown, and those that are made, changed and deleted here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from mcp_auth_proxy.broker.made_servers import merged
 from mcp_auth_proxy.broker.stored_grants import AccountConnection
 from mcp_auth_proxy.config.settings import OAuthSettings, ServerSettings
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.models import MadeServer
 from mcp_auth_proxy.web.api.grants import HealthView
-from mcp_auth_proxy.web.api.models import Body, View, moment, moment_or_none
+from mcp_auth_proxy.web.api.models import Body, Fault, View, moment, moment_or_none
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, etag_of
 from mcp_auth_proxy.web.api.pages import PageInfo, PageQuery, info, position
 from mcp_auth_proxy.web.api.problems import Problem, forbidden, not_found
-from mcp_auth_proxy.web.api.reach import answered, sees, visible_server
+from mcp_auth_proxy.web.api.reach import answered, config_fault, sees, visible_server
 
 ServerName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,62}$", description="The first part of its address.")]
 Url = Annotated[str, Meta(min_length=1, max_length=2000, description="Where the MCP server is.")]
@@ -133,6 +134,22 @@ async def create_server(call: Call[NewServer, None]) -> Answer:
         made = await call.api.made.add(name, given, project=call.caller.principal.project_id)
     call.target, call.server = made.id, (made.id, made.name)
     return _answer(call, call.api.servers[made.name], (), status=201)
+
+
+def faults_of_new(call: Call[NewServer, None], given: Mapping[str, Any]) -> list[Fault]:
+    """Return what the rules of the configuration find in a body that has other faults."""
+    return _faults(call, {name: value for name, value in given.items() if value is not None})
+
+
+def faults_of_change(call: Call[ServerPatch, None], given: Mapping[str, Any]) -> list[Fault]:
+    """Return what the rules of the configuration find in a change that has other faults."""
+    made = _made(call)
+    return _faults(call, merged({"name": made.name, "url": made.url, **made.document}, given))
+
+
+def _faults(call: Call[Any, Any], document: dict[str, Any]) -> list[Fault]:
+    name = document.pop("name", "")
+    return [config_fault(error) for error in call.api.made.errors(name if isinstance(name, str) else "", document)]
 
 
 async def change_server(call: Call[ServerPatch, None]) -> Answer:
@@ -263,6 +280,7 @@ OPERATIONS = (
         body=NewServer,
         answers={201: ServerView},
         problems=(409,),
+        more_faults=faults_of_new,
     ),
     Operation(
         "GET",
@@ -285,6 +303,7 @@ OPERATIONS = (
         answers={200: ServerView},
         problems=(409,),
         etag=True,
+        more_faults=faults_of_change,
     ),
     Operation(
         "DELETE",

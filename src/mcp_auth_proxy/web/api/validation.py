@@ -5,34 +5,58 @@ its own. What is read in the end is msgspec's own conversion.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from urllib.parse import parse_qsl
 
 import msgspec
 
 from mcp_auth_proxy.errors import excerpt
-from mcp_auth_proxy.web.api.models import Check, Fault
+from mcp_auth_proxy.web.api.models import Check, Fault, PartsInvalid
 from mcp_auth_proxy.web.api.problems import invalid
 
 M = TypeVar("M", bound=msgspec.Struct)
 Loc = tuple[str | int, ...]
+MoreFaults = Callable[[Mapping[str, Any]], Iterable[Fault]]
+"""Returns what other rules find in a body that has faults."""
 
 MAX_FAULTS = 100
 """Faults that are named; a body of 256 KiB may have many more."""
 
 MAX_PARAMETERS = 50
 
+MAX_DEPTH = 64
+"""Levels of objects and lists in a body."""
 
-def read_body(raw: bytes, model: type[M]) -> M:
-    """Return the model that a JSON body has. Raises Problem (422) with all faults."""
+
+def read_body(raw: bytes, model: type[M], more: MoreFaults = lambda value: ()) -> M:
+    """Return the model that a JSON body has. Raises Problem (422) with all faults.
+
+    ``more`` is asked about the fields without a fault, if others have one. A valid body is for the caller to check.
+    """
     try:
         # An empty body is an empty object: a model that needs nothing need not be sent.
         value = msgspec.json.decode(raw) if raw else {}
+        _check_depth(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else excerpt(str(error))
         raise invalid([Fault(loc=["body"], msg=f"The body is not JSON: {reason}", type="json_invalid")]) from None
-    return _read(value, model, "body", strict=True)
+    return _read(value, model, "body", strict=True, more=more)
+
+
+def _check_depth(value: object) -> None:
+    """Raise RecursionError for a value of more than MAX_DEPTH levels: whatever walks through it has room for those."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise RecursionError
 
 
 def read_query(raw: bytes, model: type[M]) -> M:
@@ -57,13 +81,16 @@ def read_query(raw: bytes, model: type[M]) -> M:
     return _read(values, model, "query", strict=False)
 
 
-def _read(value: object, model: type[M], place: str, *, strict: bool) -> M:
+def _read(value: object, model: type[M], place: str, *, strict: bool, more: MoreFaults = lambda value: ()) -> M:
     found: list[Fault] = []
     for fault in _faults(value, model, (place,), strict):
         found.append(fault)
         if len(found) >= MAX_FAULTS:
             break
     if found:
+        if isinstance(value, dict):
+            named = {fault.loc[1] for fault in found if len(fault.loc) > 1}
+            found += [fault for fault in more(value) if fault.loc[1] not in named][: MAX_FAULTS - len(found)]
         raise invalid(found)
     return msgspec.convert(value, model, strict=strict)
 
@@ -88,6 +115,9 @@ def _own_faults(value: object, kind: Any, loc: Loc, strict: bool) -> Iterator[Fa
         text = str(error).partition(" - at `")[0]
         wrong_type = text.startswith("Expected `") and ", got `" in text
         yield Fault(loc=list(loc), msg=excerpt(text), type="type_error" if wrong_type else "value_error")
+    except PartsInvalid as error:
+        for name, problem in error.parts:
+            yield Fault(loc=[*loc, name], msg=excerpt(problem), type="value_error")
     except ValueError as error:
         yield Fault(loc=list(loc), msg=excerpt(str(error)), type="value_error")
 

@@ -5,8 +5,8 @@
   const message = JSON.parse(text);
   const told = `${message.type}.${message.flow}`;
   try {
-    // Once for each end, also if the page is loaded again.
-    if (sessionStorage.getItem(told) === message.status) return;
+    // Once for each end, also if the page is loaded again. Without a flow, each page is an end of its own.
+    if (message.flow !== null && sessionStorage.getItem(told) === message.status) return;
     sessionStorage.setItem(told, message.status);
   } catch {
     // Without storage, a page that is loaded again repeats the message.
