@@ -70,6 +70,7 @@ class Router:
             credential_fields=authenticator.credential_fields,
         )
         authenticator.on_refused(self._caller_refused)
+        authenticator.on_key_refused(self._forwarder.refuse_key)
 
     @property
     def authenticator(self) -> Authenticator:

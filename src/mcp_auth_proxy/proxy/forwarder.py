@@ -267,21 +267,25 @@ class Forwarder:
 
     def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
         """End every active request to servers that were removed; requests to changed servers continue as they began."""
-        self._end_those(lambda route: route.server.name in removed, "removed")
+        self._end_those(lambda active: active.route.server.name in removed, "removed")
         for name in (*removed, *changed):
             self._outages.forget(name)
             self._overloads.forget(name)
 
     def refuse(self, principal: str) -> None:
         """End every active request of a principal that may no longer call."""
-        self._end_those(lambda route: route.principal == principal, "refused")
+        self._end_those(lambda active: active.route.principal == principal, "refused")
 
-    def _end_those(self, concerned: Callable[[Route], bool], reason: End) -> None:
+    def refuse_key(self, key: str) -> None:
+        """End every active request that came with an API key, by its id, that may no longer be used."""
+        self._end_those(lambda active: active.caller.key == key, "refused")
+
+    def _end_those(self, concerned: Callable[[RequestHandler | FastPathRequest], bool], reason: End) -> None:
         for handler in list(self._handlers):
-            if concerned(handler.route):
+            if concerned(handler):
                 handler.end(reason)
         for fast in list(self.fast_requests):
-            if concerned(fast.route):
+            if concerned(fast):
                 fast.end(reason)
 
     def _check_idle(self) -> None:
