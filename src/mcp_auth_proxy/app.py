@@ -38,6 +38,7 @@ from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api_mount import ApiMount
+from mcp_auth_proxy.web.failed_credentials import FailedCredentials
 from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.protected_resource import ProtectedResource
 from mcp_auth_proxy.web.session import Visitors
@@ -221,8 +222,15 @@ async def lifespan(
 
         sessions = make_sessions(callers, database=database, clock=clock)
         visitors = Visitors(authenticator=authenticator or callers, sessions=sessions, public_url=public_url)
+        failed_credentials = FailedCredentials(clock)
         sign_in_mount = SignInMount(
-            settings.inbound, visitors=visitors, callers=callers, fetcher=fetcher, public_url=public_url, clock=clock
+            settings.inbound,
+            visitors=visitors,
+            callers=callers,
+            fetcher=fetcher,
+            failed_credentials=failed_credentials,
+            public_url=public_url,
+            clock=clock,
         )
         stack.push_async_callback(sign_in_mount.aclose)
         api = ApiContext(
@@ -237,6 +245,7 @@ async def lifespan(
             clock=clock,
             authenticator=callers,
             directory=callers.directory,
+            failed_credentials=failed_credentials,
             session_caller=visitors.session_caller,
         )
         site = Site(
@@ -259,6 +268,7 @@ async def lifespan(
             site=site.build(),
             authenticator=authenticator or callers,
             resource=ProtectedResource(public_url, settings.inbound),
+            failed_credentials=failed_credentials,
             session_key=await SharedSecrets(database).get(SESSION_IDS),
         )
         servers.on_change(lambda change: _forget_series(servers, change.removed))

@@ -235,6 +235,30 @@ async def test_only_the_streams_of_a_key_that_ends_are_over(tmp_path: Path) -> N
         assert there.proxy.application.forwarder.active_requests == 2
 
 
+async def test_an_address_has_five_failed_credentials_a_second_at_mcp_endpoints(tmp_path: Path) -> None:  # T43
+    key = await add_member(tmp_path, "alice")
+    bad = "X-API-Key: mapk_000000000000_" + "x" * 43
+    async with shared(tmp_path, {"mode": "api_key"}) as there, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(RawClient.to(there.proxy.origin)) for _ in range(20)]
+        begun = time.monotonic()
+        for client in clients:
+            client.post(CALL, bad, path="/notes/mcp")
+        # A good one is not locked out, and one that is missing is no guess.
+        assert (await there.post(f"X-API-Key: {key}")).status == 200
+        assert await there.refused() == 401
+        answers = [await client.answer() for client in clients]
+        statuses = [answer.status for answer in answers]
+        # Five at once, five that wait for their turn, and the others are told to come back.
+        assert 5 <= statuses.count(401) <= 5 * (1 + time.monotonic() - begun)
+        refused = [answer for answer in answers if answer.status == 429]
+        assert len(refused) == 20 - statuses.count(401) > 0
+        assert {answer.all("retry-after")[0] for answer in refused} == {"1"}
+        # Who comes one after the other sees what is wrong, but no faster.
+        begun = time.monotonic()
+        assert [(await there.post(bad)).status for _ in range(3)] == [401] * 3
+        assert time.monotonic() - begun > 0.3
+
+
 async def test_a_reload_changes_who_is_believed(tmp_path: Path) -> None:
     async with shared(tmp_path, {"mode": "trusted_header", "trusted_header": FRONT}) as there:
         assert (await there.post("X-Forwarded-User: alice", SECRET)).status == 200

@@ -54,6 +54,24 @@ async def test_any_other_key_is_refused_without_saying_why(servers: Servers, tmp
         assert not key or key not in page.text
 
 
+async def test_an_address_has_five_bad_keys_a_second(servers: Servers, tmp_path: Path) -> None:  # T43
+    async with team(servers, tmp_path, "anna") as setup, Browser() as browser:
+        url = f"{setup.proxy.origin}/sign-in"
+        pages = [await post(browser, url, key=f"mapk_000000000000_{'A' * 43}") for _ in range(10)]
+        refused = [page for page in pages if page.status_code == 429]
+        assert refused
+        assert {page.headers["retry-after"] for page in refused} == {"1"}
+        assert "Too many" in refused[0].text
+        assert [page.status_code for page in pages[:5]] == [401] * 5
+        # The same count as for the API and the MCP endpoints.
+        key = {"x-api-key": "mapk_000000000000_" + "A" * 43}
+        statuses = [
+            (await browser.client.get(f"{setup.proxy.origin}/api/v1/me", headers=key)).status_code for _ in "12"
+        ]
+        assert 429 in statuses
+        assert (await setup.sign_in(browser, "anna")).status_code == 303
+
+
 async def test_a_form_of_another_site_signs_nobody_in(servers: Servers, tmp_path: Path) -> None:  # T54
     async with team(servers, tmp_path, "anna") as setup, Browser() as browser:
         for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):

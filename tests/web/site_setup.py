@@ -1,5 +1,6 @@
 """The site alone, behind a real listener: its broker and its store follow a script."""
 
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from mcp_auth_proxy.models import AccessToken, Account, Flow
 from mcp_auth_proxy.net.asgi import run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.store import Engine
+from mcp_auth_proxy.web.failed_credentials import FailedCredentials
 from mcp_auth_proxy.web.session import Visitors
 from mcp_auth_proxy.web.sign_in import SignInPages
 from mcp_auth_proxy.web.site import Site
@@ -147,7 +149,13 @@ async def site_setup(
             draining=lambda: setup.draining,
             start=setup.broker.begin,
             visitors=(visitors := nobody_signs_in(public_url)),
-            sign_in=lambda: SignInPages(visitors=visitors, check_key=None, provider=None, public_url=public_url),
+            sign_in=lambda: SignInPages(
+                visitors=visitors,
+                check_key=None,
+                provider=None,
+                public_url=public_url,
+                failed_credentials=FailedCredentials(time.time),
+            ),
         )
         async with listener(Pages(site)) as port:
             client.base_url = httpx2.URL(f"http://127.0.0.1:{port}")

@@ -7,6 +7,7 @@ the browser only prefetches, is not used before a button is pressed.
 
 import logging
 from collections.abc import Awaitable, Callable
+from math import ceil
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -20,10 +21,11 @@ from mcp_auth_proxy.observability.peer_log import RefusalLog
 from mcp_auth_proxy.web.attempt import SignInAttempt
 from mcp_auth_proxy.web.connect import is_other_loopback_name, to_public_url
 from mcp_auth_proxy.web.cookies import read_cookies
+from mcp_auth_proxy.web.failed_credentials import TOO_MANY, FailedCredentials
 from mcp_auth_proxy.web.forms import read_form
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import local_path, sign_in_path
-from mcp_auth_proxy.web.session import Visitors, peer
+from mcp_auth_proxy.web.session import Visitors, client, peer
 
 if TYPE_CHECKING:
     from mcp_auth_proxy.identity.openid import OpenIdProvider
@@ -55,12 +57,14 @@ class SignInPages:
         check_key: CheckKey | None,
         provider: "OpenIdProvider | None",
         public_url: str,
+        failed_credentials: FailedCredentials,
     ) -> None:
         """``check_key`` and ``provider`` are None if users don't sign in this way."""
         self._visitors = visitors
         self._check_key = check_key
         self._provider = provider
         self._public_url = public_url
+        self._failed_credentials = failed_credentials
         self._refusals = RefusalLog()
 
     async def show(self, request: Request) -> Response:
@@ -90,10 +94,18 @@ class SignInPages:
         try:
             caller = await self._check_key(key)
         except CallerRefused as refused:
-            self._refusals.warn(peer(request), refused.status, "the key that its user signs in with does not hold")
-            text = KEY_REFUSED if refused.status in (400, 401) else str(refused)
-            return await self._form(request, onward=onward, problem=text, status=max(401, refused.status))
+            return await self._key_refused(request, refused, onward)
         return await self._begin(request, caller, onward)
+
+    async def _key_refused(self, request: Request, refused: CallerRefused, onward: str) -> Response:
+        self._refusals.warn(peer(request), refused.status, "the key that its user signs in with does not hold")
+        if refused.status not in (400, 401):
+            return await self._form(request, onward=onward, problem=str(refused), status=refused.status)
+        if seconds := self._failed_credentials.count(client(request)):
+            response = await self._form(request, onward=onward, problem=TOO_MANY, status=429)
+            response.headers["retry-after"] = str(ceil(seconds))
+            return response
+        return await self._form(request, onward=onward, problem=KEY_REFUSED, status=401)
 
     async def callback(self, request: Request) -> Response:
         """Answer the way back from the identity provider."""

@@ -103,7 +103,7 @@ class Api:
         if operation is not None and operation.access is Access.OPEN:
             caller = models.Caller(principal=models.Principal(id="", name=""), credential="", scopes=frozenset())
         else:
-            caller = await caller_of(request, self.context, self.limits)
+            caller = await caller_of(request, self.context)
             if seconds := self.limits.calls.take(caller.principal.id):
                 raise too_many("Too many requests of this principal.", seconds)
         if found is None:
@@ -131,7 +131,7 @@ class Api:
             body = await _json_body(request)
             if body and operation.access is not Access.OPEN:
                 # A body may take minutes, in which its sender was disabled, or is an admin no more (T74).
-                call.caller = await caller_of(request, self.context, self.limits)
+                call.caller = await caller_of(request, self.context)
                 await self._check_access(call)
             call.body = read_body(body, operation.body)
         if operation.query is not None:
