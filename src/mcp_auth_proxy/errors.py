@@ -16,6 +16,7 @@
     │   │   └── KeyRejected            the store's key is missing, malformed, or not the one it was made with
     │   ├── StoreUnavailable           locked, read-only or full: temporary, try again
     │   ├── NameTaken                  a row of that name, or for that identity, exists already
+    │   ├── LastAdmin                  a project would have no admin any more
     │   └── DecryptionError            one encrypted value can't be decrypted; other rows are not affected
     ├── AuthorizationError             an authorization can't continue
     │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
@@ -190,6 +191,10 @@ class NameTaken(StoreError):
     def __init__(self, message: str, existing_id: str) -> None:
         self.existing_id = existing_id
         super().__init__(message)
+
+
+class LastAdmin(StoreError):
+    """A principal can't be disabled, or lose its role, because its project has no other active admin."""
 
 
 class DecryptionError(StoreError):

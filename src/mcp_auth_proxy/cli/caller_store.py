@@ -35,11 +35,14 @@ async def create_key(
     project: str | None,
     scopes: frozenset[Scope] | None,
     lifetime: float | None,
+    change_role: bool = False,
 ) -> int:
     """Store a new key of the principal ``name`` and print it. Return 0; raise McpAuthProxyError."""
     now = time.time()
     async with _opened(settings) as engine:
-        principal = await _principal(engine, name, role=role, project=project, now=now, scopes=scopes)
+        principal = await _principal(
+            engine, settings, name, role=role, project=project, now=now, scopes=scopes, change_role=change_role
+        )
         if scopes is None:
             scopes = ALL_SCOPES if principal.role is Role.ADMIN else _MEMBER_SCOPES
         expires_at = None if lifetime is None else now + lifetime
@@ -134,7 +137,13 @@ async def _principal_rows(engine: Engine) -> list[dict[str, Any]]:
 
 
 async def add_principal(
-    settings: Settings, name: str, identities: Sequence[Identity], *, role: str | None, project: str | None
+    settings: Settings,
+    name: str,
+    identities: Sequence[Identity],
+    *,
+    role: str | None,
+    project: str | None,
+    change_role: bool = False,
 ) -> int:
     """Add a principal, or identities to one that exists. Return 0; raise McpAuthProxyError."""
     now = time.time()
@@ -147,7 +156,9 @@ async def add_principal(
                     f"{identity.source}={identity.subject} is the principal {other.name!r} already. "
                     f"`mcp-auth-proxy principals enable {other.name}` lets it call."
                 )
-        principal = await _principal(engine, name, role=role, project=project, now=now)
+        principal = await _principal(
+            engine, settings, name, role=role, project=project, now=now, change_role=change_role
+        )
         for identity in identities:
             await store.add_identity(principal.id, identity, now=now)
     say(f"{name} is a principal ({principal.role}): {principal.id}")
@@ -163,25 +174,35 @@ async def set_status(settings: Settings, name: str, *, active: bool) -> int:
             principal = await store.by_name(name) or await store.get(name)
             if principal is not None:
                 status = PrincipalStatus.ACTIVE if active else PrincipalStatus.DISABLED
-                await store.change(principal.id, status=status, listed=True if active else None)
+                await store.change(
+                    principal.id, status=status, listed=True if active else None, keep_admin=_keep_admin(settings)
+                )
     if principal is None:
         raise McpAuthProxyError(f"There is no principal {name!r}. `mcp-auth-proxy principals list` shows them.")
     say(f"{principal.name} is {'active' if active else 'disabled'}")
     return 0
 
 
+def _keep_admin(settings: Settings) -> bool:
+    """Return whether projects need an admin: in mode ``none``, ``local`` is one."""
+    return bool(settings.inbound.modes)
+
+
 async def _principal(
     engine: Engine,
+    settings: Settings,
     name: str,
     *,
     role: str | None,
     project: str | None,
     now: float,
     scopes: frozenset[Scope] | None = None,
+    change_role: bool,
 ) -> Principal:
     """Return the principal with a name, made or changed as asked. Raises McpAuthProxyError.
 
-    ``scopes``: those of a key that it will get.
+    ``scopes``: those of a key that it will get. ``change_role``: whether one that exists may get another role. Names
+    are first come, first served: it may be somebody else's.
     """
     store = Principals(engine)
     principal = await store.by_name(name)
@@ -197,9 +218,16 @@ async def _principal(
         raise McpAuthProxyError(f"{name} is disabled: `mcp-auth-proxy principals enable {name}` comes first.")
     if project is not None and project != principal.project_id:
         raise McpAuthProxyError(f"{name} is in the project {principal.project_id}, and stays there.")
-    if role is not None and wanted is not principal.role:
+    if wanted is not principal.role:
+        if not change_role:
+            raise McpAuthProxyError(
+                f"There is a principal {name!r} already, since {_iso(principal.created_at)}, whose role is "
+                f"{principal.role}. `mcp-auth-proxy principals list` shows who it is; add --change-role to make it "
+                f"{wanted}."
+            )
         complain(f"{name} was {principal.role}, and is {wanted} now")
-    return await store.change(principal.id, role=wanted, listed=True) or principal
+    keep_admin = _keep_admin(settings)
+    return await store.change(principal.id, role=wanted, listed=True, keep_admin=keep_admin) or principal
 
 
 def _iso(moment: float | None) -> str | None:

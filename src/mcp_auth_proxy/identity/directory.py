@@ -140,12 +140,16 @@ class Directory:
         role: Role | None = None,
         status: PrincipalStatus | None = None,
         listed: bool | None = None,
+        keep_admin: bool = False,
     ) -> Principal | None:
         """Change what is given of a principal and return it; None if there is none with this id. Raises StoreError.
 
-        A principal that is disabled can't call any more when this returns.
+        A principal that is disabled can't call any more when this returns. ``keep_admin``: raise LastAdmin if its
+        project would have no active admin any more, apart from ``local``.
         """
-        principal = await self._store.change(principal_id, role=role, status=status, listed=listed)
+        principal = await self._store.change(
+            principal_id, role=role, status=status, listed=listed, keep_admin=keep_admin and not self._local
+        )
         await self.reload()
         return principal
 
