@@ -38,6 +38,7 @@ from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api_mount import ApiMount
+from mcp_auth_proxy.web.audit import PageAudit
 from mcp_auth_proxy.web.failed_credentials import FailedCredentials
 from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.protected_resource import ProtectedResource
@@ -223,12 +224,14 @@ async def lifespan(
         sessions = make_sessions(callers, database=database, clock=clock)
         visitors = Visitors(authenticator=authenticator or callers, sessions=sessions, public_url=public_url)
         failed_credentials = FailedCredentials(clock)
+        audit = PageAudit(database, clock)
         sign_in_mount = SignInMount(
             settings.inbound,
             visitors=visitors,
             callers=callers,
             fetcher=fetcher,
             failed_credentials=failed_credentials,
+            audit=audit,
             public_url=public_url,
             clock=clock,
         )
@@ -257,6 +260,7 @@ async def lifespan(
             start=start,
             api=ApiMount(api) if settings.admin.enabled else None,
             visitors=visitors,
+            audit=audit,
             sign_in=sign_in_mount.pages,
             problems=callers.problems,
         )

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
+from mcp_auth_proxy.cli import audit
 from mcp_auth_proxy.cli.terminal import complain, say, say_json
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import McpAuthProxyError
@@ -48,6 +49,7 @@ async def create_key(
         expires_at = None if lifetime is None else now + lifetime
         key, text = make_key(principal=principal.id, name=name, scopes=scopes, now=now, expires_at=expires_at)
         await ApiKeys(engine).add(key)
+        await audit.record(engine, "keys.create", target=key.id, project=principal.project_id)
     until = f", until {_iso(expires_at)}" if expires_at is not None else ""
     complain(f"key {key.id} of {name} ({principal.role}), scopes {', '.join(sorted(scopes))}{until}; shown only now:")
     say(text)
@@ -92,7 +94,12 @@ async def revoke_key(settings: Settings, key_id: str) -> int:
     found = False
     if settings.store.path.exists():
         async with _opened(settings) as engine:
+            key = await ApiKeys(engine).get(key_id)
+            owner = await Principals(engine).get(key.principal) if key is not None else None
             found = await ApiKeys(engine).delete(key_id)
+            if found:
+                project = owner.project_id if owner is not None else DEFAULT_PROJECT
+                await audit.record(engine, "keys.delete", target=key_id, project=project)
     if not found:
         raise McpAuthProxyError(f"There is no key {key_id!r}. `mcp-auth-proxy api-keys list` shows the ids.")
     say(f"{key_id} is revoked")
@@ -161,6 +168,8 @@ async def add_principal(
         )
         for identity in identities:
             await store.add_identity(principal.id, identity, now=now)
+        if identities:
+            await audit.record(engine, "principals.change", target=principal.id, project=principal.project_id)
     say(f"{name} is a principal ({principal.role}): {principal.id}")
     return 0
 
@@ -177,6 +186,7 @@ async def set_status(settings: Settings, name: str, *, active: bool) -> int:
                 await store.change(
                     principal.id, status=status, listed=True if active else None, keep_admin=_keep_admin(settings)
                 )
+                await audit.record(engine, "principals.change", target=principal.id, project=principal.project_id)
     if principal is None:
         raise McpAuthProxyError(f"There is no principal {name!r}. `mcp-auth-proxy principals list` shows them.")
     say(f"{principal.name} is {'active' if active else 'disabled'}")
@@ -213,6 +223,7 @@ async def _principal(
         project_id = project or DEFAULT_PROJECT
         principal = Principal(id=new_principal_id(), name=name, project_id=project_id, role=wanted, created_at=now)
         await store.add(principal)
+        await audit.record(engine, "principals.create", target=principal.id, project=project_id)
         return principal
     if not principal.is_active:
         raise McpAuthProxyError(f"{name} is disabled: `mcp-auth-proxy principals enable {name}` comes first.")
@@ -227,7 +238,10 @@ async def _principal(
             )
         complain(f"{name} was {principal.role}, and is {wanted} now")
     keep_admin = _keep_admin(settings)
-    return await store.change(principal.id, role=wanted, listed=True, keep_admin=keep_admin) or principal
+    changed = await store.change(principal.id, role=wanted, listed=True, keep_admin=keep_admin) or principal
+    if changed != principal:
+        await audit.record(engine, "principals.change", target=principal.id, project=principal.project_id)
+    return changed
 
 
 def _iso(moment: float | None) -> str | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from mcp_auth_proxy.config.settings import InboundSettings
 from mcp_auth_proxy.identity import Callers
 from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.web.audit import PageAudit
 from mcp_auth_proxy.web.failed_credentials import FailedCredentials
 from mcp_auth_proxy.web.session import Visitors
 
@@ -25,6 +26,7 @@ class SignInMount:
         callers: Callers,
         fetcher: Fetcher,
         failed_credentials: FailedCredentials,
+        audit: PageAudit,
         public_url: str,
         clock: Callable[[], float],
     ) -> None:
@@ -33,6 +35,7 @@ class SignInMount:
         self._callers = callers
         self._fetcher = fetcher
         self._failed_credentials = failed_credentials
+        self._audit = audit
         self._public_url = public_url
         self._clock = clock
         self._pages: SignInPages | None = None
@@ -67,6 +70,7 @@ class SignInMount:
             provider=self._make_provider() if inbound.sign_in is not None and inbound.modes else None,
             public_url=self._public_url,
             failed_credentials=self._failed_credentials,
+            audit=self._audit,
         )
 
     def _make_provider(self) -> "OpenIdProvider":
