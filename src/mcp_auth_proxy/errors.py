@@ -23,6 +23,7 @@
     │   ├── RegistrationImpossible     no way to become a client of this authorization server
     │   ├── ClientNotActive            the OAuth client for this server was made inactive, or revoked
     │   ├── RedirectRefused            a code was to go to a redirect URI that the OAuth client does not have
+    │   ├── TooManyAccounts            a principal has named too many accounts of a server
     │   ├── AuthorizationDenied        the authorization server or the user refused
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
@@ -277,6 +278,10 @@ class ClientNotActive(AuthorizationError):
 
 class RedirectRefused(AuthorizationError):
     """The code of a headless authorization was to go to a redirect URI that the OAuth client does not have."""
+
+
+class TooManyAccounts(AuthorizationError):
+    """A principal has too many accounts of a server that the configuration does not name."""
 
 
 class AuthorizationDenied(AuthorizationError):

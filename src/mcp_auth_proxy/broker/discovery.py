@@ -97,9 +97,7 @@ class Discoverer:
         found = await self._find_server_metadata(issuer, policy, legacy=False)
         return found or discovery.legacy_server_metadata(server.url)
 
-    async def identity_provider(
-        self, server: ServerSettings, idp: IdpSettings
-    ) -> tuple[str, tuple[str, ...] | None]:
+    async def identity_provider(self, server: ServerSettings, idp: IdpSettings) -> tuple[str, tuple[str, ...] | None]:
         """Return the token endpoint of the identity provider of a server, and the client authentication methods that it
         supports."""
         if idp.token_endpoint is not None:
