@@ -7,7 +7,7 @@ from http import HTTPStatus
 
 from mcp_auth_proxy.errors import CallerRefused, StoreError, excerpt
 from mcp_auth_proxy.identity import Authenticator
-from mcp_auth_proxy.models import LOCAL_CALLER, Caller, Role, Scope
+from mcp_auth_proxy.models import LOCAL_CALLER, Caller, Principal, Role, Scope
 from mcp_auth_proxy.net.asgi import App, run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.observability.peer_log import RefusalLog
@@ -244,6 +244,13 @@ class Router:
     def _servers_changed(self, change: ServerChange) -> None:
         self._routes.rebuild()
         self._forwarder.servers_changed(change.removed, change.changed)
+        if change.changed:
+            self._forwarder.end_unless(self._admits)
+
+    def _admits(self, name: str, principal: Principal) -> bool:
+        # A server that was removed ends its requests itself.
+        server = self._servers.get(name)
+        return server is None or server.admits(principal)
 
     def _caller_refused(self, principal: str) -> None:
         self._routes.forget(principal)

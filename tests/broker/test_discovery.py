@@ -225,14 +225,12 @@ async def test_pkce_is_required_for_grants_with_a_redirect(
 async def test_metadata_of_an_identity_provider_is_fetched_only_if_its_endpoint_is_not_configured(
     discoverer: Watched, issuer: FakeAuthorizationServer
 ) -> None:
+    mine = server("https://mcp.example/mcp")
     configured = IdpSettings(client_id="c", token_endpoint="https://idp.example/token")
-    assert await discoverer.identity_provider(server("https://mcp.example/mcp"), configured) == (
-        "https://idp.example/token",
-        None,
-    )
+    assert await discoverer.identity_provider(mine, configured) == ("https://idp.example/token", None)
     assert issuer.requests == []
     idp = IdpSettings(client_id="c", issuer=issuer.issuer)
-    url, methods = await discoverer.identity_provider(server("https://mcp.example/mcp"), idp)
+    url, methods = await discoverer.identity_provider(mine, idp)
     assert url == f"{issuer.issuer}/token"
     assert methods
 

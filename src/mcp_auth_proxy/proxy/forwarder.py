@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.settings import LimitSettings
 from mcp_auth_proxy.errors import SessionNotFound, UpstreamError
-from mcp_auth_proxy.models import Caller
+from mcp_auth_proxy.models import Caller, Principal
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
@@ -279,6 +279,13 @@ class Forwarder:
     def refuse_key(self, key: str) -> None:
         """End every active request that came with an API key, by its id, that may no longer be used."""
         self._end_those(lambda active: active.caller.key == key, "refused")
+
+    def end_unless(self, admits: Callable[[str, Principal], bool]) -> None:
+        """End every active request to a server that does not admit its caller any more: for them it was removed.
+
+        ``admits`` is called with the server's name.
+        """
+        self._end_those(lambda active: not admits(active.route.server.name, active.caller.principal), "removed")
 
     def _end_those(self, concerned: Callable[[RequestHandler | FastPathRequest], bool], reason: End) -> None:
         for handler in list(self._handlers):
