@@ -1,5 +1,6 @@
 """The audit trail: what is done by pages and commands leaves events, as what the API does."""
 
+import time
 from pathlib import Path
 
 from fakes.fixtures import Servers
@@ -7,7 +8,8 @@ from fakes.headless import Browser
 from fakes.proxy import proxy_process, run_command, write_config
 from fakes.team import Team, add_member, post, team
 from mcp_auth_proxy.config.load import load
-from mcp_auth_proxy.models import DEFAULT_PROJECT, Role
+from mcp_auth_proxy.identity.keys import make_key
+from mcp_auth_proxy.models import ALL_SCOPES, DEFAULT_PROJECT, Principal, Role
 from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.events import Event, Events
 
@@ -88,6 +90,25 @@ async def test_consents_leave_events_also_if_they_are_refused(servers: Servers, 
         assert {(event.server, event.server_name) for event in found} == {("notes", "notes")}
         assert found[1].target == found[2].target == link.partition("flow=")[2]
         assert "code=" not in str(found)
+
+
+async def test_who_comes_from_elsewhere_leaves_events_in_the_project_of_the_server(
+    servers: Servers, tmp_path: Path
+) -> None:  # T65
+    async with team(servers, tmp_path, "anna", server={"project": "blue", "allow": ["*"]}) as setup:
+        directory = setup.proxy.application.callers.directory
+        bert = Principal(id="prn_bert", name="bert", project_id="blue")
+        await directory.add(bert)
+        key, setup.keys["bert"] = make_key(principal=bert.id, name="", scopes=ALL_SCOPES, now=time.time())
+        await directory.add_key(key)
+        async with Browser() as berts, Browser() as annas:
+            await setup.sign_in(berts, "bert")
+            await setup.sign_in(annas, "anna")
+            callback = await berts.stop_before(await setup.link("bert"))
+            assert (await annas.open(callback)).status_code == 403
+        assert [event.action for event in await events_of(setup)] == ["sessions.create"]
+        found = await events_of(setup, "blue")
+        assert [(event.action, event.principal) for event in found][1:] == [("consents.give", principal(setup, "anna"))]
 
 
 async def test_commands_leave_events(servers: Servers, tmp_path: Path) -> None:

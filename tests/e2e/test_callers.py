@@ -142,6 +142,9 @@ async def test_a_caller_has_a_bounded_number_of_accounts_at_a_server(  # T89
         for account in ("d", "e"):
             assert "There are 3 accounts of notes already" in await answer("ada", account)
         assert len(registrations) == before
+        # Nor do many at once come through.
+        answers = await asyncio.gather(*(answer("root", f"n{number}") for number in range(8)))
+        assert sum("authorization_url" in each for each in answers) <= 3
         # The limit of one caller is none of another.
         assert "authorization_url" in await answer("bob", "d")
         # It holds for accounts that are connected too.

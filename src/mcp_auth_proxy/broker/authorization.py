@@ -196,12 +196,15 @@ class Authorizations:
 
     async def _check_accounts(self, account: Account, server: ServerSettings) -> None:
         """Raise TooManyAccounts if this would be one account too many."""
-        if account.name == DEFAULT_ACCOUNT or account.name in server.accounts:
+        free = {DEFAULT_ACCOUNT, *server.accounts}
+        if account.name in free:
             return
         known = self._pending.names(account.principal, account.server)
         if len(known) < MAX_ACCOUNTS:
             known |= await self._grants.account_names(account.principal, account.server, count=MAX_ACCOUNTS)
-        if account.name not in known and len(known - server.accounts.keys()) >= MAX_ACCOUNTS:
+        running = {flight.account for flight in self._running if flight.account != account}
+        begun = {each.name for each in running if (each.principal, each.server) == (account.principal, account.server)}
+        if account.name not in known and len((known | begun) - free) >= MAX_ACCOUNTS:
             raise TooManyAccounts(
                 f"There are {MAX_ACCOUNTS} accounts of {server.name} already, connected or waiting for consent. "
                 f"Disconnect some, or use one of them."

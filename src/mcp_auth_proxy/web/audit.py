@@ -67,13 +67,17 @@ class PageAudit:
         target: str = "",
         server: ServerSettings | None = None,
     ) -> None:
-        """Store an event. ``caller``: None if it is not known who it is."""
+        """Store an event. ``caller``: None if it is not known who it is.
+
+        If it concerns a server, those see it who see the server, whoever has caused it.
+        """
         address = request.client.host if request.client is not None else ""
         if outcome != OK and (self._of_address.take(address) or self._of_all.take("")):
             return
+        project = caller.principal.project_id if caller is not None else DEFAULT_PROJECT
         event = Event(
             at=self._clock(),
-            project_id=caller.principal.project_id if caller is not None else DEFAULT_PROJECT,
+            project_id=server.project if server is not None else project,
             principal=caller.principal.id if caller is not None else "",
             credential=caller.credential if caller is not None else "",
             action=action,
