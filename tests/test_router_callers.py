@@ -429,6 +429,23 @@ async def test_the_streams_of_a_disabled_principal_end_within_a_second(tmp_path:
             assert (await again.answer()).status == 401
 
 
+async def test_a_stream_ends_when_its_server_is_no_longer_for_the_caller(tmp_path: Path) -> None:  # T59
+    async def streams(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENTS + b"9\r\ndata: {}\n\r\n")
+        await peer.until_gone()
+
+    async with shared(tmp_path, streams) as there, RawClient.to(there.proxy.origin) as other:
+        for client, caller in ((there.client, ADA), (other, BOB)):
+            client.get("/notes/mcp", caller)
+            assert (await client.head())[0] == 200
+        there.configure(upstream_timeout=9.0)
+        assert there.proxy.application.forwarder.active_requests == 2
+        there.configure(allow=("bob",))
+        assert (await _end(there.client)).endswith(b"0\r\n\r\n")
+        assert there.proxy.application.forwarder.active_requests == 1
+
+
 async def _end(client: RawClient) -> bytes:
     async with asyncio.timeout(1.0):
         return await client.reader.readuntil(b"0\r\n\r\n")

@@ -41,6 +41,8 @@ from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.api.context import ApiContext
 from mcp_auth_proxy.web.api_mount import ApiMount
+from mcp_auth_proxy.web.audit import PageAudit
+from mcp_auth_proxy.web.failed_credentials import FailedCredentials
 from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.protected_resource import ProtectedResource
 from mcp_auth_proxy.web.session import Visitors
@@ -244,8 +246,17 @@ async def lifespan(
 
         sessions = make_sessions(callers, database=database, clock=clock)
         visitors = Visitors(authenticator=authenticator or callers, sessions=sessions, public_url=public_url)
+        failed_credentials = FailedCredentials(clock)
+        audit = PageAudit(database, clock)
         sign_in_mount = SignInMount(
-            settings.inbound, visitors=visitors, callers=callers, fetcher=fetcher, public_url=public_url, clock=clock
+            settings.inbound,
+            visitors=visitors,
+            callers=callers,
+            fetcher=fetcher,
+            failed_credentials=failed_credentials,
+            audit=audit,
+            public_url=public_url,
+            clock=clock,
         )
         stack.push_async_callback(sign_in_mount.aclose)
         api = ApiContext(
@@ -264,6 +275,7 @@ async def lifespan(
             clock=clock,
             authenticator=callers,
             directory=callers.directory,
+            failed_credentials=failed_credentials,
             session_caller=visitors.session_caller,
         )
         site = Site(
@@ -275,6 +287,7 @@ async def lifespan(
             start=start,
             api=ApiMount(api) if settings.admin.enabled else None,
             visitors=visitors,
+            audit=audit,
             sign_in=sign_in_mount.pages,
             problems=callers.problems,
         )
@@ -286,6 +299,7 @@ async def lifespan(
             site=site.build(),
             authenticator=authenticator or callers,
             resource=ProtectedResource(public_url, settings.inbound),
+            failed_credentials=failed_credentials,
             session_key=await SharedSecrets(database).get(SESSION_IDS),
         )
         servers.on_change(lambda change: _forget_series(servers, change.removed))

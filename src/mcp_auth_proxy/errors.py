@@ -16,12 +16,14 @@
     │   │   └── KeyRejected            the store's key is missing, malformed, or not the one it was made with
     │   ├── StoreUnavailable           locked, read-only or full: temporary, try again
     │   ├── NameTaken                  a row of that name, or for that identity, exists already
+    │   ├── LastAdmin                  a project would have no admin any more
     │   └── DecryptionError            one encrypted value can't be decrypted; other rows are not affected
     ├── AuthorizationError             an authorization can't continue
     │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
     │   ├── RegistrationImpossible     no way to become a client of this authorization server
     │   ├── ClientNotActive            the OAuth client for this server was made inactive, or revoked
     │   ├── RedirectRefused            a code was to go to a redirect URI that the OAuth client does not have
+    │   ├── TooManyAccounts            a principal has named too many accounts of a server
     │   ├── AuthorizationDenied        the authorization server or the user refused
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
@@ -194,6 +196,10 @@ class NameTaken(StoreError):
         super().__init__(message)
 
 
+class LastAdmin(StoreError):
+    """A principal can't be disabled, or lose its role, because its project has no other active admin."""
+
+
 class DecryptionError(StoreError):
     """An encrypted value can't be decrypted: damaged, moved to another row, or encrypted with a missing key."""
 
@@ -274,6 +280,10 @@ class ClientNotActive(AuthorizationError):
 
 class RedirectRefused(AuthorizationError):
     """The code of a headless authorization was to go to a redirect URI that the OAuth client does not have."""
+
+
+class TooManyAccounts(AuthorizationError):
+    """A principal has too many accounts of a server that the configuration does not name."""
 
 
 class AuthorizationDenied(AuthorizationError):

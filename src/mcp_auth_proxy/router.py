@@ -7,7 +7,7 @@ from http import HTTPStatus
 
 from mcp_auth_proxy.errors import CallerRefused, StoreError, excerpt
 from mcp_auth_proxy.identity import Authenticator
-from mcp_auth_proxy.models import LOCAL_CALLER, Caller, Role, Scope
+from mcp_auth_proxy.models import LOCAL_CALLER, Caller, Principal, Role, Scope
 from mcp_auth_proxy.net.asgi import App, run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.observability.peer_log import RefusalLog
@@ -19,6 +19,7 @@ from mcp_auth_proxy.rpc.encoding import encode
 from mcp_auth_proxy.servers import ServerChange, ServerRegistry
 from mcp_auth_proxy.web import protected_resource
 from mcp_auth_proxy.web.cors import preflight_fields
+from mcp_auth_proxy.web.failed_credentials import TOO_MANY, FailedCredentials
 from mcp_auth_proxy.web.guard import Guard
 from mcp_auth_proxy.web.protected_resource import ProtectedResource
 from mcp_auth_proxy.web.wire_errors import WireError, is_wire, refusal
@@ -45,6 +46,7 @@ class Router:
         site: App,
         authenticator: Authenticator,
         resource: ProtectedResource,
+        failed_credentials: FailedCredentials,
         session_key: bytes,
     ) -> None:
         """``session_key`` signs the ids of sessions if callers are identified."""
@@ -55,6 +57,7 @@ class Router:
         self._forwarder = forwarder
         self._site = site
         self._session_key = session_key
+        self._failed_credentials = failed_credentials
         self.draining = False
         self._refusals = RefusalLog()
         self.identify_by(authenticator)
@@ -70,6 +73,7 @@ class Router:
             credential_fields=authenticator.credential_fields,
         )
         authenticator.on_refused(self._caller_refused)
+        authenticator.on_key_refused(self._forwarder.refuse_key)
 
     @property
     def authenticator(self) -> Authenticator:
@@ -152,10 +156,16 @@ class Router:
         try:
             return await self._authenticator.identify(request.headers, request.peer)
         except CallerRefused as refused:
-            self._respond_refused(request, refused)
+            seconds = 0.0
+            if refused.status == 401 and self._has_credential(request):
+                seconds = await self._failed_credentials.pace(request.client)
+            self._respond_refused(request, CallerRefused(TOO_MANY, 429, retry_after=seconds) if seconds else refused)
         except StoreError as error:
             self._respond_refused(request, CallerRefused(str(error), 503, retry_after=5.0))
         return None
+
+    def _has_credential(self, request: ClientRequest) -> bool:
+        return any(name in self._authenticator.credential_fields for name, _ in request.headers)
 
     def _has_page(self, path: bytes) -> bool:
         """Return whether a browser gets a page at an address; if callers are identified, the site looks who asks."""
@@ -194,8 +204,7 @@ class Router:
         self._refusals.warn(request.client, refused.status, str(refused), kind=f"caller {refused.status}")
         headers = list(answers.JSON_HEADERS)
         if refused.status == 401:
-            presented = any(name in self._authenticator.credential_fields for name, _ in request.headers)
-            headers += self.resource.challenge(request.path, presented=presented)
+            headers += self.resource.challenge(request.path, presented=self._has_credential(request))
         if refused.retry_after is not None:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(refused.retry_after))))
         self._respond_error(request, refused.status, answers.CALLER_REFUSED, str(refused), headers=headers)
@@ -235,6 +244,13 @@ class Router:
     def _servers_changed(self, change: ServerChange) -> None:
         self._routes.rebuild()
         self._forwarder.servers_changed(change.removed, change.changed)
+        if change.changed:
+            self._forwarder.end_unless(self._admits)
+
+    def _admits(self, name: str, principal: Principal) -> bool:
+        # A server that was removed ends its requests itself.
+        server = self._servers.get(name)
+        return server is None or server.admits(principal)
 
     def _caller_refused(self, principal: str) -> None:
         self._routes.forget(principal)

@@ -1,6 +1,7 @@
 """Discovery of the authorization server: which documents are fetched, and what follows from them."""
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -224,12 +225,23 @@ async def test_pkce_is_required_for_grants_with_a_redirect(
 async def test_metadata_of_an_identity_provider_is_fetched_only_if_its_endpoint_is_not_configured(
     discoverer: Watched, issuer: FakeAuthorizationServer
 ) -> None:
+    mine = server("https://mcp.example/mcp")
     configured = IdpSettings(client_id="c", token_endpoint="https://idp.example/token")
-    assert await discoverer.identity_provider(configured) == ("https://idp.example/token", None)
+    assert await discoverer.identity_provider(mine, configured) == ("https://idp.example/token", None)
     assert issuer.requests == []
-    url, methods = await discoverer.identity_provider(IdpSettings(client_id="c", issuer=issuer.issuer))
+    idp = IdpSettings(client_id="c", issuer=issuer.issuer)
+    url, methods = await discoverer.identity_provider(mine, idp)
     assert url == f"{issuer.issuer}/token"
     assert methods
+
+
+async def test_the_identity_provider_of_a_server_made_at_run_time_may_not_be_private(  # T69
+    discoverer: Watched, issuer: FakeAuthorizationServer
+) -> None:
+    made = replace(server("https://mcp.example/mcp"), allow_private=())
+    with pytest.raises(AuthorizationError):
+        await discoverer.identity_provider(made, IdpSettings(client_id="c", issuer=issuer.issuer))
+    assert issuer.requests == []
 
 
 async def test_every_lookup_is_reported_with_what_was_found(

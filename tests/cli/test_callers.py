@@ -73,6 +73,7 @@ async def test_a_running_process_heeds_keys_and_principals(tmp_path: Path) -> No
         caller = await callers.identify(bearer(key.strip()), PEER)
         assert (caller.principal.name, caller.principal.role) == ("alice", "admin")
         assert caller.scopes == {"mcp", "self", "admin"}
+        await command(tmp_path, "api-keys", "create", "root", "--role", "admin")
         await command(tmp_path, "principals", "disable", "alice")
         with pytest.raises(CallerRefused):
             await _after_a_second(callers, key)
@@ -94,7 +95,14 @@ async def _after_a_second(callers: Any, key: str) -> None:
 async def test_a_second_key_belongs_to_the_same_principal(tmp_path: Path) -> None:
     config_in(tmp_path)
     await command(tmp_path, "api-keys", "create", "alice")
-    _, err = await command(tmp_path, "api-keys", "create", "alice", "--role", "admin", "--scopes", "mcp,admin")
+    promote = ("api-keys", "create", "alice", "--role", "admin", "--scopes", "mcp,admin")
+    _, err = await command(tmp_path, *promote, code=1)
+    assert "alice" in err
+    assert "member" in err
+    assert "--change-role" in err
+    assert [row["role"] for row in await listed(tmp_path, "principals")] == ["member"]
+    assert len(await listed(tmp_path, "api-keys")) == 1
+    _, err = await command(tmp_path, *promote, "--change-role")
     assert "alice was member, and is admin now" in err
     (principal,) = await listed(tmp_path, "principals")
     assert principal["role"] == "admin"
@@ -157,3 +165,21 @@ async def test_a_disabled_principal_gets_no_further_key(tmp_path: Path) -> None:
     await command(tmp_path, "principals", "disable", "alice")
     _, err = await command(tmp_path, "api-keys", "create", "alice", code=1)
     assert "principals enable alice" in err
+
+
+async def test_the_last_admin_stays(tmp_path: Path) -> None:
+    config_in(tmp_path)
+    for name, project in (("alice", "default"), ("bob", "default"), ("zoe", "other")):
+        await command(tmp_path, "api-keys", "create", name, "--role", "admin", "--project", project)
+    await command(tmp_path, "api-keys", "create", "bob", "--role", "member", "--change-role")
+    for arguments in (
+        ("principals", "disable", "alice"),
+        ("principals", "disable", "zoe"),
+        ("api-keys", "create", "alice", "--role", "member", "--change-role"),
+    ):
+        _, err = await command(tmp_path, *arguments, code=1)
+        assert "last admin" in err
+    await command(tmp_path, "principals", "add", "bob", "--role", "admin", "--change-role")
+    await command(tmp_path, "principals", "disable", "alice")
+    found = {row["name"]: (row["role"], row["status"]) for row in await listed(tmp_path, "principals")}
+    assert found == {"alice": ("admin", "disabled"), "bob": ("admin", "active"), "zoe": ("admin", "active")}

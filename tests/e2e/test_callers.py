@@ -18,6 +18,7 @@ from fakes.headless import Browser
 from fakes.mcp_client import PlainClient
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import RunningProxy, link_in, running_proxy, until
+from mcp_auth_proxy.broker import authorization
 from mcp_auth_proxy.config.settings import OAuthSettings, Secret
 from mcp_auth_proxy.models import GrantType
 
@@ -119,6 +120,39 @@ async def test_the_accounts_of_a_caller_have_grants_of_their_own(mcp_server: Fak
     used = bearers(mcp_server)
     assert used["work"] == used["encoded"]
     assert not used["work"] & used["default"]
+
+
+async def test_a_caller_has_a_bounded_number_of_accounts_at_a_server(  # T89
+    authorization_server: FakeAuthorizationServer,
+    mcp_server: FakeMcpServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(authorization, "MAX_ACCOUNTS", 3)
+    async with proxied(tmp_path, mcp_server, accounts={"preset": {}}) as (proxy, _):
+
+        async def answer(name: str, account: str) -> str:
+            async with client_of(proxy, name, f"notes@{account}") as client:
+                return json.dumps((await client.call("echo", text="x")).message)
+
+        for account in ("a", "b", "c", "preset", "default", "a"):
+            assert "authorization_url" in await answer("ada", account), account
+        registrations = authorization_server.ledger.clients
+        before = len(registrations)
+        for account in ("d", "e"):
+            assert "There are 3 accounts of notes already" in await answer("ada", account)
+        assert len(registrations) == before
+        # Nor do many at once come through.
+        answers = await asyncio.gather(*(answer("root", f"n{number}") for number in range(8)))
+        assert sum("authorization_url" in each for each in answers) <= 3
+        # The limit of one caller is none of another.
+        assert "authorization_url" in await answer("bob", "d")
+        # It holds for accounts that are connected too.
+        async with client_of(proxy, "bob", "notes@d") as client:
+            await connect(client)
+        for account in ("x", "y"):
+            assert "authorization_url" in await answer("bob", account)
+        assert "There are 3 accounts" in await answer("bob", "z")
 
 
 async def test_nobody_waits_in_or_is_woken_by_the_flow_of_another(  # T75

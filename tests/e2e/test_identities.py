@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from fakes.raw_server import Peer, RawServer, ok
 from fakes.team import add_member
 from identity.idp import AUDIENCE, IdentityProvider, forged, identity_provider
 from mcp_auth_proxy.config.changes import compare
-from mcp_auth_proxy.models import Scope
+from mcp_auth_proxy.identity.keys import make_key
+from mcp_auth_proxy.models import ALL_SCOPES, Scope
 
 CALL = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/list"}).encode()
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -203,9 +204,59 @@ async def test_what_another_process_ends_is_over_within_a_second(tmp_path: Path,
         await until(lambda: len(directory.callers) == 1, "one key left", WITHIN)
         assert await there.refused(f"X-API-Key: {key}") == 401
         assert (await there.post(f"X-API-Key: {bobs}")).status == 200
-        if command == "principals":
-            assert (await stream.rest()).endswith(b"0\r\n\r\n")
-            assert time.monotonic() - begun < 2 * WITHIN
+        assert (await stream.rest()).endswith(b"0\r\n\r\n")
+        assert time.monotonic() - begun < 2 * WITHIN
+
+
+async def test_only_the_streams_of_a_key_that_ends_are_over(tmp_path: Path) -> None:  # T74
+    keys = [await add_member(tmp_path, "alice") for _ in range(3)]
+    async with shared(tmp_path, {"mode": "api_key"}) as there, AsyncExitStack() as stack:
+        streams = [await stack.enter_async_context(RawClient.to(there.proxy.origin)) for _ in keys]
+        for stream, key in zip(streams, keys, strict=True):
+            stream.get("/notes/mcp", f"X-API-Key: {key}")
+            assert (await stream.head())[0] == 200
+        directory = there.proxy.application.callers.directory
+        await directory.revoke_key(keys[0].split("_")[1])
+        assert (await streams[0].rest()).endswith(b"0\r\n\r\n")
+        assert there.proxy.application.forwarder.active_requests == 2
+        # A key that has not ended when its request begins, but does while its stream is open.
+        late, text = make_key(
+            principal=directory.principals()[0].id,
+            name="",
+            scopes=ALL_SCOPES,
+            now=time.time(),
+            expires_at=time.time() + 0.5,
+        )
+        await directory.add_key(late)
+        stream = await stack.enter_async_context(RawClient.to(there.proxy.origin))
+        stream.get("/notes/mcp", f"X-API-Key: {text}")
+        assert (await stream.head())[0] == 200
+        assert (await stream.rest()).endswith(b"0\r\n\r\n")
+        assert there.proxy.application.forwarder.active_requests == 2
+
+
+async def test_an_address_has_five_failed_credentials_a_second_at_mcp_endpoints(tmp_path: Path) -> None:  # T43
+    key = await add_member(tmp_path, "alice")
+    bad = "X-API-Key: mapk_000000000000_" + "x" * 43
+    async with shared(tmp_path, {"mode": "api_key"}) as there, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(RawClient.to(there.proxy.origin)) for _ in range(20)]
+        begun = time.monotonic()
+        for client in clients:
+            client.post(CALL, bad, path="/notes/mcp")
+        # A good one is not locked out, and one that is missing is no guess.
+        assert (await there.post(f"X-API-Key: {key}")).status == 200
+        assert await there.refused() == 401
+        answers = [await client.answer() for client in clients]
+        statuses = [answer.status for answer in answers]
+        # Five at once, five that wait for their turn, and the others are told to come back.
+        assert 5 <= statuses.count(401) <= 5 * (1 + time.monotonic() - begun)
+        refused = [answer for answer in answers if answer.status == 429]
+        assert len(refused) == 20 - statuses.count(401) > 0
+        assert {answer.all("retry-after")[0] for answer in refused} == {"1"}
+        # Who comes one after the other sees what is wrong, but no faster.
+        begun = time.monotonic()
+        assert [(await there.post(bad)).status for _ in range(3)] == [401] * 3
+        assert time.monotonic() - begun > 0.3
 
 
 async def test_a_reload_changes_who_is_believed(tmp_path: Path) -> None:

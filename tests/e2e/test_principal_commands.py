@@ -17,7 +17,10 @@ from fakes.headless import Browser
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import proxy_process, run_command, start_command, until, write_config
 from fakes.team import add_member, post
+from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.models import Role
+from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.events import Events
 
 LABEL = "me@work.example, workspace Acme"
 KEYS: dict[str, Any] = {"inbound": {"mode": "api_key"}}
@@ -398,6 +401,15 @@ async def test_grants_from_before_callers_were_identified_are_given_to_somebody(
     ]
     code, out, _ = await command(config, *assign, "bob")
     assert (code, out) == (0, "notes@work: now of bob\n")
+    database = await open_store(load(config).store)
+    try:
+        events, _ = await Events(database).page("default", before=None, count=50)
+    finally:
+        await database.close()
+    given = [(event.server_name, event.target) for event in events if event.action == "grants.assign"]
+    assert [server for server, _ in given] == ["notes", "notes", "team", "other"]
+    assert given[0][1].endswith("/work")
+    assert given[2][1] == "project:default/default"
     code, out, _ = await command(config, *assign, "bob")
     assert (code, out) == (0, "local has no grants\n")
     code, _, err = await command(config, "grants", "assign", "--from", "anna", "--to", "local")

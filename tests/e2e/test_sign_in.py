@@ -1,7 +1,9 @@
 """Signing in with a key: which session a browser gets, and when it ends."""
 
+import asyncio
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +54,23 @@ async def test_any_other_key_is_refused_without_saying_why(servers: Servers, tmp
         assert "does not hold" in page.text
         assert 'value="/notes/mcp"' in page.text
         assert not key or key not in page.text
+
+
+async def test_an_address_has_five_bad_keys_a_second(servers: Servers, tmp_path: Path) -> None:  # T43
+    async with team(servers, tmp_path, "anna") as setup, Browser() as browser:
+        key, origin = f"mapk_000000000000_{'A' * 43}", setup.proxy.origin
+        begun = time.monotonic()
+        # The same count as for the API.
+        posts = [post(browser, f"{origin}/sign-in", key=key) for _ in range(30)]
+        calls = [browser.client.get(f"{origin}/api/v1/me", headers={"x-api-key": key}) for _ in range(30)]
+        answers = await asyncio.gather(*posts, *calls)
+        allowed = [answer for answer in answers if answer.status_code == 401]
+        assert 5 <= len(allowed) <= 5 * (1 + time.monotonic() - begun)
+        refused = [answer for answer in answers[:30] if answer.status_code == 429]
+        assert len(refused) + len([answer for answer in answers[30:] if answer.status_code == 429]) == 60 - len(allowed)
+        assert {page.headers["retry-after"] for page in refused} == {"1"}
+        assert "Too many" in refused[0].text
+        assert (await setup.sign_in(browser, "anna")).status_code == 303
 
 
 async def test_a_form_of_another_site_signs_nobody_in(servers: Servers, tmp_path: Path) -> None:  # T54

@@ -54,6 +54,9 @@ class HeaderCallers:
     def on_refused(self, callback: Callable[[str], None]) -> None:
         self._callbacks.append(callback)
 
+    def on_key_refused(self, callback: Callable[[str], None]) -> None:
+        """Do nothing: these callers have no keys."""
+
     def change(self, name: str, **changes: object) -> None:
         """Change fields of a caller, such as ``jwt`` or ``scopes``."""
         self.callers[name.encode()] = replace(self.callers[name.encode()], **changes)  # type: ignore[arg-type]

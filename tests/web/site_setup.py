@@ -1,11 +1,13 @@
 """The site alone, behind a real listener: its broker and its store follow a script."""
 
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
 import httpx2
+from starlette.requests import Request
 
 from fakes.forwarding import pending_authorization
 from fakes.listener import listener
@@ -27,6 +29,8 @@ from mcp_auth_proxy.models import AccessToken, Account, Flow
 from mcp_auth_proxy.net.asgi import run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.store import Engine
+from mcp_auth_proxy.web.audit import PageAudit
+from mcp_auth_proxy.web.failed_credentials import FailedCredentials
 from mcp_auth_proxy.web.session import Visitors
 from mcp_auth_proxy.web.sign_in import SignInPages
 from mcp_auth_proxy.web.site import Site
@@ -104,6 +108,16 @@ class ScriptedStore:
             raise self.problem
 
 
+class NoAudit(PageAudit):
+    """The audit trail of pages whose store is scripted."""
+
+    def __init__(self) -> None:
+        """Keep nothing."""
+
+    async def record(self, request: Request, *event: object, **details: object) -> None:
+        """Leave no event."""
+
+
 @dataclass
 class SiteSetup:
     """``client`` is at the site; it follows no redirects."""
@@ -113,6 +127,7 @@ class SiteSetup:
     store: ScriptedStore = field(default_factory=ScriptedStore)
     servers: dict[str, ServerSettings] = field(default_factory=dict)
     draining: bool = False
+    audit: PageAudit = field(default_factory=NoAudit)
 
 
 class Pages:
@@ -147,7 +162,15 @@ async def site_setup(
             draining=lambda: setup.draining,
             start=setup.broker.begin,
             visitors=(visitors := nobody_signs_in(public_url)),
-            sign_in=lambda: SignInPages(visitors=visitors, check_key=None, provider=None, public_url=public_url),
+            audit=setup.audit,
+            sign_in=lambda: SignInPages(
+                visitors=visitors,
+                check_key=None,
+                provider=None,
+                public_url=public_url,
+                failed_credentials=FailedCredentials(time.time),
+                audit=setup.audit,
+            ),
         )
         async with listener(Pages(site)) as port:
             client.base_url = httpx2.URL(f"http://127.0.0.1:{port}")

@@ -20,11 +20,18 @@ from mcp_auth_proxy.errors import (
     ClientNotActive,
     RedirectRefused,
     TokenRefused,
+    TooManyAccounts,
 )
-from mcp_auth_proxy.models import AccessToken, Account, Flow, Grant, GrantType
+from mcp_auth_proxy.models import DEFAULT_ACCOUNT, AccessToken, Account, Flow, Grant, GrantType
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.token_exchange import SubjectToken
 from mcp_auth_proxy.store.grants import Grants
+
+MAX_ACCOUNTS = 100
+"""Accounts that a principal has at a server, or is authorizing there, apart from those that the configuration names.
+
+Any name in an address is an account, and each costs a registration at the authorization server.
+"""
 
 
 class _Flight(NamedTuple):
@@ -161,6 +168,7 @@ class Authorizations:
     ) -> AccessToken | PendingAuthorization:
         everyone, own = of_server(server.name), of_account(account, subject)
         self._backoff.check(everyone, own)
+        await self._check_accounts(account, server)
         # A token that can't be read is no server's failure: no pause, and nothing is fetched in vain.
         await self._token_client.check_credentials(server)
         try:
@@ -185,6 +193,22 @@ class Authorizations:
         if isinstance(made, Flow):
             return await self._pending.start(made if wanted is None else wanted.apply(made))
         return self._pending.activate(await self._grants.add(made)).token
+
+    async def _check_accounts(self, account: Account, server: ServerSettings) -> None:
+        """Raise TooManyAccounts if this would be one account too many."""
+        free = {DEFAULT_ACCOUNT, *server.accounts}
+        if account.name in free:
+            return
+        known = self._pending.names(account.principal, account.server)
+        if len(known) < MAX_ACCOUNTS:
+            known |= await self._grants.account_names(account.principal, account.server, count=MAX_ACCOUNTS)
+        running = {flight.account for flight in self._running if flight.account != account}
+        begun = {each.name for each in running if (each.principal, each.server) == (account.principal, account.server)}
+        if account.name not in known and len((known | begun) - free) >= MAX_ACCOUNTS:
+            raise TooManyAccounts(
+                f"There are {MAX_ACCOUNTS} accounts of {server.name} already, connected or waiting for consent. "
+                f"Disconnect some, or use one of them."
+            )
 
     async def _obtain(self, plan: Plan, subject: str | None) -> Grant:
         token = None if subject is None else SubjectToken(subject)

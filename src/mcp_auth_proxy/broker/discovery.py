@@ -97,13 +97,14 @@ class Discoverer:
         found = await self._find_server_metadata(issuer, policy, legacy=False)
         return found or discovery.legacy_server_metadata(server.url)
 
-    async def identity_provider(self, idp: IdpSettings) -> tuple[str, tuple[str, ...] | None]:
-        """Return the token endpoint of an identity provider, and the client authentication methods that it supports."""
+    async def identity_provider(self, server: ServerSettings, idp: IdpSettings) -> tuple[str, tuple[str, ...] | None]:
+        """Return the token endpoint of the identity provider of a server, and the client authentication methods that it
+        supports."""
         if idp.token_endpoint is not None:
             return idp.token_endpoint, None
         if idp.issuer is None:
             raise ValueError("the identity provider has neither issuer nor token endpoint")
-        metadata = await self._server_metadata(idp.issuer, self.policy(idp.issuer))
+        metadata = await self._server_metadata(idp.issuer, self.policy(idp.issuer, server))
         return metadata.token_endpoint, metadata.token_endpoint_auth_methods_supported
 
     async def resource_metadata(

@@ -98,6 +98,15 @@ class PendingFlows:
         """
         return not pending.done and pending.flow.device is None and not self._is_usable(pending.flow)
 
+    def names(self, principal: str, server: str) -> set[str]:
+        """Return the accounts of a principal at a server that can be authorized now."""
+        now = self._clock()
+        return {
+            account.name
+            for account, pending in self._pending.items()
+            if (account.principal, account.server) == (principal, server) and pending.flow.expires_at > now
+        }
+
     def all(self) -> list[PendingAuthorization]:
         return list(self._pending.values())
 

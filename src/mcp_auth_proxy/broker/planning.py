@@ -77,7 +77,7 @@ class Planner:
         if server.oauth.grant is GrantType.DEVICE_CODE:
             _ = plan.device_endpoint
         elif server.oauth.idp is not None:
-            await self._discoverer.identity_provider(server.oauth.idp)
+            await self._discoverer.identity_provider(server, server.oauth.idp)
         elif server.oauth.grant.unattended:
             await self._token_client.check_unattended(plan)
         return plan

@@ -1,7 +1,7 @@
 """Run one piece of work per key, however many callers ask for it at once."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -46,6 +46,10 @@ class SingleFlight(Generic[K, T]):
         """Wait at most ``timeout`` seconds for all running work to end."""
         if self._running:
             await asyncio.wait(list(self._running.values()), timeout=timeout)
+
+    def __iter__(self) -> Iterator[K]:
+        """Return the keys of all running work."""
+        return iter(tuple(self._running))
 
     def __contains__(self, key: K) -> bool:
         task = self._running.get(key)

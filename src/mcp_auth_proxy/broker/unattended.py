@@ -80,7 +80,7 @@ class UnattendedForms:
     async def _exchange(
         self, server: ServerSettings, idp: IdpSettings, user: SubjectToken, key: GrantKey, scopes: tuple[str, ...]
     ) -> IdJag:
-        url, methods = await self._discoverer.identity_provider(idp)
+        url, methods = await self._discoverer.identity_provider(server, idp)
         client = _idp_client(server, idp, url, methods)
         response = await self._requests.send(
             FormRequest(
@@ -88,7 +88,7 @@ class UnattendedForms:
                 url=url,
                 form=token_exchange.id_jag_request(user, audience=key.issuer, resource=key.resource, scopes=scopes),
                 document="ID-JAG response",
-                policy=self._discoverer.policy(idp.issuer or url),
+                policy=self._discoverer.policy(idp.issuer or url, server),
             )
         )
         secrets = [user.value, client.client_secret or ""]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from mcp_auth_proxy.broker.made_servers import MadeServers
+from mcp_auth_proxy.cli import audit
 from mcp_auth_proxy.cli.owners import find_principal
 from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config.settings import ServerSettings, Settings
@@ -88,4 +89,7 @@ async def _give(engine: Engine, account: Account, server: ServerSettings | None,
     if not await Grants(engine).assign(account, owner):
         has = "there is a shared one" if target is None else f"{target.name} has one"
         return f"{has} already"
+    project = server.project if target is None else target.project_id
+    place = (server.server_id, server.name)
+    await audit.record(engine, "grants.assign", target=f"{owner}/{account.name}", project=project, server=place)
     return ""

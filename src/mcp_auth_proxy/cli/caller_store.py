@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
+from mcp_auth_proxy.cli import audit
 from mcp_auth_proxy.cli.terminal import complain, say, say_json
 from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import McpAuthProxyError
@@ -35,16 +36,20 @@ async def create_key(
     project: str | None,
     scopes: frozenset[Scope] | None,
     lifetime: float | None,
+    change_role: bool = False,
 ) -> int:
     """Store a new key of the principal ``name`` and print it. Return 0; raise McpAuthProxyError."""
     now = time.time()
     async with _opened(settings) as engine:
-        principal = await _principal(engine, name, role=role, project=project, now=now, scopes=scopes)
+        principal = await _principal(
+            engine, settings, name, role=role, project=project, now=now, scopes=scopes, change_role=change_role
+        )
         if scopes is None:
             scopes = ALL_SCOPES if principal.role is Role.ADMIN else _MEMBER_SCOPES
         expires_at = None if lifetime is None else now + lifetime
         key, text = make_key(principal=principal.id, name=name, scopes=scopes, now=now, expires_at=expires_at)
         await ApiKeys(engine).add(key)
+        await audit.record(engine, "keys.create", target=key.id, project=principal.project_id)
     until = f", until {_iso(expires_at)}" if expires_at is not None else ""
     complain(f"key {key.id} of {name} ({principal.role}), scopes {', '.join(sorted(scopes))}{until}; shown only now:")
     say(text)
@@ -89,7 +94,12 @@ async def revoke_key(settings: Settings, key_id: str) -> int:
     found = False
     if settings.store.path.exists():
         async with _opened(settings) as engine:
+            key = await ApiKeys(engine).get(key_id)
+            owner = await Principals(engine).get(key.principal) if key is not None else None
             found = await ApiKeys(engine).delete(key_id)
+            if found:
+                project = owner.project_id if owner is not None else DEFAULT_PROJECT
+                await audit.record(engine, "keys.delete", target=key_id, project=project)
     if not found:
         raise McpAuthProxyError(f"There is no key {key_id!r}. `mcp-auth-proxy api-keys list` shows the ids.")
     say(f"{key_id} is revoked")
@@ -134,7 +144,13 @@ async def _principal_rows(engine: Engine) -> list[dict[str, Any]]:
 
 
 async def add_principal(
-    settings: Settings, name: str, identities: Sequence[Identity], *, role: str | None, project: str | None
+    settings: Settings,
+    name: str,
+    identities: Sequence[Identity],
+    *,
+    role: str | None,
+    project: str | None,
+    change_role: bool = False,
 ) -> int:
     """Add a principal, or identities to one that exists. Return 0; raise McpAuthProxyError."""
     now = time.time()
@@ -147,9 +163,13 @@ async def add_principal(
                     f"{identity.source}={identity.subject} is the principal {other.name!r} already. "
                     f"`mcp-auth-proxy principals enable {other.name}` lets it call."
                 )
-        principal = await _principal(engine, name, role=role, project=project, now=now)
+        principal = await _principal(
+            engine, settings, name, role=role, project=project, now=now, change_role=change_role
+        )
         for identity in identities:
             await store.add_identity(principal.id, identity, now=now)
+        if identities:
+            await audit.record(engine, "principals.change", target=principal.id, project=principal.project_id)
     say(f"{name} is a principal ({principal.role}): {principal.id}")
     return 0
 
@@ -163,25 +183,36 @@ async def set_status(settings: Settings, name: str, *, active: bool) -> int:
             principal = await store.by_name(name) or await store.get(name)
             if principal is not None:
                 status = PrincipalStatus.ACTIVE if active else PrincipalStatus.DISABLED
-                await store.change(principal.id, status=status, listed=True if active else None)
+                await store.change(
+                    principal.id, status=status, listed=True if active else None, keep_admin=_keep_admin(settings)
+                )
+                await audit.record(engine, "principals.change", target=principal.id, project=principal.project_id)
     if principal is None:
         raise McpAuthProxyError(f"There is no principal {name!r}. `mcp-auth-proxy principals list` shows them.")
     say(f"{principal.name} is {'active' if active else 'disabled'}")
     return 0
 
 
+def _keep_admin(settings: Settings) -> bool:
+    """Return whether projects need an admin: in mode ``none``, ``local`` is one."""
+    return bool(settings.inbound.modes)
+
+
 async def _principal(
     engine: Engine,
+    settings: Settings,
     name: str,
     *,
     role: str | None,
     project: str | None,
     now: float,
     scopes: frozenset[Scope] | None = None,
+    change_role: bool,
 ) -> Principal:
     """Return the principal with a name, made or changed as asked. Raises McpAuthProxyError.
 
-    ``scopes``: those of a key that it will get.
+    ``scopes``: those of a key that it will get. ``change_role``: whether one that exists may get another role. Names
+    are first come, first served: it may be somebody else's.
     """
     store = Principals(engine)
     principal = await store.by_name(name)
@@ -192,14 +223,25 @@ async def _principal(
         project_id = project or DEFAULT_PROJECT
         principal = Principal(id=new_principal_id(), name=name, project_id=project_id, role=wanted, created_at=now)
         await store.add(principal)
+        await audit.record(engine, "principals.create", target=principal.id, project=project_id)
         return principal
     if not principal.is_active:
         raise McpAuthProxyError(f"{name} is disabled: `mcp-auth-proxy principals enable {name}` comes first.")
     if project is not None and project != principal.project_id:
         raise McpAuthProxyError(f"{name} is in the project {principal.project_id}, and stays there.")
-    if role is not None and wanted is not principal.role:
+    if wanted is not principal.role:
+        if not change_role:
+            raise McpAuthProxyError(
+                f"There is a principal {name!r} already, since {_iso(principal.created_at)}, whose role is "
+                f"{principal.role}. `mcp-auth-proxy principals list` shows who it is; add --change-role to make it "
+                f"{wanted}."
+            )
         complain(f"{name} was {principal.role}, and is {wanted} now")
-    return await store.change(principal.id, role=wanted, listed=True) or principal
+    keep_admin = _keep_admin(settings)
+    changed = await store.change(principal.id, role=wanted, listed=True, keep_admin=keep_admin) or principal
+    if changed != principal:
+        await audit.record(engine, "principals.change", target=principal.id, project=principal.project_id)
+    return changed
 
 
 def _iso(moment: float | None) -> str | None:

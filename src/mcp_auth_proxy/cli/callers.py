@@ -17,6 +17,10 @@ _SOURCE = re.compile(r"(jwt:[^=]+|header:[a-z0-9-]+)=(.+)", re.DOTALL)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON. Default: text.")
 
+change_role_option = click.option(
+    "--change-role", is_flag=True, help="Let --role change the role of a principal that exists. Default: refuse."
+)
+
 
 def _name(context: click.Context, option: click.Parameter, value: str) -> str:
     from mcp_auth_proxy.identity.naming import check_name
@@ -72,6 +76,7 @@ def api_keys() -> None:
 @click.option(
     "--role", type=click.Choice(["admin", "member"]), help="Of the principal. Default: as it is, else member."
 )
+@change_role_option
 @click.option("--project", metavar="P", help="Of a principal that is made now. Default: default.")
 @click.option(
     "--scopes",
@@ -84,6 +89,7 @@ def create(
     name: str,
     config_file: str | None,
     role: str | None,
+    change_role: bool,
     project: str | None,
     scopes: "frozenset[Scope] | None",
     expires: float | None,
@@ -92,7 +98,11 @@ def create(
     from mcp_auth_proxy.cli import caller_store
 
     settings = _settings(config_file)
-    run(caller_store.create_key(settings, name, role=role, project=project, scopes=scopes, lifetime=expires))
+    run(
+        caller_store.create_key(
+            settings, name, role=role, change_role=change_role, project=project, scopes=scopes, lifetime=expires
+        )
+    )
 
 
 @api_keys.command("list", epilog=examples("api-keys list", "api-keys list --json"))
@@ -144,15 +154,21 @@ def list_principals(config_file: str | None, as_json: bool) -> None:
 @click.option(
     "--role", type=click.Choice(["admin", "member"]), help="Of the principal. Default: as it is, else member."
 )
+@change_role_option
 @click.option("--project", metavar="P", help="Of a principal that is made now. Default: default.")
 def add(
-    name: str, config_file: str | None, identities: "list[Identity]", role: str | None, project: str | None
+    name: str,
+    config_file: str | None,
+    identities: "list[Identity]",
+    role: str | None,
+    change_role: bool,
+    project: str | None,
 ) -> None:
     """Let somebody in before the first request; an existing principal gets further identities."""
     from mcp_auth_proxy.cli import caller_store
 
     settings = _settings(config_file)
-    run(caller_store.add_principal(settings, name, identities, role=role, project=project))
+    run(caller_store.add_principal(settings, name, identities, role=role, change_role=change_role, project=project))
 
 
 @principals.command(epilog=examples("principals disable alice"))

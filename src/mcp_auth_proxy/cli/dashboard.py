@@ -3,11 +3,12 @@
 import os
 import time
 
+from mcp_auth_proxy.cli import audit
 from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config.settings import Settings, StoreSettings, reachable
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.identity.sessions import LINK_LIFETIME, new_link
-from mcp_auth_proxy.models import LOCAL
+from mcp_auth_proxy.models import LOCAL_PRINCIPAL, Principal
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.store import Engine, open_store, serving
 from mcp_auth_proxy.store.principals import Principals
@@ -29,7 +30,8 @@ async def dashboard(store: StoreSettings, settings: Settings | None, *, name: st
     database = await open_store(store)
     try:
         principal = await _principal(database, name, identified=identified)
-        secret = await new_link(Sessions(database), principal=principal, now=time.time())
+        secret = await new_link(Sessions(database), principal=principal.id, now=time.time())
+        await audit.record(database, "links.create", target=principal.id, project=principal.project_id)
     finally:
         await database.close()
     link = f"{public_url}/sign-in?link={secret}"
@@ -55,15 +57,15 @@ def _public_url(store: StoreSettings, settings: Settings | None) -> str:
     return f"http://{reachable(served[0])}"
 
 
-async def _principal(database: Engine, name: str | None, *, identified: bool) -> str:
-    """Return the id of the principal whose session it will be."""
+async def _principal(database: Engine, name: str | None, *, identified: bool) -> Principal:
+    """Return the principal whose session it will be."""
     if not identified:
         if name is not None:
             raise McpAuthProxyError("The callers of this proxy are not identified: leave --as out.")
-        return LOCAL
+        return LOCAL_PRINCIPAL
     if name is None:
         raise McpAuthProxyError("The callers of this proxy are identified. Say whose session it will be: --as NAME.")
     found = await Principals(database).by_name(name)
     if found is None:
         raise McpAuthProxyError(f"There is no principal {name!r}; `mcp-auth-proxy principals list` shows them.")
-    return found.id
+    return found

@@ -29,6 +29,9 @@ class Authenticator(Protocol):
     def on_refused(self, callback: Callable[[str], None]) -> None:
         """Call ``callback`` with the id of each principal that may no longer call, within a second of the change."""
 
+    def on_key_refused(self, callback: Callable[[str], None]) -> None:
+        """Call ``callback`` with the id of each API key that was revoked or has expired, within a second."""
+
 
 class NoAuthenticator:
     """Mode ``none``: callers are not identified."""
@@ -46,3 +49,6 @@ class NoAuthenticator:
 
     def on_refused(self, callback: Callable[[str], None]) -> None:
         """Do nothing: ``local`` can't be disabled."""
+
+    def on_key_refused(self, callback: Callable[[str], None]) -> None:
+        """Do nothing: there are no keys on the data plane."""

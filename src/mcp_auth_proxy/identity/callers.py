@@ -102,6 +102,10 @@ class Callers:
         """Call ``callback`` with the id of each principal that may no longer call, within a second of the change."""
         self.directory.on_refused(callback)
 
+    def on_key_refused(self, callback: Callable[[str], None]) -> None:
+        """Call ``callback`` with the id of each API key that was revoked or has expired, within a second."""
+        self.directory.on_key_refused(callback)
+
     def problems(self) -> list[str]:
         """Return in sentences why some callers can't be identified now."""
         return self._tokens.problems() if self._tokens is not None else []

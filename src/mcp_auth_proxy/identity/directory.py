@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from mcp_auth_proxy.errors import StoreError
@@ -57,6 +58,8 @@ class Directory:
         self._hour = clock() // HOUR * HOUR
         self._written: set[bytes] = set()
         self._refused: list[Callable[[str], None]] = []
+        self._keys_refused: list[Callable[[str], None]] = []
+        self._next_expiry = math.inf
         self._changed: list[Callable[[frozenset[str]], None]] = []
         self._task: asyncio.Task[None] | None = None
         self._reading = asyncio.Lock()
@@ -87,6 +90,11 @@ class Directory:
         """Call ``callback`` with the id of each principal that may no longer call, within a second of the change."""
         if callback not in self._refused:
             self._refused.append(callback)
+
+    def on_key_refused(self, callback: Callable[[str], None]) -> None:
+        """Call ``callback`` with the id of each API key that was revoked or has expired, within a second."""
+        if callback not in self._keys_refused:
+            self._keys_refused.append(callback)
 
     def on_change(self, callback: Callable[[frozenset[str]], None]) -> None:
         """Call ``callback`` with the ids of principals that were changed or removed, before ``on_refused``."""
@@ -132,12 +140,16 @@ class Directory:
         role: Role | None = None,
         status: PrincipalStatus | None = None,
         listed: bool | None = None,
+        keep_admin: bool = False,
     ) -> Principal | None:
         """Change what is given of a principal and return it; None if there is none with this id. Raises StoreError.
 
-        A principal that is disabled can't call any more when this returns.
+        A principal that is disabled can't call any more when this returns. ``keep_admin``: raise LastAdmin if its
+        project would have no active admin any more, apart from ``local``.
         """
-        principal = await self._store.change(principal_id, role=role, status=status, listed=listed)
+        principal = await self._store.change(
+            principal_id, role=role, status=status, listed=listed, keep_admin=keep_admin and not self._local
+        )
         await self.reload()
         return principal
 
@@ -181,7 +193,10 @@ class Directory:
                 return
             self._versions = versions
             before, self._known = self._known, principals
+            ended = self._key_ids()
             self._replace_keys(keys)
+            ended -= self._key_ids()
+        self._refuse_keys(ended)
         changed = frozenset(key for key in before.keys() | principals.keys() if before.get(key) != principals.get(key))
         if not changed:
             return
@@ -214,11 +229,32 @@ class Directory:
             if key.expires_at is not None:
                 expiries[digest] = key.expires_at
         self.callers, self.other_callers, self.expiries = callers, others, expiries
+        now = self._clock()
+        self._next_expiry = min((ends for ends in expiries.values() if ends > now), default=math.inf)
+
+    def _key_ids(self) -> set[str]:
+        """Return the ids of all keys with the scope ``mcp``: the others have no requests that last."""
+        return {caller.key for caller in self.callers.values()}
+
+    def _refuse_keys(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            for refuse in self._keys_refused:
+                refuse(key)
+
+    def _note_expiries(self) -> None:
+        """Say which keys have expired since this was last done."""
+        now = self._clock()
+        if now < self._next_expiry:
+            return
+        ended, callers = [digest for digest, ends in self.expiries.items() if ends <= now], self.callers
+        self._next_expiry = min((ends for ends in self.expiries.values() if ends > now), default=math.inf)
+        self._refuse_keys(callers[digest].key for digest in ended if digest in callers)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             try:
+                self._note_expiries()
                 await self.heed_changes()
                 await self._write_uses()
             except StoreError:

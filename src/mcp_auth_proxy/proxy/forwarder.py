@@ -9,7 +9,7 @@ from typing import Any
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.settings import AuthorizationSettings, LimitSettings
 from mcp_auth_proxy.errors import SessionNotFound, UpstreamError
-from mcp_auth_proxy.models import Caller
+from mcp_auth_proxy.models import Caller, Principal
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
 from mcp_auth_proxy.observability.access_log import AccessLog, Entry, method_of, method_token
@@ -311,21 +311,32 @@ class Forwarder:
 
     def servers_changed(self, removed: Collection[str], changed: Collection[str]) -> None:
         """End every active request to servers that were removed; requests to changed servers continue as they began."""
-        self._end_those(lambda route: route.server.name in removed, "removed")
+        self._end_those(lambda active: active.route.server.name in removed, "removed")
         for name in (*removed, *changed):
             self._outages.forget(name)
             self._overloads.forget(name)
 
     def refuse(self, principal: str) -> None:
         """End every active request of a principal that may no longer call."""
-        self._end_those(lambda route: route.principal == principal, "refused")
+        self._end_those(lambda active: active.route.principal == principal, "refused")
 
-    def _end_those(self, concerned: Callable[[Route], bool], reason: End) -> None:
+    def refuse_key(self, key: str) -> None:
+        """End every active request that came with an API key, by its id, that may no longer be used."""
+        self._end_those(lambda active: active.caller.key == key, "refused")
+
+    def end_unless(self, admits: Callable[[str, Principal], bool]) -> None:
+        """End every active request to a server that does not admit its caller any more: for them it was removed.
+
+        ``admits`` is called with the server's name.
+        """
+        self._end_those(lambda active: not admits(active.route.server.name, active.caller.principal), "removed")
+
+    def _end_those(self, concerned: Callable[[RequestHandler | FastPathRequest], bool], reason: End) -> None:
         for handler in list(self._handlers):
-            if concerned(handler.route):
+            if concerned(handler):
                 handler.end(reason)
         for fast in list(self.fast_requests):
-            if concerned(fast.route):
+            if concerned(fast):
                 fast.end(reason)
 
     def _check_idle(self) -> None:

@@ -98,13 +98,13 @@ class RequestHandler:
     __slots__ = (
         "__weakref__",
         "_body",
-        "_caller",
         "_cold",
         "_context",
         "_request",
         "_responder",
         "_response",
         "_sent",
+        "caller",
         "ending",
         "held",
         "listening",
@@ -124,7 +124,7 @@ class RequestHandler:
         """``sent``: the fast path has sent the request already, with this outcome."""
         self._context = context
         self._request = request
-        self._caller = caller
+        self.caller = caller
         trace_id = trace.trace_id_of(request.headers)
         self.memory = RequestMemory(context.memory, route.server.name)
         self._responder = Responder(request, server=route.server.name, memory=self.memory, trace_id=trace_id or "")
@@ -268,7 +268,7 @@ class RequestHandler:
             nonce=_fields(response, b"dpop-nonce"),
             used=used,
             history=history,
-            subject=self._caller.jwt,
+            subject=self.caller.jwt,
         )
         cold_start = self._context.cold_start
         deadline = cold_start.link_deadline(self._body, self.route) if used is None else None

@@ -1,10 +1,12 @@
-"""The audit trail: who did what by the API, when, from where, and with what outcome."""
+"""The audit trail: who did what by the API, a page or a command, when, from where, and with what outcome."""
 
 from dataclasses import dataclass
 
 from mcp_auth_proxy.models import DEFAULT_PROJECT
 from mcp_auth_proxy.store.engine import Engine, Row
 from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, decode_rows, new_uid
+
+OK = "ok"
 
 KEPT_SECONDS = 90 * 86_400.0
 """Seconds after which an event is deleted."""
@@ -34,7 +36,7 @@ _BEGINNING = 2**62
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One change by the API, or the attempt of one. No text in it is a secret."""
+    """One change, or the attempt of one. No text in it is a secret."""
 
     id: int = 0
     """0 until stored. Later events have higher ids."""
@@ -42,9 +44,9 @@ class Event:
     """Unix seconds."""
     project_id: str = DEFAULT_PROJECT
     principal: str
-    """The id of the principal."""
+    """The id of the principal; ``local`` for commands, empty if it is not known who it was."""
     credential: str
-    """As ``Caller.credential``."""
+    """As ``Caller.credential``, or ``command:USER``."""
     action: str
     """RESOURCE.VERB."""
     target: str

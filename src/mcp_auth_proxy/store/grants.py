@@ -74,6 +74,10 @@ _CURRENT = """
     ORDER BY granted_at DESC, id DESC
 """
 _OF_ACCOUNT = "SELECT * FROM grants WHERE principal = :principal AND server = :server AND account = :account"
+_ACCOUNT_NAMES = """
+    SELECT DISTINCT account FROM grants
+    WHERE principal = :principal AND server = :server AND ended_at IS NULL LIMIT :count
+"""
 _OTHER_ACCOUNT = """
     SELECT * FROM grants
     WHERE principal = :principal AND server = :server AND account <> :account AND ended_at IS NULL LIMIT 1
@@ -127,6 +131,11 @@ class Grants:
         return bool(
             await self._intact(await self._engine.fetch_all(_OTHER_ACCOUNT, {**asked, "account": account.name}), asked)
         )
+
+    async def account_names(self, principal: str, server: str, *, count: int) -> set[str]:
+        """Return at most ``count`` accounts of a principal at a server that have a grant, which has not ended."""
+        values = {"principal": principal, "server": server, "count": count}
+        return {row["account"] for row in await self._engine.fetch_all(_ACCOUNT_NAMES, values)}
 
     async def interrupted(self) -> list[Grant]:
         """Return the grants with a refresh that was begun, and whose result was not stored."""

@@ -4,7 +4,7 @@ import secrets
 import sys
 from collections.abc import Iterable, Sequence
 
-from mcp_auth_proxy.errors import NameTaken, excerpt
+from mcp_auth_proxy.errors import LastAdmin, NameTaken, excerpt
 from mcp_auth_proxy.models import Identity, Principal, PrincipalStatus, Role
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
 from mcp_auth_proxy.store.sealed_rows import (
@@ -22,6 +22,9 @@ _PRINCIPALS = "principals"
 _IDENTITIES = "identities"
 _BY_ID = "SELECT * FROM principals WHERE id = :id"
 _BY_NAME = "SELECT * FROM principals WHERE name = :name"
+_OTHER_ADMINS = """
+    SELECT * FROM principals WHERE project_id = :project_id AND role = 'admin' AND status = 'active' AND id <> :id
+"""
 _ADD = """
     INSERT INTO principals (uid, id, project_id, name, role, status, listed, created_at, seal)
     VALUES (:uid, :id, :project_id, :name, :role, :status, :listed, :created_at, :seal)
@@ -128,22 +131,38 @@ class Principals:
         role: Role | None = None,
         status: PrincipalStatus | None = None,
         listed: bool | None = None,
+        keep_admin: bool = False,
     ) -> Principal | None:
         """Change what is given of a principal, and return it as it is now; None if there is none with this id.
 
-        If it is disabled, its sessions end for good.
+        If it is disabled, its sessions end for good. ``keep_admin``: raise LastAdmin if its project would have no
+        active admin any more.
         """
         given = {"role": role, "status": status, "listed": None if listed is None else int(listed)}
         changes = {name: value for name, value in given.items() if value is not None}
         asked = {"id": principal_id}
         async with self._engine.transaction() as transaction:
             rows = await transaction.execute(_BY_ID, asked)
+            ends = status is PrincipalStatus.DISABLED or role is Role.MEMBER
+            if keep_admin and ends and (principal := await self._one(rows, asked)) is not None:
+                await self._require_other_admin(transaction, principal)
             if status is PrincipalStatus.DISABLED:
                 await transaction.execute(_END_SESSIONS, {"principal": principal_id})
             for row in await intact_rows(self._engine, _PRINCIPALS, rows, asked):
                 if any(row[name] != value for name, value in changes.items()):
                     await change_row(self._engine, transaction, _PRINCIPALS, row, changes)
             return await self._one(await transaction.execute(_BY_ID, asked), asked)
+
+    async def _require_other_admin(self, transaction: Transaction, principal: Principal) -> None:
+        """Raise LastAdmin if a principal is the last active admin of its project."""
+        if principal.role is not Role.ADMIN or not principal.is_active:
+            return
+        rows = await transaction.execute(_OTHER_ADMINS, {"project_id": principal.project_id, "id": principal.id})
+        if not await intact_rows(self._engine, _PRINCIPALS, rows, {"project_id": principal.project_id}):
+            raise LastAdmin(
+                f"{excerpt(principal.name)} is the last admin of the project {excerpt(principal.project_id)}: make "
+                f"another one first."
+            )
 
     async def _one(self, rows: list[Row], asked: Columns | dict[str, str]) -> Principal | None:
         return next(iter(await decode_rows(self._engine, _PRINCIPALS, rows, asked, _read_principal)), None)

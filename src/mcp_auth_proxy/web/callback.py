@@ -1,6 +1,7 @@
 """``/oauth/callback``: the redirect URI. It leads to the last page, or shows what went wrong."""
 
 import logging
+from collections.abc import Awaitable, Callable
 from math import ceil
 from urllib.parse import quote
 
@@ -10,6 +11,8 @@ from starlette.responses import Response
 from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
 from mcp_auth_proxy.models import Account, Caller, Flow
+from mcp_auth_proxy.store.events import OK
+from mcp_auth_proxy.web.audit import CONSENT, REFUSE
 from mcp_auth_proxy.web.connect import link_refused
 from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.pages import message, redirect
@@ -27,7 +30,17 @@ def connected_path(account: Account) -> str:
     return f"/oauth/connected/{quote(name_of(account), safe='@')}"
 
 
-async def callback(request: Request, broker: Broker, visitors: Visitors, popups: Popups) -> Response:
+Ended = Callable[[Caller | None, Flow | None, str, str], Awaitable[None]]
+"""Called with who has come back, to which flow, what that was in the audit trail, and its outcome."""
+
+
+async def nobody_hears(caller: Caller | None, flow: Flow | None, action: str, outcome: str) -> None:
+    """Leave no event."""
+
+
+async def callback(
+    request: Request, broker: Broker, visitors: Visitors, popups: Popups, ended: Ended = nobody_hears
+) -> Response:
     """Complete the flow that the authorization response belongs to (RFC 6749 §4.1.2).
 
     Its principal must still be signed in with this browser (T52). Raises CallerRefused and StoreError.
@@ -36,8 +49,13 @@ async def callback(request: Request, broker: Broker, visitors: Visitors, popups:
     params: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         params.setdefault(name, []).append(value)
-    opened = await popups.flow_of_state(params)
-    response = await _complete(request, broker, visitors, params, caller, popups, opened)
+    flow = await popups.flow_of_state(params)
+    opened = flow if flow is not None and flow.return_origin else None
+
+    async def end(action: str, outcome: str = OK) -> None:
+        await ended(caller, flow, action, outcome)
+
+    response = await _complete(request, broker, visitors, params, caller, popups, opened, end)
     return response if opened is None else keep_opener(response)
 
 
@@ -49,17 +67,21 @@ async def _complete(
     caller: Caller | None,
     popups: Popups,
     opened: Flow | None,
+    end: Callable[..., Awaitable[None]],
 ) -> Response:
     try:
         flow = await broker.complete(params, read_cookies(request), visitors.may_open(caller))
     except CallbackRefused as refused:
+        await end(CONSENT, "callback-refused")
         # If the flow has not ended, somebody else may still end it, and nobody hears of this.
         popup, name = await popups.ended(opened), visitors.name(caller)
         return link_refused("This authorization was not accepted", refused, name=name, onward="/", popup=popup)
     except AuthorizationDenied as denied:
+        await end(REFUSE)
         popup = await popups.ended(opened)
         return message("Not authorized", str(denied), status=400, hint=RETRY_HINT, popup=popup)
     except AuthorizationError as error:
+        await end(CONSENT, "authorization-failed")
         logger.warning("an authorization failed: %s", error)
         wait = "" if error.pause is None else f" The server asks to wait {ceil(error.retry_after or 0)} s."
         popup = await popups.ended(opened)
@@ -67,6 +89,7 @@ async def _complete(
     except StoreError as error:
         logger.error("a grant could not be stored: %s", error)
         return message("The authorization could not be stored", str(error), status=503, hint=RETRY_HINT)
+    await end(CONSENT)
     # The address of the last page must not have the code in it: it is in the history, and can be loaded again.
     account = flow.key.account
     last = connected_path(account) if opened is None else f"{connected_path(account)}?flow={quote(opened.id)}"

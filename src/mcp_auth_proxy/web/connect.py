@@ -1,6 +1,6 @@
 """``/connect/{server}?flow=…``: the link that a user opens. It leads to the authorization server."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from math import ceil
 from urllib.parse import quote, urlencode
 
@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, ConfirmationPrompt, ConnectedServer, DevicePrompt
 from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused, excerpt
+from mcp_auth_proxy.models import Caller
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.confirm import confirmation_page, is_confirmed
 from mcp_auth_proxy.web.pages import Popup, ScopeList, message, page, redirect
@@ -40,13 +41,14 @@ async def connect(
     public_url: str,
     command_name: str,
     warn: Callable[[str, str], None],
+    confirmed: Callable[[Caller], Awaitable[None]] | None = None,
 ) -> Response:
     """Redirect a browser to the authorization server, or ask its user first, or let them sign in.
 
 
     A POST is the form with which the user confirms (``web.confirm``). ``command_name`` is what commands call the
-    server. ``warn`` is called with the server and the reason if a form is forged. Raises SignInNeeded and
-    CallerRefused.
+    server. ``warn`` is called with the server and the reason if a form is forged, ``confirmed`` with who has confirmed.
+    Raises SignInNeeded and CallerRefused.
     """
     server, flow_id = request.path_params["server"], request.query_params.get("flow", "")
     if is_other_loopback_name(request, public_url):
@@ -59,6 +61,8 @@ async def connect(
             opened = await broker.open_link(server, flow_id, may_open)
         elif await is_confirmed(request, flow_id):
             opened = await broker.confirm_link(server, flow_id, may_open)
+            if confirmed is not None:
+                await confirmed(caller)
         else:
             warn(server, "a form to continue its sign-in was refused: it was not sent by our page in the same browser")
             raise CallbackRefused(NOT_CONFIRMED, 403)

@@ -44,10 +44,9 @@ class Popups:
         return flow if flow is not None and flow.return_origin else None
 
     async def flow_of_state(self, params: Mapping[str, Sequence[str]]) -> Flow | None:
-        """Return the flow of an authorization response, if a popup may have opened it. Nothing is used up."""
+        """Return the flow of an authorization response. Nothing is used up."""
         states = params.get("state", ())
-        flow = await self._broker.flow_of_state(states[0]) if len(states) == 1 and states[0] else None
-        return flow if flow is not None and flow.return_origin else None
+        return await self._broker.flow_of_state(states[0]) if len(states) == 1 and states[0] else None
 
     async def ended(self, flow: Flow | None) -> Popup | None:
         """Return what the last page tells whom; None if the flow has not ended, or if it has nobody to tell."""

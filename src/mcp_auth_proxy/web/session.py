@@ -105,7 +105,12 @@ class Visitors:
         response.delete_cookie(self._cookie, path="/", secure=self._secure, httponly=True, samesite="lax")
 
 
+def client(request: Request) -> str:
+    """Return whose request it is (see ``ClientRequest.client``)."""
+    return request.client.host if request.client is not None else ""
+
+
 def peer(request: Request) -> str:
     """Return the address that a request's connection comes from (see ``ClientRequest.client``)."""
-    client, _, through = (request.client.host if request.client is not None else "").partition(" through ")
-    return through or client
+    address, _, through = client(request).partition(" through ")
+    return through or address

@@ -7,6 +7,7 @@ the browser only prefetches, is not used before a button is pressed.
 
 import logging
 from collections.abc import Awaitable, Callable
+from math import ceil
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -17,13 +18,16 @@ from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused, CallerRef
 from mcp_auth_proxy.identity.sessions import SessionCookie
 from mcp_auth_proxy.models import Caller
 from mcp_auth_proxy.observability.peer_log import RefusalLog
+from mcp_auth_proxy.store.events import OK
 from mcp_auth_proxy.web.attempt import SignInAttempt
+from mcp_auth_proxy.web.audit import SIGN_IN, SIGN_OUT, PageAudit
 from mcp_auth_proxy.web.connect import is_other_loopback_name, to_public_url
 from mcp_auth_proxy.web.cookies import read_cookies
+from mcp_auth_proxy.web.failed_credentials import TOO_MANY, FailedCredentials
 from mcp_auth_proxy.web.forms import read_form
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import local_path, sign_in_path
-from mcp_auth_proxy.web.session import Visitors, peer
+from mcp_auth_proxy.web.session import Visitors, client, peer
 
 if TYPE_CHECKING:
     from mcp_auth_proxy.identity.openid import OpenIdProvider
@@ -38,6 +42,9 @@ LINK_REFUSED = (
     "This link is not known, is older than five minutes, or was opened before. If somebody else was first, their "
     "session has just ended. Run `mcp-auth-proxy dashboard` again for a new link."
 )
+REFUSED = "refused"
+"""The outcome of a sign-in that fails, in the audit trail."""
+
 KEY_REFUSED = "This key does not hold: it is not known, was revoked, or has expired."
 
 
@@ -55,12 +62,16 @@ class SignInPages:
         check_key: CheckKey | None,
         provider: "OpenIdProvider | None",
         public_url: str,
+        failed_credentials: FailedCredentials,
+        audit: PageAudit,
     ) -> None:
         """``check_key`` and ``provider`` are None if users don't sign in this way."""
         self._visitors = visitors
         self._check_key = check_key
         self._provider = provider
         self._public_url = public_url
+        self._failed_credentials = failed_credentials
+        self._audit = audit
         self._refusals = RefusalLog()
 
     async def show(self, request: Request) -> Response:
@@ -90,10 +101,19 @@ class SignInPages:
         try:
             caller = await self._check_key(key)
         except CallerRefused as refused:
-            self._refusals.warn(peer(request), refused.status, "the key that its user signs in with does not hold")
-            text = KEY_REFUSED if refused.status in (400, 401) else str(refused)
-            return await self._form(request, onward=onward, problem=text, status=max(401, refused.status))
+            return await self._key_refused(request, refused, onward)
         return await self._begin(request, caller, onward)
+
+    async def _key_refused(self, request: Request, refused: CallerRefused, onward: str) -> Response:
+        self._refusals.warn(peer(request), refused.status, "the key that its user signs in with does not hold")
+        await self._audit.record(request, None, SIGN_IN, REFUSED)
+        if refused.status not in (400, 401):
+            return await self._form(request, onward=onward, problem=str(refused), status=refused.status)
+        if seconds := self._failed_credentials.count(client(request)):
+            response = await self._form(request, onward=onward, problem=TOO_MANY, status=429)
+            response.headers["retry-after"] = str(ceil(seconds))
+            return response
+        return await self._form(request, onward=onward, problem=KEY_REFUSED, status=401)
 
     async def callback(self, request: Request) -> Response:
         """Answer the way back from the identity provider."""
@@ -107,8 +127,10 @@ class SignInPages:
         try:
             caller = await self._provider.finish(params, nonce=attempt.nonce, code_verifier=attempt.code_verifier)
         except CallbackRefused as refused:
+            await self._audit.record(request, None, SIGN_IN, REFUSED)
             return self._failed(str(refused), refused.status)
         except CallerRefused as refused:
+            await self._audit.record(request, None, SIGN_IN, REFUSED)
             # 401 would ask for another credential.
             return self._failed(str(refused), max(403, refused.status), refused.retry_after)
         except AuthorizationError as error:
@@ -119,7 +141,11 @@ class SignInPages:
 
     async def sign_out(self, request: Request) -> Response:
         """End the browser's session."""
-        await self._visitors.sessions.end(self._visitors.cookie(request))
+        sessions, value = self._visitors.sessions, self._visitors.cookie(request)
+        caller = await sessions.caller(value)
+        await sessions.end(value)
+        if caller is not None:
+            await self._audit.record(request, caller, SIGN_OUT)
         response = redirect("/", "You have signed out")
         self._visitors.take_back(response)
         return response
@@ -160,6 +186,7 @@ class SignInPages:
         visitors = self._visitors
         logger.info("%s has signed in with %s", excerpt(caller.principal.name), excerpt(caller.credential))
         cookie = await visitors.sessions.begin(caller, replaces=visitors.cookie(request))
+        await self._audit.record(request, caller, SIGN_IN)
         return self._with_session(cookie, local_path(onward))
 
     async def _link(self, request: Request) -> Response:
@@ -177,6 +204,8 @@ class SignInPages:
         if before and await visitors.sessions.has_opened(secret, before):
             return redirect("/", "Continue")
         cookie = await visitors.sessions.open_link(secret, replaces=before)
+        caller = await visitors.sessions.caller(cookie.value) if cookie is not None else None
+        await self._audit.record(request, caller, SIGN_IN, OK if caller is not None else REFUSED)
         if cookie is None:
             return message("This link can't be used", LINK_REFUSED, status=403)
         return self._with_session(cookie, "/")

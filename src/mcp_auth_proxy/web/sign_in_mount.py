@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from mcp_auth_proxy.config.settings import InboundSettings
 from mcp_auth_proxy.identity import Callers
 from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.web.audit import PageAudit
+from mcp_auth_proxy.web.failed_credentials import FailedCredentials
 from mcp_auth_proxy.web.session import Visitors
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ class SignInMount:
         visitors: Visitors,
         callers: Callers,
         fetcher: Fetcher,
+        failed_credentials: FailedCredentials,
+        audit: PageAudit,
         public_url: str,
         clock: Callable[[], float],
     ) -> None:
@@ -30,6 +34,8 @@ class SignInMount:
         self._visitors = visitors
         self._callers = callers
         self._fetcher = fetcher
+        self._failed_credentials = failed_credentials
+        self._audit = audit
         self._public_url = public_url
         self._clock = clock
         self._pages: SignInPages | None = None
@@ -63,6 +69,8 @@ class SignInMount:
             check_key=self._callers.caller_of_key if takes_keys else None,
             provider=self._make_provider() if inbound.sign_in is not None and inbound.modes else None,
             public_url=self._public_url,
+            failed_credentials=self._failed_credentials,
+            audit=self._audit,
         )
 
     def _make_provider(self) -> "OpenIdProvider":

@@ -16,7 +16,7 @@ from mcp_auth_proxy import __version__
 from mcp_auth_proxy.broker import Broker, ownership
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import CallbackRefused, CallerRefused, SignInNeeded, StoreError, excerpt
-from mcp_auth_proxy.models import Account, Caller, GrantType
+from mcp_auth_proxy.models import Account, Caller, Flow, GrantType
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.instruments import CONTENT_TYPE
@@ -24,6 +24,7 @@ from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine
 from mcp_auth_proxy.web.address import Start, address_page, start_page
 from mcp_auth_proxy.web.api_mount import WIRES, ApiMount, WireMount
+from mcp_auth_proxy.web.audit import CONFIRM, START, PageAudit
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page, is_other_loopback_name, to_public_url
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
@@ -51,6 +52,7 @@ class Site:
         draining: Callable[[], bool],
         start: Start,
         visitors: Visitors,
+        audit: PageAudit,
         sign_in: "Callable[[], SignInPages]",
         problems: Callable[[], list[str]] = list,
         api: ApiMount | None = None,
@@ -69,6 +71,7 @@ class Site:
         self._start_page: Callable[[Request], Awaitable[Response]] | None = None
         """Made when it is first needed: it imports the API."""
         self._visitors = visitors
+        self._audit = audit
         self._sign_in = sign_in
         self._popups = Popups(broker, servers)
         self._problems = problems
@@ -161,8 +164,12 @@ class Site:
         return JSONResponse({"status": "ready", **({"problems": problems} if problems else {})})
 
     async def _connect(self, request: Request) -> Response:
-        name = request.path_params["server"]
+        name, flow_id = request.path_params["server"], request.query_params.get("flow", "")
         server = self._servers.get(name)
+
+        async def confirmed(caller: Caller) -> None:
+            await self._audit.record(request, caller, CONFIRM, target=flow_id, server=server)
+
         response = await connect(
             request,
             self._broker,
@@ -171,8 +178,9 @@ class Site:
             public_url=self._public_url,
             command_name=server.command_name if server is not None else name,
             warn=self._warn,
+            confirmed=confirmed,
         )
-        opened = await self._popups.flow(request.query_params.get("flow", ""))
+        opened = await self._popups.flow(flow_id)
         return response if opened is None else keep_opener(response)
 
     def _warn(self, server: str, reason: str) -> None:
@@ -180,7 +188,12 @@ class Site:
             self._warnings.warn(server, reason)
 
     async def _callback(self, request: Request) -> Response:
-        return await callback(request, self._broker, self._visitors, self._popups)
+        async def ended(caller: Caller | None, flow: Flow | None, action: str, outcome: str) -> None:
+            if flow is not None:
+                server = self._servers.get(flow.key.account.server)
+                await self._audit.record(request, caller, action, outcome, target=flow.id, server=server)
+
+        return await callback(request, self._broker, self._visitors, self._popups, ended)
 
     async def _sign_in_page(self, request: Request) -> Response:
         pages = self._sign_in()
@@ -237,6 +250,7 @@ class Site:
             ownership.require(self._visitors.may_open(caller), account)
         except CallbackRefused as refused:
             return message("You can't authorize this server", str(refused), status=refused.status)
+        await self._audit.record(request, caller, START, server=server)
         return await start_page(server, account, self._start)
 
     async def _sign_in_needed(self, request: Request, error: Exception) -> Response:

@@ -117,7 +117,7 @@ class StartPage:
     async def _caller(self, request: Request, *, explicit: bool) -> Caller:
         """Return who asks. Raises Problem, CallerRefused (also SignInNeeded) and StoreError."""
         if explicit:
-            return await caller_of(request, self._api.context, self._api.limits)
+            return await caller_of(request, self._api.context)
         if not self._visitors.anonymous:
             return await self._visitors.require(request)
         caller = await self._visitors.session_caller(request)

@@ -225,3 +225,19 @@ async def test_a_server_that_no_request_reaches_is_unreachable_until_one_does(se
             api.change_server("notes", url=upstream.url)
             assert (await api.local.post("/servers/notes/flows", json={})).status_code == 201
             assert await state() == "authorizing"
+
+
+@pytest.mark.parametrize("change", [{"status": "disabled"}, {"role": "member"}])
+async def test_the_last_admin_stays(tmp_path: Path, change: dict[str, str]) -> None:
+    async with api_setup(tmp_path) as api:
+        for client, principal in ((api.ada, "prn_ada"), (api.zoe, "prn_zoe")):
+            assert_problem(await client.patch(f"/principals/{principal}", json=change), 409, "last-admin")
+            assert (await client.get("/principals")).status_code == 200
+        assert (await api.ada.patch("/principals/prn_ben", json={"role": "admin"})).status_code == 200
+        # Each takes the other for the one who stays.
+        changes = await asyncio.gather(
+            api.ada.patch("/principals/prn_ben", json=change), api.ben.patch("/principals/prn_ada", json=change)
+        )
+        assert sorted(each.status_code for each in changes)[0] == 200
+        admins = [each for each in api.directory.principals() if each.role == "admin" and each.is_active]
+        assert {each.project_id for each in admins} == {"default", "other"}

@@ -104,7 +104,7 @@ class Api:
         if operation is not None and operation.access is Access.OPEN:
             caller = models.Caller(principal=models.Principal(id="", name=""), credential="", scopes=frozenset())
         else:
-            caller = await caller_of(request, self.context, self.limits)
+            caller = await caller_of(request, self.context)
             if seconds := self.limits.calls.take(caller.principal.id):
                 raise too_many("Too many requests of this principal.", seconds)
         if found is None:
@@ -132,7 +132,7 @@ class Api:
             body = await _json_body(request)
             if body and operation.access is not Access.OPEN:
                 # A body may take minutes, in which its sender was disabled, or is an admin no more (T74).
-                call.caller = await caller_of(request, self.context, self.limits)
+                call.caller = await caller_of(request, self.context)
                 await self._check_access(call)
             more = operation.more_faults
             call.body = read_body(body, operation.body, (lambda value: ()) if more is None else partial(more, call))

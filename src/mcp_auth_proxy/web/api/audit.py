@@ -1,34 +1,17 @@
 """The audit trail of the API: each call that may change something leaves an event, also if it was refused."""
 
-import logging
-import re
-import secrets
-from collections.abc import Iterable
 from typing import Any
 
-from mcp_auth_proxy.errors import StoreError, excerpt
-from mcp_auth_proxy.observability.trace import trace_id_of
-from mcp_auth_proxy.store.events import Event, Events
+from mcp_auth_proxy.errors import excerpt
+from mcp_auth_proxy.store.events import OK, Event
 from mcp_auth_proxy.web.api.operations import Call
+from mcp_auth_proxy.web.audit import request_id_of, store
 
-logger = logging.getLogger(__name__)
-
-OK = "ok"
-
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
-
-
-def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the id that a client gave its request (X-Request-Id, else the trace id), else a new one."""
-    fields = list(headers)
-    given = [value for name, value in fields if name == b"x-request-id"]
-    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
-        return given[0].decode("ascii")
-    return trace_id_of(fields) or secrets.token_hex(16)
+__all__ = ["OK", "record", "request_id_of"]
 
 
 async def record(call: Call[Any, Any], outcome: str) -> None:
-    """Store the event of a call; a store that fails is logged: what was done can't be taken back."""
+    """Store the event of a call."""
     event = Event(
         at=call.api.clock(),
         project_id=call.caller.principal.project_id,
@@ -42,7 +25,4 @@ async def record(call: Call[Any, Any], outcome: str) -> None:
         address=call.address,
         request_id=call.request_id,
     )
-    try:
-        await Events(call.api.database).add(event)
-    except StoreError as error:
-        logger.error("no audit event for %s by %s: %s", event.action, event.principal, error)
+    await store(call.api.database, event)

@@ -13,6 +13,7 @@ from mcp_auth_proxy.identity import Directory, Fields
 from mcp_auth_proxy.models import Account, Caller, Principal, Tool
 from mcp_auth_proxy.servers import ServerRegistry
 from mcp_auth_proxy.store import Engine
+from mcp_auth_proxy.web.failed_credentials import FailedCredentials
 
 
 class ApiAuthenticator(Protocol):
@@ -48,6 +49,7 @@ class ApiContext:
     clock: Callable[[], float]
     authenticator: ApiAuthenticator
     directory: Directory
+    failed_credentials: FailedCredentials
     session_caller: Callable[[Request], Awaitable[Caller | None]] = no_session
     """Returns the caller of the session that a request belongs to, None if it has none."""
 

@@ -4,10 +4,9 @@ from starlette.requests import Request
 
 from mcp_auth_proxy.errors import CallerRefused
 from mcp_auth_proxy.models import Caller
-from mcp_auth_proxy.net.peers import IPAddress, limit_key, parse_address
 from mcp_auth_proxy.web.api.context import ApiContext
-from mcp_auth_proxy.web.api.limits import Limits
 from mcp_auth_proxy.web.api.problems import forbidden, too_many
+from mcp_auth_proxy.web.failed_credentials import TOO_MANY
 
 NO_CREDENTIAL = (
     "A credential is needed: Authorization with Bearer and an API key or a JWT, X-API-Key, Basic with the key as "
@@ -15,7 +14,7 @@ NO_CREDENTIAL = (
 )
 
 
-async def caller_of(request: Request, api: ApiContext, limits: Limits) -> Caller:
+async def caller_of(request: Request, api: ApiContext) -> Caller:
     """Return who calls. Raises Problem (403, 429), CallerRefused and StoreError.
 
     A credential that holds is accepted however many others from its address did not: several users may share one.
@@ -24,8 +23,8 @@ async def caller_of(request: Request, api: ApiContext, limits: Limits) -> Caller
     try:
         caller = await _identify(request, api, peer)
     except CallerRefused as error:
-        if error.status == 401 and (seconds := limits.failed_credentials.take(_counted(client))):
-            raise too_many("Too many credentials from this address did not hold.", seconds) from None
+        if error.status == 401 and (seconds := api.failed_credentials.count(client)):
+            raise too_many(TOO_MANY, seconds) from None
         raise
     if caller is None:
         raise CallerRefused(NO_CREDENTIAL)
@@ -54,11 +53,3 @@ def addresses(request: Request) -> tuple[str, str]:
     shown = request.client.host if request.client is not None else "unknown"
     client, _, peer = shown.partition(" through ")
     return client, peer or client
-
-
-def _counted(client: str) -> IPAddress | str:
-    """Return what failed credentials are counted by: an address, or a network for IPv6."""
-    try:
-        return limit_key(parse_address(client))
-    except ValueError:
-        return client

@@ -12,12 +12,14 @@ from mcp_auth_proxy.web.api.pages import PageInfo, PageQuery, info, position
 
 
 class EventView(View):
-    """A change by the API, or the attempt of one."""
+    """A change by the API, a page or a command, or the attempt of one."""
 
     id: str
     at: datetime
-    principal: Annotated[str, Meta(description="The id of the principal.")]
-    credential: str
+    principal: Annotated[
+        str, Meta(description="The id of the principal; local for commands, empty if it is not known who it was.")
+    ]
+    credential: Annotated[str, Meta(description="What the principal was known by; command:USER for commands.")]
     action: Annotated[str, Meta(description="RESOURCE.VERB, such as grants.delete.")]
     target: str
     server: Annotated[str | None, Meta(description="The id of the server that it concerns.")]

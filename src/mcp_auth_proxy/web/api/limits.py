@@ -60,9 +60,8 @@ class RateLimit:
 
 
 class Limits:
-    """The limits of the API."""
+    """The limits of the API; those of ``web.failed_credentials`` are there for others too."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.calls = RateLimit(CALLS, clock=clock)
         self.flows = RateLimit(FLOWS, clock=clock)
-        self.failed_credentials = RateLimit(FAILED_CREDENTIALS, clock=clock)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, UnsetType, field
 
-from mcp_auth_proxy.errors import NameTaken
+from mcp_auth_proxy.errors import LastAdmin, NameTaken
 from mcp_auth_proxy.models import LOCAL, Identity, Principal, PrincipalStatus, Role
 from mcp_auth_proxy.store.principals import new_principal_id
 from mcp_auth_proxy.web.api.context import ApiContext
@@ -138,11 +138,15 @@ async def change_principal(call: Call[PrincipalChange, None]) -> Answer:
         raise Problem(
             409, "local", "The principal local can't be changed: it is everybody, since callers are not told."
         )
-    changed = await call.api.directory.change(
-        principal.id,
-        status=None if body.status is UNSET else body.status,
-        role=None if body.role is UNSET else body.role,
-    )
+    try:
+        changed = await call.api.directory.change(
+            principal.id,
+            status=None if body.status is UNSET else body.status,
+            role=None if body.role is UNSET else body.role,
+            keep_admin=True,
+        )
+    except LastAdmin as error:
+        raise Problem(409, "last-admin", str(error)) from None
     if changed is None:
         raise not_found("principal")
     return Answer(await principal_view(call.api, changed), etag=True)

@@ -15,6 +15,7 @@ from mcp_auth_proxy.errors import (
     ClientNotActive,
     McpAuthProxyError,
     StoreError,
+    TooManyAccounts,
     UpstreamError,
     UpstreamPoolTimeout,
     UpstreamTimeout,
@@ -119,6 +120,8 @@ def problem_of(error: McpAuthProxyError) -> Problem:
             return Problem(status, _CALLER_KINDS.get(status, "forbidden"), detail, headers=headers)
         case ClientNotActive(status=status):
             return Problem(409, f"client-{status}", detail)
+        case TooManyAccounts():
+            return Problem(409, "too-many-accounts", detail)
         case AuthorizationServerUnavailable(retry_after=seconds):
             return Problem(503, "authorization-server-unavailable", detail, headers=retry_after(seconds))
         case AuthorizationError():
