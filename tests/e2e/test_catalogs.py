@@ -11,9 +11,11 @@ import pytest
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.http_exchange import FakeResponse
-from fakes.proxy import link_in, run_command, running_proxy, until, wait_until_stable, write_config
+from fakes.proxy import link_in, running_proxy, until, wait_until_stable, write_config
 from fakes.proxy_setup import ProxySetup, proxy_setup
 from fakes.unattended import connected
+from mcp_auth_proxy.cli.account import logout
+from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.models import LOCAL, Account, Catalog
 from mcp_auth_proxy.proxy import catalogs
 
@@ -224,10 +226,10 @@ async def test_logout_asks_for_nothing(servers: Servers, tmp_path: Path) -> None
     async with proxy_setup(servers, tmp_path) as setup:
         await setup.connect()
         upstream = setup.upstream
-    config = write_config(tmp_path, {"notes": upstream.url}, authorization=COLD)
+    settings = load(write_config(tmp_path, {"notes": upstream.url}, authorization=COLD), environ={})
     before = len(upstream.requests)
-    code, out, _ = await run_command("logout", "notes", "--config", str(config))
-    assert (code, len(upstream.requests)) == (0, before), out
+    assert await logout(settings, "notes", forget_client=False) == 0
+    assert len(upstream.requests) == before
 
 
 async def test_only_some_servers_are_asked_at_a_time(

@@ -8,20 +8,26 @@ project, before the schema is released:
 """
 
 import asyncio
+import base64
+import json
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mcp_auth_proxy.config.settings import StoreSettings
-from mcp_auth_proxy.models import Account, Attempt, DeviceAuthorization, Flow, FlowMode, Grant, Registration
+from mcp_auth_proxy.models import Account, Attempt, Catalog, DeviceAuthorization, Flow, FlowMode, Grant, Registration
 from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.store.catalogs import Catalogs
+from mcp_auth_proxy.store.codec import account_params
 from mcp_auth_proxy.store.confirmations import Confirmations
+from mcp_auth_proxy.store.connection_notes import StoredNote, StoredNotes
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
+from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, new_uid
 from mcp_auth_proxy.store.sqlite.schema import MIGRATIONS
-from store.builders import NOW, attempt, flow, grant, registration, store_settings
+from store.builders import NOW, attempt, flow, grant, registration, sha256, store_settings
 
 NEWEST = len(MIGRATIONS)
 OLDER = range(1, NEWEST)
@@ -35,6 +41,23 @@ DEVICE = DeviceAuthorization(
     device_code="canary-device", user_code="CANARY-USER", verification_uri="https://as.example/d", interval=7.0
 )
 WORK = Account("local", "linear", "work")
+CATALOG = Catalog(
+    initialize={"2025-11-25": {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}}},
+    lists={"tools": [{"name": "canary-tool"}]},
+    fetched_at=NOW,
+)
+NOTE = StoredNote(used_at=NOW, unreachable_since=NOW + 1, failed_at=NOW + 2, failure="It is down.", remedy="Wait.")
+SESSION_ID = "canary-session"
+SESSION = {
+    "initialize": base64.b64encode(b"{}").decode(),
+    "announced": "2025-11-25",
+    "log_level": "",
+    "opened": True,
+    "upstream_id": "canary-upstream-session",
+    "negotiated": "2025-11-25",
+    "lists": ["tools"],
+    "announce_lists": False,
+}
 
 _STORES = Path(__file__).parent / "stores"
 
@@ -49,6 +72,11 @@ class Contents:
     registrations: list[Registration]
     confirmations: list[tuple[Account, str, str, str]]
     """Account, upstream, issuer, sign-in host."""
+    catalogs: list[tuple[Account, str, Catalog]] = field(default_factory=list)
+    """Account, upstream, catalog."""
+    sessions: list[tuple[str, Account, str, dict[str, object]]] = field(default_factory=list)
+    """Id, account, upstream, state."""
+    notes: dict[Account, StoredNote] = field(default_factory=dict)
 
     @property
     def last_id(self) -> int:
@@ -85,6 +113,10 @@ def contents(schema: int) -> Contents:
         found.grants[0] = replace(found.grants[0], label="me@work.example", registration=client)
         origin = "https://app.example"
         found.flows[0] = replace(found.flows[0], registration=client, mode=FlowMode.HEADLESS, return_origin=origin)
+    if schema >= 8:
+        found.catalogs.append((WORK, f"{UPSTREAM}/mcp", CATALOG))
+        found.sessions.append((SESSION_ID, WORK, f"{UPSTREAM}/mcp", dict(SESSION)))
+        found.notes[WORK] = NOTE
     return found
 
 
@@ -119,6 +151,36 @@ async def write(engine: Engine, given_contents: Contents) -> None:
     await registrations.bind_client(*BINDING)
     for account, upstream, issuer, host in given_contents.confirmations:
         await Confirmations(engine).add(account, upstream=upstream, issuer=issuer, sign_in_host=host, now=NOW)
+    for account, upstream, catalog in given_contents.catalogs:
+        await Catalogs(engine).put(account, catalog, upstream=upstream)
+    for session_id, account, upstream, state in given_contents.sessions:
+        await _add_session(engine, session_id, account, upstream, state)
+    await StoredNotes(engine).change({account: fields_of(note) for account, note in given_contents.notes.items()})
+
+
+async def _add_session(
+    engine: Engine, session_id: str, account: Account, upstream: str, state: dict[str, object]
+) -> None:
+    uid = new_uid()
+    cipher = RowCipher(engine.cipher, "mcp_sessions", uid)
+    columns: Columns = {
+        "id_hash": sha256(session_id),
+        **account_params(account),
+        "upstream": upstream,
+        "state": cipher.seal("state", json.dumps(state)),
+        "created_at": NOW,
+        "used_at": NOW,
+    }
+    values = {"uid": uid, **columns, SEAL: cipher.seal_row(columns)}
+    names = ", ".join(values)
+    places = ", ".join(f":{name}" for name in values)
+    async with engine.transaction() as transaction:
+        await transaction.execute(f"INSERT INTO mcp_sessions ({names}) VALUES ({places})", values)
+
+
+def fields_of(note: StoredNote) -> dict[str, object]:
+    """Return all fields of a note, as a change of it."""
+    return {name: getattr(note, name) for name in StoredNote.__slots__}
 
 
 async def _main() -> None:

@@ -20,6 +20,8 @@ from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_tok
 from mcp_auth_proxy.broker.challenge_handler import ChallengeHandler
 from mcp_auth_proxy.broker.challenge_history import ChallengeHistory
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
+from mcp_auth_proxy.broker.connection_records import ConnectionRecords
 from mcp_auth_proxy.broker.connections import Connection, Disconnected, stored_connections
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.disconnection import Disconnector
@@ -104,6 +106,7 @@ class Broker:
         self._clock = clock
         self.outages = OutageLog()
         self._backoff = backoff = Backoff(clock=clock)
+        self.journal = journal = ConnectionJournal(clock=clock)
         self._grants = Grants(database)
         self._flows = Flows(database)
         self._discoverer = discoverer = Discoverer(fetcher=fetcher, allow_private=allow_private)
@@ -120,9 +123,18 @@ class Broker:
             grants=self._grants,
             backoff=backoff,
             outages=self.outages,
+            journal=journal,
             clock=clock,
         )
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
+        self._records = ConnectionRecords(
+            servers=servers,
+            database=database,
+            tokens=self._tokens,
+            journal=journal,
+            outages=self.outages,
+            clock=clock,
+        )
         self._visits = LinkVisits(clock=clock, first_only=opens_links)
         self._sign_ins = SignIns(confirmations=Confirmations(database), grants=self._grants, clock=clock)
         self._forgotten_clients = ForgottenClients(
@@ -169,6 +181,7 @@ class Broker:
             ),
             public_url=public_url,
             announce=announce_started,
+            journal=journal,
             clock=clock,
         )
         self._planner = Planner(
@@ -198,6 +211,7 @@ class Broker:
             pending=self._pending,
             token_client=self._token_client,
             registrar=self._registrar,
+            journal=journal,
             clock=clock,
         )
         self.stored_grants = StoredGrants(
@@ -207,6 +221,7 @@ class Broker:
             renewer=renewer,
             pending=self._pending,
             outages=self.outages,
+            journal=journal,
             revoke=self.disconnector.revoke,
             clock=clock,
         )
@@ -223,6 +238,7 @@ class Broker:
 
     async def start(self) -> None:
         """Begin the background work: interrupted renewals, device polls, watching the store. Raises StoreError."""
+        await self._records.start()
         await self._watch.start()
         await self._tokens.resume_interrupted()
         await self._pending.resume_device_flows()
@@ -234,6 +250,7 @@ class Broker:
         await self._tokens.aclose()
         await self._pending.aclose()
         await self._authorizations.aclose()
+        await self._records.aclose()
 
     def on_connected(self, callback: Callable[[Account], None]) -> Callable[[], None]:
         """Call ``callback`` whenever a grant is used here for the first time; return a function that ends this.

@@ -5,13 +5,15 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from mcp_auth_proxy.broker.client_registration import public_url_of
-from mcp_auth_proxy.broker.matching import matches
+from mcp_auth_proxy.broker.matching import matches, upstream_of
 from mcp_auth_proxy.broker.pending import link_of
 from mcp_auth_proxy.broker.renewal import renewable
 from mcp_auth_proxy.broker.states import GrantStatus, grant_status, word
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, LOCAL, Account, Flow, FlowStatus, Grant, shared_principal
+from mcp_auth_proxy.store.catalogs import Catalogs
+from mcp_auth_proxy.store.connection_notes import StoredNote, StoredNotes
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
@@ -64,6 +66,17 @@ class Connection:
     grant_label: str = ""
     """Whose account it is, as far as the authorization server said so."""
     status: GrantStatus | None = None
+    last_used_at: float | None = None
+    """When a request was last sent with its token, to the hour; None if that is not known."""
+    last_error: str | None = None
+    """What went wrong last; None if nothing did, or since it has worked again."""
+    last_error_at: float | None = None
+    remedy: str | None = None
+    """What to do about that."""
+    unreachable: bool = False
+    """Whether the last request could not connect to the server."""
+    tools: int | None = None
+    """How many tools the account sees, as far as that is remembered."""
 
     @property
     def needs_authorization(self) -> bool:
@@ -73,7 +86,7 @@ class Connection:
     @property
     def label(self) -> str:
         """The state in one or two words, for a user."""
-        return word(self.status, authorizing=self.authorizing)
+        return word(self.status, authorizing=self.authorizing, unreachable=self.unreachable)
 
 
 class Revocation(StrEnum):
@@ -122,6 +135,8 @@ async def stored_connections(
     grants = await Grants(database).all() if database is not None else []
     flows = Flows(database) if database is not None else None
     waiting = await flows.unanswered() if flows is not None else []
+    notes = await StoredNotes(database).all() if database is not None else {}
+    tools = await Catalogs(database).tool_counts() if database is not None else {}
     everything = {grant.key.account for grant in grants} | {flow.key.account for flow in waiting}
     known = {each for each in everything if account in (None, each.name)}
     found: list[Connection] = []
@@ -136,6 +151,7 @@ async def stored_connections(
             )
             if flow is not None and matches(flow, server) and not _is_answered(flow, grant, now):
                 connection = _with_flow(connection, flow, grant, now)
+            connection = _with_note(connection, notes.get(each, StoredNote()), tools.get((each, upstream_of(server))))
             found.append(connection if grant is None else _with_grant(connection, grant, now))
     return found
 
@@ -186,6 +202,18 @@ def _is_answered(flow: Flow, grant: Grant | None, now: float) -> bool:
 
 def _is_live(flow: Flow, now: float) -> bool:
     return flow.status is FlowStatus.PENDING and flow.expires_at > now
+
+
+def _with_note(connection: Connection, note: StoredNote, tools: int | None) -> Connection:
+    return replace(
+        connection,
+        last_used_at=note.used_at,
+        last_error=note.failure or None,
+        last_error_at=note.failed_at,
+        remedy=note.remedy or None,
+        unreachable=note.unreachable_since is not None,
+        tools=tools,
+    )
 
 
 def _with_flow(connection: Connection, flow: Flow, grant: Grant | None, now: float) -> Connection:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment, name_of
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -76,9 +77,11 @@ class Renewer:
         grants: Grants,
         backoff: Backoff,
         outages: OutageLog,
+        journal: ConnectionJournal,
         clock: Callable[[], float],
     ) -> None:
         self._token_client = token_client
+        self._journal = journal
         self._registrar = registrar
         self._grants = grants
         self._backoff = backoff
@@ -108,14 +111,16 @@ class Renewer:
         try:
             tokens = await self._token_client.refresh(server, current)
         except TokenRefused as refused:
-            return await self._refused(current, refused)
+            return await self._refused(server, current, refused)
         except ClientNotActive as gone:
             await self._grants.end(current.id, version=current.version, reason=str(gone), now=self._clock())
+            self._journal.ended(current.key.account, str(gone))
             raise GrantEnded from None
         except AuthorizationError as failure:
             raise await self._failed(current, failure) from None
         self._backoff.succeeded(*_subjects(current))
         self.failures.pop(current.id, None)
+        self._journal.renewed(current.key.account)
         stored = await self._save_with_retry(current, tokens)
         if stored is None:
             # Fenced off: another process took over the lease, so its result is the one to use.
@@ -149,6 +154,7 @@ class Renewer:
         """Remember a temporary failure; return the error for requests that need the token."""
         unavailable = failure if isinstance(failure, AuthorizationServerUnavailable) else None
         error = AuthorizationServerUnavailable(str(failure), server_retry_after=failure.server_retry_after)
+        first = grant.id not in self.failures
         self.failures[grant.id] = str(error)
         if len(self.failures) > MAX_FAILURES:
             del self.failures[next(iter(self.failures))]
@@ -159,10 +165,24 @@ class Renewer:
         if unavailable is None or not unavailable.maybe_processed:
             await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
         metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "failed").inc()
-        self._outages.warn(grant.key.account.server, f"its grant can't be renewed now: {error}")
+        self._warn(grant, error, first=first)
+        self._journal.not_renewed(grant.key.account, str(error))
         return error
 
-    async def _refused(self, grant: Grant, refused: TokenRefused) -> Grant:
+    def _warn(self, grant: Grant, error: AuthorizationServerUnavailable, *, first: bool) -> None:
+        """Log a failed renewal: the first of each grant, and those that follow at a bounded rate."""
+        account, ends, retry_at = grant.key.account, grant.tokens.expires_at, self.retry_at(grant)
+        after = f" It is tried again at {moment(retry_at)}." if retry_at is not None else ""
+        until = (
+            "" if ends is None else f" Its token {'ends' if ends > self._clock() else 'has ended'} at {moment(ends)}."
+        )
+        reason = f"its grant can't be renewed now: {error}{after}{until}"
+        if first and not self._outages.is_due(account.server):
+            logger.warning("server %s: %s", name_of(account), reason)
+        else:
+            self._outages.warn(account.server, reason)
+
+    async def _refused(self, server: ServerSettings, grant: Grant, refused: TokenRefused) -> Grant:
         """End the grant if the error says so (RFC 6749 §5.2), unless another process has renewed it since."""
         if refused.error not in ENDING_ERRORS:
             raise await self._failed(grant, refused) from None
@@ -178,7 +198,9 @@ class Renewer:
             if newer is not None and newer.ended_at is None:
                 return newer
         metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "ended").inc()
-        logger.warning("the grant of server %s has ended: %s", grant.key.account.server, reason)
+        todo = authorize_again(grant.key.account, server)
+        logger.warning("the grant of server %s has ended: %s %s", name_of(grant.key.account), reason, todo)
+        self._journal.ended(grant.key.account, reason)
         raise GrantEnded
 
     async def _renewed_by_another(self, grant: Grant) -> Grant:

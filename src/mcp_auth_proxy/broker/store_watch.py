@@ -122,7 +122,7 @@ class StoreWatch:
         flow = await self._flows.get(pending.flow.id)
         # The consent may also have come by an earlier link, or by one of another process.
         if grant.granted_at > pending.flow.created_at or (flow is not None and flow.status is FlowStatus.DONE):
-            self._pending.activate(grant)
+            self._pending.activate(grant, elsewhere=True)
 
     async def _drop_if_ended(self, pending: PendingAuthorization) -> None:
         flow = await self._flows.get(pending.flow.id)

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.connections import ForgottenGrant
 from mcp_auth_proxy.broker.flows import PendingFlows
 from mcp_auth_proxy.broker.matching import matches
@@ -55,6 +56,7 @@ class StoredGrants:
         renewer: Renewer,
         pending: PendingFlows,
         outages: OutageLog,
+        journal: ConnectionJournal,
         revoke: Callable[[Account, Grant], Awaitable[ForgottenGrant]],
         clock: Callable[[], float],
     ) -> None:
@@ -66,6 +68,7 @@ class StoredGrants:
         self._renewer = renewer
         self._pending = pending
         self._outages = outages
+        self._journal = journal
         self._revoke = revoke
         self._clock = clock
 
@@ -169,6 +172,7 @@ class StoredGrants:
         if live:
             self._tokens.evict(account)
             self._pending.cancel(account)
+            self._journal.disconnected(account)
         if deleted is None:
             return None
         return DeletedGrant(summary, await self._revoke(account, deleted) if deleted.ended_at is None else None)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.broker.matching import upstream_of
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationError, StoreError, UpstreamError
+from mcp_auth_proxy.errors import AuthorizationError, StoreError, UpstreamError, UpstreamUnreachable
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, AccessToken, Account, Catalog
 from mcp_auth_proxy.proxy.catalog_fetch import CatalogFetch
 from mcp_auth_proxy.proxy.routes import route_to
@@ -192,10 +192,15 @@ class ServerCatalogs:
                 failure = error
             else:
                 self._broker.accepted(account)
+                self._broker.outages.reached(account.server)
             break
         if not fetch.is_empty:
             await self._put(key, _merged(before, fetch.found(fetched_at=fetched_at), complete=fetch.complete))
         if failure is not None:
+            unreachable = isinstance(failure, UpstreamUnreachable)
+            if unreachable:
+                self._broker.outages.note_unreachable(account.server, str(failure))
+            self._broker.journal.request_failed(account, str(failure), unreachable=unreachable)
             raise failure
 
     async def _another(self, account: Account, token: AccessToken, challenged: Challenged) -> AccessToken | None:
@@ -213,7 +218,10 @@ class ServerCatalogs:
             return
         self._reads += 1
         self._drop(key)
-        self._keep(key, await self._store.put(account, catalog, upstream=upstream))
+        stored = await self._store.put(account, catalog, upstream=upstream)
+        self._keep(key, stored)
+        if "tools" in stored.lists:
+            self._broker.journal.note_tools(account, len(stored.lists["tools"]))
 
     # In memory
 

@@ -210,13 +210,24 @@ class Forwarder:
         reason = f"{key} is used up, and requests are refused. Client {client} uses most of it ({most} {unit})."
         self._overloads.warn(server, reason)
 
-    def record(self, route: Route, request: ClientRequest, started_at: float, mcp_method: str | None = None) -> None:
-        """Count and log a request whose response is complete, or whose client is gone."""
+    def record(
+        self,
+        route: Route,
+        request: ClientRequest,
+        started_at: float,
+        mcp_method: str | None = None,
+        *,
+        failed: bool = False,
+    ) -> None:
+        """Count and log a request whose response is complete, or whose client is gone.
+
+        ``failed``: it was answered with an error of ours.
+        """
         seconds = time.monotonic() - started_at
         # If a handler failed with an unexpected exception, the 500 is sent after this.
         status = request.status or (CLIENT_GONE if request.disconnected else 500)
-        if self._outages.unreachable and status < 500:
-            self._outages.unreachable.discard(route.server.name)
+        if self._outages.failing and status < 500 and not failed:
+            self._outages.reached(route.server.name)
         metrics = route.metrics
         (metrics.post if request.method == b"POST" else metrics.of_method(request.method)).finished(status, seconds)
         if self._access_log.enabled:
@@ -275,7 +286,7 @@ class Forwarder:
         finally:
             self._handlers.discard(handler)
             handler.close()
-            self.record(route, request, started_at, handler.mcp_method)
+            self.record(route, request, started_at, handler.mcp_method, failed=handler.failed)
             self._check_idle()
 
     @property

@@ -106,6 +106,7 @@ class RequestHandler:
         "_sent",
         "caller",
         "ending",
+        "failed",
         "held",
         "listening",
         "memory",
@@ -146,6 +147,8 @@ class RequestHandler:
         assert task is not None
         self.task = task
         self.ending: End | None = None
+        self.failed = False
+        """Whether it was answered with an error of ours."""
         self.listening = False
         """Whether the request only waits for messages of the server: at shutdown it is ended at once."""
         request.when_disconnected(lambda: self.end("disconnected"))
@@ -417,10 +420,12 @@ class RequestHandler:
 
     async def _fail(self, error: McpAuthProxyError) -> None:
         """Answer with the error, and log it."""
-        server = self.route.server.name
+        server, journal = self.route.server.name, self._context.broker.journal
+        self.failed = True
         if isinstance(error, AuthorizationError) and not isinstance(error, AuthorizationServerUnavailable):
             text = f"Server {server} can't be authorized: {error}"
             self._context.outages.warn(server, str(error), trace_id=self._responder.trace_id)
+            journal.request_failed(self.route.account, str(error))
             # HTTP 200, because a 4xx means other things to MCP clients.
             status = 200 if self._body.requests else 502
             code, retry_after = answers.AUTHORIZATION_REQUIRED, error.retry_after
@@ -437,7 +442,10 @@ class RequestHandler:
         if isinstance(error, UpstreamError):
             self.route.metrics.upstream_failed(failure_kind(error))
         if isinstance(error, UpstreamUnreachable):
-            self._context.outages.unreachable.add(server)
+            self._context.outages.note_unreachable(server, str(error))
+            journal.request_failed(self.route.account, str(error), unreachable=True)
+        elif isinstance(error, UpstreamTimeout | UpstreamProtocolError):
+            journal.request_failed(self.route.account, str(error))
         status, retry_after = _status_of(error)
         text = str(error) if isinstance(error, BodyTooLarge) else f"Server {server}: {error}"
         code = answers.NOT_FOUND if isinstance(error, SessionNotFound) else answers.UPSTREAM_FAILED

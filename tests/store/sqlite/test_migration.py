@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
 import sqlite3
@@ -18,11 +19,16 @@ from mcp_auth_proxy.config.settings import KeySource
 from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
 from mcp_auth_proxy.models import Account, Grant
 from mcp_auth_proxy.store import Engine, open_store, open_store_read_only
+from mcp_auth_proxy.store.catalogs import Catalogs
 from mcp_auth_proxy.store.cipher import generate_key_file
+from mcp_auth_proxy.store.codec import account_params
 from mcp_auth_proxy.store.confirmations import Confirmations
+from mcp_auth_proxy.store.connection_notes import StoredNotes
+from mcp_auth_proxy.store.engine import Row
 from mcp_auth_proxy.store.flows import KEPT_UNANSWERED_SECONDS, Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
+from mcp_auth_proxy.store.sealed_rows import RowCipher, decode_rows
 from store import samples
 from store.builders import NOW, grant, registration, sha256, store_settings
 
@@ -53,8 +59,19 @@ async def assert_holds(engine: Engine, held: samples.Contents) -> None:
         assert await registrations.find(client.server, client.issuer, CALLBACK, account=client.account) == client
     for account, upstream, issuer, host in held.confirmations:
         assert await Confirmations(engine).contains(account, upstream=upstream, issuer=issuer, sign_in_host=host)
+    for account, upstream, catalog in held.catalogs:
+        assert await Catalogs(engine).get(account, upstream=upstream) == catalog
+    for session_id, account, upstream, state in held.sessions:
+        asked = {"id_hash": sha256(session_id), **account_params(account), "upstream": upstream}
+        rows = await engine.fetch_all("SELECT * FROM mcp_sessions WHERE id_hash = :id_hash", asked)
+        assert await decode_rows(engine, "mcp_sessions", rows, asked, _state) == [state]
+    assert await StoredNotes(engine).all() == held.notes
     server, client_id, issuer = samples.BINDING
     assert await registrations.bound_issuer(server, client_id) == issuer
+
+
+def _state(row: Row, cipher: RowCipher) -> object:
+    return json.loads(cipher.open("state", row["state"]))
 
 
 def digests(folder: Path) -> dict[str, str]:

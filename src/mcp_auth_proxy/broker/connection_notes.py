@@ -1,0 +1,173 @@
+"""What is known of a connection beside its grant: when it was used, what went wrong last, and what helps.
+
+The journal is in memory. ``broker.connection_records`` keeps what commands and other processes see of it in the store.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account
+
+MAX_ACCOUNTS = 1000
+"""Accounts of which something is remembered; beyond it, the one that was noted first is forgotten."""
+
+MAX_EVENTS = 200
+"""Events that are remembered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionNotes:
+    """What is known of an account of a server; what is not known is None. Times are Unix seconds."""
+
+    last_used_at: float | None = None
+    last_error: str | None = None
+    """Why it does not work, or did not the last time; None after it has worked again."""
+    remedy: str | None = None
+    """What to do about that, in one or two sentences."""
+    tools: int | None = None
+    """How many tools the server had when it was last asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionEvent:
+    """Something that has happened to a connection. ``at`` is in Unix seconds; no text in it is a secret."""
+
+    at: float
+    account: Account
+    text: str
+    good: bool
+
+
+class Happening(StrEnum):
+    """What has happened to a connection."""
+
+    CONNECTED = "connected"
+    DISCONNECTED = "disconnected"
+    NOT_AUTHORIZED = "not_authorized"
+    NOT_RENEWED = "not_renewed"
+    RENEWED = "renewed"
+    """After it could not be renewed."""
+    ENDED = "ended"
+    UNREACHABLE = "unreachable"
+    """A request could not connect to the server."""
+    FAILED = "failed"
+    """A request failed for another reason."""
+
+
+Listener = Callable[[Account, Happening, str], None]
+"""Called with what has happened and why. It must not raise or block."""
+
+
+class ConnectionJournal:
+    """Remember what happens to connections. ``clock`` returns Unix seconds."""
+
+    def __init__(self, *, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._listeners: list[Listener] = []
+        self._failing: set[Account] = set()
+        """The accounts whose last renewal failed for a reason that passes."""
+        self._notes: dict[Account, ConnectionNotes] = {}
+        self._events: deque[ConnectionEvent] = deque(maxlen=MAX_EVENTS)
+
+    def listen(self, listener: Listener) -> None:
+        """Tell one more listener what happens."""
+        self._listeners.append(listener)
+
+    def restore(self, account: Account, notes: ConnectionNotes) -> None:
+        """Take over what an earlier process has noted."""
+        if account not in self._notes and len(self._notes) < MAX_ACCOUNTS:
+            self._notes[account] = notes
+
+    def connected(self, account: Account, *, elsewhere: bool = False) -> None:
+        """Note a new grant: what went wrong before no longer matters.
+
+        ``elsewhere``: another process has received it, and tells its listeners.
+        """
+        self._failing.discard(account)
+        self._change(account, last_error=None)
+        if not elsewhere:
+            self._tell(account, Happening.CONNECTED)
+        self._add(account, "connected", good=True)
+
+    def disconnected(self, account: Account) -> None:
+        """Note that a grant was deleted; nothing else is remembered of it."""
+        self._failing.discard(account)
+        self._notes.pop(account, None)
+        self._tell(account, Happening.DISCONNECTED)
+        self._add(account, "disconnected", good=True)
+
+    def not_authorized(self, account: Account, reason: str) -> None:
+        """Note that an authorization has failed; a grant that there was is still there."""
+        self._change(account, last_error=reason)
+        self._tell(account, Happening.NOT_AUTHORIZED, reason)
+        self._add(account, f"not authorized: {reason}", good=False)
+
+    def ended(self, account: Account, reason: str) -> None:
+        """Note that a grant has ended, so that only a person can mend it."""
+        self._failing.discard(account)
+        self._tell(account, Happening.ENDED, reason)
+        self._add(account, f"ended: {reason}", good=False)
+
+    def not_renewed(self, account: Account, reason: str) -> None:
+        """Note that a renewal has failed for a reason that passes."""
+        if len(self._failing) < MAX_ACCOUNTS:
+            self._failing.add(account)
+        self._tell(account, Happening.NOT_RENEWED, reason)
+        self._add(account, f"not renewed, is tried again: {reason}", good=False)
+
+    def renewed(self, account: Account) -> None:
+        """Note that a grant was renewed; it is only told if that had failed before."""
+        if account in self._failing:
+            self._failing.discard(account)
+            self._tell(account, Happening.RENEWED)
+            self._add(account, "renewed again", good=True)
+
+    def request_failed(self, account: Account, reason: str, *, unreachable: bool = False) -> None:
+        """Note that a request has failed because of its server or authorization. It is no event: there may be many."""
+        self._tell(account, Happening.UNREACHABLE if unreachable else Happening.FAILED, reason)
+
+    def note_tools(self, account: Account, count: int) -> None:
+        """Note how many tools a server has."""
+        self._change(account, tools=count)
+
+    def notes(self, account: Account) -> ConnectionNotes:
+        """Return what was noted of an account."""
+        return self._notes.get(account, ConnectionNotes())
+
+    def events(self) -> list[ConnectionEvent]:
+        """Return what has happened, the newest first."""
+        return list(reversed(self._events))
+
+    def _tell(self, account: Account, happening: Happening, reason: str = "") -> None:
+        for listener in self._listeners:
+            listener(account, happening, reason)
+
+    def _change(self, account: Account, **changes: str | int | None) -> None:
+        if account not in self._notes and len(self._notes) >= MAX_ACCOUNTS:
+            del self._notes[next(iter(self._notes))]
+        self._notes[account] = replace(self.notes(account), **changes)  # type: ignore[arg-type]
+
+    def _add(self, account: Account, text: str, *, good: bool) -> None:
+        last = self._events[-1] if self._events else None
+        if last is None or (last.account, last.text) != (account, text):
+            self._events.append(ConnectionEvent(self._clock(), account, text, good))
+
+
+def name_of(account: Account) -> str:
+    """Return what users call an account."""
+    return account.server if account.name == DEFAULT_ACCOUNT else f"{account.server}@{account.name}"
+
+
+def authorize_again(account: Account, server: ServerSettings | None) -> str:
+    """Return what to do if only a person can mend a connection. ``server``: None if it is no longer configured."""
+    name = name_of(account) if server is None or not server.from_url else server.command_name
+    return f"To authorize again, run `mcp-auth-proxy login {name}`, or open the link that the next request gets."
+
+
+def moment(at: float) -> str:
+    """Return a time for a log."""
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC"
