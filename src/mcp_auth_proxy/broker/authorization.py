@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_server
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
-from mcp_auth_proxy.broker.flows import PendingFlows, clone_flow, new_flow
+from mcp_auth_proxy.broker.flows import PendingFlows, clone_flow, has_link, new_flow
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.planning import Planner
@@ -101,20 +101,28 @@ class Authorizations:
         Raises as ``authorize`` does.
         """
 
+        async def find() -> PendingAuthorization | None:
+            found = self._pending.usable(account, elsewhere=True)
+            if found is None or not wanted.fits(found.flow):
+                found = await self._pending.resume(account, None, wanted.fits)
+            return found
+
         async def start() -> AccessToken | PendingAuthorization:
-            found = self._pending.usable(account, elsewhere=True) or await self._pending.resume(account, None)
-            if found is not None and wanted.fits(found.flow):
+            found = await find()
+            if found is not None:
                 return found
             return await self._new(account, wanted.settings(account, server), challenge, None, schemes, None, wanted)
 
-        before = self._pending.usable(account, elsewhere=True) or await self._pending.resume(account, None)
+        before = await find()
         while True:
             # A request of an MCP client may be authorizing the account just now, with a flow of another kind.
             outcome = await self._running.run(_Flight(account, hash(None)), start)
             if not isinstance(outcome, PendingAuthorization) or wanted.fits(outcome.flow):
                 break
-        new = isinstance(outcome, PendingAuthorization) and (before is None or before.flow.id != outcome.flow.id)
-        return outcome, new
+        if not isinstance(outcome, PendingAuthorization):
+            return outcome, False
+        new = outcome.made_here and (before is None or before.flow.id != outcome.flow.id)
+        return await self._pending.tell(outcome, wanted.return_origin), new
 
     async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
         """Return a pending authorization whose link can be used for a while, a new one if necessary.
@@ -159,8 +167,27 @@ class Authorizations:
         subject: str | None,
         wanted: FlowRequest | None,
     ) -> AccessToken | PendingAuthorization:
+        self._backoff.check(of_server(server.name), of_account(account, subject))
+
+        async def make() -> AccessToken | PendingAuthorization:
+            return await self._make(account, server, challenge, already, schemes, subject, wanted)
+
+        if server.oauth.grant.unattended:
+            return await make()
+        # One window, however many processes on this store are asked in the same instant.
+        return await self._pending.start_once(account, challenge, make, has_link if wanted is None else wanted.fits)
+
+    async def _make(
+        self,
+        account: Account,
+        server: ServerSettings,
+        challenge: BearerChallenge | None,
+        already: tuple[str, ...] | None,
+        schemes: tuple[str, ...],
+        subject: str | None,
+        wanted: FlowRequest | None,
+    ) -> AccessToken | PendingAuthorization:
         everyone, own = of_server(server.name), of_account(account, subject)
-        self._backoff.check(everyone, own)
         # A token that can't be read is no server's failure: no pause, and nothing is fetched in vain.
         await self._token_client.check_credentials(server)
         try:
@@ -183,7 +210,9 @@ class Authorizations:
             raise
         self._backoff.succeeded(everyone, own, of_issuer(server.name, plan.key.issuer))
         if isinstance(made, Flow):
-            return await self._pending.start(made if wanted is None else wanted.apply(made))
+            if wanted is None:
+                return await self._pending.start(made)
+            return await self._pending.start(wanted.apply(made), wanted.fits)
         return self._pending.activate(await self._grants.add(made)).token
 
     async def _obtain(self, plan: Plan, subject: str | None) -> Grant:

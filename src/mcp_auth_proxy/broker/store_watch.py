@@ -12,6 +12,7 @@ from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, Store
 from mcp_auth_proxy.models import Account, FlowStatus, Grant
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
+from mcp_auth_proxy.store.leases import Leases
 
 WATCH_INTERVAL = 0.5
 """Seconds between checks whether another process has written to the store."""
@@ -37,6 +38,7 @@ class StoreWatch:
         self,
         *,
         database: Engine,
+        leases: Leases,
         flows: Flows,
         tokens: TokenCache,
         pending: PendingFlows,
@@ -45,6 +47,7 @@ class StoreWatch:
     ) -> None:
         self._readers = readers
         self._database = database
+        self._leases = leases
         self._flows = flows
         self._tokens = tokens
         self._pending = pending
@@ -82,6 +85,7 @@ class StoreWatch:
         for reader in self._readers:
             await reader.purge()
         await self._flows.purge(self._clock())
+        await self._leases.purge(self._clock())
 
     async def reload(self) -> None:
         """Apply what ``login`` or ``logout`` in another process has stored or deleted.
