@@ -1,11 +1,11 @@
 """Authorize an account: from a challenge to a token, or to a flow that waits for the user."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_server
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
-from mcp_auth_proxy.broker.flows import PendingFlows, clone_flow, has_link, new_flow
+from mcp_auth_proxy.broker.flows import PendingFlows, clone_flow, new_flow
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.planning import Planner
@@ -82,9 +82,10 @@ class Authorizations:
         """
         if server.oauth.grant is not GrantType.TOKEN_EXCHANGE:
             subject = None
+        known = self._pending.known_grant(account)
         return await self._running.run(
             _Flight(account, hash(subject)),
-            lambda: self._authorize(account, server, challenge, already, schemes, subject),
+            lambda: self._authorize(account, server, challenge, already, schemes, subject, known),
         )
 
     async def request(
@@ -111,7 +112,8 @@ class Authorizations:
             found = await find()
             if found is not None:
                 return found
-            return await self._new(account, wanted.settings(account, server), challenge, None, schemes, None, wanted)
+            settings = wanted.settings(account, server)
+            return await self._new(account, settings, challenge, None, schemes, None, wanted, find)
 
         before = await find()
         while True:
@@ -151,11 +153,18 @@ class Authorizations:
         already: tuple[str, ...] | None,
         schemes: tuple[str, ...],
         subject: str | None,
+        known: Grant | None,
     ) -> AccessToken | PendingAuthorization:
         pending = self._pending.usable(account) or await self._pending.resume(account, challenge)
         if pending is not None:
             return pending
-        return await self._new(account, server, challenge, already, schemes, subject, None)
+
+        async def look() -> AccessToken | PendingAuthorization | None:
+            # The user may have been faster with the flow of another process than this one was with its look.
+            found = await self._pending.resume(account, challenge)
+            return found or await self._pending.granted_since(account, known)
+
+        return await self._new(account, server, challenge, already, schemes, subject, None, look)
 
     async def _new(
         self,
@@ -166,7 +175,9 @@ class Authorizations:
         schemes: tuple[str, ...],
         subject: str | None,
         wanted: FlowRequest | None,
+        look: Callable[[], Awaitable[AccessToken | PendingAuthorization | None]],
     ) -> AccessToken | PendingAuthorization:
+        """Authorize in one process at a time; ``look`` finds what another has come to meanwhile."""
         self._backoff.check(of_server(server.name), of_account(account, subject))
 
         async def make() -> AccessToken | PendingAuthorization:
@@ -175,7 +186,7 @@ class Authorizations:
         if server.oauth.grant.unattended:
             return await make()
         # One window, however many processes on this store are asked in the same instant.
-        return await self._pending.start_once(account, challenge, make, has_link if wanted is None else wanted.fits)
+        return await self._pending.in_turn(account, look, make)
 
     async def _make(
         self,

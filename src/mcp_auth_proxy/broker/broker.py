@@ -396,6 +396,8 @@ class Broker:
         self._backoff.person_begins(account.server)
         self._begun.add(account)
         try:
+            # The grant that there is must be known, so that it does not count as one that came meanwhile.
+            await self._tokens.load(account)
             return await self._start(account, status, challenge)
         except AuthorizationError as error:
             raise self._backoff.with_time(error) from None

@@ -17,7 +17,7 @@ from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
 from mcp_auth_proxy.broker.turns import take_turn
 from mcp_auth_proxy.config.settings import AccountSettings, ServerSettings
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, McpAuthProxyError, StoreError
-from mcp_auth_proxy.models import Account, Flow, FlowMode, FlowStatus, Grant, GrantType
+from mcp_auth_proxy.models import AccessToken, Account, Flow, FlowMode, FlowStatus, Grant, GrantType
 from mcp_auth_proxy.oauth import dpop, scopes
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart
@@ -162,24 +162,25 @@ class PendingFlows:
             self._announce(flow, pending.link)
         return pending
 
-    async def start_once(
-        self,
-        account: Account,
-        challenge: BearerChallenge | None,
-        work: Callable[[], Awaitable[T]],
-        fits: Fits = has_link,
-    ) -> T | PendingAuthorization:
-        """Return the flow that another process has begun, or begins just now, else what ``work`` returns.
-
-        Raises what ``work`` raises, and StoreError.
-        """
-
-        async def look() -> T | PendingAuthorization | None:
-            return await self.resume(account, challenge, fits)
-
+    async def in_turn(
+        self, account: Account, look: Callable[[], Awaitable[T | None]], work: Callable[[], Awaitable[T]]
+    ) -> T:
+        """Return what ``look`` finds once no other process begins a flow of the account, else what ``work`` makes."""
         return await take_turn(
             self._leases, start_lease(account), clock=self._clock, longest=LONGEST_START, look=look, work=work
         )
+
+    def known_grant(self, account: Account) -> Grant | None:
+        """Return the grant of an account that this process knows of."""
+        cached = self._tokens.get(account)
+        return None if cached is None else cached.grant
+
+    async def granted_since(self, account: Account, known: Grant | None) -> AccessToken | None:
+        """Return the token of a new grant, which another process has stored since ``known`` was the one in use."""
+        stored = await self._tokens.stored(account)
+        if stored is None or (known is not None and stored.granted_at == known.granted_at):
+            return None
+        return self.activate(stored).token
 
     async def tell(self, pending: PendingAuthorization, return_origin: str | None) -> PendingAuthorization:
         """Let the origin of a page hear how a flow ends, if nobody hears of it yet. Raises StoreError."""
