@@ -43,10 +43,12 @@ from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
+    AddressRefused,
     AuthorizationDenied,
     AuthorizationError,
     AuthorizationServerUnavailable,
     CallbackRefused,
+    StateRefused,
     StoreError,
     TokenRefused,
 )
@@ -424,6 +426,20 @@ class Broker:
         """
         accepted = await self._headless.accept(account.principal, account.server, state, iss)
         params = {"code": [code], "state": [state], **({} if iss is None else {"iss": [iss]})}
+        return await self._finish(accepted, params)
+
+    async def complete_pasted(self, account: Account, params: Mapping[str, Sequence[str]]) -> Flow:
+        """Complete a headless flow of an account with the address that its user has pasted (``pasted_address.read``).
+
+        Raises AddressRefused, which uses up nothing, and else as ``complete`` does.
+        """
+        state, iss = params["state"][0], next(iter(params.get("iss", ())), None)
+        try:
+            accepted = await self._headless.accept(account.principal, account.server, state, iss, account=account.name)
+        except StateRefused:
+            raise AddressRefused("That address is not ours: it belongs to another authorization.") from None
+        except CallbackRefused as refused:
+            raise AddressRefused(str(refused)) from None
         return await self._finish(accepted, params)
 
     async def _finish(self, accepted: AcceptedCallback, params: Mapping[str, Sequence[str]]) -> Flow:

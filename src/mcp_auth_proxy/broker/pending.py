@@ -26,7 +26,7 @@ class PendingAuthorization:
     made_here: bool = False
     """Whether this process has made the flow; otherwise it was found in the store."""
 
-    async def wait(self, timeout: float, interrupt: asyncio.Future[None] | None = None) -> AccessToken | None:
+    async def wait(self, timeout: float, interrupt: asyncio.Future[Any] | None = None) -> AccessToken | None:
         """Return the token as soon as the user has consented; None after ``timeout`` seconds or on ``interrupt``.
 
         Raises AuthorizationError if the authorization fails.
