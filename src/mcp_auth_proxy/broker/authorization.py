@@ -119,12 +119,12 @@ class Authorizations:
         while True:
             # A request of an MCP client may be authorizing the account just now, with a flow of another kind.
             outcome = await self._running.run(_Flight(account, hash(None)), start)
-            if not isinstance(outcome, PendingAuthorization) or wanted.fits(outcome.flow):
-                break
-        if not isinstance(outcome, PendingAuthorization):
-            return outcome, False
-        new = outcome.made_here and (before is None or before.flow.id != outcome.flow.id)
-        return await self._pending.tell(outcome, wanted.return_origin), new
+            if not isinstance(outcome, PendingAuthorization):
+                return outcome, False
+            # Another page may have asked for the same flow just now.
+            if wanted.fits(outcome.flow) and (told := await self._pending.tell(outcome, wanted.return_origin)):
+                new = outcome.made_here and (before is None or before.flow.id != outcome.flow.id)
+                return told, new
 
     async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
         """Return a pending authorization whose link can be used for a while, a new one if necessary.

@@ -182,12 +182,18 @@ class PendingFlows:
             return None
         return self.activate(stored).token
 
-    async def tell(self, pending: PendingAuthorization, return_origin: str | None) -> PendingAuthorization:
-        """Let the origin of a page hear how a flow ends, if nobody hears of it yet. Raises StoreError."""
+    async def tell(self, pending: PendingAuthorization, return_origin: str | None) -> PendingAuthorization | None:
+        """Let the origin of a page hear how a flow ends. Return None if another origin does. Raises StoreError."""
         flow = pending.flow
-        if return_origin is None or flow.return_origin is not None or not await self._flows.tell(flow, return_origin):
+        if return_origin is None or flow.return_origin is not None:
             return pending
-        return self._track(replace(flow, return_origin=return_origin), made_here=pending.made_here)
+        if await self._flows.tell(flow, return_origin):
+            return self._track(replace(flow, return_origin=return_origin), made_here=pending.made_here)
+        stored = await self._flows.get(flow.id)
+        if stored is None or stored.return_origin in (None, return_origin):
+            return pending
+        self._track(stored, made_here=pending.made_here)
+        return None
 
     async def claim_window(self, flow: Flow) -> bool:
         """Return whether this process may open the link of a flow in a browser. Raises StoreError."""

@@ -19,7 +19,7 @@ TERMINAL_LINE = 4095
 """Bytes of a line that a terminal passes on; the rest of it is lost (termios(3))."""
 
 _ONCE = ("state", "code", "error", "iss")
-_AROUND = " \t\r\n\f\v<>\"'`"
+AROUND = " \t\r\n\f\v<>\"'`"
 """What may be around an address that was copied out of a text."""
 
 
@@ -31,7 +31,7 @@ def read(text: str, redirect_uri: str) -> Mapping[str, Sequence[str]]:
     """
     if len(text) > MAX_LENGTH:
         raise AddressRefused(f"That is no address: it has more than {MAX_LENGTH} characters.")
-    address = text.strip(_AROUND).partition("#")[0]
+    address = text.strip(AROUND).partition("#")[0]
     place, mark, query = address.partition("?")
     if not place.isascii() or not place.isprintable() or " " in place or "/" not in place:
         raise AddressRefused(f"That is no address. It has to begin with {excerpt(redirect_uri)}?")

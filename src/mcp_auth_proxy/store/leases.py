@@ -36,7 +36,7 @@ async def claim(transaction: Transaction, name: str, *, owner: str, now: float, 
     """Claim a lease within a transaction; see ``Leases.claim``."""
     values = {"name": _PREFIX + name, "value": _value(owner, now)}
     rows = await transaction.execute(_LOCK, values)
-    held = bytes(rows[0]["value"]) if rows else FREE
+    held = rows[0]["value"] if rows else FREE
     if held == values["value"]:
         return True
     if _holder(held) != owner and _is_held(held, now, longest):
