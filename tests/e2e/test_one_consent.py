@@ -1,6 +1,7 @@
 """However many clients and processes ask for one account on one store: one flow, one window, one registration."""
 
 import asyncio
+import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
@@ -11,9 +12,9 @@ import pytest
 
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import RealMcpServer
-from fakes.headless import consent
+from fakes.headless import Browser, consent
 from fakes.mcp_client import PlainClient
-from fakes.proxy import ProxyProcess, serving, until, write_config
+from fakes.proxy import ProxyProcess, proxy_process, run_command, serving, until, write_config
 
 EACH = 6
 """Clients of each of two proxies: twelve in all."""
@@ -95,3 +96,51 @@ async def test_twelve_clients_of_two_processes_open_one_window(
             # One registration for each account, and one flow, whose link both processes have.
             assert authorization_server.registrations == number
             assert {link for proxy in proxies for link in proxy.links} == set(windows.opened)
+
+
+async def test_login_opens_no_second_window_and_the_first_if_the_proxy_has_none(
+    tmp_path: Path, real_mcp_server: RealMcpServer, windows: Windows
+) -> None:
+    listen = f"127.0.0.1:{free_ports(1)[0]}"
+    config = write_config(
+        tmp_path, {"notes": real_mcp_server.url}, listen=listen, authorization={"open_browser": "auto", "wait": "20s"}
+    )
+    login = ("login", "--config", str(config), "--wait", "1s")
+    no_desktop = {"BROWSER": None, "DISPLAY": None, "WAYLAND_DISPLAY": None, "SSH_CONNECTION": None}
+    async with proxy_process(config, listen=listen, env=windows.env) as proxy, proxy.client("notes") as client:
+        call = asyncio.create_task(client.initialize())
+        await until(lambda: windows.opened, "a window")
+        code, out, _ = await run_command(*login, "notes", env=windows.env)
+        assert (code, windows.opened[0] in out) == (1, True)
+        assert len(windows.opened) == 1
+        await consent(windows.opened[0])
+        assert "result" in (await call).message
+    async with proxy_process(config, listen=listen, env=no_desktop) as proxy, proxy.client("notes@work") as client:
+        call = asyncio.create_task(client.initialize())
+        link = await proxy.next_link()
+        await run_command(*login, "notes@work", env=windows.env)
+        await until(lambda: windows.opened[1:] == [link], "the window of login")
+        call.cancel()
+
+
+async def test_the_callback_of_a_killed_proxy_lands_at_the_next_one(
+    tmp_path: Path, real_mcp_server: RealMcpServer, authorization_server: FakeAuthorizationServer, windows: Windows
+) -> None:
+    listen = f"127.0.0.1:{free_ports(1)[0]}"
+    config = write_config(
+        tmp_path, {"notes": real_mcp_server.url}, listen=listen, authorization={"open_browser": "auto", "wait": "20s"}
+    )
+    async with Browser() as browser:
+        async with proxy_process(config, listen=listen, env=windows.env) as proxy, proxy.client("notes") as client:
+            call = asyncio.create_task(client.initialize())
+            await until(lambda: windows.opened, "a window")
+            callback = await browser.stop_before(windows.opened[0])
+            await proxy.stop(signal.SIGKILL)
+            await asyncio.gather(call, return_exceptions=True)
+        async with proxy_process(config, listen=listen, env=windows.env) as proxy, proxy.client("notes") as client:
+            again = asyncio.create_task(client.initialize())
+            assert await proxy.next_link() == windows.opened[0]
+            assert (await browser.follow(callback, until="/oauth/connected/notes")).status_code == 200
+            assert "result" in (await again).message
+    assert len(windows.opened) == 1
+    assert (authorization_server.registrations, authorization_server.authorizations) == (1, 1)

@@ -193,7 +193,7 @@ async def test_an_address_is_pasted_for_somebody_and_through_the_api(
             assert "That is no address." in await setup.refusal()
             code, out, err = await setup.end(came)
         assert code == 0, err
-        assert "body.state" in err
+        assert "That address is not ours: it belongs to another authorization." in err
         assert f"MCP clients use it at {proxy.origin}/notes@home/mcp" in out
         assert "It offers 3 tools: " in out
         for account in ("work", "home"):

@@ -80,9 +80,9 @@ class HeadlessAttempts:
             if flow.mode is not FlowMode.HEADLESS or state.partition(".")[0] != _tag(flow):
                 continue
             if flow.status is FlowStatus.PENDING and flow.expires_at <= self._clock():
-                return CallbackRefused("This authorization is too old: begin a new one.", 400)
+                return CallbackRefused("This authorization is too old.", 400)
             if flow.status is FlowStatus.FAILED:
-                return CallbackRefused("This authorization was used already, and has failed: begin a new one.", 400)
+                return CallbackRefused("This authorization was used already, and has failed.", 400)
             return _used()
         return None
 
@@ -102,4 +102,4 @@ def _foreign() -> StateRefused:
 
 
 def _used() -> CallbackRefused:
-    return CallbackRefused("This authorization was used already: begin a new one.", 400)
+    return CallbackRefused("This authorization was used already.", 400)

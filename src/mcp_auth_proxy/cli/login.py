@@ -59,7 +59,7 @@ async def login(settings: Settings, name: str, *, owner: str | None = None, opti
 
     ``owner``: the principal that it is for, if callers are identified. If a proxy is running, its callback completes
     the flow, and this process learns of it from the store. Otherwise this process listens itself, unless its user
-    brings the address of the callback. A store that it had to make stays only if there is a grant to keep.
+    brings the address of the callback. A store that it had to make is removed if it fails.
     """
     server_name, account_name = split(name)
     server = server_of(settings, server_name)

@@ -199,8 +199,9 @@ async def _pasted(proxy: RemoteProxy, server: Json, shown: str, flow: Json, ends
 
     async def use(params: Params) -> None:
         given = {name: params[name][0] for name in ("code", "state", "iss") if name in params}
+        other = AddressRefused("That address is not ours: it belongs to another authorization.")
         if "error" in params and given["state"] != own["state"]:
-            raise AddressRefused("That address is not ours: it belongs to another authorization.")
+            raise other
         if "error" in params:
             await proxy.delete(f"/flows/{flow['id']}")
             raise McpAuthProxyError(f"The authorization server refused: {excerpt(params['error'][0])}.")
@@ -209,7 +210,9 @@ async def _pasted(proxy: RemoteProxy, server: Json, shown: str, flow: Json, ends
         except ApiProblem as problem:
             if (await proxy.get(f"/flows/{flow['id']}"))["status"] != "pending":
                 raise
-            raise AddressRefused(str(problem)) from None
+            # What was used or is too old is told apart from what the API does not know.
+            known = given["state"] == own["state"] or problem.kind == "code-refused"
+            raise (AddressRefused(str(problem)) if known else other) from None
 
     reading = asyncio.ensure_future(read_addresses(PastedLines(), own["redirect_uri"], use))
     ending = asyncio.ensure_future(_ended(proxy, flow, ends))

@@ -24,7 +24,7 @@ _LOCK = """
 _TAKE = "UPDATE meta SET value = :value WHERE name = :name"
 _RELEASE = "DELETE FROM meta WHERE name = :name AND (value = :value OR value = :free)"
 _FIND = "SELECT value FROM meta WHERE name = :name"
-_ALL = "SELECT name, value FROM meta WHERE name LIKE 'lease:%'"
+_ALL = "SELECT name, value FROM meta WHERE substr(name, 1, :length) = :prefix"
 
 
 async def lock(transaction: Transaction, name: str) -> None:
@@ -79,7 +79,7 @@ class Leases:
     async def purge(self, now: float) -> None:
         """Delete the leases that nobody gave back."""
         async with self._engine.transaction() as transaction:
-            for row in await transaction.execute(_ALL):
+            for row in await transaction.execute(_ALL, {"length": len(_PREFIX), "prefix": _PREFIX}):
                 begun_at = _begun_at(row["value"])
                 if begun_at is None or abs(now - begun_at) > KEPT_SECONDS:
                     await transaction.execute("DELETE FROM meta WHERE name = :name", {"name": row["name"]})
