@@ -5,10 +5,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from fuzz.checks import check_error, check_fields
 from mcp_auth_proxy.errors import (
+    AddressRefused,
     AuthorizationServerUnavailable,
     DocumentRefused,
     RegistrationImpossible,
@@ -31,6 +32,7 @@ from mcp_auth_proxy.oauth import (
     discovery,
     documents,
     oauth_error,
+    pasted_address,
     registration,
     retry_after,
     token_endpoint,
@@ -252,3 +254,23 @@ def _answer(read: Callable[[], T], secrets: Sequence[str] = (SECRET,)) -> T | No
     except (DocumentRefused, TokenRefused, RegistrationImpossible) as error:
         check_error(error, secrets)
     return None
+
+
+def pasted(data: bytes) -> None:
+    """Check an address that a user pastes: what is taken from it is what it has, each once."""
+    text = data.decode("utf-8", "replace")
+    uri = FLOW.redirect_uri
+    try:
+        params = pasted_address.read(text, uri)
+    except AddressRefused as refused:
+        given = [value for name, value in parse_qsl(text.partition("?")[2]) if name in ("code", "state")]
+        check_error(refused, [value for value in given if len(value) > 8])
+        return
+    start, _, query = text.strip(pasted_address.AROUND).partition("#")[0].partition("?")
+    assert start in (uri, uri.removeprefix("http://")), "an address of somebody else"
+    taken = {(name, value) for name, values in params.items() for value in values}
+    assert taken == set(parse_qsl(query, keep_blank_values=True)), "other parameters"
+    assert len(params["state"]) == 1
+    assert params["state"][0]
+    assert "code" in params or "error" in params
+    assert all(len(params.get(name, ())) <= 1 for name in ("code", "error", "iss")), "a parameter twice"

@@ -15,6 +15,7 @@ TARGETS: Mapping[str, Target] = {
     "metadata": oauth_targets.metadata,
     "token": oauth_targets.token,
     "callback": callback_target.callback,
+    "pasted": oauth_targets.pasted,
     "config": config_target.config,
     "request": http_targets.request,
     "response": http_targets.response,

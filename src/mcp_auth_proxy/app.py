@@ -13,12 +13,12 @@ from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
 from mcp_auth_proxy.broker.made_servers import MadeServers
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.changes import SettingsChange
-from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, reachable
+from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, StoreSettings, reachable
 from mcp_auth_proxy.identity import Authenticator, Callers, make_authenticator
 from mcp_auth_proxy.identity.api_token import obtain_token, token_path
 from mcp_auth_proxy.identity.sessions import make_sessions
 from mcp_auth_proxy.models import AccessToken, Account, Flow
-from mcp_auth_proxy.net import descriptors
+from mcp_auth_proxy.net import descriptors, urls
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
 from mcp_auth_proxy.net.descriptors import Shares
 from mcp_auth_proxy.net.dial import Dialer
@@ -35,7 +35,7 @@ from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
-from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store import open_store, serving
 from mcp_auth_proxy.store.mcp_sessions import McpSessions
 from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
@@ -200,6 +200,8 @@ async def lifespan(
             announce=announce or announcer,
             clock=clock,
             opens_links=_opens_links(settings),
+            opens_windows=lambda: announce is None and announcer.opens,
+            is_served=partial(_is_served, settings.store),
         )
         stack.push_async_callback(broker.aclose)
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
@@ -336,6 +338,18 @@ def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:
         logger.warning("the API can't be used: its key can't be kept in %s (%s)", path, error.strerror or error)
 
 
+def _is_served(store: StoreSettings, public_url: str) -> bool:
+    """Return whether a process on this machine and store is listening at a URL that browsers here reach it at."""
+    origin = urls.parse(public_url).origin
+    if origin.scheme != "http" or not is_loopback(origin.host):
+        return False
+    hosts = ("0.0.0.0", "::")
+    return any(
+        address.port == origin.port and (is_loopback(address.host) or address.host in hosts)
+        for address in serving.addresses(store)
+    )
+
+
 def _impatient(server: ServerSettings) -> ServerSettings:
     """Return a server of which a user of the API does not wait for an answer as long as a tool may take."""
     return replace(server, upstream_timeout=min(server.upstream_timeout, PROBE_SECONDS))
@@ -393,7 +407,7 @@ class Announcer:
 
     def configure(self, settings: Settings) -> None:
         """Apply changed settings to the flows that are announced from now on."""
-        self._opens = browser.should_open(
+        self.opens = browser.should_open(
             settings.authorization.open_browser, loopback=self._on_loopback, environ=os.environ
         )
 
@@ -404,6 +418,6 @@ class Announcer:
             # The link may lead to a machine that no browser reaches; this address works on any device.
             url, code = flow.device.verification_uri, flow.device.user_code
             logger.warning("server %s: or open %s on any device, and enter %s", server, url, code)
-        if self._opens:
+        if self.opens:
             self._opening(flow)
             browser.open_link(link)

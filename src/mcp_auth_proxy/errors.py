@@ -28,6 +28,7 @@
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
     ├── GrantUnusable                  a grant that has ended, or that can't be renewed
+    ├── AddressRefused                 an address that a user has pasted can't be used
     ├── CallbackRefused                a callback request that matches no pending flow
     │   ├── StateRefused               its state is not one of the caller's own flows
     │   └── IssuerMissing              it has no iss, which the authorization server promises
@@ -325,6 +326,10 @@ class AuthorizationServerUnavailable(AuthorizationError):
         self.timed_out = timed_out
 
 
+class AddressRefused(McpAuthProxyError):
+    """An address that a user has pasted can't be used. Nothing was used up: another may be pasted."""
+
+
 class GrantUnusable(McpAuthProxyError):
     """A grant can't be renewed. ``ended``: it is over, and only a person can mend it."""
 
@@ -339,6 +344,18 @@ class CallbackRefused(McpAuthProxyError):
     def __init__(self, message: str, status: int = 400) -> None:
         self.status = status
         super().__init__(message)
+
+
+class CopyAddress(CallbackRefused):
+    """A callback belongs to an authorization that a program has begun. Nothing was used up."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A program has begun this authorization, and waits for the address of this page. Copy it from the address "
+            "bar, and paste it into the terminal in which `login --paste` waits, or into the program. Nothing was used "
+            "up here.",
+            403,
+        )
 
 
 class StateRefused(CallbackRefused):

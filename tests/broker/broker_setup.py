@@ -1,6 +1,6 @@
 """A broker on a real store, before an authorization server and MCP servers on real sockets."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,9 +100,16 @@ class BrokerSetup:
 
 @asynccontextmanager
 async def broker_setup(
-    folder: Path, *servers: ServerSettings, clock: Clock | None = None
+    folder: Path,
+    *servers: ServerSettings,
+    clock: Clock | None = None,
+    public_url: str = PUBLIC_URL,
+    is_served: Callable[[str], bool] = lambda public_url: False,
 ) -> AsyncIterator[BrokerSetup]:
-    """Run a broker for these servers; again on the same folder it has the same store."""
+    """Run a broker for these servers; again on the same folder it has the same store.
+
+    ``is_served``: whether another process runs at a URL.
+    """
     database = await open_store(store_settings(folder), announce=lambda line: None)
     fetcher = Fetcher()
     announced: list[tuple[Flow, str]] = []
@@ -112,7 +119,8 @@ async def broker_setup(
         servers=mapping,
         database=database,
         fetcher=fetcher,
-        public_url=PUBLIC_URL,
+        public_url=public_url,
+        is_served=is_served,
         announce=lambda flow, link: announced.append((flow, link)),
         clock=clock,
     )

@@ -14,7 +14,7 @@ from fuzz.targets import CORPUS, HERE, TARGETS, corpus
 from mcp_auth_proxy.broker import cookie_name
 from mcp_auth_proxy.config.settings import Secret
 from mcp_auth_proxy.net import http_connection, request_parser
-from mcp_auth_proxy.oauth import authorization_code, challenge, documents, token_endpoint
+from mcp_auth_proxy.oauth import authorization_code, challenge, documents, pasted_address, token_endpoint
 from mcp_auth_proxy.proxy import decoding
 from mcp_auth_proxy.rpc import answers, messages
 
@@ -85,6 +85,7 @@ BREAKS: list[tuple[str, object, str, object, bytes]] = [
         ("code", "iss"),
         CALLBACK,
     ),
+    ("pasted", pasted_address, "_ONCE", (), b"http://127.0.0.1:8787/oauth/callback?state=s&code=a&code=b"),
     (
         "config",
         Secret,

@@ -72,3 +72,24 @@ async def test_a_registration_that_cannot_be_decrypted_counts_as_missing(
     assert await registrations.find("linear", ISSUER, CALLBACK) is None
     await registrations.save(registration())
     assert await registrations.find("linear", ISSUER, CALLBACK) == registration()
+
+
+async def test_of_two_that_register_the_second_uses_the_first(registrations: Registrations) -> None:
+    first, second = registration(client_id="first"), registration(client_id="second")
+    assert await registrations.add(first, replaces=None) == first
+    assert await registrations.add(second, replaces=None) == first
+    assert await registrations.add(second, replaces="forgotten") == first
+    # One that can't be used any more is replaced, once.
+    assert await registrations.add(second, replaces="first") == second
+    assert await registrations.add(registration(client_id="third"), replaces="first") == second
+    assert await registrations.find("linear", ISSUER, CALLBACK) == second
+
+
+async def test_a_registration_that_something_else_has_changed_is_replaced(
+    registrations: Registrations, engine: Engine
+) -> None:
+    await registrations.add(registration(client_id="first"), replaces=None)
+    async with engine.transaction() as transaction:
+        await transaction.execute("UPDATE registrations SET client_id = 'forged'")
+    second = registration(client_id="second")
+    assert await registrations.add(second, replaces=None) == second

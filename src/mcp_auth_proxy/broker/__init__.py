@@ -5,7 +5,7 @@ Other packages use ``Broker``, which is built from the modules here::
     broker ── token_cache ── renewal
        ├───── challenge_handler: what follows a 401 or 403
        ├───── authorization ── planning ── discovery, client_registration
-       ├───── flows ── device               token_requests ── authenticated_requests, unattended
+       ├───── flows ── device, turns        token_requests ── authenticated_requests, unattended
        ├───── attempts ── visits, sign_ins
        ├───── headless, requested_flows: flows that the API asks for
        ├───── store_watch, connections

@@ -13,7 +13,7 @@ from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.ownership import MayOpen
 from mcp_auth_proxy.broker.sign_ins import SignIn, SignIns, sign_in
 from mcp_auth_proxy.broker.visits import LinkVisits
-from mcp_auth_proxy.errors import CallbackRefused
+from mcp_auth_proxy.errors import CallbackRefused, CopyAddress
 from mcp_auth_proxy.models import HEADLESS_ATTEMPT, Attempt, DeviceAuthorization, Flow, FlowStatus
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.store.flows import Flows
@@ -195,10 +195,7 @@ class AuthorizationAttempts:
         if found is None:
             raise unknown_state
         if found[1].browser_hash == HEADLESS_ATTEMPT:
-            raise CallbackRefused(
-                "A program has begun this authorization. Give it the address of this page, so that it can finish it.",
-                403,
-            )
+            raise CopyAddress
         cookie = cookies.get(cookie_name(state), "")
         if not hmac.compare_digest(digest(cookie), found[1].browser_hash):
             raise CallbackRefused(

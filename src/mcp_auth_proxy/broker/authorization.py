@@ -1,6 +1,6 @@
 """Authorize an account: from a challenge to a token, or to a flow that waits for the user."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_server
@@ -89,9 +89,10 @@ class Authorizations:
         """
         if server.oauth.grant is not GrantType.TOKEN_EXCHANGE:
             subject = None
+        known = self._pending.known_grant(account)
         return await self._running.run(
             _Flight(account, hash(subject)),
-            lambda: self._authorize(account, server, challenge, already, schemes, subject),
+            lambda: self._authorize(account, server, challenge, already, schemes, subject, known),
         )
 
     async def request(
@@ -108,20 +109,29 @@ class Authorizations:
         Raises as ``authorize`` does.
         """
 
-        async def start() -> AccessToken | PendingAuthorization:
-            found = self._pending.usable(account, elsewhere=True) or await self._pending.resume(account, None)
-            if found is not None and wanted.fits(found.flow):
-                return found
-            return await self._new(account, wanted.settings(account, server), challenge, None, schemes, None, wanted)
+        async def find() -> PendingAuthorization | None:
+            found = self._pending.usable(account, elsewhere=True)
+            if found is None or not wanted.fits(found.flow):
+                found = await self._pending.resume(account, None, wanted.fits)
+            return found
 
-        before = self._pending.usable(account, elsewhere=True) or await self._pending.resume(account, None)
+        async def start() -> AccessToken | PendingAuthorization:
+            found = await find()
+            if found is not None:
+                return found
+            settings = wanted.settings(account, server)
+            return await self._new(account, settings, challenge, None, schemes, None, wanted, find)
+
+        before = await find()
         while True:
             # A request of an MCP client may be authorizing the account just now, with a flow of another kind.
             outcome = await self._running.run(_Flight(account, hash(None)), start)
-            if not isinstance(outcome, PendingAuthorization) or wanted.fits(outcome.flow):
-                break
-        new = isinstance(outcome, PendingAuthorization) and (before is None or before.flow.id != outcome.flow.id)
-        return outcome, new
+            if not isinstance(outcome, PendingAuthorization):
+                return outcome, False
+            # Another page may have asked for the same flow just now.
+            if wanted.fits(outcome.flow) and (told := await self._pending.tell(outcome, wanted.return_origin)):
+                new = outcome.made_here and (before is None or before.flow.id != outcome.flow.id)
+                return told, new
 
     async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
         """Return a pending authorization whose link can be used for a while, a new one if necessary.
@@ -150,11 +160,18 @@ class Authorizations:
         already: tuple[str, ...] | None,
         schemes: tuple[str, ...],
         subject: str | None,
+        known: Grant | None,
     ) -> AccessToken | PendingAuthorization:
         pending = self._pending.usable(account) or await self._pending.resume(account, challenge)
         if pending is not None:
             return pending
-        return await self._new(account, server, challenge, already, schemes, subject, None)
+
+        async def look() -> AccessToken | PendingAuthorization | None:
+            # The user may have been faster with the flow of another process than this one was with its look.
+            found = await self._pending.resume(account, challenge)
+            return found or await self._pending.granted_since(account, known)
+
+        return await self._new(account, server, challenge, already, schemes, subject, None, look)
 
     async def _new(
         self,
@@ -165,9 +182,30 @@ class Authorizations:
         schemes: tuple[str, ...],
         subject: str | None,
         wanted: FlowRequest | None,
+        look: Callable[[], Awaitable[AccessToken | PendingAuthorization | None]],
+    ) -> AccessToken | PendingAuthorization:
+        """Authorize in one process at a time; ``look`` finds what another has come to meanwhile."""
+        self._backoff.check(of_server(server.name), of_account(account, subject))
+
+        async def make() -> AccessToken | PendingAuthorization:
+            return await self._make(account, server, challenge, already, schemes, subject, wanted)
+
+        if server.oauth.grant.unattended:
+            return await make()
+        # One window, however many processes on this store are asked in the same instant.
+        return await self._pending.in_turn(account, look, make)
+
+    async def _make(
+        self,
+        account: Account,
+        server: ServerSettings,
+        challenge: BearerChallenge | None,
+        already: tuple[str, ...] | None,
+        schemes: tuple[str, ...],
+        subject: str | None,
+        wanted: FlowRequest | None,
     ) -> AccessToken | PendingAuthorization:
         everyone, own = of_server(server.name), of_account(account, subject)
-        self._backoff.check(everyone, own)
         await self._check_accounts(account, server)
         # A token that can't be read is no server's failure: no pause, and nothing is fetched in vain.
         await self._token_client.check_credentials(server)
@@ -191,7 +229,9 @@ class Authorizations:
             raise
         self._backoff.succeeded(everyone, own, of_issuer(server.name, plan.key.issuer))
         if isinstance(made, Flow):
-            return await self._pending.start(made if wanted is None else wanted.apply(made))
+            if wanted is None:
+                return await self._pending.start(made)
+            return await self._pending.start(wanted.apply(made), wanted.fits)
         return self._pending.activate(await self._grants.add(made)).token
 
     async def _check_accounts(self, account: Account, server: ServerSettings) -> None:

@@ -27,13 +27,13 @@ from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.disconnection import Disconnector
 from mcp_auth_proxy.broker.discovery import Discoverer
 from mcp_auth_proxy.broker.examination import Examination
-from mcp_auth_proxy.broker.flows import Announce, PendingFlows
+from mcp_auth_proxy.broker.flows import Announce, PendingFlows, has_link
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.headless import HeadlessAttempts
 from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches
 from mcp_auth_proxy.broker.oauth_clients import ClientDirectory
 from mcp_auth_proxy.broker.ownership import MayOpen
-from mcp_auth_proxy.broker.pending import PendingAuthorization, link_of
+from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
 from mcp_auth_proxy.broker.requested_flows import FlowRequest, FlowState, state_of
@@ -45,10 +45,12 @@ from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.broker.visits import LinkVisits
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
+    AddressRefused,
     AuthorizationDenied,
     AuthorizationError,
     AuthorizationServerUnavailable,
     CallbackRefused,
+    StateRefused,
     StoreError,
     TokenRefused,
 )
@@ -56,6 +58,7 @@ from mcp_auth_proxy.models import (
     AccessToken,
     Account,
     Flow,
+    FlowMode,
     FlowStatus,
     Grant,
     GrantType,
@@ -71,6 +74,7 @@ from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.leases import Leases
 from mcp_auth_proxy.store.oauth_clients import OAuthClients
 from mcp_auth_proxy.store.registrations import Registrations
 
@@ -91,13 +95,17 @@ class Broker:
         clock: Callable[[], float],
         allow_private: tuple[str, ...] = (),
         opens_links: bool = False,
+        opens_windows: Callable[[], bool] = lambda: False,
+        is_served: Callable[[str], bool] = lambda public_url: False,
         readers: tuple[StoreReader, ...] = (),
     ) -> None:
         """``servers`` may change at any time; call ``servers_changed`` afterwards.
 
         ``announce`` is called with each new flow and its link. ``allow_private``: private hosts and networks that
         metadata documents may lead to. ``opens_links``: whether links may be opened in a browser (``link_opened``);
-        then every visit but the first after that has to be confirmed. ``readers`` are told what other processes write.
+        then every visit but the first after that has to be confirmed. ``opens_windows``: whether ``announce`` opens
+        links in a browser now. ``is_served``: whether a process runs on the same machine and store that browsers reach
+        at a URL: its flows will do here. ``readers`` are told what other processes write.
         """
         self._servers = servers
         self._database = database
@@ -109,6 +117,7 @@ class Broker:
         self.journal = journal = ConnectionJournal(clock=clock)
         self._grants = Grants(database)
         self._flows = Flows(database)
+        leases = Leases(database)
         self._discoverer = discoverer = Discoverer(fetcher=fetcher, allow_private=allow_private)
         directory = ClientDirectory(OAuthClients(database))
         self._token_client = TokenClient(
@@ -157,6 +166,10 @@ class Broker:
         """The accounts for which a user in a browser begins an authorization right now."""
 
         def announce_started(flow: Flow, link: str) -> None:
+            if flow.mode is FlowMode.HEADLESS:
+                self._visits.started(flow)
+                logger.info("server %s: an authorization was begun by a program", flow.key.account.server)
+                return
             if flow.key.account not in self._begun:
                 self._visits.started(flow)
                 announce(flow, link)
@@ -179,9 +192,12 @@ class Broker:
                 grants=self._grants,
                 clock=clock,
             ),
+            leases=leases,
             public_url=public_url,
             announce=announce_started,
             journal=journal,
+            opens_window=lambda flow: opens_windows() and has_link(flow) and flow.key.account not in self._begun,
+            is_served=is_served,
             clock=clock,
         )
         self._planner = Planner(
@@ -228,6 +244,7 @@ class Broker:
         """What the API and the pages ask about grants."""
         self._watch = StoreWatch(
             database=database,
+            leases=leases,
             flows=self._flows,
             grants=self._grants,
             tokens=self._tokens,
@@ -366,6 +383,10 @@ class Broker:
         """Note that a flow's link is about to be opened in a browser on this machine."""
         self._visits.opened(flow)
 
+    async def claim_window(self, flow: Flow) -> bool:
+        """Return whether this process may open a flow's link: one process opens it, once. Raises StoreError."""
+        return await self._pending.claim_window(flow)
+
     async def open_link(
         self, server: str, flow_id: str, may_open: MayOpen = ownership.anyone
     ) -> AuthorizationRedirect | ConfirmationPrompt | DevicePrompt | ConnectedServer:
@@ -428,6 +449,8 @@ class Broker:
         self._backoff.person_begins(account.server)
         self._begun.add(account)
         try:
+            # The grant that there is must be known, so that it does not count as one that came meanwhile.
+            await self._tokens.load(account)
             return await self._start(account, status, challenge)
         except AuthorizationError as error:
             raise self._backoff.with_time(error) from None
@@ -454,6 +477,20 @@ class Broker:
         """
         accepted = await self._headless.accept(account.principal, account.server, state, iss)
         params = {"code": [code], "state": [state], **({} if iss is None else {"iss": [iss]})}
+        return await self._finish(accepted, params)
+
+    async def complete_pasted(self, account: Account, params: Mapping[str, Sequence[str]]) -> Flow:
+        """Complete a headless flow of an account with the address that its user has pasted (``pasted_address.read``).
+
+        Raises AddressRefused, which uses up nothing, and else as ``complete`` does.
+        """
+        state, iss = params["state"][0], next(iter(params.get("iss", ())), None)
+        try:
+            accepted = await self._headless.accept(account.principal, account.server, state, iss, account=account.name)
+        except StateRefused:
+            raise AddressRefused("That address is not ours: it belongs to another authorization.") from None
+        except CallbackRefused as refused:
+            raise AddressRefused(str(refused)) from None
         return await self._finish(accepted, params)
 
     async def _finish(self, accepted: AcceptedCallback, params: Mapping[str, Sequence[str]]) -> Flow:
@@ -600,7 +637,7 @@ class Broker:
 
     def link(self, flow: Flow) -> str:
         """Return the link of a flow."""
-        return link_of(flow, self._public_url)
+        return self._pending.link(flow)
 
     async def connections(self) -> list[Connection]:
         """Return the connection of each configured server and account. Raises StoreError."""

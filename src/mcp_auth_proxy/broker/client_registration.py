@@ -5,13 +5,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from mcp_auth_proxy.broker.oauth_clients import method_of
+from mcp_auth_proxy.broker.turns import take_turn
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, ConfigHint, RegistrationImpossible, excerpt
 from mcp_auth_proxy.models import Account, ClientAuth, GrantType, OAuthClient, Registration, RegistrationKind
 from mcp_auth_proxy.oauth import client_auth, registration, retry_after
 from mcp_auth_proxy.oauth.discovery import ServerMetadata
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher
-from mcp_auth_proxy.store.registrations import Registrations
+from mcp_auth_proxy.store.registrations import Registrations, registration_lease
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,9 @@ Bind = Callable[[str, str, str], Awaitable[str]]
 
 
 _CALLBACK = "/oauth/callback"
+
+LONGEST_TURN = 20.0
+"""Seconds after which another process may register though one that has begun has not finished."""
 
 
 def redirect_uri(public_url: str, grant: GrantType) -> str:
@@ -61,7 +65,39 @@ class ClientRegistrar:
         if known is not None:
             return known
         endpoint = self._registration_endpoint(server, metadata)
-        return await self._register_dynamically(account, server, metadata, endpoint, policy, schemes)
+
+        async def look() -> Registration | None:
+            return await self._known(account, server, metadata, self._registrations.bind_client)
+
+        return await self._register_once(account, server, metadata, endpoint, policy, look, schemes)
+
+    async def _register_once(
+        self,
+        account: Account,
+        server: ServerSettings,
+        metadata: ServerMetadata,
+        endpoint: str,
+        policy: AddressPolicy,
+        look: Callable[[], Awaitable[Registration | None]],
+        schemes: tuple[str, ...] = (),
+    ) -> Registration:
+        """Register in one process at a time: servers keep every client. ``look`` finds what another has registered."""
+        uri = redirect_uri(self._public_url, server.oauth.grant)
+
+        async def register() -> Registration:
+            # What is stored can't be used any more, and is replaced.
+            before = await self._stored(account, server, metadata)
+            new = await self._register_dynamically(account, server, metadata, endpoint, policy, schemes)
+            return await self._registrations.add(new, replaces=None if before is None else before.client_id)
+
+        return await take_turn(
+            self._registrations.leases,
+            registration_lease(server.name, metadata.issuer, account.name, uri),
+            clock=self._clock,
+            longest=LONGEST_TURN,
+            look=look,
+            work=register,
+        )
 
     def stand_for(
         self, client: OAuthClient, account: Account, server: ServerSettings, metadata: ServerMetadata
@@ -73,11 +109,25 @@ class ClientRegistrar:
         return replace(registration, oauth_client=client.id)
 
     async def register_again(
-        self, account: Account, server: ServerSettings, metadata: ServerMetadata, policy: AddressPolicy
+        self,
+        account: Account,
+        server: ServerSettings,
+        metadata: ServerMetadata,
+        policy: AddressPolicy,
+        *,
+        replaces: str,
     ) -> Registration:
-        """Register a new client, in place of the one that is stored. Raises AuthorizationError and StoreError."""
+        """Register a new client, in place of the one with the id ``replaces``, unless another process already has.
+
+        Raises AuthorizationError and StoreError.
+        """
         endpoint = self._registration_endpoint(server, metadata)
-        return await self._register_dynamically(account, server, metadata, endpoint, policy, ())
+
+        async def look() -> Registration | None:
+            stored = await self._stored(account, server, metadata)
+            return None if stored is None or stored.client_id == replaces or self._has_expired(stored) else stored
+
+        return await self._register_once(account, server, metadata, endpoint, policy, look)
 
     async def preview(self, account: Account, server: ServerSettings, metadata: ServerMetadata) -> Registration:
         """Return what ``register`` would, without registering or storing anything.
@@ -111,12 +161,14 @@ class ClientRegistrar:
             return self._registration(
                 account, server, metadata, RegistrationKind.METADATA_DOCUMENT, document_url, ClientAuth.NONE
             )
-        stored = await self._registrations.find(
-            server.name, metadata.issuer, redirect_uri(self._public_url, oauth.grant), account=account.name
-        )
+        stored = await self._stored(account, server, metadata)
         if stored is None or self._has_expired(stored) or oauth.client_auth not in (None, stored.client_auth):
             return None
         return stored
+
+    async def _stored(self, account: Account, server: ServerSettings, metadata: ServerMetadata) -> Registration | None:
+        uri = redirect_uri(self._public_url, server.oauth.grant)
+        return await self._registrations.find(server.name, metadata.issuer, uri, account=account.name)
 
     def _registration_endpoint(self, server: ServerSettings, metadata: ServerMetadata) -> str:
         if metadata.registration_endpoint is not None:
@@ -216,7 +268,6 @@ class ClientRegistrar:
             ),
             secret_expires_at=registered.secret_expires_at,
         )
-        await self._registrations.save(client)
         logger.info("registered with %s for server %s", excerpt(metadata.issuer), server.name)
         return client
 

@@ -4,25 +4,30 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from mcp_auth_proxy.broker.client_registration import redirect_uri
+from mcp_auth_proxy.broker.client_registration import public_url_of, redirect_uri
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.matching import configured, configured_for, matches
 from mcp_auth_proxy.broker.pending import PendingAuthorization, link_of
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
+from mcp_auth_proxy.broker.turns import take_turn
 from mcp_auth_proxy.config.settings import AccountSettings, ServerSettings
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, McpAuthProxyError, StoreError
-from mcp_auth_proxy.models import Account, Flow, FlowStatus, Grant
+from mcp_auth_proxy.models import AccessToken, Account, Flow, FlowMode, FlowStatus, Grant, GrantType
 from mcp_auth_proxy.oauth import dpop, scopes
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart
 from mcp_auth_proxy.observability import metrics
-from mcp_auth_proxy.store.flows import CANCELLED, Flows
+from mcp_auth_proxy.store import lease
+from mcp_auth_proxy.store.flows import CANCELLED, Flows, start_lease
+from mcp_auth_proxy.store.leases import Leases
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +40,19 @@ MIN_LINK_LIFETIME = 60.0
 MANY = 1000
 """Pending authorizations at which those whose links have expired are dropped: a caller may name any account."""
 
+LONGEST_START = 30.0
+"""Seconds after which another process may begin a flow though one that is about to has not made it."""
+
 Announce = Callable[[Flow, str], None]
 """Called with each new flow and its link."""
+
+Fits = Callable[[Flow], bool]
+"""Return whether a flow that somebody else has begun will do."""
+
+
+def has_link(flow: Flow) -> bool:
+    """Return whether a flow has a link of ours, which every browser can use."""
+    return not flow.ends_elsewhere
 
 
 class PendingFlows:
@@ -49,12 +65,19 @@ class PendingFlows:
         flows: Flows,
         tokens: TokenCache,
         device_polls: DevicePolls,
+        leases: Leases,
         public_url: str,
         announce: Announce,
         journal: ConnectionJournal,
+        opens_window: Callable[[Flow], bool],
+        is_served: Callable[[str], bool],
         clock: Callable[[], float],
     ) -> None:
-        """``servers`` may change at any time; see ``servers_changed``."""
+        """``servers`` may change at any time; see ``servers_changed``.
+
+        ``opens_window`` says whether ``announce`` opens a flow's link in a browser, ``is_served`` whether a process on
+        this machine and store runs now that browsers reach at a URL.
+        """
         self._servers = servers
         self._flows = flows
         self._tokens = tokens
@@ -62,7 +85,11 @@ class PendingFlows:
         self._journal = journal
         self._public_url = public_url
         self._announce = announce
+        self._opens_window = opens_window
+        self._is_served = is_served
         self._clock = clock
+        self._leases = leases
+        self._owner = lease.new_owner()
         self._pending: dict[Account, PendingAuthorization] = {}
         self._following: dict[str, asyncio.Task[None]] = {}
         """By flow id: the tasks that wait for a decision on another device."""
@@ -92,7 +119,7 @@ class PendingFlows:
         pending = self._pending.get(account)
         if pending is None or pending.done or (pending.flow.ends_elsewhere and not elsewhere):
             return None
-        return pending if self._is_usable(pending.flow) else None
+        return pending if self._is_usable(pending.flow) and self._is_reachable(pending.flow) else None
 
     def needs_fresh_link(self, pending: PendingAuthorization) -> bool:
         """Return whether a link is too old to be given out.
@@ -119,39 +146,98 @@ class PendingFlows:
 
     # Start and resume
 
-    async def start(self, flow: Flow) -> PendingAuthorization:
-        """Store a new flow and announce its link.
+    async def start(self, flow: Flow, fits: Fits = has_link) -> PendingAuthorization:
+        """Store a new flow and announce its link, unless another process has made one meanwhile: then return that one.
 
-        Raises AuthorizationError if its server was removed or reconfigured in the meantime, and StoreError.
+        ``fits`` says whether another flow will do. Raises AuthorizationError if its server was removed or reconfigured
+        in the meantime, and StoreError.
         """
-        await self._flows.save(flow)
+        server = configured(self._servers, flow.key.account.server)
+
+        def adopts(other: Flow) -> bool:
+            same_kind = (other.mode, other.device is None) == (flow.mode, flow.device is None)
+            enough = set(flow.scopes) <= set(other.scopes)
+            return same_kind and enough and self._is_usable(other) and self._matches(other, server) and fits(other)
+
+        opened_by = self._owner if self._opens_window(flow) else ""
+        stored = await self._flows.begin(flow, adopts=adopts, opened_by=opened_by)
+        if stored.id != flow.id:
+            return self._adopt(stored)
         try:
             configured_for(self._servers, flow)
         except AuthorizationError as error:
             await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
             raise
         metrics.flows.labels(metrics.server_label(flow.key.account.server), "started").inc()
-        pending = self._track(flow)
+        pending = self._track(flow, made_here=True)
         if not flow.ends_elsewhere:
             self._announce(flow, pending.link)
         return pending
 
+    async def in_turn(
+        self, account: Account, look: Callable[[], Awaitable[T | None]], work: Callable[[], Awaitable[T]]
+    ) -> T:
+        """Return what ``look`` finds once no other process begins a flow of the account, else what ``work`` makes."""
+        return await take_turn(
+            self._leases, start_lease(account), clock=self._clock, longest=LONGEST_START, look=look, work=work
+        )
+
+    def known_grant(self, account: Account) -> Grant | None:
+        """Return the grant of an account that this process knows of."""
+        cached = self._tokens.get(account)
+        return None if cached is None else cached.grant
+
+    async def granted_since(self, account: Account, known: Grant | None) -> AccessToken | None:
+        """Return the token of a new grant, which another process has stored since ``known`` was the one in use."""
+        stored = await self._tokens.stored(account)
+        if stored is None or (known is not None and stored.granted_at == known.granted_at):
+            return None
+        return self.activate(stored).token
+
+    async def tell(self, pending: PendingAuthorization, return_origin: str | None) -> PendingAuthorization | None:
+        """Let the origin of a page hear how a flow ends. Return None if another origin does. Raises StoreError."""
+        flow = pending.flow
+        if return_origin is None or flow.return_origin is not None:
+            return pending
+        if await self._flows.tell(flow, return_origin):
+            return self._track(replace(flow, return_origin=return_origin), made_here=pending.made_here)
+        stored = await self._flows.get(flow.id)
+        if stored is None or stored.return_origin in (None, return_origin):
+            return pending
+        self._track(stored, made_here=pending.made_here)
+        return None
+
+    async def claim_window(self, flow: Flow) -> bool:
+        """Return whether this process may open the link of a flow in a browser. Raises StoreError."""
+        return await self._flows.claim_window(flow, owner=self._owner, now=self._clock())
+
     async def replace(self, flow: Flow) -> None:
         """Store a flow that follows the one that is pending, without announcing it. Raises StoreError."""
         await self._flows.save(flow)
-        self._track(flow)
+        self._track(flow, made_here=True)
 
-    async def resume(self, account: Account, challenge: BearerChallenge | None) -> PendingAuthorization | None:
-        """Return a stored flow that an earlier run or another process started, if it can still be used."""
-        flow = await self._flows.live(account, self._clock())
+    async def resume(
+        self, account: Account, challenge: BearerChallenge | None, fits: Fits = has_link
+    ) -> PendingAuthorization | None:
+        """Return a stored flow that an earlier run or another process started, if it can still be used.
+
+        ``fits`` says whether a flow will do.
+        """
         server = configured(self._servers, account.server)
-        if flow is None or not self._is_usable(flow) or not self._matches(flow, server):
-            return None
-        if not set((challenge and challenge.scopes) or ()) <= set(flow.scopes):
-            return None
+        wanted = set((challenge and challenge.scopes) or ())
+        for flow in await self._flows.all_live(account, self._clock()):
+            if self._is_usable(flow) and self._matches(flow, server) and wanted <= set(flow.scopes) and fits(flow):
+                return self._adopt(flow)
+        return None
+
+    def _adopt(self, flow: Flow) -> PendingAuthorization:
+        """Wait for a flow that another process has started."""
         pending = self._track(flow)
-        # The process that started the flow opened the browser; the user of this one may be looking for the link.
-        logger.warning("server %s still needs your authorization, open this link: %s", account.shown, pending.link)
+        if flow.mode is not FlowMode.HEADLESS:
+            # The process that started the flow opened the browser; the user of this one may be looking for the link.
+            logger.warning(
+                "server %s still needs your authorization, open this link: %s", flow.key.account.shown, pending.link
+            )
         return pending
 
     async def resume_device_flows(self) -> None:
@@ -162,16 +248,28 @@ class PendingFlows:
                 self._track(flow)
 
     def _matches(self, flow: Flow, server: ServerSettings) -> bool:
-        return matches(flow, server) and flow.redirect_uri == redirect_uri(self._public_url, server.oauth.grant)
+        return matches(flow, server) and self._is_reachable(flow)
 
-    def _track(self, flow: Flow) -> PendingAuthorization:
+    def _is_reachable(self, flow: Flow) -> bool:
+        """Return whether the callback of a flow comes to this process, or to another that runs on the same store."""
+        if flow.device is not None or flow.ends_elsewhere:
+            return True
+        own = redirect_uri(self._public_url, GrantType.AUTHORIZATION_CODE)
+        return flow.redirect_uri == own or self._is_served(public_url_of(flow.redirect_uri))
+
+    def link(self, flow: Flow) -> str:
+        """Return the link of a flow, which leads to the process that its callback comes to."""
+        own = flow.device is not None or flow.ends_elsewhere
+        return link_of(flow, self._public_url if own else public_url_of(flow.redirect_uri))
+
+    def _track(self, flow: Flow, *, made_here: bool = False) -> PendingAuthorization:
         account = flow.key.account
-        link = link_of(flow, self._public_url)
+        link = self.link(flow)
         before = self._pending.get(account)
         if before is not None and not before.done:
-            pending = before.replaced_by(flow, link)
+            pending = before.replaced_by(flow, link, made_here=made_here)
         else:
-            pending = PendingAuthorization(flow, link, asyncio.get_running_loop().create_future())
+            pending = PendingAuthorization(flow, link, asyncio.get_running_loop().create_future(), made_here)
         if len(self._pending) >= MANY:
             self._drop_expired()
         self._pending[account] = pending

@@ -51,36 +51,40 @@ class HeadlessAttempts:
         )
         return attempt if await self._flows.add_attempt(attempt) else None
 
-    async def accept(self, principal: str, server: str, state: str, iss: str | None) -> AcceptedCallback:
+    async def accept(
+        self, principal: str, server: str, state: str, iss: str | None, *, account: str | None = None
+    ) -> AcceptedCallback:
         """Find the attempt that a state belongs to, and use it up.
 
-        ``principal`` is that of the account. Raises StateRefused and IssuerMissing, which use up nothing, and
-        CallbackRefused (400) if the state was used, or is too old.
+        ``principal`` is that of the account, ``account`` its name; None for any of the principal's. Raises StateRefused
+        and IssuerMissing, which use up nothing, and CallbackRefused (400) if the state was used, or is too old.
         """
         found = await self._flows.find_attempt(digest(state))
         if found is None:
-            if await self._was_used(principal, server, state):
-                raise _used()
-            raise _foreign()
+            raise await self._ended(principal, server, state) or _foreign()
         flow, attempt = found
-        account = flow.key.account
-        own = (account.principal, account.server) == (principal, server)
+        key = flow.key.account
+        own = (key.principal, key.server) == (principal, server) and account in (None, key.name)
         if not own or flow.mode is not FlowMode.HEADLESS or attempt.browser_hash != HEADLESS_ATTEMPT:
             raise _foreign()
         if iss is None and flow.iss_supported:
             raise IssuerMissing(f"{excerpt(flow.key.issuer)} sends iss with every code (RFC 9207 §2.4): bring it too.")
         taken = await self._flows.take_attempt(digest(state), self._clock())
         if taken is None:
-            raise _used()
+            raise await self._ended(principal, server, state) or _used()
         return AcceptedCallback(*taken, confirmed=False)
 
-    async def _was_used(self, principal: str, server: str, state: str) -> bool:
-        flows = await self._flows.of_server(principal, server)
-        return any(
-            flow.status is not FlowStatus.PENDING and state.partition(".")[0] == _tag(flow)
-            for flow in flows
-            if flow.mode is FlowMode.HEADLESS
-        )
+    async def _ended(self, principal: str, server: str, state: str) -> CallbackRefused | None:
+        """Return why the flow of a state can't be finished any more; None if the principal has no such flow here."""
+        for flow in await self._flows.of_server(principal, server):
+            if flow.mode is not FlowMode.HEADLESS or state.partition(".")[0] != _tag(flow):
+                continue
+            if flow.status is FlowStatus.PENDING and flow.expires_at <= self._clock():
+                return CallbackRefused("This authorization is too old.", 400)
+            if flow.status is FlowStatus.FAILED:
+                return CallbackRefused("This authorization was used already, and has failed.", 400)
+            return _used()
+        return None
 
 
 def _state(flow: Flow, verifier: str) -> str:
@@ -98,4 +102,4 @@ def _foreign() -> StateRefused:
 
 
 def _used() -> CallbackRefused:
-    return CallbackRefused("This authorization has ended, or is too old: begin a new one.", 400)
+    return CallbackRefused("This authorization was used already.", 400)

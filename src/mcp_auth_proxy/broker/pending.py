@@ -23,8 +23,10 @@ class PendingAuthorization:
     flow: Flow
     link: str
     _outcome: asyncio.Future[AccessToken]
+    made_here: bool = False
+    """Whether this process has made the flow; otherwise it was found in the store."""
 
-    async def wait(self, timeout: float, interrupt: asyncio.Future[None] | None = None) -> AccessToken | None:
+    async def wait(self, timeout: float, interrupt: asyncio.Future[Any] | None = None) -> AccessToken | None:
         """Return the token as soon as the user has consented; None after ``timeout`` seconds or on ``interrupt``.
 
         Raises AuthorizationError if the authorization fails.
@@ -40,9 +42,9 @@ class PendingAuthorization:
         """Whether the user has consented, or the authorization has failed."""
         return self._outcome.done()
 
-    def replaced_by(self, flow: Flow, link: str) -> "PendingAuthorization":
+    def replaced_by(self, flow: Flow, link: str, *, made_here: bool = False) -> "PendingAuthorization":
         """Return the pending authorization for a new flow. A consent by either link ends both."""
-        return PendingAuthorization(flow, link, self._outcome)
+        return PendingAuthorization(flow, link, self._outcome, made_here)
 
     def release(self, token: AccessToken) -> None:
         """Let everyone who waits continue with this token."""

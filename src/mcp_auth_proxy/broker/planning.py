@@ -95,7 +95,9 @@ class Planner:
                 metadata = await self._discoverer.server_metadata(server, issuer)
                 with self._backoff.attempt(of_issuer(server.name, issuer)):
                     policy = self._discoverer.policy(server.url, server)
-                    return await self._registrar.register_again(account, server, metadata, policy)
+                    return await self._registrar.register_again(
+                        account, server, metadata, policy, replaces=flow.registration.client_id
+                    )
         except TimeoutError:
             raise AuthorizationServerUnavailable(
                 f"A registration for server {server.name} did not end within {DISCOVERY_DEADLINE:.0f} s."

@@ -28,7 +28,7 @@ class FlowRequest:
         """Return whether a flow that is under way is what is asked for."""
         return (
             mode_of(flow) is self.mode
-            and flow.return_origin == self.return_origin
+            and (None in (self.return_origin, flow.return_origin) or flow.return_origin == self.return_origin)
             and flow.redirect_uri == (self.redirect_uri or flow.registration.redirect_uri)
             and set(self.scopes or ()) <= set(flow.scopes)
         )

@@ -13,6 +13,7 @@ from mcp_auth_proxy.models import Account, FlowStatus, Grant
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.leases import Leases
 
 WATCH_INTERVAL = 0.5
 """Seconds between checks whether another process has written to the store."""
@@ -38,6 +39,7 @@ class StoreWatch:
         self,
         *,
         database: Engine,
+        leases: Leases,
         flows: Flows,
         grants: Grants,
         tokens: TokenCache,
@@ -47,6 +49,7 @@ class StoreWatch:
     ) -> None:
         self._readers = readers
         self._database = database
+        self._leases = leases
         self._flows = flows
         self._grants = grants
         self._tokens = tokens
@@ -89,6 +92,7 @@ class StoreWatch:
         for reader in self._readers:
             await reader.purge()
         await self._flows.purge(self._clock())
+        await self._leases.purge(self._clock())
 
     async def reload(self) -> None:
         """Apply what ``login`` or ``logout`` in another process has stored or deleted.

@@ -16,6 +16,7 @@ from mcp_auth_proxy.cli.options import (
     account_options,
     config_option,
     config_path,
+    duration_option,
     examples,
     log_options,
     name_file,
@@ -129,22 +130,54 @@ def demo() -> None:
 
 
 @cli.command(
-    epilog=examples("login linear", f"login {EXAMPLE}", "login linear@work --as anna", f"login linear {_REMOTE}")
+    epilog=examples(
+        "login linear",
+        f"login {EXAMPLE}",
+        "login linear --paste",
+        "login linear@work --as anna --wait 10m",
+        f"login linear {_REMOTE}",
+    )
 )
 @click.argument("server")
 @config_option
+@click.option(
+    "--paste",
+    is_flag=True,
+    help="Without a browser here and without a running proxy: paste the address that a browser elsewhere ends at. "
+    "Default: off.",
+)
+@click.option("--no-wait", is_flag=True, help="Print the link, and do not wait until it was used. Default: wait.")
+@click.option(
+    "--wait",
+    metavar="TIME",
+    callback=duration_option,
+    help="How long to wait for consent, as 10m or 90s. Default: until the link expires.",
+)
 @account_options
 @log_options
-def login(server: str, config_file: str | None, owner: str | None, remote: tuple[str, str] | None) -> None:
+def login(
+    server: str,
+    config_file: str | None,
+    paste: bool,
+    no_wait: bool,
+    wait: float | None,
+    owner: str | None,
+    remote: tuple[str, str] | None,
+) -> None:
     """Authorize SERVER (a configured name, or a URL) from this terminal. SERVER@ACCOUNT is one of several accounts."""
     _check_form(server)
+    if no_wait and (paste or wait is not None):
+        raise click.UsageError("--no-wait can't be used with --paste or --wait, which wait.")
+    from mcp_auth_proxy.cli.invitation import LoginOptions
+
+    options = LoginOptions(paste=paste, no_wait=no_wait, wait=wait)
     if remote is not None:
         from mcp_auth_proxy.cli import remote as elsewhere
 
-        run(elsewhere.login(_proxy_at(server, remote), server, owner=owner))
-    from mcp_auth_proxy.cli import account
+        run(elsewhere.login(_proxy_at(server, remote), server, owner=owner, options=options))
+    from mcp_auth_proxy.cli.login import login as log_in
 
-    run(account.login(_settings_for(server, config_file), server, owner=owner))
+    run(log_in(_settings_for(server, config_file), server, owner=owner, options=options))
 
 
 @cli.command(epilog=examples("logout linear", "logout linear@work --as anna", f"logout linear {_REMOTE}"))

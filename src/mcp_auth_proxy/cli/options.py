@@ -87,6 +87,16 @@ def account_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def duration_option(context: click.Context, option: click.Parameter, text: str | None) -> float | None:
+    """Return the seconds of an option such as ``10m``. Raises BadParameter."""
+    from mcp_auth_proxy.config import values
+
+    try:
+        return None if text is None else values.duration(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.", ctx=context, param=option) from None
+
+
 def settings_from(
     config_file: str | None,
     url: str | None = None,

@@ -2,17 +2,29 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
 
 from mcp_auth_proxy.broker import Connection, ConnectionState
-from mcp_auth_proxy.cli.invitation import NOT_USED, code_lines, link_lines, offer
+from mcp_auth_proxy.cli.invitation import (
+    NOT_USED,
+    LoginOptions,
+    client_line,
+    code_lines,
+    link_lines,
+    needs_waiting,
+    not_in_time,
+    offer,
+    paste_lines,
+)
 from mcp_auth_proxy.cli.owners import split
+from mcp_auth_proxy.cli.paste import Params, PastedLines, read_addresses
 from mcp_auth_proxy.cli.remote_proxy import ApiProblem, Json, RemoteProxy
 from mcp_auth_proxy.cli.status import show
-from mcp_auth_proxy.cli.terminal import say
-from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError
+from mcp_auth_proxy.cli.terminal import complain, say
+from mcp_auth_proxy.errors import AddressRefused, ConfigError, ConfigurationError, McpAuthProxyError, excerpt
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account
 from mcp_auth_proxy.web.paths import name_of
 
@@ -87,7 +99,7 @@ def _connection(proxy: RemoteProxy, me: Json, server: Json, account: Json, url: 
     )
 
 
-async def login(proxy: RemoteProxy, name: str, *, owner: str | None) -> int:
+async def login(proxy: RemoteProxy, name: str, *, owner: str | None, options: LoginOptions) -> int:
     """Authorize an account of the key's principal and list its tools. Return 0; raise McpAuthProxyError."""
     if owner is not None:
         raise ConfigurationError([ConfigError("", _OF_OTHERS.format(name=owner))])
@@ -97,19 +109,26 @@ async def login(proxy: RemoteProxy, name: str, *, owner: str | None) -> int:
         server = _server(me, server_name)
         account = Account("", server["name"], account_name or DEFAULT_ACCOUNT)
         shown, path = name_of(account), f"/servers/{server['id']}"
-        tools = await _stored_login(proxy, server, account)
+        # The link alone is on stdout if nobody waits for the user.
+        tell = complain if options.no_wait else say
+        tools = await _stored_login(proxy, server, account, tell)
         if tools is not None:
             forget = f"`mcp-auth-proxy logout {shown} {proxy.options}` forgets it"
-            say(f"A login for {shown} is stored already; {forget}.", f"{shown} is connected.")
+            tell(f"A login for {shown} is stored already; {forget}.", f"{shown} is connected.")
         else:
-            said = await _authorize(proxy, me, server, account)
+            said = await _authorize(proxy, me, server, account, options)
+            if said is None:
+                return 0
             tools = (await proxy.post(f"{path}/complete", {"account": account.name}))["tools"]
-            say(said)
-    say(offer(tool["name"] for tool in tools))
+            tell(said)
+    if not options.no_wait:
+        say(client_line(f"{proxy.url}/{quote(shown, safe='@')}/mcp"), offer(tool["name"] for tool in tools))
     return 0
 
 
-async def _stored_login(proxy: RemoteProxy, server: Json, account: Account) -> list[Json] | None:
+async def _stored_login(
+    proxy: RemoteProxy, server: Json, account: Account, tell: Callable[[str], None]
+) -> list[Json] | None:
     """Return the tools if the grant that is stored can be used; None if there is none, or if it can't."""
     stored = next((each for each in server["accounts"] if each["account"] == account.name), None)
     if stored is None or stored["grant"] is None or stored["grant"]["state"] == "ended":
@@ -118,16 +137,20 @@ async def _stored_login(proxy: RemoteProxy, server: Json, account: Account) -> l
         tools: list[Json] = (await proxy.post(f"/servers/{server['id']}/complete", {"account": account.name}))["tools"]
     except ApiProblem as problem:
         if problem.kind == "not-authorized":
-            say(f"{name_of(account)} no longer accepts the login that is stored.")
+            tell(f"{name_of(account)} no longer accepts the login that is stored.")
             return None
         raise
     return tools
 
 
-async def _authorize(proxy: RemoteProxy, me: Json, server: Json, account: Account) -> str:
-    """Begin a flow, print its link, and wait until it ends; return what to say then. Raises McpAuthProxyError."""
+async def _authorize(proxy: RemoteProxy, me: Json, server: Json, account: Account, options: LoginOptions) -> str | None:
+    """Begin a flow, print its link, and wait until it ends; return what to say then. Raises McpAuthProxyError.
+
+    None if nobody waits (``no_wait``).
+    """
+    body = {"account": account.name, **({"mode": "headless"} if options.paste else {})}
     try:
-        flow = await proxy.post(f"/servers/{server['id']}/flows", {"account": account.name})
+        flow = await proxy.post(f"/servers/{server['id']}/flows", body)
     except ApiProblem as problem:
         if problem.kind == "no-authorization":
             return f"{server['name']} asks for no authorization."
@@ -135,22 +158,74 @@ async def _authorize(proxy: RemoteProxy, me: Json, server: Json, account: Accoun
             return f"{server['name']} is connected."
         raise
     shown = name_of(account)
-    if flow["user_code"]:
-        say(*code_lines(shown, flow["verification_uri"], flow["user_code"]))
+    if options.no_wait:
+        if flow["user_code"]:
+            raise needs_waiting(server["name"])
+        say(flow["connect_url"])
+        return None
+    expires = _seconds(flow["expires_at"]) or 0.0
+    ends = expires if options.wait is None else min(expires, time.time() + options.wait)
+    if flow["authorization_url"]:
+        flow = await _pasted(proxy, server, shown, flow, ends)
     else:
         opener = "an admin" if server["grant_owner"] == "shared" else me["principal"]["name"]
-        say(*link_lines(shown, flow["connect_url"], opener if me["mode"] != "none" else None))
-    while flow["status"] == "pending" and (_seconds(flow["expires_at"]) or 0.0) > time.time():
-        await asyncio.sleep(POLL_SECONDS)
-        flow = await proxy.get(f"/flows/{flow['id']}")
+        if flow["user_code"]:
+            say(*code_lines(shown, flow["verification_uri"], flow["user_code"]))
+        else:
+            say(*link_lines(shown, flow["connect_url"], opener if me["mode"] != "none" else None))
+        flow = await _ended(proxy, flow, ends)
     if flow["status"] in ("pending", "expired"):
-        raise McpAuthProxyError(NOT_USED)
+        raise McpAuthProxyError(NOT_USED) if ends == expires else not_in_time(options.wait)
     if flow["status"] != "connected":
         raise McpAuthProxyError(flow["reason"] or f"The authorization is {flow['status']}.")
     again = _server(await proxy.get("/me"), server["id"])
     grant = next((each["grant"] for each in again["accounts"] if each["account"] == account.name), None)
     label = f" as {grant['label']}" if grant and grant["label"] else ""
     return f"{shown} is connected{label}."
+
+
+async def _ended(proxy: RemoteProxy, flow: Json, ends: float) -> Json:
+    """Return a flow once it has ended, or as it is at the time ``ends`` (Unix seconds)."""
+    while flow["status"] == "pending" and ends > time.time():
+        await asyncio.sleep(min(POLL_SECONDS, max(0.0, ends - time.time())))
+        flow = await proxy.get(f"/flows/{flow['id']}")
+    return flow
+
+
+async def _pasted(proxy: RemoteProxy, server: Json, shown: str, flow: Json, ends: float) -> Json:
+    """Print the authorization server's address, read that of the redirect, and return the flow once it has ended."""
+    own = {name: values[0] for name, values in parse_qs(urlsplit(flow["authorization_url"]).query).items()}
+    say(*paste_lines(shown, flow["authorization_url"], flow["notice"], own["redirect_uri"]))
+
+    async def use(params: Params) -> None:
+        given = {name: params[name][0] for name in ("code", "state", "iss") if name in params}
+        other = AddressRefused("That address is not ours: it belongs to another authorization.")
+        if "error" in params and given["state"] != own["state"]:
+            raise other
+        if "error" in params:
+            await proxy.delete(f"/flows/{flow['id']}")
+            raise McpAuthProxyError(f"The authorization server refused: {excerpt(params['error'][0])}.")
+        try:
+            await proxy.post(f"/servers/{server['id']}/complete", given)
+        except ApiProblem as problem:
+            if (await proxy.get(f"/flows/{flow['id']}"))["status"] != "pending":
+                raise
+            # What was used or is too old is told apart from what the API does not know.
+            known = given["state"] == own["state"] or problem.kind == "code-refused"
+            raise (AddressRefused(str(problem)) if known else other) from None
+
+    reading = asyncio.ensure_future(read_addresses(PastedLines(), own["redirect_uri"], use))
+    ending = asyncio.ensure_future(_ended(proxy, flow, ends))
+    try:
+        await asyncio.wait([reading, ending], return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            return ending.result()
+        reading.result()
+        return await proxy.get(f"/flows/{flow['id']}")
+    finally:
+        for task in (reading, ending):
+            task.cancel()
+        await asyncio.gather(reading, ending, return_exceptions=True)
 
 
 async def logout(proxy: RemoteProxy, name: str, *, owner: str | None) -> int:

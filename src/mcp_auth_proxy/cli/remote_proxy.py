@@ -39,10 +39,10 @@ class RemoteProxy:
 
         Raises ConfigurationError.
         """
-        self._url = _checked_url(url)
+        self.url = _checked_url(url)
         key = read_key(key_source)
         secret_values.remember(key)
-        self.options = f"--url {self._url} --api-key {key_source}"
+        self.options = f"--url {self.url} --api-key {key_source}"
         """What the commands have to be given again."""
         self._client = httpx2.AsyncClient(
             headers={
@@ -86,10 +86,10 @@ class RemoteProxy:
 
     async def _send(self, method: str, path: str, **options: Any) -> Json:
         try:
-            response = await self._client.request(method, f"{self._url}/api/v1{path}", **options)
+            response = await self._client.request(method, f"{self.url}/api/v1{path}", **options)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             reason = excerpt(" ".join(str(error).split()), MAX_MESSAGE) or type(error).__name__
-            raise McpAuthProxyError(f"{self._url} can't be reached: {reason.rstrip('.')}.") from None
+            raise McpAuthProxyError(f"{self.url} can't be reached: {reason.rstrip('.')}.") from None
         try:
             document = response.json() if response.content else {}
         except ValueError:
@@ -111,11 +111,11 @@ class RemoteProxy:
         text = excerpt(" ".join(" ".join(said).split()), MAX_MESSAGE)
         if not text:
             return ApiProblem(
-                f"{self._url} answers {status}, and not as the API of mcp-auth-proxy does. Is that the address of a "
+                f"{self.url} answers {status}, and not as the API of mcp-auth-proxy does. Is that the address of a "
                 f"proxy, and is its API on (admin.enabled)?",
                 kind,
             )
-        return ApiProblem(f"{self._url} answers {status}: {text}", kind)
+        return ApiProblem(f"{self.url} answers {status}: {text}", kind)
 
 
 def read_key(source: str) -> str:

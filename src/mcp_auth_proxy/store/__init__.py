@@ -4,7 +4,7 @@
 with its file, schema and migrations. ``grants.py``, ``registrations.py`` and ``flows.py`` read and write the frozen
 values of ``models`` through it, ``principals.py`` and ``api_keys.py`` those of callers. ``codec.py`` turns values into
 rows, ``cipher.py`` seals the secrets in them, ``serving.py`` tells other processes that this one serves, ``lease.py``
-decides whether another one still holds a refresh, ``files.py`` creates private files.
+decides whether another one still holds a refresh, ``leases.py`` has leases by name, ``files.py`` creates private files.
 """
 
 import os

@@ -1,7 +1,10 @@
 """Flows (authorizations that wait for a user) and attempts (a browser that has opened the link of one)."""
 
+import hashlib
+from collections.abc import Callable
+
 from mcp_auth_proxy.models import HEADLESS_ATTEMPT, Account, Attempt, Flow, FlowStatus
-from mcp_auth_proxy.store import lease
+from mcp_auth_proxy.store import lease, leases
 from mcp_auth_proxy.store.codec import account_params, attempt_columns, flow_columns, read_attempt, read_flow
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
 from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, change_row, decode_rows, intact_rows, new_uid
@@ -152,15 +155,44 @@ class Flows:
 
     async def save(self, flow: Flow) -> None:
         """Store a flow; it replaces one with the same id. All but KEPT_FLOWS of its account are deleted."""
+        async with self._engine.transaction() as transaction:
+            await self._save(transaction, flow)
+
+    async def _save(self, transaction: Transaction, flow: Flow) -> None:
         uid = new_uid()
         cipher = RowCipher(self._engine.cipher, "flows", uid)
         columns = flow_columns(flow, cipher)
+        await transaction.execute(_SAVE, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
+        new = {"uid": uid, "now": flow.created_at}
+        of_account = {**account_params(flow.key.account), **new, "kept": KEPT_FLOWS}
+        await transaction.execute(_FORGET_OLD_FLOWS, of_account)
+        await transaction.execute(_FORGET_OLD_IN_ALL, {**new, "kept": KEPT_IN_ALL})
+
+    async def begin(self, flow: Flow, *, adopts: Callable[[Flow], bool], opened_by: str = "") -> Flow:
+        """Store a new flow, unless its account has one that ``adopts`` accepts. Return that one, else the new one.
+
+        Both happen in one transaction: of the processes that begin a flow in the same instant, one makes it.
+        ``opened_by``: the owner that is about to open its link in a browser (``claim_window``); empty if nobody is.
+        """
+        asked = account_params(flow.key.account)
         async with self._engine.transaction() as transaction:
-            await transaction.execute(_SAVE, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
-            new = {"uid": uid, "now": flow.created_at}
-            of_account = {**account_params(flow.key.account), **new, "kept": KEPT_FLOWS}
-            await transaction.execute(_FORGET_OLD_FLOWS, of_account)
-            await transaction.execute(_FORGET_OLD_IN_ALL, {**new, "kept": KEPT_IN_ALL})
+            await leases.lock(transaction, start_lease(flow.key.account))
+            live = await transaction.execute(_LIVE, {**asked, "now": flow.created_at})
+            for other in await decode_rows(self._engine, "flows", live, asked, read_flow):
+                if adopts(other):
+                    return other
+            await self._save(transaction, flow)
+            if opened_by:
+                await _claim_window(transaction, flow, opened_by, flow.created_at)
+        return flow
+
+    async def claim_window(self, flow: Flow, *, owner: str, now: float) -> bool:
+        """Return whether ``owner`` (from ``lease.new_owner``) may open the link of a flow in a browser.
+
+        The first that asks may: so there is one window, however many processes have the link.
+        """
+        async with self._engine.transaction() as transaction:
+            return await _claim_window(transaction, flow, owner, now)
 
     async def get(self, flow_id: str) -> Flow | None:
         """Return a flow, whatever its status is; None if it is gone or can't be decrypted."""
@@ -169,8 +201,13 @@ class Flows:
 
     async def live(self, account: Account, now: float) -> Flow | None:
         """Return the newest flow of an account that still waits for its user at ``now`` (Unix seconds), or None."""
+        return next(iter(await self.all_live(account, now)), None)
+
+    async def all_live(self, account: Account, now: float) -> list[Flow]:
+        """Return the flows of an account that still wait for their user at ``now`` (Unix seconds), newest first."""
         asked = account_params(account)
-        return await self._flow(await self._engine.fetch_all(_LIVE, {**asked, "now": now}), asked)
+        rows = await self._engine.fetch_all(_LIVE, {**asked, "now": now})
+        return await decode_rows(self._engine, "flows", rows, asked, read_flow)
 
     async def devices(self, now: float) -> list[Flow]:
         """Return the flows that still wait for a user on another device, oldest first."""
@@ -270,6 +307,16 @@ class Flows:
                 await self._finish(transaction, row, status, reason)
         return bool(rows)
 
+    async def tell(self, flow: Flow, return_origin: str) -> bool:
+        """Let the origin of a page hear how a pending flow ends. Return False if it has ended, or one hears of it."""
+        async with self._engine.transaction() as transaction:
+            asked: Columns = {"id": flow.id}
+            for row in await self._intact(await transaction.execute(_PENDING, asked), asked):
+                if row["return_origin"] is None:
+                    await change_row(self._engine, transaction, "flows", row, {"return_origin": return_origin})
+                    return True
+        return False
+
     async def cancel(self, account: Account) -> None:
         """Fail all flows of an account, so that no grant can come from them any more (``Grants.add_from``).
 
@@ -300,3 +347,15 @@ class Flows:
 
     async def _attempts(self, rows: list[Row], state_hash: str) -> list[Attempt]:
         return await decode_rows(self._engine, "attempts", rows, {"state_hash": state_hash}, read_attempt)
+
+
+def start_lease(account: Account) -> str:
+    """Return the name of the lease on beginning an authorization of an account (``store.leases``)."""
+    parts = "\0".join((account.principal, account.server, account.name))
+    return f"start:{hashlib.sha256(parts.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+async def _claim_window(transaction: Transaction, flow: Flow, owner: str, now: float) -> bool:
+    """Claim the window of a flow for as long as its link can be used, unless the process that did it is dead."""
+    longest = flow.expires_at - flow.created_at
+    return await leases.claim(transaction, f"window:{flow.id}", owner=owner, now=now, longest=longest)

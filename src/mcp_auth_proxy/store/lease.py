@@ -1,4 +1,4 @@
-"""Leases on refreshes: which process holds one, and whether that process is still alive."""
+"""Owners of leases: which process holds one, and whether that process is still alive."""
 
 import os
 import re
@@ -25,14 +25,16 @@ def new_owner() -> str:
     return f"{_HOST}:{pid}:{found[1] if found else ''}.{secrets.token_hex(8)}"
 
 
-def is_held(owner: str, begun_at: float, now: float) -> bool:
-    """Return whether a refresh that ``owner`` began at ``begun_at`` (Unix seconds) may still be running.
+def is_held(owner: str, begun_at: float, now: float, *, longest: float = LONGEST) -> bool:
+    """Return whether what ``owner`` began at ``begun_at`` (Unix seconds) may still be running.
+
+    After ``longest`` seconds it counts as never finished.
 
     A lease of a dead process on this machine is free at once: servers accept the previous refresh token for a few
     seconds only, so its successor can't wait. Of a process on another machine only the age of the lease is known.
     """
     # abs(): after the clock was set back, a lease from the future must not last as long as the clock was off.
-    if abs(now - begun_at) > LONGEST:
+    if abs(now - begun_at) > longest:
         return False
     found = _OWNER.fullmatch(owner)
     if found is None or found["host"] != _HOST:

@@ -1,8 +1,11 @@
 """Client identities that authorization servers gave us, and the issuers that configured clients are bound to."""
 
+import hashlib
+
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Registration
 from mcp_auth_proxy.store.codec import read_registration, registration_columns
-from mcp_auth_proxy.store.engine import Engine, Row
+from mcp_auth_proxy.store.engine import Engine, Row, Transaction
+from mcp_auth_proxy.store.leases import Leases
 from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, decode_rows, intact_rows, new_uid
 
 KEPT_REGISTRATIONS = 20
@@ -31,6 +34,8 @@ _SAVE = """
         client_secret_expires_at = excluded.client_secret_expires_at, client_created_at = excluded.client_created_at,
         seal = excluded.seal
 """
+# Nothing is changed if another process has stored a client since: ``seen`` is the one that was there before.
+_ADD = f"{_SAVE} WHERE registrations.client_id = :seen RETURNING uid"
 # The new one is kept whatever the times of the others are; then come those that the next login of a live grant needs.
 _FORGET_OLD = """
     DELETE FROM registrations WHERE server = :server AND uid NOT IN (
@@ -54,6 +59,12 @@ _BIND = """
 _BOUND = "SELECT * FROM client_bindings WHERE server = :server AND client_id = :client_id"
 
 
+def registration_lease(server: str, issuer: str, account: str, redirect_uri: str) -> str:
+    """Return the name of the lease on registering a client (``store.leases``)."""
+    parts = "\0".join((server, issuer, account, redirect_uri))
+    return f"register:{hashlib.sha256(parts.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
 class Registrations:
     """The registrations in the store. Every method raises StoreUnavailable if the store can't be used now.
 
@@ -62,6 +73,8 @@ class Registrations:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.leases = Leases(engine)
+        """Those of ``registration_lease``."""
 
     async def find(
         self, server: str, issuer: str, redirect_uri: str, *, account: str = DEFAULT_ACCOUNT
@@ -77,6 +90,13 @@ class Registrations:
 
         All but KEPT_REGISTRATIONS of the server are deleted.
         """
+        values = self._values(registration)
+        async with self._engine.transaction() as transaction:
+            await transaction.execute(_SAVE, values)
+            await self._forget_old(transaction, values)
+
+    def _values(self, registration: Registration) -> Columns:
+        """Return the columns of a new row."""
         uid = new_uid()
         cipher = RowCipher(self._engine.cipher, _TABLE, uid)
         columns = {
@@ -85,11 +105,38 @@ class Registrations:
             "account": registration.account,
             **registration_columns(registration, cipher),
         }
-        values = {"uid": uid, **columns, SEAL: cipher.seal_row(columns)}
+        return {"uid": uid, **columns, SEAL: cipher.seal_row(columns)}
+
+    async def _forget_old(self, transaction: Transaction, new: Columns) -> None:
+        kept = {"server": new["server"], "uid": new["uid"], "kept": KEPT_REGISTRATIONS}
+        await transaction.execute(_FORGET_OLD, kept)
+
+    async def add(self, registration: Registration, *, replaces: str | None) -> Registration:
+        """Store a new registration unless another process was faster; return the one that is stored then.
+
+        ``replaces``: the id of the client that it takes the place of, None if there was none.
+        """
+        asked: Columns = {
+            "server": registration.server,
+            "issuer": registration.issuer,
+            "account": registration.account,
+            "client_redirect_uri": registration.redirect_uri,
+        }
+        find = {**asked, "redirect_uri": registration.redirect_uri}
         async with self._engine.transaction() as transaction:
-            await transaction.execute(_SAVE, values)
-            kept = {"server": registration.server, "uid": uid, "kept": KEPT_REGISTRATIONS}
-            await transaction.execute(_FORGET_OLD, kept)
+            rows = await transaction.execute(_FIND, find)
+            for stored in await decode_rows(self._engine, _TABLE, rows, asked, read_registration):
+                if stored.client_id != replaces:
+                    return stored
+            # What something else has changed counts as missing, and is replaced.
+            seen = rows[0]["client_id"] if rows else ""
+            values = self._values(registration)
+            if await transaction.execute(_ADD, {**values, "seen": seen}):
+                await self._forget_old(transaction, values)
+                return registration
+            rows = await transaction.execute(_FIND, find)
+            stored_now = await decode_rows(self._engine, _TABLE, rows, asked, read_registration)
+        return stored_now[0] if stored_now else registration
 
     async def delete(self, server: str, issuer: str | None = None, *, account: str = DEFAULT_ACCOUNT) -> None:
         """Delete the registrations of an account, at one issuer or, if that is None, at all."""

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mcp_auth_proxy.broker import Broker, cookie_name
-from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
+from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, CopyAddress, StoreError
 from mcp_auth_proxy.models import Account, Caller, Flow
 from mcp_auth_proxy.store.events import OK
 from mcp_auth_proxy.web.audit import CONSENT, REFUSE
@@ -71,6 +71,9 @@ async def _complete(
 ) -> Response:
     try:
         flow = await broker.complete(params, read_cookies(request), visitors.may_open(caller))
+    except CopyAddress as copied:
+        # The address stays as it is: a redirect would take from the user what they have to copy.
+        return message("Copy the address of this page", str(copied), status=copied.status)
     except CallbackRefused as refused:
         await end(CONSENT, "callback-refused")
         # If the flow has not ended, somebody else may still end it, and nobody hears of this.
