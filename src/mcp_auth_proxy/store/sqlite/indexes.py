@@ -1,7 +1,7 @@
 """Indexes for lists of grants by state, server and owner: of 100,000 grants, a page takes a few milliseconds.
 
-What a filter compares stands in the index beside the id, so rows that are not wanted are not read: they are fifty times as
-large. The conditions are those of ``store.grant_summaries``, word for word: otherwise SQLite would not use the index.
+What a filter compares stands in the index beside the id, so rows that are not wanted are not read: they are ten times
+as large. The conditions are those of ``store.grant_summaries``, word for word: else SQLite would not use the index.
 """
 
 INDEXES = (
