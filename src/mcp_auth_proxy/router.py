@@ -92,7 +92,7 @@ class Router:
         if self._anonymous:
             route = self._routes.local.get(request.path)
             return route is not None and self._forwarder.try_fast_path(route, request, LOCAL_CALLER)
-        caller = self._authenticator.identify_nowait(request.headers, request.peer)
+        caller = self._authenticator.recognize(request)
         if caller is None or not caller.may_call:
             return False
         route = self._routes.get(caller.principal, request.path)

@@ -20,7 +20,8 @@ from fakes.team import add_member
 from identity.idp import AUDIENCE, IdentityProvider, forged, identity_provider
 from mcp_auth_proxy.config.changes import compare
 from mcp_auth_proxy.identity.keys import make_key
-from mcp_auth_proxy.models import ALL_SCOPES, Scope
+from mcp_auth_proxy.models import ALL_SCOPES, Principal, Scope
+from mcp_auth_proxy.store.principals import new_principal_id
 
 CALL = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/list"}).encode()
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -257,6 +258,23 @@ async def test_an_address_has_five_failed_credentials_a_second_at_mcp_endpoints(
         begun = time.monotonic()
         assert [(await there.post(bad)).status for _ in range(3)] == [401] * 3
         assert time.monotonic() - begun > 0.3
+
+
+async def test_a_key_that_ends_is_refused_on_the_connection_that_it_was_used_on(tmp_path: Path) -> None:
+    # T74
+    async with shared(tmp_path, {"mode": "api_key"}) as there:
+        directory = there.proxy.application.callers.directory
+        alice = Principal(id=new_principal_id(), name="alice", created_at=time.time())
+        await directory.add(alice)
+        ends = time.time() + 0.7
+        key, text = make_key(principal=alice.id, name="brief", scopes=ALL_SCOPES, now=time.time(), expires_at=ends)
+        await directory.add_key(key)
+        answered = 0
+        while time.time() < ends - 0.1:
+            answered += (await there.post(f"X-API-Key: {text}")).status == 200
+        assert answered > 1
+        await until(lambda: time.time() >= ends, "its end", 2)
+        assert await there.refused(f"X-API-Key: {text}") == 401
 
 
 async def test_a_reload_changes_who_is_believed(tmp_path: Path) -> None:

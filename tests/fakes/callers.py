@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from mcp_auth_proxy.errors import CallerRefused, McpAuthProxyError
 from mcp_auth_proxy.identity import Fields
+from mcp_auth_proxy.identity.authenticator import Request
 from mcp_auth_proxy.models import Caller, Principal, Role
 
 FIELD = b"x-test-caller"
@@ -34,9 +35,9 @@ class HeaderCallers:
         self.peers: set[str] = set()
         self._callbacks: list[Callable[[str], None]] = []
 
-    def identify_nowait(self, fields: Fields, peer: str) -> Caller | None:
-        self.peers.add(peer)
-        return self._caller(fields) if self.cached else None
+    def recognize(self, request: Request) -> Caller | None:
+        self.peers.add(request.peer)
+        return self._caller(request.fields.headers) if self.cached else None
 
     async def identify(self, fields: Fields, peer: str) -> Caller:
         self.peers.add(peer)

@@ -8,7 +8,8 @@ from pathlib import Path
 from mcp_auth_proxy.config.settings import Address, InboundSettings, Settings
 from mcp_auth_proxy.identity import Callers, make_authenticator
 from mcp_auth_proxy.identity.keys import make_key
-from mcp_auth_proxy.models import Identity, Principal, Role, Scope
+from mcp_auth_proxy.models import Caller, Identity, Principal, Role, Scope
+from mcp_auth_proxy.net.http_head import Fields
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.principals import new_principal_id
@@ -27,12 +28,24 @@ class Clock:
 
 
 @dataclass
+class Head:
+    """What a request is recognized by."""
+
+    fields: Fields
+    peer: str
+
+
+@dataclass
 class Setup:
     """One process: its callers, and what stands behind them."""
 
     callers: Callers
     engine: Engine
     clock: Clock
+
+    def known(self, fields: Fields | list[tuple[bytes, bytes]], peer: str = PEER) -> Caller | None:
+        """Return whose request is known at once. The same ``Fields`` stand for requests of one connection."""
+        return self.callers.recognize(Head(fields if isinstance(fields, Fields) else Fields(fields), peer))
 
     async def add(self, name: str, *identities: Identity, role: Role = Role.MEMBER, listed: bool = True) -> Principal:
         principal = Principal(id=new_principal_id(), name=name, role=role, listed=listed, created_at=NOW)

@@ -20,7 +20,7 @@ HEED_SECONDS = 1.0
 
 async def refusal(setup: Setup, fields: list[tuple[bytes, bytes]], *, api: bool = False) -> CallerRefused:
     """Return why a request is refused, also if it is asked again."""
-    assert setup.callers.identify_nowait(fields, PEER) is None or api
+    assert setup.known(fields) is None or api
     with pytest.raises(CallerRefused) as caught:
         await (setup.callers.identify_api(fields, PEER) if api else setup.callers.identify(fields, PEER))
     return caught.value
@@ -42,7 +42,7 @@ async def test_a_key_is_its_principals_in_every_way_to_send_it(tmp_path: Path) -
             assert (caller.principal, caller.scopes) == (alice, MCP_AND_SELF)
             assert await setup.callers.identify_api(fields, PEER) == caller
         for fields in (ways[0], ways[2]):
-            assert setup.callers.identify_nowait(fields, PEER) == caller
+            assert setup.known(fields) == caller
 
 
 async def test_without_a_credential_a_request_is_401(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ async def test_bad_keys_are_401_without_saying_what_is_wrong(tmp_path: Path) -> 
 async def test_a_key_ends_when_its_time_has_come(tmp_path: Path) -> None:
     async with identifying(tmp_path, API_KEYS) as setup:
         key = await setup.key_of(await setup.add("alice"), expires_at=NOW + 60)
-        assert setup.callers.identify_nowait(bearer(key), PEER)
+        assert setup.known(bearer(key))
         setup.clock.now += 60
         assert (await refusal(setup, bearer(key))).status == 401
         assert (await refusal(setup, bearer(key), api=True)).status == 401
@@ -100,7 +100,7 @@ async def test_the_api_takes_keys_in_mode_none_too(tmp_path: Path) -> None:
     async with identifying(tmp_path, ANYBODY) as setup:
         callers = setup.callers
         assert callers.anonymous
-        caller = callers.identify_nowait(bearer("anything"), PEER)
+        caller = setup.known(bearer("anything"))
         assert caller is not None
         assert caller.principal.id == LOCAL
         key = await setup.key_of(await setup.add("alice"))
@@ -116,7 +116,7 @@ async def test_the_api_takes_keys_in_mode_none_too(tmp_path: Path) -> None:
 async def until_refused(setup: Setup, key: str) -> float:
     """Return after how many seconds a key is no longer known."""
     begun = time.monotonic()
-    await until(lambda: setup.callers.identify_nowait(bearer(key), PEER) is None, "refusal", 5)
+    await until(lambda: setup.known(bearer(key)) is None, "refusal", 5)
     return time.monotonic() - begun
 
 
@@ -127,12 +127,12 @@ async def test_a_principal_disabled_by_another_process_is_refused_within_a_secon
         one.callers.on_refused(refused.append)
         alice, bob = await one.add("alice"), await one.add("bob")
         key, bobs = await one.key_of(alice), await one.key_of(bob)
-        assert one.callers.identify_nowait(bearer(key), PEER)
+        assert one.known(bearer(key))
         await other.callers.directory.change(alice.id, status=PrincipalStatus.DISABLED)
         assert await until_refused(one, key) < HEED_SECONDS
         assert refused == [alice.id]
         assert (await refusal(one, bearer(key))).status == 401
-        assert one.callers.identify_nowait(bearer(bobs), PEER)
+        assert one.known(bearer(bobs))
         await other.callers.directory.change(alice.id, status=PrincipalStatus.ACTIVE)
         assert (await one.callers.identify(bearer(key), PEER)).principal == alice
 
@@ -164,7 +164,7 @@ async def test_a_new_role_is_heeded(tmp_path: Path) -> None:
         alice = await setup.add("alice")
         key = await setup.key_of(alice)
         await setup.callers.directory.change(alice.id, role=Role.ADMIN)
-        caller = setup.callers.identify_nowait(bearer(key), PEER)
+        caller = setup.known(bearer(key))
         assert caller is not None
         assert caller.principal.role is Role.ADMIN
 
@@ -173,7 +173,7 @@ async def test_the_last_use_is_stored_to_the_hour(tmp_path: Path) -> None:
     async with identifying(tmp_path, API_KEYS) as setup:
         key = await setup.key_of(await setup.add("alice"))
         unused = await setup.key_of(await setup.add("bob"))
-        assert setup.callers.identify_nowait(bearer(key), PEER)
+        assert setup.known(bearer(key))
         await setup.callers.directory.aclose()
         used = {each.id: each.last_used_at for each in await setup.callers.directory.keys()}
         assert used == {key.split("_")[1]: NOW // 3600 * 3600, unused.split("_")[1]: None}

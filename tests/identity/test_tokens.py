@@ -34,7 +34,7 @@ async def with_provider(folder: Path, **changes: Any) -> AsyncIterator[tuple[Set
 
 
 async def refused(setup: Setup, token: str) -> CallerRefused:
-    assert setup.callers.identify_nowait(bearer(token), PEER) is None
+    assert setup.known(bearer(token)) is None
     with pytest.raises(CallerRefused) as caught:
         await setup.callers.identify(bearer(token), PEER)
     return caught.value
@@ -44,13 +44,13 @@ async def refused(setup: Setup, token: str) -> CallerRefused:
 async def test_a_good_token_names_its_caller(tmp_path: Path, algorithm: str) -> None:
     async with with_provider(tmp_path) as (setup, provider):
         token = provider.token(algorithm=algorithm)
-        assert setup.callers.identify_nowait(bearer(token), PEER) is None
+        assert setup.known(bearer(token)) is None
         caller = await setup.callers.identify(bearer(token), PEER)
         assert (caller.principal.name, caller.principal.role) == ("alice", Role.MEMBER)
         assert (caller.credential, caller.scopes) == (f"jwt:{provider.issuer}", ALL_SCOPES)
         assert caller.jwt == token
         assert token not in repr(caller)
-        assert setup.callers.identify_nowait(bearer(token), PEER) is caller
+        assert setup.known(bearer(token)) is caller
         assert await setup.callers.identify_api(bearer(token), PEER) is caller
         assert provider.paths == ["/.well-known/openid-configuration", "/keys"]
 
@@ -185,10 +185,10 @@ async def test_a_verdict_holds_for_a_minute_but_not_beyond_the_end(tmp_path: Pat
         for fields in (longer, shorter):
             await setup.callers.identify(fields, PEER)
         setup.clock.now = NOW + 20
-        assert setup.callers.identify_nowait(shorter, PEER) is None
-        assert setup.callers.identify_nowait(longer, PEER)
+        assert setup.known(shorter) is None
+        assert setup.known(longer)
         setup.clock.now = NOW + VERDICT_LIFETIME
-        assert setup.callers.identify_nowait(longer, PEER) is None
+        assert setup.known(longer) is None
         setup.clock.now = NOW + 20 + LEEWAY
         with pytest.raises(CallerRefused):
             await setup.callers.identify(shorter, PEER)
@@ -214,7 +214,7 @@ async def test_an_identity_provider_that_is_down_means_503_and_known_tokens_go_o
         assert setup.callers.problems() == []
         provider.down = 503
         monkeypatch.setattr(key_sets, "LIFETIME", 0.0)
-        assert setup.callers.identify_nowait(known, PEER)
+        assert setup.known(known)
         assert (await refused(setup, provider.token(jti="3"))).status == 503
         setup.clock.now += VERDICT_LIFETIME
         with pytest.raises(CallerRefused) as caught:

@@ -33,7 +33,7 @@ def inbound(settings: TrustedHeaderSettings, *more: str, listed: bool = False) -
 
 async def status_of(setup: Setup, fields: Fields, peer: str = FRONT) -> int:
     """Return the status that a request is refused with, on the fast path and else."""
-    assert setup.callers.identify_nowait(fields, peer) is None
+    assert setup.known(fields, peer) is None
     with pytest.raises(CallerRefused) as caught:
         await setup.callers.identify(fields, peer)
     return caught.value.status
@@ -47,11 +47,11 @@ async def test_the_web_server_in_front_names_the_caller(
     tmp_path: Path, settings: TrustedHeaderSettings, fields: Fields
 ) -> None:
     async with identifying(tmp_path, inbound(settings)) as setup:
-        assert setup.callers.identify_nowait(fields, FRONT) is None
+        assert setup.known(fields, FRONT) is None
         caller = await setup.callers.identify(fields, FRONT)
         assert (caller.principal.name, caller.credential) == ("alice", "header:x-forwarded-user")
-        assert setup.callers.identify_nowait(fields, FRONT) is caller
-        assert setup.callers.identify_nowait(fields, f"::ffff:{FRONT}") is caller
+        assert setup.known(fields, FRONT) is caller
+        assert setup.known(fields, f"::ffff:{FRONT}") is caller
         assert await setup.callers.identify_api(fields, FRONT) is caller
         found = await setup.callers.directory.find(Identity("header:x-forwarded-user", "alice"))
         assert found == caller.principal
@@ -105,7 +105,7 @@ async def test_what_the_web_server_asked_for_itself_is_no_second_credential(tmp_
         # nginx forwards the Basic credentials that it has checked.
         fields = [(b"authorization", b"Basic YWxpY2U6cGFzcw=="), USER]
         assert (await setup.callers.identify(fields, FRONT)).principal.name == "alice"
-        assert setup.callers.identify_nowait(fields, FRONT)
+        assert setup.known(fields, FRONT)
 
 
 async def test_a_key_and_a_name_are_two_credentials(tmp_path: Path) -> None:

@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_auth_proxy.net.http_head import HOPS, Fields
-from mcp_auth_proxy.proxy.headers import is_in_loop, request_head, response_headers
+from mcp_auth_proxy.proxy.headers import (
+    FieldRules,
+    encoded_response_fields,
+    is_in_loop,
+    request_head,
+    response_headers,
+)
+from mcp_auth_proxy.proxy.session_ids import SessionIds
 
 TOKEN = b"Bearer ours"
 
@@ -259,3 +266,15 @@ def test_a_count_that_is_too_high_or_no_proxy_wrote_is_a_loop(values: list[bytes
 
 def test_the_hop_count_is_not_returned() -> None:
     assert HOPS not in dict(response_headers([(HOPS, b"1"), (b"Mcp-Auth-Proxy-Hops", b"1")]))
+
+
+def test_a_response_is_encoded_once_for_all_callers_unless_it_has_a_session_id() -> None:
+    key = bytes(32)
+    ada, bob = (
+        FieldRules(sessions=SessionIds(key, principal=name, server="s", account="a")) for name in ("ada", "bob")
+    )
+    plain, in_session = Fields([(b"x-a", b"1")]), Fields([(b"x-a", b"1"), (b"mcp-session-id", b"s1")])
+    assert encoded_response_fields(plain, ada) is encoded_response_fields(plain, bob)
+    for rules in (ada, bob, ada):
+        assert rules.sessions is not None
+        assert b"mcp-session-id: %b\r\n" % rules.sessions.sign(b"s1") in encoded_response_fields(in_session, rules)

@@ -11,8 +11,9 @@ import pytest
 from mcp_auth_proxy.models import LOCAL, Account
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.flows import Flows
-from mcp_auth_proxy.store.grant_summaries import GrantFilter, GrantSummaries, GrantSummary
+from mcp_auth_proxy.store.grant_summaries import GrantFilter, GrantState, GrantSummaries, GrantSummary, page_query
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.sqlite.indexes import INDEXES
 from store.builders import NOW, flow, grant, store_settings
 
 
@@ -100,3 +101,38 @@ async def test_the_accounts_that_wait_for_their_user_are_found(engine: Engine) -
     await flows.save(flow("flow-2", "notes", at=NOW - 10_000))
     assert await summaries.authorizing(LOCAL, NOW) == [(Account(LOCAL, "linear"), NOW)]
     assert await summaries.authorizing("ada", NOW) == []
+
+
+BY_STATE = {
+    GrantState.ACTIVE: "grants_renewable",
+    GrantState.EXPIRED: "grants_renewable",
+    GrantState.DEGRADED: "grants_not_renewable",
+    GrantState.ENDED: "grants_not_renewable",
+}
+OWN = "grants_by_principal_and_server (principal=? AND server=? AND id>?)"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (GrantFilter(project="default"), "USING INTEGER PRIMARY KEY (rowid>?)"),
+        (GrantFilter(project="default", server="a"), "USING INDEX grants_by_server (server=? AND id>?)"),
+        (GrantFilter(principal="ada"), "USING INDEX grants_by_principal (principal=? AND id>?)"),
+        (GrantFilter(principal="ada", server="a"), f"USING INDEX {OWN}"),
+        *((GrantFilter(principal="ada", server="a", state=state), f"USING INDEX {OWN}") for state in GrantState),
+        *(
+            (GrantFilter(project="default", server=server, state=state, retried=(1, 2)), f"USING INDEX {index} (id>?)")
+            for state, index in BY_STATE.items()
+            for server in (None, "a")
+        ),
+    ],
+)
+async def test_no_filter_reads_all_rows_or_sorts_them(engine: Engine, wanted: GrantFilter, expected: str) -> None:
+    names = {row["name"] for row in await engine.fetch_all("SELECT name FROM sqlite_master", {})}
+    sql, values = page_query(wanted, now=NOW)
+    async with engine.transaction() as transaction:
+        for statement in () if "grants_renewable" in names else INDEXES:
+            await transaction.execute(statement, {})
+    plan = await engine.fetch_all(f"EXPLAIN QUERY PLAN {sql}", {**values, "after": 0, "count": 51})
+    assert plan[0]["detail"] == f"SEARCH grants {expected}"
+    assert not any("TEMP B-TREE" in row["detail"] for row in plan)

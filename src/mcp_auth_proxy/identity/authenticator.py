@@ -4,9 +4,22 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mcp_auth_proxy.models import LOCAL_CALLER, Caller
+from mcp_auth_proxy.net import http_head
 
 Fields = Sequence[tuple[bytes, bytes]]
 """The fields of a request; names are in lower case."""
+
+
+class Request(Protocol):
+    """A request of which the head has arrived."""
+
+    @property
+    def fields(self) -> http_head.Fields:
+        """The fields, in an object that the requests of a connection share while they stay the same."""
+
+    @property
+    def peer(self) -> str:
+        """The address that the connection comes from."""
 
 
 class Authenticator(Protocol):
@@ -17,14 +30,17 @@ class Authenticator(Protocol):
     credential_fields: frozenset[bytes]
     """Names of the fields with credentials, in lower case: they are never forwarded."""
 
-    def identify_nowait(self, fields: Fields, peer: str) -> Caller | None:
+    def recognize(self, request: Request) -> Caller | None:
         """Return the caller if it is known without waiting; None if ``identify`` has to be awaited.
 
-        ``peer`` is the address that the connection comes from. This is called for every request, also on the fast path.
+        This is called for every request, also on the fast path.
         """
 
     async def identify(self, fields: Fields, peer: str) -> Caller:
-        """Return the caller. Raises CallerRefused, and StoreError if it can't be looked up now."""
+        """Return the caller. Raises CallerRefused, and StoreError if it can't be looked up now.
+
+        ``peer`` is the address that the connection comes from.
+        """
 
     def on_refused(self, callback: Callable[[str], None]) -> None:
         """Call ``callback`` with the id of each principal that may no longer call, within a second of the change."""
@@ -39,7 +55,7 @@ class NoAuthenticator:
     anonymous = True
     credential_fields: frozenset[bytes] = frozenset()
 
-    def identify_nowait(self, fields: Fields, peer: str) -> Caller:
+    def recognize(self, request: Request) -> Caller:
         """Return the caller that stands for everybody."""
         return LOCAL_CALLER
 

@@ -5,11 +5,11 @@ import hmac
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mcp_auth_proxy.config.settings import InboundSettings
 from mcp_auth_proxy.errors import CallerRefused
-from mcp_auth_proxy.identity.authenticator import Fields
+from mcp_auth_proxy.identity.authenticator import Fields, Request
 from mcp_auth_proxy.identity.claims import claims_identity
 from mcp_auth_proxy.identity.credentials import API_KEY, AUTHORIZATION, MISSING, UNKNOWN, Credential, read_credential
 from mcp_auth_proxy.identity.directory import Directory
@@ -29,6 +29,18 @@ _ROLE_INTERVAL = 60.0
 """Seconds between two changes of the stored role of a principal."""
 
 _BEARER = b"Bearer "
+
+
+class _Verdict(NamedTuple):
+    """Who calls with a credential, as it was looked up in an epoch of the directory."""
+
+    epoch: object
+    until: float | None
+    """Unix seconds; None if the credential has no end of its own."""
+    caller: Caller
+
+
+_LOCAL = _Verdict(None, None, LOCAL_CALLER)
 
 
 class Callers:
@@ -78,6 +90,7 @@ class Callers:
         self._watched = frozenset(authorization | ({API_KEY} if self._keys else set())) | (
             self._header.fields if self._header else frozenset()
         )
+        self.directory.end_epoch()
 
     async def start(self) -> None:
         """Read the principals and keys, and watch for changes. Raises StoreError."""
@@ -112,10 +125,23 @@ class Callers:
 
     # The data plane
 
-    def identify_nowait(self, fields: Fields, peer: str) -> Caller | None:
-        """Return the caller if it is known without waiting; None if ``identify`` has to be awaited."""
+    def recognize(self, request: Request) -> Caller | None:
+        """Return the caller if it is known without waiting; None if ``identify`` has to be awaited.
+
+        What is found out is kept with the fields: the next request of the connection mostly has the same.
+        """
+        fields = request.fields
+        verdict = fields.verdict
+        if verdict.__class__ is _Verdict:
+            epoch, until, caller = verdict
+            if epoch is self.directory.epoch and (until is None or self._clock() < until):
+                return caller
+        fields.verdict = found = self._look_up(fields.headers, request.peer)
+        return None if found is None else found.caller
+
+    def _look_up(self, fields: Fields, peer: str) -> _Verdict | None:
         if self.anonymous:
-            return LOCAL_CALLER
+            return _LOCAL
         watched = self._watched
         seen = [field for field in fields if field[0] in watched]
         if len(seen) == 1:
@@ -125,10 +151,11 @@ class Callers:
                     return None
                 value = value[7:]
             if name in (AUTHORIZATION, API_KEY):
-                return self._known(hashlib.sha256(value).digest())
+                return self._verdict(hashlib.sha256(value).digest())
         if self._header is not None and seen:
             named = self._header.value_nowait(seen, peer)
-            return None if named is None else self._named.get(named)
+            caller = None if named is None else self._named.get(named)
+            return None if caller is None else _Verdict(self.directory.epoch, None, caller)
         return None
 
     async def identify(self, fields: Fields, peer: str) -> Caller:
@@ -144,8 +171,13 @@ class Callers:
         return await self._other_caller(credential)
 
     def _known(self, digest: bytes) -> Caller | None:
+        verdict = self._verdict(digest)
+        return None if verdict is None else verdict.caller
+
+    def _verdict(self, digest: bytes) -> _Verdict | None:
+        """Return whose an API key or token is, by its SHA-256, if that is known."""
+        directory = self.directory
         if self._keys:
-            directory = self.directory
             caller = directory.callers.get(digest)
             if caller is not None:
                 ends = directory.expiries.get(digest)
@@ -153,8 +185,9 @@ class Callers:
                     return None
                 if digest not in directory.used:
                     directory.used.add(digest)
-                return caller
-        return None if self._tokens is None else self._tokens.known(digest)
+                return _Verdict(directory.epoch, ends, caller)
+        known = None if self._tokens is None else self._tokens.known(digest)
+        return None if known is None else _Verdict(directory.epoch, known.until, known.caller)
 
     # The API
 

@@ -55,6 +55,8 @@ class Directory:
         """When a key ends (Unix seconds), if it does."""
         self.used: set[bytes] = set()
         """The keys that were used in this hour. Whoever accepts a key adds it."""
+        self.epoch = object()
+        """Another object as soon as what was found out about credentials may not hold any more. See ``end_epoch``."""
         self._hour = clock() // HOUR * HOUR
         self._written: set[bytes] = set()
         self._refused: list[Callable[[str], None]] = []
@@ -99,6 +101,10 @@ class Directory:
     def on_change(self, callback: Callable[[frozenset[str]], None]) -> None:
         """Call ``callback`` with the ids of principals that were changed or removed, before ``on_refused``."""
         self._changed.append(callback)
+
+    def end_epoch(self) -> None:
+        """Let every credential be looked up again, also on the connections that it came on before."""
+        self.epoch = object()
 
     # Changes by this process
 
@@ -229,6 +235,7 @@ class Directory:
             if key.expires_at is not None:
                 expiries[digest] = key.expires_at
         self.callers, self.other_callers, self.expiries = callers, others, expiries
+        self.end_epoch()
         now = self._clock()
         self._next_expiry = min((ends for ends in expiries.values() if ends > now), default=math.inf)
 
@@ -276,3 +283,5 @@ class Directory:
             self._hour = hour
             self.used.clear()
             self._written.clear()
+            # Each use in the new hour is noted again.
+            self.end_epoch()

@@ -43,7 +43,9 @@ _OWN_KEYS = frozenset({"jku", "jwk", "x5u", "x5c", "crit"})
 PrincipalOf = Callable[[Identity, tuple[str, ...], Role | None], Awaitable[Principal]]
 
 
-class _Verdict(NamedTuple):
+class TokenVerdict(NamedTuple):
+    """Whose a token is, which was checked."""
+
     caller: Caller
     until: float
     """Unix seconds."""
@@ -148,7 +150,7 @@ class TokenCallers:
                 self._kubernetes = issuer
             else:
                 self._issuers[settings.issuer] = issuer
-        self._verdicts: dict[bytes, _Verdict] = {}
+        self._verdicts: dict[bytes, TokenVerdict] = {}
         self._remembered = 0
 
     def adopt_keys(self, other: "TokenCallers") -> None:
@@ -178,17 +180,17 @@ class TokenCallers:
         """Return in sentences which issuers' keys could not be had."""
         return [issuer.keys.problem for issuer in self._all() if issuer.keys.problem]
 
-    def known(self, digest: bytes) -> Caller | None:
-        """Return the caller of a token that was checked within the last minute, by the SHA-256 of the token."""
+    def known(self, digest: bytes) -> TokenVerdict | None:
+        """Return the verdict on a token that was checked within the last minute, by the SHA-256 of the token."""
         verdict = self._verdicts.get(digest)
-        return verdict.caller if verdict is not None and self._clock() < verdict.until else None
+        return verdict if verdict is not None and self._clock() < verdict.until else None
 
     async def identify(self, encoded: bytes) -> Caller:
         """Return the caller of a token. Raises CallerRefused, StoreError."""
         digest = hashlib.sha256(encoded).digest()
-        caller = self.known(digest)
-        if caller is not None:
-            return caller
+        verdict = self.known(digest)
+        if verdict is not None:
+            return verdict.caller
         token = Token(encoded)
         issuer = self._issuer_of(token)
         ends = await issuer.verify(token, now=self._clock())
@@ -227,7 +229,7 @@ class TokenCallers:
 
     def _remember(self, digest: bytes, caller: Caller, until: float, size: int) -> None:
         self._drop(digest)
-        self._verdicts[digest] = _Verdict(caller, until, size)
+        self._verdicts[digest] = TokenVerdict(caller, until, size)
         self._remembered += size
         while len(self._verdicts) > MAX_VERDICTS or self._remembered > MAX_REMEMBERED:
             self._drop(next(iter(self._verdicts)))

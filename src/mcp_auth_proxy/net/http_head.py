@@ -17,7 +17,7 @@ class Fields:
     the fields are checked and encoded once.
     """
 
-    __slots__ = ("events", "forwarded", "forwarded_for", "headers", "plain")
+    __slots__ = ("events", "forwarded", "forwarded_for", "headers", "plain", "verdict")
 
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
@@ -25,6 +25,8 @@ class Fields:
         """What whoever forwards the message has made of the fields; None until then."""
         self.forwarded_for: object = None
         """The rules by which ``forwarded`` was made: other rules make something else of the same fields."""
+        self.verdict: object = None
+        """What whoever identifies callers has found out, and until when it holds; None until then."""
         self.events: bool | None = None
         """Whether the content is an event stream; None until somebody has found out."""
         self.plain: bool | None = None

@@ -164,6 +164,9 @@ class FieldRules:
     """Whether other callers use the same token: without a session, the server can't tell whose events it repeats."""
 
 
+_EVERYBODY = object()
+"""In place of rules: a response has the same fields under all of them."""
+
 ONE_CALLER = FieldRules()
 """The rules if callers are not identified."""
 
@@ -201,7 +204,7 @@ def request_head(
         end = b"authorization: %b\r\n%b" % (authorization, end)
         count += 1
     check_lines(start + end, count)
-    if b" " in target:
+    if target.find(b" ") >= 0:
         raise ValueError("the request target holds a space")
     return start + forwarded + end
 
@@ -290,10 +293,12 @@ def encoded_response_fields(fields: Fields, rules: FieldRules = ONE_CALLER) -> b
 
     Raises ValueError if a field holds a line break; the parser lets none through.
     """
-    forwarded = fields.forwarded
-    if forwarded is None or fields.forwarded_for is not rules:
+    forwarded, made_for = fields.forwarded, fields.forwarded_for
+    if forwarded is None or (made_for is not rules and made_for is not _EVERYBODY):
         fields.forwarded = forwarded = encode_fields(response_headers(fields.headers, rules))
-        fields.forwarded_for = rules
+        # Only a session id is not the same for all callers, who take turns on the connections to a server.
+        in_session = any(name.lower() == session_ids.FIELD for name, _ in fields.headers)
+        fields.forwarded_for = rules if in_session else _EVERYBODY
     return forwarded
 
 

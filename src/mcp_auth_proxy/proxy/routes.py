@@ -93,8 +93,13 @@ class Routes:
     def get(self, principal: Principal, path: bytes) -> Route | None:
         """Return a route that was found before; None if it has to be looked for with ``find``, or if there is none."""
         table = self._tables.get(principal.id)
-        if table is None or (table.principal is not principal and table.principal != principal):
+        if table is None:
             return None
+        if table.principal is not principal:
+            if table.principal != principal:
+                return None
+            # To compare them costs a microsecond, and the next request mostly brings the same object.
+            table.principal = principal
         return table.routes.get(path)
 
     def find(self, principal: Principal, path: bytes) -> Route | None:

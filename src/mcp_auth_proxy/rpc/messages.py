@@ -61,9 +61,11 @@ class Message:
 
 def needs_inspection(content: bytes) -> bool:
     """Return whether the proxy may have to act on a body itself: a search for markers, without parsing."""
+    # Not ``in``, which makes an exception first when it searches bytes.
+    find = content.find
     if len(content) > MAX_INSPECTED:
-        return len(content) <= MAX_PARSED and _INPUT_MARKER in content
-    return _INPUT_MARKER in content or _INITIALIZE_MARKER in content or _SUBSCRIPTION_MARKER in content
+        return len(content) <= MAX_PARSED and find(_INPUT_MARKER) >= 0
+    return find(_INPUT_MARKER) >= 0 or find(_INITIALIZE_MARKER) >= 0 or find(_SUBSCRIPTION_MARKER) >= 0
 
 
 class RequestBody:

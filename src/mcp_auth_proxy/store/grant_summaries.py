@@ -19,18 +19,21 @@ from mcp_auth_proxy.store.sealed_rows import Columns, RowCipher, decode_rows
 
 _TABLE = "grants"
 _REPEATED = ", ".join(f"'{kind}'" for kind in GrantType if kind.unattended)
-_RENEWABLE = f"(refresh_token IS NOT NULL OR grant_type IN ({_REPEATED}))"
+_REPEATABLE = f"grant_type IN ({_REPEATED})"
+_RENEWABLE = f"(refresh_token IS NOT NULL OR {_REPEATABLE})"
 _DEAD = "(expires_at IS NOT NULL AND expires_at <= :now)"
 _NOT_RENEWED = "(ended_at IS NOT NULL OR refresh_token IS NULL)"
-"""True in both states that it stands in; it is the condition of an index."""
+"""True in both states that it stands in; it is the condition of an index, and tells that a live grant has no refresh
+token."""
 
 _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _PAGE = "SELECT * FROM grants WHERE {conditions} ORDER BY id LIMIT :count"
 _OF_PRINCIPAL = "SELECT * FROM grants WHERE principal = :principal ORDER BY id"
 _OF_PROJECT = """
-    (EXISTS (SELECT 1 FROM principals WHERE principals.id = grants.principal AND principals.project_id = :project)
+    (+principal IN (SELECT id FROM principals WHERE project_id = :project)
         OR principal = :shared OR (principal = :local AND :project = :default_project))
 """
+"""The plus (see ``page_query``) because SQLite would look up the grants of each principal, and sort all of them."""
 _WAITING = """
     SELECT * FROM flows WHERE principal = :principal AND status = :status AND expires_at > :now ORDER BY created_at
 """
@@ -50,11 +53,11 @@ class GrantState(StrEnum):
 
 _STATES = {
     GrantState.ACTIVE: f"ended_at IS NULL AND {_RENEWABLE} AND (NOT {_DEAD} OR {{under_way}})",
-    GrantState.DEGRADED: f"{_NOT_RENEWED} AND ended_at IS NULL AND NOT {_RENEWABLE} AND NOT {_DEAD}",
+    GrantState.DEGRADED: f"{_NOT_RENEWED} AND ended_at IS NULL AND NOT {_REPEATABLE} AND NOT {_DEAD}",
     GrantState.EXPIRED: f"ended_at IS NULL AND {_RENEWABLE} AND {_DEAD} AND NOT {{under_way}}",
-    GrantState.ENDED: f"{_NOT_RENEWED} AND (ended_at IS NOT NULL OR (NOT {_RENEWABLE} AND {_DEAD}))",
+    GrantState.ENDED: f"{_NOT_RENEWED} AND (ended_at IS NOT NULL OR (NOT {_REPEATABLE} AND {_DEAD}))",
 }
-"""The same rules as in ``broker.states``."""
+"""The same rules as in ``broker.states``. Each begins with the condition of its index (``store.sqlite.indexes``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,16 +139,8 @@ class GrantSummaries:
         """Return up to ``count`` grants by id, and what ``after`` is for the next page, if there is one."""
         given = {"principal": wanted.principal, "server": wanted.server}
         asked: Columns = {name: value for name, value in given.items() if value is not None}
-        values: Columns = {**asked, "after": after, "count": count + 1}
-        conditions = ["id > :after", *(f"{name} = :{name}" for name in asked)]
-        if wanted.project is not None:
-            conditions.append(_OF_PROJECT)
-            values |= {"project": wanted.project, "shared": shared_principal(wanted.project)}
-            values |= {"local": LOCAL, "default_project": DEFAULT_PROJECT}
-        if wanted.state is not None:
-            conditions.append(_STATES[wanted.state].format(under_way=_under_way(wanted.retried)))
-            values |= {"now": now} if ":now" in conditions[-1] else {}
-        rows = await self._engine.fetch_all(_PAGE.format(conditions=" AND ".join(conditions)), values)
+        sql, values = page_query(wanted, now=now)
+        rows = await self._engine.fetch_all(sql, {**values, "after": after, "count": count + 1})
         return await self._read(rows[:count], asked), rows[count - 1]["id"] if len(rows) > count else None
 
     async def authorizing(self, principal: str, now: float) -> list[tuple[Account, float]]:
@@ -156,6 +151,31 @@ class GrantSummaries:
 
     async def _read(self, rows: list[Row], asked: Columns) -> list[GrantSummary]:
         return await decode_rows(self._engine, _TABLE, rows, asked, _read_summary)
+
+
+def page_query(wanted: GrantFilter, *, now: float) -> tuple[str, Columns]:
+    """Return the statement for a page, and its values without ``after`` and ``count``.
+
+    A plus keeps SQLite from using the index of a column.
+    """
+    conditions, values = ["id > :after"], Columns()
+    if wanted.principal is not None:
+        conditions.append("principal = :principal")
+        values["principal"] = wanted.principal
+    if wanted.server is not None:
+        # One server may have all grants, and its index does not tell their states.
+        by_state = wanted.state is not None and wanted.principal is None
+        conditions.append("+server = :server" if by_state else "server = :server")
+        values["server"] = wanted.server
+    if wanted.state is not None:
+        conditions.append(_STATES[wanted.state].format(under_way=_under_way(wanted.retried)))
+        values |= {"now": now} if ":now" in conditions[-1] else {}
+    if wanted.project is not None:
+        # Last: it is what costs most for a row.
+        conditions.append(_OF_PROJECT)
+        values |= {"project": wanted.project, "shared": shared_principal(wanted.project)}
+        values |= {"local": LOCAL, "default_project": DEFAULT_PROJECT}
+    return _PAGE.format(conditions=" AND ".join(conditions)), values
 
 
 def _under_way(retried: Collection[int]) -> str:
