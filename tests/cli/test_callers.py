@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.errors import CallerRefused
 from mcp_auth_proxy.identity import make_authenticator
 from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.models import Identity, Role
 from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.principals import Principals
 
 PEER = "127.0.0.1"
 KEY = re.compile(r"mapk_([0-9a-f]{12})_[0-9A-Za-z]{43}\n")
@@ -95,18 +98,26 @@ async def _after_a_second(callers: Any, key: str) -> None:
 async def test_a_second_key_belongs_to_the_same_principal(tmp_path: Path) -> None:
     config_in(tmp_path)
     await command(tmp_path, "api-keys", "create", "alice")
-    promote = ("api-keys", "create", "alice", "--role", "admin", "--scopes", "mcp,admin")
-    _, err = await command(tmp_path, *promote, code=1)
-    assert "alice" in err
-    assert "member" in err
-    assert "--change-role" in err
-    assert [row["role"] for row in await listed(tmp_path, "principals")] == ["member"]
-    assert len(await listed(tmp_path, "api-keys")) == 1
-    _, err = await command(tmp_path, *promote, "--change-role")
+    _, err = await command(tmp_path, "api-keys", "create", "alice", "--role", "admin", "--scopes", "mcp,admin")
     assert "alice was member, and is admin now" in err
     (principal,) = await listed(tmp_path, "principals")
     assert principal["role"] == "admin"
     assert [row["scopes"] for row in await listed(tmp_path, "api-keys")] == [["mcp", "self"], ["admin", "mcp"]]
+
+
+async def test_a_principal_that_its_own_request_has_made_is_not_promoted_unasked(tmp_path: Path) -> None:
+    settings = load(config_in(tmp_path))
+    await command(tmp_path, "api-keys", "create", "bob")
+    engine = await open_store(settings.store)
+    await Principals(engine).provision(Identity(f"jwt:{ISSUER}", "1"), ["alice"], role=Role.MEMBER, now=time.time())
+    await engine.close()
+    promote = ("api-keys", "create", "alice", "--role", "admin")
+    _, err = await command(tmp_path, *promote, code=1)
+    assert "first request" in err
+    assert "--change-role" in err
+    assert [row["role"] for row in await listed(tmp_path, "principals")] == ["member", "member"]
+    _, err = await command(tmp_path, *promote, "--change-role")
+    assert "alice was member, and is admin now" in err
 
 
 async def test_identities_are_added_before_the_first_request(tmp_path: Path) -> None:
@@ -167,19 +178,14 @@ async def test_a_disabled_principal_gets_no_further_key(tmp_path: Path) -> None:
     assert "principals enable alice" in err
 
 
-async def test_the_last_admin_stays(tmp_path: Path) -> None:
+async def test_a_command_warns_if_no_admin_is_left(tmp_path: Path) -> None:
     config_in(tmp_path)
     for name, project in (("alice", "default"), ("bob", "default"), ("zoe", "other")):
         await command(tmp_path, "api-keys", "create", name, "--role", "admin", "--project", project)
-    await command(tmp_path, "api-keys", "create", "bob", "--role", "member", "--change-role")
-    for arguments in (
-        ("principals", "disable", "alice"),
-        ("principals", "disable", "zoe"),
-        ("api-keys", "create", "alice", "--role", "member", "--change-role"),
-    ):
-        _, err = await command(tmp_path, *arguments, code=1)
-        assert "last admin" in err
-    await command(tmp_path, "principals", "add", "bob", "--role", "admin", "--change-role")
-    await command(tmp_path, "principals", "disable", "alice")
+    _, err = await command(tmp_path, "api-keys", "create", "bob", "--role", "member")
+    assert "warning" not in err
+    for arguments in (("principals", "disable", "zoe"), ("principals", "disable", "alice")):
+        _, err = await command(tmp_path, *arguments)
+        assert "no active admin now" in err
     found = {row["name"]: (row["role"], row["status"]) for row in await listed(tmp_path, "principals")}
-    assert found == {"alice": ("admin", "disabled"), "bob": ("admin", "active"), "zoe": ("admin", "active")}
+    assert found == {"alice": ("admin", "disabled"), "bob": ("member", "active"), "zoe": ("admin", "disabled")}

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_auth_proxy.models import Catalog
+from mcp_auth_proxy.models import Account, Catalog
 from mcp_auth_proxy.proxy import cold_answers
 from mcp_auth_proxy.rpc.encoding import encode
 from mcp_auth_proxy.rpc.messages import Message
 
 LINK = "http://127.0.0.1:8787/connect/notes?flow=F"
+NOTES = Account("local", "notes")
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True)
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -36,8 +37,8 @@ def test_whatever_a_server_said_the_results_have_what_clients_need(server: str, 
     known = {"protocolVersion": "2025-06-18", "capabilities": capabilities, "instructions": said}
     catalog = Catalog(initialize={"2025-06-18": known}, discover=known, lists={})
     for result in (
-        cold_answers.initialize_result(server, "2025-06-18", catalog, LINK),
-        cold_answers.discover_result(server, catalog, LINK) or {},
+        cold_answers.initialize_result(Account("local", server), "2025-06-18", catalog, LINK),
+        cold_answers.discover_result(Account("local", server), catalog, LINK) or {},
     ):
         assert LINK in result["instructions"]
         for name in ("tools", "prompts", "resources"):
@@ -56,14 +57,14 @@ def test_the_revision_is_what_the_server_would_answer(asked: Any, answered: str)
 
 def test_a_tool_of_the_server_is_not_replaced() -> None:
     own = {"name": "authorize_notes", "inputSchema": {"type": "object"}}
-    result = cold_answers.list_result(message("tools/list"), "notes", Catalog(lists={"tools": [own]}), LINK)
+    result = cold_answers.list_result(message("tools/list"), NOTES, Catalog(lists={"tools": [own]}), LINK)
     assert result["tools"] == [own]
 
 
 def test_who_may_not_authorize_gets_no_link() -> None:
-    result = cold_answers.list_result(message("tools/list"), "notes", None, None)
+    result = cold_answers.list_result(message("tools/list"), NOTES, None, None)
     assert all("an admin" in tool["description"] for tool in result["tools"])
-    assert "admin" in cold_answers.initialize_result("notes", "2025-11-25", None, None)["instructions"]
+    assert "admin" in cold_answers.initialize_result(NOTES, "2025-11-25", None, None)["instructions"]
 
 
 @pytest.mark.parametrize(

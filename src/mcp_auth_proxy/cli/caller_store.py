@@ -9,7 +9,7 @@ from typing import Any
 from mcp_auth_proxy.cli import audit
 from mcp_auth_proxy.cli.terminal import complain, say, say_json
 from mcp_auth_proxy.config.settings import Settings
-from mcp_auth_proxy.errors import McpAuthProxyError
+from mcp_auth_proxy.errors import LastAdmin, McpAuthProxyError
 from mcp_auth_proxy.identity.keys import make_key
 from mcp_auth_proxy.models import ALL_SCOPES, DEFAULT_PROJECT, Identity, Principal, PrincipalStatus, Role, Scope
 from mcp_auth_proxy.store import Engine, open_store
@@ -183,9 +183,7 @@ async def set_status(settings: Settings, name: str, *, active: bool) -> int:
             principal = await store.by_name(name) or await store.get(name)
             if principal is not None:
                 status = PrincipalStatus.ACTIVE if active else PrincipalStatus.DISABLED
-                await store.change(
-                    principal.id, status=status, listed=True if active else None, keep_admin=_keep_admin(settings)
-                )
+                await _change_admins(settings, store, principal, status=status, listed=True if active else None)
                 await audit.record(engine, "principals.change", target=principal.id, project=principal.project_id)
     if principal is None:
         raise McpAuthProxyError(f"There is no principal {name!r}. `mcp-auth-proxy principals list` shows them.")
@@ -193,9 +191,27 @@ async def set_status(settings: Settings, name: str, *, active: bool) -> int:
     return 0
 
 
-def _keep_admin(settings: Settings) -> bool:
-    """Return whether projects need an admin: in mode ``none``, ``local`` is one."""
-    return bool(settings.inbound.modes)
+async def _change_admins(
+    settings: Settings,
+    store: Principals,
+    principal: Principal,
+    *,
+    role: Role | None = None,
+    status: PrincipalStatus | None = None,
+    listed: bool | None,
+) -> Principal | None:
+    """Change a principal, and warn if its project has no admin any more: whoever has this terminal can make one."""
+    try:
+        # In mode none, ``local`` is an admin.
+        keep_admin = bool(settings.inbound.modes)
+        return await store.change(principal.id, role=role, status=status, listed=listed, keep_admin=keep_admin)
+    except LastAdmin:
+        changed = await store.change(principal.id, role=role, status=status, listed=listed)
+    complain(
+        f"warning: the project {principal.project_id} has no active admin now; "
+        f"`mcp-auth-proxy api-keys create NAME --role admin` makes one"
+    )
+    return changed
 
 
 async def _principal(
@@ -211,8 +227,8 @@ async def _principal(
 ) -> Principal:
     """Return the principal with a name, made or changed as asked. Raises McpAuthProxyError.
 
-    ``scopes``: those of a key that it will get. ``change_role``: whether one that exists may get another role. Names
-    are first come, first served: it may be somebody else's.
+    ``scopes``: those of a key that it will get. ``change_role``: whether one that its own first request has made may
+    get another role: names are first come, first served, so it may be somebody else's.
     """
     store = Principals(engine)
     principal = await store.by_name(name)
@@ -230,15 +246,14 @@ async def _principal(
     if project is not None and project != principal.project_id:
         raise McpAuthProxyError(f"{name} is in the project {principal.project_id}, and stays there.")
     if wanted is not principal.role:
-        if not change_role:
+        if not (change_role or principal.listed):
             raise McpAuthProxyError(
-                f"There is a principal {name!r} already, since {_iso(principal.created_at)}, whose role is "
-                f"{principal.role}. `mcp-auth-proxy principals list` shows who it is; add --change-role to make it "
+                f"There is a principal {name!r} already, since {_iso(principal.created_at)}, whom nobody has made: its "
+                f"first request did. Its role is {principal.role}. `mcp-auth-proxy principals list` shows who it is; add --change-role to make it "
                 f"{wanted}."
             )
         complain(f"{name} was {principal.role}, and is {wanted} now")
-    keep_admin = _keep_admin(settings)
-    changed = await store.change(principal.id, role=wanted, listed=True, keep_admin=keep_admin) or principal
+    changed = await _change_admins(settings, store, principal, role=wanted, listed=True) or principal
     if changed != principal:
         await audit.record(engine, "principals.change", target=principal.id, project=principal.project_id)
     return changed

@@ -18,7 +18,9 @@ _SOURCE = re.compile(r"(jwt:[^=]+|header:[a-z0-9-]+)=(.+)", re.DOTALL)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON. Default: text.")
 
 change_role_option = click.option(
-    "--change-role", is_flag=True, help="Let --role change the role of a principal that exists. Default: refuse."
+    "--change-role",
+    is_flag=True,
+    help="Let --role change the role of a principal that its own first request has made. Default: refuse.",
 )
 
 

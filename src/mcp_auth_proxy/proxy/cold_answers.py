@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mcp_auth_proxy import __version__
-from mcp_auth_proxy.models import Catalog
+from mcp_auth_proxy.models import Account, Catalog
+from mcp_auth_proxy.rpc.answers import ask_admin_text
 from mcp_auth_proxy.rpc.messages import Json, Message
 
 SESSION_VERSIONS = ("2025-03-26", "2025-06-18", "2025-11-25")
@@ -60,11 +61,11 @@ def marker(server: str) -> bytes:
     return whole.encode() if len(server) <= shortest else whole[: shortest + 1].encode()
 
 
-def link_text(server: str, link: str | None) -> str:
+def link_text(account: Account, link: str | None) -> str:
     """Return what a user is told: where to authorize; None if only an admin can."""
     if link is None:
-        return f"Server {server} needs an authorization that all share, which only an admin can give. Ask one."
-    return f"Server {server} needs your authorization. Open {link} in a browser."
+        return ask_admin_text(account.shown)
+    return f"Server {account.shown} needs your authorization. Open {link} in a browser."
 
 
 def announced_version(catalog: Catalog | None, requested: object) -> str:
@@ -74,18 +75,18 @@ def announced_version(catalog: Catalog | None, requested: object) -> str:
     return version if isinstance(version, str) and version in SESSION_VERSIONS else SESSION_VERSIONS[-1]
 
 
-def initialize_result(server: str, version: str, catalog: Catalog | None, link: str | None) -> Json:
+def initialize_result(account: Account, version: str, catalog: Catalog | None, link: str | None) -> Json:
     """Return the result of ``initialize``."""
     known = _known_initialize(catalog, version)
     return {
         "protocolVersion": version,
         "capabilities": _capabilities(known),
-        "serverInfo": {"name": f"mcp-auth-proxy/{server}", "version": __version__},
-        "instructions": _instructions(known, server, link),
+        "serverInfo": {"name": f"mcp-auth-proxy/{account.server}", "version": __version__},
+        "instructions": _instructions(known, account, link),
     }
 
 
-def discover_result(server: str, catalog: Catalog | None, link: str | None) -> Json | None:
+def discover_result(account: Account, catalog: Catalog | None, link: str | None) -> Json | None:
     """Return the result of ``server/discover``; None if nothing is known that could be one."""
     if catalog is None or catalog.discover is None:
         return None
@@ -93,19 +94,19 @@ def discover_result(server: str, catalog: Catalog | None, link: str | None) -> J
     return {
         **known,
         "capabilities": _capabilities(known),
-        "instructions": _instructions(known, server, link),
+        "instructions": _instructions(known, account, link),
         "resultType": "complete",
         **_UNCACHED,
     }
 
 
-def list_result(message: Message, server: str, catalog: Catalog | None, link: str | None) -> Json:
+def list_result(message: Message, account: Account, catalog: Catalog | None, link: str | None) -> Json:
     """Return the result of a list: what is remembered, and the proxy's own tools."""
     member = LISTS[message.method]
     items = list(catalog.lists.get(member, ())) if catalog is not None else []
     if member == "tools":
         names = {item.get("name") for item in items}
-        own = own_tools(server, link, with_call=catalog is None or "tools" not in catalog.lists)
+        own = own_tools(account, link, with_call=catalog is None or "tools" not in catalog.lists)
         items += [tool for tool in own if tool["name"] not in names]
     return _list(message, member, items)
 
@@ -119,9 +120,9 @@ def _list(message: Message, member: str, items: Sequence[Mapping[str, Any]]) -> 
     return {member: items, **({"resultType": "complete", **_UNCACHED} if message.modern else {})}
 
 
-def own_tools(server: str, link: str | None, *, with_call: bool) -> list[Json]:
+def own_tools(account: Account, link: str | None, *, with_call: bool) -> list[Json]:
     """Return the definitions of the proxy's own tools."""
-    text = link_text(server, link)
+    server, text = account.server, link_text(account, link)
     authorize: Json = {
         "name": authorize_tool(server),
         "description": f"{text} Call this tool to wait until that is done. Then the tools of {server} can be used.",
@@ -147,10 +148,10 @@ def own_tools(server: str, link: str | None, *, with_call: bool) -> list[Json]:
     return [authorize, call]
 
 
-def connected_result(message: Message, server: str, tools: int | None) -> Json:
+def connected_result(message: Message, account: Account, tools: int | None) -> Json:
     """Return the result of the tool that waits for consent, once it is given. ``tools``: how many there are."""
     count = "" if tools is None else f" It has {tools} tool{'' if tools == 1 else 's'}."
-    text = f"Server {server} is connected.{count} List the tools again to see them."
+    text = f"Server {account.shown} is connected.{count} List the tools again to see them."
     return _tool_result(message, text, is_error=False)
 
 
@@ -216,11 +217,11 @@ def _capabilities(known: Mapping[str, Any] | None) -> Json:
     return capabilities
 
 
-def _instructions(known: Mapping[str, Any] | None, server: str, link: str | None) -> str:
+def _instructions(known: Mapping[str, Any] | None, account: Account, link: str | None) -> str:
     said = known.get("instructions") if known is not None else None
-    text = link_text(server, link)
+    text = link_text(account, link)
     if link is not None:
-        text += f" Or call the tool {authorize_tool(server)}, which waits until that is done."
+        text += f" Or call the tool {authorize_tool(account.server)}, which waits until that is done."
     return f"{said}\n\n{text}" if isinstance(said, str) and said else text
 
 

@@ -100,7 +100,7 @@ class ColdStart:
         def answer(message: Message) -> Json:
             result: Json = {}
             if message.method in LISTS:
-                result = cold_answers.list_result(message, route.server.name, catalog, None)
+                result = cold_answers.list_result(message, route.account, catalog, None)
             return cold_answers.response(message, result)
 
         await responder.answer(200, answers.answer_all(body, answer, lambda: answer(body.requests[0])))
@@ -117,7 +117,7 @@ class ColdStart:
         if link is None:
             link = self._address(route.account)
         shown = link if route.may_authorize else None
-        server = route.server.name
+        account = route.account
         headers: Headers = []
         result: Json | None = None
         catalog = await self._catalogs.get(route.server, route.account)
@@ -126,9 +126,9 @@ class ColdStart:
                 result, session = await self._begin(message, body, route, catalog, shown)
                 headers.append((session_ids.FIELD, session.client_id(route.rules)))
             case "server/discover":
-                result = cold_answers.discover_result(server, catalog, shown)
+                result = cold_answers.discover_result(account, catalog, shown)
             case method if method in LISTS:
-                result = cold_answers.list_result(message, server, catalog, shown)
+                result = cold_answers.list_result(message, account, catalog, shown)
         if result is None:
             return False
         await responder.answer(200, encode(cold_answers.response(message, result)), headers)
@@ -141,7 +141,7 @@ class ColdStart:
         session = await self._sessions.begin(route, message, body.content, announced=version)
         if message.url_elicitation:
             self._elicits.remember(route.account, session.client_id(route.rules))
-        return cold_answers.initialize_result(route.server.name, version, catalog, link), session
+        return cold_answers.initialize_result(route.account, version, catalog, link), session
 
     def _address(self, account: Account) -> str:
         """Return the page at which a user can authorize without a link."""
@@ -167,7 +167,7 @@ class ColdStart:
         catalog = await self._catalogs.fetched(route.server, route.account)
         tools = catalog.lists.get("tools") if catalog is not None else None
         count = None if tools is None else len(tools)
-        result = cold_answers.connected_result(message, route.server.name, count)
+        result = cold_answers.connected_result(message, route.account, count)
         await responder.answer(200, encode(cold_answers.response(message, result)))
 
     async def unwrapped(
