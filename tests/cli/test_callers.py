@@ -13,8 +13,8 @@ from identity.setup import Clock, bearer
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.errors import CallerRefused
 from mcp_auth_proxy.identity import make_authenticator
-from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.models import Identity, Role
+from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.principals import Principals
 
