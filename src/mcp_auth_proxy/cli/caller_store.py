@@ -248,9 +248,9 @@ async def _principal(
     if wanted is not principal.role:
         if not (change_role or principal.listed):
             raise McpAuthProxyError(
-                f"There is a principal {name!r} already, since {_iso(principal.created_at)}, whom nobody has made: its "
-                f"first request did. Its role is {principal.role}. `mcp-auth-proxy principals list` shows who it is; add --change-role to make it "
-                f"{wanted}."
+                f"There is a principal {name!r} already, since {_iso(principal.created_at)}: its first request has made "
+                f"it, and its role is {principal.role}. `mcp-auth-proxy principals list` shows who it is; add "
+                f"--change-role to make it {wanted}."
             )
         complain(f"{name} was {principal.role}, and is {wanted} now")
     changed = await _change_admins(settings, store, principal, role=wanted, listed=True) or principal
