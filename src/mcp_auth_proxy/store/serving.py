@@ -15,12 +15,13 @@ class Serving(Protocol):
         """Tell the others that this process no longer serves. May be called again."""
 
 
-def hold(settings: StoreSettings, address: Address, *, only: str = "") -> Serving:
+def hold(settings: StoreSettings, address: Address, *, only: str = "", for_bridges: bool = False) -> Serving:
     """Tell other processes that this one serves the store at ``address``: a number, and the real port.
 
-    ``only`` is the ``server_mark`` of the server that it was given instead of a configuration.
+    ``only`` is the ``server_mark`` of the server that it was given instead of a configuration; ``for_bridges``: a
+    bridge of ``stdio`` has started it.
     """
-    return sqlite.ServingLock(settings.path.resolve(), address, only=only)
+    return sqlite.ServingLock(settings.path.resolve(), address, only=only, for_bridges=for_bridges)
 
 
 def server_mark(url: str) -> str:

@@ -40,14 +40,17 @@ class Channel:
         self._http = HttpClient(dialer, connections_per_origin=MAX_CONNECTIONS)
         self._common = _COMMON if key is None else [*_COMMON, (b"authorization", f"Bearer {key}".encode())]
 
-    async def send(self, method: bytes, fields: Fields, body: bytes = b"", *, harmless: bool = False) -> Response:
+    async def send(
+        self, method: bytes, fields: Fields, body: bytes = b"", *, harmless: bool = False, urgent: bool = True
+    ) -> Response:
         """Return the response once its head is here. Cancelling closes the connection.
 
-        If nothing was sent because the proxy has ended, the request goes to the next proxy. ``harmless``: it may also
-        be sent again, once, if the connection broke before the response. Raises McpAuthProxyError.
+        If the proxy has ended without reading it, the request goes to the next proxy. ``harmless``: it may also be
+        sent again, once, if the connection broke before the response. ``urgent``: as for the ``ProxySource``. Raises
+        McpAuthProxyError.
         """
         for left in reversed(range(MAX_SENDS)):
-            endpoint = await self._proxies.endpoint()
+            endpoint = await self._proxies.endpoint(urgent=urgent)
             try:
                 return await self._http.send(
                     endpoint.origin,
@@ -59,10 +62,13 @@ class Channel:
             except UpstreamUnreachable:
                 if not left or not await self._proxies.replace(endpoint):
                     raise
-            except UpstreamProtocolError:
-                if not harmless or not left:
+            except UpstreamProtocolError as error:
+                # The system resets a connection if its process ended with bytes in it that nobody had read. The proxy
+                # reads all of a request before it sends any of it on.
+                unread = error.reset and self._proxies.is_local
+                if not (harmless or unread) or not left:
                     raise
-                harmless = False
+                harmless = harmless and unread
         raise AssertionError("the last attempt returns or raises")
 
     async def aclose(self) -> None:

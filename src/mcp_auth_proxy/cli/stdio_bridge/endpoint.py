@@ -20,8 +20,14 @@ class Endpoint:
 class ProxySource(Protocol):
     """Knows the proxy to use."""
 
-    async def endpoint(self) -> Endpoint:
-        """Return where to send to. Raises McpAuthProxyError if there is no proxy."""
+    is_local: bool
+    """Whether the proxy is a process of this machine, with nothing in between."""
+
+    async def endpoint(self, *, urgent: bool = True) -> Endpoint:
+        """Return where to send to. Raises McpAuthProxyError if there is no proxy.
+
+        ``urgent``: a request waits for it. Otherwise a proxy that others have to start is not waited for.
+        """
 
     async def replace(self, failed: Endpoint) -> bool:
         """Note that nothing is reached there; return whether another attempt may succeed."""
@@ -30,10 +36,12 @@ class ProxySource(Protocol):
 class RemoteEndpoint:
     """A proxy that runs elsewhere."""
 
+    is_local = False
+
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
 
-    async def endpoint(self) -> Endpoint:
+    async def endpoint(self, *, urgent: bool = True) -> Endpoint:
         return self._endpoint
 
     async def replace(self, failed: Endpoint) -> bool:

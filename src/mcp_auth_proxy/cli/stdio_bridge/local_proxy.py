@@ -28,12 +28,18 @@ START_TIMEOUT = 30.0
 LOOK = 0.01
 """Seconds between two looks whether it has started."""
 
+GRACE = 3.0
+"""Seconds that a proxy which a bridge has not started has to come back: its user, or a service manager, may restart it.
+Its port would be taken otherwise."""
+
 PAUSE = 2.0
 """Seconds after a start that failed, in which it is not tried again: the requests that come then fail alike."""
 
 
 class LocalProxy:
     """Finds the proxy that serves a store, or starts one. Belongs to one event loop."""
+
+    is_local = True
 
     def __init__(self, settings: Settings, *, target: bytes, url: str | None, options: Sequence[str]) -> None:
         """``target`` is the server's path at the proxy; ``url`` is that of the only server, if there is no file.
@@ -45,6 +51,7 @@ class LocalProxy:
         self._only = "" if url is None else serving.server_mark(url)
         self._options = options
         self._endpoint: Endpoint | None = None
+        self._last: Served | None = None
         self._looking = asyncio.Lock()
         self._bridges: lease.Lease | None = None
         self._failure: McpAuthProxyError | None = None
@@ -70,13 +77,20 @@ class LocalProxy:
             else:
                 starting.close()
 
-    async def endpoint(self) -> Endpoint:
+    async def endpoint(self, *, urgent: bool = True) -> Endpoint:
         """Return where the server is. Raises McpAuthProxyError if there is no proxy and none can be started."""
+        if self._endpoint is None and not urgent and self._may_come_back and self._running() is None:
+            raise McpAuthProxyError("The proxy has ended.")
         if self._endpoint is None:
             async with self._looking:
                 if self._endpoint is None:
                     self._endpoint = await self._find()
         return self._endpoint
+
+    @property
+    def _may_come_back(self) -> bool:
+        """Whether a proxy that has ended is in the hands of others."""
+        return self._last is not None and not self._last.for_bridges
 
     async def replace(self, failed: Endpoint) -> bool:
         if self._endpoint is failed:
@@ -93,14 +107,23 @@ class LocalProxy:
                 bridges = lease.of_bridges(self._store, self._only)
                 await lease.lock(bridges, alone=False)
                 self._bridges = bridges
-            found = (self._running() if self._begun is None else None) or await self._start()
+            found = (await self._again() if self._begun is None else None) or await self._start()
         except McpAuthProxyError as error:
             logger.error("%s", error)
             self._failure, self._failed_at = error, time.monotonic()
             raise
-        self._failure = None
+        self._failure, self._last = None, found
         address = reachable(found.address)
         return Endpoint(Origin("http", address.host, address.port), self._target)
+
+    async def _again(self) -> Served | None:
+        """Return a process that serves the store; if one has ended that may come back, give it some time."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + GRACE if self._may_come_back else 0.0
+        while True:
+            if (found := self._running()) is not None or loop.time() >= deadline:
+                return found
+            await asyncio.sleep(LOOK)
 
     def _running(self) -> Served | None:
         """Return a process that serves the store, and this server."""

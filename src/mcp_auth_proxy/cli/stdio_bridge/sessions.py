@@ -146,7 +146,7 @@ class Sessions:
         parser, opened, pause = EventParser(), False, RETRY
         while True:
             try:
-                response = await self._channel.send(b"GET", session.fields + resumption(parser))
+                response = await self._channel.send(b"GET", session.fields + resumption(parser), urgent=False)
                 try:
                     if response.status == 200 and events.is_stream(response.headers):
                         opened = True

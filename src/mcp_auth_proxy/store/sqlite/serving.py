@@ -24,16 +24,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A process that serves a store. ``only`` names the server that it was given instead of a configuration."""
+    """A process that serves a store."""
 
     address: Address
     only: str = ""
+    """What stands for the server that it was given instead of a configuration; else empty."""
+    for_bridges: bool = False
+    """Whether a bridge of ``stdio`` has started it."""
 
 
 class ServingLock:
     """The file of this process, locked from ``hold`` to ``release``."""
 
-    def __init__(self, store: Path, address: Address, *, only: str = "") -> None:
+    def __init__(self, store: Path, address: Address, *, only: str = "", for_bridges: bool = False) -> None:
         """Lock a file that says that this process serves the store at ``address``; remove those of dead processes.
 
         If that fails, it is logged: the proxy serves all the same, but ``login`` does not believe it.
@@ -42,7 +45,7 @@ class ServingLock:
         self._descriptor: int | None = None
         try:
             _remove_leftovers(store)
-            self._descriptor = _lock(self._path, _content(store, address, only))
+            self._descriptor = _lock(self._path, _content(store, Served(address, only, for_bridges)))
         except OSError as error:
             logger.warning(
                 "store: %s can't be made and locked (%s), so `login` can't tell that this proxy is running",
@@ -98,9 +101,9 @@ class _Candidate:
             # In a folder that others can write, the file of another store may have been moved here.
             if content["store"] != [database.st_dev, database.st_ino]:
                 return None
-            # Older versions do not name it.
-            only = str(content.get("only", ""))
-            return Served(Address(str(content["host"]), int(content["port"])), only)
+            address = Address(str(content["host"]), int(content["port"]))
+            # Older versions write neither.
+            return Served(address, str(content.get("only", "")), content.get("for_bridges") is True)
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -122,10 +125,10 @@ def _files(store: Path) -> Iterator[Path]:
     yield from (store.parent / name for name in names if name.startswith(prefix) and name.endswith(_SUFFIX))
 
 
-def _content(store: Path, address: Address, only: str) -> bytes:
-    found = store.stat()
+def _content(store: Path, served: Served) -> bytes:
+    found, address = store.stat(), served.address
     text = {"store": [found.st_dev, found.st_ino], "host": address.host, "port": address.port, "pid": os.getpid()}
-    return json.dumps({**text, "only": only} if only else text).encode()
+    return json.dumps({**text, "only": served.only, "for_bridges": served.for_bridges}).encode()
 
 
 def _lock(path: Path, content: bytes) -> int:
