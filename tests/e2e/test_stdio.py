@@ -1,6 +1,7 @@
 """``stdio`` as clients start it: as a program, over a proxy that it starts or that runs already."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -243,6 +244,28 @@ async def test_a_client_that_reads_no_more_ends_the_bridge(upstream: FakeMcpServ
         process.stdin.write(b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n')
         async with asyncio.timeout(20):
             assert await process.wait() == 0
+
+
+async def test_a_client_that_does_not_read_the_log_is_not_waited_for(servers: Servers, tmp_path: Path) -> None:
+    upstream = await servers.mcp_server(protected=False)
+    config = write_config(tmp_path, {"notes": upstream.url})
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"x" * 4096):
+            pass
+    os.set_blocking(writer, True)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "mcp_auth_proxy", "stdio", "notes", "--config", str(config), "--log-format", "json"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=writer,
+    )
+    os.close(writer)
+    out, _ = await asyncio.wait_for(process.communicate(b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n'), 30)
+    os.close(reader)
+    assert json.loads(out)["result"] == {}
+    await proxy_has_ended(tmp_path)
 
 
 async def test_input_and_output_may_be_files(upstream: FakeMcpServer, tmp_path: Path) -> None:

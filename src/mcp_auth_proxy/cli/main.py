@@ -95,6 +95,9 @@ def stdio(server: str, config_file: str | None, url: str | None, api_key: str | 
 
     For clients that start programs. SERVER@ACCOUNT is one of several accounts.
     """
+    from mcp_auth_proxy.cli.stdio_bridge.log_output import log_without_waiting
+
+    log_without_waiting()
     from mcp_auth_proxy.cli import stdio as command
 
     _check_form(server)

@@ -14,6 +14,7 @@ from typing import IO
 
 from mcp_auth_proxy.cli.stdio_bridge import lease
 from mcp_auth_proxy.cli.stdio_bridge.endpoint import Endpoint
+from mcp_auth_proxy.cli.stdio_bridge.log_output import write_or_drop
 from mcp_auth_proxy.config.settings import Settings, reachable
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.net.urls import Origin
@@ -185,12 +186,6 @@ class LocalProxy:
 
 
 def _relay(source: IO[bytes]) -> None:
-    """Copy the log of the proxy to standard error. Nobody may read that: what it does not take is dropped."""
-    descriptor = sys.stderr.fileno()
+    """Copy the log of the proxy to standard error, for as long as both processes live."""
     while data := os.read(source.fileno(), select.PIPE_BUF):
-        try:
-            if select.select([], [descriptor], [], 0.1)[1]:
-                os.write(descriptor, data)
-        except OSError:
-            # It is closed. The proxy may serve other bridges, and goes on.
-            continue
+        write_or_drop(data)
