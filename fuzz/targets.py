@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fuzz import callback_target, config_target, http_targets, oauth_targets, rpc_targets
+from fuzz import callback_target, config_target, http_targets, oauth_targets, rpc_targets, stdio_target
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
@@ -21,6 +21,7 @@ TARGETS: Mapping[str, Target] = {
     "response": http_targets.response,
     "messages": rpc_targets.messages,
     "decoding": rpc_targets.decoding,
+    "stdio": stdio_target.event_stream,
 }
 
 

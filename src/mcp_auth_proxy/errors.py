@@ -435,7 +435,15 @@ class UpstreamTimeout(UpstreamError):
 
 
 class UpstreamProtocolError(UpstreamError):
-    """The response was cut off or is not valid HTTP. The request may have been processed."""
+    """The response was cut off or is not valid HTTP. The request may have been processed.
+
+    ``reset``: the connection was reset before any of the response. If nothing stands between, the server ended without
+    reading all of the request.
+    """
+
+    def __init__(self, message: str = "", *, reset: bool = False) -> None:
+        self.reset = reset
+        super().__init__(message)
 
 
 class MethodRefused(UpstreamProtocolError):

@@ -136,3 +136,12 @@ def pending_of(setup: BrokerSetup) -> PendingAuthorization:
     pending = setup.broker.pending(NOTES)
     assert pending is not None
     return pending
+
+
+async def test_a_user_is_waited_for_until_the_authorization_ends(setup: BrokerSetup) -> None:
+    seen = [setup.broker.waits_for_user]
+    await setup.pending()
+    seen.append(setup.broker.waits_for_user)
+    assert await setup.connect() is not None
+    seen.append(setup.broker.waits_for_user)
+    assert seen == [False, True, False]

@@ -201,3 +201,19 @@ async def test_what_is_handed_to_a_request_that_is_cancelled_meanwhile_is_not_lo
             with pytest.raises(asyncio.CancelledError):
                 await waiting
         assert await asyncio.wait_for(ask(client, server), 5) == b"hi"
+
+
+async def test_a_server_that_ends_without_reading_a_request_shows_it_by_a_reset() -> None:
+    async def unread(peer: Peer) -> None:
+        peer.reset()
+
+    async def read(peer: Peer) -> None:
+        await peer.request()
+
+    found = []
+    for script in (unread, read):
+        async with RawServer(script) as server, http_client() as client:
+            with pytest.raises(UpstreamProtocolError) as caught:
+                await send(client, server)
+            found.append(caught.value.reset)
+    assert found == [True, False]

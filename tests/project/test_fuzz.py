@@ -16,7 +16,7 @@ from mcp_auth_proxy.config.settings import Secret
 from mcp_auth_proxy.net import http_connection, request_parser
 from mcp_auth_proxy.oauth import authorization_code, challenge, documents, pasted_address, token_endpoint
 from mcp_auth_proxy.proxy import decoding
-from mcp_auth_proxy.rpc import answers, messages
+from mcp_auth_proxy.rpc import answers, event_parser, messages
 
 WORDS = [
     b"\r\n",
@@ -70,6 +70,7 @@ def test_every_target_has_a_small_corpus_and_every_corpus_a_target() -> None:
 
 
 ANYTHING = re.compile(r".*", re.DOTALL)
+ANYTHING_BYTES = re.compile(rb".*", re.DOTALL)
 SERVER = b'{"issuer":"https://as.example","token_endpoint":"https://as.example/","scopes_supported":["a\\n"]}'
 FIELDS = b"".join(b"X-%d: y\r\n" % number for number in range(201))
 CALLBACK = b"state=the-state&iss=https://as.example&code=a&error=b\n%s=the-cookie" % cookie_name("the-state").encode()
@@ -98,6 +99,7 @@ BREAKS: list[tuple[str, object, str, object, bytes]] = [
     ("messages", answers, "MAX_REASON", 10_000, b'{"id":1,"method":"x"}'),
     ("messages", messages, "_first_members", lambda start: {"id": 2, "method": "x"}, b'{"id":1,"method":"x"}'),
     ("decoding", decoding, "PIECE", 2**20, b"deflate\n" + zlib.compress(bytes(2**17))),
+    ("stdio", event_parser, "_ID", ANYTHING_BYTES, b"id: a\x01\ndata: 1\n\n"),
 ]
 """Target, what is broken in its parser and how, and an input that shows it."""
 

@@ -339,6 +339,12 @@ class Broker:
         """Return the authorization that waits for the user, if its link can be used for a while."""
         return self._pending.usable(account)
 
+    @property
+    def waits_for_user(self) -> bool:
+        """Whether a user may still come back from an authorization server."""
+        now = self._clock()
+        return any(not each.done and each.flow.expires_at > now for each in self._pending.all())
+
     async def fresh_link(self, pending: PendingAuthorization) -> PendingAuthorization:
         """Return a pending authorization with a usable link, to answer a request that has waited for long.
 

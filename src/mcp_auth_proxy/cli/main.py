@@ -20,6 +20,7 @@ from mcp_auth_proxy.cli.options import (
     examples,
     log_options,
     name_file,
+    passed_log_options,
     refuse_both,
     run,
     settings_from,
@@ -58,8 +59,11 @@ def cli() -> None:
 @click.option(
     "--access-log", is_flag=True, help="Log each finished request. Default: off; at level debug it is always on."
 )
+@click.option("--for-bridges", is_flag=True, hidden=True)
 @log_options
-def serve(url: str | None, config_file: str | None, listen: str | None, allow_anonymous: bool) -> None:
+def serve(
+    url: str | None, config_file: str | None, listen: str | None, allow_anonymous: bool, for_bridges: bool
+) -> None:
     """Run the proxy for the configured servers, or for the server at URL."""
     from mcp_auth_proxy.cli.serve import serve_forever
     from mcp_auth_proxy.config import load as config
@@ -70,12 +74,45 @@ def serve(url: str | None, config_file: str | None, listen: str | None, allow_an
         if "." not in url and ":" not in url:
             known = "Give the URL of a server, or nothing to serve all that are configured."
             raise click.UsageError(f"{url!r} is not a URL. {known}")
-        run(serve_forever(config.single(url, listen=listen, allow_anonymous=allow_anonymous), None))
+        settings = config.single(url, listen=listen, allow_anonymous=allow_anonymous)
+        run(serve_forever(settings, None, for_bridges=for_bridges))
         return
     file = ConfigFile(config_path(config_file), listen=listen, allow_anonymous=allow_anonymous)
     settings = file.read()
     name_file(file.path)
-    run(serve_forever(settings, file))
+    run(serve_forever(settings, file, for_bridges=for_bridges))
+
+
+@cli.command(epilog=examples("stdio linear", f"stdio {EXAMPLE}", f"stdio linear {_REMOTE}"))
+@click.argument("server")
+@config_option
+@click.option("--url", metavar="URL", help="Use the proxy there. Default: the one here, which is started if need be.")
+@click.option(
+    "--api-key", metavar="SOURCE", help="Where the caller's key is: env:NAME or file:PATH. Default: no key is sent."
+)
+@log_options
+def stdio(server: str, config_file: str | None, url: str | None, api_key: str | None) -> None:
+    """Carry MCP between standard input and output and SERVER (a configured name, or a URL).
+
+    For clients that start programs. SERVER@ACCOUNT is one of several accounts.
+    """
+    from mcp_auth_proxy.cli.stdio_bridge.log_output import log_without_waiting
+
+    log_without_waiting()
+    from mcp_auth_proxy.cli import stdio as command
+
+    _check_form(server)
+    if url is not None:
+        if config_file is not None or api_key is None:
+            raise click.UsageError("--url needs --api-key env:NAME, and no --config.")
+        if "://" in server:
+            raise click.UsageError("SERVER must be the name of a server of the proxy at --url.")
+        run(command.over_remote_proxy(url, server, key_source=api_key))
+    is_url = "://" in server
+    settings = settings_from(config_file, server if is_url else None, secrets_of=())
+    file = None if is_url else config_path(config_file)
+    options = passed_log_options()
+    run(command.over_local_proxy(settings, server, options=options, file=file, key_source=api_key))
 
 
 @cli.command(epilog=examples("check --config mcp-auth-proxy.yaml"))

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 EXAMPLE = "https://mcp.example.com/mcp"
 LEVEL_VARIABLE = "MCP_AUTH_PROXY_LOG_LEVEL"
-_TAKE_URL = ("serve", "login", "logout", "status", "doctor")
+_TAKE_URL = ("serve", "login", "logout", "status", "doctor", "stdio")
 """The commands that need no configuration if they are given a URL."""
 
 config_option = click.option(
@@ -56,6 +56,17 @@ def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, **kwargs)
 
     return configured
+
+
+def passed_log_options() -> list[str]:
+    """Return --log-level and --log-format of the command that runs, for a process that it starts."""
+    given = click.get_current_context().params
+    return [
+        word
+        for name, option in (("log_level", "--log-level"), ("log_format", "--log-format"))
+        if given.get(name)
+        for word in (option, given[name])
+    ]
 
 
 def account_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ class RemoteProxy:
 
         Raises ConfigurationError.
         """
-        self.url = _checked_url(url)
+        self.url = checked_url(url)
         key = read_key(key_source)
         secret_values.remember(key)
         self.options = f"--url {self.url} --api-key {key_source}"
@@ -140,8 +140,8 @@ def read_key(source: str) -> str:
     return key
 
 
-def _checked_url(text: str) -> str:
-    """Return a URL without a slash at its end."""
+def checked_url(text: str) -> str:
+    """Return the URL of ``--url`` without a slash at its end. Raises ConfigurationError."""
     try:
         url = urls.parse(text)
     except ValueError as error:

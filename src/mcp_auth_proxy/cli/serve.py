@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.app import Application, effective_public_url, lifespan
@@ -27,18 +27,25 @@ logger = logging.getLogger(__name__)
 MAX_SHOWN = 20
 
 
-async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
+async def serve_forever(settings: Settings, file: ConfigFile | None, *, for_bridges: bool = False) -> int:
     """Serve until SIGTERM or SIGINT, then drain. Return the exit code. Raises McpAuthProxyError.
 
     ``file`` is what ``settings`` were read from, and is read again when it changes; None if there is no file.
+    ``for_bridges``: a bridge of ``stdio`` has started this process, which ends when there is none any more.
     """
+    only = "" if file is not None else serving.server_mark(next(iter(settings.servers.values())).url)
     descriptors.raise_limit()
     if warning := first_contact_warning(settings.servers):
         logger.warning("%s", warning)
     for warning in [*warnings(settings.inbound), *limit_warnings(settings.limits)]:
         logger.warning("%s", warning)
     with ExitStack() as sockets:
-        sock, address = bind(settings.listen)
+        if for_bridges:
+            from mcp_auth_proxy.cli.stdio_bridge.serving_bridges import bind_for_bridges, serving_bridges
+
+            sock, address = await bind_for_bridges(settings, configured=file is not None)
+        else:
+            sock, address = bind(settings.listen)
         sockets.enter_context(sock)
         health = None
         if settings.health_listen is not None:
@@ -46,9 +53,10 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
             sockets.enter_context(health)
         await loops.check(settings, address, effective_public_url(settings, address), resolver=Resolver())
         async with lifespan(settings, address, announce_key=complain) as application:
-            lock = serving.hold(settings.store, bound(sock))
+            lock = serving.hold(settings.store, bound(sock), only=only, for_bridges=for_bridges)
             server = Server(application, health=health, before_close=lock.release)
-            async with returning_memory(), reloading(application, file, stop=server.drain_and_exit):
+            bridges = serving_bridges(application, server, only=only) if for_bridges else nullcontext()
+            async with returning_memory(), bridges, reloading(application, file, stop=server.drain_and_exit):
                 _say_what_is_served(application)
                 if settings.inbound.modes:
                     await _warn_of_left_grants(application)

@@ -390,12 +390,12 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._state != _CLOSED:
-            self._peer_closed()
+            self._peer_closed(reset=isinstance(exc, ConnectionError))
         # The parser refers to methods of the connection: without this, only the garbage collector would free them.
         with contextlib.suppress(AttributeError):
             del self._parser
 
-    def _peer_closed(self) -> None:
+    def _peer_closed(self, *, reset: bool = False) -> None:
         if self._state == _IDLE:
             self._close_idle()
         elif self._state == _BODY:
@@ -404,9 +404,9 @@ class HttpConnection(asyncio.BufferedProtocol):
             self.fail(UpstreamProtocolError("the connection closed in the middle of the response head."))
         elif self.uses > 1:
             self.owner.connection_stale(self)
-            self.fail(StaleConnection("the connection closed without an answer."))
+            self.fail(StaleConnection("the connection closed without an answer.", reset=reset))
         else:
-            self.fail(UpstreamProtocolError("the connection closed without an answer."))
+            self.fail(UpstreamProtocolError("the connection closed without an answer.", reset=reset))
 
     def _hand_over(self) -> None:
         waiter, response = self._new_response_waiter, self._new_response

@@ -1,9 +1,11 @@
 """Which processes serve over a store. Only they are believed to be a running proxy: any program can take a port."""
 
+import hashlib
 from typing import Protocol
 
 from mcp_auth_proxy.config.settings import Address, StoreSettings
 from mcp_auth_proxy.store.sqlite import serving as sqlite
+from mcp_auth_proxy.store.sqlite.serving import Served
 
 
 class Serving(Protocol):
@@ -13,9 +15,23 @@ class Serving(Protocol):
         """Tell the others that this process no longer serves. May be called again."""
 
 
-def hold(settings: StoreSettings, address: Address) -> Serving:
-    """Tell other processes that this one serves the store at ``address``: a number, and the real port."""
-    return sqlite.ServingLock(settings.path.resolve(), address)
+def hold(settings: StoreSettings, address: Address, *, only: str = "", for_bridges: bool = False) -> Serving:
+    """Tell other processes that this one serves the store at ``address``: a number, and the real port.
+
+    ``only`` is the ``server_mark`` of the server that it was given instead of a configuration; ``for_bridges``: a
+    bridge of ``stdio`` has started it.
+    """
+    return sqlite.ServingLock(settings.path.resolve(), address, only=only, for_bridges=for_bridges)
+
+
+def server_mark(url: str) -> str:
+    """Return what stands for a URL, which may have a secret in its query."""
+    return hashlib.sha256(url.encode()).hexdigest()
+
+
+def processes(settings: StoreSettings) -> list[Served]:
+    """Return the processes that serve the store now."""
+    return sqlite.served(settings.path.resolve()) if settings.path.exists() else []
 
 
 def addresses(settings: StoreSettings) -> list[Address]:

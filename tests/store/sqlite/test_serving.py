@@ -12,7 +12,7 @@ import pytest
 
 from fakes.other_users import NOBODY, as_root
 from mcp_auth_proxy.config.settings import Address
-from mcp_auth_proxy.store.sqlite.serving import ServingLock, served_addresses
+from mcp_auth_proxy.store.sqlite.serving import ServingLock, served, served_addresses
 
 HERE = Address("127.0.0.1", 8787)
 OTHER = Address("::1", 9)
@@ -39,6 +39,17 @@ def test_each_process_has_a_file_of_its_own_while_it_serves(store: Path) -> None
     assert served_addresses(store) == [OTHER]
     second.release()
     assert (served_addresses(store), lock_files(store)) == ([], [])
+
+
+def test_a_process_says_what_it_serves_and_for_whom(store: Path) -> None:
+    lock = ServingLock(store, HERE, only="mark", for_bridges=True)
+    other = ServingLock(store, OTHER)
+    assert {each.address: (each.only, each.for_bridges) for each in served(store)} == {
+        HERE: ("mark", True),
+        OTHER: ("", False),
+    }
+    lock.release()
+    other.release()
 
 
 def test_a_killed_process_no_longer_counts_and_its_file_is_removed(store: Path) -> None:  # T89

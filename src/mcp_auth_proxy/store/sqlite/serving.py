@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from mcp_auth_proxy.config.settings import Address
@@ -21,10 +22,21 @@ _MAX_BYTES = 512
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A process that serves a store."""
+
+    address: Address
+    only: str = ""
+    """What stands for the server that it was given instead of a configuration; else empty."""
+    for_bridges: bool = False
+    """Whether a bridge of ``stdio`` has started it."""
+
+
 class ServingLock:
     """The file of this process, locked from ``hold`` to ``release``."""
 
-    def __init__(self, store: Path, address: Address) -> None:
+    def __init__(self, store: Path, address: Address, *, only: str = "", for_bridges: bool = False) -> None:
         """Lock a file that says that this process serves the store at ``address``; remove those of dead processes.
 
         If that fails, it is logged: the proxy serves all the same, but ``login`` does not believe it.
@@ -33,7 +45,7 @@ class ServingLock:
         self._descriptor: int | None = None
         try:
             _remove_leftovers(store)
-            self._descriptor = _lock(self._path, _content(store, address))
+            self._descriptor = _lock(self._path, _content(store, Served(address, only, for_bridges)))
         except OSError as error:
             logger.warning(
                 "store: %s can't be made and locked (%s), so `login` can't tell that this proxy is running",
@@ -51,16 +63,21 @@ class ServingLock:
 
 def served_addresses(store: Path) -> list[Address]:
     """Return the addresses of the processes that serve a store now."""
-    found = []
+    return [each.address for each in served(store)]
+
+
+def served(store: Path) -> list[Served]:
+    """Return the processes that serve a store now."""
+    processes = []
     for path in _files(store):
         try:
             with closing(_Candidate(path)) as candidate:
-                address = candidate.address(store)
+                process = candidate.process(store)
         except OSError:
             continue
-        if address is not None:
-            found.append(address)
-    return found
+        if process is not None:
+            processes.append(process)
+    return processes
 
 
 class _Candidate:
@@ -72,8 +89,8 @@ class _Candidate:
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def address(self, store: Path) -> Address | None:
-        """Return the address of a living process, None if nothing here can be believed. Raises OSError."""
+    def process(self, store: Path) -> Served | None:
+        """Return what a living process serves, None if nothing here can be believed. Raises OSError."""
         found, database = os.fstat(self._descriptor), store.stat()
         if not stat.S_ISREG(found.st_mode) or stat.S_IMODE(found.st_mode) & ~files.PRIVATE:
             return None
@@ -84,7 +101,9 @@ class _Candidate:
             # In a folder that others can write, the file of another store may have been moved here.
             if content["store"] != [database.st_dev, database.st_ino]:
                 return None
-            return Address(str(content["host"]), int(content["port"]))
+            address = Address(str(content["host"]), int(content["port"]))
+            # Older versions write neither.
+            return Served(address, str(content.get("only", "")), content.get("for_bridges") is True)
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -106,10 +125,10 @@ def _files(store: Path) -> Iterator[Path]:
     yield from (store.parent / name for name in names if name.startswith(prefix) and name.endswith(_SUFFIX))
 
 
-def _content(store: Path, address: Address) -> bytes:
-    found = store.stat()
+def _content(store: Path, served: Served) -> bytes:
+    found, address = store.stat(), served.address
     text = {"store": [found.st_dev, found.st_ino], "host": address.host, "port": address.port, "pid": os.getpid()}
-    return json.dumps(text).encode()
+    return json.dumps({**text, "only": served.only, "for_bridges": served.for_bridges}).encode()
 
 
 def _lock(path: Path, content: bytes) -> int:
