@@ -4,8 +4,11 @@ import http.client
 import json
 import sqlite3
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 from bench.contenders import Endpoint
 from bench.measures import UnexpectedResponse
@@ -22,10 +25,14 @@ from mcp_auth_proxy.models import (
     TokenSet,
 )
 from mcp_auth_proxy.store import Engine
+from mcp_auth_proxy.store.engine import Transaction
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.sqlite.indexes import INDEXES
 
 PAGE = 50
+BATCH = 5_000
+"""Grants that are stored in one transaction."""
+
 CALLS = 11
 """Calls for each filter. Of all filters they stay below the limit of the API, 200 at once."""
 
@@ -49,10 +56,32 @@ FILTERS = (
 """Among them are those that match no grant at all."""
 
 
+class _Joined:
+    """An engine whose transactions are parts of one: 100,000 of their own would each wait for the disk."""
+
+    def __init__(self, engine: Engine, transaction: Transaction) -> None:
+        self._engine = engine
+        self._transaction = transaction
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        yield self._transaction
+
+
 async def add_grants(engine: Engine, count: int, principals: int) -> None:
     """Store grants of one server, of all principals in turn."""
-    store, now = Grants(engine), time.time()
-    for number in range(count):
+    for start in range(0, count, BATCH):
+        async with engine.transaction() as transaction:
+            store = Grants(cast(Engine, _Joined(engine, transaction)))
+            await _add_batch(store, range(start, min(count, start + BATCH)), count, principals)
+
+
+async def _add_batch(store: Grants, numbers: range, count: int, principals: int) -> None:
+    now = time.time()
+    for number in numbers:
         account = Account(f"prn_{number % principals:024x}", JSON.key, f"a{number // principals}")
         left = count - number
         given = _grant(account, now, expires_at=now - 1 if left <= RARE else now + 36_000)
