@@ -1,7 +1,6 @@
 """What it costs that callers are identified: requests, memory and start in each mode, and the API's list of grants."""
 
 import asyncio
-import http.client
 import http.server
 import json
 import sys
@@ -10,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,59 +19,48 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from bench import measures
 from bench.backend import ROOT, Backend
 from bench.contenders import SECRET, Contender, Endpoint, configuration, source_path
-from bench.measures import Speed, UnexpectedResponse
+from bench.grant_lists import add_grants, add_indexes, page_seconds
+from bench.measures import Speed
 from bench.processes import Child, free_port
 from bench.workloads import JSON
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.identity.keys import make_key
-from mcp_auth_proxy.models import (
-    ALL_SCOPES,
-    Account,
-    ClientAuth,
-    Endpoints,
-    Grant,
-    GrantKey,
-    GrantType,
-    Principal,
-    Registration,
-    RegistrationKind,
-    Role,
-    TokenSet,
-)
-from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.models import ALL_SCOPES, Principal, Role
+from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.api_keys import ApiKeys
-from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.principals import Principals
 
 MODES = ("none", "api_key", "jwt", "trusted_header")
 AUDIENCE = "https://proxy.bench"
 CALLER = "alice"
-PAGE = 50
 
 
 @dataclass(slots=True)
 class CallerResults:
-    """By mode: the speed in each round, the seconds until ready, the bytes resident then."""
+    """By mode: the speed of ``none`` and of the mode, one after the other, in each round; the start."""
 
-    rounds: dict[str, list[Speed]] = field(default_factory=dict)
+    pairs: dict[str, list[tuple[Speed, Speed]]] = field(default_factory=dict)
     ready: dict[str, float] = field(default_factory=dict)
+    """Seconds until ready: the median of the starts."""
     idle: dict[str, int] = field(default_factory=dict)
+    """Bytes resident then: the most of all starts."""
     principals: int = 0
     grants: int = 0
-    page: float | None = None
-    """Seconds for one page of grants, the median."""
+    pages: dict[str, float] = field(default_factory=dict)
+    """Seconds for one page of grants, by filter: the median."""
 
     def share(self, mode: str) -> float | None:
         """Return the rate of a mode over that of ``none``: the median of the shares of each round."""
-        pairs = zip(self.rounds.get(mode, []), self.rounds.get("none", []), strict=False)
-        shares = [one.rate / other.rate for one, other in pairs]
+        shares = [one.rate / none.rate for none, one in self.pairs.get(mode, [])]
         return median(shares) if shares else None
 
     def cpu(self, mode: str) -> float | None:
-        """Return the seconds of CPU per request that a mode adds to ``none``: the median over the rounds."""
-        pairs = zip(self.rounds.get(mode, []), self.rounds.get("none", []), strict=False)
-        added = [one.cpu - other.cpu for one, other in pairs if one.cpu is not None and other.cpu is not None]
-        return median(added) if added else None
+        """Return the seconds of CPU per request that a mode adds to ``none``.
+
+        Both are those of their quietest round: whatever else runs on the machine can only add to them.
+        """
+        found = [(none.cpu, one.cpu) for none, one in self.pairs.get(mode, []) if none.cpu and one.cpu]
+        return min(one for _, one in found) - min(none for none, _ in found) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,26 +116,41 @@ def inbound(mode: str, provider: Issuer) -> str:
             return ""
 
 
-def start(
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A proxy in one mode, on a store with principals, each with a key. It can be started several times."""
+
+    mode: str
+    port: int
+    home: Path
+    headers: tuple[tuple[str, str], ...]
+
+    def start(self) -> Contender:
+        """Start it, and wait until it is ready."""
+        command = [sys.executable, "-m", "mcp_auth_proxy", "serve", "--config", str(self.home / "config.yaml")]
+        child = Child(command, log=self.home / "log", environment={SECRET: "bench-client-secret", **source_path(ROOT)})
+        ready = child.wait_for(self.port, "/readyz", deadline=120.0)
+        endpoint = Endpoint(self.port, f"/{JSON.key}/mcp", self.headers)
+        return Contender(f"callers: {self.mode}", {JSON.key: endpoint}, child, ready)
+
+
+def prepare(
     folder: Path, backend: Backend, *, mode: str, provider: Issuer, principals: int, grants: int = 0
-) -> Contender:
-    """Start the proxy in a mode, on a store with this many principals, each with a key, and grants."""
+) -> Prepared:
+    """Write the configuration of a mode, and fill its store."""
     port = free_port()
     home = folder / f"callers-{port}"
     home.mkdir()
     config = home / "config.yaml"
     config.write_text(configuration(port, backend, 1) + inbound(mode, provider))
     key = asyncio.run(_fill(config, principals=principals, grants=grants))
-    command = [sys.executable, "-m", "mcp_auth_proxy", "serve", "--config", str(config)]
-    environment = {SECRET: "bench-client-secret", **source_path(ROOT)}
-    child = Child(command, log=home / "log", environment=environment)
-    ready = child.wait_for(port, "/readyz", deadline=120.0)
+    add_indexes(home / "store.db")
     headers = {
         "api_key": (("authorization", f"Bearer {key}"),),
         "jwt": (("authorization", f"Bearer {provider.token}"),),
         "trusted_header": (("x-forwarded-user", CALLER),),
     }.get(mode, ())
-    return Contender(f"callers: {mode}", {JSON.key: Endpoint(port, f"/{JSON.key}/mcp", headers)}, child, ready)
+    return Prepared(mode, port, home, headers)
 
 
 async def _fill(config: Path, *, principals: int, grants: int) -> str:
@@ -163,84 +165,76 @@ async def _fill(config: Path, *, principals: int, grants: int) -> str:
             key, text = make_key(principal=f"prn_{number:024x}", name="bench", scopes=ALL_SCOPES, now=time.time())
             await keys.add(key)
             first = first or text
-        await _add_grants(engine, grants, principals)
+        await add_grants(engine, grants, principals)
         return first
     finally:
         await engine.close()
 
 
-async def _add_grants(engine: Engine, count: int, principals: int) -> None:
-    store = Grants(engine)
-    for number in range(count):
-        account = Account(f"prn_{number % principals:024x}", JSON.key, f"a{number // principals}")
-        await store.add(_grant(account, time.time()))
-
-
-def _grant(account: Account, now: float) -> Grant:
-    registration = Registration(
-        server=account.server,
-        account=account.name,
-        issuer="https://as.bench",
-        client_id="bench",
-        client_auth=ClientAuth.NONE,
-        kind=RegistrationKind.DYNAMIC,
-    )
-    tokens = TokenSet(access_token="a" * 200, refresh_token="r" * 200, obtained_at=now, expires_at=now + 3600)
-    return Grant(
-        key=GrantKey(account=account, resource="http://127.0.0.1", issuer="https://as.bench"),
-        grant_type=GrantType.AUTHORIZATION_CODE,
-        registration=registration,
-        endpoints=Endpoints(token="https://as.bench/token"),
-        tokens=tokens,
-        scopes=("read",),
-        granted_at=now,
-    )
-
-
 def measure(
-    folder: Path, backend: Backend, *, rounds: int, seconds: float, connections: int, principals: int, grants: int
+    folder: Path,
+    backend: Backend,
+    *,
+    rounds: int,
+    seconds: float,
+    connections: int,
+    starts: int,
+    principals: int,
+    grants: int,
 ) -> CallerResults:
-    """Measure every mode, in turns, and then the list of grants."""
+    """Measure every mode against ``none``, in turns, and then the list of grants."""
     results = CallerResults(principals=principals, grants=grants)
     with issuer() as provider:
-        begin = partial(start, folder, backend, provider=provider, principals=principals)
+        prepared = [prepare(folder, backend, mode=mode, provider=provider, principals=principals) for mode in MODES]
+        for one in prepared:
+            _start_up(results, one, times=starts)
         started: dict[str, Contender] = {}
         try:
-            for mode in MODES:
-                started[mode] = one = begin(mode=mode)
-                child = measures.require_child(one)
-                measures.settle(child)
-                results.ready[mode], results.idle[mode] = one.ready_seconds, child.resident_bytes()
-            for one in started.values():
-                measures.verify(one, JSON.key)
+            for one in prepared:
+                started[one.mode] = one.start()
+                measures.verify(started[one.mode], JSON.key)
             for number in range(rounds):
-                for mode, one in list(started.items())[:: -1 if number % 2 else 1]:
-                    found = measures.speed(one, JSON.key, connections=connections, seconds=seconds)
-                    results.rounds.setdefault(mode, []).append(found)
+                for mode in MODES[1:]:
+                    _compare(results, mode, started, first=number % 2, connections=connections, seconds=seconds)
         finally:
-            for one in started.values():
-                one.stop()
-        listed = begin(mode="api_key", grants=grants)
+            for contender in started.values():
+                contender.stop()
+        listed = prepare(
+            folder, backend, mode="api_key", provider=provider, principals=principals, grants=grants
+        ).start()
         try:
-            results.page = page_seconds(listed.endpoints[JSON.key])
+            results.pages = page_seconds(listed.endpoints[JSON.key])
         finally:
             listed.stop()
     return results
 
 
-def page_seconds(endpoint: Endpoint, *, pages: int = 20) -> float:
-    """Return how long a page of all grants takes an admin, following the list from page to page; the median."""
-    connection = http.client.HTTPConnection("127.0.0.1", endpoint.port, timeout=30)
-    token, found = "", []
-    for _ in range(pages):
-        begun = time.perf_counter()
-        connection.request("GET", f"/api/v1/grants?page_size={PAGE}&page_token={token}", headers=dict(endpoint.headers))
-        response = connection.getresponse()
-        body = response.read()
-        found.append(time.perf_counter() - begun)
-        if response.status != 200:
-            raise UnexpectedResponse(f"GET /grants: {response.status} {body[:300].decode(errors='replace')}")
-        token = json.loads(body)["page"]["next_page_token"] or ""
-    connection.close()
-    # The first one imports the API.
-    return median(found[1:])
+def _start_up(results: CallerResults, prepared: Prepared, *, times: int) -> None:
+    """Start a proxy several times, and note how long that took and how much memory is resident then."""
+    ready, idle = [], []
+    for _ in range(times):
+        contender = prepared.start()
+        try:
+            child = measures.require_child(contender)
+            measures.settle(child)
+            ready.append(contender.ready_seconds)
+            idle.append(child.resident_bytes())
+        finally:
+            contender.stop()
+    results.ready[prepared.mode], results.idle[prepared.mode] = median(ready), max(idle)
+
+
+def _compare(
+    results: CallerResults,
+    mode: str,
+    started: dict[str, Contender],
+    *,
+    first: int,
+    connections: int,
+    seconds: float,
+) -> None:
+    """Put load on ``none`` and a mode, one right after the other; ``first``: 1 if the mode comes first."""
+    found = {}
+    for each in ("none", mode)[:: -1 if first else 1]:
+        found[each] = measures.speed(started[each], JSON.key, connections=connections, seconds=seconds)
+    results.pairs.setdefault(mode, []).append((found["none"], found[mode]))

@@ -36,7 +36,7 @@ def render(results: Results, connections: int, stream_counts: list[int]) -> str:
         speed_table(results, connections),
         workload_table(results, connections),
         *([other_table(results, stream_counts)] if results.ready or results.downloads else []),
-        *([caller_table(results.callers)] if results.callers else []),
+        *([caller_table(results.callers), page_table(results.callers)] if results.callers else []),
         target_table(results, connections, stream_counts[-1]),
     ]
     lines = notes(results, connections)
@@ -104,6 +104,12 @@ def caller_table(found: CallerResults) -> str:
     return table([f"Callers, {found.principals:,} principals", "share of none", "CPU/req added", "ready", "idle"], rows)
 
 
+def page_table(found: CallerResults) -> str:
+    """Return one row for each filter of the API's list of grants."""
+    rows = [[f"`{filters}`" if filters else "all", milliseconds(seconds)] for filters, seconds in found.pages.items()]
+    return table([f"GET /api/v1/grants, {found.grants:,} grants", "a page"], rows)
+
+
 def target_table(results: Results, connections: int, streams: int) -> str:
     """Return the targets with what was found, and in one more column what the other checkout reaches."""
     found = targets(results, connections, streams)
@@ -164,6 +170,12 @@ def notes(results: Results, connections: int) -> list[str]:
     if results.servers:
         each = ", ".join(f"{milliseconds(p50)} with {count:,}" for count, p50 in results.servers.items())
         lines.append(f"p50 at one connection by number of configured servers: {each}.")
+    if results.callers:
+        lines.append(
+            "Callers: each mode in turns with `none`, one right after the other; the share is the median of all rounds,"
+            " the CPU that of the quietest round of each. A page has 50 grants and is asked for over HTTP by an"
+            " admin; some filters match few grants, or none."
+        )
     return lines + results.absent
 
 

@@ -110,7 +110,13 @@ def caller_targets(found: CallerResults) -> list[Target]:
             f"resident when idle, {count}", scaled(max(found.idle.values(), default=None), 2**-20), 60, False, " MB"
         ),
         Target(f"ready after start, {count}", max(found.ready.values(), default=None), 0.5, False, " s"),
-        Target(f"a page of {found.grants:,} grants", scaled(found.page, 1e3), 30, False, " ms"),
+        Target(
+            f"a page of {found.grants:,} grants, any filter",
+            scaled(max(found.pages.values(), default=None), 1e3),
+            30,
+            False,
+            " ms",
+        ),
     ]
 
 

@@ -127,6 +127,7 @@ class Run:
             rounds=plan.rounds,
             seconds=plan.seconds,
             connections=CONNECTIONS,
+            starts=plan.starts,
             principals=plan.principals,
             grants=plan.grants,
         )

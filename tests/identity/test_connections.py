@@ -109,6 +109,8 @@ async def test_a_token_is_checked_again_after_a_minute_and_not_known_beyond_its_
             assert setup.known(lasting)
             setup.clock.now = NOW + VERDICT_LIFETIME
             assert setup.known(lasting) is None
+            await setup.callers.identify(lasting.headers, PEER)
+            assert setup.known(lasting)
 
 
 async def test_the_token_of_a_disabled_principal_is_refused_at_once(tmp_path: Path) -> None:

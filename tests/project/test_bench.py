@@ -9,6 +9,7 @@ import pytest
 from bench import backend, certificates, load, measures, report
 from bench.__main__ import FULL, parser, plan_for
 from bench.backend import ROOT, Backend
+from bench.callers import CallerResults, issuer, prepare
 from bench.contenders import (
     Contender,
     Endpoint,
@@ -20,10 +21,11 @@ from bench.contenders import (
     ours,
     source_path,
 )
+from bench.grant_lists import FILTERS, page_seconds
 from bench.measures import Speed, UnexpectedResponse
 from bench.origin import LAG, TOKEN
 from bench.processes import free_port
-from bench.results import Results, targets
+from bench.results import Results, caller_targets, targets
 from bench.run import Plan, Run
 from bench.workloads import APART, BODY, EVENT_STREAMS, EVENTS, JSON, LAST_CHUNK, TLS, WORKLOADS
 from mcp_auth_proxy.config.load import load as load_settings
@@ -251,3 +253,38 @@ def test_what_was_written_by_hand_survives_a_new_run(tmp_path: Path) -> None:
     assert "new numbers" in file.read_text()
     assert "The profile shows nothing odd." in file.read_text()
     assert "mcp-auth-proxy" not in file.read_text().partition("<!--")[0]
+
+
+def test_callers_are_compared_round_by_round_and_at_the_quietest() -> None:
+    def of(rate: float, cpu: float) -> Speed:
+        return Speed(rate, 0.001, 0.002, cpu)
+
+    found = CallerResults(
+        pairs={
+            "jwt": [
+                (of(1000.0, 60e-6), of(500.0, 90e-6)),
+                (of(2000.0, 40e-6), of(1900.0, 45e-6)),
+                (of(2000.0, 41e-6), of(1920.0, 42e-6)),
+            ]
+        },
+        pages={"": 0.01, "state=ended": 0.04},
+    )
+    assert found.share("jwt") == 0.95
+    assert found.cpu("jwt") == pytest.approx(2e-6)
+    assert (found.share("api_key"), found.cpu("api_key")) == (None, None)
+    verdicts = {target.what: target.met for target in caller_targets(found)}
+    assert verdicts["requests/s with callers over without"] is True
+    assert verdicts["CPU per request added by callers"] is True
+    assert verdicts["a page of 0 grants, any filter"] is False
+
+
+def test_a_page_of_every_filter_is_asked_for(tmp_path: Path, upstreams: Backend) -> None:
+    with issuer() as provider:
+        prepared = prepare(tmp_path, upstreams, mode="api_key", provider=provider, principals=8, grants=60)
+        running = prepared.start()
+    try:
+        pages = page_seconds(running.endpoints["json"])
+    finally:
+        running.stop()
+    assert tuple(pages) == FILTERS
+    assert all(0 < seconds < 10 for seconds in pages.values())

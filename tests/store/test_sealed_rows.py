@@ -20,6 +20,7 @@ from mcp_auth_proxy.store.cipher import Cipher, generate_key_file
 from mcp_auth_proxy.store.confirmations import Confirmations
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.leases import Leases
 from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.store.sqlite import bootstrap
 from mcp_auth_proxy.store.sqlite import engine as sqlite_engine
@@ -343,7 +344,12 @@ async def test_other_tables_are_an_error_of_the_store_at_most(tmp_path: Path, sq
         lambda: flows.newest(LINEAR, NOW),
         flows.unanswered,
         lambda: flows.save(flow()),
+        lambda: flows.begin(flow("flow-3"), adopts=lambda other: False, opened_by="elsewhere:1:a"),
+        lambda: flows.tell(flow(), "https://app.example"),
         lambda: flows.purge(NOW * 2),
+        lambda: Registrations(engine).add(registration(), replaces=None),
+        lambda: Leases(engine).claim("name", owner="elsewhere:1:a", now=NOW, longest=1.0),
+        lambda: Leases(engine).purge(NOW),
         lambda: flows.find_attempt("state"),
     ):
         try:

@@ -90,7 +90,9 @@ async def login(settings: Settings, name: str, *, owner: str | None = None, opti
         if options.no_wait:
             complain(connected)
             return 0
-        say(connected, client_line(f"{application.public_url}/{quote(name_of(account), safe='@')}/mcp"))
+        say(connected)
+        if outcome is not None:
+            say(client_line(f"{application.public_url}/{quote(name_of(account), safe='@')}/mcp"))
         say(offer(tool.name for tool in await _tools(application, server, account)))
     return 0
 
