@@ -248,8 +248,8 @@ async def _principal(
     if wanted is not principal.role:
         if not (change_role or principal.listed):
             raise McpAuthProxyError(
-                f"There is a principal {name!r} already, since {_iso(principal.created_at)}: its first request has made "
-                f"it, and its role is {principal.role}. `mcp-auth-proxy principals list` shows who it is; add "
+                f"There is a principal {name!r} already, since {_iso(principal.created_at)}: its first request has "
+                f"made it, and its role is {principal.role}. `mcp-auth-proxy principals list` shows who it is; add "
                 f"--change-role to make it {wanted}."
             )
         complain(f"{name} was {principal.role}, and is {wanted} now")
