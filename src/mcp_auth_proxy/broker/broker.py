@@ -20,6 +20,7 @@ from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_tok
 from mcp_auth_proxy.broker.challenge_handler import ChallengeHandler
 from mcp_auth_proxy.broker.challenge_history import ChallengeHistory
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.connections import Connection, Disconnected, stored_connections
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.disconnection import Disconnector
@@ -104,6 +105,7 @@ class Broker:
         self._clock = clock
         self.outages = OutageLog()
         self._backoff = backoff = Backoff(clock=clock)
+        self.journal = journal = ConnectionJournal(clock=clock)
         self._grants = Grants(database)
         self._flows = Flows(database)
         self._discoverer = discoverer = Discoverer(fetcher=fetcher, allow_private=allow_private)
@@ -120,6 +122,7 @@ class Broker:
             grants=self._grants,
             backoff=backoff,
             outages=self.outages,
+            journal=journal,
             clock=clock,
         )
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
@@ -169,6 +172,7 @@ class Broker:
             ),
             public_url=public_url,
             announce=announce_started,
+            journal=journal,
             clock=clock,
         )
         self._planner = Planner(
@@ -198,6 +202,7 @@ class Broker:
             pending=self._pending,
             token_client=self._token_client,
             registrar=self._registrar,
+            journal=journal,
             clock=clock,
         )
         self.stored_grants = StoredGrants(
@@ -207,6 +212,8 @@ class Broker:
             renewer=renewer,
             pending=self._pending,
             outages=self.outages,
+            journal=journal,
+            backoff=backoff,
             revoke=self.disconnector.revoke,
             clock=clock,
         )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.connections import Disconnected, ForgottenGrant, Revocation
 from mcp_auth_proxy.broker.flows import PendingFlows
 from mcp_auth_proxy.broker.matching import server_removed
@@ -32,9 +33,11 @@ class Disconnector:
         pending: PendingFlows,
         token_client: TokenClient,
         registrar: ClientRegistrar,
+        journal: ConnectionJournal,
         clock: Callable[[], float],
     ) -> None:
         self._servers = servers
+        self._journal = journal
         self._flows = flows
         self._grants = grants
         self._tokens = tokens
@@ -60,6 +63,8 @@ class Disconnector:
         grants = await self._grants.delete(account)
         self._tokens.evict(account)
         self._pending.cancel(account)
+        if grants:
+            self._journal.disconnected(account)
         forgotten = [await self._revoke_at(account, grant, server) for grant in grants if grant.ended_at is None]
         return Disconnected(account=account, grants=tuple(forgotten), client_forgotten=False)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mcp_auth_proxy.broker.client_registration import redirect_uri
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.device import DevicePolls
 from mcp_auth_proxy.broker.matching import configured, configured_for, matches
 from mcp_auth_proxy.broker.pending import PendingAuthorization, link_of
@@ -50,6 +51,7 @@ class PendingFlows:
         device_polls: DevicePolls,
         public_url: str,
         announce: Announce,
+        journal: ConnectionJournal,
         clock: Callable[[], float],
     ) -> None:
         """``servers`` may change at any time; see ``servers_changed``."""
@@ -57,6 +59,7 @@ class PendingFlows:
         self._flows = flows
         self._tokens = tokens
         self._device_polls = device_polls
+        self._journal = journal
         self._public_url = public_url
         self._announce = announce
         self._clock = clock
@@ -185,6 +188,7 @@ class PendingFlows:
                 logger.info("server %s is connected", server)
         except AuthorizationError as error:
             logger.warning("server %s was not authorized: %s", server, error)
+            self._journal.not_authorized(flow.key.account, str(error))
             with contextlib.suppress(StoreError):
                 await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
             self.drop(flow, error)
@@ -202,6 +206,7 @@ class PendingFlows:
         account = grant.key.account
         cached = self._tokens.put(account, grant)
         cached.used = True
+        self._journal.connected(account)
         pending = self._pending.pop(account, None)
         if pending is not None:
             pending.release(cached.token)
@@ -210,6 +215,7 @@ class PendingFlows:
     async def fail(self, flow: Flow, error: McpAuthProxyError) -> None:
         """Fail a flow, in the store and for everyone who waits for it. Raises StoreError."""
         await self._flows.finish(flow.id, FlowStatus.FAILED, str(error))
+        self._journal.not_authorized(flow.key.account, str(error))
         self.drop(flow, error)
 
     def drop(self, flow: Flow, error: McpAuthProxyError) -> None:

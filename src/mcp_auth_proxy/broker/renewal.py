@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -76,9 +77,11 @@ class Renewer:
         grants: Grants,
         backoff: Backoff,
         outages: OutageLog,
+        journal: ConnectionJournal,
         clock: Callable[[], float],
     ) -> None:
         self._token_client = token_client
+        self._journal = journal
         self._registrar = registrar
         self._grants = grants
         self._backoff = backoff
@@ -160,6 +163,7 @@ class Renewer:
             await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
         metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "failed").inc()
         self._outages.warn(grant.key.account.server, f"its grant can't be renewed now: {error}")
+        self._journal.not_renewed(grant.key.account, str(error))
         return error
 
     async def _refused(self, grant: Grant, refused: TokenRefused) -> Grant:
@@ -179,6 +183,7 @@ class Renewer:
                 return newer
         metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "ended").inc()
         logger.warning("the grant of server %s has ended: %s", grant.key.account.server, reason)
+        self._journal.ended(grant.key.account, reason)
         raise GrantEnded
 
     async def _renewed_by_another(self, grant: Grant) -> Grant:

@@ -38,7 +38,11 @@ class CachedToken:
     renew_at: float
     expires_at: float
     used: bool = False
-    """Whether a request has used the token. An unused one is not renewed ahead of expiry."""
+    """Whether somebody has asked for the token, or waits for it. An unused one is not renewed ahead of expiry."""
+    used_at: float = 0.0
+    """When a request was sent with it at once; 0 if none was."""
+    used_before: float = 0.0
+    """When a request was sent with the tokens before this one; 0 if that is not known."""
     timer: asyncio.TimerHandle | None = None
 
 
@@ -95,7 +99,7 @@ class TokenCache:
             if now < cached.expires_at:
                 if now >= cached.renew_at and account not in self._renewing:
                     self._renew_soon(account, cached)
-                cached.used = True
+                cached.used_at = now
                 return cached.token
         elif account in self._negative:
             return None
@@ -109,8 +113,7 @@ class TokenCache:
         cached = self._cached.get(account)
         if cached is None:
             return account in self._negative, None
-        cached.used = True
-        now = self._clock()
+        cached.used_at = now = self._clock()
         return now < cached.renew_at and now < cached.expires_at, cached.token
 
     async def _load_or_renew(self, account: Account, cached: CachedToken | None) -> AccessToken | None:
@@ -118,7 +121,8 @@ class TokenCache:
         if cached is None:
             return None
         cached.used = True
-        if self._clock() < cached.expires_at or not renewable(cached.grant):
+        cached.used_at = now = self._clock()
+        if now < cached.expires_at or not renewable(cached.grant):
             # A token that can't be renewed is tried even if it seems expired: perhaps the clock is wrong.
             return cached.token
         renewed = await self.renew(account, cached)
@@ -138,6 +142,11 @@ class TokenCache:
     def get(self, account: Account) -> CachedToken | None:
         """Return the cached token, without reading the store."""
         return self._cached.get(account)
+
+    def last_used_at(self, account: Account) -> float | None:
+        """Return when a request was last sent with a token of an account; None if that is not known."""
+        cached = self._cached.get(account)
+        return None if cached is None else max(cached.used_at, cached.used_before) or None
 
     def accounts(self) -> set[Account]:
         """Return the accounts that have a cached token."""
@@ -201,6 +210,7 @@ class TokenCache:
             token=dpop.access_token(grant, server, next(self._generations), nonces=self._nonces, clock=self._clock),
             renew_at=self._renew_at(grant),
             expires_at=float("inf") if grant.tokens.expires_at is None else grant.tokens.expires_at,
+            used_before=0.0 if before is None else max(before.used_at, before.used_before),
         )
         self._cached[account] = cached
         self._negative.discard(account)
@@ -315,7 +325,7 @@ class TokenCache:
             return
         if self._clock() < cached.renew_at:
             self._schedule(account, cached)
-        elif cached.used:
+        elif cached.used or cached.used_at:
             self._renew_soon(account, cached)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

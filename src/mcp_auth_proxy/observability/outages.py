@@ -38,6 +38,7 @@ class OutageLog:
         self._warned: dict[str, _Warned] = {}
         self.unreachable: set[str] = set()
         """The servers to which the last request could not connect."""
+        self._reasons: dict[str, str] = {}
 
     def warn(self, server: str, reason: str, *, trace_id: str | None = None) -> None:
         """Log a warning about a configured server, or count it if the last one is less than ``INTERVAL`` seconds old.
@@ -54,6 +55,15 @@ class OutageLog:
         last.more += 1
         last.reason = reason
 
+    def note_unreachable(self, server: str, reason: str) -> None:
+        """Note that a request could not connect to a server."""
+        self.unreachable.add(server)
+        self._reasons[server] = reason
+
+    def unreachable_reason(self, server: str) -> str | None:
+        """Return why the last request could not connect to a server; None if it could."""
+        return self._reasons.get(server, "") if server in self.unreachable else None
+
     def is_due(self, server: str) -> bool:
         """Return whether ``warn`` would log at once."""
         last = self._warned.get(server)
@@ -69,3 +79,4 @@ class OutageLog:
         """Forget a server that was removed or changed: the next failure is logged at once."""
         self._warned.pop(server, None)
         self.unreachable.discard(server)
+        self._reasons.pop(server, None)

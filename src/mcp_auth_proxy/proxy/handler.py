@@ -363,7 +363,7 @@ class RequestHandler:
         if isinstance(error, UpstreamError):
             self.route.metrics.upstream_failed(failure_kind(error))
         if isinstance(error, UpstreamUnreachable):
-            self._context.outages.unreachable.add(server)
+            self._context.outages.note_unreachable(server, str(error))
         status, retry_after = _status_of(error)
         text = str(error) if isinstance(error, BodyTooLarge) else f"Server {server}: {error}"
         code = answers.NOT_FOUND if isinstance(error, SessionNotFound) else answers.UPSTREAM_FAILED

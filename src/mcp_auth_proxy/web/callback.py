@@ -10,9 +10,9 @@ from starlette.responses import Response
 from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
 from mcp_auth_proxy.models import Account, Caller, Flow
-from mcp_auth_proxy.web.connect import link_refused
+from mcp_auth_proxy.web.connect import OfferStart, link_refused
 from mcp_auth_proxy.web.cookies import read_cookies
-from mcp_auth_proxy.web.pages import message, redirect
+from mcp_auth_proxy.web.pages import Restart, message, redirect
 from mcp_auth_proxy.web.paths import name_of
 from mcp_auth_proxy.web.popup import Popups, keep_opener
 from mcp_auth_proxy.web.session import Visitors
@@ -27,7 +27,9 @@ def connected_path(account: Account) -> str:
     return f"/oauth/connected/{quote(name_of(account), safe='@')}"
 
 
-async def callback(request: Request, broker: Broker, visitors: Visitors, popups: Popups) -> Response:
+async def callback(
+    request: Request, broker: Broker, visitors: Visitors, popups: Popups, offer_start: OfferStart
+) -> Response:
     """Complete the flow that the authorization response belongs to (RFC 6749 §4.1.2).
 
     Its principal must still be signed in with this browser (T52). Raises CallerRefused and StoreError.
@@ -36,8 +38,10 @@ async def callback(request: Request, broker: Broker, visitors: Visitors, popups:
     params: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         params.setdefault(name, []).append(value)
-    opened = await popups.flow_of_state(params)
-    response = await _complete(request, broker, visitors, params, caller, popups, opened)
+    flow = await popups.flow_of_state(params)
+    opened = flow if flow is not None and flow.return_origin else None
+    restart = offer_start(caller, flow)
+    response = await _complete(request, broker, visitors, params, caller, popups, opened, restart)
     return response if opened is None else keep_opener(response)
 
 
@@ -49,24 +53,28 @@ async def _complete(
     caller: Caller | None,
     popups: Popups,
     opened: Flow | None,
+    restart: Restart | None,
 ) -> Response:
     try:
         flow = await broker.complete(params, read_cookies(request), visitors.may_open(caller))
     except CallbackRefused as refused:
         # If the flow has not ended, somebody else may still end it, and nobody hears of this.
         popup, name = await popups.ended(opened), visitors.name(caller)
-        return link_refused("This authorization was not accepted", refused, name=name, onward="/", popup=popup)
+        title = "This authorization was not accepted"
+        return link_refused(title, refused, name=name, onward="/", popup=popup, restart=restart)
     except AuthorizationDenied as denied:
         popup = await popups.ended(opened)
-        return message("Not authorized", str(denied), status=400, hint=RETRY_HINT, popup=popup)
+        return message("Not authorized", str(denied), status=400, hint=RETRY_HINT, popup=popup, restart=restart)
     except AuthorizationError as error:
         logger.warning("an authorization failed: %s", error)
         wait = "" if error.pause is None else f" The server asks to wait {ceil(error.retry_after or 0)} s."
         popup = await popups.ended(opened)
-        return message("The authorization failed", str(error), status=502, hint=RETRY_HINT + wait, popup=popup)
+        title, hint = "The authorization failed", RETRY_HINT + wait
+        return message(title, str(error), status=502, hint=hint, popup=popup, restart=restart)
     except StoreError as error:
         logger.error("a grant could not be stored: %s", error)
-        return message("The authorization could not be stored", str(error), status=503, hint=RETRY_HINT)
+        title = "The authorization could not be stored"
+        return message(title, str(error), status=503, hint=RETRY_HINT, restart=restart)
     # The address of the last page must not have the code in it: it is in the history, and can be loaded again.
     account = flow.key.account
     last = connected_path(account) if opened is None else f"{connected_path(account)}?flow={quote(opened.id)}"

@@ -6,9 +6,7 @@ to tell: for others it is cut.
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from mcp_auth_proxy.broker import Broker, FlowState
@@ -22,13 +20,10 @@ TYPE = "mcp-auth-proxy.oauth"
 STARTS = ("/oauth/start", "/api/v1/oauth/start", "/api/mcp/oauth/start")
 """Where an authorization is begun by URL alone; the last one is a wire (``web.api.wires``), as is this callback."""
 WIRE_CALLBACK = "/api/mcp/oauth/callback"
-SCRIPT = "/static/popup.js"
 CONFIRM = "confirm"
 """Query parameter of ``STARTS``: the user is asked, wherever the request comes from."""
 
 _STARTS = tuple(f"{path}?" for path in STARTS)
-
-_SCRIPT = Path(__file__).parent / "static" / "popup.js"
 
 
 class Popups:
@@ -44,10 +39,9 @@ class Popups:
         return flow if flow is not None and flow.return_origin else None
 
     async def flow_of_state(self, params: Mapping[str, Sequence[str]]) -> Flow | None:
-        """Return the flow of an authorization response, if a popup may have opened it. Nothing is used up."""
+        """Return the flow of an authorization response, whoever has opened it. Nothing is used up."""
         states = params.get("state", ())
-        flow = await self._broker.flow_of_state(states[0]) if len(states) == 1 and states[0] else None
-        return flow if flow is not None and flow.return_origin else None
+        return await self._broker.flow_of_state(states[0]) if len(states) == 1 and states[0] else None
 
     async def ended(self, flow: Flow | None) -> Popup | None:
         """Return what the last page tells whom; None if the flow has not ended, or if it has nobody to tell."""
@@ -65,7 +59,7 @@ class Popups:
             "flow": now.id,
             "server": server.server_id if server is not None else name,
         }
-        return Popup(origin=now.return_origin, message=json.dumps(message), script=SCRIPT)
+        return Popup(origin=now.return_origin, message=json.dumps(message))
 
 
 def keep_opener(response: Response) -> Response:
@@ -85,9 +79,3 @@ def signed_in(response: Response, onward: str) -> Response:
     elif not onward.startswith(_STARTS):
         return response
     return keep_opener(response)
-
-
-async def script(request: Request) -> Response:
-    """Return the script of the last page."""
-    headers = {"cache-control": "public, max-age=3600", "x-content-type-options": "nosniff"}
-    return Response(_SCRIPT.read_bytes(), headers=headers, media_type="text/javascript")

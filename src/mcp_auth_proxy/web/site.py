@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from math import ceil
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ from mcp_auth_proxy import __version__
 from mcp_auth_proxy.broker import Broker, ownership
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import CallbackRefused, CallerRefused, SignInNeeded, StoreError, excerpt
-from mcp_auth_proxy.models import Account, Caller, GrantType
+from mcp_auth_proxy.models import Account, Caller, Flow, GrantType, Principal
+from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.instruments import CONTENT_TYPE
@@ -26,13 +28,15 @@ from mcp_auth_proxy.web.address import Start, address_page, start_page
 from mcp_auth_proxy.web.api_mount import WIRES, ApiMount, WireMount
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page, is_other_loopback_name, to_public_url
-from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
-from mcp_auth_proxy.web.paths import path_of, sign_in_path, split_name
-from mcp_auth_proxy.web.popup import SCRIPT, STARTS, WIRE_CALLBACK, Popups, keep_opener, signed_in
-from mcp_auth_proxy.web.popup import script as popup_script
+from mcp_auth_proxy.web.forms import read_form
+from mcp_auth_proxy.web.pages import Restart, message, redirect
+from mcp_auth_proxy.web.paths import name_of, path_of, sign_in_path, split_name
+from mcp_auth_proxy.web.popup import STARTS, WIRE_CALLBACK, Popups, keep_opener, signed_in
 from mcp_auth_proxy.web.session import Visitors
+from mcp_auth_proxy.web.static_files import static_file
 
 if TYPE_CHECKING:
+    from mcp_auth_proxy.web.dashboard.pages import Dashboard
     from mcp_auth_proxy.web.sign_in import SignInPages
 
 logger = logging.getLogger(__name__)
@@ -54,10 +58,15 @@ class Site:
         sign_in: "Callable[[], SignInPages]",
         problems: Callable[[], list[str]] = list,
         api: ApiMount | None = None,
+        find_principal: Callable[[str], Principal | None] = lambda principal: None,
+        on_loopback: bool = True,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """``sign_in`` returns the pages to sign in with, which are made when they are first needed.
 
         ``problems`` returns in sentences why some callers can't be identified now. ``api`` is None if the API is off.
+        ``find_principal`` returns the principal with an id. ``on_loopback``: whether only this machine reaches the
+        proxy.
         """
         self._broker = broker
         self._servers = servers
@@ -72,13 +81,18 @@ class Site:
         self._sign_in = sign_in
         self._popups = Popups(broker, servers)
         self._problems = problems
+        self._find_principal = find_principal
+        self._on_loopback = on_loopback
+        self._clock = clock
+        self._dashboard_pages: Dashboard | None = None
+        """Made when it is first needed, as the page above."""
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:
         """Return the ASGI application."""
         site = Starlette(
             routes=[
-                Route("/", self._index),
+                Route("/", self._dashboard),
                 *self.health_routes(),
                 Route("/connect/{server}", self._connect, methods=["GET", "POST"]),
                 Route("/sign-in", self._sign_in_page, methods=["GET", "POST"]),
@@ -88,9 +102,12 @@ class Site:
                 Route("/oauth/client-metadata.json", self._client_metadata),
                 Route("/oauth/connected/{server}", self._connected),
                 Route("/connect/{server}/start", self._start_authorization, methods=["POST"]),
+                Route("/connect/{server}/disconnect", self._disconnect, methods=["POST"]),
+                Route("/connect/{server}/forget", self._forget_client, methods=["POST"]),
                 Route("/mcp", self._address),
                 Route("/{server}/mcp", self._address),
-                Route(SCRIPT, popup_script),
+                Route("/static/live", self._stream),
+                Route("/static/{name}", _static),
                 *self._api_routes(),
             ],
             exception_handlers={
@@ -132,19 +149,44 @@ class Site:
             Route("/metrics", _metrics),
         ]
 
-    async def _index(self, request: Request) -> Response:
+    def _dashboard_page(self) -> "Dashboard":
+        if self._dashboard_pages is None:
+            module = importlib.import_module("mcp_auth_proxy.web.dashboard.pages")
+            self._dashboard_pages = module.Dashboard(
+                broker=self._broker,
+                servers=self._servers,
+                database=self._database,
+                visitors=self._visitors,
+                find_principal=self._find_principal,
+                public_url=self._public_url,
+                on_loopback=self._on_loopback,
+                draining=self._draining,
+                clock=self._clock,
+            )
+        return self._dashboard_pages
+
+    async def _dashboard(self, request: Request) -> Response:
+        return await self._dashboard_page().show(request)
+
+    async def _stream(self, request: Request) -> Response:
+        return await self._dashboard_page().stream(request)
+
+    async def _disconnect(self, request: Request) -> Response:
+        return await self._disconnect_account(request, forget_client=False)
+
+    async def _forget_client(self, request: Request) -> Response:
+        return await self._disconnect_account(request, forget_client=True)
+
+    async def _disconnect_account(self, request: Request, *, forget_client: bool) -> Response:
         caller = await self._visitors.require(request)
-        servers = [
-            {"name": name, "address": f"{self._public_url}/{name}/mcp"}
-            for name, server in self._servers.items()
-            if server.admits(caller.principal)
-        ]
-        name = self._visitors.name(caller)
-        headers = form_headers(http=False) if name else {}
-        has_session = bool(self._visitors.cookie(request))
-        return page(
-            "index.html", servers=servers, name=name, has_session=has_session, version=__version__, headers=headers
-        )
+        found = self._account(caller, request.path_params["server"])
+        if found is None:
+            return await _not_found(request, HTTPException(404))
+        try:
+            ownership.require(self._visitors.may_open(caller), found[1])
+        except CallbackRefused as refused:
+            return message("You can't disconnect this server", str(refused), status=refused.status)
+        return await self._dashboard_page().disconnect(request, found[1], forget_client=forget_client)
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "service": "mcp-auth-proxy", "version": __version__})
@@ -171,6 +213,7 @@ class Site:
             public_url=self._public_url,
             command_name=server.command_name if server is not None else name,
             warn=self._warn,
+            offer_start=lambda caller, flow: self._restart(caller, flow, name),
         )
         opened = await self._popups.flow(request.query_params.get("flow", ""))
         return response if opened is None else keep_opener(response)
@@ -180,7 +223,28 @@ class Site:
             self._warnings.warn(server, reason)
 
     async def _callback(self, request: Request) -> Response:
-        return await callback(request, self._broker, self._visitors, self._popups)
+        return await callback(request, self._broker, self._visitors, self._popups, self._restart)
+
+    def _restart(self, caller: Caller | None, flow: Flow | None, name: str = "") -> Restart | None:
+        """Return the button that begins an authorization in place of a flow, or for a server if there is no flow.
+
+        It is for the account of the flow, or for their own if that is somebody else's. None if the user may not.
+        """
+        account = flow.key.account if flow is not None else None
+        server = self._servers.get(name if account is None else account.server)
+        if caller is None or server is None or not server.admits(caller.principal):
+            return None
+        may_open = self._visitors.may_open(caller)
+        if account is None or not may_open(account):
+            account = server.account(caller.principal)
+        if not may_open(account):
+            return None
+        own_origin = urls.parse(self._public_url).origin.serialized
+        popup = flow is not None and flow.return_origin == own_origin
+        return Restart(name_of(account), self._leads_to_http(server), popup)
+
+    def _leads_to_http(self, server: ServerSettings) -> bool:
+        return not (self._public_url.startswith("https://") and server.url.startswith("https://"))
 
     async def _sign_in_page(self, request: Request) -> Response:
         pages = self._sign_in()
@@ -237,7 +301,12 @@ class Site:
             ownership.require(self._visitors.may_open(caller), account)
         except CallbackRefused as refused:
             return message("You can't authorize this server", str(refused), status=refused.status)
-        return await start_page(server, account, self._start)
+        popup = (await read_form(request)).get("popup") == "1"
+        restart = Restart(name_of(account), self._leads_to_http(server), popup)
+        response = await start_page(server, account, self._start, restart)
+        outcome = "ok" if response.status_code < 400 else "failed"
+        await self._dashboard_page().record(request, caller, account, "flows.create", outcome)
+        return keep_opener(response) if popup else response
 
     async def _sign_in_needed(self, request: Request, error: Exception) -> Response:
         """Lead a browser to the sign-in page and, if what it opened can be opened again, back."""
@@ -253,6 +322,10 @@ class Site:
         device = any(server.oauth.grant is GrantType.DEVICE_CODE for server in self._servers.values())
         document = client_metadata_document(self._public_url, device=device)
         return JSONResponse(document, headers={"cache-control": "public, max-age=3600"})
+
+
+async def _static(request: Request) -> Response:
+    return await static_file(request) or await _not_found(request, HTTPException(404))
 
 
 async def _wire_callback(request: Request) -> Response:

@@ -1,0 +1,130 @@
+"""What is known of a connection beside its grant: when it was used, what went wrong last, and what helps.
+
+All of it is in memory, and of this process alone.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mcp_auth_proxy.broker.states import Word
+from mcp_auth_proxy.errors import ConfigHint
+from mcp_auth_proxy.models import Account
+
+MAX_ACCOUNTS = 1000
+"""Accounts of which something is remembered; beyond it, the one that was noted first is forgotten."""
+
+MAX_EVENTS = 200
+"""Events that are remembered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionNotes:
+    """What is known of an account of a server; what is not known is None. Times are Unix seconds."""
+
+    last_used_at: float | None = None
+    last_error: str | None = None
+    """Why it does not work, or did not the last time; None after it has worked again."""
+    remedy: str | None = None
+    """What to do about that, in one or two sentences."""
+    tools: int | None = None
+    """How many tools the server had when it was last asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionEvent:
+    """Something that has happened to a connection. ``at`` is in Unix seconds; no text in it is a secret."""
+
+    at: float
+    account: Account
+    text: str
+    good: bool
+
+
+class ConnectionJournal:
+    """Remember what happens to connections. ``clock`` returns Unix seconds."""
+
+    def __init__(self, *, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._notes: dict[Account, ConnectionNotes] = {}
+        self._events: deque[ConnectionEvent] = deque(maxlen=MAX_EVENTS)
+
+    def connected(self, account: Account) -> None:
+        """Note a new grant: what went wrong before no longer matters."""
+        self._change(account, last_error=None)
+        self._add(account, "connected", good=True)
+
+    def disconnected(self, account: Account) -> None:
+        """Note that a grant was deleted; nothing else is remembered of it."""
+        self._notes.pop(account, None)
+        self._add(account, "disconnected", good=True)
+
+    def not_authorized(self, account: Account, reason: str) -> None:
+        """Note that an authorization has failed; a grant that there was is still there."""
+        self._change(account, last_error=reason)
+        self._add(account, f"not authorized: {reason}", good=False)
+
+    def ended(self, account: Account, reason: str) -> None:
+        """Note that a grant has ended, so that only a person can mend it."""
+        self._add(account, f"ended: {reason}", good=False)
+
+    def not_renewed(self, account: Account, reason: str) -> None:
+        """Note that a renewal has failed for a reason that passes."""
+        self._add(account, f"not renewed, is tried again: {reason}", good=False)
+
+    def note_tools(self, account: Account, count: int) -> None:
+        """Note how many tools a server has."""
+        self._change(account, tools=count)
+
+    def notes(self, account: Account) -> ConnectionNotes:
+        """Return what was noted of an account."""
+        return self._notes.get(account, ConnectionNotes())
+
+    def events(self) -> list[ConnectionEvent]:
+        """Return what has happened, the newest first."""
+        return list(reversed(self._events))
+
+    def _change(self, account: Account, **changes: str | int | None) -> None:
+        if account not in self._notes and len(self._notes) >= MAX_ACCOUNTS:
+            del self._notes[next(iter(self._notes))]
+        self._notes[account] = replace(self.notes(account), **changes)  # type: ignore[arg-type]
+
+    def _add(self, account: Account, text: str, *, good: bool) -> None:
+        last = self._events[-1] if self._events else None
+        if last is None or (last.account, last.text) != (account, text):
+            self._events.append(ConnectionEvent(self._clock(), account, text, good))
+
+
+_SENTENCES = {
+    Word.CONNECTED: "Requests are sent with a valid token.",
+    Word.RETRYING: "The token could not be renewed the last time. It is tried again by itself.",
+    Word.DEGRADED: "It works now, but the token can't be renewed: connect again before it expires.",
+    Word.EXPIRED: "The token has expired. It is renewed with the next request.",
+    Word.ENDED: "The authorization is over. Nobody but you can give a new one.",
+    Word.NEEDS_CONSENT: "Nobody has authorized this account. Connect it, or let your MCP client ask for it.",
+    Word.AUTHORIZING: "An authorization has begun, and waits for you.",
+    Word.UNREACHABLE: "The last request could not connect to the server.",
+}
+
+_REMEDIES = {
+    Word.CONNECTED: "The connection works all the same.",
+    Word.RETRYING: "You need not do anything. If it goes on for long, reconnect.",
+    Word.DEGRADED: "Reconnect before the token expires.",
+    Word.ENDED: "Reconnect.",
+    Word.NEEDS_CONSENT: "Connect again.",
+    Word.AUTHORIZING: "Connect, and finish what your browser shows.",
+    Word.UNREACHABLE: "Check that the server runs, and that its URL is right. The next request tries again.",
+}
+
+
+def sentence(word: Word) -> str:
+    """Return what a state means, for a user."""
+    return _SENTENCES[word]
+
+
+def remedy(word: Word, hint: ConfigHint | None = None) -> str:
+    """Return what to do about an error of a connection. ``hint``: the key that would allow what was refused."""
+    if hint is not None:
+        value = f" to {hint.value}" if hint.value else ""
+        return f"Set {hint.key}{value} in the configuration, if that is what you want."
+    return _REMEDIES.get(word, "The next request tries again.")
