@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mcp_auth_proxy.broker.backoff import FIRST, LONGEST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.renewal import (
     MARGIN_MAX,
     GrantEnded,
@@ -82,6 +83,7 @@ class Setup:
             grants=grants or self.grants,
             backoff=Backoff(clock=self.clock),
             outages=OutageLog(),
+            journal=ConnectionJournal(clock=self.clock),
             clock=self.clock,
         )
 

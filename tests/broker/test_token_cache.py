@@ -11,6 +11,7 @@ from fakes.proxy import until
 from mcp_auth_proxy.broker import token_cache
 from mcp_auth_proxy.broker.backoff import FIRST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.renewal import Renewer
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
@@ -91,6 +92,7 @@ class Setup:
             grants=self.grants,
             backoff=Backoff(clock=self.clock),
             outages=OutageLog(),
+            journal=ConnectionJournal(clock=self.clock),
             clock=self.clock,
         )
         self.cache = TokenCache(servers=self.servers, grants=self.grants, renewer=self.renewer, clock=self.clock)
