@@ -32,6 +32,9 @@ pytestmark = [pytest.mark.chromium, pytest.mark.asyncio(loop_scope="module")]
 
 AXE = Path(__file__).parent / "axe/node_modules/axe-core/axe.min.js"
 CONNECTED = "**/oauth/connected/*"
+SET_STATES = """states => {
+    document.querySelectorAll('[data-server]').forEach((card, number) => { card.dataset.state = states[number]; });
+}"""
 
 
 @dataclass(kw_only=True)
@@ -342,6 +345,10 @@ async def test_the_accessibility_rules_find_nothing_and_it_fits_a_narrow_window(
     page, _ = await scene.open(context)
     await becomes(page, "notion", "unreachable")
     await page.click("text=Use linear in your client")
+    states = ["needs-consent", "authorizing", "retrying", "degraded", "expired", "ended", "unreachable", "connected"]
+    for pair in zip(states[::2], states[1::2], strict=True):
+        await page.evaluate(SET_STATES, pair)
+        assert await axe(page) == [], pair
     for width in (1280, 320):
         await page.set_viewport_size({"width": width, "height": 800})
         assert await axe(page) == []

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mcp_auth_proxy import __version__
-from mcp_auth_proxy.broker import Broker
+from mcp_auth_proxy.broker import Broker, ownership
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import CallerRefused, SignInNeeded, StoreError
 from mcp_auth_proxy.models import DEFAULT_PROJECT, LOCAL, Account, Caller, Scope, shared_principal
@@ -157,7 +157,7 @@ class Dashboard:
                 assert server is not None
                 own.add(connection.account)
                 may = may_open(connection.account)
-                rights = Rights(connect=may, disconnect=may and viewer.may_change)
+                rights = Rights(connect=may, disconnect=may and _may_disconnect(viewer, connection.account))
                 keys = not self._visitors.anonymous
                 cards.append(card(server, connection, rights, public_url=self._public_url, keys=keys))
         happened = [
@@ -248,7 +248,7 @@ class Dashboard:
         form = await read_form(request)
         viewer = await self._viewer(request)
         action = "connections.forget" if forget_client else "connections.delete"
-        if not viewer.may_change:
+        if not _may_disconnect(viewer, account):
             await self.record(request, viewer.caller, account, action, "forbidden")
             return message("You can't disconnect this server", NO_RIGHT, status=403)
         secret, given = self._form_secret(request), form.get("token", "").encode("utf-8", "replace")
@@ -278,6 +278,11 @@ class Dashboard:
             await self._events.add(event)
         except StoreError as error:
             logger.error("no audit event for %s by %s: %s", action, caller.principal.id, error)
+
+
+def _may_disconnect(viewer: Viewer, account: Account) -> bool:
+    """Return whether somebody may disconnect an account that they may authorize."""
+    return viewer.caller.is_admin if ownership.is_shared(account) else viewer.may_change
 
 
 def _token(secret: str) -> str:
