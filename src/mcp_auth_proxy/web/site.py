@@ -17,20 +17,21 @@ from mcp_auth_proxy import __version__
 from mcp_auth_proxy.broker import Broker, ownership
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import CallbackRefused, CallerRefused, SignInNeeded, StoreError, excerpt
-from mcp_auth_proxy.models import Account, Caller, Flow, GrantType, Principal
-from mcp_auth_proxy.net import urls
+from mcp_auth_proxy.models import GrantType, Principal
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.instruments import CONTENT_TYPE
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine
+from mcp_auth_proxy.web.accounts import PageAccounts
 from mcp_auth_proxy.web.address import Start, address_page, start_page
 from mcp_auth_proxy.web.api_mount import WIRES, ApiMount, WireMount
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page, is_other_loopback_name, to_public_url
+from mcp_auth_proxy.web.dashboard_mount import DashboardMount
 from mcp_auth_proxy.web.forms import read_form
-from mcp_auth_proxy.web.pages import Restart, message, redirect
-from mcp_auth_proxy.web.paths import name_of, path_of, sign_in_path, split_name
+from mcp_auth_proxy.web.pages import message, redirect
+from mcp_auth_proxy.web.paths import path_of, sign_in_path
 from mcp_auth_proxy.web.popup import STARTS, WIRE_CALLBACK, Popups, keep_opener, signed_in
 from mcp_auth_proxy.web.session import Visitors
 from mcp_auth_proxy.web.static_files import static_file
@@ -81,18 +82,29 @@ class Site:
         self._sign_in = sign_in
         self._popups = Popups(broker, servers)
         self._problems = problems
-        self._find_principal = find_principal
-        self._on_loopback = on_loopback
-        self._clock = clock
-        self._dashboard_pages: Dashboard | None = None
-        """Made when it is first needed, as the page above."""
+        self._accounts = PageAccounts(servers, visitors, public_url)
+
+        def make_dashboard(kind: "type[Dashboard]") -> "Dashboard":
+            return kind(
+                broker=broker,
+                servers=servers,
+                database=database,
+                visitors=visitors,
+                find_principal=find_principal,
+                public_url=public_url,
+                on_loopback=on_loopback,
+                draining=draining,
+                clock=clock,
+            )
+
+        self._dashboard = DashboardMount(make_dashboard, visitors, self._accounts)
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:
         """Return the ASGI application."""
         site = Starlette(
             routes=[
-                Route("/", self._dashboard),
+                *self._dashboard.routes(),
                 *self.health_routes(),
                 Route("/connect/{server}", self._connect, methods=["GET", "POST"]),
                 Route("/sign-in", self._sign_in_page, methods=["GET", "POST"]),
@@ -102,11 +114,8 @@ class Site:
                 Route("/oauth/client-metadata.json", self._client_metadata),
                 Route("/oauth/connected/{server}", self._connected),
                 Route("/connect/{server}/start", self._start_authorization, methods=["POST"]),
-                Route("/connect/{server}/disconnect", self._disconnect, methods=["POST"]),
-                Route("/connect/{server}/forget", self._forget_client, methods=["POST"]),
                 Route("/mcp", self._address),
                 Route("/{server}/mcp", self._address),
-                Route("/static/live", self._stream),
                 Route("/static/{name}", _static),
                 *self._api_routes(),
             ],
@@ -149,45 +158,6 @@ class Site:
             Route("/metrics", _metrics),
         ]
 
-    def _dashboard_page(self) -> "Dashboard":
-        if self._dashboard_pages is None:
-            module = importlib.import_module("mcp_auth_proxy.web.dashboard.pages")
-            self._dashboard_pages = module.Dashboard(
-                broker=self._broker,
-                servers=self._servers,
-                database=self._database,
-                visitors=self._visitors,
-                find_principal=self._find_principal,
-                public_url=self._public_url,
-                on_loopback=self._on_loopback,
-                draining=self._draining,
-                clock=self._clock,
-            )
-        return self._dashboard_pages
-
-    async def _dashboard(self, request: Request) -> Response:
-        return await self._dashboard_page().show(request)
-
-    async def _stream(self, request: Request) -> Response:
-        return await self._dashboard_page().stream(request)
-
-    async def _disconnect(self, request: Request) -> Response:
-        return await self._disconnect_account(request, forget_client=False)
-
-    async def _forget_client(self, request: Request) -> Response:
-        return await self._disconnect_account(request, forget_client=True)
-
-    async def _disconnect_account(self, request: Request, *, forget_client: bool) -> Response:
-        caller = await self._visitors.require(request)
-        found = self._account(caller, request.path_params["server"])
-        if found is None:
-            return await _not_found(request, HTTPException(404))
-        try:
-            ownership.require(self._visitors.may_open(caller), found[1])
-        except CallbackRefused as refused:
-            return message("You can't disconnect this server", str(refused), status=refused.status)
-        return await self._dashboard_page().disconnect(request, found[1], forget_client=forget_client)
-
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "service": "mcp-auth-proxy", "version": __version__})
 
@@ -213,7 +183,7 @@ class Site:
             public_url=self._public_url,
             command_name=server.command_name if server is not None else name,
             warn=self._warn,
-            offer_start=lambda caller, flow: self._restart(caller, flow, name),
+            offer_start=lambda caller, flow: self._accounts.restart(caller, flow, name),
         )
         opened = await self._popups.flow(request.query_params.get("flow", ""))
         return response if opened is None else keep_opener(response)
@@ -223,28 +193,7 @@ class Site:
             self._warnings.warn(server, reason)
 
     async def _callback(self, request: Request) -> Response:
-        return await callback(request, self._broker, self._visitors, self._popups, self._restart)
-
-    def _restart(self, caller: Caller | None, flow: Flow | None, name: str = "") -> Restart | None:
-        """Return the button that begins an authorization in place of a flow, or for a server if there is no flow.
-
-        It is for the account of the flow, or for their own if that is somebody else's. None if the user may not.
-        """
-        account = flow.key.account if flow is not None else None
-        server = self._servers.get(name if account is None else account.server)
-        if caller is None or server is None or not server.admits(caller.principal):
-            return None
-        may_open = self._visitors.may_open(caller)
-        if account is None or not may_open(account):
-            account = server.account(caller.principal)
-        if not may_open(account):
-            return None
-        own_origin = urls.parse(self._public_url).origin.serialized
-        popup = flow is not None and flow.return_origin == own_origin
-        return Restart(name_of(account), self._leads_to_http(server), popup)
-
-    def _leads_to_http(self, server: ServerSettings) -> bool:
-        return not (self._public_url.startswith("https://") and server.url.startswith("https://"))
+        return await callback(request, self._broker, self._visitors, self._popups, self._accounts.restart)
 
     async def _sign_in_page(self, request: Request) -> Response:
         pages = self._sign_in()
@@ -259,7 +208,7 @@ class Site:
 
     async def _connected(self, request: Request) -> Response:
         caller = await self._visitors.require(request)
-        found = self._account(caller, request.path_params["server"])
+        found = self._accounts.find(caller, request.path_params["server"])
         connected = await self._broker.connected(found[1]) if found is not None else None
         if connected is not None:
             opened = await self._popups.flow(request.query_params.get("flow", ""))
@@ -268,21 +217,10 @@ class Site:
         text = "Your MCP client gets a link when it uses the server."
         return message(f"{excerpt(request.path_params['server'])} is not connected", text, status=404)
 
-    def _account(self, caller: Caller, text: str) -> tuple[ServerSettings, Account] | None:
-        """Return the server and the caller's account that ``SERVER`` or ``SERVER@ACCOUNT`` names.
-
-        None if there is none for this caller.
-        """
-        name, account = split_name(text)
-        server = self._servers.get(name)
-        if server is None or not server.admits(caller.principal):
-            return None
-        return server, server.account(caller.principal, account)
-
     async def _address(self, request: Request) -> Response:
         """Show what an MCP address is; the router sends browsers here, and MCP clients to the server."""
         caller = await self._visitors.require(request)
-        found = self._account(caller, request.path_params.get("server") or next(iter(self._servers), ""))
+        found = self._accounts.find(caller, request.path_params.get("server") or next(iter(self._servers), ""))
         if found is None:
             return await _not_found(request, HTTPException(404))
         server, account = found
@@ -293,7 +231,7 @@ class Site:
 
     async def _start_authorization(self, request: Request) -> Response:
         caller = await self._visitors.require(request)
-        found = self._account(caller, request.path_params["server"])
+        found = self._accounts.find(caller, request.path_params["server"])
         if found is None:
             return await _not_found(request, HTTPException(404))
         server, account = found
@@ -302,10 +240,10 @@ class Site:
         except CallbackRefused as refused:
             return message("You can't authorize this server", str(refused), status=refused.status)
         popup = (await read_form(request)).get("popup") == "1"
-        restart = Restart(name_of(account), self._leads_to_http(server), popup)
+        restart = self._accounts.button(server, account, popup=popup)
         response = await start_page(server, account, self._start, restart)
         outcome = "ok" if response.status_code < 400 else "failed"
-        await self._dashboard_page().record(request, caller, account, "flows.create", outcome)
+        await self._dashboard.record(request, caller, account, "flows.create", outcome)
         return keep_opener(response) if popup else response
 
     async def _sign_in_needed(self, request: Request, error: Exception) -> Response:

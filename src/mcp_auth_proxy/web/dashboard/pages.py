@@ -24,13 +24,13 @@ from mcp_auth_proxy.store.events import Event, Events
 from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.dashboard.stream import COMMENT_TICKS, EventStream, Streams, tick
 from mcp_auth_proxy.web.dashboard.view import SHOWN_EVENTS, FindPrincipal, Rights, Snapshot, card, event_lines
+from mcp_auth_proxy.web.dashboard_mount import STREAM
 from mcp_auth_proxy.web.forms import read_form
 from mcp_auth_proxy.web.pages import form_headers, message, page, redirect, render, with_files
 from mcp_auth_proxy.web.session import Visitors, peer
 
 logger = logging.getLogger(__name__)
 
-STREAM = "/static/live"
 COOKIE = "mcp_auth_dashboard"
 
 FORGED = "This was not sent by our page in this browser, or the browser keeps no cookies. Open the page again."
