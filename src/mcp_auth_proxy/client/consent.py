@@ -22,7 +22,7 @@ from mcp_auth_proxy.client.session import Session
 from mcp_auth_proxy.errors import AddressInUse, AuthorizationError
 from mcp_auth_proxy.identity import NoAuthenticator
 from mcp_auth_proxy.identity.sessions import BrowserSessions
-from mcp_auth_proxy.models import AccessToken, Caller, Flow, Principal
+from mcp_auth_proxy.models import AccessToken, Principal
 from mcp_auth_proxy.store.sessions import Sessions
 from mcp_auth_proxy.web import browser
 from mcp_auth_proxy.web.callback import callback
@@ -132,11 +132,10 @@ def _site(session: Session, public_url: str, shown: asyncio.Event) -> Starlette:
             public_url=public_url,
             command_name=session.server.command_name,
             warn=logger.warning,
-            offer_start=_offer_nothing,
         )
 
     async def back(request: Request) -> Response:
-        return await callback(request, session.broker, visitors, popups, _offer_nothing)
+        return await callback(request, session.broker, visitors, popups)
 
     async def last(request: Request) -> Response:
         connected = await session.broker.connected(session.account)
@@ -154,10 +153,6 @@ def _site(session: Session, public_url: str, shown: asyncio.Event) -> Starlette:
         # A page of another site must not reach this one under a name of its own (DNS rebinding).
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1"])],
     )
-
-
-def _offer_nothing(caller: Caller | None, flow: Flow | None) -> None:
-    """Offer no button: the program begins authorizations."""
 
 
 def _visitors(session: Session, public_url: str) -> Visitors:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from mcp_auth_proxy.broker import Broker, cookie_name
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, CallbackRefused, StoreError
 from mcp_auth_proxy.models import Account, Caller, Flow
-from mcp_auth_proxy.web.connect import OfferStart, link_refused
+from mcp_auth_proxy.web.connect import OfferStart, link_refused, offer_nothing
 from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.pages import Restart, message, redirect
 from mcp_auth_proxy.web.paths import name_of
@@ -28,7 +28,11 @@ def connected_path(account: Account) -> str:
 
 
 async def callback(
-    request: Request, broker: Broker, visitors: Visitors, popups: Popups, offer_start: OfferStart
+    request: Request,
+    broker: Broker,
+    visitors: Visitors,
+    popups: Popups,
+    offer_start: OfferStart = offer_nothing,
 ) -> Response:
     """Complete the flow that the authorization response belongs to (RFC 6749 §4.1.2).
 

@@ -38,6 +38,10 @@ Without the flow it is one for the server that the page is about, if that is kno
 """
 
 
+def offer_nothing(caller: Caller | None, flow: Flow | None) -> None:
+    """Offer no button: only a running proxy begins authorizations for its pages."""
+
+
 async def connect(
     request: Request,
     broker: Broker,
@@ -47,7 +51,7 @@ async def connect(
     public_url: str,
     command_name: str,
     warn: Callable[[str, str], None],
-    offer_start: OfferStart,
+    offer_start: OfferStart = offer_nothing,
 ) -> Response:
     """Redirect a browser to the authorization server, or ask its user first, or let them sign in.
 
