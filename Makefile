@@ -1,4 +1,4 @@
-# make demo | test | check | bench | conformance | fuzz | chart | idp | sbom | audit | docs | run | lock | clean
+# make demo | test | check | bench | conformance | fuzz | chart | idp | axe | screenshots | sbom | audit | docs | run | lock | clean
 # Everything happens in .venv, which is made from requirements/dev.txt when that file changes.
 
 SHELL := /bin/bash
@@ -16,6 +16,8 @@ NODE_STAMP := $(CONFORMANCE_VENV)/.node
 CONFORMANCE_STAMP := $(CONFORMANCE_VENV)/.installed
 IDP := tests/deploy/identity_provider
 IDP_STAMP := $(IDP)/node_modules/.installed
+AXE := tests/e2e/axe
+AXE_STAMP := $(AXE)/node_modules/.installed
 DEPLOY_VENV := .venv-deploy
 DEPLOY_STAMP := $(DEPLOY_VENV)/.installed
 CHART := deploy/helm/mcp-auth-proxy
@@ -40,7 +42,7 @@ PIP := -m pip --disable-pip-version-check -qq
 UV_COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help demo test check format bench conformance fuzz chart idp sbom audit docs run lock clean
+.PHONY: help demo test check format bench conformance fuzz chart idp axe screenshots sbom audit docs run lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -90,6 +92,11 @@ fuzz: $(FUZZ_STAMP) ## the parsers under a fuzzer, 10,000 runs each (ARGS="--tar
 
 idp: $(IDP_STAMP) ## installs oidc-provider, the certified identity provider that tests sign in at
 
+axe: $(AXE_STAMP) ## installs axe-core, the accessibility rules that the pages are checked against
+
+screenshots: $(STAMP) ## the pictures of the dashboard in docs/pictures, from the demo's servers; needs Chromium
+	@$(BIN)/python deploy/screenshots.py
+
 sbom: $(STAMP) $(SBOM_STAMP) ## what a running proxy is made of, with hashes and licenses: dist/sbom.cdx.json (CycloneDX)
 	@$(SBOM_VENV)/bin/python deploy/sbom.py --environment $(VENV) --output dist/sbom.cdx.json
 
@@ -115,7 +122,7 @@ lock: ## pin the newest versions that pyproject.toml allows
 
 clean: ## forget the environments and caches
 	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(FUZZ_VENV) $(DEPLOY_VENV) $(SBOM_VENV) $(AUDIT_VENV) $(LOCK_VENV) \
-		conformance/node_modules conformance/results $(IDP)/node_modules fuzz/found fuzz/findings \
+		conformance/node_modules conformance/results $(IDP)/node_modules $(AXE)/node_modules fuzz/found fuzz/findings \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis \
 		.coverage* htmlcov dist build
 
@@ -155,6 +162,11 @@ $(CONFORMANCE_STAMP): $(NODE_STAMP) conformance/package.json conformance/package
 $(IDP_STAMP): $(NODE_STAMP) $(IDP)/package.json $(IDP)/package-lock.json
 	@echo "installing oidc-provider (once)"
 	@$(NPM_CI) --prefix $(IDP)
+	@touch $@
+
+$(AXE_STAMP): $(NODE_STAMP) $(AXE)/package.json $(AXE)/package-lock.json
+	@echo "installing axe-core (once)"
+	@$(NPM_CI) --prefix $(AXE)
 	@touch $@
 
 $(FUZZ_STAMP): requirements/fuzz.txt

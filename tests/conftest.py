@@ -20,6 +20,7 @@ hypothesis.settings.load_profile("tests")
 """No deadline per example, because it fails on a busy machine; pytest's timeout bounds the whole test."""
 
 PARTS = {
+    "axe": ("node",),
     "buildah": ("buildah",),
     "caddy": ("caddy",),
     "chromium": ("chromium", "chromium-browser", "google-chrome"),
@@ -40,15 +41,20 @@ FROM_CHART = {"envoy", "helm"}
 FROM_IDP = {"idp"}
 """The parts that ``make idp`` installs."""
 
+FROM_AXE = {"axe"}
+"""The parts that ``make axe`` installs."""
+
 ROOT = Path(__file__).resolve().parents[1]
 MADE = (str(ROOT / ".venv-deploy/bin"), str(ROOT / ".venv-conformance/node/bin"))
 """Where they install them."""
 
 IDENTITY_PROVIDER = ROOT / "tests/deploy/identity_provider"
+AXE = ROOT / "tests/e2e/axe"
 SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", *MADE])
 REQUIRE_ALL = os.environ.get("MCP_AUTH_PROXY_REQUIRE_ALL") == "1"
 MISSING = {part for part, commands in PARTS.items() if not any(shutil.which(name, path=SEARCH) for name in commands)}
 MISSING |= set() if (IDENTITY_PROVIDER / "node_modules/oidc-provider").is_dir() else FROM_IDP
+MISSING |= set() if (AXE / "node_modules/axe-core").is_dir() else FROM_AXE
 
 
 def pytest_report_header() -> str:
@@ -59,9 +65,10 @@ def pytest_report_header() -> str:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if MISSING:
         ways = {
-            "apt install {} (Debian)": MISSING - FROM_CHART - FROM_IDP,
+            "apt install {} (Debian)": MISSING - FROM_CHART - FROM_IDP - FROM_AXE,
             "make chart, for {}": MISSING & FROM_CHART,
             "make idp, for {}": MISSING & FROM_IDP,
+            "make axe, for {}": MISSING & FROM_AXE,
         }
         remedies = [way.format(" ".join(sorted(parts))) for way, parts in ways.items() if parts]
         terminalreporter.write_line(f"Some tests were skipped, since parts are missing here: {'; '.join(remedies)}")

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mcp_auth_proxy.broker import Broker, PendingAuthorization, sign_in
+from mcp_auth_proxy.broker import Broker, FlowRequest, PendingAuthorization, sign_in
 from mcp_auth_proxy.broker.made_servers import MadeServers
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.changes import SettingsChange
@@ -17,14 +17,14 @@ from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSetting
 from mcp_auth_proxy.identity import Authenticator, Callers, make_authenticator
 from mcp_auth_proxy.identity.api_token import obtain_token, token_path
 from mcp_auth_proxy.identity.sessions import make_sessions
-from mcp_auth_proxy.models import AccessToken, Account, Flow
+from mcp_auth_proxy.models import AccessToken, Account, Flow, FlowMode, GrantType, Tool
 from mcp_auth_proxy.net import descriptors, urls
 from mcp_auth_proxy.net.connection_limits import ConnectionLimits, ConnectionRules
 from mcp_auth_proxy.net.descriptors import Shares
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.resolver import Resolver
-from mcp_auth_proxy.net.urls import is_loopback
+from mcp_auth_proxy.net.urls import is_loopback, parse
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.proxy.catalogs import ServerCatalogs
@@ -242,9 +242,21 @@ async def lifespan(
             broker.on_connected(catalogs.connected)
             await broker.start()
 
-        async def start(server: ServerSettings, account: Account) -> AccessToken | PendingAuthorization | None:
+        async def start(
+            server: ServerSettings, account: Account, *, popup: bool = False
+        ) -> AccessToken | PendingAuthorization | None:
             status, challenge = await probe(forwarder.upstream, route_to(server))
-            return await broker.begin(account, status=status, challenge=challenge)
+            if not popup or server.oauth.grant.unattended:
+                return await broker.begin(account, status=status, challenge=challenge)
+            mode = FlowMode.DEVICE if server.oauth.grant is GrantType.DEVICE_CODE else FlowMode.BROWSER
+            wanted = FlowRequest(mode=mode, return_origin=parse(public_url).origin.serialized)
+            outcome, _ = await broker.request_flow(account, wanted, status=status, challenge=challenge)
+            return outcome
+
+        async def noted_tools(server: ServerSettings, account: Account) -> list[Tool]:
+            tools = await list_tools(broker, forwarder.upstream, server, account)
+            broker.journal.note_tools(account, len(tools))
+            return tools
 
         sessions = make_sessions(callers, database=database, clock=clock)
         visitors = Visitors(authenticator=authenticator or callers, sessions=sessions, public_url=public_url)
@@ -268,9 +280,7 @@ async def lifespan(
             probe=lambda server: noting(
                 broker.outages, servers, server, probe(forwarder.upstream, route_to(_impatient(server)))
             ),
-            list_tools=lambda server, account: noting(
-                broker.outages, servers, server, list_tools(broker, forwarder.upstream, server, account)
-            ),
+            list_tools=lambda server, account: noting(broker.outages, servers, server, noted_tools(server, account)),
             database=database,
             settings=lambda: application.settings,
             public_url=public_url,
@@ -292,6 +302,9 @@ async def lifespan(
             audit=audit,
             sign_in=sign_in_mount.pages,
             problems=callers.problems,
+            find_principal=callers.directory.principal,
+            on_loopback=is_loopback(listening.host),
+            clock=clock,
         )
         guard = Guard(listen=listening, public_url=public_url, inbound=settings.inbound)
         router = Router(

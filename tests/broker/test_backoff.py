@@ -25,6 +25,7 @@ from mcp_auth_proxy.errors import (
     AuthorizationDenied,
     AuthorizationError,
     AuthorizationServerUnavailable,
+    ConfigHint,
     TokenRefused,
 )
 from mcp_auth_proxy.models import AccessToken, Account
@@ -197,3 +198,17 @@ async def test_a_private_host_that_is_allowed_later_is_tried_at_once(  # T86
 def test_a_pause_of_an_account_is_its_own() -> None:
     assert of_account(ALICE) != of_account(BOB)
     assert of_account(ALICE) != of_server("notes")
+
+
+def test_the_newest_failure_is_told_until_there_is_a_success() -> None:
+    clock = Clock()
+    backoff = Backoff(clock=clock)
+    assert backoff.last_failure(ONE, of_account(ALICE)) is None
+    fail(backoff)
+    clock.now += 500
+    error = AuthorizationError("later", hint=ConfigHint("oauth.issuer"))
+    backoff.failed(of_account(ALICE), error)
+    assert backoff.last_failure(ONE, of_account(ALICE)) == ("later", ConfigHint("oauth.issuer"))
+    assert backoff.last_failure(ONE, of_account(BOB)) == ("down", None)
+    backoff.succeeded(of_account(ALICE))
+    assert backoff.last_failure(ONE, of_account(ALICE)) == ("down", None)

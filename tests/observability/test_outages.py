@@ -37,6 +37,18 @@ def timers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     return timers
 
 
+def test_it_is_known_why_a_server_can_not_be_reached() -> None:
+    outages = OutageLog()
+    assert outages.unreachable_reason("notes") is None
+    outages.note_unreachable("notes", "refused")
+    assert outages.unreachable_reason("notes") == "refused"
+    outages.unreachable.discard("notes")
+    assert outages.unreachable_reason("notes") is None
+    outages.note_unreachable("notes", "refused")
+    outages.forget("notes")
+    assert outages.unreachable_reason("notes") is None
+
+
 def test_a_server_that_fails_is_warned_about_once_a_minute_with_the_count(  # T86
     timers: Timers, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -51,6 +51,18 @@ async def test_events_are_listed_newest_first_in_pages(engine: Engine) -> None:
     assert (replace(found, id=0), before) == (replace(EVENT, target="elsewhere", project_id="other"), None)
 
 
+async def test_events_of_one_principal_are_listed_alone(engine: Engine) -> None:
+    assert await Events(engine).newest() == 0
+    for number in range(4):
+        who = "even" if number % 2 == 0 else "odd"
+        await Events(engine).add(replace(EVENT, target=str(number), principal=who))
+    for count in (1, 2, 5):
+        found, before = await Events(engine).page(EVENT.project_id, before=None, count=count, principal="even")
+        assert [event.target for event in found] == ["2", "0"][:count]
+        assert (before is None) is (count > 1)
+    assert await Events(engine).newest() == 4
+
+
 @pytest.mark.parametrize("column", ["at", "principal", "action", "target", "outcome", "address", "credential"])
 async def test_a_changed_event_is_missing_and_the_pages_go_on(engine: Engine, tmp_path: Path, column: str) -> None:
     for number in range(5):

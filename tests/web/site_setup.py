@@ -4,7 +4,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NoReturn, Self, cast
 
 import httpx2
 from starlette.requests import Request
@@ -12,6 +12,7 @@ from starlette.requests import Request
 from fakes.forwarding import pending_authorization
 from fakes.listener import listener
 from mcp_auth_proxy.broker import (
+    AccountConnection,
     AuthorizationRedirect,
     Broker,
     ConfirmationPrompt,
@@ -20,15 +21,18 @@ from mcp_auth_proxy.broker import (
     PendingAuthorization,
     SignIn,
 )
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.ownership import MayOpen
+from mcp_auth_proxy.broker.states import Word
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import McpAuthProxyError
+from mcp_auth_proxy.errors import McpAuthProxyError, StoreUnavailable
 from mcp_auth_proxy.identity import NoAuthenticator
 from mcp_auth_proxy.identity.sessions import BrowserSessions
-from mcp_auth_proxy.models import AccessToken, Account, Flow
+from mcp_auth_proxy.models import AccessToken, Account, Flow, Principal
 from mcp_auth_proxy.net.asgi import run_asgi
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.store import Engine
+from mcp_auth_proxy.store.engine import Row
 from mcp_auth_proxy.web.audit import PageAudit
 from mcp_auth_proxy.web.failed_credentials import FailedCredentials
 from mcp_auth_proxy.web.session import Visitors
@@ -65,6 +69,18 @@ class ScriptedVisits:
         self.opened: list[tuple[str, str]] = []
         self.confirmed: list[tuple[str, str]] = []
         self.callbacks: list[tuple[dict[str, list[str]], dict[str, str]]] = []
+        self.servers: dict[str, ServerSettings] = {}
+        self.journal = ConnectionJournal(clock=time.time)
+
+    @property
+    def stored_grants(self) -> Self:
+        return self
+
+    async def connections(self, principal: Principal) -> dict[str, list[AccountConnection]]:
+        return {
+            name: [AccountConnection(account=server.account(principal), word=Word.NEEDS_CONSENT)]
+            for name, server in self.servers.items()
+        }
 
     async def flow(self, flow_id: str) -> Flow | None:
         return None
@@ -79,7 +95,9 @@ class ScriptedVisits:
     async def connected(self, account: Account) -> ConnectedServer | None:
         return self.is_connected
 
-    async def begin(self, server: ServerSettings, account: Account) -> AccessToken | PendingAuthorization | None:
+    async def begin(
+        self, server: ServerSettings, account: Account, *, popup: bool = False
+    ) -> AccessToken | PendingAuthorization | None:
         if isinstance(self.begins, McpAuthProxyError):
             raise self.begins
         return self.begins
@@ -99,9 +117,19 @@ class ScriptedVisits:
 
 @dataclass
 class ScriptedStore:
-    """A store that can be written unless it has a ``problem``."""
+    """A store that can be written unless it has a ``problem``, and has nothing in it."""
 
     problem: McpAuthProxyError | None = None
+
+    async def fetch_all(self, sql: str, params: object = None) -> list[Row]:
+        return []
+
+    async def fetch_one(self, sql: str, params: object = None) -> Row | None:
+        return None
+
+    @property
+    def cipher(self) -> NoReturn:
+        raise StoreUnavailable("Nothing is kept here.")
 
     async def check_writable(self) -> None:
         if self.problem is not None:
@@ -154,6 +182,7 @@ async def site_setup(
 ) -> AsyncIterator[SiteSetup]:
     async with httpx2.AsyncClient(trust_env=False, follow_redirects=False) as client:
         setup = SiteSetup(client, servers=dict(servers or {}))
+        setup.broker.servers = setup.servers
         site = Site(
             broker=cast(Broker, setup.broker),
             servers=setup.servers,

@@ -54,7 +54,7 @@ REQUESTS = {
 }
 
 TITLES = {
-    "front page": "Servers",
+    "front page": "Dashboard",
     "address": "notes",
     "confirmation": "Authorize notes",
     "code for a device": "Authorize notes",
@@ -113,6 +113,7 @@ async def test_every_kind_of_page_has_a_title_an_icon_and_a_link_to_the_front_pa
 def test_there_is_no_other_kind_of_page() -> None:
     """A new one belongs into the list above; those of sign-ins and popups share the base, and have tests elsewhere."""
     templates = {file.stem: file.read_text() for file in (Path(web.__file__).parent / "templates").iterdir()}
+    parts = {"base", "sign_in", "dashboard_card", "dashboard_events"}
     elsewhere = {"open_link", "sign_in_form", "start"}
-    assert templates.keys() - {"base", "sign_in"} == {"address", "confirm", "device", "index", "message"} | elsewhere
+    assert templates.keys() - parts == {"address", "confirm", "dashboard", "device", "message"} | elsewhere
     assert all('{% extends "base.html" %}' in templates[name] for name in elsewhere)

@@ -32,7 +32,17 @@ async def test_the_front_page_lists_the_servers_of_now_with_the_address_for_clie
 async def test_no_page_can_be_framed_or_run_a_script(path: str) -> None:
     async with site_setup() as setup:
         page = await setup.client.get(path, params={"state": "S"})
-        assert SECURITY_HEADERS.items() <= dict(page.headers).items()
+        assert {"x-frame-options": "DENY", "x-content-type-options": "nosniff"}.items() <= dict(page.headers).items()
+        policy = page.headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        if path == "/":
+            # The one page with a script, which is a file of its own.
+            assert "script-src 'self';" in policy
+            assert "style-src 'self';" in policy
+            assert "<style" not in page.text
+        else:
+            assert SECURITY_HEADERS.items() <= dict(page.headers).items()
 
 
 async def test_health_is_told_without_a_look_at_the_store() -> None:

@@ -132,6 +132,12 @@ class Backoff:
         state = self.failures.get(subject)
         return state is not None and self._clock() <= state.ends + REMEMBERED
 
+    def last_failure(self, *subjects: Subject) -> tuple[str, ConfigHint | None] | None:
+        """Return the newest failure of these that no success has followed, and the key that would allow it."""
+        states = [self.failures[subject] for subject in subjects if self.has_failed(subject)]
+        newest = max(states, key=lambda state: state.began, default=None)
+        return None if newest is None else (newest.told.reason, newest.hint)
+
     def retry_at(self, *subjects: Subject) -> float | None:
         """Return when all these pauses have ended; None if none of them is paused."""
         return max((self.failures[subject].ends for subject in subjects if self.is_paused(subject)), default=None)

@@ -238,6 +238,7 @@ class Broker:
             pending=self._pending,
             outages=self.outages,
             journal=journal,
+            backoff=backoff,
             revoke=self.disconnector.revoke,
             clock=clock,
         )

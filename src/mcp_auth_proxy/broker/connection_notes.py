@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 
+from mcp_auth_proxy.broker.states import Word
 from mcp_auth_proxy.config.settings import ServerSettings
+from mcp_auth_proxy.errors import ConfigHint
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account
 
 MAX_ACCOUNTS = 1000
@@ -171,3 +173,38 @@ def authorize_again(account: Account, server: ServerSettings | None) -> str:
 def moment(at: float) -> str:
     """Return a time for a log."""
     return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+_SENTENCES = {
+    Word.CONNECTED: "Requests are sent with a valid token.",
+    Word.RETRYING: "The token could not be renewed the last time. It is tried again by itself.",
+    Word.DEGRADED: "It works now, but the token can't be renewed: connect again before it expires.",
+    Word.EXPIRED: "The token has expired. It is renewed with the next request.",
+    Word.ENDED: "The authorization is over. Nobody but you can give a new one.",
+    Word.NEEDS_CONSENT: "Nobody has authorized this account. Connect it, or let your MCP client ask for it.",
+    Word.AUTHORIZING: "An authorization has begun, and waits for you.",
+    Word.UNREACHABLE: "The last request could not connect to the server.",
+}
+
+_REMEDIES = {
+    Word.CONNECTED: "The connection works all the same.",
+    Word.RETRYING: "You need not do anything. If it goes on for long, reconnect.",
+    Word.DEGRADED: "Reconnect before the token expires.",
+    Word.ENDED: "Reconnect.",
+    Word.NEEDS_CONSENT: "Connect again.",
+    Word.AUTHORIZING: "Connect, and finish what your browser shows.",
+    Word.UNREACHABLE: "Check that the server runs, and that its URL is right. The next request tries again.",
+}
+
+
+def sentence(word: Word) -> str:
+    """Return what a state means, for a user."""
+    return _SENTENCES[word]
+
+
+def remedy(word: Word, hint: ConfigHint | None = None) -> str:
+    """Return what to do about an error of a connection. ``hint``: the key that would allow what was refused."""
+    if hint is not None:
+        value = f" to {hint.value}" if hint.value else ""
+        return f"Set {hint.key}{value} in the configuration, if that is what you want."
+    return _REMEDIES.get(word, "The next request tries again.")

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
+from mcp_auth_proxy.broker.backoff import Backoff, of_account, of_issuer, of_server, of_tokens
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, ConnectionNotes, remedy
 from mcp_auth_proxy.broker.connections import ForgottenGrant
 from mcp_auth_proxy.broker.flows import PendingFlows
 from mcp_auth_proxy.broker.matching import matches
@@ -34,6 +35,7 @@ class AccountConnection:
     grant: GrantSummary | None = None
     status: GrantStatus | None = None
     """None if there is no grant."""
+    notes: ConnectionNotes = field(default_factory=ConnectionNotes)
 
 
 class DeletedGrant(NamedTuple):
@@ -57,6 +59,7 @@ class StoredGrants:
         pending: PendingFlows,
         outages: OutageLog,
         journal: ConnectionJournal,
+        backoff: Backoff,
         revoke: Callable[[Account, Grant], Awaitable[ForgottenGrant]],
         clock: Callable[[], float],
     ) -> None:
@@ -69,6 +72,7 @@ class StoredGrants:
         self._pending = pending
         self._outages = outages
         self._journal = journal
+        self._backoff = backoff
         self._revoke = revoke
         self._clock = clock
 
@@ -125,11 +129,33 @@ class StoredGrants:
         unreachable = server.name in self._outages.unreachable
         if grant is None:
             shown = word(None, authorizing=begun is not None, unreachable=unreachable)
-            return AccountConnection(account=account, word=shown)
+            return AccountConnection(account=account, word=shown, notes=self._notes(account, shown, None, None))
         status = self.status(grant)
         answered = begun is None or (grant.ended_at is None and grant.granted_at > begun)
         shown = word(status, authorizing=not answered, unreachable=unreachable)
-        return AccountConnection(account=account, word=shown, grant=grant, status=status)
+        notes = self._notes(account, shown, grant, status)
+        return AccountConnection(account=account, word=shown, grant=grant, status=status, notes=notes)
+
+    def _notes(
+        self, account: Account, shown: Word, grant: GrantSummary | None, status: GrantStatus | None
+    ) -> ConnectionNotes:
+        """Return what is known of an account beside its grant: the error is that which is to be mended first."""
+        noted, hint = self._journal.notes(account), None
+        subjects = [of_server(account.server), of_account(account), of_tokens(account)]
+        if grant is not None:
+            subjects.append(of_issuer(account.server, grant.key.issuer))
+        failed = self._backoff.last_failure(*subjects)
+        error = self._outages.unreachable_reason(account.server)
+        if not error:
+            error = (status.reason if status is not None else "") or noted.last_error
+        if not error and failed is not None:
+            error, hint = failed
+        return replace(
+            noted,
+            last_used_at=self._tokens.last_used_at(account),
+            last_error=error or None,
+            remedy=remedy(shown, hint) if error else None,
+        )
 
     async def refresh(self, grant_id: int) -> GrantSummary | None:
         """Renew a grant now, and return it with its new tokens; None if it is gone.

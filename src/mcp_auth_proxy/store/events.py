@@ -30,6 +30,11 @@ _ADD = """
 _PAGE = """
     SELECT * FROM events WHERE project_id = :project_id AND id < :before ORDER BY id DESC LIMIT :count
 """
+_PAGE_OF_PRINCIPAL = """
+    SELECT * FROM events WHERE project_id = :project_id AND principal = :principal AND id < :before
+    ORDER BY id DESC LIMIT :count
+"""
+_NEWEST = "SELECT max(id) AS id FROM events"
 _PRUNE = "DELETE FROM events WHERE id <= :last OR at < :since"
 _BEGINNING = 2**62
 
@@ -89,14 +94,24 @@ class Events:
                 limits = {"last": row["id"] - KEPT_EVENTS, "since": event.at - KEPT_SECONDS}
                 await transaction.execute(_PRUNE, limits)
 
-    async def page(self, project_id: str, *, before: int | None, count: int) -> tuple[list[Event], int | None]:
+    async def newest(self) -> int:
+        """Return the id of the newest event; 0 if there is none."""
+        row = await self._engine.fetch_one(_NEWEST)
+        return 0 if row is None else row["id"] or 0
+
+    async def page(
+        self, project_id: str, *, before: int | None, count: int, principal: str | None = None
+    ) -> tuple[list[Event], int | None]:
         """Return up to ``count`` events of a project, newest first, and what ``before`` is for the next page, if any.
 
-        An event that was changed in the store is left out.
+        ``principal``: the id of the only one whose events are returned. An event that was changed in the store is left
+        out.
         """
         asked: Columns = {"project_id": project_id}
+        if principal is not None:
+            asked["principal"] = principal
         values = {**asked, "before": _BEGINNING if before is None else before, "count": count + 1}
-        rows = await self._engine.fetch_all(_PAGE, values)
+        rows = await self._engine.fetch_all(_PAGE if principal is None else _PAGE_OF_PRINCIPAL, values)
         events = await decode_rows(self._engine, _TABLE, rows[:count], asked, _read)
         return events, rows[count - 1]["id"] if len(rows) > count else None
 

@@ -3,7 +3,7 @@
 Many people try an address in a browser first. The server is asked only if the button is pressed.
 """
 
-from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from starlette.responses import Response
 
@@ -13,14 +13,21 @@ from mcp_auth_proxy.errors import AuthorizationError, UpstreamError, excerpt
 from mcp_auth_proxy.models import AccessToken, Account
 from mcp_auth_proxy.web.callback import connected_path
 from mcp_auth_proxy.web.connect import cannot_start
-from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
+from mcp_auth_proxy.web.pages import Restart, form_headers, message, page, redirect
 from mcp_auth_proxy.web.paths import name_of
 
-Start = Callable[[ServerSettings, Account], Awaitable[AccessToken | PendingAuthorization | None]]
-"""Authorizes an account of a server because a user in a browser wants it, whether or not it is connected.
 
-None: it asks for no authorization. Raises AuthorizationError, UpstreamError and StoreError.
-"""
+class Start(Protocol):
+    """Authorize an account of a server because a user in a browser wants it, whether or not it is connected."""
+
+    async def __call__(
+        self, server: ServerSettings, account: Account, *, popup: bool = False
+    ) -> AccessToken | PendingAuthorization | None:
+        """Return the flow to wait for, or a token; None if the server asks for no authorization.
+
+        ``popup``: whether the pages on the way are in a popup of the dashboard, which hears how it ends. Raises
+        AuthorizationError, UpstreamError and StoreError.
+        """
 
 
 async def address_page(
@@ -44,14 +51,17 @@ async def address_page(
     )
 
 
-async def start_page(server: ServerSettings, account: Account, start: Start) -> Response:
-    """Start an authorization, and redirect the browser to its link. Raises StoreError."""
+async def start_page(server: ServerSettings, account: Account, start: Start, restart: Restart | None) -> Response:
+    """Start an authorization, and redirect the browser to its link. Raises StoreError.
+
+    ``restart``: the button to try it again.
+    """
     try:
-        outcome = await start(server, account)
+        outcome = await start(server, account, popup=restart is not None and restart.popup)
     except AuthorizationError as error:
-        return cannot_start(error)
+        return cannot_start(error, restart)
     except UpstreamError as error:
-        return message(f"{server.name} can't be reached", excerpt(str(error)), status=502)
+        return message(f"{server.name} can't be reached", excerpt(str(error)), status=502, restart=restart)
     if isinstance(outcome, PendingAuthorization):
         return redirect(outcome.link, f"Authorize {server.name}")
     if outcome is None:

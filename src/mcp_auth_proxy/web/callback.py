@@ -13,9 +13,9 @@ from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, Callb
 from mcp_auth_proxy.models import Account, Caller, Flow
 from mcp_auth_proxy.store.events import OK
 from mcp_auth_proxy.web.audit import CONSENT, REFUSE
-from mcp_auth_proxy.web.connect import link_refused
+from mcp_auth_proxy.web.connect import OfferStart, link_refused, offer_nothing
 from mcp_auth_proxy.web.cookies import read_cookies
-from mcp_auth_proxy.web.pages import message, redirect
+from mcp_auth_proxy.web.pages import Restart, message, redirect
 from mcp_auth_proxy.web.paths import name_of
 from mcp_auth_proxy.web.popup import Popups, keep_opener
 from mcp_auth_proxy.web.session import Visitors
@@ -39,7 +39,13 @@ async def nobody_hears(caller: Caller | None, flow: Flow | None, action: str, ou
 
 
 async def callback(
-    request: Request, broker: Broker, visitors: Visitors, popups: Popups, ended: Ended = nobody_hears
+    request: Request,
+    broker: Broker,
+    visitors: Visitors,
+    popups: Popups,
+    *,
+    ended: Ended = nobody_hears,
+    offer_start: OfferStart = offer_nothing,
 ) -> Response:
     """Complete the flow that the authorization response belongs to (RFC 6749 §4.1.2).
 
@@ -51,11 +57,12 @@ async def callback(
         params.setdefault(name, []).append(value)
     flow = await popups.flow_of_state(params)
     opened = flow if flow is not None and flow.return_origin else None
+    restart = offer_start(caller, flow)
 
     async def end(action: str, outcome: str = OK) -> None:
         await ended(caller, flow, action, outcome)
 
-    response = await _complete(request, broker, visitors, params, caller, popups, opened, end)
+    response = await _complete(request, broker, visitors, params, caller, popups, opened, end, restart)
     return response if opened is None else keep_opener(response)
 
 
@@ -68,6 +75,7 @@ async def _complete(
     popups: Popups,
     opened: Flow | None,
     end: Callable[..., Awaitable[None]],
+    restart: Restart | None,
 ) -> Response:
     try:
         flow = await broker.complete(params, read_cookies(request), visitors.may_open(caller))
@@ -78,20 +86,23 @@ async def _complete(
         await end(CONSENT, "callback-refused")
         # If the flow has not ended, somebody else may still end it, and nobody hears of this.
         popup, name = await popups.ended(opened), visitors.name(caller)
-        return link_refused("This authorization was not accepted", refused, name=name, onward="/", popup=popup)
+        title = "This authorization was not accepted"
+        return link_refused(title, refused, name=name, onward="/", popup=popup, restart=restart)
     except AuthorizationDenied as denied:
         await end(REFUSE)
         popup = await popups.ended(opened)
-        return message("Not authorized", str(denied), status=400, hint=RETRY_HINT, popup=popup)
+        return message("Not authorized", str(denied), status=400, hint=RETRY_HINT, popup=popup, restart=restart)
     except AuthorizationError as error:
         await end(CONSENT, "authorization-failed")
         logger.warning("an authorization failed: %s", error)
         wait = "" if error.pause is None else f" The server asks to wait {ceil(error.retry_after or 0)} s."
         popup = await popups.ended(opened)
-        return message("The authorization failed", str(error), status=502, hint=RETRY_HINT + wait, popup=popup)
+        title, hint = "The authorization failed", RETRY_HINT + wait
+        return message(title, str(error), status=502, hint=hint, popup=popup, restart=restart)
     except StoreError as error:
         logger.error("a grant could not be stored: %s", error)
-        return message("The authorization could not be stored", str(error), status=503, hint=RETRY_HINT)
+        title = "The authorization could not be stored"
+        return message(title, str(error), status=503, hint=RETRY_HINT, restart=restart)
     await end(CONSENT)
     # The address of the last page must not have the code in it: it is in the history, and can be loaded again.
     account = flow.key.account

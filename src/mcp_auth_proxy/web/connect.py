@@ -9,10 +9,10 @@ from starlette.responses import Response
 
 from mcp_auth_proxy.broker import AuthorizationRedirect, Broker, ConfirmationPrompt, ConnectedServer, DevicePrompt
 from mcp_auth_proxy.errors import AuthorizationError, CallbackRefused, excerpt
-from mcp_auth_proxy.models import Caller
+from mcp_auth_proxy.models import Caller, Flow
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.confirm import confirmation_page, is_confirmed
-from mcp_auth_proxy.web.pages import Popup, ScopeList, message, page, redirect
+from mcp_auth_proxy.web.pages import Popup, Restart, ScopeList, message, page, redirect
 from mcp_auth_proxy.web.paths import path_of, sign_in_path
 from mcp_auth_proxy.web.popup import Popups
 from mcp_auth_proxy.web.session import Visitors
@@ -31,6 +31,16 @@ NOT_CONFIRMED = (
     "and continue from there."
 )
 
+OfferStart = Callable[[Caller | None, Flow | None], Restart | None]
+"""Return the button that begins an authorization in place of a flow that can't be used; None if the user may not.
+
+Without the flow it is one for the server that the page is about, if that is known.
+"""
+
+
+def offer_nothing(caller: Caller | None, flow: Flow | None) -> None:
+    """Offer no button: only a running proxy begins authorizations for its pages."""
+
 
 async def connect(
     request: Request,
@@ -42,9 +52,9 @@ async def connect(
     command_name: str,
     warn: Callable[[str, str], None],
     confirmed: Callable[[Caller], Awaitable[None]] | None = None,
+    offer_start: OfferStart = offer_nothing,
 ) -> Response:
     """Redirect a browser to the authorization server, or ask its user first, or let them sign in.
-
 
     A POST is the form with which the user confirms (``web.confirm``). ``command_name`` is what commands call the
     server. ``warn`` is called with the server and the reason if a form is forged, ``confirmed`` with who has confirmed.
@@ -67,9 +77,10 @@ async def connect(
             warn(server, "a form to continue its sign-in was refused: it was not sent by our page in the same browser")
             raise CallbackRefused(NOT_CONFIRMED, 403)
     except CallbackRefused as refused:
-        return link_refused("This link can't be used", refused, name=visitors.name(caller), onward=path_of(request))
+        restart, name = offer_start(caller, await broker.flow(flow_id)), visitors.name(caller)
+        return link_refused("This link can't be used", refused, name=name, onward=path_of(request), restart=restart)
     except AuthorizationError as error:
-        return cannot_start(error)
+        return cannot_start(error, offer_start(caller, await broker.flow(flow_id)))
     if isinstance(opened, ConnectedServer):
         flow = await popups.flow(flow_id)
         return connected_page(opened, await popups.ended(flow))
@@ -127,7 +138,13 @@ def to_public_url(request: Request, public_url: str) -> Response:
 
 
 def link_refused(
-    title: str, refused: CallbackRefused, *, name: str | None, onward: str, popup: Popup | None = None
+    title: str,
+    refused: CallbackRefused,
+    *,
+    name: str | None,
+    onward: str,
+    popup: Popup | None = None,
+    restart: Restart | None = None,
 ) -> Response:
     """Return the page that says why a link or a callback is refused.
 
@@ -135,16 +152,17 @@ def link_refused(
     again after a sign-in.
     """
     if refused.status != 403 or name is None:
-        return message(title, str(refused), status=refused.status, popup=popup)
+        return message(title, str(refused), status=refused.status, popup=popup, restart=restart)
     hint = f"You are signed in as {name}." if name else "Nobody is signed in."
-    return message(title, str(refused), status=403, hint=hint, onward=("Sign in", sign_in_path(onward)))
+    sign_in = ("Sign in", sign_in_path(onward))
+    return message(title, str(refused), status=403, hint=hint, onward=sign_in, restart=restart)
 
 
-def cannot_start(error: AuthorizationError) -> Response:
+def cannot_start(error: AuthorizationError, restart: Restart | None = None) -> Response:
     """Return the page that says why an authorization can't start, or when it can."""
     if error.retry_after is None:
-        return message("The authorization can't start", str(error), status=502)
-    later = message("The authorization can't start yet", str(error), status=503)
+        return message("The authorization can't start", str(error), status=502, restart=restart)
+    later = message("The authorization can't start yet", str(error), status=503, restart=restart)
     later.headers["retry-after"] = str(max(1, ceil(error.retry_after)))
     return later
 

@@ -1,6 +1,11 @@
-"""HTML pages: rendered on the server, without external resources; only the last page of a popup has a script."""
+"""HTML pages: rendered on the server, without external resources; they work without a script.
 
+Only the dashboard and the last page of a popup have one.
+"""
+
+from base64 import b64encode
 from dataclasses import dataclass
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import Self
@@ -9,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader
 from starlette.responses import HTMLResponse
 
 from mcp_auth_proxy.errors import excerpt
+from mcp_auth_proxy.web.static_files import static_url
 
 MAX_SCOPES = 1000
 """Characters of all scopes on a page; the others are counted."""
@@ -24,10 +30,16 @@ def visible(text: str) -> str:
 
 
 _templates.filters["visible"] = visible
+_templates.globals["static"] = static_url
+
+_STYLE = (Path(__file__).parent / "static" / "base.css").read_text()
+_templates.globals["style"] = _STYLE
+_STYLE_SOURCE = f"'sha256-{b64encode(sha256(_STYLE.encode()).digest()).decode()}'"
+"""In the page itself, because ``login`` and the library end with their last page; the policy allows this very text."""
 
 SECURITY_HEADERS = {
     "content-security-policy": (
-        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"default-src 'none'; style-src {_STYLE_SOURCE}; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     ),
     "x-frame-options": "DENY",
@@ -64,8 +76,18 @@ class Popup:
 
     origin: str
     message: str
-    script: str
-    """The path of the script that does it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """A button that begins an authorization, on a page that says why another one has failed."""
+
+    name: str
+    """``SERVER`` or ``SERVER@ACCOUNT``."""
+    http: bool
+    """Whether its sign-in may be at an address without TLS."""
+    popup: bool = False
+    """Whether the page is in a popup of the dashboard."""
 
 
 def page(
@@ -80,14 +102,26 @@ def page(
 
     With ``popup`` it has a script that tells its opener something.
     """
-    html = _templates.get_template(template).render(popup=popup, **values)
-    more = _popup_headers() if popup is not None else {}
-    return HTMLResponse(html, status_code=status, headers={**SECURITY_HEADERS, **more, **(headers or {})})
+    merged = {**SECURITY_HEADERS, **(headers or {})}
+    if popup is not None:
+        merged["content-security-policy"] = with_script(merged["content-security-policy"])
+        merged["cross-origin-opener-policy"] = "unsafe-none"
+    return HTMLResponse(render(template, popup=popup, **values), status_code=status, headers=merged)
 
 
-def _popup_headers() -> dict[str, str]:
-    policy = f"script-src 'self'; {SECURITY_HEADERS['content-security-policy']}"
-    return {"content-security-policy": policy, "cross-origin-opener-policy": "unsafe-none"}
+def render(template: str, **values: object) -> str:
+    """Return the text of a template with escaped values."""
+    return _templates.get_template(template).render(**values)
+
+
+def with_script(policy: str) -> str:
+    """Return a policy that also allows our scripts."""
+    return policy.replace("default-src 'none';", "default-src 'none'; script-src 'self';")
+
+
+def with_files(policy: str) -> str:
+    """Return a policy that also allows our scripts, which may ask our own pages for something, and style files."""
+    return with_script(policy).replace(f"style-src {_STYLE_SOURCE}", "connect-src 'self'; style-src 'self'")
 
 
 def form_headers(*, http: bool) -> dict[str, str]:
@@ -116,12 +150,18 @@ def message(
     hint: str = "",
     onward: tuple[str, str] | None = None,
     popup: Popup | None = None,
+    restart: Restart | None = None,
 ) -> HTMLResponse:
-    """Return a page with one message. ``onward``: words and path of a link to another page of ours."""
+    """Return a page with one message.
+
+    ``onward``: words and path of a link to another page of ours. ``restart``: what its button begins.
+    """
     return page(
         "message.html",
         status=status,
         popup=popup,
+        headers=form_headers(http=restart.http) if restart is not None else None,
+        restart=restart,
         title=title,
         text=text,
         hint=hint,

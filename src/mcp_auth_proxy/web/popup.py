@@ -6,9 +6,7 @@ to tell: for others it is cut.
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from mcp_auth_proxy.broker import Broker, FlowState
@@ -22,13 +20,10 @@ TYPE = "mcp-auth-proxy.oauth"
 STARTS = ("/oauth/start", "/api/v1/oauth/start", "/api/mcp/oauth/start")
 """Where an authorization is begun by URL alone; the last one is a wire (``web.api.wires``), as is this callback."""
 WIRE_CALLBACK = "/api/mcp/oauth/callback"
-SCRIPT = "/static/popup.js"
 CONFIRM = "confirm"
 """Query parameter of ``STARTS``: the user is asked, wherever the request comes from."""
 
 _STARTS = tuple(f"{path}?" for path in STARTS)
-
-_SCRIPT = Path(__file__).parent / "static" / "popup.js"
 
 
 class Popups:
@@ -64,7 +59,7 @@ class Popups:
 def told(origin: str, state: FlowState, *, flow: str | None, server: str | None) -> Popup:
     """Return what a last page tells an origin; ``flow`` is None if none was begun."""
     message = {"type": TYPE, "status": state.value, "flow": flow, "server": server}
-    return Popup(origin=origin, message=json.dumps(message), script=SCRIPT)
+    return Popup(origin=origin, message=json.dumps(message))
 
 
 def keep_opener(response: Response) -> Response:
@@ -84,9 +79,3 @@ def signed_in(response: Response, onward: str) -> Response:
     elif not onward.startswith(_STARTS):
         return response
     return keep_opener(response)
-
-
-async def script(request: Request) -> Response:
-    """Return the script of the last page."""
-    headers = {"cache-control": "public, max-age=3600", "x-content-type-options": "nosniff"}
-    return Response(_SCRIPT.read_bytes(), headers=headers, media_type="text/javascript")

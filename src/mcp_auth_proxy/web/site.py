@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from math import ceil
 from typing import TYPE_CHECKING
@@ -16,24 +17,29 @@ from mcp_auth_proxy import __version__
 from mcp_auth_proxy.broker import Broker, ownership
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import CallbackRefused, CallerRefused, SignInNeeded, StoreError, excerpt
-from mcp_auth_proxy.models import Account, Caller, Flow, GrantType
+from mcp_auth_proxy.models import Caller, Flow, GrantType, Principal
 from mcp_auth_proxy.oauth.registration import client_metadata_document
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.instruments import CONTENT_TYPE
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine
+from mcp_auth_proxy.store.events import OK
+from mcp_auth_proxy.web.accounts import PageAccounts
 from mcp_auth_proxy.web.address import Start, address_page, start_page
 from mcp_auth_proxy.web.api_mount import WIRES, ApiMount, WireMount
 from mcp_auth_proxy.web.audit import CONFIRM, START, PageAudit
 from mcp_auth_proxy.web.callback import callback
 from mcp_auth_proxy.web.connect import connect, connected_page, is_other_loopback_name, to_public_url
-from mcp_auth_proxy.web.pages import form_headers, message, page, redirect
-from mcp_auth_proxy.web.paths import path_of, sign_in_path, split_name
-from mcp_auth_proxy.web.popup import SCRIPT, STARTS, WIRE_CALLBACK, Popups, keep_opener, signed_in
-from mcp_auth_proxy.web.popup import script as popup_script
+from mcp_auth_proxy.web.dashboard_mount import DashboardMount
+from mcp_auth_proxy.web.forms import read_form
+from mcp_auth_proxy.web.pages import message, redirect
+from mcp_auth_proxy.web.paths import path_of, sign_in_path
+from mcp_auth_proxy.web.popup import STARTS, WIRE_CALLBACK, Popups, keep_opener, signed_in
 from mcp_auth_proxy.web.session import Visitors
+from mcp_auth_proxy.web.static_files import static_file
 
 if TYPE_CHECKING:
+    from mcp_auth_proxy.web.dashboard.pages import Dashboard
     from mcp_auth_proxy.web.sign_in import SignInPages
 
 logger = logging.getLogger(__name__)
@@ -56,10 +62,15 @@ class Site:
         sign_in: "Callable[[], SignInPages]",
         problems: Callable[[], list[str]] = list,
         api: ApiMount | None = None,
+        find_principal: Callable[[str], Principal | None] = lambda principal: None,
+        on_loopback: bool = True,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """``sign_in`` returns the pages to sign in with, which are made when they are first needed.
 
         ``problems`` returns in sentences why some callers can't be identified now. ``api`` is None if the API is off.
+        ``find_principal`` returns the principal with an id. ``on_loopback``: whether only this machine reaches the
+        proxy.
         """
         self._broker = broker
         self._servers = servers
@@ -75,13 +86,29 @@ class Site:
         self._sign_in = sign_in
         self._popups = Popups(broker, servers)
         self._problems = problems
+        self._accounts = PageAccounts(servers, visitors, public_url)
+
+        def make_dashboard(kind: "type[Dashboard]") -> "Dashboard":
+            return kind(
+                broker=broker,
+                servers=servers,
+                database=database,
+                visitors=visitors,
+                find_principal=find_principal,
+                public_url=public_url,
+                on_loopback=on_loopback,
+                draining=draining,
+                audit=audit,
+            )
+
+        self._dashboard = DashboardMount(make_dashboard, visitors, self._accounts)
         self._warnings = OutageLog()
 
     def build(self) -> Starlette:
         """Return the ASGI application."""
         site = Starlette(
             routes=[
-                Route("/", self._index),
+                *self._dashboard.routes(),
                 *self.health_routes(),
                 Route("/connect/{server}", self._connect, methods=["GET", "POST"]),
                 Route("/sign-in", self._sign_in_page, methods=["GET", "POST"]),
@@ -93,7 +120,7 @@ class Site:
                 Route("/connect/{server}/start", self._start_authorization, methods=["POST"]),
                 Route("/mcp", self._address),
                 Route("/{server}/mcp", self._address),
-                Route(SCRIPT, popup_script),
+                Route("/static/{name}", _static),
                 *self._api_routes(),
             ],
             exception_handlers={
@@ -135,20 +162,6 @@ class Site:
             Route("/metrics", _metrics),
         ]
 
-    async def _index(self, request: Request) -> Response:
-        caller = await self._visitors.require(request)
-        servers = [
-            {"name": name, "address": f"{self._public_url}/{name}/mcp"}
-            for name, server in self._servers.items()
-            if server.admits(caller.principal)
-        ]
-        name = self._visitors.name(caller)
-        headers = form_headers(http=False) if name else {}
-        has_session = bool(self._visitors.cookie(request))
-        return page(
-            "index.html", servers=servers, name=name, has_session=has_session, version=__version__, headers=headers
-        )
-
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "service": "mcp-auth-proxy", "version": __version__})
 
@@ -179,6 +192,7 @@ class Site:
             command_name=server.command_name if server is not None else name,
             warn=self._warn,
             confirmed=confirmed,
+            offer_start=lambda caller, flow: self._accounts.restart(caller, flow, name),
         )
         opened = await self._popups.flow(flow_id)
         return response if opened is None else keep_opener(response)
@@ -193,7 +207,14 @@ class Site:
                 server = self._servers.get(flow.key.account.server)
                 await self._audit.record(request, caller, action, outcome, target=flow.id, server=server)
 
-        return await callback(request, self._broker, self._visitors, self._popups, ended)
+        return await callback(
+            request,
+            self._broker,
+            self._visitors,
+            self._popups,
+            ended=ended,
+            offer_start=self._accounts.restart,
+        )
 
     async def _sign_in_page(self, request: Request) -> Response:
         pages = self._sign_in()
@@ -208,7 +229,7 @@ class Site:
 
     async def _connected(self, request: Request) -> Response:
         caller = await self._visitors.require(request)
-        found = self._account(caller, request.path_params["server"])
+        found = self._accounts.find(caller, request.path_params["server"])
         connected = await self._broker.connected(found[1]) if found is not None else None
         if connected is not None:
             opened = await self._popups.flow(request.query_params.get("flow", ""))
@@ -217,21 +238,10 @@ class Site:
         text = "Your MCP client gets a link when it uses the server."
         return message(f"{excerpt(request.path_params['server'])} is not connected", text, status=404)
 
-    def _account(self, caller: Caller, text: str) -> tuple[ServerSettings, Account] | None:
-        """Return the server and the caller's account that ``SERVER`` or ``SERVER@ACCOUNT`` names.
-
-        None if there is none for this caller.
-        """
-        name, account = split_name(text)
-        server = self._servers.get(name)
-        if server is None or not server.admits(caller.principal):
-            return None
-        return server, server.account(caller.principal, account)
-
     async def _address(self, request: Request) -> Response:
         """Show what an MCP address is; the router sends browsers here, and MCP clients to the server."""
         caller = await self._visitors.require(request)
-        found = self._account(caller, request.path_params.get("server") or next(iter(self._servers), ""))
+        found = self._accounts.find(caller, request.path_params.get("server") or next(iter(self._servers), ""))
         if found is None:
             return await _not_found(request, HTTPException(404))
         server, account = found
@@ -242,7 +252,7 @@ class Site:
 
     async def _start_authorization(self, request: Request) -> Response:
         caller = await self._visitors.require(request)
-        found = self._account(caller, request.path_params["server"])
+        found = self._accounts.find(caller, request.path_params["server"])
         if found is None:
             return await _not_found(request, HTTPException(404))
         server, account = found
@@ -250,8 +260,11 @@ class Site:
             ownership.require(self._visitors.may_open(caller), account)
         except CallbackRefused as refused:
             return message("You can't authorize this server", str(refused), status=refused.status)
-        await self._audit.record(request, caller, START, server=server)
-        return await start_page(server, account, self._start)
+        popup = (await read_form(request)).get("popup") == "1"
+        restart = self._accounts.button(server, account, popup=popup)
+        response = await start_page(server, account, self._start, restart)
+        await self._audit.record(request, caller, START, OK if response.status_code < 400 else "failed", server=server)
+        return keep_opener(response) if popup else response
 
     async def _sign_in_needed(self, request: Request, error: Exception) -> Response:
         """Lead a browser to the sign-in page and, if what it opened can be opened again, back."""
@@ -267,6 +280,10 @@ class Site:
         device = any(server.oauth.grant is GrantType.DEVICE_CODE for server in self._servers.values())
         document = client_metadata_document(self._public_url, device=device)
         return JSONResponse(document, headers={"cache-control": "public, max-age=3600"})
+
+
+async def _static(request: Request) -> Response:
+    return await static_file(request) or await _not_found(request, HTTPException(404))
 
 
 async def _wire_callback(request: Request) -> Response:

@@ -1,5 +1,6 @@
 // The last page of an authorization in a popup tells how it ended: the page that opened it, at exactly the origin that
-// was agreed on before, and our own pages, because a sign-in page may have severed the popup from its opener.
+// was agreed on before, and our own pages, because a sign-in page may have severed the popup from its opener. Then the
+// popup closes, if there is nothing left to do in it, once its user had time to see which account is connected.
 (() => {
   const { message: text, origin } = document.currentScript.dataset;
   const message = JSON.parse(text);
@@ -15,4 +16,5 @@
   const channel = new BroadcastChannel(message.type);
   channel.postMessage(message);
   channel.close();
+  if (message.status === "connected") setTimeout(() => window.close(), 2000);
 })();
