@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fuzz import callback_target, config_target, http_targets, oauth_targets, rpc_targets
+from fuzz import callback_target, clients_target, config_target, http_targets, oauth_targets, rpc_targets
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
@@ -16,6 +16,7 @@ TARGETS: Mapping[str, Target] = {
     "token": oauth_targets.token,
     "callback": callback_target.callback,
     "config": config_target.config,
+    "clients": clients_target.clients,
     "request": http_targets.request,
     "response": http_targets.response,
     "messages": rpc_targets.messages,

@@ -39,7 +39,7 @@ class RemoteProxy:
 
         Raises ConfigurationError.
         """
-        self._url = _checked_url(url)
+        self._url = checked_url(url)
         key = read_key(key_source)
         secret_values.remember(key)
         self.options = f"--url {self._url} --api-key {key_source}"
@@ -140,7 +140,7 @@ def read_key(source: str) -> str:
     return key
 
 
-def _checked_url(text: str) -> str:
+def checked_url(text: str) -> str:
     """Return a URL without a slash at its end."""
     try:
         url = urls.parse(text)
