@@ -28,7 +28,6 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import Account, Grant, GrantType, TokenSet
 from mcp_auth_proxy.oauth.fetch import Fetcher
-from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
@@ -81,7 +80,6 @@ class Setup:
             registrar=registrar,
             grants=grants or self.grants,
             backoff=Backoff(clock=self.clock),
-            outages=OutageLog(),
             clock=self.clock,
         )
 
@@ -240,6 +238,28 @@ async def test_temporary_failures_end_no_grant(setup: Setup, failure: Exception)
     assert stored.ended_at is None
     assert stored.tokens == setup.grant.tokens
     assert stored.refresh_begun_at is None
+
+
+async def test_failing_renewals_are_warned_of_once_until_one_succeeds(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said() -> list[str]:
+        return [each.getMessage() for each in caplog.records if "renewed now" in each.getMessage()]
+
+    with caplog.at_level("INFO", "mcp_auth_proxy"):
+        setup.endpoint.outcome = AuthorizationServerUnavailable("The server is down")
+        for _ in range(3):
+            with pytest.raises(AuthorizationServerUnavailable):
+                await setup.renew()
+            setup.clock.now += 2 * LONGEST
+        (line,) = said()
+        assert line.startswith("server linear: its grant can't be renewed now, and is tried again from 20")
+        assert line.endswith(": The server is down")
+        assert "; its token is good until 20" in line
+        setup.endpoint.outcome = tokens("2")
+        assert (await setup.renew()).version == 2
+        assert "server linear: its grant could be renewed again" in caplog.text
+    assert len(said()) == 1
 
 
 async def test_a_refresh_whose_response_is_lost_stays_recorded(setup: Setup) -> None:

@@ -18,7 +18,6 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, TokenRefused
 from mcp_auth_proxy.models import Account, Grant, TokenSet
 from mcp_auth_proxy.oauth.fetch import Fetcher
-from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
@@ -90,7 +89,6 @@ class Setup:
             registrar=registrar,
             grants=self.grants,
             backoff=Backoff(clock=self.clock),
-            outages=OutageLog(),
             clock=self.clock,
         )
         self.cache = TokenCache(servers=self.servers, grants=self.grants, renewer=self.renewer, clock=self.clock)

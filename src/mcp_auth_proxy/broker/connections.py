@@ -8,7 +8,7 @@ from mcp_auth_proxy.broker.client_registration import public_url_of
 from mcp_auth_proxy.broker.matching import matches
 from mcp_auth_proxy.broker.pending import link_of
 from mcp_auth_proxy.broker.renewal import renewable
-from mcp_auth_proxy.broker.states import GrantStatus, grant_status, word
+from mcp_auth_proxy.broker.states import GrantStatus, Word, grant_status, word
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, LOCAL, Account, Flow, FlowStatus, Grant, shared_principal
@@ -25,6 +25,20 @@ class ConnectionState(StrEnum):
     """The grant is over: a user has to authorize again."""
     NOT_CONNECTED = "not connected"
     """Never connected, or disconnected by the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """What goes wrong with a connection, for a reason that may pass. Times are Unix seconds."""
+
+    what: str
+    """What it is, as the beginning of a sentence: "not renewed"."""
+    reason: str
+    since: float | None = None
+    retry_at: float | None = None
+    remedy: str = ""
+    unreachable: bool = False
+    """Whether requests could not connect to the server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +78,8 @@ class Connection:
     grant_label: str = ""
     """Whose account it is, as far as the authorization server said so."""
     status: GrantStatus | None = None
+    trouble: "Trouble | None" = None
+    """What goes wrong with it, as far as a running proxy has said so."""
 
     @property
     def needs_authorization(self) -> bool:
@@ -71,9 +87,15 @@ class Connection:
         return self.state is ConnectionState.ENDED or self.expired or self.unanswered
 
     @property
-    def label(self) -> str:
+    def word(self) -> Word:
         """The state in one or two words, for a user."""
-        return word(self.status, authorizing=self.authorizing)
+        unreachable = self.trouble is not None and self.trouble.unreachable
+        return word(self.status, authorizing=self.authorizing, unreachable=unreachable)
+
+    @property
+    def label(self) -> str:
+        """The same as a text."""
+        return self.word
 
 
 class Revocation(StrEnum):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
+from mcp_auth_proxy.broker.grant_signals import GrantSignals
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -18,7 +19,6 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import Grant, TokenSet
 from mcp_auth_proxy.observability import metrics
-from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.grants import Grants
 
@@ -75,16 +75,15 @@ class Renewer:
         registrar: ClientRegistrar,
         grants: Grants,
         backoff: Backoff,
-        outages: OutageLog,
         clock: Callable[[], float],
     ) -> None:
         self._token_client = token_client
         self._registrar = registrar
         self._grants = grants
         self._backoff = backoff
-        self._outages = outages
         self._clock = clock
         self._owner = lease.new_owner()
+        self._signals = GrantSignals(clock=clock)
         self.failures: dict[int, str] = {}
         """Why the last renewal of a grant failed, by the grant's id, if it did for a reason that passes."""
 
@@ -115,7 +114,8 @@ class Renewer:
         except AuthorizationError as failure:
             raise await self._failed(current, failure) from None
         self._backoff.succeeded(*_subjects(current))
-        self.failures.pop(current.id, None)
+        if self.failures.pop(current.id, None) is not None:
+            self._signals.renewed_again(current)
         stored = await self._save_with_retry(current, tokens)
         if stored is None:
             # Fenced off: another process took over the lease, so its result is the one to use.
@@ -149,6 +149,7 @@ class Renewer:
         """Remember a temporary failure; return the error for requests that need the token."""
         unavailable = failure if isinstance(failure, AuthorizationServerUnavailable) else None
         error = AuthorizationServerUnavailable(str(failure), server_retry_after=failure.server_retry_after)
+        first = grant.id not in self.failures
         self.failures[grant.id] = str(error)
         if len(self.failures) > MAX_FAILURES:
             del self.failures[next(iter(self.failures))]
@@ -159,7 +160,8 @@ class Renewer:
         if unavailable is None or not unavailable.maybe_processed:
             await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
         metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "failed").inc()
-        self._outages.warn(grant.key.account.server, f"its grant can't be renewed now: {error}")
+        if first:
+            self._signals.not_renewed(grant, str(error), self._backoff.retry_at(*_subjects(grant)))
         return error
 
     async def _refused(self, grant: Grant, refused: TokenRefused) -> Grant:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mcp_auth_proxy.broker import dpop
+from mcp_auth_proxy.broker.grant_signals import GrantSignals
 from mcp_auth_proxy.broker.matching import configured, matches, server_reconfigured
 from mcp_auth_proxy.broker.renewal import GrantEnded, Renewer, renew_at, renewable
 from mcp_auth_proxy.broker.single_flight import SingleFlight
@@ -60,6 +61,7 @@ class TokenCache:
         self._clock = clock
         self._generations = itertools.count(1)
         self._nonces = dpop.Nonces()
+        self._signals = GrantSignals(clock=clock)
         self._cached: dict[Account, CachedToken] = {}
         self._negative: set[Account] = set()
         """Accounts that are known to have no grant."""
@@ -205,6 +207,7 @@ class TokenCache:
         self._cached[account] = cached
         self._negative.discard(account)
         self._schedule(account, cached)
+        self._signals.usable(grant, renewable=renewable(grant))
         return cached
 
     def evict(self, account: Account) -> None:

@@ -23,7 +23,7 @@ from mcp_auth_proxy.cli.owners import (
     require_owner,
     split,
 )
-from mcp_auth_proxy.cli.terminal import complain, say
+from mcp_auth_proxy.cli.terminal import complain, say, waiting
 from mcp_auth_proxy.config.document import located
 from mcp_auth_proxy.config.listeners import exposure_errors
 from mcp_auth_proxy.config.settings import ServerSettings, Settings, reachable
@@ -129,7 +129,8 @@ async def _authorize(
     if not identified and browser.should_open(choice, loopback=True, environ=os.environ):
         broker.link_opened(outcome.flow)
         browser.open_link(outcome.link)
-    token = await outcome.wait(max(0.0, outcome.flow.expires_at - time.time()))
+    with waiting("Waiting for your consent"):
+        token = await outcome.wait(max(0.0, outcome.flow.expires_at - time.time()))
     if token is None:
         raise McpAuthProxyError(NOT_USED)
     return token

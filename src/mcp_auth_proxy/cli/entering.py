@@ -62,6 +62,8 @@ def install(
     if remove:
         known = None if url is not None else _known_here(config_file)
         sys.exit(command.remove(found, servers, known, print_only=print_only))
+    if found.starts_programs and url is not None and api_key is None:
+        raise click.UsageError(f"--url needs --api-key env:NAME or file:PATH for {client}.")
     place = _place(servers, config_file, url, api_key)
     sys.exit(command.install(found, servers, place, print_only=print_only))
 

@@ -226,7 +226,10 @@ def test_a_shared_service_is_entered_with_a_reference_to_its_key(machine: Machin
         assert "https://proxy.example.com/anything/mcp" in entry.values()
         assert "PROXY_KEY" in json.dumps(entry)
     code, _, err = machine.install(client, "anything", "--url", "https://proxy.example.com", config=False)
-    assert (code, "PROXY_KEY" in machine.file(client).read_text()) == (0, False), err
+    if client == "claude-desktop":
+        assert (code, "--url needs --api-key env:NAME or file:PATH" in err) == (2, True)
+    else:
+        assert (code, "PROXY_KEY" in machine.file(client).read_text()) == (0, False), err
     code, _, _ = machine.install(client, "anything", "--remove", "--url", "https://proxy.example.com", config=False)
     assert (code, machine.everything()) == (0, {})
 

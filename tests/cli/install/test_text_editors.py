@@ -162,7 +162,7 @@ def objects(draw: st.DrawFn, *, container: str | None = None, depth: int = 0) ->
         nested = name == container or deeper
         value = draw(objects(depth=depth + 1)) if nested else draw(scalars)
         parts.append(f"{draw(blanks)}{json.dumps(name)}{draw(blanks)}:{draw(blanks)}{value}{draw(blanks)}")
-    comma = "," if parts and draw(st.booleans()) else ""
+    comma = "," if draw(st.booleans()) and parts else ""
     return f"{{{','.join(parts)}{comma}{draw(blanks)}}}"
 
 
