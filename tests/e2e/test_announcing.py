@@ -13,6 +13,7 @@ import pytest
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.proxy import link_in, proxy_process, run_command, until, write_config
+from mcp_auth_proxy import __version__
 
 CANARY = "$(touch canary)`touch canary`;touch canary&|touch canary"
 
