@@ -12,7 +12,7 @@ from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account, Grant
 logger = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 10_000
-"""Grants of which is remembered that they were warned of; beyond it, all are forgotten."""
+"""Servers and grants that are remembered to have been told of; beyond it, all are forgotten."""
 
 
 def local_time(moment: float) -> str:
@@ -32,6 +32,8 @@ class GrantSignals:
         """Note a grant whose token can be used: its server is ready, though maybe not for long."""
         server = grant.key.account.server
         if server not in self._ready:
+            if len(self._ready) >= MAX_REMEMBERED:
+                self._ready.clear()
             self._ready.add(server)
             logger.info("server %s is ready", server)
         ends = grant.tokens.expires_at

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from mcp_auth_proxy.cli.install.undo import Entry, Insertion, InvalidDocument
@@ -124,6 +125,12 @@ class _Parser:
         return InvalidDocument(f"line {line}, column {at - self.text.rfind(chr(10), 0, at)}: {problem}")
 
 
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> _Node | None:
+    # One edit asks several times, and such a file may have megabytes.
+    return _Parser(text).document()
+
+
 def _plain(word: str) -> Any:
     """Return what a number, true, false or null stands for."""
     try:
@@ -196,7 +203,7 @@ class JsonEditor:
 
     def _read(self, text: str) -> tuple[_Node | None, _Node | None]:
         """Return the root and the container."""
-        root = _Parser(text).document()
+        root = _parsed(text)
         if root is None:
             return None, None
         if root.members is None:
