@@ -3,7 +3,15 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fuzz import callback_target, config_target, http_targets, oauth_targets, rpc_targets, stdio_target
+from fuzz import (
+    callback_target,
+    clients_target,
+    config_target,
+    http_targets,
+    oauth_targets,
+    rpc_targets,
+    stdio_target,
+)
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
@@ -17,6 +25,7 @@ TARGETS: Mapping[str, Target] = {
     "callback": callback_target.callback,
     "pasted": oauth_targets.pasted,
     "config": config_target.config,
+    "clients": clients_target.clients,
     "request": http_targets.request,
     "response": http_targets.response,
     "messages": rpc_targets.messages,

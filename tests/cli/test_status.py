@@ -1,10 +1,12 @@
 """What ``status`` says."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from mcp_auth_proxy.broker import Connection, ConnectionState
+from mcp_auth_proxy.broker.connections import Trouble
 from mcp_auth_proxy.broker.states import GrantStatus, Health
 from mcp_auth_proxy.cli.status import _in_words, row
 from mcp_auth_proxy.models import LOCAL, Account
@@ -44,6 +46,7 @@ def test_a_row_has_the_keys_that_scripts_rely_on() -> None:
         "reason",
         "account",
         "label",
+        "word",
         "principal",
     ]
     assert (shown["server"], shown["state"], shown["renews_itself"]) == ("notes", "connected", True)
@@ -64,7 +67,7 @@ def test_a_row_names_account_label_and_principal() -> None:
 
 
 @pytest.mark.parametrize("needed", [False, True])
-def test_a_server_without_a_grant_has_seven_keys(needed: bool) -> None:
+def test_a_server_without_a_grant_has_eight_keys(needed: bool) -> None:
     connection = Connection(account=NOTES, url="https://mcp.example/mcp", unanswered=needed)
     assert row(connection, {}) == {
         "server": "notes",
@@ -73,12 +76,13 @@ def test_a_server_without_a_grant_has_seven_keys(needed: bool) -> None:
         "needs_authorization": needed,
         "account": "default",
         "label": "",
+        "word": "needs consent",
         "principal": "local",
     }
 
 
 def test_a_state_is_described_in_words() -> None:
-    assert _in_words(CONNECTED).startswith("connected since 20")
+    assert _in_words(CONNECTED).startswith("since 20")
     assert _in_words(CONNECTED).endswith(", renews itself, scopes read write")
     ended = Connection(
         account=NOTES,
@@ -88,7 +92,7 @@ def test_a_state_is_described_in_words() -> None:
         issuer=ISSUER,
         reason="It refused: invalid_grant.",
     )
-    assert _in_words(ended) == f"ended: It refused: invalid_grant; {LOGIN}"
+    assert _in_words(ended) == f"It refused: invalid_grant; {LOGIN}"
     assert _in_words(Connection(account=NOTES, url="u")).startswith("no grant")
 
 
@@ -107,10 +111,38 @@ def test_each_situation_has_its_own_label(status: GrantStatus | None, authorizin
     assert Connection(account=NOTES, url="u", status=status, authorizing=authorizing).label == label
 
 
+def test_a_grant_that_will_die_says_when_and_what_to_do() -> None:
+    degraded = replace(
+        CONNECTED,
+        command_name="notes@work --as anna",
+        renews_itself=False,
+        status=GrantStatus(GrantState.DEGRADED, Health.DEGRADED),
+    )
+    assert degraded.word == "degraded"
+    words = ", can't be renewed: run `mcp-auth-proxy login notes@work --as anna` before then, scopes read write"
+    assert re.search(rf"token until 20\S+{re.escape(words)}$", _in_words(degraded))
+    forever = replace(degraded, token_expires_at=None)
+    assert "token without a stated end, can't be renewed" in _in_words(forever)
+    expired = replace(CONNECTED, status=GrantStatus(GrantState.EXPIRED, Health.EXPIRED))
+    assert "token expired at 20" in _in_words(expired)
+    assert "renews itself with the next request" in _in_words(expired)
+
+
+def test_what_goes_wrong_says_since_when_and_when_it_is_tried_again() -> None:
+    trouble = Trouble(what="not renewed", reason="The server is down.", since=1_800_000_000.0, retry_at=1_800_000_060.0)
+    retrying = replace(CONNECTED, status=GrantStatus(GrantState.ACTIVE, Health.RETRYING), trouble=trouble)
+    assert retrying.word == "retrying"
+    said = r"; not renewed since 20\S+, the next try is at 20\S+: The server is down$"
+    assert re.search(said, _in_words(retrying))
+    away = Trouble(what="not reached", reason="refused", remedy="Is it running?", unreachable=True)
+    assert _in_words(replace(CONNECTED, trouble=away)).endswith("; not reached: refused. Is it running?")
+    assert replace(CONNECTED, trouble=away).word == "unreachable"
+
+
 def test_a_link_that_waits_is_shown_with_and_without_a_grant() -> None:
     waiting = replace(CONNECTED, authorizing=True, unanswered=True, link=LINK)
     assert row(waiting, {})["authorization_url"] == LINK
-    assert _in_words(waiting).startswith("connected since 20")
+    assert _in_words(waiting).startswith("since 20")
     assert _in_words(waiting).endswith(f"; needs authorization: {LINK}")
     first = Connection(account=NOTES, url="u", authorizing=True, unanswered=True, link=LINK)
     assert _in_words(first) == f"needs authorization: {LINK}"
@@ -128,7 +160,7 @@ def test_a_link_that_has_expired_is_replaced_by_the_command_for_a_new_one() -> N
     assert _in_words(denied) == f"{LOGIN}; the last one failed: The user declined."
     assert row(denied, {})["reason"] == "The user declined."
     refused = replace(CONNECTED, command_name="notes", unanswered=True)
-    assert _in_words(refused).startswith("connected since 20")
+    assert _in_words(refused).startswith("since 20")
     assert _in_words(refused).endswith(f"; {LOGIN}")
 
 

@@ -13,6 +13,7 @@ import pytest
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.proxy import link_in, proxy_process, run_command, until, write_config
+from mcp_auth_proxy import __version__
 
 CANARY = "$(touch canary)`touch canary`;touch canary&|touch canary"
 
@@ -71,7 +72,13 @@ async def test_with_json_logs_each_line_on_stderr_is_json_and_one_has_the_link(
         await until(lambda: link in proxy.err)
         await consent(link)
         assert await proxy.stop() == 0
+    assert proxy.out == ""
     entries = [json.loads(line) for line in proxy.err.splitlines()]
+    said = [entry["message"] for entry in entries]
+    assert [line for line in said if "listening" in line] == [
+        f"mcp-auth-proxy {__version__} is listening at {proxy.origin} with 1 server"
+    ]
+    assert said.count("server notes is ready") == 1
     assert all({"time", "level", "logger", "message"} <= set(entry) for entry in entries)
     assert [entry["level"] for entry in entries if link in entry["message"]] == ["warning"]
 

@@ -19,7 +19,7 @@ import yaml
 from fakes.fixtures import Servers
 from fakes.mcp_client import PlainClient
 from fakes.other_users import NOBODY, as_root
-from fakes.proxy import proxy_process, run_command, serving, unnamed, until, write_config
+from fakes.proxy import proxy_process, run_command, serving, until, write_config
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.cli.listener import bind
 from mcp_auth_proxy.cli.main import cli
@@ -307,7 +307,7 @@ async def test_only_the_first_start_announces_the_key_that_it_created(tmp_path: 
         assert await second.stop() == 0
     assert first.err.count(KEY_LINE) == 1
     assert str(tmp_path / "proxy.key") in first.err
-    assert unnamed(second.err) == ""
+    assert KEY_LINE not in second.err
 
 
 async def test_serve_prints_what_it_serves_and_how_to_configure_a_client(tmp_path: Path) -> None:
@@ -315,15 +315,18 @@ async def test_serve_prints_what_it_serves_and_how_to_configure_a_client(tmp_pat
     async with proxy_process(config) as proxy:
         assert await proxy.stop() == 0
     for name in "ab":
-        assert re.search(rf"{name} +{proxy.origin}/{name}/mcp +-> +https://{name}.example/mcp", proxy.out)
-    assert f"claude mcp add --transport http a {proxy.origin}/a/mcp" in proxy.out
+        assert re.search(rf"{name} +{proxy.origin}/{name}/mcp +-> +https://{name}.example/mcp", proxy.err)
+    assert f"dashboard  {proxy.origin}/" in proxy.err
+    assert f"store      {tmp_path / 'proxy.db'}" in proxy.err
+    assert re.search(r"mcp-auth-proxy install claude-code\|\S+ a$", proxy.err, re.MULTILINE)
+    assert "\x1b" not in proxy.log
 
 
 async def test_serve_with_a_url_serves_one_server_at_mcp_and_under_its_name(servers: Servers, tmp_path: Path) -> None:
     upstream = await servers.mcp_server(protected=False)
     env = {"XDG_DATA_HOME": str(tmp_path / "data"), "HOME": str(tmp_path), "MCP_AUTH_PROXY_CONFIG": None}
     async with serving(upstream.url, "--listen", "127.0.0.1:0", env=env, cwd=tmp_path) as proxy:
-        (name,) = re.findall(rf"{proxy.origin}/([^/]+)/mcp +->", proxy.out)
+        (name,) = re.findall(rf"{proxy.origin}/([^/]+)/mcp +->", proxy.err)
         for path in ("mcp", f"{name}/mcp"):
             async with PlainClient(f"{proxy.origin}/{path}") as client:
                 assert (await client.call("echo", text=path)).text == path
@@ -368,4 +371,5 @@ async def test_an_interrupt_ends_serve_without_an_error(tmp_path: Path) -> None:
     async with proxy_process(config) as proxy:
         await until(lambda: KEY_LINE in proxy.err)
         assert await proxy.stop(signal.SIGINT) == 0
-    assert len(unnamed(proxy.err).splitlines()) == 1
+    # Nothing comes after the banner.
+    assert proxy.err.rstrip().splitlines()[-1].startswith("To point an MCP client at it: ")

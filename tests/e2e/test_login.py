@@ -461,7 +461,7 @@ async def test_status_shows_what_is_connected_since_when_and_until_when(
     assert (row["server"], row["state"], row["issuer"]) == ("notes", "connected", authorization_server.issuer)
     assert row["since"] < row["token_until"]
     assert row["renews_itself"] is True
-    for part in ("notes  connected since", row["since"], row["token_until"], authorization_server.issuer):
+    for part in ("notes  connected  since", row["since"], row["token_until"], authorization_server.issuer):
         assert part in text
     assert not [secret for secret in authorization_server.secrets() if secret in text + document]
 

@@ -110,7 +110,7 @@ async def test_login_for_somebody_gives_a_link_that_only_they_can_open(
     (row,) = await rows(config, "--as", "bob")
     assert (row["account"], row["principal"], row["state"], row["label"]) == ("default", "bob", "not connected", "")
     _, text, _ = await command(config, "status")
-    assert text.startswith("notes@work  anna  connected since")
+    assert text.startswith("notes@work  anna  connected  since")
     assert f" as {LABEL} by {labeled.issuer}" in text
     assert not [key for key in (anna, bob, *labeled.secrets()) if key in out + err + text + proxy.log]
     code, out, err = await command(config, "logout", "notes@work", "--as", "anna")
@@ -189,7 +189,7 @@ async def test_a_second_account_is_logged_in_without_callers(
         ("work", "local", "connected"),
     ]
     _, text, _ = await command(config, "status", "notes@work")
-    assert text.startswith("notes@work  connected since")
+    assert text.startswith("notes@work  connected  since")
     assert len(text.splitlines()) == 1
     assert (await command(config, "logout", "notes@work"))[0] == 0
 
@@ -212,7 +212,7 @@ async def test_a_shared_grant_is_for_an_admin_to_give(
         assert [row["principal"] for row in json.loads(out)] == ["project:default"]
     assert [(row["principal"], row["state"]) for row in await rows(config)] == [("project:default", "connected")]
     _, text, _ = await command(config, "status")
-    assert text.startswith("notes  shared  connected since")
+    assert text.startswith("notes  shared  connected  since")
     assert (await command(config, "logout", "notes"))[0] == 0
 
 
@@ -233,7 +233,7 @@ async def test_the_commands_work_on_a_proxy_that_runs_elsewhere(
         code, out, err = await run_command("status", *far, env=env, cwd=here)
         assert (code, out, err) == (
             0,
-            "notes  anna  no grant: not connected yet, or a server that asks for no authorization\n",
+            "notes  anna  needs consent  no grant: not connected yet, or a server that asks for no authorization\n",
             "",
         )
         async with begun("notes@work", *far, **env) as setup, Browser() as browser:
@@ -256,7 +256,8 @@ async def test_the_commands_work_on_a_proxy_that_runs_elsewhere(
         assert row == local
         assert row["label"] == LABEL
         code, text, _ = await run_command("status", *far, env=env)
-        assert f"notes@work  anna  connected since {row['since']} as {LABEL} by" in text
+        (line,) = [each for each in text.splitlines() if each.startswith("notes@work  anna  connected ")]
+        assert f" since {row['since']} as {LABEL} by" in line
         code, out, err = await run_command("logout", "notes@work", *far, env=env)
         assert (code, out, err) == (0, f"notes@work: forgotten there and revoked at {labeled.issuer}\n", "")
         code, out, _ = await run_command("logout", "notes@work", *far, env=env)
@@ -274,7 +275,7 @@ async def test_an_admin_sees_and_ends_the_grants_of_others_through_the_api(
         await connect(config, proxy.origin, anna, "notes", "--as", "anna")
         far = ("--as", "anna", "--url", proxy.origin, "--api-key", "env:PROXY_KEY")
         _, text, _ = await run_command("status", *far, env={"PROXY_KEY": root})
-        assert text.startswith("notes  anna  connected since")
+        assert text.startswith("notes  anna  connected  since")
         code, _, err = await run_command("login", "notes", *far, env={"PROXY_KEY": root})
         assert (code, "leave --as out, and use the key of anna" in err) == (2, True)
         code, out, _ = await run_command("logout", "notes", *far, env={"PROXY_KEY": root})
@@ -295,7 +296,7 @@ async def test_the_key_of_this_user_works_if_callers_are_not_identified(
         assert code == 0, err
         assert "sign-in" not in out
         _, text, _ = await run_command("status", *far)
-        assert text.startswith("notes  connected since")
+        assert text.startswith("notes  connected  since")
 
 
 async def test_what_goes_wrong_elsewhere_is_one_line_without_the_key(

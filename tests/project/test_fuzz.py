@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fuzz.__main__ import Outcome, main, report
 from fuzz.targets import CORPUS, HERE, TARGETS, corpus
 from mcp_auth_proxy.broker import cookie_name
+from mcp_auth_proxy.cli.install import undo
 from mcp_auth_proxy.config.settings import Secret
 from mcp_auth_proxy.net import http_connection, request_parser
 from mcp_auth_proxy.oauth import authorization_code, challenge, documents, pasted_address, token_endpoint
@@ -74,6 +75,7 @@ ANYTHING_BYTES = re.compile(rb".*", re.DOTALL)
 SERVER = b'{"issuer":"https://as.example","token_endpoint":"https://as.example/","scopes_supported":["a\\n"]}'
 FIELDS = b"".join(b"X-%d: y\r\n" % number for number in range(201))
 CALLBACK = b"state=the-state&iss=https://as.example&code=a&error=b\n%s=the-cookie" % cookie_name("the-state").encode()
+OURS = '{"mcpServers": {"a@b": {"url": "http://127.0.0.1:8787/a@b/mcp"}}}'
 
 BREAKS: list[tuple[str, object, str, object, bytes]] = [
     ("challenge", challenge, "_QUOTED", re.compile(r'"([^"]*)"'), b'Bearer scope="a\x01"'),
@@ -94,6 +96,7 @@ BREAKS: list[tuple[str, object, str, object, bytes]] = [
         lambda secret: secret.value,
         b"servers: {a: {url: 'https://h/mcp', oauth: {client_id: c, client_secret: 'env:SECRET'}}}",
     ),
+    ("clients", undo, "applied", lambda text, insertions: OURS, b'{"a":1}'),
     ("request", request_parser, "MAX_FIELDS", 1000, b"GET / HTTP/1.1\r\nHost: a\r\n%s\r\n" % FIELDS),
     ("response", http_connection, "FIELD_LIMIT", 1000, b"HTTP/1.1 204 \r\n%s\r\n" % FIELDS),
     ("messages", answers, "MAX_REASON", 10_000, b'{"id":1,"method":"x"}'),

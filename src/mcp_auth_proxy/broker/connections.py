@@ -8,7 +8,7 @@ from mcp_auth_proxy.broker.client_registration import public_url_of
 from mcp_auth_proxy.broker.matching import matches, upstream_of
 from mcp_auth_proxy.broker.pending import link_of
 from mcp_auth_proxy.broker.renewal import renewable
-from mcp_auth_proxy.broker.states import GrantStatus, grant_status, word
+from mcp_auth_proxy.broker.states import GrantStatus, Word, grant_status, word
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, LOCAL, Account, Flow, FlowStatus, Grant, shared_principal
@@ -27,6 +27,20 @@ class ConnectionState(StrEnum):
     """The grant is over: a user has to authorize again."""
     NOT_CONNECTED = "not connected"
     """Never connected, or disconnected by the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """What goes wrong with a connection, for a reason that may pass. Times are Unix seconds."""
+
+    what: str
+    """What it is, as the beginning of a sentence: "not renewed"."""
+    reason: str
+    since: float | None = None
+    retry_at: float | None = None
+    remedy: str = ""
+    unreachable: bool = False
+    """Whether requests could not connect to the server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +91,8 @@ class Connection:
     """Whether the last request could not connect to the server."""
     tools: int | None = None
     """How many tools the account sees, as far as that is remembered."""
+    trouble: "Trouble | None" = None
+    """What goes wrong with it, as far as a running proxy has said so."""
 
     @property
     def needs_authorization(self) -> bool:
@@ -84,9 +100,15 @@ class Connection:
         return self.state is ConnectionState.ENDED or self.expired or self.unanswered
 
     @property
-    def label(self) -> str:
+    def word(self) -> Word:
         """The state in one or two words, for a user."""
-        return word(self.status, authorizing=self.authorizing, unreachable=self.unreachable)
+        unreachable = self.unreachable or (self.trouble is not None and self.trouble.unreachable)
+        return word(self.status, authorizing=self.authorizing, unreachable=unreachable)
+
+    @property
+    def label(self) -> str:
+        """The same as a text."""
+        return self.word
 
 
 class Revocation(StrEnum):
@@ -213,6 +235,20 @@ def _with_note(connection: Connection, note: StoredNote, tools: int | None) -> C
         remedy=note.remedy or None,
         unreachable=note.unreachable_since is not None,
         tools=tools,
+        trouble=_trouble(note),
+    )
+
+
+def _trouble(note: StoredNote) -> Trouble | None:
+    if not note.failure:
+        return None
+    unreachable = note.unreachable_since is not None
+    return Trouble(
+        what="not reached" if unreachable else "the last error",
+        reason=note.failure,
+        since=note.unreachable_since if unreachable else note.failed_at,
+        remedy=note.remedy,
+        unreachable=unreachable,
     )
 
 

@@ -26,7 +26,7 @@ from mcp_auth_proxy.cli.invitation import (
 from mcp_auth_proxy.cli.listener import bind, in_numbers, listening
 from mcp_auth_proxy.cli.owners import account_of, in_command, require_admitted, require_owner, split
 from mcp_auth_proxy.cli.paste import Params, PastedLines, read_addresses
-from mcp_auth_proxy.cli.terminal import complain, say
+from mcp_auth_proxy.cli.terminal import complain, say, waiting
 from mcp_auth_proxy.config.document import located
 from mcp_auth_proxy.config.listeners import exposure_errors
 from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings, reachable
@@ -190,7 +190,8 @@ class LoginAttempt:
             seconds = (expires if ends is None else min(ends, expires)) - time.time()
             if lines is None:
                 await self._invite(pending)
-                token = await pending.wait(seconds)
+                with waiting("Waiting for your consent"):
+                    token = await pending.wait(seconds)
             else:
                 token = await self._pasted(pending, lines, seconds)
             if token is not None:

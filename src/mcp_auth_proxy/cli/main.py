@@ -9,6 +9,8 @@ from click.exceptions import NoArgsIsHelpError
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.cli.callers import api_keys, principals
+from mcp_auth_proxy.cli.completion import VARIABLE, completion, server_names
+from mcp_auth_proxy.cli.entering import install as install_entries
 from mcp_auth_proxy.cli.grants import grants
 from mcp_auth_proxy.cli.hardening import protect_process
 from mcp_auth_proxy.cli.options import (
@@ -175,7 +177,7 @@ def demo() -> None:
         f"login linear {_REMOTE}",
     )
 )
-@click.argument("server")
+@click.argument("server", shell_complete=server_names)
 @config_option
 @click.option(
     "--paste",
@@ -218,7 +220,7 @@ def login(
 
 
 @cli.command(epilog=examples("logout linear", "logout linear@work --as anna", f"logout linear {_REMOTE}"))
-@click.argument("server")
+@click.argument("server", shell_complete=server_names)
 @config_option
 @click.option("--forget-client", is_flag=True, help="Also forget the dynamically registered client. Default: keep it.")
 @account_options
@@ -240,7 +242,7 @@ def logout(
 
 
 @cli.command(epilog=examples("status", "status linear --json", "status linear@work --as anna", f"status {_REMOTE}"))
-@click.argument("server", required=False)
+@click.argument("server", required=False, shell_complete=server_names)
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON. Default: text.")
 @account_options
@@ -289,7 +291,7 @@ def dashboard(config_file: str | None, name: str | None) -> None:
 
 
 @cli.command(epilog=examples(f"doctor {EXAMPLE}", "doctor linear --json"))
-@click.argument("server")
+@click.argument("server", shell_complete=server_names)
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON. Default: text.")
 @log_options
@@ -342,6 +344,8 @@ def service_status() -> None:
 cli.add_command(api_keys)
 cli.add_command(principals)
 cli.add_command(grants)
+cli.add_command(install_entries)
+cli.add_command(completion)
 
 
 def _check_form(server: str) -> None:
@@ -386,7 +390,7 @@ def main() -> None:
     """
     protect_process()
     try:
-        cli(standalone_mode=False)
+        cli(standalone_mode=False, complete_var=VARIABLE)
     except ConfigurationError as error:
         for line in error.lines():
             complain(f"error: {line}")

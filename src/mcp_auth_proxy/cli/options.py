@@ -29,8 +29,16 @@ config_option = click.option(
     "--config",
     "config_file",
     metavar="FILE",
+    shell_complete=lambda context, parameter, incomplete: _any_file(incomplete),
     help="Configuration file. Default: $MCP_AUTH_PROXY_CONFIG, ./mcp-auth-proxy.yaml, the user's config folder.",
 )
+
+
+def _any_file(incomplete: str) -> list[Any]:
+    """Let the shell complete the name of a file."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
 
 
 def examples(*lines: str) -> str:

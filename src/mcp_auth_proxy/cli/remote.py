@@ -8,6 +8,8 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from mcp_auth_proxy.broker import Connection, ConnectionState
+from mcp_auth_proxy.broker.connections import Trouble
+from mcp_auth_proxy.broker.states import GrantStatus, Health, Word
 from mcp_auth_proxy.cli.invitation import (
     NOT_USED,
     LoginOptions,
@@ -26,6 +28,7 @@ from mcp_auth_proxy.cli.status import show
 from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.errors import AddressRefused, ConfigError, ConfigurationError, McpAuthProxyError, excerpt
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account
+from mcp_auth_proxy.store.grant_summaries import GrantState
 from mcp_auth_proxy.web.paths import name_of
 
 POLL_SECONDS = 1.0
@@ -79,8 +82,11 @@ def _connection(proxy: RemoteProxy, me: Json, server: Json, account: Json, url: 
     key = Account(owner if grant is None else grant["owner"], server["name"], account["account"])
     command = f"{name_of(key)} {proxy.options}"
     waits = account["state"] == "authorizing"
+    trouble = _trouble(account)
     if grant is None:
-        return Connection(account=key, url=url, command_name=command, authorizing=waits, unanswered=waits)
+        return Connection(
+            account=key, url=url, command_name=command, authorizing=waits, unanswered=waits, trouble=trouble
+        )
     ended = grant["state"] == "ended"
     return Connection(
         account=key,
@@ -96,7 +102,19 @@ def _connection(proxy: RemoteProxy, me: Json, server: Json, account: Json, url: 
         scopes=tuple(grant["scopes"]),
         reason=grant["reason"],
         grant_label=grant["label"],
+        status=GrantStatus(GrantState(grant["state"]), Health(grant["health"]["state"])),
+        trouble=trouble,
     )
+
+
+def _trouble(account: Json) -> Trouble | None:
+    """Return what the proxy says goes wrong, though nobody has to authorize."""
+    if account["state"] == Word.UNREACHABLE:
+        return Trouble(what="not reached", reason="the last request could not connect to the server", unreachable=True)
+    health = account["grant"]["health"] if account["grant"] else None
+    if health is None or health["state"] != Health.RETRYING:
+        return None
+    return Trouble(what="not renewed, and tried again", reason=health["reason"])
 
 
 async def login(proxy: RemoteProxy, name: str, *, owner: str | None, options: LoginOptions) -> int:

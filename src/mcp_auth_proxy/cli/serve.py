@@ -4,12 +4,15 @@ import gc
 import logging
 from contextlib import ExitStack, nullcontext
 
+import click
+
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.app import Application, effective_public_url, lifespan
 from mcp_auth_proxy.cli.allocator import returning_memory
+from mcp_auth_proxy.cli.install import CLIENT_NAMES
 from mcp_auth_proxy.cli.listener import Server, bind, bound
 from mcp_auth_proxy.cli.reloading import reloading
-from mcp_auth_proxy.cli.terminal import complain, say
+from mcp_auth_proxy.cli.terminal import complain, say, styled
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.inbound import warnings
 from mcp_auth_proxy.config.load import limit_warnings
@@ -85,22 +88,22 @@ async def _warn_of_left_grants(application: Application) -> None:
 
 
 def _say_what_is_served(application: Application) -> None:
-    base = application.public_url
-    names = list(application.settings.servers)
-    lines = [f"mcp-auth-proxy {__version__} is listening at {base}", ""]
-    width = max(len(name) for name in names[:MAX_SHOWN])
+    """Print a banner or, if the log is JSON, log one line."""
+    names, base = list(application.settings.servers), application.public_url
+    if click.get_current_context().params.get("log_format") == "json":
+        many = "s"[: len(names) != 1]
+        logger.info("mcp-auth-proxy %s is listening at %s with %d server%s", __version__, base, len(names), many)
+        return
+    say(styled(f"mcp-auth-proxy {__version__} is listening at {base}", bold=True), "")
+    needs = " (sign in first)" if application.settings.inbound.modes else ""
+    rows = [("dashboard", f"{base}/{needs}"), ("store", str(application.settings.store.path))]
     for name in names[:MAX_SHOWN]:
         url = without_query_values(application.settings.servers[name].url)
-        lines.append(f"  {name:<{width}}  {base}/{name}/mcp  ->  {url}")
+        rows.append((name, f"{base}/{name}/mcp  ->  {url}"))
     if len(names) > MAX_SHOWN:
-        lines.append(f"  and {len(names) - MAX_SHOWN} more")
-    first = names[0]
-    needs = "a credential of its user (inbound.mode)" if application.settings.inbound.modes else "no credentials"
-    lines += [
-        "",
-        f"Point a client at such an address; it needs {needs}. For example:",
-        f"  claude mcp add --transport http {first} {base}/{first}/mcp",
-        f'  Cursor, VS Code:  {{"url": "{base}/{first}/mcp"}} under the name "{first}"',
-        "",
-    ]
-    say(*lines)
+        rows.append(("", f"and {len(names) - MAX_SHOWN} more"))
+    width = max(len(name) for name, _ in rows)
+    say(*(f"  {name:<{width}}  {text}" for name, text in rows))
+    hint = f"To point an MCP client at it: mcp-auth-proxy install {'|'.join(CLIENT_NAMES)} {names[0]}"
+    credential = "; it needs a credential of its user (inbound.mode)" if application.settings.inbound.modes else ""
+    say("", hint + credential, "")

@@ -94,13 +94,13 @@ def manager() -> Manager:
 def unit_text(found: Manager, config_file: Path) -> str:
     """Return the file of the service. Raises McpAuthProxyError if a path can't be written in it."""
     text = (resources.files("mcp_auth_proxy.cli") / "units" / found.template).read_text("utf-8")
-    program, config = _writable(_program()), _writable(config_file)
+    binary, config = _writable(program()), _writable(config_file)
     if found.template.endswith(".plist"):
         log = _launchd_log(system=os.geteuid() == 0)
-        values = {"{program}": escape(program), "{config}": escape(config), "{log}": escape(str(log))}
+        values = {"{program}": escape(binary), "{config}": escape(config), "{log}": escape(str(log))}
     else:
         # $ begins a variable in arguments only (systemd.service(5)).
-        values = {"{program}": _quoted(program), "{config}": _quoted(config.replace("$", "$$"))}
+        values = {"{program}": _quoted(binary), "{config}": _quoted(config.replace("$", "$$"))}
     return re.sub(r"\{\w+\}", lambda name: values[name[0]], text)
 
 
@@ -210,7 +210,7 @@ def _system_warnings() -> list[str]:
     warnings = []
     if problem := exposure(KEY_FILE.stat()):
         warnings.append(f"The store key {KEY_FILE} {problem}: chmod 600 {KEY_FILE}")
-    if hidden := next(filter(_is_hidden, (_program(), Path(sys.base_prefix))), None):
+    if hidden := next(filter(_is_hidden, (program(), Path(sys.base_prefix))), None):
         warnings.append(f"The service can't see {hidden}: install the program for all users (pipx install --global .).")
     return warnings
 
@@ -227,7 +227,7 @@ def _is_open(file: Path) -> bool:
     )
 
 
-def _program() -> Path:
+def program() -> Path:
     """Return the command of this installation, absolute."""
     beside = Path(sys.executable).with_name(NAME)
     if beside.exists():

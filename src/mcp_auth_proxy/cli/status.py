@@ -7,9 +7,11 @@ from datetime import datetime
 from typing import Any
 
 from mcp_auth_proxy.broker import Connection, ConnectionState, stored_connections, stored_servers
+from mcp_auth_proxy.broker.states import Word
 from mcp_auth_proxy.cli.account import server_of
 from mcp_auth_proxy.cli.owners import find_principal, in_command, require_owner, split
-from mcp_auth_proxy.cli.terminal import complain, say, say_json
+from mcp_auth_proxy.cli.table import Line, lay_out
+from mcp_auth_proxy.cli.terminal import complain, say, say_json, window_width
 from mcp_auth_proxy.config.settings import ServerSettings, Settings, StoreSettings, reachable
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 from mcp_auth_proxy.models import Principal, shared_principal
@@ -19,6 +21,17 @@ from mcp_auth_proxy.web.paths import name_of
 
 SHARED = "shared"
 """What stands in place of a principal's name for grants that belong to a project."""
+
+_COLORS = {
+    Word.CONNECTED: "green",
+    Word.RETRYING: "yellow",
+    Word.DEGRADED: "yellow",
+    Word.EXPIRED: "yellow",
+    Word.ENDED: "red",
+    Word.NEEDS_CONSENT: "cyan",
+    Word.AUTHORIZING: "cyan",
+    Word.UNREACHABLE: "red",
+}
 
 
 async def status(settings: Settings, name: str | None, *, owner: str | None = None, as_json: bool) -> int:
@@ -115,15 +128,23 @@ def show(connections: Collection[Connection], names: Mapping[str, str], identifi
     if as_json:
         say_json([row(connection, names) for connection in connections])
         return
-    lines = [
-        [name_of(each.account), *([_owner_in_words(each.account.principal, names)] if identified else [])]
-        for each in connections
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line, connection in zip(lines, connections, strict=True):
-        say("  ".join([*(f"{part:<{width}}" for part, width in zip(line, widths, strict=True)), _in_words(connection)]))
     if not connections:
         say("there is nothing to show: no server is for this principal")
+    lines = [
+        Line(
+            cells=(
+                name_of(each.account),
+                *([_owner_in_words(each.account.principal, names)] if identified else []),
+                each.word,
+            ),
+            prose=_in_words(each),
+            colored=1 + identified,
+            color=_COLORS[each.word],
+        )
+        for each in connections
+    ]
+    headers = ("server", *(["owner"] if identified else []), "state", "details")
+    say(*lay_out(lines, width=window_width(), headers=headers))
 
 
 def _owner_in_words(principal: str, names: Mapping[str, str]) -> str:
@@ -139,6 +160,7 @@ def row(connection: Connection, names: Mapping[str, str]) -> dict[str, Any]:
         **_state_row(connection),
         "account": connection.account.name,
         "label": connection.grant_label,
+        "word": connection.word,
         "principal": names.get(principal, principal) or None,
     }
 
@@ -169,10 +191,21 @@ def _state_row(connection: Connection) -> dict[str, Any]:
 
 
 def _in_words(connection: Connection) -> str:
+    """Return what there is to say beside the word for the state."""
     needs = _needs_in_words(connection)
-    if connection.state is ConnectionState.NOT_CONNECTED and needs:
-        return needs
-    return _state_in_words(connection) + (f"; {needs}" if needs else "")
+    state = "" if connection.state is ConnectionState.NOT_CONNECTED and needs else _state_in_words(connection)
+    return "; ".join(filter(None, (state, needs, _trouble_in_words(connection))))
+
+
+def _trouble_in_words(connection: Connection) -> str:
+    """Return what goes wrong though nobody has to authorize."""
+    trouble = connection.trouble
+    if trouble is None:
+        return ""
+    since = "" if trouble.since is None else f" since {_iso(trouble.since)}"
+    again = "" if trouble.retry_at is None else f", the next try is at {_iso(trouble.retry_at)}"
+    remedy = f". {trouble.remedy}" if trouble.remedy else ""
+    return f"{trouble.what}{since}{again}: {trouble.reason.rstrip('.')}{remedy}"
 
 
 def _needs_in_words(connection: Connection) -> str:
@@ -194,16 +227,24 @@ def _state_in_words(connection: Connection) -> str:
         # Only the store was read. Whether the server asks for authorization is known when it is used.
         return "no grant: not connected yet, or a server that asks for no authorization"
     if connection.state is ConnectionState.ENDED:
-        return f"ended: {connection.reason.rstrip('.')}"
-    until = _iso(connection.token_expires_at)
-    token = (
-        f"token {'expired at' if connection.expired else 'until'} {until}" if until else "token without a stated end"
-    )
-    renews = "renews itself" if connection.renews_itself else "can't be renewed"
+        return connection.reason.rstrip(".")
     scopes = f", scopes {' '.join(connection.scopes)}" if connection.scopes else ""
     label = f" as {connection.grant_label}" if connection.grant_label else ""
-    since = f"connected since {_iso(connection.granted_at)}{label} by {connection.issuer}"
-    return f"{since}, {token}, {renews}{scopes}"
+    since = f"since {_iso(connection.granted_at)}{label} by {connection.issuer}"
+    return f"{since}, {_token_in_words(connection)}{scopes}"
+
+
+def _token_in_words(connection: Connection) -> str:
+    until = _iso(connection.token_expires_at)
+    if connection.renews_itself:
+        expired = connection.word is Word.EXPIRED
+        end = f"token {'expired at' if expired else 'until'} {until}" if until else "token without a stated end"
+        return f"{end}, renews itself{' with the next request' if expired else ''}"
+    if until is None:
+        return "token without a stated end, can't be renewed"
+    if connection.expired:
+        return f"token expired at {until}, can't be renewed"
+    return f"token until {until}, can't be renewed: run `mcp-auth-proxy login {connection.command_name}` before then"
 
 
 def _iso(moment: float | None) -> str | None:

@@ -2,13 +2,14 @@
 
 from mcp_auth_proxy.cli.doctor.examine import examine
 from mcp_auth_proxy.cli.doctor.report import Outcome, as_document, as_lines
-from mcp_auth_proxy.cli.terminal import say, say_json
+from mcp_auth_proxy.cli.terminal import say, say_json, waiting
 from mcp_auth_proxy.config.settings import ServerSettings, Settings
 
 
 async def doctor(settings: Settings, server: ServerSettings, *, as_machine: bool) -> int:
     """Examine one server. Return 0 if the proxy can authorize or does not need to, else 1. Raises McpAuthProxyError."""
-    report = await examine(settings, server)
+    with waiting("Running discovery"):
+        report = await examine(settings, server)
     if as_machine:
         say_json(as_document(report))
     else:
