@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote
 
 from mcp_auth_proxy.broker import Connection, ConnectionState
 from mcp_auth_proxy.broker.connections import Trouble
@@ -212,7 +212,7 @@ async def _ended(proxy: RemoteProxy, flow: Json, ends: float) -> Json:
 
 async def _pasted(proxy: RemoteProxy, server: Json, shown: str, flow: Json, ends: float) -> Json:
     """Print the authorization server's address, read that of the redirect, and return the flow once it has ended."""
-    own = {name: values[0] for name, values in parse_qs(urlsplit(flow["authorization_url"]).query).items()}
+    own = {name: values[0] for name, values in parse_qs(flow["authorization_url"].partition("?")[2]).items()}
     say(*paste_lines(shown, flow["authorization_url"], flow["notice"], own["redirect_uri"]))
 
     async def use(params: Params) -> None:
