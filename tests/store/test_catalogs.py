@@ -124,6 +124,17 @@ async def test_a_changed_row_is_missing(engine: Engine, tmp_path: Path, sql: str
     assert (LINEAR, URL) not in await stored.tool_counts()
 
 
+@pytest.mark.parametrize(
+    "column", ["principal", "account", "server", "upstream", "content", "tools", "fetched_at", "seal", "uid"]
+)
+async def test_a_row_with_any_changed_column_is_missing(engine: Engine, tmp_path: Path, column: str) -> None:
+    stored = Catalogs(engine)
+    await stored.put(LINEAR, CATALOG, upstream=URL)
+    change(tmp_path, f"UPDATE catalogs SET {column} = 7")
+    assert await stored.get(LINEAR, upstream=URL) is None
+    assert await stored.tool_counts() == {}
+
+
 async def test_no_view_passes_one_row_off_as_another(engine: Engine, tmp_path: Path) -> None:
     await Catalogs(engine).put(Account("victim", "linear"), CATALOG, upstream=URL)
     change(

@@ -37,6 +37,9 @@ OTHER_TABLES = {
     "servers",
     "oauth_clients",
     "events",
+    "catalogs",
+    "mcp_sessions",
+    "connection_notes",
 }
 """Tables of which the tests beside their modules prove the same."""
 LEFT_OUT = {("grants", "refresh_begun_at"), ("grants", "refresh_owner"), ("flows", "poll_owner")} | {

@@ -9,6 +9,7 @@ Other packages use ``Broker``, which is built from the modules here::
        ├───── attempts ── visits, sign_ins
        ├───── headless, requested_flows: flows that the API asks for
        ├───── store_watch, connections
+       ├───── connection_notes, connection_records: what was noted of connections
        └───── backoff: what waits after a failure
 
 Requests use ``token()`` and, after a 401 or 403, ``challenged()``. Pages use ``open_link()``, ``confirm_link()``,

@@ -90,6 +90,7 @@ class ConnectionRecords:
         self._signalled: dict[Account, tuple[float, str]] = {}
         """The last warning about each grant ahead of its end: when the grant was given, and what it was."""
         self._urgent = asyncio.Event()
+        self._closing = False
         self._task: asyncio.Task[None] | None = None
         journal.listen(self._heard)
         outages.on_reached = self._reached
@@ -114,8 +115,10 @@ class ConnectionRecords:
     async def aclose(self) -> None:
         """Write what is left."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            # Not cancelled: what is being written would be lost, or written twice.
+            self._closing = True
+            self._urgent.set()
+            await self._task
             self._note_use(at_end=True)
         await self._write()
 
@@ -201,7 +204,7 @@ class ConnectionRecords:
     # In the background
 
     async def _run(self) -> None:
-        while True:
+        while not self._closing:
             with suppress(TimeoutError):
                 async with asyncio.timeout(INTERVAL):
                     await self._urgent.wait()
