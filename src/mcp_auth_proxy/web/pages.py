@@ -156,11 +156,16 @@ def message(
 
     ``onward``: words and path of a link to another page of ours. ``restart``: what its button begins.
     """
+    headers = {}
+    if restart is not None:
+        # Its template allows a referrer to our own pages, and none comes before it: the address may have a code in it.
+        policy = form_headers(http=restart.http)["content-security-policy"]
+        headers["content-security-policy"] = policy
     return page(
         "message.html",
         status=status,
         popup=popup,
-        headers=form_headers(http=restart.http) if restart is not None else None,
+        headers=headers,
         restart=restart,
         title=title,
         text=text,

@@ -94,10 +94,12 @@ class Dashboard:
             # A web server in front names the caller, who has no session.
             secret = new = secrets.token_urlsafe(32)
         name = self._visitors.name(viewer.caller)
-        headers = form_headers(http=self._leads_to_http())
-        headers["content-security-policy"] = with_files(headers["content-security-policy"])
-        # A popup may keep its tie to this page: how it ends is told to this origin alone.
-        headers["cross-origin-opener-policy"] = "same-origin-allow-popups"
+        policy = form_headers(http=self._leads_to_http())["content-security-policy"]
+        headers = {
+            "content-security-policy": with_files(policy),
+            # A popup may keep its tie to this page: how it ends is told to this origin alone.
+            "cross-origin-opener-policy": "same-origin-allow-popups",
+        }
         response = page(
             "dashboard.html",
             snapshot=await self._snapshot(viewer),

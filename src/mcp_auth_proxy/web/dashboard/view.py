@@ -109,7 +109,7 @@ class Card:
         return hashlib.sha256(repr(self).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class EventLine:
     """One event."""
 
@@ -184,7 +184,7 @@ def event_lines(
         )
         for event in happened
     ]
-    return tuple(sorted(lines, reverse=True)[:SHOWN_EVENTS])
+    return tuple(sorted(lines, key=lambda line: line.at, reverse=True)[:SHOWN_EVENTS])
 
 
 def _audited(event: Event, find_principal: FindPrincipal) -> EventLine:
