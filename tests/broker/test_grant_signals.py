@@ -20,6 +20,7 @@ def test_a_grant_that_cannot_be_renewed_is_warned_of_once_with_its_end_and_the_r
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     signals = GrantSignals(clock=lambda: NOW)
+    signals.says_ready = True
     stored = grant()
     stored = replace(
         stored,

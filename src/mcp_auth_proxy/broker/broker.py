@@ -225,6 +225,10 @@ class Broker:
         await self._tokens.resume_interrupted()
         await self._pending.resume_device_flows()
 
+    def say_when_ready(self) -> None:
+        """Log from now on when a server has its first usable grant."""
+        self._tokens.signals.says_ready = True
+
     async def aclose(self) -> None:
         """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
         await self._watch.aclose()

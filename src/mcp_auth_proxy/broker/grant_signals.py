@@ -25,13 +25,15 @@ class GrantSignals:
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self.says_ready = False
+        """Whether a line says that a server is ready: for a proxy that serves it, not for commands."""
         self._ready: set[str] = set()
         self._warned: set[tuple[int, float]] = set()
 
     def usable(self, grant: Grant, *, renewable: bool) -> None:
         """Note a grant whose token can be used: its server is ready, though maybe not for long."""
         server = grant.key.account.server
-        if server not in self._ready:
+        if self.says_ready and server not in self._ready:
             if len(self._ready) >= MAX_REMEMBERED:
                 self._ready.clear()
             self._ready.add(server)

@@ -61,7 +61,7 @@ class TokenCache:
         self._clock = clock
         self._generations = itertools.count(1)
         self._nonces = dpop.Nonces()
-        self._signals = GrantSignals(clock=clock)
+        self.signals = GrantSignals(clock=clock)
         self._cached: dict[Account, CachedToken] = {}
         self._negative: set[Account] = set()
         """Accounts that are known to have no grant."""
@@ -207,7 +207,7 @@ class TokenCache:
         self._cached[account] = cached
         self._negative.discard(account)
         self._schedule(account, cached)
-        self._signals.usable(grant, renewable=renewable(grant))
+        self.signals.usable(grant, renewable=renewable(grant))
         return cached
 
     def evict(self, account: Account) -> None:

@@ -52,6 +52,7 @@ async def serve_forever(settings: Settings, file: ConfigFile | None) -> int:
             server = Server(application, health=health, before_close=lock.release)
             async with returning_memory(), reloading(application, file, stop=server.drain_and_exit):
                 _say_what_is_served(application)
+                application.broker.say_when_ready()
                 if settings.inbound.modes:
                     await _warn_of_left_grants(application)
                 if health is not None:
