@@ -28,6 +28,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import Account, Grant, GrantType, TokenSet
 from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
@@ -80,6 +81,7 @@ class Setup:
             registrar=registrar,
             grants=grants or self.grants,
             backoff=Backoff(clock=self.clock),
+            outages=OutageLog(),
             clock=self.clock,
         )
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 
 from fakes.proxy import until
 from mcp_auth_proxy.broker import token_cache
@@ -18,6 +19,7 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, TokenRefused
 from mcp_auth_proxy.models import Account, Grant, TokenSet
 from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.registrations import Registrations
@@ -89,6 +91,8 @@ class Setup:
             registrar=registrar,
             grants=self.grants,
             backoff=Backoff(clock=self.clock),
+            outages=OutageLog(),
+            journal=ConnectionJournal(clock=self.clock),
             clock=self.clock,
         )
         self.cache = TokenCache(servers=self.servers, grants=self.grants, renewer=self.renewer, clock=self.clock)

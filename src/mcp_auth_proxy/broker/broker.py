@@ -119,6 +119,7 @@ class Broker:
             registrar=self._registrar,
             grants=self._grants,
             backoff=backoff,
+            outages=self.outages,
             clock=clock,
         )
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)

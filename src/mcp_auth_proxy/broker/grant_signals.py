@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account, Grant
+from mcp_auth_proxy.observability.outages import OutageLog
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,13 @@ class GrantSignals:
             _name(grant.key.account),
         )
 
-    def not_renewed(self, grant: Grant, reason: str, retry_at: float | None) -> None:
+    def not_renewed(self, grant: Grant, reason: str, retry_at: float | None, outages: OutageLog) -> None:
         """Note the first of the renewals that fail for a reason that passes."""
         again = "" if retry_at is None else f", and is tried again from {local_time(retry_at)} on"
         ends = grant.tokens.expires_at
         until = f"; its token is good until {local_time(ends)}" if ends is not None and ends > self._clock() else ""
-        logger.warning(
-            "server %s: its grant can't be renewed now%s%s: %s", grant.key.account.server, again, until, reason
-        )
+        # There it counts as the line about the server, of which its requests would write another.
+        outages.warn(grant.key.account.server, f"its grant can't be renewed now{again}{until}: {reason}")
 
     def renewed_again(self, grant: Grant) -> None:
         """Note that a grant was renewed after that had failed."""

@@ -19,6 +19,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import Grant, TokenSet
 from mcp_auth_proxy.observability import metrics
+from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.grants import Grants
 
@@ -75,12 +76,14 @@ class Renewer:
         registrar: ClientRegistrar,
         grants: Grants,
         backoff: Backoff,
+        outages: OutageLog,
         clock: Callable[[], float],
     ) -> None:
         self._token_client = token_client
         self._registrar = registrar
         self._grants = grants
         self._backoff = backoff
+        self._outages = outages
         self._clock = clock
         self._owner = lease.new_owner()
         self._signals = GrantSignals(clock=clock)
@@ -161,7 +164,7 @@ class Renewer:
             await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
         metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "failed").inc()
         if first:
-            self._signals.not_renewed(grant, str(error), self._backoff.retry_at(*_subjects(grant)))
+            self._signals.not_renewed(grant, str(error), self._backoff.retry_at(*_subjects(grant)), self._outages)
         return error
 
     async def _refused(self, grant: Grant, refused: TokenRefused) -> Grant:
