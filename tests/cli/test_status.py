@@ -92,7 +92,8 @@ def test_a_state_is_described_in_words() -> None:
         issuer=ISSUER,
         reason="It refused: invalid_grant.",
     )
-    assert _in_words(ended) == f"It refused: invalid_grant; {LOGIN}"
+    assert _in_words(ended) == f"ended: It refused: invalid_grant; {LOGIN}"
+    assert _in_words(replace(ended, status=ENDED)) == f"It refused: invalid_grant; {LOGIN}"
     assert _in_words(Connection(account=NOTES, url="u")).startswith("no grant")
 
 

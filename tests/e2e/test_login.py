@@ -304,7 +304,7 @@ async def test_status_of_one_server_shows_only_that_one(tmp_path: Path) -> None:
     config = str(write_config(tmp_path, servers))
     code, out, err = await run_command("status", "beta", "--config", config)
     assert (code, err, len(out.splitlines())) == (0, "", 1)
-    assert out.startswith("beta  no grant")
+    assert out.startswith("beta  needs consent  no grant")
     code, out, _ = await run_command("status", "beta", "--config", config, "--json")
     assert (code, [row["server"] for row in json.loads(out)]) == (0, ["beta"])
     code, out, err = await run_command("status", "gamma", "--config", config)
@@ -431,7 +431,7 @@ async def test_a_logout_is_not_undone_by_a_poll_in_progress(servers: Servers, tm
 # status
 
 
-NO_GRANT = "notes  no grant: not connected yet, or a server that asks for no authorization\n"
+NO_GRANT = "notes  needs consent  no grant: not connected yet, or a server that asks for no authorization\n"
 
 
 async def test_status_does_not_call_a_server_unconnected_that_asks_for_no_authorization(
@@ -477,7 +477,7 @@ async def test_status_says_why_a_login_is_needed_again(
         call = asyncio.create_task(client.initialize())
         await proxy.next_link(2)
         _, text, _ = await run_command("status", "--config", str(config))
-        assert "notes  ended" in text
+        assert text.startswith("notes  authorizing  ended: ")
         assert "invalid_grant" in text
         assert link_in((await call).message)
 

@@ -227,7 +227,8 @@ def _state_in_words(connection: Connection) -> str:
         # Only the store was read. Whether the server asks for authorization is known when it is used.
         return "no grant: not connected yet, or a server that asks for no authorization"
     if connection.state is ConnectionState.ENDED:
-        return connection.reason.rstrip(".")
+        reason = connection.reason.rstrip(".")
+        return reason if connection.word is Word.ENDED else f"ended: {reason}"
     scopes = f", scopes {' '.join(connection.scopes)}" if connection.scopes else ""
     label = f" as {connection.grant_label}" if connection.grant_label else ""
     since = f"since {_iso(connection.granted_at)}{label} by {connection.issuer}"
