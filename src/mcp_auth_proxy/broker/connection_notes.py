@@ -69,6 +69,8 @@ class ConnectionJournal:
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self.began_at = clock()
+        """Since when it remembers what happens."""
         self._listeners: list[Listener] = []
         self._failing: set[Account] = set()
         """The accounts whose last renewal failed for a reason that passes."""

@@ -152,7 +152,7 @@ class StoredGrants:
             error, hint = failed
         return replace(
             noted,
-            last_used_at=self._tokens.last_used_at(account),
+            last_used_at=self._tokens.last_used_at(account) or noted.last_used_at,
             last_error=error or None,
             remedy=remedy(shown, hint) if error else None,
         )

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.broker import Broker, ownership
+from mcp_auth_proxy.broker.connection_records import CREDENTIAL
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import CallerRefused, SignInNeeded, StoreError
 from mcp_auth_proxy.models import DEFAULT_PROJECT, LOCAL, Account, Caller, Scope, shared_principal
@@ -167,7 +168,11 @@ class Dashboard:
             for event in self._broker.journal.events()
             if event.account in own or self._oversees(caller, event.account)
         ]
-        audited = await self._audit_trail(caller)
+        # What this process has seen of grants has reasons in the journal; the trail has it without.
+        began_at = self._broker.journal.began_at
+        audited = [
+            event for event in await self._audit_trail(caller) if event.credential != CREDENTIAL or event.at < began_at
+        ]
         return Snapshot(tuple(cards), event_lines(audited, happened[:SHOWN_EVENTS], self._find_principal))
 
     def _oversees(self, caller: Caller, account: Account) -> bool:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from mcp_auth_proxy.broker import AccountConnection
 from mcp_auth_proxy.broker.connection_notes import ConnectionEvent, sentence
+from mcp_auth_proxy.broker.connection_records import CREDENTIAL
 from mcp_auth_proxy.broker.states import Word
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import excerpt, without_query_values
@@ -26,6 +27,18 @@ _ACTIONS = {
     "connections.forget": "disconnected, and forgot the client",
     "grants.delete": "deleted a grant",
     "grants.refresh": "renewed a grant",
+    "grants.connect": "connected",
+    "grants.disconnect": "disconnected",
+    "grants.renew": "not renewed, is tried again",
+    "grants.recover": "renewed again",
+    "grants.end": "ended",
+    "sessions.create": "signed in",
+    "sessions.delete": "signed out",
+    "links.create": "made a link to the dashboard",
+    "consents.confirm": "confirmed where a link leads",
+    "consents.give": "consented",
+    "consents.refuse": "did not consent",
+    "grants.assign": "assigned grants",
     "servers.create": "added a server",
     "servers.update": "changed a server",
     "servers.delete": "deleted a server",
@@ -190,7 +203,7 @@ def event_lines(
 def _audited(event: Event, find_principal: FindPrincipal) -> EventLine:
     good = event.outcome == "ok"
     text = _ACTIONS.get(event.action, event.action)
-    if not good:
+    if not good and event.credential != CREDENTIAL:
         text = f"{text}: refused ({event.outcome})"
     who = _name(event.principal, find_principal)
     return EventLine(event.at, When.of(event.at), who, excerpt(text), excerpt(event.server_name), good)
