@@ -61,7 +61,6 @@ async def serve_forever(settings: Settings, file: ConfigFile | None, *, for_brid
             bridges = serving_bridges(application, server, only=only) if for_bridges else nullcontext()
             async with returning_memory(), bridges, reloading(application, file, stop=server.drain_and_exit):
                 _say_what_is_served(application)
-                application.broker.say_when_ready()
                 if settings.inbound.modes:
                     await _warn_of_left_grants(application)
                 if health is not None:
