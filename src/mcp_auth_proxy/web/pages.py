@@ -32,7 +32,7 @@ def visible(text: str) -> str:
 _templates.filters["visible"] = visible
 _templates.globals["static"] = static_url
 
-_STYLE = (Path(__file__).parent / "static" / "base.css").read_text()
+_STYLE = (Path(__file__).parent / "static" / "page.css").read_text()
 _templates.globals["style"] = _STYLE
 _STYLE_SOURCE = f"'sha256-{b64encode(sha256(_STYLE.encode()).digest()).decode()}'"
 """In the page itself, because ``login`` and the library end with their last page; the policy allows this very text."""
