@@ -109,12 +109,9 @@ async def test_a_stored_flow_whose_link_is_about_to_expire_is_not_taken_up(setup
         assert (await another.pending()).flow.id != pending.flow.id
 
 
-async def test_a_stored_flow_with_another_redirect_uri_is_not_taken_up(
-    setup: BrokerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stored_flow_with_another_redirect_uri_is_not_taken_up(setup: BrokerSetup, tmp_path: Path) -> None:
     pending = await setup.pending()
-    monkeypatch.setattr("broker.broker_setup.PUBLIC_URL", "http://127.0.0.1:9999")
-    async with broker_setup(tmp_path, *setup.servers.values()) as another:
+    async with broker_setup(tmp_path, *setup.servers.values(), public_url="http://127.0.0.1:9999") as another:
         fresh = await another.pending()
         assert fresh.flow.id != pending.flow.id
         assert fresh.link.startswith("http://127.0.0.1:9999/")

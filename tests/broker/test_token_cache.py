@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 
 from fakes.proxy import until
 from mcp_auth_proxy.broker import token_cache

@@ -141,7 +141,18 @@ def _check_readable(source: Path) -> None:
 
 
 def kubectl(arguments: list[str]) -> None:
-    """``create secret generic``: the keys of the Secret are those that manifest and chart mount."""
+    """``create secret generic``: the keys of the Secret are those that manifest and chart mount.
+
+    ``exec`` runs a command that the program has, in a container of the manifest; ``port-forward`` leads to its port.
+    """
+    match arguments:
+        case ["exec", *rest]:
+            _kubectl_exec([each for each in rest if each != "-it"])
+            return
+        case ["port-forward", "deploy/agent", ports]:
+            manifest = Path("deploy/kubernetes/sidecar.yaml").read_text()
+            require(f":{ports.rpartition(':')[2]}\n" in manifest, f"nothing listens at {ports}")
+            return
     require(arguments[:3] == ["create", "secret", "generic"], f"kubectl does not know {arguments}")
     made = parser(repeated=["--from-literal"])
     made.add_argument("name")
@@ -156,6 +167,15 @@ def kubectl(arguments: list[str]) -> None:
     example = Path("deploy/helm/examples/sidecar.yaml").read_text()
     require(f"secretName: {options.name}\n" in example, f"the chart mounts no Secret {options.name}")
     require({Path(path).name for path in file_references(example)} <= mounted, "the chart's example wants more")
+
+
+def _kubectl_exec(arguments: list[str]) -> None:
+    require(arguments[:2] == ["deploy/agent", "-c"], f"kubectl does not know {arguments}")
+    manifest = Path("deploy/kubernetes/sidecar.yaml").read_text()
+    require(f"- name: {arguments[2]}\n" in manifest, f"there is no container {arguments[2]}")
+    require(arguments[3:5] == ["--", "mcp-auth-proxy"], f"the image has no program {arguments[3:]}")
+    command = cli.commands[arguments[5]]
+    command.make_context(arguments[5], arguments[6:])
 
 
 def helm(arguments: list[str]) -> None:

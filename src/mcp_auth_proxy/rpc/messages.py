@@ -55,7 +55,7 @@ class Message:
     """The message itself declares MCP 2026-07-28 or later."""
     url_elicitation: bool
     """The message itself declares that the client can show URLs to the user."""
-    params: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    params: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """The parameters, of methods in ``_WITH_PARAMS`` only."""
 
 
