@@ -1,4 +1,4 @@
-# make demo | test | check | bench | conformance | fuzz | chart | idp | sbom | audit | docs | run | lock | clean
+# make demo | test | check | bench | conformance | fuzz | chart | idp | clients | sbom | audit | docs | run | lock | clean
 # Everything happens in .venv, which is made from requirements/dev.txt when that file changes.
 
 SHELL := /bin/bash
@@ -16,6 +16,9 @@ NODE_STAMP := $(CONFORMANCE_VENV)/.node
 CONFORMANCE_STAMP := $(CONFORMANCE_VENV)/.installed
 IDP := tests/deploy/identity_provider
 IDP_STAMP := $(IDP)/node_modules/.installed
+CLIENTS := tests/clients
+CLIENTS_VENV := .venv-clients
+CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 DEPLOY_VENV := .venv-deploy
 DEPLOY_STAMP := $(DEPLOY_VENV)/.installed
 CHART := deploy/helm/mcp-auth-proxy
@@ -40,7 +43,7 @@ PIP := -m pip --disable-pip-version-check -qq
 UV_COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help demo test check format bench conformance fuzz chart idp sbom audit docs run lock clean
+.PHONY: help demo test check format bench conformance fuzz chart idp clients sbom audit docs run lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -90,6 +93,8 @@ fuzz: $(FUZZ_STAMP) ## the parsers under a fuzzer, 10,000 runs each (ARGS="--tar
 
 idp: $(IDP_STAMP) ## installs oidc-provider, the certified identity provider that tests sign in at
 
+clients: $(CLIENTS_STAMP) ## installs the official Python and TypeScript clients, in versions 1 and 2, that tests run
+
 sbom: $(STAMP) $(SBOM_STAMP) ## what a running proxy is made of, with hashes and licenses: dist/sbom.cdx.json (CycloneDX)
 	@$(SBOM_VENV)/bin/python deploy/sbom.py --environment $(VENV) --output dist/sbom.cdx.json
 
@@ -108,14 +113,14 @@ lock: ## pin the newest versions that pyproject.toml allows
 	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml -c requirements/dev.txt -o requirements/run.txt
 	@$(UV_COMPILE) --upgrade --generate-hashes --group build -c requirements/dev.txt -o requirements/build.txt
 	@$(UV_COMPILE) --upgrade requirements/bench.in -o requirements/bench.txt
-	@for tool in conformance deploy sbom audit; do \
+	@for tool in clients conformance deploy sbom audit; do \
 		$(UV_COMPILE) --upgrade --generate-hashes requirements/$$tool.in -o requirements/$$tool.txt; \
 	done
 	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml requirements/fuzz.in -c requirements/dev.txt -o requirements/fuzz.txt
 
 clean: ## forget the environments and caches
-	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(FUZZ_VENV) $(DEPLOY_VENV) $(SBOM_VENV) $(AUDIT_VENV) $(LOCK_VENV) \
-		conformance/node_modules conformance/results $(IDP)/node_modules fuzz/found fuzz/findings \
+	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(FUZZ_VENV) $(DEPLOY_VENV) $(CLIENTS_VENV) $(SBOM_VENV) $(AUDIT_VENV) $(LOCK_VENV) \
+		conformance/node_modules conformance/results $(IDP)/node_modules $(CLIENTS)/node_modules fuzz/found fuzz/findings \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis \
 		.coverage* htmlcov dist build
 
@@ -155,6 +160,14 @@ $(CONFORMANCE_STAMP): $(NODE_STAMP) conformance/package.json conformance/package
 $(IDP_STAMP): $(NODE_STAMP) $(IDP)/package.json $(IDP)/package-lock.json
 	@echo "installing oidc-provider (once)"
 	@$(NPM_CI) --prefix $(IDP)
+	@touch $@
+
+# Version 2 of the Python client is in $(VENV).
+$(CLIENTS_STAMP): $(NODE_STAMP) requirements/clients.txt $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
+	@echo "installing the official clients (once)"
+	@$(PYTHON) -m venv $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python $(PIP) install --require-hashes -r requirements/clients.txt
+	@$(NPM_CI) --prefix $(CLIENTS)
 	@touch $@
 
 $(FUZZ_STAMP): requirements/fuzz.txt

@@ -23,6 +23,7 @@ PARTS = {
     "buildah": ("buildah",),
     "caddy": ("caddy",),
     "chromium": ("chromium", "chromium-browser", "google-chrome"),
+    "clients": ("node",),
     "debootstrap": ("debootstrap",),
     "envoy": ("envoy",),
     "helm": ("helm",),
@@ -40,15 +41,21 @@ FROM_CHART = {"envoy", "helm"}
 FROM_IDP = {"idp"}
 """The parts that ``make idp`` installs."""
 
+FROM_CLIENTS = {"clients"}
+"""The parts that ``make clients`` installs."""
+
 ROOT = Path(__file__).resolve().parents[1]
 MADE = (str(ROOT / ".venv-deploy/bin"), str(ROOT / ".venv-conformance/node/bin"))
 """Where they install them."""
 
+CLIENTS = ROOT / "tests/clients"
+CLIENTS_PYTHON = ROOT / ".venv-clients/bin/python"
 IDENTITY_PROVIDER = ROOT / "tests/deploy/identity_provider"
 SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", *MADE])
 REQUIRE_ALL = os.environ.get("MCP_AUTH_PROXY_REQUIRE_ALL") == "1"
 MISSING = {part for part, commands in PARTS.items() if not any(shutil.which(name, path=SEARCH) for name in commands)}
 MISSING |= set() if (IDENTITY_PROVIDER / "node_modules/oidc-provider").is_dir() else FROM_IDP
+MISSING |= set() if (CLIENTS / "node_modules").is_dir() and CLIENTS_PYTHON.exists() else FROM_CLIENTS
 
 
 def pytest_report_header() -> str:
@@ -59,8 +66,9 @@ def pytest_report_header() -> str:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if MISSING:
         ways = {
-            "apt install {} (Debian)": MISSING - FROM_CHART - FROM_IDP,
+            "apt install {} (Debian)": MISSING - FROM_CHART - FROM_CLIENTS - FROM_IDP,
             "make chart, for {}": MISSING & FROM_CHART,
+            "make clients, for {}": MISSING & FROM_CLIENTS,
             "make idp, for {}": MISSING & FROM_IDP,
         }
         remedies = [way.format(" ".join(sorted(parts))) for way, parts in ways.items() if parts]
