@@ -1,4 +1,4 @@
-# make demo | test | check | bench | conformance | fuzz | chart | idp | axe | screenshots | sbom | audit | docs | run | lock | clean
+# make demo | test | check | bench | conformance | fuzz | chart | idp | axe | clients | screenshots | sbom | audit | docs | run | lock | clean
 # Everything happens in .venv, which is made from requirements/dev.txt when that file changes.
 
 SHELL := /bin/bash
@@ -18,6 +18,9 @@ IDP := tests/deploy/identity_provider
 IDP_STAMP := $(IDP)/node_modules/.installed
 AXE := tests/e2e/axe
 AXE_STAMP := $(AXE)/node_modules/.installed
+CLIENTS := tests/clients
+CLIENTS_VENV := .venv-clients
+CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 DEPLOY_VENV := .venv-deploy
 DEPLOY_STAMP := $(DEPLOY_VENV)/.installed
 CHART := deploy/helm/mcp-auth-proxy
@@ -42,7 +45,7 @@ PIP := -m pip --disable-pip-version-check -qq
 UV_COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help demo test check format bench conformance fuzz chart idp axe screenshots sbom audit docs run lock clean
+.PHONY: help demo test check format bench conformance fuzz chart idp axe clients screenshots sbom audit docs run lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -97,6 +100,8 @@ axe: $(AXE_STAMP) ## installs axe-core, the accessibility rules that the pages a
 screenshots: $(STAMP) ## the pictures of the dashboard in docs/pictures, from the demo's servers; needs Chromium
 	@$(BIN)/python deploy/screenshots.py
 
+clients: $(CLIENTS_STAMP) ## installs the official Python and TypeScript clients, in versions 1 and 2, that tests run
+
 sbom: $(STAMP) $(SBOM_STAMP) ## what a running proxy is made of, with hashes and licenses: dist/sbom.cdx.json (CycloneDX)
 	@$(SBOM_VENV)/bin/python deploy/sbom.py --environment $(VENV) --output dist/sbom.cdx.json
 
@@ -115,14 +120,14 @@ lock: ## pin the newest versions that pyproject.toml allows
 	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml -c requirements/dev.txt -o requirements/run.txt
 	@$(UV_COMPILE) --upgrade --generate-hashes --group build -c requirements/dev.txt -o requirements/build.txt
 	@$(UV_COMPILE) --upgrade requirements/bench.in -o requirements/bench.txt
-	@for tool in conformance deploy sbom audit; do \
+	@for tool in clients conformance deploy sbom audit; do \
 		$(UV_COMPILE) --upgrade --generate-hashes requirements/$$tool.in -o requirements/$$tool.txt; \
 	done
 	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml requirements/fuzz.in -c requirements/dev.txt -o requirements/fuzz.txt
 
 clean: ## forget the environments and caches
-	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(FUZZ_VENV) $(DEPLOY_VENV) $(SBOM_VENV) $(AUDIT_VENV) $(LOCK_VENV) \
-		conformance/node_modules conformance/results $(IDP)/node_modules $(AXE)/node_modules fuzz/found fuzz/findings \
+	@rm -rf $(VENV) $(BENCH_VENV) $(CONFORMANCE_VENV) $(FUZZ_VENV) $(DEPLOY_VENV) $(CLIENTS_VENV) $(SBOM_VENV) $(AUDIT_VENV) $(LOCK_VENV) \
+		conformance/node_modules conformance/results $(IDP)/node_modules $(AXE)/node_modules $(CLIENTS)/node_modules fuzz/found fuzz/findings \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis \
 		.coverage* htmlcov dist build
 
@@ -167,6 +172,14 @@ $(IDP_STAMP): $(NODE_STAMP) $(IDP)/package.json $(IDP)/package-lock.json
 $(AXE_STAMP): $(NODE_STAMP) $(AXE)/package.json $(AXE)/package-lock.json
 	@echo "installing axe-core (once)"
 	@$(NPM_CI) --prefix $(AXE)
+	@touch $@
+
+# Version 2 of the Python client is in $(VENV).
+$(CLIENTS_STAMP): $(NODE_STAMP) requirements/clients.txt $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
+	@echo "installing the official clients (once)"
+	@$(PYTHON) -m venv $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python $(PIP) install --require-hashes -r requirements/clients.txt
+	@$(NPM_CI) --prefix $(CLIENTS)
 	@touch $@
 
 $(FUZZ_STAMP): requirements/fuzz.txt

@@ -24,6 +24,7 @@ PARTS = {
     "buildah": ("buildah",),
     "caddy": ("caddy",),
     "chromium": ("chromium", "chromium-browser", "google-chrome"),
+    "clients": ("node",),
     "debootstrap": ("debootstrap",),
     "envoy": ("envoy",),
     "helm": ("helm",),
@@ -44,10 +45,15 @@ FROM_IDP = {"idp"}
 FROM_AXE = {"axe"}
 """The parts that ``make axe`` installs."""
 
+FROM_CLIENTS = {"clients"}
+"""The parts that ``make clients`` installs."""
+
 ROOT = Path(__file__).resolve().parents[1]
 MADE = (str(ROOT / ".venv-deploy/bin"), str(ROOT / ".venv-conformance/node/bin"))
 """Where they install them."""
 
+CLIENTS = ROOT / "tests/clients"
+CLIENTS_PYTHON = ROOT / ".venv-clients/bin/python"
 IDENTITY_PROVIDER = ROOT / "tests/deploy/identity_provider"
 AXE = ROOT / "tests/e2e/axe"
 SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", *MADE])
@@ -55,6 +61,7 @@ REQUIRE_ALL = os.environ.get("MCP_AUTH_PROXY_REQUIRE_ALL") == "1"
 MISSING = {part for part, commands in PARTS.items() if not any(shutil.which(name, path=SEARCH) for name in commands)}
 MISSING |= set() if (IDENTITY_PROVIDER / "node_modules/oidc-provider").is_dir() else FROM_IDP
 MISSING |= set() if (AXE / "node_modules/axe-core").is_dir() else FROM_AXE
+MISSING |= set() if (CLIENTS / "node_modules").is_dir() and CLIENTS_PYTHON.exists() else FROM_CLIENTS
 
 
 def pytest_report_header() -> str:
@@ -65,8 +72,9 @@ def pytest_report_header() -> str:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if MISSING:
         ways = {
-            "apt install {} (Debian)": MISSING - FROM_CHART - FROM_IDP - FROM_AXE,
+            "apt install {} (Debian)": MISSING - FROM_CHART - FROM_CLIENTS - FROM_IDP - FROM_AXE,
             "make chart, for {}": MISSING & FROM_CHART,
+            "make clients, for {}": MISSING & FROM_CLIENTS,
             "make idp, for {}": MISSING & FROM_IDP,
             "make axe, for {}": MISSING & FROM_AXE,
         }

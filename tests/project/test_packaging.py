@@ -15,7 +15,7 @@ from mcp_auth_proxy import __version__
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = [ROOT / "requirements" / name for name in ("dev.txt", "run.txt", "build.txt")]
 TOOLS = [
-    ROOT / "requirements" / name for name in ("conformance.txt", "deploy.txt", "fuzz.txt", "sbom.txt", "audit.txt")
+    ROOT / "requirements" / f"{name}.txt" for name in ("clients", "conformance", "deploy", "fuzz", "sbom", "audit")
 ]
 PINNED = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)", re.MULTILINE)
 
