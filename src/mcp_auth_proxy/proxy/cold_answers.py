@@ -156,8 +156,12 @@ def connected_result(message: Message, account: Account, tools: int | None) -> J
 
 
 def refused_call(message: Message, server: str) -> Json:
-    """Return the result of a call that names no tool."""
-    return _tool_result(message, f'{call_tool(server)} needs the "name" of a tool of {server}.', is_error=True)
+    """Return the result of a call that names no tool, or whose arguments can't be sent."""
+    return _tool_result(
+        message,
+        f'{call_tool(server)} needs the "name" of a tool of {server}, and its arguments as JSON.',
+        is_error=True,
+    )
 
 
 def _tool_result(message: Message, text: str, *, is_error: bool) -> Json:
@@ -178,8 +182,13 @@ def list_changes(capabilities: Iterable[str] = ("tools", "prompts", "resources")
 
 def acknowledgment(message: Message, notifications: Mapping[str, Any]) -> Json:
     """Return the first message of a stream that ``subscriptions/listen`` opens (MCP 2026-07-28, subscriptions)."""
-    honored = {name: value for name, value in notifications.items() if value}
+    # Only what JSON can express: a number that is too large was read as infinity.
+    honored = {name: value for name, value in notifications.items() if value is True or _are_texts(value)}
     return _on_subscription(message, ACKNOWLEDGED, {"notifications": honored})
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
 
 
 def subscribed_changes(message: Message, notifications: Mapping[str, Any]) -> list[Json]:

@@ -92,10 +92,11 @@ class ColdStart:
         if not all(message.method in _AT_ONCE for message in body.requests):
             return False
         catalog = await self._catalogs.get(route.server, route.account)
-        for message in body.requests:
-            level = message.params.get("level")
-            if message.method == "logging/setLevel" and isinstance(level, str):
-                await self._sessions.set_log_level(session, level)
+        levels = [message.params.get("level") for message in body.requests if message.method == "logging/setLevel"]
+        known = [level for level in levels if isinstance(level, str) and level in _LOG_LEVELS]
+        # Once, however many there are: it is a write to the store.
+        if known and known[-1] != session.state.log_level:
+            await self._sessions.set_log_level(session, known[-1])
 
         def answer(message: Message) -> Json:
             result: Json = {}
@@ -173,7 +174,7 @@ class ColdStart:
     async def unwrapped(
         self, message: Message, body: RequestBody, fields: Fields, route: Route
     ) -> tuple[RequestBody, Fields] | None:
-        """Return the call that a call of ``call_{server}`` stands for; None if it names no tool."""
+        """Return the call that a call of ``call_{server}`` stands for; None if it names no tool, or can't be sent."""
         wanted = message.params.get("arguments")
         name = wanted.get("name") if isinstance(wanted, Mapping) else None
         if not isinstance(name, str) or not isinstance(wanted, Mapping):
@@ -186,7 +187,11 @@ class ColdStart:
         if message.modern:
             catalog = await self._catalogs.fetched(route.server, route.account)
             fields = Fields(_mirrored(fields.headers, document["params"], _find_tool(catalog, name)))
-        return RequestBody(encode(document)), fields
+        try:
+            return RequestBody(encode(document)), fields
+        except (ValueError, RecursionError):
+            # It could be read, but not written: a number that is too large was read as infinity.
+            return None
 
     async def list_changes(self, session: OwnSession) -> bytes:
         """Return the events that tell a client that its lists have changed; empty if it was told before."""
@@ -203,6 +208,9 @@ class ColdStart:
 
 _AT_ONCE = frozenset({"ping", "logging/setLevel", *LISTS} - {"tools/list"})
 """What is answered in a session of the proxy's own without asking anybody."""
+
+_LOG_LEVELS = frozenset({"debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"})
+"""MCP, server/utilities/logging. Others are not kept."""
 
 
 def missing_list(body: RequestBody, session: OwnSession) -> Message | None:

@@ -260,9 +260,12 @@ def request_headers(headers: Headers, rules: FieldRules = ONE_CALLER) -> Headers
         kept = [field for field in kept if field[0] not in listed]
     if rules.sessions is not None:
         kept = _of_one_caller(kept, rules, rules.sessions)
-    for name, value in kept:
+    for at, (name, value) in enumerate(kept):
         if name == session_ids.FIELD and value.startswith(session_ids.OWN_PREFIX):
-            raise OwnSession(value)
+            session_id = session_ids.server_id(value)
+            if session_id is None:
+                raise OwnSession(value)
+            kept[at] = name, session_id
     return kept
 
 
@@ -368,9 +371,9 @@ def response_headers(raw: Iterable[tuple[bytes, bytes]], rules: FieldRules = ONE
     if inert or types != 1:  # without a type, or with two, browsers guess
         kept.append(INERT)
     sessions = rules.sessions
-    if sessions is None:
-        return kept
-    return [(name, sessions.sign(value) if name == session_ids.FIELD else value) for name, value in kept]
+    return [
+        (name, session_ids.for_client(value, sessions) if name == session_ids.FIELD else value) for name, value in kept
+    ]
 
 
 def without_cors(headers: Headers) -> Headers:

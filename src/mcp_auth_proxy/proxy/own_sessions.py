@@ -6,6 +6,7 @@ can go on with one.
 """
 
 import asyncio
+import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -40,6 +41,7 @@ OPEN_SECONDS = 30.0
 Field = tuple[bytes, bytes]
 
 _VERSION = b"mcp-protocol-version"
+_REVISION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _JSON: Headers = [(b"content-type", b"application/json"), (b"accept", b"application/json, text/event-stream")]
 
 
@@ -80,7 +82,7 @@ class OwnSession:
             if name == session_ids.FIELD:
                 upstream_id = state.upstream_id.encode("latin-1")
                 if upstream_id:
-                    kept.append((name, upstream_id if rules.sessions is None else rules.sessions.sign(upstream_id)))
+                    kept.append((name, session_ids.for_client(upstream_id, rules.sessions)))
             elif name == _VERSION and older:
                 kept.append((name, state.negotiated.encode("latin-1")))
             else:
@@ -171,11 +173,12 @@ class OwnSessions:
             response.close()
         upstream_id = next((value for name, value in response.headers if name == session_ids.FIELD), b"")
         version = result.get("protocolVersion")
+        named = isinstance(version, str) and _REVISION.fullmatch(version)
         opened = replace(
             session.state,
             opened=True,
             upstream_id=upstream_id.decode("latin-1"),
-            negotiated=version if isinstance(version, str) and version.isascii() and version.isprintable() else "",
+            negotiated=str(version) if named else "",
             lists=cold_answers.lists_of(result),
         )
 
@@ -213,8 +216,7 @@ class OwnSessions:
         fields = [(_VERSION, (state.negotiated or state.announced).encode("latin-1"))]
         if state.upstream_id:
             upstream_id = state.upstream_id.encode("latin-1")
-            sessions = route.rules.sessions
-            fields.append((session_ids.FIELD, upstream_id if sessions is None else sessions.sign(upstream_id)))
+            fields.append((session_ids.FIELD, session_ids.for_client(upstream_id, route.rules.sessions)))
         response = await self._send(route, encode({"jsonrpc": "2.0", **message}), token, fields)
         response.close()
 

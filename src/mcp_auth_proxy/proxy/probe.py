@@ -12,6 +12,7 @@ from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.http_head import Fields
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.observability.outages import OutageLog
+from mcp_auth_proxy.proxy import session_ids
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.rpc.encoding import encode
@@ -116,7 +117,7 @@ async def send_message(
     if modern:
         headers.append((b"mcp-method", method.encode()))
     if session:
-        headers.append((b"mcp-session-id", session))
+        headers.append((session_ids.FIELD, session_ids.of_server(session)))
     return await upstream.send(route, method=b"POST", fields=Fields(headers), body=encode(message), token=token)
 
 
@@ -137,7 +138,7 @@ async def close_session(
     token: AccessToken | None = None,
 ) -> None:
     """End a session by its id. If the server fails to, the session will expire there."""
-    headers = [(b"mcp-session-id", session), (b"mcp-protocol-version", revision.encode())]
+    headers = [(session_ids.FIELD, session_ids.of_server(session)), (b"mcp-protocol-version", revision.encode())]
     with suppress(UpstreamError):
         (await upstream.send(route, method=b"DELETE", fields=Fields(headers), body=b"", token=token)).close()
 

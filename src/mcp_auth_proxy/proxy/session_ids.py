@@ -13,11 +13,32 @@ FIELD = b"mcp-session-id"
 OWN_PREFIX = b"map-"
 """How the ids of sessions begin that the proxy began itself (``proxy.own_sessions``)."""
 
+_OF_SERVER = OWN_PREFIX + b"."
+"""What is put before the id of a server that begins like ours: another proxy may stand there. Ours have no dot."""
+
 MAC_BYTES = 16
 """Half of the hash, the least that RFC 2104 §5 recommends."""
 
 _BLOCK = 64
 """Bytes that SHA-256 reads at a time."""
+
+
+def of_server(session_id: bytes) -> bytes:
+    """Return a server's id so that it can't be taken for one of the proxy's own."""
+    return _OF_SERVER + session_id if session_id.startswith(OWN_PREFIX) else session_id
+
+
+def server_id(session_id: bytes) -> bytes | None:
+    """Return the id of which ``of_server`` has made this; None if it is one of the proxy's own."""
+    if not session_id.startswith(OWN_PREFIX):
+        return session_id
+    return session_id[len(_OF_SERVER) :] if session_id.startswith(_OF_SERVER) else None
+
+
+def for_client(session_id: bytes, sessions: "SessionIds | None") -> bytes:
+    """Return a server's id as its client gets it; ``sessions`` is None if callers are not identified."""
+    shown = of_server(session_id)
+    return shown if sessions is None else sessions.sign(shown)
 
 
 class SessionIds:
