@@ -81,10 +81,10 @@ class OwnSession:
                 upstream_id = state.upstream_id.encode("latin-1")
                 if upstream_id:
                     kept.append((name, upstream_id if rules.sessions is None else rules.sessions.sign(upstream_id)))
-            elif name == _VERSION and older:
-                kept.append((name, state.negotiated.encode("latin-1")))
-            else:
+            elif name != _VERSION or not older:
                 kept.append((name, value))
+        if older:
+            kept.append((_VERSION, state.negotiated.encode("latin-1")))
         return kept
 
 
