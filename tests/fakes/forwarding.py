@@ -10,6 +10,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.config.settings import AuthorizationSettings, LimitSettings, ServerSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.models import (
@@ -73,6 +74,7 @@ class ScriptedBroker:
         self.challenges: list[dict[str, Any]] = []
         self.waiting: PendingAuthorization | None = None
         self.outages = OutageLog()
+        self.journal = ConnectionJournal(clock=time.time)
         self.accepted_by: list[Account] = []
         """The accounts whose token was accepted in a handler."""
 

@@ -269,9 +269,9 @@ async def test_an_end_between_a_401_and_the_handler_that_goes_on_leaves_nobody_w
             fall_back(fast)
             end(proxy)
 
-        def note(route: Route, request: ClientRequest, *rest: Any) -> None:
+        def note(route: Route, request: ClientRequest, *rest: Any, **more: Any) -> None:
             recorded.append(request.status)
-            record(route, request, *rest)
+            record(route, request, *rest, **more)
 
         record = proxy.forwarder.record
         monkeypatch.setattr(proxy.forwarder, "fall_back", fall_back_then_end)
