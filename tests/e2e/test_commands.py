@@ -315,10 +315,10 @@ async def test_serve_prints_what_it_serves_and_how_to_configure_a_client(tmp_pat
     async with proxy_process(config) as proxy:
         assert await proxy.stop() == 0
     for name in "ab":
-        assert re.search(rf"{name} +{proxy.origin}/{name}/mcp +-> +https://{name}.example/mcp", proxy.err)
-    assert f"dashboard  {proxy.origin}/" in proxy.err
-    assert f"store      {tmp_path / 'proxy.db'}" in proxy.err
-    assert re.search(r"mcp-auth-proxy install claude-code\|\S+ a$", proxy.err, re.MULTILINE)
+        assert re.search(rf"{name} +{proxy.origin}/{name}/mcp +-> +https://{name}.example/mcp", proxy.out)
+    assert f"dashboard  {proxy.origin}/" in proxy.out
+    assert f"store      {tmp_path / 'proxy.db'}" in proxy.out
+    assert re.search(r"mcp-auth-proxy install claude-code\|\S+ a$", proxy.out, re.MULTILINE)
     assert "\x1b" not in proxy.log
 
 
@@ -326,7 +326,7 @@ async def test_serve_with_a_url_serves_one_server_at_mcp_and_under_its_name(serv
     upstream = await servers.mcp_server(protected=False)
     env = {"XDG_DATA_HOME": str(tmp_path / "data"), "HOME": str(tmp_path), "MCP_AUTH_PROXY_CONFIG": None}
     async with serving(upstream.url, "--listen", "127.0.0.1:0", env=env, cwd=tmp_path) as proxy:
-        (name,) = re.findall(rf"{proxy.origin}/([^/]+)/mcp +->", proxy.err)
+        (name,) = re.findall(rf"{proxy.origin}/([^/]+)/mcp +->", proxy.out)
         for path in ("mcp", f"{name}/mcp"):
             async with PlainClient(f"{proxy.origin}/{path}") as client:
                 assert (await client.call("echo", text=path)).text == path
@@ -371,5 +371,6 @@ async def test_an_interrupt_ends_serve_without_an_error(tmp_path: Path) -> None:
     async with proxy_process(config) as proxy:
         await until(lambda: KEY_LINE in proxy.err)
         assert await proxy.stop(signal.SIGINT) == 0
-    # Nothing comes after the banner.
-    assert proxy.err.rstrip().splitlines()[-1].startswith("To point an MCP client at it: ")
+    # Nothing comes after the key's line and the banner.
+    assert KEY_LINE in proxy.err.rstrip().splitlines()[-1]
+    assert proxy.out.rstrip().splitlines()[-1].startswith("To point an MCP client at it: ")

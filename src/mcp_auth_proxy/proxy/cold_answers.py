@@ -6,6 +6,7 @@ are any.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ LIST_CHANGES = (
 SUBSCRIPTION_META = "io.modelcontextprotocol/subscriptionId"
 ACKNOWLEDGED = "notifications/subscriptions/acknowledged"
 
+_REVISION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _UNCACHED = {"ttlMs": 0, "cacheScope": "private"}
 
 
@@ -71,8 +73,10 @@ def link_text(account: Account, link: str | None) -> str:
 def announced_version(catalog: Catalog | None, requested: object) -> str:
     """Return the revision to answer an ``initialize`` with: what the server would, as far as that is known."""
     known = catalog.initialize.get(requested) if catalog is not None and isinstance(requested, str) else None
-    version = known.get("protocolVersion") if known is not None else requested
-    return version if isinstance(version, str) and version in SESSION_VERSIONS else SESSION_VERSIONS[-1]
+    answered = known.get("protocolVersion") if known is not None else None
+    if isinstance(answered, str) and _REVISION.fullmatch(answered):
+        return answered
+    return requested if isinstance(requested, str) and requested in SESSION_VERSIONS else SESSION_VERSIONS[-1]
 
 
 def initialize_result(account: Account, version: str, catalog: Catalog | None, link: str | None) -> Json:

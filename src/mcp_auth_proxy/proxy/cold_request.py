@@ -152,5 +152,9 @@ class ColdRequest:
 
     async def responded(self, status: int) -> None:
         """Note the status of the server's response: its session, or that of the client, may have ended."""
-        if self.session is not None and (status == 404 or self._request.method == b"DELETE"):
-            await self._sessions.end(self.session)
+        session = self.session
+        if session is None:
+            return
+        # Without a session id, 404 can't be about a session.
+        if self._request.method == b"DELETE" or (status == 404 and session.state.upstream_id):
+            await self._sessions.end(session)

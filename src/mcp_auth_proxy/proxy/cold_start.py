@@ -58,7 +58,7 @@ class ColdStart:
     def wait(self, request: ClientRequest, body: RequestBody, session: OwnSession | None) -> float | None:
         """Return the seconds that a request waits for consent at most; None: as long as any other."""
         if session is not None and request.method == b"GET":
-            return float("inf")
+            return float("inf") if _accepts_events(request) else None
         message = _only(body) if self.enabled or session is not None else None
         if message is None:
             return None
@@ -115,9 +115,8 @@ class ColdStart:
         message = _only(body) if self.enabled else None
         if message is None:
             return False
-        if link is None:
-            link = self._address(route.account)
-        shown = link if route.may_authorize else None
+        address = link or self._address(route.account)
+        shown = address if route.may_authorize else None
         account = route.account
         headers: Headers = []
         result: Json | None = None
@@ -130,9 +129,14 @@ class ColdStart:
                 result = cold_answers.discover_result(account, catalog, shown)
             case method if method in LISTS:
                 result = cold_answers.list_result(message, account, catalog, shown)
-        if result is None:
+        if result is None and (link is not None or message.method != "server/discover"):
             return False
-        await responder.answer(200, encode(cold_answers.response(message, result)), headers)
+        document = cold_answers.response(message, result) if result is not None else None
+        if document is None:
+            # A client that probes goes on with `initialize` only once it has an answer.
+            text, server = cold_answers.link_text(account, shown), route.server.name
+            document = answers.failure(message, text, code=answers.AUTHORIZATION_REQUIRED, server=server)
+        await responder.answer(200, encode(document), headers)
         return True
 
     async def _begin(

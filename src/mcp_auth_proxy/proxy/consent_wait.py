@@ -24,6 +24,8 @@ COMMENT_INTERVAL = 5.0
 DISCOVER_WAIT = 8.0
 """Seconds that ``server/discover`` is held at most: clients probe with a time-out of 10 s."""
 
+_WAITING = b"waiting for the user to authorize"
+
 RETRY_WAIT = 45.0
 """Seconds that a retry after ``input_required`` is held at least: if it were answered at once, clients would spin."""
 
@@ -77,14 +79,18 @@ class ConsentWait:
             return None
         if body.consent_action in ("decline", "cancel"):
             self._declines.add(route.principal, route.server.name)
-        if not pending.done and await self._answer_declined(body, responder, route):
+        limit = 0.0 if at_once else self._limit(request, body, session)
+        if not pending.done and limit != FOREVER and await self._answer_declined(body, responder, route):
             return None
         may_stream = _may_stream(request, body)
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + (0.0 if at_once else self._limit(request, body, session))
+        deadline = loop.time() + limit
         opening = self._cold_start.opening(request, body)
         if opening is not None and not at_once:
             await responder.send_event(encode(opening))
+        elif limit == FOREVER and session is not None:
+            await responder.keep_alive(_WAITING)
+            self._listen(request, session, route)
         while True:
             left = deadline - loop.time()
             token = await pending.wait(min(COMMENT_INTERVAL, left), self._draining)
@@ -97,7 +103,12 @@ class ConsentWait:
                 await self._answer_with_link(await self._broker.fresh_link(pending), request, body, responder, route)
                 return None
             if may_stream:
-                await responder.keep_alive(b"waiting for the user to authorize")
+                await responder.keep_alive(_WAITING)
+
+    def _listen(self, request: ClientRequest, session: OwnSession, route: Route) -> None:
+        """Let the end of an elicitation be told on a held stream: the server may have no stream to go on with."""
+        if session.elicits:
+            self._elicitations.listens(route.account, session.client_id(route.rules), request)
 
     def _limit(self, request: ClientRequest, body: RequestBody, session: OwnSession | None) -> float:
         cold = self._cold_start.wait(request, body, session)

@@ -83,10 +83,10 @@ class OwnSession:
                 upstream_id = state.upstream_id.encode("latin-1")
                 if upstream_id:
                     kept.append((name, session_ids.for_client(upstream_id, rules.sessions)))
-            elif name == _VERSION and older:
-                kept.append((name, state.negotiated.encode("latin-1")))
-            else:
+            elif name != _VERSION or not older:
                 kept.append((name, value))
+        if older:
+            kept.append((_VERSION, state.negotiated.encode("latin-1")))
         return kept
 
 
