@@ -18,7 +18,18 @@ from fakes.fixtures import RealMcpServer, Servers
 from fakes.headless import Browser, consent, decline
 from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import PlainClient
-from fakes.proxy import link_in, proxy_process, run_command, running_proxy, start_command, unnamed, until, write_config
+from fakes.proxy import (
+    Environment,
+    link_in,
+    proxy_process,
+    run_command,
+    running_proxy,
+    serving,
+    start_command,
+    unnamed,
+    until,
+    write_config,
+)
 from fakes.proxy_setup import proxy_setup
 
 TOOLS = ["add", "count", "echo", "large", "whoami", "write_note"]
@@ -124,6 +135,15 @@ async def test_login_with_a_running_proxy_leaves_the_callback_to_it(
         assert await proxy.stop() == 0
     assert proxy.links == []
     assert (authorization_server.authorizations, authorization_server.registrations) == (1, 1)
+
+
+async def test_login_to_a_url_finds_its_proxy_at_another_address(servers: Servers, tmp_path: Path) -> None:
+    url = (await servers.mcp_server(await servers.authorization_server())).url
+    env: Environment = {"HOME": str(tmp_path), "XDG_DATA_HOME": None, "XDG_CONFIG_HOME": None}
+    async with serving(url, "--listen", "127.0.0.1:0", env=env, cwd=tmp_path) as proxy:
+        code, out, err = await run_command("login", url, "--no-wait", env=env, cwd=tmp_path)
+        assert (code, out.startswith(f"{proxy.origin}/connect/")) == (0, True), err
+        assert "No proxy is running" not in err
 
 
 async def test_login_shows_the_link_that_a_waiting_request_has_already(config: Path) -> None:

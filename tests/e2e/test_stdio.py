@@ -305,10 +305,17 @@ async def test_a_proxy_elsewhere_is_used_with_a_key(upstream: FakeMcpServer, tmp
         assert "can't be reached" in (await bridge.answer(1))["error"]["message"]
 
 
+async def test_a_proxy_that_asks_for_no_key_is_used_without_one(upstream: FakeMcpServer, tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"notes": upstream.url})
+    async with proxy_process(config) as proxy, bridge_process("notes", "--url", proxy.origin) as bridge:
+        await bridge.initialize()
+        assert await echo(bridge, 1) == "text 1"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("notes", "--url", "https://proxy.example.com"), "--api-key"),
+        (("notes", "--url", "https://proxy.example.com", "--config", "x.yaml"), "not both"),
         (("https://a.example/mcp", "--url", "https://proxy.example.com", "--api-key", "env:K"), "name of a server"),
         (("notes", "--url", "http://proxy.example.com", "--api-key", "env:K"), "https://"),
         (("notes", "--url", "https://proxy.example.com", "--api-key", "mapk_1"), "env:NAME or file:PATH"),

@@ -349,12 +349,12 @@ async def test_files_are_kept_by_browsers_until_they_change(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("keys", [False, True])
 def test_clients_can_read_what_they_are_told(keys: bool) -> None:
-    url = "http://127.0.0.1:8787/linear@work/mcp"
-    setups = {setup.client: setup.text for setup in client_setups("linear-work", url, keys=keys)}
+    base, url = "http://127.0.0.1:8787", "http://127.0.0.1:8787/linear@work/mcp"
+    setups = {setup.client: setup.text for setup in client_setups("linear@work", base, keys=keys)}
     assert list(setups) == ["Claude Code", "Claude Desktop", "Cursor", "VS Code", "Codex", "Gemini CLI"]
     assert setups["Claude Code"].startswith(f"claude mcp add --transport http linear-work {url}")
     desktop = json.loads(setups["Claude Desktop"])["mcpServers"]["linear-work"]
-    assert (desktop["command"], desktop["args"][:2]) == ("mcp-auth-proxy", ["stdio", url])
+    assert (desktop["command"], desktop["args"][:4]) == ("mcp-auth-proxy", ["stdio", "linear@work", "--url", base])
     assert json.loads(setups["Cursor"])["mcpServers"]["linear-work"]["url"] == url
     code = json.loads(setups["VS Code"])["servers"]["linear-work"]
     assert (code["type"], code["url"]) == ("http", url)

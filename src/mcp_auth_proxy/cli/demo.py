@@ -62,8 +62,9 @@ class Story:
 
 async def demo() -> int:
     """Run the demo and return the exit code. Raises McpAuthProxyError if a step is missing or fails."""
-    # The SDK logs each session at INFO, which would clutter the output.
     logging.getLogger("mcp_auth_proxy").setLevel(logging.ERROR)
+    # The SDK's client logs an error if something arrives while it closes. What matters here is raised.
+    logging.getLogger("mcp").setLevel(logging.CRITICAL)
     story = Story()
     with tempfile.TemporaryDirectory(prefix="mcp-auth-proxy-demo-") as folder:
         async with _servers(story) as (authorization_server, resource):

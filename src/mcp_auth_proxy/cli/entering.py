@@ -95,24 +95,30 @@ def _place(servers: Collection[str], config_file: str | None, url: str | None, a
 
 
 def _single_place(servers: Collection[str]) -> "Place | None":
-    """Return the proxy of ``serve URL``, if it was ever run; its store knows the servers."""
+    """Return the proxy of ``serve URL``, if it was ever run; it knows its server, and the store earlier ones."""
     from mcp_auth_proxy.cli.install import command
     from mcp_auth_proxy.config.load import single_store
+    from mcp_auth_proxy.config.settings import reachable
+    from mcp_auth_proxy.store import serving
 
     store = single_store(environ=os.environ)
     if not store.path.exists():
         return None
+    running = {process.name: process for process in serving.processes(store) if process.name}
     _require_known(servers, _known_here(None) or ())
-    return command.Place(url=command.served_url(store))
+    found = [running[name] for name in (each.partition("@")[0] for each in servers) if name in running]
+    base = f"http://{reachable(found[0].address)}" if found else command.served_url(store)
+    # There is no file in which `stdio` would find the server's name.
+    return command.Place(url=base, options=("--url", base))
 
 
 def _known_here(config_file: str | None) -> Collection[str] | None:
-    """Return the servers of the configuration or, without one, of the store of ``serve URL``; else None."""
+    """Return the servers of the configuration or, without one, those that ``serve URL`` serves or served; else None."""
     import asyncio
 
     from mcp_auth_proxy.broker import stored_servers
     from mcp_auth_proxy.config.load import single_store
-    from mcp_auth_proxy.store import open_store
+    from mcp_auth_proxy.store import open_store, serving
 
     if location.find(config_file, os.environ) is not None:
         return list(settings_from(config_file, secrets_of=()).servers)
@@ -125,7 +131,9 @@ def _known_here(config_file: str | None) -> Collection[str] | None:
         finally:
             await database.close()
 
-    return asyncio.run(read()) if store.path.exists() else None
+    if not store.path.exists():
+        return None
+    return {*asyncio.run(read()), *(process.name for process in serving.processes(store) if process.name)}
 
 
 def _require_known(servers: Collection[str], known: Collection[str]) -> None:

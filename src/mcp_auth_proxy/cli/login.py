@@ -67,6 +67,7 @@ async def login(settings: Settings, name: str, *, owner: str | None = None, opti
     # The secrets of the other servers may be missing here: their grants are left to the running proxy.
     # Nobody needs the API of this process, which would leave its key behind.
     settings = replace(settings, servers={server.name: server}, admin=replace(settings.admin, enabled=False))
+    settings = _at_its_proxy(settings, server)
     new_key: list[str] = []
     async with AsyncExitStack() as stack:
         stack.enter_context(provisional_store(settings.store))
@@ -95,6 +96,15 @@ async def login(settings: Settings, name: str, *, owner: str | None = None, opti
             say(client_line(f"{application.public_url}/{quote(name_of(account), safe='@')}/mcp"))
         say(offer(tool.name for tool in await _tools(application, server, account)))
     return 0
+
+
+def _at_its_proxy(settings: Settings, server: ServerSettings) -> Settings:
+    """Return the settings with the address of the proxy that runs for this URL, which no file names."""
+    if settings.source is not None:
+        return settings
+    mark = serving.server_mark(server.url)
+    found = next((process for process in serving.processes(settings.store) if process.only == mark), None)
+    return settings if found is None else replace(settings, listen=found.address)
 
 
 def _take_callback(

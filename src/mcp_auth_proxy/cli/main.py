@@ -105,8 +105,8 @@ def stdio(server: str, config_file: str | None, url: str | None, api_key: str | 
 
     _check_form(server)
     if url is not None:
-        if config_file is not None or api_key is None:
-            raise click.UsageError("--url needs --api-key env:NAME, and no --config.")
+        if config_file is not None:
+            raise click.UsageError("Give --url or --config, not both.")
         if "://" in server:
             raise click.UsageError("SERVER must be the name of a server of the proxy at --url.")
         run(command.over_remote_proxy(url, server, key_source=api_key))

@@ -36,7 +36,8 @@ async def serve_forever(settings: Settings, file: ConfigFile | None, *, for_brid
     ``file`` is what ``settings`` were read from, and is read again when it changes; None if there is no file.
     ``for_bridges``: a bridge of ``stdio`` has started this process, which ends when there is none any more.
     """
-    only = "" if file is not None else serving.server_mark(next(iter(settings.servers.values())).url)
+    given = None if file is not None else next(iter(settings.servers.values()))
+    only, name = ("", "") if given is None else (serving.server_mark(given.url), given.name)
     descriptors.raise_limit()
     if warning := first_contact_warning(settings.servers):
         logger.warning("%s", warning)
@@ -56,7 +57,7 @@ async def serve_forever(settings: Settings, file: ConfigFile | None, *, for_brid
             sockets.enter_context(health)
         await loops.check(settings, address, effective_public_url(settings, address), resolver=Resolver())
         async with lifespan(settings, address, announce_key=complain) as application:
-            lock = serving.hold(settings.store, bound(sock), only=only, for_bridges=for_bridges)
+            lock = serving.hold(settings.store, bound(sock), only=only, name=name, for_bridges=for_bridges)
             server = Server(application, health=health, before_close=lock.release)
             bridges = serving_bridges(application, server, only=only) if for_bridges else nullcontext()
             async with returning_memory(), bridges, reloading(application, file, stop=server.drain_and_exit):

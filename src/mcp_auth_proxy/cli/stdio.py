@@ -41,8 +41,8 @@ async def over_local_proxy(
     return await _carry(proxy, {}, key=key, limit=settings.limits.body)
 
 
-async def over_remote_proxy(url: str, server: str, *, key_source: str) -> int:
-    """Run over a proxy that runs elsewhere. Raises ConfigurationError."""
+async def over_remote_proxy(url: str, server: str, *, key_source: str | None) -> int:
+    """Run over a proxy that runs elsewhere, or was started by somebody else. Raises ConfigurationError."""
     from mcp_auth_proxy.cli.remote_proxy import checked_url
 
     base = urls.parse(checked_url(url))

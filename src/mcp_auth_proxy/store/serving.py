@@ -15,13 +15,15 @@ class Serving(Protocol):
         """Tell the others that this process no longer serves. May be called again."""
 
 
-def hold(settings: StoreSettings, address: Address, *, only: str = "", for_bridges: bool = False) -> Serving:
+def hold(
+    settings: StoreSettings, address: Address, *, only: str = "", name: str = "", for_bridges: bool = False
+) -> Serving:
     """Tell other processes that this one serves the store at ``address``: a number, and the real port.
 
-    ``only`` is the ``server_mark`` of the server that it was given instead of a configuration; ``for_bridges``: a
-    bridge of ``stdio`` has started it.
+    ``only`` is the ``server_mark`` of the server that it was given instead of a configuration, ``name`` its name;
+    ``for_bridges``: a bridge of ``stdio`` has started it.
     """
-    return sqlite.ServingLock(settings.path.resolve(), address, only=only, for_bridges=for_bridges)
+    return sqlite.ServingLock(settings.path.resolve(), address, only=only, name=name, for_bridges=for_bridges)
 
 
 def server_mark(url: str) -> str:

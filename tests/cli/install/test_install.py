@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fakes.mcp_client import PlainClient
-from fakes.proxy import Environment, Json, proxy_process, run_command, write_config
+from fakes.proxy import Environment, Json, proxy_process, run_command, serving, write_config
 from mcp_auth_proxy.cli import main
 from mcp_auth_proxy.cli.install import CLIENT_NAMES
 from mcp_auth_proxy.cli.install.files import BACKUP
@@ -298,3 +298,15 @@ async def test_the_entry_leads_to_the_running_proxy(tmp_path: Path) -> None:
         async with PlainClient(url) as client:
             assert "away" in (await client.initialize()).message["error"]["message"]
         assert await proxy.stop() == 0
+
+
+async def test_a_program_finds_a_proxy_that_has_no_configuration(tmp_path: Path) -> None:
+    env: Environment = {"HOME": str(tmp_path), "XDG_DATA_HOME": None, "XDG_CONFIG_HOME": None}
+    async with serving("http://127.0.0.1:9/mcp", "--listen", "127.0.0.1:0", env=env, cwd=tmp_path) as proxy:
+        code, _, err = await run_command("install", "claude-desktop", "server", env=env, cwd=tmp_path)
+        assert code == 0, err
+        file = tmp_path / ".config/Claude/claude_desktop_config.json"
+        entry = entries_of("claude-desktop", file.read_bytes())["server"]
+        assert entry["args"] == ["stdio", "server", "--url", proxy.origin]
+        code, _, err = await run_command("install", "claude-desktop", "server", "--remove", env=env, cwd=tmp_path)
+        assert (code, file.exists()) == (0, False), err

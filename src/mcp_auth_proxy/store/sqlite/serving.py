@@ -29,6 +29,8 @@ class Served:
     address: Address
     only: str = ""
     """What stands for the server that it was given instead of a configuration; else empty."""
+    name: str = ""
+    """The name of that server; else empty."""
     for_bridges: bool = False
     """Whether a bridge of ``stdio`` has started it."""
 
@@ -36,7 +38,9 @@ class Served:
 class ServingLock:
     """The file of this process, locked from ``hold`` to ``release``."""
 
-    def __init__(self, store: Path, address: Address, *, only: str = "", for_bridges: bool = False) -> None:
+    def __init__(
+        self, store: Path, address: Address, *, only: str = "", name: str = "", for_bridges: bool = False
+    ) -> None:
         """Lock a file that says that this process serves the store at ``address``; remove those of dead processes.
 
         If that fails, it is logged: the proxy serves all the same, but ``login`` does not believe it.
@@ -45,7 +49,7 @@ class ServingLock:
         self._descriptor: int | None = None
         try:
             _remove_leftovers(store)
-            self._descriptor = _lock(self._path, _content(store, Served(address, only, for_bridges)))
+            self._descriptor = _lock(self._path, _content(store, Served(address, only, name, for_bridges)))
         except OSError as error:
             logger.warning(
                 "store: %s can't be made and locked (%s), so `login` can't tell that this proxy is running",
@@ -102,8 +106,9 @@ class _Candidate:
             if content["store"] != [database.st_dev, database.st_ino]:
                 return None
             address = Address(str(content["host"]), int(content["port"]))
-            # Older versions write neither.
-            return Served(address, str(content.get("only", "")), content.get("for_bridges") is True)
+            # Older versions write none of these.
+            only, name = str(content.get("only", "")), str(content.get("name", ""))
+            return Served(address, only, name, content.get("for_bridges") is True)
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -128,7 +133,7 @@ def _files(store: Path) -> Iterator[Path]:
 def _content(store: Path, served: Served) -> bytes:
     found, address = store.stat(), served.address
     text = {"store": [found.st_dev, found.st_ino], "host": address.host, "port": address.port, "pid": os.getpid()}
-    return json.dumps({**text, "only": served.only, "for_bridges": served.for_bridges}).encode()
+    return json.dumps({**text, "only": served.only, "name": served.name, "for_bridges": served.for_bridges}).encode()
 
 
 def _lock(path: Path, content: bytes) -> int:

@@ -17,11 +17,15 @@ class ClientSetup:
     text: str
 
 
-def client_setups(name: str, url: str, *, keys: bool) -> tuple[ClientSetup, ...]:
-    """Return how to add a server to each client. ``keys``: whether callers need one, which a variable has."""
+def client_setups(server: str, public_url: str, *, keys: bool) -> tuple[ClientSetup, ...]:
+    """Return how to add a server, or ``SERVER@ACCOUNT``, to each client.
+
+    ``keys``: whether callers need one, which a variable has.
+    """
+    name, url = _entry_name(server), f"{public_url}/{server}/mcp"
     return (
         ClientSetup("Claude Code", "in a terminal", _claude_code(name, url, keys=keys)),
-        ClientSetup("Claude Desktop", "claude_desktop_config.json", _claude_desktop(name, url, keys=keys)),
+        ClientSetup("Claude Desktop", "claude_desktop_config.json", _claude_desktop(server, public_url, keys=keys)),
         ClientSetup("Cursor", "~/.cursor/mcp.json", _cursor(name, url, keys=keys)),
         ClientSetup("VS Code", ".vscode/mcp.json, or the user's mcp.json", _vs_code(name, url, keys=keys)),
         ClientSetup("Codex", "~/.codex/config.toml", _codex(name, url, keys=keys)),
@@ -29,15 +33,20 @@ def client_setups(name: str, url: str, *, keys: bool) -> tuple[ClientSetup, ...]
     )
 
 
+def _entry_name(server: str) -> str:
+    # Not every client takes the @ of an account.
+    return server.replace("@", "-")
+
+
 def _claude_code(name: str, url: str, *, keys: bool) -> str:
     header = f' --header "Authorization: Bearer ${KEY_VARIABLE}"' if keys else ""
     return f"claude mcp add --transport http {shlex.quote(name)} {shlex.quote(url)}{header}"
 
 
-def _claude_desktop(name: str, url: str, *, keys: bool) -> str:
+def _claude_desktop(server: str, public_url: str, *, keys: bool) -> str:
     # It starts programs, and opens no address by itself.
-    arguments = ["stdio", url, *(["--api-key", f"env:{KEY_VARIABLE}"] if keys else [])]
-    return _json({"mcpServers": {name: {"command": "mcp-auth-proxy", "args": arguments}}})
+    arguments = ["stdio", server, "--url", public_url, *(["--api-key", f"env:{KEY_VARIABLE}"] if keys else [])]
+    return _json({"mcpServers": {_entry_name(server): {"command": "mcp-auth-proxy", "args": arguments}}})
 
 
 def _cursor(name: str, url: str, *, keys: bool) -> str:

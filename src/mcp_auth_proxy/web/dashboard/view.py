@@ -46,6 +46,10 @@ _ACTIONS = {
     "keys.delete": "revoked an API key",
     "principals.create": "added a principal",
     "principals.change": "changed a principal",
+    "principals.delete_grants": "deleted the grants of a principal",
+    "oauth-clients.create": "added an OAuth client",
+    "oauth-clients.change": "changed an OAuth client",
+    "oauth-clients.delete": "deleted an OAuth client",
 }
 
 FindPrincipal = Callable[[str], Principal | None]
@@ -171,7 +175,7 @@ def card(server: ServerSettings, connection: AccountConnection, rights: Rights, 
         shared=server.grant_owner == "shared",
         asks_user=not server.oauth.grant.unattended,
         rights=rights,
-        setups=client_setups(name.replace("@", "-"), address, keys=keys),
+        setups=client_setups(name, public_url, keys=keys),
     )
 
 
