@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fakes.fixtures import Servers
 from fakes.headless import consent
-from fakes.http_exchange import FakeResponse, RecordedRequest, sse
+from fakes.http_exchange import FakeResponse, RecordedRequest
 from fakes.mcp_client import MODERN, PlainClient, read
-from fakes.proxy import link_in, running_proxy, until
+from fakes.proxy import link_in, until
 from fakes.proxy_setup import proxy_setup
 
 COLD: dict[str, Any] = {"wait": "5s", "cold_start": True}
