@@ -298,3 +298,16 @@ async def test_the_entry_leads_to_the_running_proxy(tmp_path: Path) -> None:
         async with PlainClient(url) as client:
             assert "away" in (await client.initialize()).message["error"]["message"]
         assert await proxy.stop() == 0
+
+
+def test_t46_new_folders_are_for_the_user_alone_whatever_the_umask_is(machine: Machine) -> None:
+    before = os.umask(0)
+    try:
+        code, _, err = machine.install("vscode", "linear")
+    finally:
+        os.umask(before)
+    assert code == 0, err
+    path = machine.file("vscode")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for folder in (path.parent, path.parent.parent, path.parent.parent.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
