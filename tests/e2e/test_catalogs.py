@@ -247,3 +247,17 @@ async def test_only_some_servers_are_asked_at_a_time(
         assert await wait_until_stable(lambda: len(upstream.calls("initialize"))) == 2
         gate.set()
         await until(lambda: len(upstream.calls("initialize")) == 3)
+
+
+async def test_t90_a_server_that_is_slow_keeps_nobody_from_asking_another(servers: Servers, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server(auto_consent=True)
+    slow, good = await servers.mcp_server(issuer), await servers.mcp_server(issuer)
+    gate = asyncio.Event()
+    slow.answers["initialize"] = lambda received: FakeResponse(gate=gate, status=500)
+    async with running_proxy(tmp_path, {"slow": slow.url, "good": good.url}, authorization=COLD) as proxy:
+        for name in ("slow@a", "slow@b", "slow@c", "slow@d", "good"):
+            async with proxy.client(name) as client:
+                await consent(link_in((await client.call("echo", text="x")).message))
+        await until(lambda: good.calls("tools/list"))
+        assert len(slow.calls("initialize")) == catalogs.FETCHES_OF_SERVER
+        gate.set()

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.http_exchange import FakeResponse, RecordedRequest
 from fakes.mcp_client import MODERN, PlainClient, read
-from fakes.proxy import link_in, until
+from fakes.proxy import link_in, until, write_config
 from fakes.proxy_setup import proxy_setup
+from mcp_auth_proxy.config.changes import compare
+from mcp_auth_proxy.config.load import load
 
 COLD: dict[str, Any] = {"wait": "5s", "cold_start": True}
 
@@ -89,6 +93,61 @@ async def test_t90_a_server_whose_sessions_look_like_ours(servers: Servers, tmp_
                 reply = await other.call("echo", text=text)
                 assert (reply.status, reply.text) == (200, text)
                 assert setup.upstream.calls("tools/call")[-1].header("mcp-session-id") == own
-        deleted = [call for call in setup.upstream.calls("DELETE")]
         await until(lambda: setup.upstream.calls("DELETE"))
-        assert all(call.header("mcp-session-id") == own for call in deleted)
+        assert all(call.header("mcp-session-id") == own for call in setup.upstream.calls("DELETE"))
+
+
+async def test_t90_a_session_does_not_move_with_the_name_of_its_server(servers: Servers, tmp_path: Path) -> None:
+    async with cold(servers, tmp_path) as setup:
+        first = await setup.client.initialize()
+        await consent(link_in(first.message))
+        assert (await setup.client.call("echo", text="x")).text == "x"
+        other = await servers.mcp_server(setup.issuer, sessions_on=True, protected=False)
+        path = write_config(tmp_path, {"notes": {"url": other.url}}, authorization=COLD)
+        application = setup.proxy.application
+        application.apply(compare(application.settings, load(path)))
+        assert (await setup.client.call("echo", text="y")).status == 404
+        assert not other.calls()
+
+
+async def test_t90_an_answer_to_initialize_that_never_ends_is_not_read_for_long(
+    servers: Servers, tmp_path: Path
+) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1
+            yield sse({"jsonrpc": "2.0", "method": "notifications/message", "params": {"data": "x" * 60_000}})
+
+    async with cold(servers, tmp_path) as setup:
+        first = await setup.client.initialize()
+        setup.upstream.answers["initialize"] = FakeResponse.events(endless)
+        await consent(link_in(first.message))
+        async with asyncio.timeout(10):
+            reply = await setup.client.call("echo", text="x")
+        assert reply.status in (200, 502)
+        assert "longer than" in reply.error["message"]
+
+
+@pytest.mark.parametrize("listening", ["GET", "subscriptions/listen"])
+async def test_t90_streams_that_wait_leave_places_to_requests(servers: Servers, tmp_path: Path, listening: str) -> None:
+    async with (
+        cold(
+            servers, tmp_path, limits={"held": 8}, client={"version": MODERN if listening != "GET" else "2025-11-25"}
+        ) as setup,
+        AsyncExitStack() as open_streams,
+    ):
+        client = setup.client
+        if listening == "GET":
+            await client.initialize()
+        else:
+            await client.call("echo")
+        statuses = []
+        for _ in range(8):
+            given = (None, None) if listening == "GET" else (listening, {"notifications": {"toolsListChanged": True}})
+            response, _ = await open_streams.enter_async_context(client.stream(*given))
+            statuses.append(response.headers["content-type"].startswith("text/event-stream"))
+        assert statuses == [True] * 4 + [False] * 4
+        assert setup.proxy.application.forwarder.held.used == 4

@@ -1,9 +1,10 @@
 """The client for what the proxy itself asks: pages, bounds, event streams, revisions, and the end of its sessions."""
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,8 +15,9 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import MethodRefused, UpstreamProtocolError
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
+from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy.routes import route_to
-from mcp_auth_proxy.proxy.server_client import MAX_BODY, MAX_ITEMS, MAX_PAGES, Challenged, ServerClient
+from mcp_auth_proxy.proxy.server_client import MAX_BODY, MAX_ITEMS, MAX_PAGES, Challenged, ServerClient, read_answer
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 
 EVENTS = (("content-type", "text/event-stream"),)
@@ -148,3 +150,22 @@ async def test_a_refused_method_is_told_from_a_refused_token(upstream: FakeMcpSe
         with pytest.raises(Challenged) as challenged:
             await client.request("ping", {})
     assert (challenged.value.status, challenged.value.challenge, challenged.value.nonce) == (401, [b"B"], [])
+
+
+async def test_t82_a_stream_in_small_parts_takes_no_more_time_than_one_in_large_parts() -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        yield b'data: {"data": "' + b"x" * 900_000
+        for _ in range(20_000):
+            yield b"x"
+        yield b'"}\n\ndata: {"id": 1, "result": {}}\n\n'
+
+    began = time.process_time()
+    answer = await read_answer(cast("Response", Streaming()), 1, parts())
+    assert answer["result"] == {}
+    assert time.process_time() - began < 2
+
+
+class Streaming:
+    """The head of a response that is an event stream."""
+
+    headers = ((b"content-type", b"text/event-stream"),)

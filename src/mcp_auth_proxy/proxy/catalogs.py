@@ -9,6 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.broker.matching import upstream_of
@@ -24,8 +25,11 @@ from mcp_auth_proxy.store.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-FETCHES = 2
+FETCHES = 4
 """Fetches at a time; the others wait."""
+
+FETCHES_OF_SERVER = 2
+"""Those of one server, so that a slow one leaves some to the others."""
 
 MAX_WAITING = 1000
 """Fetches that wait or run at most. What exceeds that is fetched after another start."""
@@ -74,6 +78,7 @@ class ServerCatalogs:
         self._tasks: dict[Account, asyncio.Task[None]] = {}
         self._again: set[Account] = set()
         self._slots = asyncio.Semaphore(FETCHES)
+        self._slots_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def aclose(self) -> None:
         """Stop all fetches."""
@@ -148,7 +153,8 @@ class ServerCatalogs:
             self.connected(account)
 
     async def _run(self, account: Account) -> None:
-        async with self._slots:
+        own = self._slots_of.setdefault(account.server, asyncio.Semaphore(FETCHES_OF_SERVER))
+        async with own, self._slots:
             server, granted_at = self._servers.get(account.server), self._broker.granted_at(account)
             if server is None or granted_at is None:
                 return

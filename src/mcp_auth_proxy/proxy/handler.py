@@ -299,6 +299,7 @@ class RequestHandler:
         try:
             with self._hold(or_refuse=False):
                 self.listening = self._cold.listens
+                crowded = self.listening and self._context.held.is_crowded(self.route.server.name)
                 return await self._context.consent.token(
                     pending,
                     self._request,
@@ -306,7 +307,7 @@ class RequestHandler:
                     self._responder,
                     self.route,
                     session=session,
-                    at_once=not self.held,
+                    at_once=crowded or not self.held,
                 )
         finally:
             self.listening = False

@@ -19,10 +19,9 @@ from mcp_auth_proxy.models import AccessToken, Account
 from mcp_auth_proxy.net.http_head import Fields, Headers
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.proxy import cold_answers, session_ids
-from mcp_auth_proxy.proxy.decoding import decoded
 from mcp_auth_proxy.proxy.headers import FieldRules
 from mcp_auth_proxy.proxy.routes import Route
-from mcp_auth_proxy.proxy.server_client import read_answer
+from mcp_auth_proxy.proxy.server_client import bounded, read_answer
 from mcp_auth_proxy.proxy.session_ids import OWN_PREFIX
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.rpc.encoding import encode
@@ -48,19 +47,18 @@ _JSON: Headers = [(b"content-type", b"application/json"), (b"accept", b"applicat
 class OwnSession:
     """One session. ``id`` is the proxy's, without the signature that the client's has if callers are identified."""
 
-    def __init__(self, session_id: str, account: Account, state: SessionState) -> None:
+    def __init__(self, session_id: str, account: Account, upstream: str, state: SessionState) -> None:
         self.id = session_id
         self.account = account
+        self.upstream = upstream
+        """The URL of the server that it is a session with."""
         self.state = state
         self.lock = asyncio.Lock()
         self.listeners = 0
         """GET streams of the client that wait for consent in this process."""
         self._fields: tuple[Fields, SessionState, Fields] | None = None
-
-    @property
-    def elicits(self) -> bool:
+        self.elicits = any(message.url_elicitation for message in RequestBody(state.initialize).messages)
         """Whether the client declared that it can show URLs to the user."""
-        return any(message.url_elicitation for message in RequestBody(self.state.initialize).messages)
 
     def client_id(self, rules: FieldRules) -> bytes:
         """Return the session's id as its client has it."""
@@ -103,19 +101,20 @@ class OwnSessions:
         """Begin a session for a client that has sent ``initialize``, and store it. Raises StoreUnavailable."""
         session_id = OWN_PREFIX.decode() + secrets.token_urlsafe(24)
         state = SessionState(initialize=content, announced=announced)
-        await self._store.add(session_id, route.account, state, upstream=upstream_of(route.server), now=self._clock())
-        return self._keep(OwnSession(session_id, route.account, state))
+        upstream = upstream_of(route.server)
+        await self._store.add(session_id, route.account, state, upstream=upstream, now=self._clock())
+        return self._keep(OwnSession(session_id, route.account, upstream, state))
 
     async def find(self, session_id: bytes, route: Route) -> OwnSession:
         """Return the session of an account. Raises SessionNotFound and StoreUnavailable."""
-        name = session_id.decode("latin-1")
+        name, upstream = session_id.decode("latin-1"), upstream_of(route.server)
         session = self._sessions.get(name)
         if session is None:
-            state = await self._store.find(name, route.account, upstream=upstream_of(route.server))
+            state = await self._store.find(name, route.account, upstream=upstream)
             if state is None:
                 raise SessionNotFound
-            session = self._sessions.get(name) or self._keep(OwnSession(name, route.account, state))
-        if session.account != route.account:
+            session = self._sessions.get(name) or self._keep(OwnSession(name, route.account, upstream, state))
+        if session.account != route.account or session.upstream != upstream:
             raise SessionNotFound
         self._sessions.move_to_end(name)
         return session
@@ -201,7 +200,7 @@ class OwnSessions:
         result = None
         if 200 <= response.status < 300:
             response.expire_after(OPEN_SECONDS)
-            answer = await read_answer(response, message.id, decoded(response))
+            answer = await read_answer(response, message.id, bounded(response))
             result = answer.get("result")
         if not isinstance(result, Mapping):
             # It may speak revisions without sessions alone. The client finds out when it begins a new one.

@@ -35,6 +35,10 @@ class Quota:
         self.used = used
         return True
 
+    def is_crowded(self, server: str) -> bool:
+        """Return whether a server has more than half of what it gets: what waits without end takes no more."""
+        return self._by_server.get(server, 0) > max(1, self.share // 2)
+
     def give_back(self, server: str, amount: int) -> None:
         """Give back what was taken."""
         self.used -= amount

@@ -17,6 +17,7 @@ from mcp_auth_proxy.proxy.probe import PROTOCOL_VERSION, close_session, params_o
 from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.rpc import encoding, events
+from mcp_auth_proxy.rpc.event_parser import EventParser
 
 MAX_BODY = 1024 * 1024
 """Bytes of one response."""
@@ -138,11 +139,18 @@ class ServerClient:
 
     async def _parts(self, response: Response) -> AsyncIterator[bytes]:
         """Yield the body in parts, as long as the server has not sent too much in all."""
-        async for part in decoded(response):
+        async for part in bounded(response, MAX_TOTAL - self._received):
             self._received += len(part)
-            if self._received > MAX_TOTAL:
-                raise UpstreamProtocolError(f"its answers are longer than {MAX_TOTAL // 1024} KiB in all.")
             yield part
+
+
+async def bounded(response: Response, left: int = MAX_TOTAL) -> AsyncIterator[bytes]:
+    """Yield the decoded body in parts, as long as it has not more than ``left`` bytes. Raises UpstreamProtocolError."""
+    async for part in decoded(response):
+        left -= len(part)
+        if left < 0:
+            raise UpstreamProtocolError(f"its answers are longer than {MAX_TOTAL // 1024} KiB in all.")
+        yield part
 
 
 async def read_answer(response: Response, request_id: object, parts: AsyncIterator[bytes]) -> Mapping[str, Any]:
@@ -163,18 +171,15 @@ async def read_answer(response: Response, request_id: object, parts: AsyncIterat
 
 
 async def _messages(parts: AsyncIterator[bytes]) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield the JSON-RPC messages of an event stream (WHATWG HTML §9.2)."""
-    rest, data = b"", bytearray()
+    """Yield the JSON-RPC messages of an event stream."""
+    parser = EventParser(limit=MAX_BODY)
     async for part in parts:
-        *lines, rest = (rest + part).replace(b"\r\n", b"\n").split(b"\n")
-        _check_size(rest)
-        for line in lines:
-            if line.startswith(b"data:"):
-                data += line[5:].removeprefix(b" ") + b"\n"
-                _check_size(data)
-            elif not line and data:
-                yield _parse(bytes(data))
-                data.clear()
+        try:
+            found = parser.feed(part)
+        except ValueError as error:
+            raise UpstreamProtocolError(f"{error}.") from None
+        for message in found:
+            yield _parse(message)
 
 
 def _check_status(response: Response) -> None:

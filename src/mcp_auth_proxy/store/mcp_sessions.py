@@ -17,6 +17,12 @@ from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, change_ro
 KEPT_SESSIONS = 100
 """The number of sessions that are kept for one account; those that were used longest ago are deleted."""
 
+KEPT_OF_PRINCIPAL = 1000
+"""Those of one principal, however many accounts it invents."""
+
+KEPT_IN_ALL = 10_000
+"""Those of everybody."""
+
 _TABLE = "mcp_sessions"
 _FIND = "SELECT * FROM mcp_sessions WHERE id_hash = :id_hash"
 _ADD = """
@@ -30,6 +36,16 @@ _FORGET_OLD = """
     WHERE principal = :principal AND account = :account AND server = :server AND uid NOT IN (
         SELECT uid FROM mcp_sessions WHERE principal = :principal AND account = :account AND server = :server
         ORDER BY uid = :uid DESC, used_at DESC LIMIT :kept
+    )
+"""
+_TRIM_PRINCIPAL = """
+    DELETE FROM mcp_sessions WHERE principal = :principal AND uid NOT IN (
+        SELECT uid FROM mcp_sessions WHERE principal = :principal ORDER BY uid = :uid DESC, used_at DESC LIMIT :kept
+    )
+"""
+_TRIM = """
+    DELETE FROM mcp_sessions WHERE (SELECT count(*) FROM mcp_sessions) > :kept AND uid NOT IN (
+        SELECT uid FROM mcp_sessions ORDER BY uid = :uid DESC, used_at DESC LIMIT :kept
     )
 """
 
@@ -64,7 +80,8 @@ class McpSessions:
     async def add(self, session_id: str, account: Account, state: SessionState, *, upstream: str, now: float) -> None:
         """Store a new session of an account with the server at the URL ``upstream``.
 
-        All but those of the account that were used last are deleted (``KEPT_SESSIONS``).
+        All but those that were used last are deleted: of the account (``KEPT_SESSIONS``), of its principal
+        (``KEPT_OF_PRINCIPAL``) and in all (``KEPT_IN_ALL``).
         """
         uid = new_uid()
         cipher = RowCipher(self._engine.cipher, _TABLE, uid)
@@ -79,6 +96,9 @@ class McpSessions:
         async with self._engine.transaction() as transaction:
             await transaction.execute(_ADD, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
             await transaction.execute(_FORGET_OLD, {**account_params(account), "uid": uid, "kept": KEPT_SESSIONS})
+            kept = {"uid": uid, "principal": account.principal, "kept": KEPT_OF_PRINCIPAL}
+            await transaction.execute(_TRIM_PRINCIPAL, kept)
+            await transaction.execute(_TRIM, {"uid": uid, "kept": KEPT_IN_ALL})
 
     async def find(self, session_id: str, account: Account, *, upstream: str) -> SessionState | None:
         """Return a session; None if it is unknown, or that of another account or server."""

@@ -310,3 +310,16 @@ async def test_a_program_finds_a_proxy_that_has_no_configuration(tmp_path: Path)
         assert entry["args"] == ["stdio", "server", "--url", proxy.origin]
         code, _, err = await run_command("install", "claude-desktop", "server", "--remove", env=env, cwd=tmp_path)
         assert (code, file.exists()) == (0, False), err
+
+
+def test_t46_new_folders_are_for_the_user_alone_whatever_the_umask_is(machine: Machine) -> None:
+    before = os.umask(0)
+    try:
+        code, _, err = machine.install("vscode", "linear")
+    finally:
+        os.umask(before)
+    assert code == 0, err
+    path = machine.file("vscode")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for folder in (path.parent, path.parent.parent, path.parent.parent.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mcp_auth_proxy.cli.install.undo import InvalidDocument
 from mcp_auth_proxy.errors import McpAuthProxyError
-from mcp_auth_proxy.store.files import create, temporary_path
+from mcp_auth_proxy.store.files import create, make_folder, temporary_path
 
 BACKUP = ".mcp-auth-proxy.bak"
 """The end of the name of a backup."""
@@ -82,7 +82,7 @@ class ClientFile:
         if after is None:
             real.unlink()
             return True
-        real.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(real.parent)
         self._write(real, bom + after.encode(), found)
         return True
 
