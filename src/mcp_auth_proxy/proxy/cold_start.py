@@ -59,6 +59,8 @@ class ColdStart:
         """Return the seconds that a request waits for consent at most; None: as long as any other."""
         if session is not None and request.method == b"GET":
             return float("inf")
+        if self.enabled and _is_batch_of_lists(body):
+            return LIST_SECONDS
         message = _only(body) if self.enabled or session is not None else None
         if message is None:
             return None
@@ -71,7 +73,9 @@ class ColdStart:
     def stands_in(self, body: RequestBody) -> bool:
         """Return whether a request is one that is answered in place of the server."""
         message = _only(body) if self.enabled else None
-        return message is not None and message.method in ("initialize", "server/discover", *LISTS)
+        if message is None:
+            return self.enabled and _is_batch_of_lists(body)
+        return message.method in ("initialize", "server/discover", *LISTS)
 
     def opening(self, request: ClientRequest, body: RequestBody) -> Json | None:
         """Return the message that is sent at once to a request that waits: the acknowledgment of a subscription."""
@@ -111,8 +115,7 @@ class ColdStart:
 
         ``link``: where its user authorizes; None if there is none yet. Raises StoreUnavailable.
         """
-        message = _only(body) if self.enabled else None
-        if message is None:
+        if not self.stands_in(body):
             return False
         if link is None:
             link = self._address(route.account)
@@ -121,6 +124,15 @@ class ColdStart:
         headers: Headers = []
         result: Json | None = None
         catalog = await self._catalogs.get(route.server, route.account)
+        message = _only(body)
+        if message is None:
+
+            def listed(each: Message) -> Json:
+                found = cold_answers.list_result(each, server, catalog, shown) if each.method in LISTS else {}
+                return cold_answers.response(each, found)
+
+            await responder.answer(200, answers.answer_all(body, listed, lambda: listed(body.requests[0])))
+            return True
         match message.method:
             case "initialize" if len(body.content) <= MAX_INITIALIZE:
                 result, session = await self._begin(message, body, route, catalog, shown)
@@ -150,9 +162,10 @@ class ColdStart:
 
     # After consent
 
-    async def own_tool(self, body: RequestBody, route: Route) -> Message | None:
+    async def own_tool(self, body: RequestBody, route: Route, session: OwnSession | None) -> Message | None:
         """Return the call of one of the proxy's own tools; None if it is none, or if the server has such a tool."""
-        message = _only(body) if self.enabled and not route.server.oauth.grant.unattended else None
+        listed = session is not None or (self.enabled and not route.server.oauth.grant.unattended)
+        message = _only(body) if listed else None
         if message is None or message.method != "tools/call":
             return None
         name, server = message.params.get("name"), route.server.name
@@ -203,6 +216,12 @@ class ColdStart:
 
 _AT_ONCE = frozenset({"ping", "logging/setLevel", *LISTS} - {"tools/list"})
 """What is answered in a session of the proxy's own without asking anybody."""
+
+
+def _is_batch_of_lists(body: RequestBody) -> bool:
+    """Return whether a batch (MCP 2025-03-26) asks for lists, and for nothing that has to wait."""
+    methods = {message.method for message in body.requests} if body.is_batch else set()
+    return bool(methods.intersection(LISTS)) and methods <= {"ping", *LISTS}
 
 
 def missing_list(body: RequestBody, session: OwnSession) -> Message | None:
