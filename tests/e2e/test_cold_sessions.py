@@ -115,6 +115,15 @@ async def test_an_unknown_last_event_id_does_no_harm(servers: Servers, tmp_path:
             assert [(await anext(events))["method"] for _ in CHANGES] == CHANGES
 
 
+async def test_a_probe_that_is_no_stream_is_not_held(servers: Servers, tmp_path: Path) -> None:
+    """As mcp-use probes before it connects, with a time-out of 5 s."""
+    async with cold(servers, tmp_path, authorization=PATIENT) as setup:
+        async with asyncio.timeout(10):
+            response = await setup.client.http.get(setup.client.url, headers={"accept": "application/json"})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+        assert setup.proxy.links[0] in response.text
+
+
 async def test_a_get_stream_outlives_a_user_who_declines(servers: Servers, tmp_path: Path) -> None:
     async with cold(servers, tmp_path, issuer={"auto_consent": False}) as setup:
         link = await begun(setup)

@@ -57,6 +57,9 @@ class ColdStart:
 
     def wait(self, request: ClientRequest, body: RequestBody, session: OwnSession | None) -> float | None:
         """Return the seconds that a request waits for consent at most; None: as long as any other."""
+        if self.enabled and request.method == b"GET" and _declines_events(request):
+            # It is no stream but a probe, as mcp-use makes before it connects.
+            return 0.0
         if session is not None and request.method == b"GET":
             return float("inf")
         if self.enabled and _is_batch_of_lists(body):
@@ -263,3 +266,8 @@ def _mirrored(headers: Headers, params: Mapping[str, Any], tool: Mapping[str, An
 
 def _accepts_events(request: ClientRequest) -> bool:
     return any(events.CONTENT_TYPE in value for name, value in request.headers if name == b"accept")
+
+
+def _declines_events(request: ClientRequest) -> bool:
+    accepted = [value for name, value in request.headers if name == b"accept"]
+    return bool(accepted) and not any(kind in value for value in accepted for kind in (events.CONTENT_TYPE, b"*/*"))
