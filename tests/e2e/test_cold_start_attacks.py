@@ -11,7 +11,7 @@ import pytest
 
 from fakes.fixtures import Servers
 from fakes.headless import consent
-from fakes.http_exchange import FakeResponse, RecordedRequest
+from fakes.http_exchange import FakeResponse, RecordedRequest, sse
 from fakes.mcp_client import MODERN, PlainClient, read
 from fakes.proxy import link_in, until, write_config
 from fakes.proxy_setup import proxy_setup

@@ -15,7 +15,7 @@ from mcp_auth_proxy.models import Account
 
 pytestmark = pytest.mark.clients
 
-COLD: dict[str, Any] = {"cold_start": True}
+COLD: dict[str, Any] = {"cold_start": True, "wait": "1s"}
 AT_ONCE: dict[str, Any] = {"cold_start": True, "wait": "0s"}
 OLD = [("python-1", "legacy"), ("python-2", "legacy"), ("typescript-1", "legacy"), ("typescript-2", "legacy")]
 ALL = [*OLD, ("python-2", "auto"), ("python-2", MODERN), ("typescript-2", "auto")]

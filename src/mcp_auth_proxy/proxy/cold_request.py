@@ -119,7 +119,7 @@ class ColdRequest:
             await responder.send_events(self._cold_start.subscribed_changes(self.body))
         if self._route.marker not in self.body.content:
             return False
-        call = await self._cold_start.own_tool(self.body, self._route)
+        call = await self._cold_start.own_tool(self.body, self._route, session)
         if call is None:
             return False
         server = self._route.server.name
@@ -152,9 +152,10 @@ class ColdRequest:
 
     async def responded(self, status: int) -> None:
         """Note the status of the server's response: its session, or that of the client, may have ended."""
-        session = self.session
+        session, method = self.session, self._request.method
         if session is None:
             return
-        # Without a session id, 404 can't be about a session.
-        if self._request.method == b"DELETE" or (status == 404 and session.state.upstream_id):
+        # A server without session ids means something else by 404, and one without a GET stream may mean that.
+        is_gone = status == 404 and method == b"POST" and session.state.upstream_id
+        if is_gone or method == b"DELETE":
             await self._sessions.end(session)

@@ -57,8 +57,13 @@ class ColdStart:
 
     def wait(self, request: ClientRequest, body: RequestBody, session: OwnSession | None) -> float | None:
         """Return the seconds that a request waits for consent at most; None: as long as any other."""
+        if self.enabled and request.method == b"GET" and _declines_events(request):
+            # It is no stream but a probe, as mcp-use makes before it connects.
+            return 0.0
         if session is not None and request.method == b"GET":
             return float("inf") if _accepts_events(request) else None
+        if self.enabled and _is_batch_of_lists(body):
+            return LIST_SECONDS
         message = _only(body) if self.enabled or session is not None else None
         if message is None:
             return None
@@ -71,7 +76,9 @@ class ColdStart:
     def stands_in(self, body: RequestBody) -> bool:
         """Return whether a request is one that is answered in place of the server."""
         message = _only(body) if self.enabled else None
-        return message is not None and message.method in ("initialize", "server/discover", *LISTS)
+        if message is None:
+            return self.enabled and _is_batch_of_lists(body)
+        return message.method in ("initialize", "server/discover", *LISTS)
 
     def opening(self, request: ClientRequest, body: RequestBody) -> Json | None:
         """Return the message that is sent at once to a request that waits: the acknowledgment of a subscription."""
@@ -112,8 +119,7 @@ class ColdStart:
 
         ``link``: where its user authorizes; None if there is none yet. Raises StoreUnavailable.
         """
-        message = _only(body) if self.enabled else None
-        if message is None:
+        if not self.stands_in(body):
             return False
         address = link or self._address(route.account)
         shown = address if route.may_authorize else None
@@ -121,6 +127,15 @@ class ColdStart:
         headers: Headers = []
         result: Json | None = None
         catalog = await self._catalogs.get(route.server, route.account)
+        message = _only(body)
+        if message is None:
+
+            def listed(each: Message) -> Json:
+                found = cold_answers.list_result(each, account, catalog, shown) if each.method in LISTS else {}
+                return cold_answers.response(each, found)
+
+            await responder.answer(200, answers.answer_all(body, listed, lambda: listed(body.requests[0])))
+            return True
         match message.method:
             case "initialize" if len(body.content) <= MAX_INITIALIZE:
                 result, session = await self._begin(message, body, route, catalog, shown)
@@ -155,9 +170,10 @@ class ColdStart:
 
     # After consent
 
-    async def own_tool(self, body: RequestBody, route: Route) -> Message | None:
+    async def own_tool(self, body: RequestBody, route: Route, session: OwnSession | None) -> Message | None:
         """Return the call of one of the proxy's own tools; None if it is none, or if the server has such a tool."""
-        message = _only(body) if self.enabled and not route.server.oauth.grant.unattended else None
+        listed = session is not None or (self.enabled and not route.server.oauth.grant.unattended)
+        message = _only(body) if listed else None
         if message is None or message.method != "tools/call":
             return None
         name, server = message.params.get("name"), route.server.name
@@ -217,6 +233,12 @@ _LOG_LEVELS = frozenset({"debug", "info", "notice", "warning", "error", "critica
 """MCP, server/utilities/logging. Others are not kept."""
 
 
+def _is_batch_of_lists(body: RequestBody) -> bool:
+    """Return whether a batch (MCP 2025-03-26) asks for lists, and for nothing that has to wait."""
+    methods = {message.method for message in body.requests} if body.is_batch else set()
+    return bool(methods.intersection(LISTS)) and methods <= {"ping", *LISTS}
+
+
 def missing_list(body: RequestBody, session: OwnSession) -> Message | None:
     """Return a request for a list that the server of an opened session does not have."""
     message = _only(body)
@@ -256,3 +278,8 @@ def _mirrored(headers: Headers, params: Mapping[str, Any], tool: Mapping[str, An
 
 def _accepts_events(request: ClientRequest) -> bool:
     return any(events.CONTENT_TYPE in value for name, value in request.headers if name == b"accept")
+
+
+def _declines_events(request: ClientRequest) -> bool:
+    accepted = [value for name, value in request.headers if name == b"accept"]
+    return bool(accepted) and not any(kind in value for value in accepted for kind in (events.CONTENT_TYPE, b"*/*"))

@@ -1,8 +1,10 @@
 """Hold a request while a user authorizes: for how long, what the client sees meanwhile, and what it gets in the end."""
 
 import asyncio
+import contextlib
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization
+from mcp_auth_proxy.errors import AuthorizationError
 from mcp_auth_proxy.models import AccessToken
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.proxy.cold_start import ColdStart
@@ -20,6 +22,9 @@ FOREVER = float("inf")
 
 COMMENT_INTERVAL = 5.0
 """Seconds between comments on a held response: Python clients give up after 300 s of silence, others earlier."""
+
+LOOK_INTERVAL = 0.5
+"""Seconds between looks of a stream whose flow has failed for a later one."""
 
 DISCOVER_WAIT = 8.0
 """Seconds that ``server/discover`` is held at most: clients probe with a time-out of 10 s."""
@@ -85,19 +90,22 @@ class ConsentWait:
         may_stream = _may_stream(request, body)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit
+        refused = self._broker.token_nowait(route.account)[1]
         opening = self._cold_start.opening(request, body)
         if opening is not None and not at_once:
             await responder.send_event(encode(opening))
-        elif limit == FOREVER and session is not None:
+        elif limit == FOREVER and may_stream:
+            # So that the client knows at once that its stream is open.
             await responder.keep_alive(_WAITING)
-            self._listen(request, session, route)
+            if session is not None:
+                self._note_stream(request, session, route)
         while True:
             left = deadline - loop.time()
-            token = await pending.wait(min(COMMENT_INTERVAL, left), self._draining)
+            if deadline == FOREVER:
+                pending, token = await self._listen(pending, refused, route)
+            else:
+                token = await pending.wait(min(COMMENT_INTERVAL, left), self._draining)
             if token is not None:
-                return token
-            if deadline == FOREVER and (token := self._broker.token_nowait(route.account)[1]) is not None:
-                # Its flow was dropped, and the user has consented to a later one.
                 return token
             if deadline <= loop.time() or self._draining.done():
                 await self._answer_with_link(await self._broker.fresh_link(pending), request, body, responder, route)
@@ -105,10 +113,35 @@ class ConsentWait:
             if may_stream:
                 await responder.keep_alive(_WAITING)
 
-    def _listen(self, request: ClientRequest, session: OwnSession, route: Route) -> None:
+    def _note_stream(self, request: ClientRequest, session: OwnSession, route: Route) -> None:
         """Let the end of an elicitation be told on a held stream: the server may have no stream to go on with."""
         if session.elicits:
             self._elicitations.listens(route.account, session.client_id(route.rules), request)
+
+    async def _listen(
+        self, pending: PendingAuthorization, refused: AccessToken | None, route: Route
+    ) -> tuple[PendingAuthorization, AccessToken | None]:
+        """Wait for ``COMMENT_INTERVAL`` at most; return what to wait for then, and the token if there is one.
+
+        A stream outlives its flow: the user may decline, and consent to a later one. It begins none itself.
+        ``refused``: the token that the server does not take.
+        """
+        token: AccessToken | None = None
+        if not pending.done:
+            with contextlib.suppress(AuthorizationError):
+                token = await pending.wait(COMMENT_INTERVAL, self._draining)
+            if token is not None:
+                return pending, token
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + COMMENT_INTERVAL
+        while True:
+            pending = self._broker.pending(route.account) or pending
+            token = await self._broker.token(route.account)
+            if token is not None and (refused is None or token.generation != refused.generation):
+                return pending, token
+            if not pending.done or loop.time() > deadline or self._draining.done():
+                return pending, None
+            await asyncio.wait([self._draining], timeout=LOOK_INTERVAL)
 
     def _limit(self, request: ClientRequest, body: RequestBody, session: OwnSession | None) -> float:
         cold = self._cold_start.wait(request, body, session)

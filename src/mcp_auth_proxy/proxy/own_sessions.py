@@ -6,6 +6,7 @@ can go on with one.
 """
 
 import asyncio
+import contextlib
 import re
 import secrets
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from mcp_auth_proxy.broker.matching import upstream_of
-from mcp_auth_proxy.errors import SessionNotFound, UpstreamProtocolError
+from mcp_auth_proxy.errors import SessionNotFound, UpstreamError, UpstreamProtocolError
 from mcp_auth_proxy.models import AccessToken, Account
 from mcp_auth_proxy.net.http_head import Fields, Headers
 from mcp_auth_proxy.net.http_response import Response
@@ -181,18 +182,31 @@ class OwnSessions:
             lists=cold_answers.lists_of(result),
         )
 
-        # Another process may have been faster: then its session is the one, and this one expires at the server.
-        await self._change(session, lambda state: state if state.opened else opened)
-        await self._notify(session, route, token, {"method": "notifications/initialized"})
-        level = session.state.log_level
+        # The server has to know before anybody uses the session: other processes do so as soon as it is stored.
+        await self._notify(opened, route, token, {"method": "notifications/initialized"})
+        level = opened.log_level
         if level and "logging" in (result.get("capabilities") or {}):
-            await self._notify(
-                session,
-                route,
-                token,
-                {"id": "mcp-auth-proxy-1", "method": "logging/setLevel", "params": {"level": level}},
-            )
+            message_id = "mcp-auth-proxy-1"
+            params = {"level": level}
+            await self._notify(opened, route, token, {"id": message_id, "method": "logging/setLevel", "params": params})
+        is_first = False
+
+        def keep_first(state: SessionState) -> SessionState:
+            nonlocal is_first
+            is_first = not state.opened
+            return opened if is_first else state
+
+        await self._change(session, keep_first)
+        if not is_first and upstream_id:
+            await self._end_superfluous(opened, route, token)
         return None
+
+    async def _end_superfluous(self, opened: SessionState, route: Route, token: AccessToken | None) -> None:
+        """End a session at the server that another process was faster to open; otherwise it would expire there."""
+        fields = self._fields(opened, route)
+        with contextlib.suppress(UpstreamError):
+            response = await self._upstream.send(route, method=b"DELETE", fields=Fields(fields), body=b"", token=token)
+            response.close()
 
     async def _read_result(self, session: OwnSession, message: Message, response: Response) -> Mapping[str, Any]:
         if response.status >= 500 or response.status in (408, 429):
@@ -209,15 +223,20 @@ class OwnSessions:
         return result
 
     async def _notify(
-        self, session: OwnSession, route: Route, token: AccessToken | None, message: Mapping[str, object]
+        self, state: SessionState, route: Route, token: AccessToken | None, message: Mapping[str, object]
     ) -> None:
-        state = session.state
+        fields = self._fields(state, route)
+        response = await self._send(route, encode({"jsonrpc": "2.0", **message}), token, fields)
+        response.close()
+
+    @staticmethod
+    def _fields(state: SessionState, route: Route) -> Headers:
+        """Return what names a session at its server."""
         fields = [(_VERSION, (state.negotiated or state.announced).encode("latin-1"))]
         if state.upstream_id:
             upstream_id = state.upstream_id.encode("latin-1")
             fields.append((session_ids.FIELD, session_ids.for_client(upstream_id, route.rules.sessions)))
-        response = await self._send(route, encode({"jsonrpc": "2.0", **message}), token, fields)
-        response.close()
+        return fields
 
     async def _send(self, route: Route, body: bytes, token: AccessToken | None, more: Iterable[Field] = ()) -> Response:
         fields = Fields([*_JSON, *more])
