@@ -238,7 +238,6 @@ async def lifespan(
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
         broker.on_connected(forwarder.elicitations.connected)
-        broker.on_connected(_say_once_that_it_is_ready())
         if background:
             broker.on_connected(catalogs.connected)
             await broker.start()
@@ -341,18 +340,6 @@ async def lifespan(
             sign_in=sign_in_mount,
         )
         yield application
-
-
-def _say_once_that_it_is_ready() -> Callable[[Account], None]:
-    """Return a function that logs, for the first grant of each server that is used, that the server is ready."""
-    ready: set[str] = set()
-
-    def connected(account: Account) -> None:
-        if account.server not in ready:
-            ready.add(account.server)
-            logger.info("server %s is ready", account.server)
-
-    return connected
 
 
 def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:

@@ -75,6 +75,8 @@ async def login(settings: Settings, name: str, *, owner: str | None = None, opti
         application = await stack.enter_async_context(
             lifespan(settings, address, announce=_say_nothing, announce_key=new_key.append)
         )
+        # This command lists the tools itself; what a server offers is remembered by the proxy that uses the grant.
+        application.catalogs.enabled = False
         if sock is not None:
             await stack.enter_async_context(listening(application, sock))
         principal = await owner_of(application, owner)

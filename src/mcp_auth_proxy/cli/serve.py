@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 
 import click
@@ -20,7 +21,7 @@ from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings, reachable
 from mcp_auth_proxy.errors import without_query_values
-from mcp_auth_proxy.models import LOCAL
+from mcp_auth_proxy.models import LOCAL, Account
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.resolver import Resolver
 from mcp_auth_proxy.store import serving
@@ -62,6 +63,7 @@ async def serve_forever(settings: Settings, file: ConfigFile | None, *, for_brid
             bridges = serving_bridges(application, server, only=only) if for_bridges else nullcontext()
             async with returning_memory(), bridges, reloading(application, file, stop=server.drain_and_exit):
                 _say_what_is_served(application)
+                application.broker.on_connected(_say_once_that_it_is_ready())
                 if settings.inbound.modes:
                     await _warn_of_left_grants(application)
                 if health is not None:
@@ -86,6 +88,18 @@ async def _warn_of_left_grants(application: Application) -> None:
             "it" if left == 1 else "them",
             "it" if left == 1 else "them",
         )
+
+
+def _say_once_that_it_is_ready() -> Callable[[Account], None]:
+    """Return a function that logs, for the first grant of each server that is used, that the server is ready."""
+    ready: set[str] = set()
+
+    def connected(account: Account) -> None:
+        if account.server not in ready:
+            ready.add(account.server)
+            logger.info("server %s is ready", account.server)
+
+    return connected
 
 
 def _say_what_is_served(application: Application) -> None:
