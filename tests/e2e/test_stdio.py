@@ -307,9 +307,12 @@ async def test_a_proxy_elsewhere_is_used_with_a_key(upstream: FakeMcpServer, tmp
 
 async def test_a_proxy_that_asks_for_no_key_is_used_without_one(upstream: FakeMcpServer, tmp_path: Path) -> None:
     config = write_config(tmp_path, {"notes": upstream.url})
-    async with proxy_process(config) as proxy, bridge_process("notes", "--url", proxy.origin) as bridge:
-        await bridge.initialize()
-        assert await echo(bridge, 1) == "text 1"
+    async with proxy_process(config) as proxy:
+        async with bridge_process("notes", "--url", proxy.origin) as bridge:
+            await bridge.initialize()
+            assert await echo(bridge, 1) == "text 1"
+        async with bridge_process("notes", "--url", f"{proxy.origin}/notes/mcp") as bridge:
+            assert await echo(bridge, 1, modern=True) == "text 1"
 
 
 @pytest.mark.parametrize(

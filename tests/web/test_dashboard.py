@@ -354,7 +354,7 @@ def test_clients_can_read_what_they_are_told(keys: bool) -> None:
     assert list(setups) == ["Claude Code", "Claude Desktop", "Cursor", "VS Code", "Codex", "Gemini CLI"]
     assert setups["Claude Code"].startswith(f"claude mcp add --transport http linear-work {url}")
     desktop = json.loads(setups["Claude Desktop"])["mcpServers"]["linear-work"]
-    assert (desktop["command"], desktop["args"][:4]) == ("mcp-auth-proxy", ["stdio", "linear@work", "--url", base])
+    assert (desktop["command"], desktop["args"][:4]) == ("mcp-auth-proxy", ["stdio", "linear@work", "--url", url])
     assert json.loads(setups["Cursor"])["mcpServers"]["linear-work"]["url"] == url
     code = json.loads(setups["VS Code"])["servers"]["linear-work"]
     assert (code["type"], code["url"]) == ("http", url)

@@ -46,7 +46,9 @@ async def over_remote_proxy(url: str, server: str, *, key_source: str | None) ->
     from mcp_auth_proxy.cli.remote_proxy import checked_url
 
     base = urls.parse(checked_url(url))
-    target = urls.Url(base.origin, base.path.rstrip("/"), "").target.rstrip(b"/") + _target(server)
+    # The address for clients, as the dashboard has it, is as good as the public URL.
+    path = base.path.rstrip("/").removesuffix(_target(server).decode())
+    target = urls.Url(base.origin, path, "").target.rstrip(b"/") + _target(server)
     endpoint = RemoteEndpoint(Endpoint(base.origin, target))
     return await _carry(endpoint, os.environ, key=_key(key_source), limit=LimitSettings().body)
 

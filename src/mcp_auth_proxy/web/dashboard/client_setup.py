@@ -25,7 +25,7 @@ def client_setups(server: str, public_url: str, *, keys: bool) -> tuple[ClientSe
     name, url = _entry_name(server), f"{public_url}/{server}/mcp"
     return (
         ClientSetup("Claude Code", "in a terminal", _claude_code(name, url, keys=keys)),
-        ClientSetup("Claude Desktop", "claude_desktop_config.json", _claude_desktop(server, public_url, keys=keys)),
+        ClientSetup("Claude Desktop", "claude_desktop_config.json", _claude_desktop(server, url, keys=keys)),
         ClientSetup("Cursor", "~/.cursor/mcp.json", _cursor(name, url, keys=keys)),
         ClientSetup("VS Code", ".vscode/mcp.json, or the user's mcp.json", _vs_code(name, url, keys=keys)),
         ClientSetup("Codex", "~/.codex/config.toml", _codex(name, url, keys=keys)),
@@ -43,9 +43,9 @@ def _claude_code(name: str, url: str, *, keys: bool) -> str:
     return f"claude mcp add --transport http {shlex.quote(name)} {shlex.quote(url)}{header}"
 
 
-def _claude_desktop(server: str, public_url: str, *, keys: bool) -> str:
+def _claude_desktop(server: str, url: str, *, keys: bool) -> str:
     # It starts programs, and opens no address by itself.
-    arguments = ["stdio", server, "--url", public_url, *(["--api-key", f"env:{KEY_VARIABLE}"] if keys else [])]
+    arguments = ["stdio", server, "--url", url, *(["--api-key", f"env:{KEY_VARIABLE}"] if keys else [])]
     return _json({"mcpServers": {_entry_name(server): {"command": "mcp-auth-proxy", "args": arguments}}})
 
 

@@ -189,6 +189,8 @@ def event_lines(
     audited: Iterable[Event], happened: Iterable[ConnectionEvent], find_principal: FindPrincipal
 ) -> tuple[EventLine, ...]:
     """Return the newest events of the audit trail and of the connections, the newest first."""
+    # That a user has consented is told by what came of it.
+    audited = (event for event in audited if (event.action, event.outcome) != ("consents.give", "ok"))
     lines = [_audited(event, find_principal) for event in audited]
     lines += [
         EventLine(
