@@ -68,9 +68,9 @@ async def test_a_changed_row_counts_as_missing_and_nothing_is_in_clear(tmp_path:
     assert found is None
 
 
-async def test_t90_the_sessions_of_a_principal_are_bounded_and_no_other_loses_one(
+async def test_the_sessions_of_a_principal_are_bounded_and_no_other_loses_one(
     engine: Engine, sessions: McpSessions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> None:  # T90
     monkeypatch.setattr(mcp_sessions, "KEPT_OF_PRINCIPAL", 10)
     await sessions.add("map-other", Account("other", "notes"), STATE, upstream=URL, now=NOW - 1)
     for number in range(20):
@@ -82,9 +82,9 @@ async def test_t90_the_sessions_of_a_principal_are_bounded_and_no_other_loses_on
     assert await sessions.find("map-19", Account("local", "notes", "a19"), upstream=URL) == STATE
 
 
-async def test_t90_all_sessions_together_are_bounded(
+async def test_all_sessions_together_are_bounded(
     engine: Engine, sessions: McpSessions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> None:  # T90
     monkeypatch.setattr(mcp_sessions, "KEPT_IN_ALL", 10)
     for number in range(20):
         await sessions.add(f"map-{number}", Account(f"p{number}", "notes"), STATE, upstream=URL, now=NOW + number)

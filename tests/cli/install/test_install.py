@@ -300,7 +300,7 @@ async def test_the_entry_leads_to_the_running_proxy(tmp_path: Path) -> None:
         assert await proxy.stop() == 0
 
 
-def test_t46_new_folders_are_for_the_user_alone_whatever_the_umask_is(machine: Machine) -> None:
+def test_new_folders_are_for_the_user_alone_whatever_the_umask_is(machine: Machine) -> None:  # T46
     before = os.umask(0)
     try:
         code, _, err = machine.install("vscode", "linear")
