@@ -249,7 +249,7 @@ async def test_only_some_servers_are_asked_at_a_time(
         await until(lambda: len(upstream.calls("initialize")) == 3)
 
 
-async def test_t90_a_server_that_is_slow_keeps_nobody_from_asking_another(servers: Servers, tmp_path: Path) -> None:
+async def test_a_server_that_is_slow_keeps_nobody_from_asking_another(servers: Servers, tmp_path: Path) -> None:  # T90
     issuer = await servers.authorization_server(auto_consent=True)
     slow, good = await servers.mcp_server(issuer), await servers.mcp_server(issuer)
     gate = asyncio.Event()

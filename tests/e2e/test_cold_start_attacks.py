@@ -33,7 +33,7 @@ async def raw(client: PlainClient, text: str, method: str) -> Any:
     return read(await client.http.post(client.url, content=text, headers=headers))
 
 
-async def test_t90_a_number_that_json_does_not_have_ends_no_request(servers: Servers, tmp_path: Path) -> None:
+async def test_a_number_that_json_does_not_have_ends_no_request(servers: Servers, tmp_path: Path) -> None:
     async with cold(servers, tmp_path) as setup:
         first = await setup.client.initialize()
         await consent(link_in(first.message))
@@ -44,7 +44,7 @@ async def test_t90_a_number_that_json_does_not_have_ends_no_request(servers: Ser
         assert not setup.upstream.calls("tools/call:echo")
 
 
-async def test_t90_a_filter_that_json_does_not_have_ends_no_request(servers: Servers, tmp_path: Path) -> None:
+async def test_a_filter_that_json_does_not_have_ends_no_request(servers: Servers, tmp_path: Path) -> None:
     async with cold(servers, tmp_path, client={"version": MODERN}) as setup:
         message = setup.client.message("subscriptions/listen", {"notifications": {"toolsListChanged": True}}, id=1)
         text = json.dumps(message).replace("true", "1e999", 1)
@@ -59,7 +59,7 @@ async def test_t90_a_filter_that_json_does_not_have_ends_no_request(servers: Ser
         assert "acknowledged" in line
 
 
-async def test_t90_only_levels_of_logs_are_kept_of_a_session(servers: Servers, tmp_path: Path) -> None:
+async def test_only_levels_of_logs_are_kept_of_a_session(servers: Servers, tmp_path: Path) -> None:
     async with cold(servers, tmp_path) as setup:
         first = await setup.client.initialize()
         assert (await setup.client.post("logging/setLevel", {"level": "x" * 300_000})).result == {}
@@ -74,7 +74,7 @@ async def test_t90_only_levels_of_logs_are_kept_of_a_session(servers: Servers, t
 
 
 @pytest.mark.parametrize("own", ["map-of-the-server", "map-.x", "map-" + "A" * 32])
-async def test_t90_a_server_whose_sessions_look_like_ours(servers: Servers, tmp_path: Path, own: str) -> None:
+async def test_a_server_whose_sessions_look_like_ours(servers: Servers, tmp_path: Path, own: str) -> None:
     def initialized(received: RecordedRequest) -> FakeResponse:
         result = {"capabilities": {"tools": {}}, "protocolVersion": "2025-11-25", "serverInfo": {"name": "x"}}
         answer = {"jsonrpc": "2.0", "id": received.message["id"], "result": result}
@@ -97,7 +97,7 @@ async def test_t90_a_server_whose_sessions_look_like_ours(servers: Servers, tmp_
         assert all(call.header("mcp-session-id") == own for call in setup.upstream.calls("DELETE"))
 
 
-async def test_t90_a_session_does_not_move_with_the_name_of_its_server(servers: Servers, tmp_path: Path) -> None:
+async def test_a_session_does_not_move_with_the_name_of_its_server(servers: Servers, tmp_path: Path) -> None:
     async with cold(servers, tmp_path) as setup:
         first = await setup.client.initialize()
         await consent(link_in(first.message))
@@ -110,9 +110,7 @@ async def test_t90_a_session_does_not_move_with_the_name_of_its_server(servers: 
         assert not other.calls()
 
 
-async def test_t90_an_answer_to_initialize_that_never_ends_is_not_read_for_long(
-    servers: Servers, tmp_path: Path
-) -> None:
+async def test_an_answer_to_initialize_that_never_ends_is_not_read_for_long(servers: Servers, tmp_path: Path) -> None:
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -132,7 +130,7 @@ async def test_t90_an_answer_to_initialize_that_never_ends_is_not_read_for_long(
 
 
 @pytest.mark.parametrize("listening", ["GET", "subscriptions/listen"])
-async def test_t90_streams_that_wait_leave_places_to_requests(servers: Servers, tmp_path: Path, listening: str) -> None:
+async def test_streams_that_wait_leave_places_to_requests(servers: Servers, tmp_path: Path, listening: str) -> None:
     async with (
         cold(
             servers, tmp_path, limits={"held": 8}, client={"version": MODERN if listening != "GET" else "2025-11-25"}

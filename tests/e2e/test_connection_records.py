@@ -225,3 +225,19 @@ async def test_each_grant_of_a_server_is_warned_of_once(
         assert (await work.call("echo", text="x")).status == 503
         (line,) = warnings(caplog, "server notes@work: its grant can't be renewed now")
         assert "Its token has ended at " in line
+
+
+async def test_renewals_that_fail_every_other_time_push_no_other_event_out(
+    servers: Servers, tmp_path: Path
+) -> None:  # T90
+    async with proxy_setup(servers, tmp_path) as setup:
+        await setup.connect()
+        setup.clock.stop()
+        journal = setup.proxy.application.broker.journal
+        for _ in range(200):
+            journal.not_renewed(NOTES, "It answers 503.")
+            journal.renewed(NOTES)
+        assert len(journal.events()) == 3
+        setup.clock.ahead += 3600
+        journal.not_renewed(NOTES, "It answers 503.")
+        await actions(tmp_path, "grants.connect", "grants.renew", "grants.recover", "grants.renew")

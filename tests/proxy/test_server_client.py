@@ -152,7 +152,7 @@ async def test_a_refused_method_is_told_from_a_refused_token(upstream: FakeMcpSe
     assert (challenged.value.status, challenged.value.challenge, challenged.value.nonce) == (401, [b"B"], [])
 
 
-async def test_t82_a_stream_in_small_parts_takes_no_more_time_than_one_in_large_parts() -> None:
+async def test_a_stream_in_small_parts_takes_no_more_time_than_one_in_large_parts() -> None:  # T90
     async def parts() -> AsyncIterator[bytes]:
         yield b'data: {"data": "' + b"x" * 900_000
         for _ in range(20_000):

@@ -60,6 +60,47 @@ class Happening(StrEnum):
     """A request failed for another reason."""
 
 
+TOLD_INTERVAL = 600.0
+"""Seconds between two events about renewals of one account that fail for a while."""
+
+
+class ToldFailures:
+    """Which renewals that fail for a while leave an event, and so their end one too.
+
+    A server that fails every other time would push all other events out. ``clock`` returns Unix seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._told_at: dict[Account, float] = {}
+        self._open: set[Account] = set()
+
+    def failed(self, account: Account) -> bool:
+        """Note a failure; return whether it leaves an event."""
+        now = self._clock()
+        # The absolute difference: the clock may have been set back.
+        if account in self._open or abs(now - self._told_at.get(account, float("-inf"))) < TOLD_INTERVAL:
+            return False
+        if account not in self._told_at and len(self._told_at) >= MAX_ACCOUNTS:
+            oldest = next(iter(self._told_at))
+            del self._told_at[oldest]
+            self._open.discard(oldest)
+        self._told_at[account] = now
+        self._open.add(account)
+        return True
+
+    def over(self, account: Account) -> bool:
+        """Note that an account no longer fails; return whether its failure has left an event."""
+        was_told = account in self._open
+        self._open.discard(account)
+        return was_told
+
+    def forget(self, account: Account) -> None:
+        """Forget an account whose grant is another one now, or none."""
+        self._open.discard(account)
+        self._told_at.pop(account, None)
+
+
 Listener = Callable[[Account, Happening, str], None]
 """Called with what has happened and why. It must not raise or block."""
 
@@ -74,6 +115,7 @@ class ConnectionJournal:
         self._listeners: list[Listener] = []
         self._failing: set[Account] = set()
         """The accounts whose last renewal failed for a reason that passes."""
+        self._told = ToldFailures(clock)
         self._notes: dict[Account, ConnectionNotes] = {}
         self._events: deque[ConnectionEvent] = deque(maxlen=MAX_EVENTS)
 
@@ -92,6 +134,7 @@ class ConnectionJournal:
         ``elsewhere``: another process has received it, and tells its listeners.
         """
         self._failing.discard(account)
+        self._told.forget(account)
         self._change(account, last_error=None)
         if not elsewhere:
             self._tell(account, Happening.CONNECTED)
@@ -100,6 +143,7 @@ class ConnectionJournal:
     def disconnected(self, account: Account) -> None:
         """Note that a grant was deleted; nothing else is remembered of it."""
         self._failing.discard(account)
+        self._told.forget(account)
         self._notes.pop(account, None)
         self._tell(account, Happening.DISCONNECTED)
         self._add(account, "disconnected", good=True)
@@ -113,6 +157,7 @@ class ConnectionJournal:
     def ended(self, account: Account, reason: str) -> None:
         """Note that a grant has ended, so that only a person can mend it."""
         self._failing.discard(account)
+        self._told.forget(account)
         self._tell(account, Happening.ENDED, reason)
         self._add(account, f"ended: {reason}", good=False)
 
@@ -121,14 +166,16 @@ class ConnectionJournal:
         if len(self._failing) < MAX_ACCOUNTS:
             self._failing.add(account)
         self._tell(account, Happening.NOT_RENEWED, reason)
-        self._add(account, f"not renewed, is tried again: {reason}", good=False)
+        if self._told.failed(account):
+            self._add(account, f"not renewed, is tried again: {reason}", good=False)
 
     def renewed(self, account: Account) -> None:
         """Note that a grant was renewed; it is only told if that had failed before."""
         if account in self._failing:
             self._failing.discard(account)
             self._tell(account, Happening.RENEWED)
-            self._add(account, "renewed again", good=True)
+            if self._told.over(account):
+                self._add(account, "renewed again", good=True)
 
     def request_failed(self, account: Account, reason: str, *, unreachable: bool = False) -> None:
         """Note that a request has failed because of its server or authorization. It is no event: there may be many."""

@@ -13,6 +13,7 @@ from mcp_auth_proxy.broker.connection_notes import (
     ConnectionJournal,
     ConnectionNotes,
     Happening,
+    ToldFailures,
     authorize_again,
     moment,
     name_of,
@@ -85,8 +86,7 @@ class ConnectionRecords:
         """When an account was used, as far as it was written."""
         self._failing: dict[Account, Happening] = {}
         """The accounts that do not work, as far as is known, and why."""
-        self._unrenewed: set[Account] = set()
-        """The accounts whose renewals fail, of which there is an event."""
+        self._unrenewed = ToldFailures(clock)
         self._signalled: dict[Account, tuple[float, str]] = {}
         """The last warning about each grant ahead of its end: when the grant was given, and what it was."""
         self._urgent = asyncio.Event()
@@ -125,11 +125,13 @@ class ConnectionRecords:
     # What others tell
 
     def _heard(self, account: Account, happening: Happening, reason: str) -> None:
-        repeated = happening is Happening.NOT_RENEWED and account in self._unrenewed
+        untold = False
         if happening is Happening.NOT_RENEWED:
-            self._unrenewed.add(account)
+            untold = not self._unrenewed.failed(account)
+        elif happening is Happening.RENEWED:
+            untold = not self._unrenewed.over(account)
         elif happening in _ACTIONS:
-            self._unrenewed.discard(account)
+            self._unrenewed.forget(account)
         if happening in (Happening.CONNECTED, Happening.RENEWED):
             self._failing.pop(account, None)
             self._change(account, dict(_WORKS), urgent=True)
@@ -139,7 +141,7 @@ class ConnectionRecords:
             self._change(account, None, urgent=True)
         else:
             self._note_failure(account, happening, reason)
-        if happening in _ACTIONS and not repeated:
+        if happening in _ACTIONS and not untold:
             self._add_event(account, happening)
 
     def _note_failure(self, account: Account, happening: Happening, reason: str) -> None:

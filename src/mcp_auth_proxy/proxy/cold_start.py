@@ -23,8 +23,8 @@ from mcp_auth_proxy.rpc.messages import Json, Message, RequestBody
 LINK_SECONDS = {"initialize": 2.0, "server/discover": 1.0, "tools/list": 3.0}
 """Seconds after the challenge within which these requests are answered, with or without a link."""
 
-LIST_SECONDS = LINK_SECONDS["tools/list"]
-"""Seconds that ``tools/list`` waits for consent."""
+LIST_SECONDS = 1.5
+"""Seconds that ``tools/list`` waits for consent: some clients give a server 5 seconds in all to start."""
 
 
 class Catalogs(Protocol):

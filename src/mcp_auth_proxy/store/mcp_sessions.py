@@ -38,13 +38,15 @@ _FORGET_OLD = """
         ORDER BY uid = :uid DESC, used_at DESC LIMIT :kept
     )
 """
+# Only a tenth more is too much: to look for the oldest each time would make a full table slow.
 _TRIM_PRINCIPAL = """
-    DELETE FROM mcp_sessions WHERE principal = :principal AND uid NOT IN (
+    DELETE FROM mcp_sessions WHERE principal = :principal
+    AND (SELECT count(*) FROM mcp_sessions WHERE principal = :principal) > :most AND uid NOT IN (
         SELECT uid FROM mcp_sessions WHERE principal = :principal ORDER BY uid = :uid DESC, used_at DESC LIMIT :kept
     )
 """
 _TRIM = """
-    DELETE FROM mcp_sessions WHERE (SELECT count(*) FROM mcp_sessions) > :kept AND uid NOT IN (
+    DELETE FROM mcp_sessions WHERE (SELECT count(*) FROM mcp_sessions) > :most AND uid NOT IN (
         SELECT uid FROM mcp_sessions ORDER BY uid = :uid DESC, used_at DESC LIMIT :kept
     )
 """
@@ -96,9 +98,9 @@ class McpSessions:
         async with self._engine.transaction() as transaction:
             await transaction.execute(_ADD, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
             await transaction.execute(_FORGET_OLD, {**account_params(account), "uid": uid, "kept": KEPT_SESSIONS})
-            kept = {"uid": uid, "principal": account.principal, "kept": KEPT_OF_PRINCIPAL}
-            await transaction.execute(_TRIM_PRINCIPAL, kept)
-            await transaction.execute(_TRIM, {"uid": uid, "kept": KEPT_IN_ALL})
+            of_principal = {"uid": uid, "principal": account.principal, **_bounds(KEPT_OF_PRINCIPAL)}
+            await transaction.execute(_TRIM_PRINCIPAL, of_principal)
+            await transaction.execute(_TRIM, {"uid": uid, **_bounds(KEPT_IN_ALL)})
 
     async def find(self, session_id: str, account: Account, *, upstream: str) -> SessionState | None:
         """Return a session; None if it is unknown, or that of another account or server."""
@@ -127,6 +129,10 @@ class McpSessions:
         """Forget a session."""
         async with self._engine.transaction() as transaction:
             await transaction.execute(_END, {"id_hash": _hash(session_id)})
+
+
+def _bounds(kept: int) -> dict[str, int]:
+    return {"kept": kept, "most": kept + kept // 10}
 
 
 def _hash(session_id: str) -> str:

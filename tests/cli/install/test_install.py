@@ -312,7 +312,7 @@ async def test_a_program_finds_a_proxy_that_has_no_configuration(tmp_path: Path)
         assert (code, file.exists()) == (0, False), err
 
 
-def test_t46_new_folders_are_for_the_user_alone_whatever_the_umask_is(machine: Machine) -> None:
+def test_new_folders_are_for_the_user_alone_whatever_the_umask_is(machine: Machine) -> None:  # T46
     before = os.umask(0)
     try:
         code, _, err = machine.install("vscode", "linear")
