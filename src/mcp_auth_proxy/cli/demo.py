@@ -64,6 +64,8 @@ async def demo() -> int:
     """Run the demo and return the exit code. Raises McpAuthProxyError if a step is missing or fails."""
     # The SDK logs each session at INFO, which would clutter the output.
     logging.getLogger("mcp_auth_proxy").setLevel(logging.ERROR)
+    # A notification may still arrive while the client closes its stream.
+    logging.getLogger("mcp.client.streamable_http").setLevel(logging.CRITICAL)
     story = Story()
     with tempfile.TemporaryDirectory(prefix="mcp-auth-proxy-demo-") as folder:
         async with _servers(story) as (authorization_server, resource):

@@ -3,7 +3,8 @@
 import asyncio
 
 from mcp_auth_proxy.broker import Broker, PendingAuthorization
-from mcp_auth_proxy.models import AccessToken
+from mcp_auth_proxy.errors import AuthorizationError
+from mcp_auth_proxy.models import AccessToken, Account
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.proxy.cold_start import ColdStart
 from mcp_auth_proxy.proxy.declines import Declines
@@ -20,6 +21,9 @@ FOREVER = float("inf")
 
 COMMENT_INTERVAL = 5.0
 """Seconds between comments on a held response: Python clients give up after 300 s of silence, others earlier."""
+
+LATER_INTERVAL = 1.0
+"""Seconds between looks for the next flow, after the one that a stream waited for has failed."""
 
 DISCOVER_WAIT = 8.0
 """Seconds that ``server/discover`` is held at most: clients probe with a time-out of 10 s."""
@@ -93,7 +97,17 @@ class ConsentWait:
             self._listen(request, session, route)
         while True:
             left = deadline - loop.time()
-            token = await pending.wait(min(COMMENT_INTERVAL, left), self._draining)
+            try:
+                token = await pending.wait(min(COMMENT_INTERVAL, left), self._draining)
+            except AuthorizationError:
+                # If a stream of a session ended here, its client would open it again, and so ask the user again.
+                later = None if limit != FOREVER or body.requests else await self._later(route.account, responder)
+                if later is None:
+                    raise
+                if isinstance(later, AccessToken):
+                    return later
+                pending = later
+                continue
             if token is not None:
                 return token
             if deadline == FOREVER and (token := self._broker.token_nowait(route.account)[1]) is not None:
@@ -104,6 +118,22 @@ class ConsentWait:
                 return None
             if may_stream:
                 await responder.keep_alive(_WAITING)
+
+    async def _later(self, account: Account, responder: Responder) -> PendingAuthorization | AccessToken | None:
+        """Wait until something else makes the user be asked again; None if the proxy shuts down before that."""
+        loop = asyncio.get_running_loop()
+        comment_at = loop.time() + COMMENT_INTERVAL
+        while not self._draining.done():
+            pending = self._broker.pending(account)
+            if pending is not None and not pending.done:
+                return pending
+            if (token := self._broker.token_nowait(account)[1]) is not None:
+                return token
+            await asyncio.wait({self._draining}, timeout=LATER_INTERVAL)
+            if loop.time() >= comment_at:
+                comment_at += COMMENT_INTERVAL
+                await responder.keep_alive(_WAITING)
+        return None
 
     def _listen(self, request: ClientRequest, session: OwnSession, route: Route) -> None:
         """Let the end of an elicitation be told on a held stream: the server may have no stream to go on with."""
