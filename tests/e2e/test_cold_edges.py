@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from fakes.fixtures import Servers
-from fakes.headless import consent
+from fakes.headless import consent, decline
 from fakes.http_exchange import FakeResponse
 from fakes.mcp_client import MODERN
-from fakes.proxy import link_in
+from fakes.proxy import link_in, until
 from fakes.proxy_setup import proxy_setup
 from mcp_auth_proxy.models import Account
 
@@ -129,3 +129,29 @@ async def test_no_request_of_cold_start_waits_for_a_slow_authorization_server(
         else:
             assert reply.result["tools"][0]["name"] == "authorize_notes"
         answer.set()
+
+
+async def test_a_held_stream_outlives_a_refusal_and_asks_for_nothing(servers: Servers, tmp_path: Path) -> None:
+    """Clients open a stream again that ends, and the user would be asked again at once."""
+    options: dict[str, Any] = {"upstream": SESSIONS, "issuer": {"auto_consent": False}}
+    async with proxy_setup(servers, tmp_path, authorization=COLD, **options) as setup:
+        client = setup.client
+        await client.initialize()
+        heard: list[str] = []
+
+        async def listen() -> None:
+            async with client.stream() as (_, events):
+                async for event in events:
+                    heard.append(event["method"])
+
+        listening = asyncio.create_task(listen())
+        await until(lambda: setup.proxy.application.forwarder.held.used, "the stream is held")
+        await decline(setup.proxy.links[0])
+        done, _ = await asyncio.wait({listening}, timeout=0.5)
+        assert not done
+        assert len(setup.proxy.links) == 1
+        setup.issuer.auto_consent = True
+        await consent(link_in((await client.call("echo", text="x")).message))
+        await until(lambda: len(heard) == 3, "the client was told", timeout=5)
+        listening.cancel()
+        await asyncio.wait({listening})

@@ -101,10 +101,13 @@ class ConsentWait:
                 self._note_stream(request, session, route)
         while True:
             left = deadline - loop.time()
-            if deadline == FOREVER:
+            if deadline == FOREVER and not body.requests:
                 pending, token = await self._listen(pending, refused, route)
             else:
                 token = await pending.wait(min(COMMENT_INTERVAL, left), self._draining)
+                if token is None and deadline == FOREVER:
+                    # Its flow may have been dropped, and the user have consented to a later one.
+                    pending, token = self._broker.pending(route.account) or pending, self._newer(route, refused)
             if token is not None:
                 return token
             if deadline <= loop.time() or self._draining.done():
@@ -117,6 +120,11 @@ class ConsentWait:
         """Let the end of an elicitation be told on a held stream: the server may have no stream to go on with."""
         if session.elicits:
             self._elicitations.listens(route.account, session.client_id(route.rules), request)
+
+    def _newer(self, route: Route, refused: AccessToken | None) -> AccessToken | None:
+        """Return the token that is there now, unless it is the one that the server does not take."""
+        token = self._broker.token_nowait(route.account)[1]
+        return None if token is None or (refused and token.generation == refused.generation) else token
 
     async def _listen(
         self, pending: PendingAuthorization, refused: AccessToken | None, route: Route
