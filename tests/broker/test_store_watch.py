@@ -26,7 +26,7 @@ async def test_a_login_in_another_process_is_noticed_though_there_was_no_grant_b
     assert await setup.broker.token(NOTES) is None
     async with broker_setup(tmp_path, *setup.servers.values()) as another:
         await another.connect()
-    await until(lambda: setup.broker.token_nowait(NOTES)[0] is False, "what is known to be out of date")
+    await until(lambda: setup.broker.token_nowait(NOTES) != (True, None), "what is known to be out of date")
     assert await setup.broker.token(NOTES) is not None
 
 

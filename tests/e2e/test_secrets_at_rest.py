@@ -143,7 +143,7 @@ async def test_query_values_of_a_server_url_are_never_shown(servers: Servers, tm
             said += (await run_command("doctor", name, "--config", str(config), *form))[1:]
     assert all(request.query_string == QUERY for request in good.calls())
     assert [text for text in said if "canary" in text] == []
-    assert f"{good.url}?k=****&****&v=****" in proxy.err
+    assert f"{good.url}?k=****&****&v=****" in proxy.out
 
 
 @contextmanager

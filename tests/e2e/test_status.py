@@ -124,7 +124,7 @@ async def test_a_bare_status_finds_the_store_of_serve_with_a_url(servers: Server
     code, _, err = await run_command("status", env=env, cwd=tmp_path)
     assert (code, "No configuration was found" in err) == (2, True)
     async with serving(upstream.url, "--listen", "127.0.0.1:0", env=env, cwd=tmp_path) as proxy:
-        (name,) = re.findall(rf"{proxy.origin}/([^/]+)/mcp +->", proxy.err)
+        (name,) = re.findall(rf"{proxy.origin}/([^/]+)/mcp +->", proxy.out)
         code, out, err = await run_command("status", env=env, cwd=tmp_path)
         assert (code, out) == (0, "nothing is connected, and no authorization waits for you\n")
         assert f"a proxy serves it at {proxy.origin}" in err

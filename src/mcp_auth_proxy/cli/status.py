@@ -200,7 +200,7 @@ def _in_words(connection: Connection) -> str:
 def _trouble_in_words(connection: Connection) -> str:
     """Return what goes wrong though nobody has to authorize."""
     trouble = connection.trouble
-    if trouble is None:
+    if trouble is None or (connection.needs_authorization and not trouble.unreachable):
         return ""
     since = "" if trouble.since is None else f" since {_iso(trouble.since)}"
     again = "" if trouble.retry_at is None else f", the next try is at {_iso(trouble.retry_at)}"
