@@ -156,6 +156,7 @@ async def test_a_grant_from_consent_to_its_end_leaves_events(
         await fail_to_renew(setup)
         found = await until_seen(tmp_path, last_error=lambda error: error is not None)
         assert "It is tried again by itself" in (found.remedy or "")
+        assert found.word == "retrying"
         (line,) = warnings(caplog, "can't be renewed now")
         assert "It is tried again at " in line
         assert "Its token ends at " in line
@@ -164,7 +165,8 @@ async def test_a_grant_from_consent_to_its_end_leaves_events(
         setup.issuer.answers.clear()
         setup.skip_pause()
         assert (await setup.ask()).text == "x"
-        await until_seen(tmp_path, last_error=None)
+        found = await until_seen(tmp_path, last_error=None)
+        assert (found.word, found.trouble) == ("connected", None)
         setup.issuer.end_grants()
         setup.clock.ahead += 7200
         await setup.ask()

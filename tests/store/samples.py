@@ -46,7 +46,9 @@ CATALOG = Catalog(
     lists={"tools": [{"name": "canary-tool"}]},
     fetched_at=NOW,
 )
-NOTE = StoredNote(used_at=NOW, unreachable_since=NOW + 1, failed_at=NOW + 2, failure="It is down.", remedy="Wait.")
+NOTE = StoredNote(
+    used_at=NOW, unreachable_since=NOW + 1, failed_at=NOW + 2, failure="It is down.", remedy="Wait.", retrying_since=NOW
+)
 SESSION_ID = "canary-session"
 SESSION = {
     "initialize": base64.b64encode(b"{}").decode(),

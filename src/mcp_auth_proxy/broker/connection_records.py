@@ -53,7 +53,8 @@ _ACTIONS = {
 
 _OUTCOMES = {Happening.NOT_RENEWED: "failed", Happening.ENDED: "ended"}
 
-_WORKS = {"failure": "", "remedy": "", "failed_at": None, "unreachable_since": None}
+_REACHED = {"failure": "", "remedy": "", "failed_at": None, "unreachable_since": None}
+_WORKS = {**_REACHED, "retrying_since": None}
 
 _ENDING = "ending"
 _DEAD = "dead"
@@ -159,6 +160,10 @@ class ConnectionRecords:
             # Whatever it answered: it could be connected to.
             fields["unreachable_since"] = None
             self._outages.unreachable.discard(account.server)
+        if happening is Happening.NOT_RENEWED and before is not happening:
+            fields["retrying_since"] = now
+        elif happening is Happening.ENDED:
+            fields["retrying_since"] = None
         self._failing[account] = happening
         if happening in (Happening.FAILED, Happening.UNREACHABLE):
             self._outages.failing.add(account.server)
@@ -169,7 +174,7 @@ class ConnectionRecords:
         for account, happening in list(self._failing.items()):
             if account.server == server and happening in (Happening.FAILED, Happening.UNREACHABLE):
                 del self._failing[account]
-                self._change(account, dict(_WORKS), urgent=True)
+                self._change(account, dict(_REACHED), urgent=True)
 
     def _put(self, account: Account) -> None:
         """Look at a grant that is used for the first time: maybe it will die."""

@@ -173,8 +173,9 @@ async def stored_connections(
             )
             if flow is not None and matches(flow, server) and not _is_answered(flow, grant, now):
                 connection = _with_flow(connection, flow, grant, now)
-            connection = _with_note(connection, notes.get(each, StoredNote()), tools.get((each, upstream_of(server))))
-            found.append(connection if grant is None else _with_grant(connection, grant, now))
+            note = notes.get(each, StoredNote())
+            connection = _with_note(connection, note, tools.get((each, upstream_of(server))))
+            found.append(connection if grant is None else _with_grant(connection, grant, note, now))
     return found
 
 
@@ -243,10 +244,16 @@ def _trouble(note: StoredNote) -> Trouble | None:
     if not note.failure:
         return None
     unreachable = note.unreachable_since is not None
+    if unreachable:
+        what, since = "not reached", note.unreachable_since
+    elif note.retrying_since is not None:
+        what, since = "not renewed, and tried again", note.retrying_since
+    else:
+        what, since = "the last error", note.failed_at
     return Trouble(
-        what="not reached" if unreachable else "the last error",
+        what=what,
         reason=note.failure,
-        since=note.unreachable_since if unreachable else note.failed_at,
+        since=since,
         remedy=note.remedy,
         unreachable=unreachable,
     )
@@ -275,8 +282,10 @@ def _current(grants: Iterable[Grant], server: ServerSettings) -> Grant | None:
     return max(usable, key=lambda grant: (grant.ended_at is None, grant.granted_at), default=None)
 
 
-def _with_grant(connection: Connection, grant: Grant, now: float) -> Connection:
+def _with_grant(connection: Connection, grant: Grant, note: StoredNote, now: float) -> Connection:
     expires_at = grant.tokens.expires_at
+    # Another process may have renewed it since.
+    retrying = note.retrying_since is not None and note.retrying_since > grant.tokens.obtained_at
     return replace(
         connection,
         state=ConnectionState.CONNECTED if grant.ended_at is None else ConnectionState.ENDED,
@@ -288,5 +297,5 @@ def _with_grant(connection: Connection, grant: Grant, now: float) -> Connection:
         expired=expires_at is not None and expires_at <= now and not renewable(grant),
         reason=grant.ended_reason,
         grant_label=grant.label,
-        status=grant_status(grant, now=now),
+        status=grant_status(grant, now=now, failure=note.failure if retrying else None),
     )

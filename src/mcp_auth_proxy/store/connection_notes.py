@@ -20,13 +20,15 @@ _FIND = "SELECT * FROM connection_notes WHERE principal = :principal AND account
 _DELETE = "DELETE FROM connection_notes WHERE principal = :principal AND account = :account AND server = :server"
 _PUT = """
     INSERT INTO connection_notes (
-        uid, principal, account, server, used_at, unreachable_since, failed_at, failure, remedy, seal
+        uid, principal, account, server, used_at, unreachable_since, failed_at, failure, remedy, retrying_since, seal
     ) VALUES (
-        :uid, :principal, :account, :server, :used_at, :unreachable_since, :failed_at, :failure, :remedy, :seal
+        :uid, :principal, :account, :server, :used_at, :unreachable_since, :failed_at, :failure, :remedy,
+        :retrying_since, :seal
     )
     ON CONFLICT (principal, account, server) DO UPDATE SET
         uid = excluded.uid, used_at = excluded.used_at, unreachable_since = excluded.unreachable_since,
-        failed_at = excluded.failed_at, failure = excluded.failure, remedy = excluded.remedy, seal = excluded.seal
+        failed_at = excluded.failed_at, failure = excluded.failure, remedy = excluded.remedy,
+        retrying_since = excluded.retrying_since, seal = excluded.seal
 """
 _NEWEST_FIRST = "ORDER BY uid = :uid DESC, coalesce(used_at, 0) DESC, coalesce(failed_at, 0) DESC LIMIT :kept"
 _TRIM_PRINCIPAL = f"""
@@ -54,6 +56,8 @@ class StoredNote:
     """What went wrong last; empty if nothing did, or since it has worked again. No secret is in it."""
     remedy: str = ""
     """What to do about that, if it is known."""
+    retrying_since: float | None = None
+    """Since when its grant could not be renewed, for a reason that passes; None if it could."""
 
 
 class StoredNotes:
@@ -89,6 +93,7 @@ class StoredNotes:
             "failed_at": note.failed_at,
             "failure": note.failure,
             "remedy": note.remedy,
+            "retrying_since": note.retrying_since,
         }
         seal = RowCipher(self._engine.cipher, _TABLE, uid).seal_row(columns)
         await transaction.execute(_PUT, {"uid": uid, **columns, SEAL: seal})
@@ -104,5 +109,6 @@ def _read(row: Row, _: RowCipher) -> tuple[Account, StoredNote]:
         failed_at=row["failed_at"],
         failure=row["failure"],
         remedy=row["remedy"],
+        retrying_since=row["retrying_since"],
     )
     return Account(row["principal"], row["server"], row["account"]), note

@@ -47,6 +47,7 @@ CLIENTS = (
         failed_at DOUBLE PRECISION,
         failure TEXT NOT NULL DEFAULT '',
         remedy TEXT NOT NULL DEFAULT '',
+        retrying_since DOUBLE PRECISION,
         seal BLOB NOT NULL,
         PRIMARY KEY (principal, account, server)
     )
