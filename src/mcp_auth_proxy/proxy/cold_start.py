@@ -23,6 +23,10 @@ from mcp_auth_proxy.rpc.messages import Json, Message, RequestBody
 LINK_SECONDS = {"initialize": 2.0, "server/discover": 1.0, "tools/list": 3.0}
 """Seconds after the challenge within which these requests are answered, with or without a link."""
 
+DISCOVER_SECONDS = 0.5
+"""Seconds that ``server/discover`` waits for consent: some authorization servers ask no user again. A client that gets
+an error goes on with ``initialize``, which its server may not know."""
+
 LIST_SECONDS = 1.5
 """Seconds that ``tools/list`` waits for consent: some clients give a server 5 seconds in all to start."""
 
@@ -71,6 +75,8 @@ class ColdStart:
             return float("inf")
         if message.method == "tools/list":
             return LIST_SECONDS
+        if message.method == "server/discover":
+            return DISCOVER_SECONDS
         return 0.0 if self.stands_in(body) else None
 
     def stands_in(self, body: RequestBody) -> bool:
