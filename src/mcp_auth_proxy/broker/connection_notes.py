@@ -12,7 +12,7 @@ from enum import StrEnum
 from mcp_auth_proxy.broker.states import Word
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import ConfigHint
-from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account
+from mcp_auth_proxy.models import Account
 
 MAX_ACCOUNTS = 1000
 """Accounts of which something is remembered; beyond it, the one that was noted first is forgotten."""
@@ -208,14 +208,9 @@ class ConnectionJournal:
             self._events.append(ConnectionEvent(self._clock(), account, text, good))
 
 
-def name_of(account: Account) -> str:
-    """Return what users call an account."""
-    return account.server if account.name == DEFAULT_ACCOUNT else f"{account.server}@{account.name}"
-
-
 def authorize_again(account: Account, server: ServerSettings | None) -> str:
     """Return what to do if only a person can mend a connection. ``server``: None if it is no longer configured."""
-    name = name_of(account) if server is None or not server.from_url else server.command_name
+    name = account.shown if server is None or not server.from_url else server.command_name
     return f"To authorize again, run `mcp-auth-proxy login {name}`, or open the link that the next request gets."
 
 

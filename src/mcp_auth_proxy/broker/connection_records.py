@@ -16,7 +16,6 @@ from mcp_auth_proxy.broker.connection_notes import (
     ToldFailures,
     authorize_again,
     moment,
-    name_of,
 )
 from mcp_auth_proxy.broker.renewal import renewable
 from mcp_auth_proxy.broker.token_cache import TokenCache
@@ -260,7 +259,7 @@ class ConnectionRecords:
         if len(self._signalled) >= MAX_WAITING:
             del self._signalled[next(iter(self._signalled))]
         self._signalled[account] = (grant.granted_at, state)
-        name, todo = name_of(account), authorize_again(account, self._servers.get(account.server))
+        name, todo = account.shown, authorize_again(account, self._servers.get(account.server))
         if state is _ENDING:
             logger.warning("server %s: its token can't be renewed, and ends at %s. %s", name, moment(ends), todo)
         else:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
-from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment, name_of
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -178,7 +178,7 @@ class Renewer:
         )
         reason = f"its grant can't be renewed now: {error}{after}{until}"
         if first and not self._outages.is_due(account.server):
-            logger.warning("server %s: %s", name_of(account), reason)
+            logger.warning("server %s: %s", account.shown, reason)
         else:
             self._outages.warn(account.server, reason)
 
@@ -199,7 +199,7 @@ class Renewer:
                 return newer
         metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "ended").inc()
         todo = authorize_again(grant.key.account, server)
-        logger.warning("the grant of server %s has ended: %s %s", name_of(grant.key.account), reason, todo)
+        logger.warning("the grant of server %s has ended: %s %s", grant.key.account.shown, reason, todo)
         self._journal.ended(grant.key.account, reason)
         raise GrantEnded
 

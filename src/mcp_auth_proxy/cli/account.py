@@ -7,7 +7,6 @@ from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.config.settings import ServerSettings, Settings
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError
 from mcp_auth_proxy.models import LOCAL_PRINCIPAL, Principal
-from mcp_auth_proxy.web.paths import name_of
 
 
 async def logout(settings: Settings, name: str, *, owner: str | None = None, forget_client: bool) -> int:
@@ -28,13 +27,13 @@ async def logout(settings: Settings, name: str, *, owner: str | None = None, for
     if failed:
         raise McpAuthProxyError(" ".join(failed))
     if not done:
-        say(f"{name_of(account)}: nothing was connected.")
+        say(f"{account.shown}: nothing was connected.")
     return 0
 
 
 def _logout_lines(result: Disconnected) -> tuple[list[str], list[str]]:
     """Return what was done and what failed, in lines for the terminal."""
-    server = name_of(result.account)
+    server = result.account.shown
     done = [_forgotten_line(server, grant) for grant in result.grants if grant.revocation is not Revocation.FAILED]
     if result.client_forgotten:
         done.append(f"{server}: the next authorization registers a new client")

@@ -14,7 +14,6 @@ from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grant_summaries import GrantSummaries
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.principals import Principals
-from mcp_auth_proxy.web.paths import name_of
 
 SHARED = "shared"
 
@@ -45,9 +44,9 @@ async def assign(settings: Settings, names: Sequence[str], *, giver: str, receiv
             problem = await _give(engine, account, servers.get(account.server), target)
             if problem:
                 left += 1
-                complain(f"{name_of(account)}: stays with {giver}: {problem}")
+                complain(f"{account.shown}: stays with {giver}: {problem}")
             else:
-                say(f"{name_of(account)}: now {'shared' if target is None else f'of {receiver}'}")
+                say(f"{account.shown}: now {'shared' if target is None else f'of {receiver}'}")
     finally:
         await engine.close()
     if left:

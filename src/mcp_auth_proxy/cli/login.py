@@ -43,7 +43,6 @@ from mcp_auth_proxy.proxy.routes import Route, route_to
 from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.store import provisional_store, serving
 from mcp_auth_proxy.web import browser
-from mcp_auth_proxy.web.paths import name_of
 
 MAX_TRIES = 5
 """How often a stored login is tried: a renewed token, or a new nonce, is tried again."""
@@ -95,7 +94,7 @@ async def login(settings: Settings, name: str, *, owner: str | None = None, opti
             return 0
         say(connected)
         if outcome is not None:
-            say(client_line(f"{application.public_url}/{quote(name_of(account), safe='@')}/mcp"))
+            say(client_line(f"{application.public_url}/{quote(account.shown, safe='@')}/mcp"))
         say(offer(tool.name for tool in await _tools(application, server, account)))
     return 0
 
@@ -147,7 +146,7 @@ class LoginAttempt:
         self._account = account
         self._owner = owner
         self._options = options
-        self._shown = name_of(account)
+        self._shown = account.shown
         # The link alone is on stdout if nobody waits for the user.
         self._tell = complain if options.no_wait else say
 
@@ -282,7 +281,7 @@ async def _authorized(application: Application, account: Account) -> str:
     """Return that an account is connected, and whose it is at the server."""
     connected = await application.broker.connected(account)
     label = f" as {connected.label}" if connected is not None and connected.label else ""
-    return f"{name_of(account)} is connected{label}."
+    return f"{account.shown} is connected{label}."
 
 
 async def _tools(application: Application, server: ServerSettings, account: Account) -> list[Tool]:

@@ -29,7 +29,6 @@ from mcp_auth_proxy.cli.terminal import complain, say
 from mcp_auth_proxy.errors import AddressRefused, ConfigError, ConfigurationError, McpAuthProxyError, excerpt
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account
 from mcp_auth_proxy.store.grant_summaries import GrantState
-from mcp_auth_proxy.web.paths import name_of
 
 POLL_SECONDS = 1.0
 """Seconds between two questions whether the user has authorized."""
@@ -80,7 +79,7 @@ def _connection(proxy: RemoteProxy, me: Json, server: Json, account: Json, url: 
     shared = server["grant_owner"] == "shared" and me["mode"] != "none"
     owner = f"project:{me['principal']['project_id']}" if shared else me["principal"]["id"]
     key = Account(owner if grant is None else grant["owner"], server["name"], account["account"])
-    command = f"{name_of(key)} {proxy.options}"
+    command = f"{key.shown} {proxy.options}"
     waits = account["state"] == "authorizing"
     trouble = _trouble(account)
     if grant is None:
@@ -126,7 +125,7 @@ async def login(proxy: RemoteProxy, name: str, *, owner: str | None, options: Lo
         me = await proxy.get("/me")
         server = _server(me, server_name)
         account = Account("", server["name"], account_name or DEFAULT_ACCOUNT)
-        shown, path = name_of(account), f"/servers/{server['id']}"
+        shown, path = account.shown, f"/servers/{server['id']}"
         # The link alone is on stdout if nobody waits for the user.
         tell = complain if options.no_wait else say
         tools = await _stored_login(proxy, server, account, tell)
@@ -155,7 +154,7 @@ async def _stored_login(
         tools: list[Json] = (await proxy.post(f"/servers/{server['id']}/complete", {"account": account.name}))["tools"]
     except ApiProblem as problem:
         if problem.kind == "not-authorized":
-            tell(f"{name_of(account)} no longer accepts the login that is stored.")
+            tell(f"{account.shown} no longer accepts the login that is stored.")
             return None
         raise
     return tools
@@ -175,7 +174,7 @@ async def _authorize(proxy: RemoteProxy, me: Json, server: Json, account: Accoun
         if problem.kind == "no-user-needed":
             return f"{server['name']} is connected."
         raise
-    shown = name_of(account)
+    shown = account.shown
     if options.no_wait:
         if flow["user_code"]:
             raise needs_waiting(server["name"])
@@ -270,11 +269,11 @@ async def logout(proxy: RemoteProxy, name: str, *, owner: str | None) -> int:
     for grant, result in live:
         if result["detail"] not in failed:
             done = f" and revoked at {grant['issuer']}" if result["revoked_upstream"] else f"; {result['detail']}"
-            say(f"{name_of(account)}: forgotten there{done}")
+            say(f"{account.shown}: forgotten there{done}")
     if failed:
-        raise McpAuthProxyError(f"{name_of(account)}: {' '.join(failed)}")
+        raise McpAuthProxyError(f"{account.shown}: {' '.join(failed)}")
     if not live:
-        say(f"{name_of(account)}: nothing was connected.")
+        say(f"{account.shown}: nothing was connected.")
     return 0
 
 

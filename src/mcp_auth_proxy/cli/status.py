@@ -17,7 +17,6 @@ from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 from mcp_auth_proxy.models import Principal, shared_principal
 from mcp_auth_proxy.store import Engine, open_store, serving
 from mcp_auth_proxy.store.principals import Principals
-from mcp_auth_proxy.web.paths import name_of
 
 SHARED = "shared"
 """What stands in place of a principal's name for grants that belong to a project."""
@@ -133,7 +132,7 @@ def show(connections: Collection[Connection], names: Mapping[str, str], identifi
     lines = [
         Line(
             cells=(
-                name_of(each.account),
+                each.account.shown,
                 *([_owner_in_words(each.account.principal, names)] if identified else []),
                 each.word,
             ),

@@ -6,14 +6,13 @@ are any.
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.models import Account, Catalog
 from mcp_auth_proxy.rpc.answers import ask_admin_text
-from mcp_auth_proxy.rpc.messages import Json, Message
+from mcp_auth_proxy.rpc.messages import Json, Message, is_revision
 
 SESSION_VERSIONS = ("2025-03-26", "2025-06-18", "2025-11-25")
 """The revisions of MCP with sessions that the proxy can begin one for."""
@@ -42,7 +41,6 @@ LIST_CHANGES = (
 SUBSCRIPTION_META = "io.modelcontextprotocol/subscriptionId"
 ACKNOWLEDGED = "notifications/subscriptions/acknowledged"
 
-_REVISION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _UNCACHED = {"ttlMs": 0, "cacheScope": "private"}
 
 
@@ -74,7 +72,7 @@ def announced_version(catalog: Catalog | None, requested: object) -> str:
     """Return the revision to answer an ``initialize`` with: what the server would, as far as that is known."""
     known = catalog.initialize.get(requested) if catalog is not None and isinstance(requested, str) else None
     answered = known.get("protocolVersion") if known is not None else None
-    if isinstance(answered, str) and _REVISION.fullmatch(answered):
+    if is_revision(answered):
         return answered
     return requested if isinstance(requested, str) and requested in SESSION_VERSIONS else SESSION_VERSIONS[-1]
 

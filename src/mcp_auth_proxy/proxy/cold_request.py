@@ -88,7 +88,7 @@ class ColdRequest:
     @property
     def listens(self) -> bool:
         """Whether the request waits for consent however long it takes: a GET stream of a session, or a subscription."""
-        return self._cold_start.wait(self._request, self.body, self.session) == float("inf")
+        return self._cold_start.wait(self._request, self.body, self.session, 0.0) == float("inf")
 
     # With a token
 

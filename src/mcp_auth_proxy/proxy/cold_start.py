@@ -1,13 +1,13 @@
 """Answer in place of a server while its user has not authorized (``authorization.cold_start``).
 
-``rpc.cold_start`` builds the answers; this module decides which request gets one, and begins sessions.
+``cold_answers`` builds the answers; this module decides which request gets one, and begins sessions.
 """
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account, Catalog
+from mcp_auth_proxy.models import Account, Catalog
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_head import Fields, Headers
 from mcp_auth_proxy.proxy import cold_answers, session_ids
@@ -23,12 +23,13 @@ from mcp_auth_proxy.rpc.messages import Json, Message, RequestBody
 LINK_SECONDS = {"initialize": 2.0, "server/discover": 1.0, "tools/list": 3.0}
 """Seconds after the challenge within which these requests are answered, with or without a link."""
 
-DISCOVER_SECONDS = 0.5
-"""Seconds that ``server/discover`` waits for consent: some authorization servers ask no user again. A client that gets
-an error goes on with ``initialize``, which its server may not know."""
-
 LIST_SECONDS = 1.5
-"""Seconds that ``tools/list`` waits for consent: some clients give a server 5 seconds in all to start."""
+"""Seconds that lists of tools wait for consent: some clients give a server 5 seconds in all to start."""
+
+_CONSENT_SECONDS = {"server/discover": 0.5, "tools/list": LIST_SECONDS}
+"""Seconds that these requests wait for consent, within the time above. Some authorization servers don't ask a user
+again; and a client that gets an error for ``server/discover`` goes on with ``initialize``, which its server may not
+know."""
 
 
 class Catalogs(Protocol):
@@ -59,8 +60,13 @@ class ColdStart:
         message = _only(body) if self.enabled and not route.server.oauth.grant.unattended else None
         return None if message is None else LINK_SECONDS.get(message.method)
 
-    def wait(self, request: ClientRequest, body: RequestBody, session: OwnSession | None) -> float | None:
-        """Return the seconds that a request waits for consent at most; None: as long as any other."""
+    def wait(
+        self, request: ClientRequest, body: RequestBody, session: OwnSession | None, elapsed: float
+    ) -> float | None:
+        """Return the seconds that a request waits for consent at most; None: as long as any other.
+
+        ``elapsed``: the seconds since its challenge.
+        """
         if self.enabled and request.method == b"GET" and _declines_events(request):
             # It is no stream but a probe, as mcp-use makes before it connects.
             return 0.0
@@ -73,10 +79,8 @@ class ColdStart:
             return None
         if message.method == "subscriptions/listen" and message.modern and _accepts_events(request):
             return float("inf")
-        if message.method == "tools/list":
-            return LIST_SECONDS
-        if message.method == "server/discover":
-            return DISCOVER_SECONDS
+        if message.method in _CONSENT_SECONDS:
+            return max(0.0, min(_CONSENT_SECONDS[message.method], LINK_SECONDS[message.method] - elapsed))
         return 0.0 if self.stands_in(body) else None
 
     def stands_in(self, body: RequestBody) -> bool:
@@ -171,8 +175,7 @@ class ColdStart:
 
     def _address(self, account: Account) -> str:
         """Return the page at which a user can authorize without a link."""
-        name = account.server if account.name == DEFAULT_ACCOUNT else f"{account.server}@{account.name}"
-        return f"{self._public_url}/{name}/mcp"
+        return f"{self._public_url}/{account.shown}/mcp"
 
     # After consent
 

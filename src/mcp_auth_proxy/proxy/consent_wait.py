@@ -70,11 +70,12 @@ class ConsentWait:
         *,
         session: OwnSession | None = None,
         at_once: bool = False,
+        elapsed: float = 0.0,
     ) -> AccessToken | None:
         """Return the token once the user has authorized; None if the request was answered instead.
 
         ``session``: the one of the proxy's own that the request belongs to. ``at_once``: answer without waiting,
-        because too many requests wait already.
+        because too many requests wait already. ``elapsed``: the seconds since the server's challenge.
         Raises AuthorizationError if the authorization failed or the user declined, and StoreError.
         """
         if not body.messages and body.error is not None and _should_be_json(request):
@@ -84,7 +85,7 @@ class ConsentWait:
             return None
         if body.consent_action in ("decline", "cancel"):
             self._declines.add(route.principal, route.server.name)
-        limit = 0.0 if at_once else self._limit(request, body, session)
+        limit = 0.0 if at_once else self._limit(request, body, session, elapsed)
         if not pending.done and limit != FOREVER and await self._answer_declined(body, responder, route):
             return None
         may_stream = _may_stream(request, body)
@@ -151,8 +152,8 @@ class ConsentWait:
                 return pending, None
             await asyncio.wait([self._draining], timeout=LOOK_INTERVAL)
 
-    def _limit(self, request: ClientRequest, body: RequestBody, session: OwnSession | None) -> float:
-        cold = self._cold_start.wait(request, body, session)
+    def _limit(self, request: ClientRequest, body: RequestBody, session: OwnSession | None, elapsed: float) -> float:
+        cold = self._cold_start.wait(request, body, session, elapsed)
         if cold is not None:
             return cold if cold == FOREVER else min(cold, self._wait)
         limit = max(self._wait, RETRY_WAIT) if body.consent_action else self._wait

@@ -132,7 +132,7 @@ class Forwarder:
         # Writing to a client that reads slowly has to be awaited.
         if not ready or not is_eligible(content, self._body_limit) or not request.may_write:
             return False
-        if route.marker in content and self._cold_start.enabled:
+        if self._cold_start.enabled and content.find(route.marker) >= 0:
             return False
         if is_in_loop(request.fields):
             return False

@@ -6,6 +6,7 @@ while a user authorizes, and relays the response unchanged.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -248,13 +249,17 @@ class RequestHandler:
                     broker.accepted(account)
                 await self._relay(response)
                 return
+            challenged_at = time.monotonic()
             with self._hold():
                 verdict = await self._challenged(response, token, history)
             if verdict is None:
                 await self._relay(response)
                 return
             response.close()
-            token = await self._wait_for_consent(verdict) if isinstance(verdict, PendingAuthorization) else verdict
+            if isinstance(verdict, PendingAuthorization):
+                token = await self._wait_for_consent(verdict, time.monotonic() - challenged_at)
+            else:
+                token = verdict
             if token is None:
                 return
         raise AuthorizationError(f"Server {account.server} refuses every token that is renewed for it.")
@@ -290,7 +295,7 @@ class RequestHandler:
                 raise _Answered
         return await asking
 
-    async def _wait_for_consent(self, pending: PendingAuthorization) -> AccessToken | None:
+    async def _wait_for_consent(self, pending: PendingAuthorization, elapsed: float = 0.0) -> AccessToken | None:
         waiting, session = self.route.metrics.waiting_for_consent, self._cold.session
         listens = session is not None and self._request.method == b"GET"
         waiting.inc()
@@ -308,6 +313,7 @@ class RequestHandler:
                     self.route,
                     session=session,
                     at_once=crowded or not self.held,
+                    elapsed=elapsed,
                 )
         finally:
             self.listening = False

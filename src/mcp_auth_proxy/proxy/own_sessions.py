@@ -7,7 +7,6 @@ can go on with one.
 
 import asyncio
 import contextlib
-import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +25,7 @@ from mcp_auth_proxy.proxy.server_client import bounded, read_answer
 from mcp_auth_proxy.proxy.session_ids import OWN_PREFIX
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.rpc.encoding import encode
-from mcp_auth_proxy.rpc.messages import Message, RequestBody
+from mcp_auth_proxy.rpc.messages import Message, RequestBody, is_revision
 from mcp_auth_proxy.store.mcp_sessions import McpSessions, SessionState
 
 SESSIONS_KEPT = 1_000
@@ -41,7 +40,6 @@ OPEN_SECONDS = 30.0
 Field = tuple[bytes, bytes]
 
 _VERSION = b"mcp-protocol-version"
-_REVISION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _JSON: Headers = [(b"content-type", b"application/json"), (b"accept", b"application/json, text/event-stream")]
 
 
@@ -173,12 +171,11 @@ class OwnSessions:
             response.close()
         upstream_id = next((value for name, value in response.headers if name == session_ids.FIELD), b"")
         version = result.get("protocolVersion")
-        named = isinstance(version, str) and _REVISION.fullmatch(version)
         opened = replace(
             session.state,
             opened=True,
             upstream_id=upstream_id.decode("latin-1"),
-            negotiated=str(version) if named else "",
+            negotiated=version if is_revision(version) else "",
             lists=cold_answers.lists_of(result),
         )
 

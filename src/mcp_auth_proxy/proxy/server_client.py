@@ -4,7 +4,6 @@ Nothing that passes between MCP clients and the server is read here.
 """
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -18,6 +17,7 @@ from mcp_auth_proxy.proxy.routes import Route
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.rpc import encoding, events
 from mcp_auth_proxy.rpc.event_parser import EventParser
+from mcp_auth_proxy.rpc.messages import is_revision
 
 MAX_BODY = 1024 * 1024
 """Bytes of one response."""
@@ -32,8 +32,6 @@ MAX_ITEMS = 1000
 
 CLOSE_SECONDS = 2.0
 """Seconds that the end of a session is waited for."""
-
-_REVISION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 class Challenged(Exception):
@@ -70,7 +68,7 @@ class ServerClient:
         result = await self.request("initialize", {"protocolVersion": revision})
         self.has_begun = True
         negotiated = result.get("protocolVersion")
-        if isinstance(negotiated, str) and _REVISION.fullmatch(negotiated):
+        if is_revision(negotiated):
             self._revision = negotiated
         return result
 

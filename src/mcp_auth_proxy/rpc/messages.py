@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from mcp_auth_proxy.rpc.encoding import MAX_PARSED, decode, decode_value, encode, is_cheap
 
@@ -21,6 +21,8 @@ INPUT_KEY = "io.mcp-auth-proxy/authorization"
 
 MODERN_VERSION = "2026-07-28"
 """The first MCP revision without sessions: each request describes itself in ``_meta``."""
+
+_REVISION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 MAX_BATCH = 1000
 """Messages in one body: all of them are read and answered in one turn of the event loop, which all clients share."""
@@ -57,6 +59,11 @@ class Message:
     """The message itself declares that the client can show URLs to the user."""
     params: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """The parameters, of methods in ``_WITH_PARAMS`` only."""
+
+
+def is_revision(version: object) -> TypeGuard[str]:
+    """Return whether a value has the form of a protocol revision: it may come from outside, and goes into a header."""
+    return isinstance(version, str) and _REVISION.fullmatch(version) is not None
 
 
 def needs_inspection(content: bytes) -> bool:

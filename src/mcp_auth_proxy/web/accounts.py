@@ -6,7 +6,7 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.models import Account, Caller, Flow
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.web.pages import Restart
-from mcp_auth_proxy.web.paths import name_of, split_name
+from mcp_auth_proxy.web.paths import split_name
 from mcp_auth_proxy.web.session import Visitors
 
 
@@ -50,4 +50,4 @@ class PageAccounts:
     def button(self, server: ServerSettings, account: Account, *, popup: bool) -> Restart:
         """Return the button that authorizes an account. ``popup``: whether its page is in a popup of the dashboard."""
         http = not (self._public_url.startswith("https://") and server.url.startswith("https://"))
-        return Restart(name_of(account), http, popup)
+        return Restart(account.shown, http, popup)

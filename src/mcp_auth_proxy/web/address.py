@@ -14,7 +14,6 @@ from mcp_auth_proxy.models import AccessToken, Account
 from mcp_auth_proxy.web.callback import connected_path
 from mcp_auth_proxy.web.connect import cannot_start
 from mcp_auth_proxy.web.pages import Restart, form_headers, message, page, redirect
-from mcp_auth_proxy.web.paths import name_of
 
 
 class Start(Protocol):
@@ -39,7 +38,7 @@ async def address_page(
     """
     secure = public_url.startswith("https://") and server.url.startswith("https://")
     connected = await broker.connected(account)
-    name = name_of(account)
+    name = account.shown
     return page(
         "address.html",
         server=name,

@@ -16,7 +16,6 @@ from mcp_auth_proxy.web.audit import CONSENT, REFUSE
 from mcp_auth_proxy.web.connect import OfferStart, link_refused, offer_nothing
 from mcp_auth_proxy.web.cookies import read_cookies
 from mcp_auth_proxy.web.pages import Restart, message, redirect
-from mcp_auth_proxy.web.paths import name_of
 from mcp_auth_proxy.web.popup import Popups, keep_opener
 from mcp_auth_proxy.web.session import Visitors
 
@@ -27,7 +26,7 @@ RETRY_HINT = "You can close this tab. Repeat the request in your MCP client to g
 
 def connected_path(account: Account) -> str:
     """Return the path of the last page, which says that an account is connected."""
-    return f"/oauth/connected/{quote(name_of(account), safe='@')}"
+    return f"/oauth/connected/{quote(account.shown, safe='@')}"
 
 
 Ended = Callable[[Caller | None, Flow | None, str, str], Awaitable[None]]

@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 from starlette.requests import Request
 
-from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Account
+from mcp_auth_proxy.models import DEFAULT_ACCOUNT
 
 MAX_PATH = 1000
 """Characters of a path with its query. Those of our pages are shorter."""
@@ -43,8 +43,3 @@ def split_name(text: str) -> tuple[str, str]:
     if match is None:
         return "", ""
     return match[1], match[2] or DEFAULT_ACCOUNT
-
-
-def name_of(account: Account) -> str:
-    """Return ``SERVER`` or, if it is not the default account, ``SERVER@ACCOUNT``."""
-    return account.shown

@@ -102,7 +102,7 @@ class ClientFile:
                     os.chown(draft, like.st_uid, like.st_gid)
                 draft.chmod(stat.S_IMODE(like.st_mode))
             draft.replace(path)
-        except BaseException:
+        except BaseException:  # also on Ctrl-C: the draft has what the file has
             draft.unlink(missing_ok=True)
             raise
 

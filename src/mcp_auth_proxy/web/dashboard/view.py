@@ -15,7 +15,6 @@ from mcp_auth_proxy.models import LOCAL, Principal
 from mcp_auth_proxy.store.events import Event
 from mcp_auth_proxy.web.dashboard.client_setup import ClientSetup, client_setups
 from mcp_auth_proxy.web.pages import ScopeList
-from mcp_auth_proxy.web.paths import name_of
 
 SHOWN_EVENTS = 20
 
@@ -148,7 +147,7 @@ class Snapshot:
 
 def card(server: ServerSettings, connection: AccountConnection, rights: Rights, *, public_url: str, keys: bool) -> Card:
     """Return the card of an account. ``keys``: whether clients need a credential."""
-    name, grant, notes, word = name_of(connection.account), connection.grant, connection.notes, connection.word
+    name, grant, notes, word = connection.account.shown, connection.grant, connection.notes, connection.word
     address = f"{public_url}/{name}/mcp"
     scopes = ScopeList.of(grant.scopes if grant is not None else ())
     shown = without_query_values(server.url)
@@ -198,7 +197,7 @@ def event_lines(
             When.of(event.at),
             _name(event.account.principal, find_principal),
             excerpt(event.text),
-            name_of(event.account),
+            event.account.shown,
             event.good,
         )
         for event in happened
