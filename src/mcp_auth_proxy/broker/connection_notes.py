@@ -135,7 +135,7 @@ class ConnectionJournal:
         """
         self._failing.discard(account)
         self._told.forget(account)
-        self._change(account, last_error=None)
+        self._keep(account, replace(self.notes(account), last_error=None))
         if not elsewhere:
             self._tell(account, Happening.CONNECTED)
         self._add(account, "connected", good=True)
@@ -150,7 +150,7 @@ class ConnectionJournal:
 
     def not_authorized(self, account: Account, reason: str) -> None:
         """Note that an authorization has failed; a grant that there was is still there."""
-        self._change(account, last_error=reason)
+        self._keep(account, replace(self.notes(account), last_error=reason))
         self._tell(account, Happening.NOT_AUTHORIZED, reason)
         self._add(account, f"not authorized: {reason}", good=False)
 
@@ -183,7 +183,7 @@ class ConnectionJournal:
 
     def note_tools(self, account: Account, count: int) -> None:
         """Note how many tools a server has."""
-        self._change(account, tools=count)
+        self._keep(account, replace(self.notes(account), tools=count))
 
     def notes(self, account: Account) -> ConnectionNotes:
         """Return what was noted of an account."""
@@ -197,10 +197,10 @@ class ConnectionJournal:
         for listener in self._listeners:
             listener(account, happening, reason)
 
-    def _change(self, account: Account, **changes: str | int | None) -> None:
+    def _keep(self, account: Account, notes: ConnectionNotes) -> None:
         if account not in self._notes and len(self._notes) >= MAX_ACCOUNTS:
             del self._notes[next(iter(self._notes))]
-        self._notes[account] = replace(self.notes(account), **changes)  # type: ignore[arg-type]
+        self._notes[account] = notes
 
     def _add(self, account: Account, text: str, *, good: bool) -> None:
         last = self._events[-1] if self._events else None

@@ -84,6 +84,7 @@ class StoredNotes:
         asked: Columns = account_params(account)
         rows = await transaction.execute(_FIND, asked)
         found = dict(await decode_rows(self._engine, _TABLE, rows, asked, _read))
+        # The fields are those of ``StoredNote``, by name.
         note = replace(found.get(account, StoredNote()), **fields)  # type: ignore[arg-type]
         uid = new_uid()
         columns: Columns = {

@@ -4,7 +4,7 @@ import asyncio
 import os
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 READ_SIZE = 64 * 1024
@@ -121,10 +121,10 @@ class LineWriter:
             written.set_exception(OutputClosed())
 
 
-def call_from_thread(loop: asyncio.AbstractEventLoop, callback: object, *arguments: object) -> bool:
+def call_from_thread(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> bool:
     """Call back in the event loop; return False if that is closed."""
     try:
-        loop.call_soon_threadsafe(callback, *arguments)  # type: ignore[arg-type]
+        loop.call_soon_threadsafe(callback, *arguments)
     except RuntimeError:
         return False
     return True

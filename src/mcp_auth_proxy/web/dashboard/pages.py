@@ -7,7 +7,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -217,7 +217,9 @@ class Dashboard:
             return response
         return EventStream(lambda gone: self._changes(request, viewer, gone), self._streams, principal)
 
-    async def _changes(self, request: Request, viewer: Viewer, gone: "asyncio.Future[None]") -> AsyncIterator[str]:
+    async def _changes(
+        self, request: Request, viewer: Viewer, gone: "asyncio.Future[None]"
+    ) -> AsyncGenerator[str, None]:
         token = _token(self._form_secret(request))
         sent: Snapshot | None = None
         silent = 0

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 
 from starlette.responses import Response
@@ -29,7 +29,7 @@ HEADERS = {
     "x-content-type-options": "nosniff",
 }
 
-Events = Callable[[asyncio.Future[None]], AsyncIterator[str]]
+Events = Callable[[asyncio.Future[None]], AsyncGenerator[str, None]]
 """Yields the text of each event, until the future is done at the latest."""
 
 
@@ -70,7 +70,7 @@ class EventStream(Response):
         try:
             with self._streams.opened(self._principal), suppress(ClientDisconnected):
                 await send({"type": "http.response.start", "status": 200, "headers": fields})
-                async with aclosing(self._events(gone)) as events:  # type: ignore[type-var]
+                async with aclosing(self._events(gone)) as events:
                     async for text in events:
                         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                 if not gone.done():
