@@ -116,8 +116,8 @@ run: $(STAMP) ## the proxy with ./mcp-auth-proxy.yaml (ARGS=URL for one server w
 
 lock: ## pin the newest versions that pyproject.toml allows
 	@test -x $(LOCK_VENV)/bin/uv || { $(PYTHON) -m venv $(LOCK_VENV); $(LOCK_VENV)/bin/python $(PIP) install uv==$(UV_VERSION); }
-	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml --group build --group dev -o requirements/dev.txt
-	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml -c requirements/dev.txt -o requirements/run.txt
+	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml --all-extras --group build --group dev -o requirements/dev.txt
+	@$(UV_COMPILE) --upgrade --generate-hashes pyproject.toml --extra postgresql -c requirements/dev.txt -o requirements/run.txt
 	@$(UV_COMPILE) --upgrade --generate-hashes --group build -c requirements/dev.txt -o requirements/build.txt
 	@$(UV_COMPILE) --upgrade requirements/bench.in -o requirements/bench.txt
 	@for tool in clients conformance deploy sbom audit; do \
