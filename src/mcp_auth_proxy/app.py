@@ -345,6 +345,11 @@ async def lifespan(
 def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:
     """Let the key in the file ``api-token`` use the API, if the file can be used."""
     path = token_path(settings)
+    if path is None:
+        logger.info(
+            "the API is off: with PostgreSQL and inbound.mode none, admin.token_file must name a file for its key"
+        )
+        return
     try:
         callers.accept_token(obtain_token(path, now=now))
     except OSError as error:

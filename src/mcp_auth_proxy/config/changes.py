@@ -10,7 +10,7 @@ _RESTART: Mapping[str, Callable[[Settings], object]] = {
     "health_listen": lambda settings: settings.health_listen,
     "health_quit": lambda settings: settings.health_quit,
     "public_url": lambda settings: settings.public_url,
-    "store.url": lambda settings: settings.store.path,
+    "store.url": lambda settings: settings.store.postgresql or settings.store.path,
     # A default follows the store.
     "store.keys": lambda settings: None if settings.store.default_key else settings.store.keys,
     "inbound.mode": lambda settings: frozenset(settings.inbound.modes),
