@@ -67,6 +67,9 @@ class Engine(Protocol):
     async def changed(self, reader: str = "") -> bool:
         """Return whether another process has written since the last call of the same ``reader``; True for its first."""
 
+    def now(self) -> float:
+        """Return the time that all processes on the store share, in Unix seconds: that of the database server."""
+
     async def check_writable(self) -> None:
         """Check that the database can be written now. After a failed write this includes a write. See the class."""
 

@@ -1,47 +1,29 @@
-"""A known text in ``meta``, sealed with each key: it shows whether a key is right before anything else is read."""
+"""The checks of keys (``store.key_checks``) in an SQLite file."""
 
 import sqlite3
-from collections.abc import Mapping
 
-from mcp_auth_proxy.errors import DecryptionError
+from mcp_auth_proxy.store import key_checks
 from mcp_auth_proxy.store.cipher import Cipher
+from mcp_auth_proxy.store.key_checks import open_with
 
-_CHECK = "mcp-auth-proxy store"
-_KEY_ROWS = "key:"
+__all__ = ["add", "open_with", "read_all", "replace_all"]
 
 
 def read_all(connection: sqlite3.Connection) -> dict[str, bytes]:
     """Return the checks, by the id of their key. Somebody else's program may have put anything into their columns."""
-    rows = connection.execute("SELECT name, value FROM meta").fetchall()
-    return {str(name).removeprefix(_KEY_ROWS): value for name, value in rows if str(name).startswith(_KEY_ROWS)}
-
-
-def open_with(cipher: Cipher, checks: Mapping[str, bytes], *, version: int) -> bool:
-    """Return whether every check of a key that the cipher has is as we sealed it, with seals of this version."""
-    try:
-        return all(
-            cipher.open(checks[key_id], table="meta", row=_KEY_ROWS + key_id, column="value", version=version) == _CHECK
-            for key_id in cipher.key_ids
-            if key_id in checks
-        )
-    except (DecryptionError, TypeError):
-        return False
+    return key_checks.checks(connection.execute("SELECT name, value FROM meta").fetchall())
 
 
 def add(connection: sqlite3.Connection, cipher: Cipher) -> None:
     """Add the checks of the cipher's keys that are missing."""
     for key_id in cipher.key_ids:
-        name = _KEY_ROWS + key_id
-        value = cipher.seal(_CHECK, table="meta", row=name, column="value", key_id=key_id)
-        connection.execute(
-            "INSERT INTO meta (name, value) VALUES (:name, :value) ON CONFLICT (name) DO NOTHING",
-            {"name": name, "value": value},
-        )
+        connection.execute(key_checks.ADD, key_checks.values(cipher, key_id))
 
 
 def replace_all(connection: sqlite3.Connection, cipher: Cipher) -> None:
     """Replace all checks, also those of keys that the cipher does not have, by new ones."""
     connection.execute(
-        "DELETE FROM meta WHERE substr(name, 1, :length) = :rows", {"length": len(_KEY_ROWS), "rows": _KEY_ROWS}
+        "DELETE FROM meta WHERE substr(name, 1, :length) = :rows",
+        {"length": len(key_checks.PREFIX), "rows": key_checks.PREFIX},
     )
     add(connection, cipher)
