@@ -18,6 +18,7 @@ from mcp_auth_proxy.errors import StoreError, StoreUnavailable
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store.cipher import Cipher, load_keys
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
+from mcp_auth_proxy.store.schema_guard import SchemaGuard
 from mcp_auth_proxy.store.sqlite import schema
 from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, inspect, obtain_keys, prepare
 from mcp_auth_proxy.store.sqlite.errors import read_text, translated
@@ -49,6 +50,7 @@ class SqliteEngine:
         self._connection = connection
         self._lock = asyncio.Lock()
         self._identity = _identity(path)
+        self._schema = SchemaGuard(str(path), len(schema.MIGRATIONS))
         self._data_versions: dict[str, int] = {}
         self._statement_begun_at = 0.0
         self._closed = False
@@ -111,6 +113,8 @@ class SqliteEngine:
             self._check_file()
             try:
                 await self._run("BEGIN IMMEDIATE")
+                # Nobody can migrate from here until the transaction ends.
+                await self._check_schema()
                 yield Transaction(self._run)
             except BaseException as error:  # also if cancelled: an open transaction would block every later write
                 self._last_write_failed = self._last_write_failed or isinstance(error, StoreUnavailable)
@@ -121,7 +125,14 @@ class SqliteEngine:
     async def fetch_all(self, sql: str, params: Params = NO_PARAMS) -> list[Row]:
         """Return all rows of a query, as committed."""
         async with self._exclusive():
-            return await self._run(sql, params)
+            try:
+                rows = await self._run(sql, params)
+            except StoreUnavailable:
+                await self._check_schema()
+                raise
+            # Afterwards: if the schema is ours still, then so were the rows.
+            await self._check_schema()
+            return rows
 
     async def fetch_one(self, sql: str, params: Params = NO_PARAMS) -> Row | None:
         """Return the first row of a query, as committed, or None."""
@@ -131,9 +142,18 @@ class SqliteEngine:
     async def changed(self, reader: str = "") -> bool:
         """Return whether another process has written since the last call of the same ``reader``; True for its first."""
         before = self._data_versions.get(reader)
-        rows = await self.fetch_all("PRAGMA data_version")
-        self._data_versions[reader] = version = int(rows[0]["data_version"])
+        async with self._exclusive():
+            rows = await self._run("PRAGMA data_version")
+            version = int(rows[0]["data_version"])
+            if version != before:
+                await self._check_schema()
+        self._data_versions[reader] = version
         return version != before
+
+    async def check_schema(self) -> None:
+        """Raise StoreMigrated if a newer version has migrated the store since it was opened."""
+        async with self._exclusive():
+            await self._check_schema()
 
     async def check_writable(self) -> None:
         """Check that the store can be written now. After a failed write this includes a write."""
@@ -145,6 +165,7 @@ class SqliteEngine:
             self._check_file()
             try:
                 await self._run("BEGIN IMMEDIATE")
+                await self._check_schema()
             finally:
                 await _uninterrupted(self._roll_back())
 
@@ -186,6 +207,10 @@ class SqliteEngine:
     def _is_overdue(self) -> bool:
         """Return whether SQLite must interrupt the running statement. Called in the thread of the connection."""
         return time.monotonic() > self._statement_begun_at + _STATEMENT_TIMEOUT
+
+    async def _check_schema(self) -> None:
+        (row,) = await self._run("PRAGMA user_version")
+        self._schema.check(int(row["user_version"]))
 
     async def _commit(self) -> None:
         try:
