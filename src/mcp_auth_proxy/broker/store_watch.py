@@ -22,7 +22,7 @@ PURGE_INTERVAL = 3600.0
 """Seconds between deletions of old flows."""
 
 CHECKED_AT_ONCE = 50
-"""Grants, and flows, that are read as a whole after each change, in turn: a row that was changed without the key shows."""
+"""Grants, and flows, that are read as a whole after each change, in turn: so what was changed without the key shows."""
 
 T = TypeVar("T")
 
