@@ -67,7 +67,6 @@ _FLOW = "SELECT * FROM flows WHERE id = :id AND status <> 'failed'"
 _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _ALL = "SELECT * FROM grants ORDER BY granted_at, id"
 _INTERRUPTED = "SELECT * FROM grants WHERE refresh_begun_at IS NOT NULL AND ended_at IS NULL ORDER BY granted_at, id"
-_ACCOUNTS = "SELECT DISTINCT principal, server, account FROM grants WHERE ended_at IS NULL"
 _CURRENT = """
     SELECT * FROM grants
     WHERE principal = :principal AND server = :server AND account = :account AND ended_at IS NULL
@@ -110,11 +109,6 @@ class Grants:
         """Return the newest grant that has not ended, or None."""
         asked = account_params(account)
         return next(iter(await self._read(await self._engine.fetch_all(_CURRENT, asked), asked)), None)
-
-    async def accounts(self) -> set[Account]:
-        """Return the accounts that have a grant which has not ended, as far as can be told without reading it."""
-        rows = await self._engine.fetch_all(_ACCOUNTS)
-        return {Account(row["principal"], row["server"], row["account"]) for row in rows}
 
     async def get(self, grant_id: int) -> Grant | None:
         """Return a grant, ended or not; None if it is gone or can't be decrypted."""
