@@ -1,29 +1,42 @@
 """Which processes serve over a store. Only they are believed to be a running proxy: any program can take a port."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 from mcp_auth_proxy.config.settings import Address, StoreSettings
 from mcp_auth_proxy.store.sqlite import serving as sqlite
 from mcp_auth_proxy.store.sqlite.serving import Served
 
+__all__ = ["Served", "Serving", "addresses", "hold", "processes", "server_mark"]
+
 
 class Serving(Protocol):
     """What a process holds while it serves; it ends with the process. A database server has session locks for this."""
+
+    def set_keys(self, keys: Sequence[str], /) -> None:
+        """Say that this process has other keys now."""
 
     def release(self) -> None:
         """Tell the others that this process no longer serves. May be called again."""
 
 
 def hold(
-    settings: StoreSettings, address: Address, *, only: str = "", name: str = "", for_bridges: bool = False
+    settings: StoreSettings,
+    address: Address,
+    *,
+    only: str = "",
+    name: str = "",
+    for_bridges: bool = False,
+    keys: Sequence[str] = (),
 ) -> Serving:
     """Tell other processes that this one serves the store at ``address``: a number, and the real port.
 
     ``only`` is the ``server_mark`` of the server that it was given instead of a configuration, ``name`` its name;
-    ``for_bridges``: a bridge of ``stdio`` has started it.
+    ``for_bridges``: a bridge of ``stdio`` has started it. ``keys``: the ids of its keys, first the one that seals.
     """
-    return sqlite.ServingLock(settings.path.resolve(), address, only=only, name=name, for_bridges=for_bridges)
+    path = settings.path.resolve()
+    return sqlite.ServingLock(path, address, only=only, name=name, for_bridges=for_bridges, keys=keys)
 
 
 def server_mark(url: str) -> str:
