@@ -38,9 +38,10 @@ async def open_store(
 
 
 async def open_store_read_only(settings: StoreSettings, *, environ: Mapping[str, str] = os.environ) -> Engine:
-    """Open a store that exists without writing anything: it is neither created nor migrated.
+    """Open a store that exists, as it is now, without writing anything: it is neither created nor migrated.
 
-    ``close`` of the result must be awaited. Raises StoreRejected, and StoreUnavailable, also for an older schema.
+    A store with an older schema is read all the same. Later changes are not seen, so this is for commands, not for a
+    running proxy. ``close`` of the result must be awaited. Raises StoreRejected and StoreUnavailable.
     """
     return await SqliteEngine.open_read_only(settings, environ=environ)
 

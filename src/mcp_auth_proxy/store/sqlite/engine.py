@@ -20,9 +20,9 @@ from mcp_auth_proxy.store.cipher import Cipher, load_keys
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
 from mcp_auth_proxy.store.schema_guard import SchemaGuard
 from mcp_auth_proxy.store.sqlite import schema
-from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, inspect, obtain_keys, prepare
+from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, obtain_keys, prepare, read_copy
 from mcp_auth_proxy.store.sqlite.errors import read_text, translated
-from mcp_auth_proxy.store.sqlite.paths import connection_uri, read_only_uri
+from mcp_auth_proxy.store.sqlite.paths import connection_uri, write_obstacle
 
 T = TypeVar("T")
 
@@ -90,14 +90,10 @@ class SqliteEngine:
     ) -> "SqliteEngine":
         """Open the store without writing anything; see ``store.open_store_read_only``."""
         cipher = Cipher(await asyncio.to_thread(load_keys, settings, environ))
-        found, newest = await asyncio.to_thread(inspect, settings.path, cipher), len(schema.MIGRATIONS)
-        if found < newest:
-            raise StoreUnavailable(
-                f"The store {settings.path} has schema {found}, and this version reads schema {newest}. "
-                "Start the proxy once to migrate it."
-            )
-        uri, _ = read_only_uri(settings.path)
-        return cls(await _connect(settings.path, uri), settings.path, cipher)
+        memory = await asyncio.to_thread(read_copy, settings.path, cipher)
+        memory.row_factory = sqlite3.Row
+        _silence()
+        return cls(await aiosqlite.Connection(lambda: memory, 64), settings.path, cipher)
 
     async def close(self) -> None:
         """Close the connection and end its thread, once a running transaction has ended. May be called again."""
@@ -235,7 +231,8 @@ class SqliteEngine:
 
     def _check_space(self) -> None:
         if not os.access(self._path, os.W_OK):
-            raise StoreUnavailable(f"The store {self._path} can't be written: its file is read-only.")
+            obstacle = write_obstacle(self._path) or f"The store {self._path} can't be written: its file is read-only."
+            raise StoreUnavailable(obstacle)
         if shutil.disk_usage(self._path.parent).free < _MIN_FREE_BYTES:
             raise StoreUnavailable(f"The disk of the store {self._path} is full. Free some space.")
 
@@ -249,14 +246,18 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 async def _connect(path: Path, uri: str) -> aiosqlite.Connection:
-    # At its debug level aiosqlite logs the parameters of every statement.
-    logging.getLogger("aiosqlite").setLevel(logging.WARNING)
+    _silence()
     with translated(path):
         # isolation_level=None: transactions are begun and ended by our own statements.
         connection = await aiosqlite.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
     connection.row_factory = sqlite3.Row
     connection.text_factory = read_text
     return connection
+
+
+def _silence() -> None:
+    # At its debug level aiosqlite logs the parameters of every statement.
+    logging.getLogger("aiosqlite").setLevel(logging.WARNING)
 
 
 async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
