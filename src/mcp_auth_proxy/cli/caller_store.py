@@ -12,7 +12,7 @@ from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import LastAdmin, McpAuthProxyError
 from mcp_auth_proxy.identity.keys import make_key
 from mcp_auth_proxy.models import ALL_SCOPES, DEFAULT_PROJECT, Identity, Principal, PrincipalStatus, Role, Scope
-from mcp_auth_proxy.store import Engine, open_store, store_exists
+from mcp_auth_proxy.store import Engine, open_store, open_store_read_only, store_exists
 from mcp_auth_proxy.store.api_keys import ApiKeys
 from mcp_auth_proxy.store.principals import Principals, new_principal_id
 
@@ -20,8 +20,8 @@ _MEMBER_SCOPES = frozenset({Scope.MCP, Scope.SELF})
 
 
 @asynccontextmanager
-async def _opened(settings: Settings) -> AsyncIterator[Engine]:
-    engine = await open_store(settings.store, announce=complain)
+async def _opened(settings: Settings, *, writes: bool = True) -> AsyncIterator[Engine]:
+    engine = await (open_store(settings.store, announce=complain) if writes else open_store_read_only(settings.store))
     try:
         yield engine
     finally:
@@ -62,7 +62,7 @@ async def list_keys(settings: Settings, *, as_json: bool) -> int:
     """Print the keys, the oldest first. Return 0; raise McpAuthProxyError."""
     rows: list[dict[str, Any]] = []
     if store_exists(settings.store):
-        async with _opened(settings) as engine:
+        async with _opened(settings, writes=False) as engine:
             names = {principal.id: principal.name for principal in await Principals(engine).all()}
             rows = [
                 {
@@ -110,7 +110,7 @@ async def list_principals(settings: Settings, *, as_json: bool) -> int:
     """Print the principals, by name. Return 0; raise McpAuthProxyError."""
     rows: list[dict[str, Any]] = []
     if store_exists(settings.store):
-        async with _opened(settings) as engine:
+        async with _opened(settings, writes=False) as engine:
             rows = await _principal_rows(engine)
     if as_json:
         say_json(rows)

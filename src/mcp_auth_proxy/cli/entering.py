@@ -118,14 +118,14 @@ def _known_here(config_file: str | None) -> Collection[str] | None:
 
     from mcp_auth_proxy.broker import stored_servers
     from mcp_auth_proxy.config.load import single_store
-    from mcp_auth_proxy.store import open_store, serving, store_exists
+    from mcp_auth_proxy.store import open_store_read_only, serving, store_exists
 
     if location.find(config_file, os.environ) is not None:
         return list(settings_from(config_file, secrets_of=()).servers)
     store = single_store(environ=os.environ)
 
     async def read() -> list[str]:
-        database = await open_store(store)
+        database = await open_store_read_only(store)
         try:
             return list(await stored_servers(database))
         finally:

@@ -58,7 +58,9 @@ async def serve_forever(settings: Settings, file: ConfigFile | None, *, for_brid
             sockets.enter_context(health)
         await loops.check(settings, address, effective_public_url(settings, address), resolver=Resolver())
         async with lifespan(settings, address, announce_key=complain) as application:
-            lock = serving.hold(settings.store, bound(sock), only=only, name=name, for_bridges=for_bridges)
+            ids = application.database.cipher.key_ids
+            lock = serving.hold(settings.store, bound(sock), only=only, name=name, for_bridges=for_bridges, keys=ids)
+            application.on_new_keys = lock.set_keys
             server = Server(application, health=health, before_close=lock.release)
             bridges = serving_bridges(application, server, only=only) if for_bridges else nullcontext()
             async with returning_memory(), bridges, reloading(application, file, stop=server.drain_and_exit):

@@ -157,11 +157,19 @@ def _key_source(text: str, context: Context, default: KeySource) -> KeySource:
     kind, _, name = text.partition(":")
     if kind == "env":
         context.variable(name)
-        return KeySource(kind="env", name=name)
+        return KeySource(kind="env", name=name, written=text)
+    if kind == "exec":
+        return KeySource(kind="exec", name=values.command(name), written=text)
+    if kind == "keyring":
+        return KeySource(kind="keyring", name=values.keyring_name(name), written=text)
     if kind != "file":
-        raise ValueError("must be env:NAME or file:PATH: a key does not belong in the configuration")
-    source = KeySource(kind="file", name=str(context.path(name)))
+        raise ValueError(
+            "must be env:NAME, file:PATH, exec:COMMAND or keyring:SERVICE/NAME: a key does not belong in the "
+            "configuration"
+        )
+    source = KeySource(kind="file", name=str(context.path(name)), written=text)
     if source != default or Path(source.name).exists():
+        context.secret_files.add(context.path(name))
         context.file_text(name)
     return source
 

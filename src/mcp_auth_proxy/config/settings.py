@@ -57,12 +57,21 @@ def reachable(listening: Address) -> Address:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeySource:
-    """The source of a store key: ``env`` and a variable name, or ``file`` and an absolute path."""
+    """The source of a store key.
 
-    kind: Literal["env", "file"]
+    ``env`` and a variable name, ``file`` and an absolute path, ``exec`` and a command, ``keyring`` and SERVICE/NAME.
+    """
+
+    kind: Literal["env", "file", "exec", "keyring"]
     name: str
+    written: str = field(default="", compare=False)
+    """What the configuration says; empty for the default key."""
 
     def __str__(self) -> str:
+        """Return the source for a message, of a command its program only: other words may be secret."""
+        if self.kind == "exec":
+            program, *rest = shlex.split(self.name)
+            return f"exec:{program}{' …' if rest else ''}"
         return f"{self.kind}:{self.name}"
 
 

@@ -2,10 +2,10 @@
 
 ``open_store`` returns an ``Engine`` (engine.py), which runs SQL in transactions; ``sqlite/`` and ``postgresql/`` have
 the two that exist, with schema and migrations. ``grants.py``, ``registrations.py`` and ``flows.py`` read and write the
-frozen values of ``models`` through it, ``principals.py`` and ``api_keys.py`` those of callers. ``codec.py`` turns values
-into rows, ``cipher.py`` seals the secrets in them, ``serving.py`` tells other processes that this one serves, by files
-beside the store (``local_files.py``), ``lease.py`` decides whether another one still holds a refresh, ``leases.py`` has
-leases by name, ``files.py`` creates private files.
+frozen values of ``models`` through it, ``principals.py`` and ``api_keys.py`` those of callers. ``codec.py`` turns
+values into rows, ``cipher.py`` seals the secrets in them, ``serving.py`` tells other processes that this one serves, by
+files beside the store (``local_files.py``), ``lease.py`` decides whether another one still holds a refresh,
+``leases.py`` has leases by name, ``files.py`` creates private files.
 """
 
 import os
@@ -46,9 +46,10 @@ async def open_store(
 
 
 async def open_store_read_only(settings: StoreSettings, *, environ: Mapping[str, str] = os.environ) -> Engine:
-    """Open a store that exists without writing anything: it is neither created nor migrated.
+    """Open a store that exists, as it is now, without writing anything: it is neither created nor migrated.
 
-    ``close`` of the result must be awaited. Raises StoreRejected, and StoreUnavailable, also for an older schema.
+    A store with an older schema is read all the same. Later changes are not seen, so this is for commands, not for a
+    running proxy. ``close`` of the result must be awaited. Raises StoreRejected and StoreUnavailable.
     """
     if settings.postgresql is not None:
         from mcp_auth_proxy.store.postgresql.engine import PostgresqlEngine  # noqa: PLC0415

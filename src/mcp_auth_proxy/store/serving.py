@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 from mcp_auth_proxy.config.settings import Address, StoreSettings
@@ -11,9 +12,14 @@ from mcp_auth_proxy.store.sqlite.serving import Served
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["Served", "Serving", "addresses", "hold", "processes", "server_mark"]
+
 
 class Serving(Protocol):
     """What a process holds while it serves; it ends with the process."""
+
+    def set_keys(self, keys: Sequence[str], /) -> None:
+        """Say that this process has other keys now."""
 
     def release(self) -> None:
         """Tell the others that this process no longer serves. May be called again."""
@@ -22,17 +28,26 @@ class Serving(Protocol):
 class _NotTold:
     """Stands for a lock that could not be made."""
 
+    def set_keys(self, keys: Sequence[str], /) -> None:
+        pass
+
     def release(self) -> None:
         pass
 
 
 def hold(
-    settings: StoreSettings, address: Address, *, only: str = "", name: str = "", for_bridges: bool = False
+    settings: StoreSettings,
+    address: Address,
+    *,
+    only: str = "",
+    name: str = "",
+    for_bridges: bool = False,
+    keys: Sequence[str] = (),
 ) -> Serving:
     """Tell other processes that this one serves the store at ``address``: a number, and the real port.
 
     ``only`` is the ``server_mark`` of the server that it was given instead of a configuration, ``name`` its name;
-    ``for_bridges``: a bridge of ``stdio`` has started it.
+    ``for_bridges``: a bridge of ``stdio`` has started it. ``keys``: the ids of its keys, first the one that seals.
     """
     try:
         path = local_path(settings)
@@ -43,7 +58,7 @@ def hold(
             error.strerror,
         )
         return _NotTold()
-    return sqlite.ServingLock(path, address, only=only, name=name, for_bridges=for_bridges)
+    return sqlite.ServingLock(path, address, only=only, name=name, for_bridges=for_bridges, keys=keys)
 
 
 def server_mark(url: str) -> str:

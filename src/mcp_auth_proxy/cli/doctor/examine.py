@@ -267,7 +267,7 @@ async def _registrations(settings: Settings) -> AsyncIterator[tuple[Registration
 async def _open_readable(store: StoreSettings) -> Engine:
     database = await open_store_read_only(store)
     try:
-        # A store with an older schema opens, but fails here.
+        # A store whose tables somebody has changed opens, but fails here.
         await Registrations(database).find("", "", "")
         await Registrations(database).bound_issuer("", "")
     except BaseException:  # also on Ctrl-C: the database thread would keep the process alive

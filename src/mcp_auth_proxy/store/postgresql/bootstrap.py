@@ -9,6 +9,7 @@ from mcp_auth_proxy.store import key_checks
 from mcp_auth_proxy.store.cipher import VERSION, Cipher
 from mcp_auth_proxy.store.postgresql import schema
 from mcp_auth_proxy.store.postgresql.connection import Connection
+from mcp_auth_proxy.store.sealed_tables import SEALED_COLUMNS, is_sealed_with, key_params, seal_keys
 
 # What is read after the lock was got must be what the one before has committed, whatever the server's default is.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -137,7 +138,7 @@ async def _require_empty(connection: Connection, url: PostgresqlUrl, place: Plac
 
 
 async def _inspect(connection: Connection, url: PostgresqlUrl, cipher: Cipher) -> int:
-    rows = (await connection.run(f"SELECT version FROM {schema.MARK}")).rows  # noqa: S608 - our own constant
+    rows = (await connection.run(schema.VERSION)).rows
     found = rows[0]["version"] if len(rows) == 1 else 0
     if found < schema.FIRST_SCHEMA:
         raise StoreRejected(
@@ -160,13 +161,30 @@ async def _inspect(connection: Connection, url: PostgresqlUrl, cipher: Cipher) -
             f"The store {url} was changed by something else than mcp-auth-proxy: its key check does not open. It was "
             "left as it is. Restore a backup, or use another database."
         )
+    await _require_rows_that_open(connection, url, cipher)
     return int(found)
 
 
+async def _require_rows_that_open(connection: Connection, url: PostgresqlUrl, cipher: Cipher) -> None:
+    """Raise KeyRejected if there are rows, and all of them are sealed with other keys than the cipher has."""
+    params = key_params(cipher.key_ids)
+    found: set[str] = set()
+    for table in SEALED_COLUMNS:
+        if (await connection.run(is_sealed_with(table, params), params)).rows:
+            return
+        rows = (await connection.run(seal_keys(table))).rows
+        found |= {row["key_id"].hex() for row in rows if isinstance(row["key_id"], bytes)}
+    if found:
+        raise KeyRejected(
+            f"Wrong key: every row of the store {url} was sealed with key {', '.join(sorted(found))}, but store.keys "
+            f"has {', '.join(cipher.key_ids)}. Nothing was written. Set the right key, or use another database."
+        )
+
+
 async def _checks(connection: Connection) -> dict[str, bytes]:
-    values = {"length": len(key_checks.PREFIX), "prefix": key_checks.PREFIX}
+    values = {"length": len(key_checks.KEY_ROWS), "prefix": key_checks.KEY_ROWS}
     rows = (await connection.run(_CHECKS, values)).rows
-    return key_checks.checks((row["name"], row["value"]) for row in rows)
+    return key_checks.by_key((row["name"], row["value"]) for row in rows)
 
 
 async def _missing_checks(connection: Connection, cipher: Cipher) -> set[str]:
@@ -179,5 +197,5 @@ async def _write(connection: Connection, cipher: Cipher, found: int | None) -> N
             logger.info("store: migrating from schema %d to %d", found, schema.NEWEST)
         for statement in schema.statements(found):
             await connection.command(statement, timeout=_MIGRATION_TIMEOUT)
-    for key_id in cipher.key_ids:
-        await connection.run(key_checks.ADD, key_checks.values(cipher, key_id))
+    for row in key_checks.check_rows(cipher):
+        await connection.run(key_checks.ADD, row)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Coroutine, Iterator, Sequence
@@ -83,6 +84,8 @@ class Connection:
     @classmethod
     async def open(cls, url: PostgresqlUrl, clock: ServerClock, *, read_only: bool = False) -> Self:
         """Connect, and set what holds for the session. Raises StoreUnavailable."""
+        # It warns of what follows from a lost connection, which is reported once, as an error of the store.
+        logging.getLogger("psycopg").setLevel(logging.ERROR)
         secret_values.remember(os.environ.get("PGPASSWORD"))
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
@@ -135,9 +138,15 @@ class Connection:
         statement = numbered(sql)
         return await self._bounded(self._execute(statement.text, [_sent(params[name]) for name in statement.names]))
 
-    async def command(self, text: str, *, timeout: float = STATEMENT_TIMEOUT) -> None:
-        """Run statements without parameters, all at once. Raises StoreUnavailable."""
-        await self._bounded(self._command(text), timeout)
+    async def run_both(self, sql: str, params: Params, after: str) -> tuple[Result, Result]:
+        """Run a statement and, without waiting, one that has no parameters. Raises StoreUnavailable."""
+        statement = numbered(sql)
+        values = [_sent(params[name]) for name in statement.names]
+        return await self._bounded(self._execute_both(statement.text, values, after))
+
+    async def command(self, text: str, *, timeout: float = STATEMENT_TIMEOUT) -> list[Row]:
+        """Run statements without parameters, all at once; return the rows of the last. Raises StoreUnavailable."""
+        return await self._bounded(self._command(text), timeout)
 
     async def measure(self, clock: ServerClock) -> None:
         """Ask for the server's time. Raises StoreUnavailable."""
@@ -153,9 +162,14 @@ class Connection:
     async def _execute(self, text: str, values: Sequence[object]) -> Result:
         with translated(self.url), self._noting_staleness():
             # The text is one of our own statements, in which numbers stand for values.
-            cursor = await self.raw.execute(text, values, binary=True)
-            rows: list[Any] = await cursor.fetchall() if cursor.description is not None else []
-            return Result(rows, (cursor.statusmessage or "").startswith(_WRITES) and cursor.rowcount > 0)
+            return await _result(await self.raw.execute(text, values, binary=True))
+
+    async def _execute_both(self, text: str, values: Sequence[object], after: str) -> tuple[Result, Result]:
+        with translated(self.url), self._noting_staleness():
+            async with self.raw.pipeline():
+                first = await self.raw.execute(text, values, binary=True)
+                second = await self.raw.execute(after, binary=True)
+            return await _result(first), await _result(second)
 
     @contextlib.contextmanager
     def _noting_staleness(self) -> Iterator[None]:
@@ -166,9 +180,12 @@ class Connection:
             self._is_stale = True
             raise
 
-    async def _command(self, text: str) -> None:
+    async def _command(self, text: str) -> list[Row]:
         with translated(self.url):
-            await self.raw.execute(text, prepare=False)
+            cursor = await self.raw.execute(text, prepare=False)
+            while cursor.nextset():
+                pass
+            return (await _result(cursor)).rows
 
     async def _bounded(self, work: Coroutine[Any, Any, T], timeout: float = STATEMENT_TIMEOUT) -> T:
         """Wait for a statement, for a limited time; if its task is cancelled meanwhile, only a little longer.
@@ -206,6 +223,11 @@ class Connection:
         self._cut = True
         with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(self.raw.fileno())) as sock:
             sock.shutdown(socket.SHUT_RDWR)
+
+
+async def _result(cursor: "psycopg.AsyncCursor[DictRow]") -> Result:
+    rows: list[Any] = await cursor.fetchall() if cursor.description is not None else []
+    return Result(rows, (cursor.statusmessage or "").startswith(_WRITES) and cursor.rowcount > 0)
 
 
 def _sent(value: object) -> object:

@@ -12,12 +12,14 @@ from mcp_auth_proxy.errors import StoreUnavailable
 from mcp_auth_proxy.store.broken_rows import BrokenRows
 from mcp_auth_proxy.store.cipher import Cipher, key_warnings, load_keys
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
+from mcp_auth_proxy.store.postgresql import schema
 from mcp_auth_proxy.store.postgresql.bootstrap import BEGIN, Place, inspect, prepare
 from mcp_auth_proxy.store.postgresql.clock import ServerClock
 from mcp_auth_proxy.store.postgresql.connection import Connection
 from mcp_auth_proxy.store.postgresql.errors import ConnectionRefused
 from mcp_auth_proxy.store.postgresql.listener import Listener
 from mcp_auth_proxy.store.postgresql.pool import PAUSE, QUEUE_TIMEOUT, Pool
+from mcp_auth_proxy.store.schema_guard import SchemaGuard
 from mcp_auth_proxy.store.uninterrupted import uninterrupted
 
 _PROBE = """
@@ -43,6 +45,7 @@ class PostgresqlEngine:
         self._name = secrets.token_hex(8)
         self._listener = Listener(pool, clock, url, channel=place.channel, own=self._name)
         self._lock = asyncio.Lock()
+        self._schema = SchemaGuard(str(url), schema.NEWEST)
         self._seen: dict[str, int] = {}
         self._broken_rows = BrokenRows()
         self._last_write_failed = False
@@ -109,12 +112,12 @@ class PostgresqlEngine:
         """Return all rows of a query, as committed."""
         async with self._pool.connection() as connection:
             try:
-                return (await connection.run(sql, params)).rows
+                return await self._read(connection, sql, params)
             except StoreUnavailable:
                 if not connection.is_outdated:
                     raise
         async with self._pool.connection(fresh=True) as connection:
-            return (await connection.run(sql, params)).rows
+            return await self._read(connection, sql, params)
 
     async def fetch_one(self, sql: str, params: Params = NO_PARAMS) -> Row | None:
         """Return the first row of a query, as committed, or None."""
@@ -124,8 +127,15 @@ class PostgresqlEngine:
     async def changed(self, reader: str = "") -> bool:
         """Return whether another process has written since the last call of the same ``reader``; True for its first."""
         before = self._seen.get(reader)
-        self._seen[reader] = writes = await self._listener.listening()
+        writes = await self._listener.listening()
+        if writes != before:
+            await self.check_schema()
+        self._seen[reader] = writes
         return writes != before
+
+    async def check_schema(self) -> None:
+        """Raise StoreMigrated if a newer version has migrated the store since it was opened."""
+        await self.fetch_all(schema.VERSION)
 
     async def check_writable(self) -> None:
         """Check that the store can be written now. After a failed write this includes a write."""
@@ -143,6 +153,20 @@ class PostgresqlEngine:
         """Log, once for each row, that it is skipped because it can't be decrypted or decoded."""
         self._broken_rows.report(table, uid, problem)
 
+    async def _read(self, connection: Connection, sql: str, params: Params) -> list[Row]:
+        try:
+            # The schema afterwards: if it is ours still, then so were the rows.
+            result, found = await connection.run_both(sql, params, schema.VERSION)
+        except StoreUnavailable:
+            if not connection.broken:
+                self._check((await connection.run(schema.VERSION)).rows)
+            raise
+        self._check(found.rows)
+        return result.rows
+
+    def _check(self, rows: list[Row]) -> None:
+        self._schema.check(rows[0]["version"] if rows else 0)
+
     @asynccontextmanager
     async def _begun(self) -> AsyncIterator[Connection]:
         """Lend a connection with a transaction that alone may write."""
@@ -155,13 +179,14 @@ class PostgresqlEngine:
             for fresh in (False, True):
                 async with self._pool.connection(fresh=fresh) as connection:
                     try:
-                        await connection.command(f"{BEGIN}; {self._place.lock}")
+                        found = await connection.command(f"{BEGIN}; {self._place.lock}; {schema.VERSION}")
                     except StoreUnavailable:
                         # Nothing was done yet, so it may be begun again.
                         if connection.is_outdated and not fresh:
                             continue
                         self._last_write_failed = True
                         raise
+                    self._check(found)
                     yield connection
                     return
         finally:

@@ -11,7 +11,7 @@ import re
 MARK = "mcp_auth_proxy_store"
 """The table that has the number of the schema, in its only row."""
 
-FIRST_SCHEMA = 8
+FIRST_SCHEMA = 9
 """The schema that ``BASELINE`` makes: there was none for PostgreSQL before."""
 
 _CLIENT = """
@@ -60,6 +60,12 @@ BASELINE = (
         ended_reason TEXT NOT NULL DEFAULT '',
         label TEXT,
         oauth_client TEXT,
+        refresh_expires_at DOUBLE PRECISION,
+        renewal_refused_at DOUBLE PRECISION,
+        failing_since DOUBLE PRECISION,
+        renewal_failure TEXT,
+        next_try_at DOUBLE PRECISION,
+        rejected_since DOUBLE PRECISION,
         seal BYTEA,
         UNIQUE (principal, account, server, resource, issuer)
     )
@@ -311,14 +317,20 @@ BASELINE = (
     "CREATE INDEX grants_by_oauth_client ON grants (oauth_client) WHERE oauth_client IS NOT NULL",
     # The conditions are those of ``store.grant_summaries``.
     """
-    CREATE INDEX grants_renewable ON grants (id, server, principal, expires_at, refresh_begun_at)
+    CREATE INDEX grants_renewable
+    ON grants (id, server, principal, expires_at, refresh_begun_at, renewal_refused_at, failing_since)
     WHERE ended_at IS NULL
         AND (refresh_token IS NOT NULL
             OR grant_type IN ('client_credentials', 'jwt_bearer', 'id_jag', 'token_exchange'))
     """,
     """
-    CREATE INDEX grants_not_renewable ON grants (id, server, principal, ended_at, expires_at, grant_type)
-    WHERE ended_at IS NOT NULL OR refresh_token IS NULL
+    CREATE INDEX grants_not_renewable
+    ON grants (id, server, principal, ended_at, expires_at, grant_type, renewal_refused_at)
+    WHERE ended_at IS NOT NULL OR refresh_token IS NULL OR renewal_refused_at IS NOT NULL
+    """,
+    """
+    CREATE INDEX grants_by_refresh ON grants (id, obtained_at, refresh_expires_at, next_try_at, renewal_refused_at)
+    WHERE ended_at IS NULL AND refresh_token IS NOT NULL
     """,
     "CREATE INDEX identities_by_principal ON identities (principal)",
     "CREATE INDEX api_keys_by_principal ON api_keys (principal)",
@@ -334,6 +346,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ()
 
 NEWEST = FIRST_SCHEMA + len(MIGRATIONS)
 """The schema that this version writes and reads."""
+
+VERSION = f"SELECT version FROM {MARK}"  # noqa: S608 - our own constant
+"""Reads the schema of the store."""
 
 _TEXT = re.compile(r"\bTEXT\b")
 
