@@ -45,16 +45,27 @@ def obtain_keys(
     default = Path(settings.keys[0].name)
     if settings.default_key and not default.exists():
         if settings.path.exists():
-            raise KeyRejected(
-                f"The store {settings.path} exists, but its key file {default} is missing. Without the key nothing in "
-                "the store can be read: put the key file back, or move the store away to start with a new one."
-            )
+            raise _missing_key(settings)
         with _writing(default):
             files.make_folder(default.parent)
             created = default if generate_key_file(default) else None
     for warning in key_warnings(settings):
         logger.warning("%s", warning)
     return load_keys(settings, environ), created
+
+
+def existing_keys(settings: StoreSettings, environ: Mapping[str, str] = os.environ) -> tuple[Key, ...]:
+    """Return the keys of a store that exists; none is made. Raises KeyRejected."""
+    if settings.default_key and settings.path.exists() and not Path(settings.keys[0].name).exists():
+        raise _missing_key(settings)
+    return load_keys(settings, environ)
+
+
+def _missing_key(settings: StoreSettings) -> KeyRejected:
+    return KeyRejected(
+        f"The store {settings.path} exists, but its key file {settings.keys[0].name} is missing. Without the key "
+        "nothing in the store can be read: put the key file back, or move the store away to start with a new one."
+    )
 
 
 def prepare(path: Path, cipher: Cipher) -> None:
