@@ -48,9 +48,8 @@ class Engine(Protocol):
     Every method raises StoreUnavailable if the database can't be used now.
     """
 
-    @property
-    def cipher(self) -> Cipher:
-        """The cipher that seals and opens the secrets in the rows."""
+    cipher: Cipher
+    """The cipher that seals and opens the secrets in the rows. Another one may take its place (``keys.renew_keys``)."""
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Begin a transaction that may write; no other of this process runs meanwhile.

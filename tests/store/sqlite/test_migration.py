@@ -17,7 +17,7 @@ import pytest
 
 from mcp_auth_proxy.config.settings import KeySource
 from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
-from mcp_auth_proxy.models import Account, Grant
+from mcp_auth_proxy.models import HEALTHY, Account, Grant
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.catalogs import Catalogs
 from mcp_auth_proxy.store.cipher import generate_key_file
@@ -114,7 +114,7 @@ async def test_a_store_of_each_schema_can_still_be_used(tmp_path: Path, schema: 
     first = held.grants[0]
     assert first.refresh_begun_at is not None
     renewed = await grants.renewed(first.id, version=1, owner=samples.OWNER, tokens=first.tokens)
-    assert renewed == replace(first, version=2, refresh_begun_at=None, refresh_owner="")
+    assert renewed == replace(first, version=2, refresh_begun_at=None, refresh_owner="", health=HEALTHY)
     assert await flows.take_attempt(sha256("state"), NOW) == (held.flows[0], held.attempts[0])
     for waiting in held.flows:
         await flows.save(waiting)

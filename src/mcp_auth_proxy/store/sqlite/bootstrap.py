@@ -169,6 +169,8 @@ def _check(path: Path, connection: sqlite3.Connection, cipher: Cipher) -> int:
     if version > len(schema.MIGRATIONS):
         raise _newer(path, version)
     _check_keys(path, cipher, key_checks.read_all(connection), version)
+    if version >= schema.SEALED_ROWS:
+        key_checks.check_rows_open(connection, path, cipher)
     return version
 
 
