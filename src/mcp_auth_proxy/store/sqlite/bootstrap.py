@@ -20,9 +20,10 @@ from mcp_auth_proxy.store.cipher import (
     load_keys,
 )
 from mcp_auth_proxy.store.sqlite import key_checks, schema, untouched
-from mcp_auth_proxy.store.sqlite.backup import find_backup, make_backup
+from mcp_auth_proxy.store.sqlite.backup import find_backup
 from mcp_auth_proxy.store.sqlite.errors import is_damage, read_text, translated, unavailable
 from mcp_auth_proxy.store.sqlite.paths import connection_uri, mount_obstacle, wal_files, write_obstacle
+from mcp_auth_proxy.store.sqlite.upgrade import upgrade
 
 BUSY_TIMEOUT = 5.0
 """Seconds that SQLite waits for a lock of another process."""
@@ -228,13 +229,10 @@ def _create(path: Path, cipher: Cipher) -> None:
 
 
 def _update(path: Path, cipher: Cipher) -> None:
-    def back_up(version: int) -> None:
-        # Again: nobody else can write from now on, and the schema may have been changed since the store was inspected.
+    def check(version: int) -> None:
+        # Again: the schema may have been changed since the store was inspected.
         _check_keys(path, cipher, key_checks.read_all(connection), version)
-        backup = make_backup(path, version)
-        logger.info("store: migrating from schema %d to %d; a copy was kept: %s", version, newest, backup)
 
-    newest = len(schema.MIGRATIONS)
     with _writing(path), translated(path):
         for file in (path, *wal_files(path)):
             files.restrict_mode(file)
@@ -243,8 +241,8 @@ def _update(path: Path, cipher: Cipher) -> None:
             connection.text_factory = read_text
             connection.execute("PRAGMA synchronous = FULL")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version < newest:
-                schema.migrate(connection, cipher, before=back_up)
+            if version < len(schema.MIGRATIONS):
+                upgrade(path, connection, cipher, check=check)
             if set(cipher.key_ids) - set(key_checks.read_all(connection)):
                 key_checks.add(connection, cipher)
 
