@@ -18,6 +18,7 @@ from mcp_auth_proxy.errors import StoreError, StoreUnavailable
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store.cipher import Cipher, load_keys
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
+from mcp_auth_proxy.store.lease import Owners
 from mcp_auth_proxy.store.sqlite import schema
 from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, inspect, obtain_keys, prepare
 from mcp_auth_proxy.store.sqlite.errors import read_text, translated
@@ -45,6 +46,7 @@ class SqliteEngine:
 
     def __init__(self, connection: aiosqlite.Connection, path: Path, cipher: Cipher) -> None:
         self.cipher = cipher
+        self.owners = Owners(path.resolve())
         self._path = path
         self._connection = connection
         self._lock = asyncio.Lock()
@@ -175,6 +177,7 @@ class SqliteEngine:
             if not self._closed:
                 self._closed = True
                 await self._connection.close()
+                self.owners.close()
 
     async def _run(self, sql: str, params: Params = NO_PARAMS) -> list[Row]:
         if self._closed:

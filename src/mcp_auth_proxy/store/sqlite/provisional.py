@@ -6,6 +6,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from mcp_auth_proxy.config.settings import StoreSettings
+from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.sqlite.paths import read_only_uri, wal_files
 from mcp_auth_proxy.store.sqlite.serving import served_addresses
 
@@ -30,6 +31,7 @@ def provisional(settings: StoreSettings) -> Iterator[None]:
         if settings.path.exists() and not _is_needed(settings.path):
             for file in (settings.path, *wal_files(settings.path)):
                 file.unlink(missing_ok=True)
+            lease.remove_files(settings.path.resolve())
             if new_key:
                 key.unlink(missing_ok=True)
         raise
