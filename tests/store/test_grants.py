@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mcp_auth_proxy.models import Account, FlowStatus, Grant
+from mcp_auth_proxy.models import HEALTHY, Account, FlowStatus, Grant
 from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import _BEGIN, SUPERSEDED, Grants
@@ -277,9 +277,9 @@ async def test_a_living_process_that_is_late_is_only_taken_over_if_that_is_neede
 async def test_a_refresh_that_was_given_up_stays_recorded_and_may_be_taken_over(grants: Grants) -> None:
     stored = await grants.add(grant())
     assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
-    await grants.abandon_refresh(stored.id, version=1, owner=OTHER)
+    assert not await grants.note_failure(stored.id, version=1, owner=OTHER, health=HEALTHY, keep=True)
     assert not await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW)
-    await grants.abandon_refresh(stored.id, version=1, owner=OWNER)
+    assert await grants.note_failure(stored.id, version=1, owner=OWNER, health=HEALTHY, keep=True)
     found = await grants.get(stored.id)
     assert found is not None
     assert found.refresh_begun_at == NOW
