@@ -17,6 +17,7 @@ from mcp_auth_proxy.errors import StoreError, StoreUnavailable
 from mcp_auth_proxy.store.broken_rows import BrokenRows
 from mcp_auth_proxy.store.cipher import Cipher
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
+from mcp_auth_proxy.store.lease import Owners
 from mcp_auth_proxy.store.schema_guard import SchemaGuard
 from mcp_auth_proxy.store.sqlite import schema
 from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, existing_keys, obtain_keys, prepare, read_copy
@@ -42,6 +43,7 @@ class SqliteEngine:
 
     def __init__(self, connection: aiosqlite.Connection, path: Path, cipher: Cipher) -> None:
         self.cipher = cipher
+        self.owners = Owners(path.resolve())
         self._path = path
         self._connection = connection
         self._lock = asyncio.Lock()
@@ -187,6 +189,7 @@ class SqliteEngine:
             if not self._closed:
                 self._closed = True
                 await self._connection.close()
+                self.owners.close()
 
     async def _run(self, sql: str, params: Params = NO_PARAMS) -> list[Row]:
         if self._closed:
