@@ -167,7 +167,8 @@ class Load:
                     for _ in range(20):
                         self._note(replica, account, await client.call("echo", text="in"))
                         await asyncio.sleep(0.02)
-            except httpx2.HTTPError:
+            except (httpx2.HTTPError, AttributeError):
+                # The second is anyio's, for a connection that is reset as soon as it is open.
                 self.unreachable += 1
                 await asyncio.sleep(0.1)
 
