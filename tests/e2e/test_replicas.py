@@ -40,6 +40,12 @@ async def connect(made: list[Replica], accounts: list[str]) -> None:
         link = str((await first.call(account)).message).partition("/connect/")[2].split()[0].strip("'\"")
         page = await first.consent(f"{first.origin}/connect/{link}", callback=second)
         assert page.status_code in (200, 303), page.text
+    for replica in made:
+        for account in accounts:
+            # A replica hears of a consent at another one within a second.
+            async with asyncio.timeout(10):
+                while not await replica.is_connected(account):  # noqa: ASYNC110 - it is another process that decides
+                    await asyncio.sleep(0.1)
 
 
 @pytest.mark.timeout(60 + 4 * SECONDS)
