@@ -619,6 +619,10 @@ class Broker:
         flow = await self._flows.get(flow_id)
         return None if flow is None else await self._forgotten_clients.newest(flow)
 
+    async def finished_flows(self, account: Account) -> list[str]:
+        """Return the ids of the flows that the user of an account has finished lately. Raises StoreError."""
+        return [flow.id for flow in await self._flows.all_done(account)]
+
     async def flow_of_state(self, state: str) -> Flow | None:
         """Return the flow that a state belongs to, without using it up; None if it is unknown or used."""
         found = await self._flows.find_attempt(digest(state))
