@@ -12,6 +12,7 @@ from mcp_auth_proxy.broker import token_cache
 from mcp_auth_proxy.broker.backoff import FIRST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal import Renewer
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
@@ -22,6 +23,7 @@ from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
 from store.builders import NOW, grant, store_settings, tokens
 
@@ -93,6 +95,7 @@ class Setup:
             backoff=Backoff(clock=self.clock),
             outages=OutageLog(),
             journal=ConnectionJournal(clock=self.clock),
+            rate=RefreshRate(slots=RefreshSlots(database), clock=self.clock),
             clock=self.clock,
         )
         self.cache = TokenCache(servers=self.servers, grants=self.grants, renewer=self.renewer, clock=self.clock)
@@ -103,7 +106,12 @@ class Setup:
 
     async def in_the_background(self) -> None:
         """Wait, bounded, for the renewal in the background."""
-        await until(lambda: not self.cache.is_renewing(ACCOUNT))
+
+        def is_over() -> bool:
+            cached = self.cache.get(ACCOUNT)
+            return not (self.cache.is_renewing(ACCOUNT) or (cached is not None and cached.queued))
+
+        await until(is_over)
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from math import inf
 
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -78,10 +80,12 @@ class Renewer:
         backoff: Backoff,
         outages: OutageLog,
         journal: ConnectionJournal,
+        rate: RefreshRate,
         clock: Callable[[], float],
     ) -> None:
         self._token_client = token_client
         self._journal = journal
+        self.rate = rate
         self._registrar = registrar
         self._grants = grants
         self._backoff = backoff
@@ -91,11 +95,14 @@ class Renewer:
         self.failures: dict[int, str] = {}
         """Why the last renewal of a grant failed, by the grant's id, if it did for a reason that passes."""
 
-    async def renew(self, server: ServerSettings, grant: Grant) -> Grant:
+    async def renew(
+        self, server: ServerSettings, grant: Grant, *, background: bool = False, has_turn: bool = False
+    ) -> Grant:
         """Return the grant with new tokens, which are stored already. Nothing is sent during a pause.
 
-        Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked later;
-        StoreUnavailable, before anything is sent, if the result could not be stored.
+        It waits for its turn (``refresh_rate``), unless it has one already; ``background``: after those that a request
+        waits for. Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked
+        later; StoreUnavailable, before anything is sent, if the result could not be stored.
         """
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
         current = await self._grants.get(grant.id)
@@ -104,9 +111,15 @@ class Renewer:
         if current.version != grant.version:
             self.failures.pop(current.id, None)
             return current
+        issuer, expires_at = grant.key.issuer, grant.tokens.expires_at or inf
+        if not has_turn:
+            await self.rate.turn(issuer, key=grant.id, background=background, expires_at=expires_at)
+            # Another grant of the issuer may have begun a pause.
+            self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
         if not await self._grants.begin_refresh(
             current.id, version=current.version, owner=self._owner, now=self._clock()
         ):
+            self.rate.unused(issuer)
             return await self._renewed_by_another(current)
         try:
             tokens = await self._token_client.refresh(server, current)
@@ -160,6 +173,8 @@ class Renewer:
             del self.failures[next(iter(self.failures))]
         issuer, own = _subjects(grant)
         self._backoff.failed(issuer if unavailable else own, error)
+        if unavailable is not None and error.server_retry_after:
+            await self.rate.pause(grant.key.issuer, error.server_retry_after)
         # If the response was lost, the intent stays stored: the refresh token may be used up, and the next try
         # should know.
         if unavailable is None or not unavailable.maybe_processed:

@@ -44,6 +44,8 @@ class CachedToken:
     used_before: float = 0.0
     """When a request was sent with the tokens before this one; 0 if that is not known."""
     timer: asyncio.TimerHandle | None = None
+    queued: bool = False
+    """Whether it waits for a turn to be renewed in the background."""
 
 
 class TokenCache:
@@ -281,14 +283,21 @@ class TokenCache:
             if cached is not None and renewable(cached.grant):
                 self._renew_soon(account, cached)
 
-    async def renew(self, account: Account, cached: CachedToken) -> CachedToken | None:
+    async def renew(
+        self, account: Account, cached: CachedToken, *, background: bool = False, has_turn: bool = False
+    ) -> CachedToken | None:
         """Return the renewed token; None if the grant has ended. All callers share one renewal.
 
-        Raises AuthorizationError, AuthorizationServerUnavailable and StoreError.
+        ``background`` and ``has_turn`` are as in ``Renewer.renew``; one that a request waits for is not in the
+        background any more. Raises AuthorizationError, AuthorizationServerUnavailable and StoreError.
         """
-        return await self._renewing.run(account, lambda: self._renew(account, cached))
+        if not background and account in self._renewing:
+            self._renewer.rate.promote(cached.grant.key.issuer, cached.grant.id)
+        return await self._renewing.run(account, lambda: self._renew(account, cached, background, has_turn))
 
-    async def _renew(self, account: Account, cached: CachedToken) -> CachedToken | None:
+    async def _renew(
+        self, account: Account, cached: CachedToken, background: bool, has_turn: bool
+    ) -> CachedToken | None:
         current = self._cached.get(account)
         if current is not None and current.token.generation > cached.token.generation:
             return current
@@ -298,7 +307,7 @@ class TokenCache:
             raise server_reconfigured(server.name)
         before = self._invalidations
         try:
-            renewed = await self._renewer.renew(server, cached.grant)
+            renewed = await self._renewer.renew(server, cached.grant, background=background, has_turn=has_turn)
         except GrantEnded:
             self.evict(account)
             return await self._load(account)
@@ -312,12 +321,30 @@ class TokenCache:
         return self.put(account, renewed)
 
     def _renew_soon(self, account: Account, cached: CachedToken) -> None:
-        """Renew a token in the background."""
-        self._spawn(self._renew_in_background(account, cached))
+        """Renew a token in the background, when its turn has come."""
+        if cached.queued:
+            return
+
+        due = cached.renew_at
+
+        def begin() -> bool:
+            cached.queued = False
+            if self._cached.get(account) is not cached or account in self._renewing or cached.renew_at > due:
+                return False
+            if self._renewer.retry_at(cached.grant) is not None:
+                self._postpone(account, cached)
+                return False
+            # At once: a request that finds the token still due would queue it again.
+            self._renewing.start(account, lambda: self._renew(account, cached, True, True))
+            self._spawn(self._renew_in_background(account, cached))
+            return True
+
+        cached.queued = True
+        self._renewer.rate.later(cached.grant.key.issuer, cached.expires_at, begin)
 
     async def _renew_in_background(self, account: Account, cached: CachedToken) -> None:
         try:
-            await self.renew(account, cached)
+            await self.renew(account, cached, background=True, has_turn=True)
         except McpAuthProxyError as error:
             logger.debug("background renewal for server %s: %s", account.server, error)
 
