@@ -47,9 +47,12 @@ class Endpoint(TokenClient):
         self.gate = asyncio.Event()
         self.gate.set()
         self.refreshes = 0
+        self.asked: list[str] = []
+        """The names of the accounts, in order."""
 
     async def refresh(self, server: ServerSettings, grant: Grant) -> TokenSet:
         self.refreshes += 1
+        self.asked.append(grant.key.account.name)
         await self.gate.wait()
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -121,6 +124,7 @@ async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
     yield setup
     setup.endpoint.gate.set()
     setup.grants.gate.set()
+    await setup.renewer.rate.aclose()
     await setup.cache.aclose()
     await database.close()
 
@@ -324,3 +328,60 @@ async def test_closing_waits_for_a_renewal_in_progress(setup: Setup) -> None:
     renewed = await renewing
     assert renewed is not None
     assert renewed.grant.tokens.access_token == "canary-access-2"
+
+
+# Many tokens that expire together
+
+
+async def in_use(setup: Setup, names: list[str]) -> None:
+    """Store a grant for each account, the later ones a second younger, and use them."""
+    for number, name in enumerate(names):
+        given = grant(at=NOW + number)
+        given = replace(given, key=replace(given.key, account=Account("local", "linear", name)))
+        await setup.grants.add(given)
+        await setup.cache.token(Account("local", "linear", name))
+
+
+async def test_tokens_that_are_too_many_for_their_margin_are_renewed_earlier_and_in_order(setup: Setup) -> None:
+    await in_use(setup, [f"a{number}" for number in range(60)])
+    setup.renewer.rate.set_rate(0.1)
+    setup.clock.now = NOW + HOUR - 60 / 0.1 * 1.25 - 60
+    await setup.cache.renew_early()
+    await asyncio.sleep(0.05)
+    assert setup.endpoint.asked == []
+    setup.clock.now += 90
+    await setup.cache.renew_early()
+    await until(lambda: setup.endpoint.asked)
+    setup.renewer.rate.set_rate(1000)
+    await until(lambda: len(setup.endpoint.asked) >= 10)
+    assert setup.endpoint.asked[:10] == [f"a{number}" for number in range(10)]
+    assert await setup.cache.token(Account("local", "linear", "a59")) is not None
+
+
+async def test_neither_unused_tokens_nor_those_in_the_first_half_of_their_life_are_renewed_early(setup: Setup) -> None:
+    names = [f"a{number}" for number in range(10)]
+    await in_use(setup, names)
+    setup.renewer.rate.set_rate(0.001)
+    setup.clock.now = NOW + HOUR / 2 - 1
+    await setup.cache.renew_early()
+    for name in names:
+        cached = setup.cache.get(Account("local", "linear", name))
+        assert cached is not None
+        cached.used, cached.used_at = False, 0.0
+    setup.clock.now = NOW + HOUR / 2 + 20
+    await setup.cache.renew_early()
+    await asyncio.sleep(0.05)
+    assert setup.endpoint.asked == []
+
+
+async def test_many_tokens_are_looked_at_by_themselves(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "LOOK_AHEAD", 0.01)
+    setup.renewer.rate.set_rate(0.1)
+    await in_use(setup, ["a", "b"])
+    setup.clock.now = NOW + HOUR - 250
+    setup.cache.evict(Account("local", "linear", "a"))
+    await asyncio.sleep(0.05)
+    assert setup.endpoint.asked == []
+    for name in "cdefghijklmnopqrstuvwxyz":
+        await in_use(setup, [name])
+    await until(lambda: setup.endpoint.asked)

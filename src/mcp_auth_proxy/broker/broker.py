@@ -710,7 +710,7 @@ class Broker:
 
     def set_refresh_rate(self, rate: float) -> None:
         """Change how many refreshes an authorization server is sent in a second."""
-        self._rate.rate = rate
+        self._rate.set_rate(rate)
 
     def set_opens_links(self, opens: bool) -> None:
         """Change whether links may be opened in a browser."""

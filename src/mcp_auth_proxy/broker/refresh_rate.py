@@ -48,7 +48,6 @@ class RefreshRate:
     def __init__(self, *, slots: RefreshSlots, clock: Callable[[], float], rate: float = DEFAULT_RATE) -> None:
         self.slots = slots
         self.rate = rate
-        """It may change at any time."""
         self.clock = clock
         self._lanes: dict[str, _Lane] = {}
         self._closed = False
@@ -103,7 +102,7 @@ class RefreshRate:
             await self.slots.pause(issuer, until=now + seconds, now=now)
         lane = self._lanes.get(issuer)
         if lane is not None:
-            lane.paused()
+            lane.drop_reserved()
 
     async def aclose(self) -> None:
         """End all waiting."""
@@ -113,6 +112,12 @@ class RefreshRate:
             lane.fail(_shutting_down(), background=True)
             lane.task.cancel()
         await asyncio.gather(*(lane.task for lane in lanes), return_exceptions=True)
+
+    def set_rate(self, rate: float) -> None:
+        """Change the rate, also for those that wait."""
+        self.rate = rate
+        for lane in self._lanes.values():
+            lane.look_again()
 
     # StoreReader
 
@@ -188,9 +193,12 @@ class _Lane:
         self._times.appendleft(self._loop.time())
         self._woken.set()
 
-    def paused(self) -> None:
-        """Drop what was reserved, and look at the store again."""
+    def drop_reserved(self) -> None:
         self._times.clear()
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Look at the store again: something has changed."""
         self._reserve_at = 0.0
         self._woken.set()
 

@@ -6,11 +6,12 @@ Everything here can be loaded again from the store.
 import asyncio
 import itertools
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mcp_auth_proxy.broker import dpop
+from mcp_auth_proxy.broker import dpop, early_renewal
 from mcp_auth_proxy.broker.matching import configured, matches, server_reconfigured
 from mcp_auth_proxy.broker.renewal import GrantEnded, Renewer, renew_at, renewable
 from mcp_auth_proxy.broker.single_flight import SingleFlight
@@ -24,6 +25,12 @@ logger = logging.getLogger(__name__)
 LONGEST_TIMER = 86_400.0
 """Maximum seconds of a timer. Longer waits take several: the clock may be set in the meantime."""
 
+
+LOOK_AHEAD = 15.0
+"""Seconds between two looks for tokens that are too many to be renewed within their margins."""
+
+LOOKED_AT = 2_000
+"""Tokens that are looked at before others have their turn on the event loop."""
 
 MAX_WITHOUT_GRANT = 10_000
 """Accounts that are remembered to have no grant; beyond it, all are forgotten: a caller may name any account."""
@@ -77,6 +84,7 @@ class TokenCache:
         self._loading: SingleFlight[Account, CachedToken | None] = SingleFlight()
         self._renewing: SingleFlight[Account, CachedToken | None] = SingleFlight()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._looking_ahead: asyncio.Task[None] | None = None
 
     async def aclose(self) -> None:
         """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
@@ -236,6 +244,9 @@ class TokenCache:
         self._negative.discard(account)
         self._awaited.discard(account)
         self._schedule(account, cached)
+        if self._looking_ahead is None and self._is_crowded:
+            self._looking_ahead = asyncio.create_task(self._look_ahead())
+            self._tasks.add(self._looking_ahead)
         if before is None or before.grant.granted_at != grant.granted_at:
             for callback in self._callbacks.values():
                 # Soon, so that whoever waits for the grant has it first.
@@ -380,6 +391,46 @@ class TokenCache:
             self._schedule(account, cached)
         elif cached.used or cached.used_at:
             self._renew_soon(account, cached)
+
+    # Many tokens that expire together
+
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether there are more tokens than can be renewed in a second."""
+        return len(self._cached) > self._renewer.rate.rate
+
+    async def _look_ahead(self) -> None:
+        while self._is_crowded:
+            await asyncio.sleep(LOOK_AHEAD)
+            await self.renew_early()
+        task, self._looking_ahead = self._looking_ahead, None
+        self._tasks.discard(task) if task is not None else None
+
+    async def renew_early(self) -> None:
+        """Begin to renew tokens that are used, if so many expire together that their margins are too short."""
+        counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        for each in await self._in_use():
+            counts[each.grant.key.issuer][early_renewal.group(each.expires_at)] += 1
+        now, rate = self._clock(), self._renewer.rate.rate
+        begins = {issuer: early_renewal.begin_at(expiries, rate) for issuer, expiries in counts.items()}
+        for each in await self._in_use():
+            groups = begins.get(each.grant.key.issuer, {})
+            begin = groups.get(early_renewal.group(each.expires_at), each.renew_at)
+            if (
+                max(begin, early_renewal.earliest(each.grant.tokens)) <= now < each.renew_at
+                and self._renewer.retry_at(each.grant) is None
+            ):
+                self._renew_soon(each.grant.key.account, each)
+
+    async def _in_use(self) -> list[CachedToken]:
+        """Return the tokens that are renewed ahead of expiry."""
+        found: list[CachedToken] = []
+        for number, each in enumerate(list(self._cached.values())):
+            if number % LOOKED_AT == LOOKED_AT - 1:
+                await asyncio.sleep(0)
+            if (each.used or each.used_at) and each.renew_at < each.expires_at < float("inf"):
+                found.append(each)
+        return found
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mcp_auth_proxy.store.engine import Engine, Transaction
 
-SLACK = 1.05
+SLACK = 1.1
 """Share of a second that counts as one: requests that leave a second apart may arrive closer to each other."""
 
 MAX_AHEAD = 5.0
