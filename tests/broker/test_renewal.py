@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mcp_auth_proxy.broker.backoff import FIRST, LONGEST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal import (
     MARGIN_MAX,
     Renewer,
@@ -32,6 +33,7 @@ from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
 from store.builders import NOW, grant, store_settings, tokens
 
@@ -84,6 +86,7 @@ class Setup:
             backoff=Backoff(clock=self.clock),
             outages=OutageLog(),
             journal=ConnectionJournal(clock=self.clock),
+            rate=RefreshRate(slots=RefreshSlots(self.database), clock=self.clock),
             clock=self.clock,
         )
 

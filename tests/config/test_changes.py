@@ -63,6 +63,7 @@ APPLIED = {
     "limits.connections": replace(BASE, limits=LimitSettings(connections=1)),
     "limits.connections_per_address": replace(BASE, limits=LimitSettings(connections_per_address=1)),
     "limits.sse_ping": replace(BASE, limits=LimitSettings(sse_ping=0)),
+    "limits.refresh_rate": replace(BASE, limits=LimitSettings(refresh_rate=5)),
     "inbound.trusted_proxies": replace(BASE, inbound=InboundSettings(trusted_proxies=(IPv4Network("10.0.0.0/8"),))),
     "inbound.allow_anonymous": replace(BASE, inbound=InboundSettings(allow_anonymous=True)),
     "inbound.allowed_origins": replace(BASE, inbound=InboundSettings(allowed_origins=("https://a.example",))),
