@@ -19,6 +19,7 @@ from mcp_auth_proxy.store.cipher import (
     key_warnings,
     load_keys,
 )
+from mcp_auth_proxy.store.key_checks import open_with
 from mcp_auth_proxy.store.sqlite import key_checks, schema, untouched
 from mcp_auth_proxy.store.sqlite.backup import find_backup
 from mcp_auth_proxy.store.sqlite.errors import is_damage, read_text, translated, unavailable
@@ -197,7 +198,7 @@ def _check_keys(path: Path, cipher: Cipher, checks: Mapping[str, bytes], found_s
             f"has {', '.join(cipher.key_ids)}. Nothing was written. Set the right key, or move the store away."
         )
     version = VERSION if found_schema >= schema.SEALED_ROWS else BEFORE_SEALED_ROWS
-    if not key_checks.open_with(cipher, checks, version=version):
+    if not open_with(cipher, checks, version=version):
         raise StoreRejected(
             f"The store {path} was changed by something else than mcp-auth-proxy: its key check is not one of schema "
             f"{found_schema}. It was left as it is. Put a backup in its place, or move it away to start with a new one."
