@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from fakes.fixtures import Servers
-from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import ProxyProcess, proxy_process, run_command, until, write_config
+from mcp_auth_proxy.cli import key_rotation
+from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.store.cipher import Key
 
 
@@ -197,24 +200,28 @@ async def test_a_key_file_that_changes_is_taken_up_without_a_signal(tmp_path: Pa
         await until(lambda: "applied store.keys" in proxy.err, "the new key")
 
 
-async def test_rotation_waits_for_proxies_that_lack_the_key_and_then_refuses(servers: Servers, tmp_path: Path) -> None:
+async def test_rotation_waits_for_proxies_that_lack_the_key_and_then_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """To such a proxy, what was sealed with the key would count as missing."""
-    upstream: FakeMcpServer = await servers.mcp_server()
     old, new = key(tmp_path, "old.key"), key(tmp_path, "new.key")
-    config = config_with(tmp_path, "file:old.key", servers={"a": {"url": upstream.url}})
+    config = config_with(tmp_path, "file:old.key")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     other = write_config(
         elsewhere,
-        {"a": {"url": upstream.url}},
+        {"a": "http://127.0.0.1:9/mcp"},
         store={"url": f"sqlite:///{tmp_path}/proxy.db", "keys": [f"file:{tmp_path}/{it}.key" for it in ("new", "old")]},
     )
+    monkeypatch.setattr(key_rotation, "_TAKE_UP_SECONDS", 0.5)
     async with proxy_process(config) as proxy:
         await fill(config)
-        _, err = await keys(other, "rotate", code=1)
-        assert f"does not have the key {new}" in err
-        assert "SIGHUP" in err
-        assert proxy.origin.rpartition(":")[2] in err
+        with pytest.raises(McpAuthProxyError) as caught:
+            await key_rotation.rotate(load(other, environ={}), as_json=True)
+        address = proxy.origin.removeprefix("http://")
+        assert f"The proxy at {address} does not have the key {new}" in str(caught.value)
+        assert "SIGHUP" in str(caught.value)
+        assert f"waiting until the proxy at {address}" in capsys.readouterr().err
         connection = sqlite3.connect(tmp_path / "proxy.db")
         found = {seal.hex() for (seal,) in connection.execute("SELECT substr(seal, 2, 4) FROM principals")}
         assert found == {old}
