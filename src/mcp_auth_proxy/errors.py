@@ -15,6 +15,7 @@
     │   ├── StoreRejected              foreign, damaged or newer database: nothing is started or written
     │   │   └── KeyRejected            the store's key is missing, malformed, or not the one it was made with
     │   ├── StoreUnavailable           locked, read-only or full: temporary, try again
+    │   │   ├── StoreMigrated          a newer version has migrated the store while this one was using it
     │   │   └── KeyUnavailable         the command or the keyring that has the store's key fails
     │   ├── NameTaken                  a row of that name, or for that identity, exists already
     │   ├── LastAdmin                  a project would have no admin any more
@@ -188,6 +189,10 @@ class KeyRejected(StoreRejected):
 
 class StoreUnavailable(StoreError):
     """The store can't be read or written now: locked, read-only, or the disk is full."""
+
+
+class StoreMigrated(StoreUnavailable):
+    """The store has another schema than when it was opened: this process can neither read nor write its rows."""
 
 
 class KeyUnavailable(StoreUnavailable):

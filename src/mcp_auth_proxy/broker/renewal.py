@@ -4,10 +4,12 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment
+from mcp_auth_proxy.broker.renewal_lease import ATTEMPT_SECONDS, Attempt, GrantEnded, begin_renewal
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -16,11 +18,13 @@ from mcp_auth_proxy.errors import (
     ClientNotActive,
     StoreUnavailable,
     TokenRefused,
+    excerpt,
 )
 from mcp_auth_proxy.models import Grant, TokenSet
+from mcp_auth_proxy.net.deadline import patient_timeout
+from mcp_auth_proxy.oauth.fetch import sent_only_while
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
-from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
@@ -43,10 +47,6 @@ ENDING_ERRORS = frozenset({"invalid_grant", "invalid_client"})
 
 MAX_FAILURES = 1000
 """Failed renewals that are remembered."""
-
-
-class GrantEnded(Exception):
-    """Signal within the broker: the grant is over, and a new authorization is needed."""
 
 
 def renewable(grant: Grant) -> bool:
@@ -87,29 +87,25 @@ class Renewer:
         self._backoff = backoff
         self._outages = outages
         self._clock = clock
-        self._owner = lease.new_owner()
+        self._owner = grants.owners.new()
         self.failures: dict[int, str] = {}
         """Why the last renewal of a grant failed, by the grant's id, if it did for a reason that passes."""
 
-    async def renew(self, server: ServerSettings, grant: Grant) -> Grant:
+    async def renew(self, server: ServerSettings, grant: Grant, *, needed: Callable[[], bool] = lambda: True) -> Grant:
         """Return the grant with new tokens, which are stored already. Nothing is sent during a pause.
 
-        Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked later;
-        StoreUnavailable, before anything is sent, if the result could not be stored.
+        ``needed``: whether the token is dead, so that the renewal of a process that may be alive has to be taken over
+        once its lease has ended. Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server
+        has to be asked later, HeldElsewhere if the renewal is not ``needed`` yet; StoreUnavailable, before anything is
+        sent, if the result could not be stored.
         """
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
-        current = await self._grants.get(grant.id)
-        if current is None or current.ended_at is not None:
-            raise GrantEnded
-        if current.version != grant.version:
+        current, attempt = await begin_renewal(self._grants, grant, owner=self._owner, clock=self._clock, needed=needed)
+        if attempt is None:
             self.failures.pop(current.id, None)
             return current
-        if not await self._grants.begin_refresh(
-            current.id, version=current.version, owner=self._owner, now=self._clock()
-        ):
-            return await self._renewed_by_another(current)
         try:
-            tokens = await self._token_client.refresh(server, current)
+            tokens = await self._request(server, current, attempt)
         except TokenRefused as refused:
             return await self._refused(server, current, refused)
         except ClientNotActive as gone:
@@ -121,10 +117,13 @@ class Renewer:
         self._backoff.succeeded(*_subjects(current))
         self.failures.pop(current.id, None)
         self._journal.renewed(current.key.account)
-        stored = await self._save_with_retry(current, tokens)
-        if stored is None:
-            # Fenced off: another process took over the lease, so its result is the one to use.
-            return await self._renewed_by_another(current)
+        while (stored := await self._save_with_retry(current, tokens)) is None:
+            # Fenced off: another process took over. Its result is the one to use, if it comes to one.
+            current, again = await begin_renewal(
+                self._grants, grant, owner=self._owner, clock=self._clock, needed=needed
+            )
+            if again is None:
+                return current
         metrics.refreshes.labels(metrics.server_label(server.name), "renewed").inc()
         logger.info("renewed the grant of server %s", server.name)
         return stored
@@ -134,6 +133,19 @@ class Renewer:
         ends = self._backoff.retry_at(*_subjects(grant), of_tokens(grant.key.account))
         # Not all grants of an issuer at once: the first failure is a pause for the others.
         return None if ends is None else ends + (ends - self._clock()) * JITTER * random.random()
+
+    async def _request(self, server: ServerSettings, grant: Grant, attempt: Attempt) -> TokenSet:
+        """Request new tokens, in so little time that they are stored before another process may take over."""
+        try:
+            async with patient_timeout(max(0.0, attempt.seconds_left())):
+                with sent_only_while(lambda: attempt.seconds_left() > 0):
+                    return await self._token_client.refresh(server, grant)
+        except TimeoutError:
+            raise AuthorizationServerUnavailable(
+                f"The authorization server {excerpt(grant.key.issuer)} did not answer within {ATTEMPT_SECONDS:.0f} s.",
+                maybe_processed=True,
+                timed_out=True,
+            ) from None
 
     async def _save_with_retry(self, grant: Grant, tokens: TokenSet) -> Grant | None:
         """Store new tokens before anyone uses them.
@@ -162,8 +174,14 @@ class Renewer:
         self._backoff.failed(issuer if unavailable else own, error)
         # If the response was lost, the intent stays stored: the refresh token may be used up, and the next try
         # should know.
-        if unavailable is None or not unavailable.maybe_processed:
-            await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
+        keep = unavailable is not None and unavailable.maybe_processed
+        health = replace(
+            grant.health,
+            failing_since=grant.health.failing_since or self._clock(),
+            failure=str(error),
+            next_try_at=self.retry_at(grant),
+        )
+        await self._grants.note_failure(grant.id, version=grant.version, owner=self._owner, health=health, keep=keep)
         metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "failed").inc()
         self._warn(grant, error, first=first)
         self._journal.not_renewed(grant.key.account, str(error))
@@ -202,22 +220,6 @@ class Renewer:
         logger.warning("the grant of server %s has ended: %s %s", grant.key.account.shown, reason, todo)
         self._journal.ended(grant.key.account, reason)
         raise GrantEnded
-
-    async def _renewed_by_another(self, grant: Grant) -> Grant:
-        """Wait at most 10 seconds for the process that holds the lease; return what it stored."""
-        for _ in range(100):
-            current = await self._grants.get(grant.id)
-            if current is None or current.ended_at is not None:
-                raise GrantEnded
-            if current.version != grant.version:
-                return current
-            if current.refresh_begun_at is None:
-                break
-            await asyncio.sleep(0.1)
-        raise AuthorizationServerUnavailable(
-            f"Another process is renewing the grant of server {grant.key.account.server} and has not finished.",
-            retry_after=2.0,
-        )
 
 
 def _subjects(grant: Grant) -> tuple[Subject, Subject]:

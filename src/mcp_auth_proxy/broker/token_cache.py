@@ -12,11 +12,13 @@ from typing import Any
 
 from mcp_auth_proxy.broker import dpop
 from mcp_auth_proxy.broker.matching import configured, matches, server_reconfigured
-from mcp_auth_proxy.broker.renewal import GrantEnded, Renewer, renew_at, renewable
+from mcp_auth_proxy.broker.renewal import Renewer, renew_at, renewable
+from mcp_auth_proxy.broker.renewal_lease import LONGEST_WAIT, TAKEOVER_AHEAD, GrantEnded, HeldElsewhere
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import McpAuthProxyError
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, McpAuthProxyError
 from mcp_auth_proxy.models import AccessToken, Account, Grant
+from mcp_auth_proxy.store.comparison import GrantVersion
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,10 @@ class TokenCache:
         """Incremented by each invalidation. What was read from the store before one is read again."""
         self._loading: SingleFlight[Account, CachedToken | None] = SingleFlight()
         self._renewing: SingleFlight[Account, CachedToken | None] = SingleFlight()
+        self._needed: set[Account] = set()
+        """Accounts whose renewal somebody waits for, because the token is dead."""
+        self._interrupted: dict[Account, float] = {}
+        """Renewals that dead processes have begun, and when: those that were looked at already."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
@@ -165,6 +171,12 @@ class TokenCache:
         """Return the accounts that have a cached token."""
         return set(self._cached)
 
+    def versions(self) -> dict[Account, GrantVersion]:
+        """Return which grants are cached."""
+        return {
+            account: GrantVersion(cached.grant.id, cached.grant.version) for account, cached in self._cached.items()
+        }
+
     def awaited(self) -> set[Account]:
         """Return the accounts that had no grant when they were last asked for."""
         return set(self._awaited)
@@ -176,15 +188,18 @@ class TokenCache:
     async def stored(self, account: Account) -> Grant | None:
         """Return the stored grant that may be used for an account, if there is one. Raises StoreError."""
         grant = await self._grants.current(account)
+        return grant if grant is not None and self.is_usable(grant) else None
+
+    def is_usable(self, grant: Grant) -> bool:
+        """Return whether a stored grant is for its server as that is configured now."""
+        account = grant.key.account
         server = self._servers.get(account.server)
-        if grant is None or server is None:
-            return None
-        if matches(grant, server):
-            return grant
+        if server is None or matches(grant, server):
+            return server is not None
         logger.warning(
             "the grant of server %s is for another server or issuer than configured; it is not used", account.server
         )
-        return None
+        return False
 
     async def load(self, account: Account) -> CachedToken | None:
         """Cache the stored grant of an account; return None if there is none.
@@ -270,25 +285,47 @@ class TokenCache:
 
     # Renewal
 
-    async def resume_interrupted(self) -> None:
-        """Renew the grants whose renewal was interrupted by a crash. Raises StoreError."""
-        for grant in await self._grants.interrupted():
-            account = grant.key.account
-            if account.server not in self._servers:
+    async def resume_interrupted(self) -> bool:
+        """Renew the grants whose renewal was interrupted by the death of its process. Raises StoreError.
+
+        Return whether other processes renew grants now: one that dies is noticed by the next call.
+        """
+        interrupted, others = await self._grants.interrupted(self._clock())
+        before, self._interrupted = self._interrupted, interrupted
+        for account, begun_at in interrupted.items():
+            if account.server not in self._servers or before.get(account) == begun_at:
                 continue
             logger.warning("a renewal for server %s was interrupted; it is started again", account.server)
             cached = await self.load(account)
             if cached is not None and renewable(cached.grant):
+                # As the dead process did: if it fails, it is tried again.
+                cached.used = True
                 self._renew_soon(account, cached)
+        return others
 
     async def renew(self, account: Account, cached: CachedToken) -> CachedToken | None:
         """Return the renewed token; None if the grant has ended. All callers share one renewal.
 
-        Raises AuthorizationError, AuthorizationServerUnavailable and StoreError.
+        The token counts as dead: a renewal that another process does not finish is taken over. Raises
+        AuthorizationError, AuthorizationServerUnavailable, also if that takes too long, and StoreError.
         """
-        return await self._renewing.run(account, lambda: self._renew(account, cached))
+        self._needed.add(account)
+        try:
+            async with asyncio.timeout(LONGEST_WAIT):
+                return await self._renewing.run(account, lambda: self._renew(account, cached))
+        except TimeoutError:
+            raise AuthorizationServerUnavailable(
+                f"The renewal of the grant of server {account.server} takes longer than {LONGEST_WAIT:.0f} s.",
+                retry_after=2.0,
+            ) from None
 
     async def _renew(self, account: Account, cached: CachedToken) -> CachedToken | None:
+        try:
+            return await self._renew_once(account, cached)
+        finally:
+            self._needed.discard(account)
+
+    async def _renew_once(self, account: Account, cached: CachedToken) -> CachedToken | None:
         current = self._cached.get(account)
         if current is not None and current.token.generation > cached.token.generation:
             return current
@@ -297,11 +334,21 @@ class TokenCache:
             # The new secrets of the server must not go to the authorization server of the old one.
             raise server_reconfigured(server.name)
         before = self._invalidations
+
+        def needed() -> bool:
+            return account in self._needed or self._clock() >= cached.expires_at - TAKEOVER_AHEAD
+
         try:
-            renewed = await self._renewer.renew(server, cached.grant)
+            renewed = await self._renewer.renew(server, cached.grant, needed=needed)
         except GrantEnded:
             self.evict(account)
             return await self._load(account)
+        except HeldElsewhere:
+            # Before the token is dead there is time: the other process may come back with its result.
+            cached.renew_at = max(cached.expires_at - TAKEOVER_AHEAD, self._clock() + TAKEOVER_AHEAD)
+            if self._cached.get(account) is cached:
+                self._schedule(account, cached)
+            raise
         except McpAuthProxyError:
             # Before this task ends: as soon as no renewal is in progress, a request that finds the token still due
             # would start the next one.
@@ -317,7 +364,7 @@ class TokenCache:
 
     async def _renew_in_background(self, account: Account, cached: CachedToken) -> None:
         try:
-            await self.renew(account, cached)
+            await self._renewing.run(account, lambda: self._renew(account, cached))
         except McpAuthProxyError as error:
             logger.debug("background renewal for server %s: %s", account.server, error)
 

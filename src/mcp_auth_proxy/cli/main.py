@@ -266,9 +266,10 @@ def status(
     url = server is not None and "://" in server
     if not url and location.find(config_file, os.environ) is None:
         from mcp_auth_proxy.config.load import single_store
+        from mcp_auth_proxy.store import store_exists
 
         store = single_store(environ=os.environ)
-        if store.path.exists():
+        if store_exists(store):
             if owner is not None:
                 raise click.UsageError("The callers of `serve URL` are not identified: leave --as out.")
             run(command.status_without_configuration(store, server, as_json=as_json))

@@ -113,7 +113,7 @@ def _say_what_is_served(application: Application) -> None:
         return
     say(styled(f"mcp-auth-proxy {__version__} is listening at {base}", bold=True), "")
     needs = " (sign in first)" if application.settings.inbound.modes else ""
-    rows = [("dashboard", f"{base}/{needs}"), ("store", str(application.settings.store.path))]
+    rows = [("dashboard", f"{base}/{needs}"), ("store", application.settings.store.shown)]
     for name in names[:MAX_SHOWN]:
         url = without_query_values(application.settings.servers[name].url)
         rows.append((name, f"{base}/{name}/mcp  ->  {url}"))

@@ -12,7 +12,7 @@ _RESTART: Mapping[str, Callable[[Settings], object]] = {
     "health_listen": lambda settings: settings.health_listen,
     "health_quit": lambda settings: settings.health_quit,
     "public_url": lambda settings: settings.public_url,
-    "store.url": lambda settings: settings.store.path,
+    "store.url": lambda settings: settings.store.postgresql or settings.store.path,
     "inbound.mode": lambda settings: frozenset(settings.inbound.modes),
     "admin.enabled": lambda settings: settings.admin.enabled,
     "admin.token_file": lambda settings: settings.admin.token_file,

@@ -76,15 +76,37 @@ class KeySource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresqlUrl:
+    """A PostgreSQL database, as libpq names one. ``str`` and ``repr`` have neither user nor password."""
+
+    text: str = field(repr=False)
+    shown: str
+    """``postgresql://HOST/DATABASE``, as the user wrote these."""
+    identity: str = field(repr=False, compare=False)
+    """What says which database it is, without secrets."""
+
+    def __str__(self) -> str:
+        return self.shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
     path: Path
-    """The SQLite file, absolute."""
+    """The SQLite file, absolute. For PostgreSQL, a name in this user's run folder that stands for the database: there
+    is no such file, but local processes find each other by files beside it."""
+    postgresql: PostgresqlUrl | None = None
+    """None: the store is the SQLite file."""
     keys: tuple[KeySource, ...]
     """The first key encrypts, all of them decrypt. Never empty: the default is a key file next to the store."""
     default_key: bool = False
     """True if ``keys`` is that default: only then may a missing key file be created."""
     keys_named: bool = field(default=False, compare=False)
     """True if ``store.keys`` names them, even if it names the default: then the mode of a file is the user's choice."""
+
+    @property
+    def shown(self) -> str:
+        """What users read of where the store is: the path of the file, or a URL without user and password."""
+        return str(self.postgresql or self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
