@@ -8,7 +8,7 @@ from mcp_auth_proxy.cli.table import Line, lay_out
 from mcp_auth_proxy.cli.terminal import ProgressLine, complain, say, say_json, window_width
 from mcp_auth_proxy.config.settings import Settings, StoreSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
-from mcp_auth_proxy.store import keys, open_store, open_store_read_only, serving, store_exists, store_exists
+from mcp_auth_proxy.store import keys, open_store, open_store_read_only, serving, store_exists
 from mcp_auth_proxy.store.cipher import load_keys
 from mcp_auth_proxy.store.rotation import Progress
 from mcp_auth_proxy.store.rotation import rotate as rotate_rows
