@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -54,6 +53,9 @@ logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 Announce = Callable[[Flow, str], None]
 """Called with each new flow and its link."""
+
+STORE_PATIENCE = 30.0
+"""Seconds for which a server of the store that can't be reached at start is tried again."""
 
 FORGET_DELAY = 2.0
 """Seconds until the metrics of a removed server are dropped: its last requests have been counted by then."""
@@ -164,7 +166,7 @@ async def lifespan(
     settings: Settings,
     listening: Address,
     *,
-    clock: Clock = time.time,
+    clock: Clock | None = None,
     announce: Announce | None = None,
     announce_key: Callable[[str], None] = logger.warning,
     background: bool = True,
@@ -172,7 +174,8 @@ async def lifespan(
 ) -> AsyncIterator[Application]:
     """Open everything that a running proxy needs, and close it again. Raises ConfigurationError, StoreError.
 
-    ``background``: renew tokens, remember what servers offer, and watch the store for what other processes write.
+    ``clock``: Unix seconds; None for the time of the store. ``background``: renew tokens, remember what servers offer,
+    and watch the store for what other processes write.
     ``authenticator`` tells who calls instead of what ``inbound`` says.
     """
     public_url = effective_public_url(settings, listening)
@@ -185,7 +188,9 @@ async def lifespan(
     async with AsyncExitStack() as stack:
         # The store last of all that can fail: a start that fails leaves none behind.
         dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
-        database = await open_store(settings.store, announce=announce_key)
+        patience = STORE_PATIENCE if background else 0.0
+        database = await open_store(settings.store, announce=announce_key, patience=patience)
+        clock = clock or database.now
         stack.push_async_callback(database.close)
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
@@ -251,7 +256,7 @@ async def lifespan(
         )
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
-        broker.on_connected(forwarder.elicitations.connected)
+        broker.on_connected(forwarder.connected)
         if background:
             broker.on_connected(catalogs.connected)
             await broker.start()

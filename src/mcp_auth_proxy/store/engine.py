@@ -71,6 +71,9 @@ class Engine(Protocol):
     async def changed(self, reader: str = "") -> bool:
         """Return whether another process has written since the last call of the same ``reader``; True for its first."""
 
+    def now(self) -> float:
+        """Return the time that all processes on the store share, in Unix seconds: that of the database server."""
+
     async def check_schema(self) -> None:
         """Raise StoreMigrated if a newer version has migrated the store since it was opened.
 

@@ -114,6 +114,10 @@ _LIVE = """
         AND status = 'pending' AND expires_at > :now
     ORDER BY created_at DESC
 """
+_DONE = """
+    SELECT * FROM flows WHERE principal = :principal AND server = :server AND account = :account AND status = 'done'
+    ORDER BY created_at
+"""
 _DEVICES = """
     SELECT * FROM flows WHERE device IS NOT NULL AND status = 'pending' AND expires_at > :now ORDER BY created_at
 """
@@ -215,6 +219,11 @@ class Flows:
         asked = account_params(account)
         rows = await self._engine.fetch_all(_LIVE, {**asked, "now": now})
         return await decode_rows(self._engine, "flows", rows, asked, read_flow)
+
+    async def all_done(self, account: Account) -> list[Flow]:
+        """Return the flows of an account that its user has finished, oldest first."""
+        asked = account_params(account)
+        return await decode_rows(self._engine, "flows", await self._engine.fetch_all(_DONE, asked), asked, read_flow)
 
     async def devices(self, now: float) -> list[Flow]:
         """Return the flows that still wait for a user on another device, oldest first."""
