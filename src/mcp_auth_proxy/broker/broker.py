@@ -134,6 +134,7 @@ class Broker:
             outages=self.outages,
             journal=journal,
             clock=clock,
+            settled=lambda: self._watch.is_settled,
         )
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
         self._records = ConnectionRecords(

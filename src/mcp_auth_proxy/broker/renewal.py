@@ -1,6 +1,7 @@
 """Renew grants: when to renew, one renewal at a time, with the intent stored before anything is sent."""
 
 import asyncio
+import itertools
 import logging
 import random
 from collections.abc import Callable
@@ -41,6 +42,12 @@ JITTER = 0.2
 SAVE_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to store tokens that have been issued."""
 
+SAVE_SECONDS = 8.0
+"""Seconds that a renewal waits until its tokens are stored; a request gets an error then."""
+
+UNSAVED_INTERVAL = 0.2
+"""Seconds between attempts after those: as soon as the store is back, before another process takes over."""
+
 ENDING_ERRORS = frozenset({"invalid_grant", "invalid_client"})
 """Errors of the token endpoint after which a grant can't be renewed any more (RFC 6749 §5.2)."""
 
@@ -79,7 +86,9 @@ class Renewer:
         outages: OutageLog,
         journal: ConnectionJournal,
         clock: Callable[[], float],
+        settled: Callable[[], bool] = lambda: True,
     ) -> None:
+        """``settled``: whether the store was in reach for a while, so that whoever has new tokens could store them."""
         self._token_client = token_client
         self._journal = journal
         self._registrar = registrar
@@ -88,6 +97,9 @@ class Renewer:
         self._outages = outages
         self._clock = clock
         self._owner = grants.owners.new()
+        self._settled = settled
+        self._unsaved: dict[int, asyncio.Task[Grant | None]] = {}
+        """By the grant's id: new tokens that are being stored."""
         self.failures: dict[int, str] = {}
         """Why the last renewal of a grant failed, by the grant's id, if it did for a reason that passes."""
 
@@ -99,7 +111,11 @@ class Renewer:
         has to be asked later, HeldElsewhere if the renewal is not ``needed`` yet; StoreUnavailable, before anything is
         sent, if the result could not be stored.
         """
+        unsaved = self._unsaved.get(grant.id)
+        if unsaved is not None and (stored := await self._saved(grant, unsaved)) is not None:
+            return stored
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
+        wanted, needed = needed, lambda: wanted() and self._settled()
         current, attempt = await begin_renewal(self._grants, grant, owner=self._owner, clock=self._clock, needed=needed)
         if attempt is None:
             self.failures.pop(current.id, None)
@@ -128,6 +144,15 @@ class Renewer:
         logger.info("renewed the grant of server %s", server.name)
         return stored
 
+    async def aclose(self) -> None:
+        """Stop storing tokens; each save that goes on is tried for a moment more."""
+        saving = list(self._unsaved.values())
+        if saving:
+            await asyncio.wait(saving, timeout=1.0)
+            for task in saving:
+                task.cancel()
+            await asyncio.gather(*saving, return_exceptions=True)
+
     def retry_at(self, grant: Grant) -> float | None:
         """Return when a renewal may be tried again, in Unix seconds; None if the last one did not fail."""
         ends = self._backoff.retry_at(*_subjects(grant), of_tokens(grant.key.account))
@@ -148,19 +173,33 @@ class Renewer:
             ) from None
 
     async def _save_with_retry(self, grant: Grant, tokens: TokenSet) -> Grant | None:
-        """Store new tokens before anyone uses them.
+        """Store new tokens before anyone uses them. Return None if another process took over.
 
-        The old refresh token may be invalid already, so a store that fails is tried again and again.
+        The old refresh token may be invalid already, so a store that fails is tried until it can be used again. Raises
+        StoreUnavailable if that takes long; it goes on then.
         """
-        for delay in SAVE_DELAYS:
+        saving = asyncio.create_task(self._save(grant, tokens))
+        self._unsaved[grant.id] = saving
+        saving.add_done_callback(lambda _: self._unsaved.pop(grant.id, None))
+        return await self._saved(grant, saving)
+
+    async def _saved(self, grant: Grant, saving: "asyncio.Task[Grant | None]") -> Grant | None:
+        await asyncio.wait({saving}, timeout=SAVE_SECONDS)
+        if not saving.done():
+            server = grant.key.account.server
+            raise StoreUnavailable(f"The renewed tokens of server {server} can't be stored now. That is tried again.")
+        return saving.result()
+
+    async def _save(self, grant: Grant, tokens: TokenSet) -> Grant | None:
+        for number in itertools.count():
             try:
                 return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
             except StoreUnavailable as failure:
-                logger.error(
-                    "the renewed tokens of server %s can't be stored yet: %s", grant.key.account.server, failure
-                )
-                await asyncio.sleep(delay)
-        return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
+                server = grant.key.account.server
+                level = logging.ERROR if number < len(SAVE_DELAYS) else logging.DEBUG
+                logger.log(level, "the renewed tokens of server %s can't be stored yet: %s", server, failure)
+            await asyncio.sleep(SAVE_DELAYS[number] if number < len(SAVE_DELAYS) else UNSAVED_INTERVAL)
+        raise AssertionError  # the count has no end
 
     async def _failed(self, grant: Grant, failure: AuthorizationError) -> AuthorizationServerUnavailable:
         """Remember a temporary failure; return the error for requests that need the token."""

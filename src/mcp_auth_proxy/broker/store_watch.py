@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Collection
 from typing import Protocol, TypeVar
 
@@ -17,6 +18,9 @@ from mcp_auth_proxy.store.leases import Leases
 
 WATCH_INTERVAL = 0.5
 """Seconds between checks whether another process has written to the store."""
+
+SETTLED_SECONDS = 3.0
+"""Seconds after an outage of the store in which nobody takes over what another process may be about to store."""
 
 PURGE_INTERVAL = 3600.0
 """Seconds between deletions of old flows."""
@@ -62,7 +66,13 @@ class StoreWatch:
         """Whether other processes renew grants, as of the last look: they may die."""
         self._unchecked: list[Account] = []
         self._unchecked_flows: list[str] = []
+        self._failed_at = -math.inf
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the store was in reach for a while, so that whoever has something to store could do so."""
+        return asyncio.get_running_loop().time() >= self._failed_at + SETTLED_SECONDS
 
     def add_reader(self, reader: StoreReader) -> None:
         """Tell one more reader what other processes write."""
