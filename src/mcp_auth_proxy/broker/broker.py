@@ -300,7 +300,7 @@ class Broker:
         if cached.token.generation == refused.generation:
             if self._backoff.has_failed(of_tokens(account)) or not renewable(cached.grant):
                 return None
-            cached = await self._tokens.renew(account, cached)
+            cached = await self._tokens.renew_rejected(account, cached)
         return None if cached is None else cached.token
 
     # For requests

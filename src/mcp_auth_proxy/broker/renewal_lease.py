@@ -48,20 +48,27 @@ class Attempt:
 
 
 async def begin_renewal(
-    grants: Grants, grant: Grant, *, owner: str, clock: Callable[[], float], needed: Callable[[], bool]
+    grants: Grants,
+    grant_id: int,
+    *,
+    owner: str,
+    clock: Callable[[], float],
+    needed: Callable[[], bool],
+    is_settled: Callable[[Grant], bool],
 ) -> tuple[Grant, Attempt | None]:
     """Record that a renewal begins, once no other process renews the grant.
 
-    Return the grant as it is stored, with None if it has newer tokens already. ``needed``: see ``Renewer.renew``.
-    Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable and StoreUnavailable.
+    Return the grant as it is stored, with None if it ``is_settled``: it has newer tokens already, or is not to be
+    renewed. ``needed``: see ``Renewer.renew``. Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable,
+    StoreUnavailable, and what ``is_settled`` raises.
     """
     loop = asyncio.get_running_loop()
     first_look = loop.time()
     while True:
-        current = await grants.get(grant.id)
+        current = await grants.get(grant_id)
         if current is None or current.ended_at is not None:
             raise GrantEnded
-        if current.version != grant.version:
+        if is_settled(current):
             return current, None
         attempt, is_needed = Attempt(clock(), loop.time(), clock), needed()
         # The look alone writes nothing, and locks nothing.
@@ -75,7 +82,7 @@ async def begin_renewal(
         over = current.refresh_begun_at is not None and abs(attempt.at - current.refresh_begun_at) > LONGEST
         if waited > LONGEST_WAIT or (over and not is_needed):
             raise (AuthorizationServerUnavailable if is_needed else HeldElsewhere)(
-                f"Another process is renewing the grant of server {grant.key.account.server} and has not finished.",
+                f"Another process is renewing the grant of server {current.key.account.server} and has not finished.",
                 retry_after=2.0,
             )
         first, later = LOOK_INTERVALS

@@ -285,6 +285,21 @@ class Grants:
             self.owners.gave_back(_lease(grant_id))
         return bool(rows)
 
+    async def note_refusal(self, grant_id: int, *, version: int, owner: str, health: RenewalHealth) -> Grant | None:
+        """Store that a refresh was refused though the token works. The version is a new one, for other processes.
+
+        Return the grant; None if another owner took over or the grant has ended.
+        """
+        async with self._engine.transaction() as transaction:
+            asked: Columns = {"id": grant_id, "version": version}
+            rows = await self._intact(await transaction.execute(_HELD, {**asked, "owner": owner}), asked)
+            if not rows:
+                return None
+            changes = {**health_columns(health), "version": version + 1, **_NO_REFRESH}
+            await change_row(self._engine, transaction, _TABLE, rows[0], changes)
+            rows = await transaction.execute(_BY_ID, {"id": grant_id})
+        return next(iter(await self._read(rows, {"id": grant_id})), None)
+
     async def end(self, grant_id: int, *, version: int, reason: str, now: float) -> bool:
         """End a grant, keeping its row so that the reason can be shown.
 

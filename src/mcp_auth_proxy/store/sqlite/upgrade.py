@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.cipher import Cipher
+from mcp_auth_proxy.store.lease import LONGEST, Owners
 from mcp_auth_proxy.store.sqlite import schema
 from mcp_auth_proxy.store.sqlite.backup import make_backup
 
@@ -33,11 +33,11 @@ def upgrade(path: Path, connection: sqlite3.Connection, cipher: Cipher, *, check
     ``check`` is called with its schema, when nobody else can write any more. Refreshes that run are awaited, but no
     longer than a lease lasts. Raises sqlite3.Error, StoreUnavailable and what ``check`` raises.
     """
-    newest, waits_until = len(schema.MIGRATIONS), time.monotonic() + lease.LONGEST
+    newest, waits_until = len(schema.MIGRATIONS), time.monotonic() + LONGEST
 
     def prepare(version: int) -> None:
         check(version)
-        if time.monotonic() < waits_until and _is_refreshing(connection):
+        if time.monotonic() < waits_until and _is_refreshing(path, connection):
             raise _RefreshRunning
         backup = make_backup(path, version)
         logger.info("store: migrating from schema %d to %d; a copy was kept: %s", version, newest, backup)
@@ -53,10 +53,10 @@ def upgrade(path: Path, connection: sqlite3.Connection, cipher: Cipher, *, check
             time.sleep(PAUSE)
 
 
-def _is_refreshing(connection: sqlite3.Connection) -> bool:
-    now = time.time()
+def _is_refreshing(path: Path, connection: sqlite3.Connection) -> bool:
+    now, owners = time.time(), Owners(path.resolve())
     # Somebody else's program may have put anything into these columns.
     return any(
-        isinstance(begun_at, float) and lease.is_held(str(owner), begun_at, now)
+        isinstance(begun_at, float) and owners.is_held(str(owner), begun_at, now)
         for owner, begun_at in connection.execute(_BEGUN).fetchall()
     )
