@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes.proxy import until
-from mcp_auth_proxy.broker import renewal_lease
+from mcp_auth_proxy.broker import renewal, renewal_lease
 from mcp_auth_proxy.broker.backoff import FIRST, LONGEST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
@@ -79,7 +79,7 @@ class Setup:
         self.registrations = Registrations(database)
         self.renewer = self.another_renewer()
 
-    def another_renewer(self, grants: Grants | None = None) -> Renewer:
+    def another_renewer(self, grants: Grants | None = None, settled: Callable[[], bool] = lambda: True) -> Renewer:
         """A renewer as another process would have it: with an owner name of its own."""
         registrar = ClientRegistrar(
             fetcher=Fetcher(), registrations=self.registrations, public_url="http://127.0.0.1:8787", clock=self.clock
@@ -93,6 +93,7 @@ class Setup:
             journal=ConnectionJournal(clock=self.clock),
             rate=RefreshRate(slots=RefreshSlots(self.database), clock=self.clock),
             clock=self.clock,
+            settled=settled,
         )
 
     async def registered(self) -> bool:
@@ -514,6 +515,58 @@ async def test_nothing_is_sent_after_the_time_of_a_renewal(setup: Setup) -> None
         await until(lambda: received, "the end of the connection")
     assert (sent, received) == ([False], [b""])
     assert (await setup.stored()).refresh_begun_at is None
+
+
+class Unwritable(Grants):
+    """Keep no new tokens while ``fails``."""
+
+    def __init__(self, database: Engine) -> None:
+        super().__init__(database)
+        self.fails = True
+        self.kept = asyncio.Event()
+
+    async def renewed(self, grant_id: int, *, version: int, owner: str, tokens: TokenSet) -> Grant | None:
+        if self.fails:
+            raise StoreUnavailable("It is out of reach.")
+        stored = await super().renewed(grant_id, version=version, owner=owner, tokens=tokens)
+        self.kept.set()
+        return stored
+
+
+async def test_tokens_that_can_not_be_stored_are_kept_until_they_can(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renewal, "SAVE_SECONDS", 0.1)
+    monkeypatch.setattr(renewal, "SAVE_DELAYS", (0.01,))
+    grants = Unwritable(setup.database)
+    renewer = setup.another_renewer(grants)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            await renewer.renew(SERVER, setup.grant)
+    # The second one sent nothing: the refresh token is used up.
+    assert len(setup.endpoint.asked) == 1
+    assert (await setup.stored()).tokens.access_token == "canary-access-1"
+    grants.fails = False
+    await asyncio.wait_for(grants.kept.wait(), 5)
+    assert (await setup.stored()).tokens.access_token == "canary-access-2"
+    assert await renewer.renew(SERVER, setup.grant) == await setup.stored()
+    assert len(setup.endpoint.asked) == 1
+    await renewer.aclose()
+
+
+async def test_nobody_takes_over_right_after_an_outage_of_the_store(setup: Setup) -> None:
+    """Whoever has new tokens could not store them, and does so as soon as the store is back."""
+    second = setup.another_renewer(settled=lambda: False)
+
+    async def meanwhile() -> None:
+        setup.endpoint.meanwhile = None
+        setup.clock.now += lease.LONGEST + 1
+        with pytest.raises(AuthorizationServerUnavailable):
+            await second.renew(SERVER, setup.grant)
+
+    setup.endpoint.meanwhile = meanwhile
+    assert (await setup.renew()).tokens.access_token == "canary-access-2"
+    assert len(setup.endpoint.asked) == 1
 
 
 async def test_nothing_is_sent_if_the_store_is_not_writable(setup: Setup) -> None:  # F8

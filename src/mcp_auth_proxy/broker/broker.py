@@ -140,6 +140,7 @@ class Broker:
             journal=journal,
             rate=rate,
             clock=clock,
+            settled=lambda: self._watch.is_settled,
         )
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
         self._records = ConnectionRecords(

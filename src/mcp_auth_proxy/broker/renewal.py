@@ -1,6 +1,7 @@
 """Renew grants: when to renew, one renewal at a time, with the intent stored before anything is sent."""
 
 import asyncio
+import itertools
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -46,6 +47,12 @@ MAX_REJECTIONS = 1000
 
 SAVE_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to store tokens that have been issued."""
+
+SAVE_SECONDS = 8.0
+"""Seconds that a renewal waits until its tokens are stored; a request gets an error then."""
+
+UNSAVED_INTERVAL = 0.2
+"""Seconds between attempts after those: as soon as the store is back, before another process takes over."""
 
 
 def renewable(grant: Grant) -> bool:
@@ -107,7 +114,9 @@ class Renewer:
         journal: ConnectionJournal,
         rate: RefreshRate,
         clock: Callable[[], float],
+        settled: Callable[[], bool] = lambda: True,
     ) -> None:
+        """``settled``: whether the store was in reach for a while, so that whoever has new tokens could store them."""
         self._token_client = token_client
         self._journal = journal
         self.rate = rate
@@ -117,6 +126,9 @@ class Renewer:
         self._outages = outages
         self._clock = clock
         self._owner = grants.owners.new()
+        self._settled = settled
+        self._unsaved: dict[int, asyncio.Task[Grant | None]] = {}
+        """By the grant's id: new tokens that are being stored."""
         self._rejections: dict[int, RenewalHealth] = {}
         """The grants whose last renewal here was refused with an error that only a person can mend, by id."""
 
@@ -130,7 +142,12 @@ class Renewer:
         HeldElsewhere if the renewal is not ``needed`` yet; StoreUnavailable, before anything is sent, if the result
         could not be stored.
         """
+        unsaved = self._unsaved.get(grant.id)
+        if unsaved is not None and (stored := await self._saved(grant, unsaved)) is not None:
+            return stored
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
+        wanted = demand.needed
+        demand = replace(demand, needed=lambda: wanted() and self._settled())
         self._rejections.pop(grant.id, None)
         current, attempt = await self._begin(grant, demand)
         if attempt is None:
@@ -189,11 +206,11 @@ class Renewer:
             owner=self._owner,
             clock=self._clock,
             needed=demand.needed,
-            is_settled=lambda current: self._is_settled(grant, current, demand),
+            is_done=lambda current: self._is_done(grant, current, demand),
             take_turn=take_turn,
         )
 
-    def _is_settled(self, grant: Grant, current: Grant, demand: Demand) -> bool:
+    def _is_done(self, grant: Grant, current: Grant, demand: Demand) -> bool:
         """Return whether there is nothing to renew; raise the error of a moment ago that a person has to mend."""
         same = current.tokens.access_token == grant.tokens.access_token
         if current.version != grant.version and (current.health == HEALTHY or not same):
@@ -202,6 +219,15 @@ class Renewer:
             return True
         self._check_rejection(current)
         return False
+
+    async def aclose(self) -> None:
+        """Stop storing tokens; each save that goes on is tried for a moment more."""
+        saving = list(self._unsaved.values())
+        if saving:
+            await asyncio.wait(saving, timeout=1.0)
+            for task in saving:
+                task.cancel()
+            await asyncio.gather(*saving, return_exceptions=True)
 
     def _works(self, grant: Grant, rejected: Callable[[], bool]) -> bool:
         return refusals.works(grant, now=self._clock(), rejected=rejected())
@@ -238,19 +264,33 @@ class Renewer:
             ) from None
 
     async def _save_with_retry(self, grant: Grant, tokens: TokenSet) -> Grant | None:
-        """Store new tokens before anyone uses them.
+        """Store new tokens before anyone uses them. Return None if another process took over.
 
-        The old refresh token may be invalid already, so a store that fails is tried again and again.
+        The old refresh token may be invalid already, so a store that fails is tried until it can be used again. Raises
+        StoreUnavailable if that takes long; it goes on then.
         """
-        for delay in SAVE_DELAYS:
+        saving = asyncio.create_task(self._save(grant, tokens))
+        self._unsaved[grant.id] = saving
+        saving.add_done_callback(lambda _: self._unsaved.pop(grant.id, None))
+        return await self._saved(grant, saving)
+
+    async def _saved(self, grant: Grant, saving: "asyncio.Task[Grant | None]") -> Grant | None:
+        await asyncio.wait({saving}, timeout=SAVE_SECONDS)
+        if not saving.done():
+            server = grant.key.account.server
+            raise StoreUnavailable(f"The renewed tokens of server {server} can't be stored now. That is tried again.")
+        return saving.result()
+
+    async def _save(self, grant: Grant, tokens: TokenSet) -> Grant | None:
+        for number in itertools.count():
             try:
                 return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
             except StoreUnavailable as failure:
-                logger.error(
-                    "the renewed tokens of server %s can't be stored yet: %s", grant.key.account.server, failure
-                )
-                await asyncio.sleep(delay)
-        return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
+                server = grant.key.account.server
+                level = logging.ERROR if number < len(SAVE_DELAYS) else logging.DEBUG
+                logger.log(level, "the renewed tokens of server %s can't be stored yet: %s", server, failure)
+            await asyncio.sleep(SAVE_DELAYS[number] if number < len(SAVE_DELAYS) else UNSAVED_INTERVAL)
+        raise AssertionError  # the count has no end
 
     async def _failed(self, grant: Grant, failure: AuthorizationError) -> AuthorizationServerUnavailable:
         """Store a failure that passes; return the error for requests that need the token."""

@@ -105,6 +105,7 @@ class TokenCache:
         await self._renewing.settle(timeout=10.0)
         for flight in (self._loading, self._renewing):
             await flight.aclose()
+        await self._renewer.aclose()
 
     # For requests
 
