@@ -88,6 +88,7 @@ async def test_a_changed_row_is_missing(engine: Engine, clients: OAuthClients, t
         assert await clients.of_project("default") == [CLIENT], name
 
 
+@pytest.mark.sqlite
 async def test_a_view_can_not_pass_one_client_off_as_another(clients: OAuthClients, tmp_path: Path) -> None:
     await clients.add(CLIENT)
     await clients.add(OTHER)
