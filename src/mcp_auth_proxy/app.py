@@ -256,7 +256,7 @@ async def lifespan(
         )
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
-        broker.on_connected(forwarder.elicitations.connected)
+        broker.on_connected(forwarder.connected)
         if background:
             broker.on_connected(catalogs.connected)
             await broker.start()

@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from mcp_auth_proxy.store.cipher import Cipher
+from mcp_auth_proxy.store.lease import Owners
 
 Params = Mapping[str, object]
 """The values of a statement's named parameters."""
@@ -50,6 +51,10 @@ class Engine(Protocol):
 
     cipher: Cipher
     """The cipher that seals and opens the secrets in the rows. Another one may take its place (``keys.renew_keys``)."""
+
+    @property
+    def owners(self) -> Owners:
+        """The owners of leases: of this process, and what is known of those of others. Closed with the database."""
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Begin a transaction that may write; no other of this process runs meanwhile.

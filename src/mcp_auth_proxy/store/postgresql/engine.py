@@ -6,12 +6,15 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from mcp_auth_proxy.config.settings import PostgresqlUrl, StoreSettings
 from mcp_auth_proxy.errors import StoreUnavailable
 from mcp_auth_proxy.store.broken_rows import BrokenRows
 from mcp_auth_proxy.store.cipher import Cipher, key_warnings, load_keys
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
+from mcp_auth_proxy.store.lease import Owners
+from mcp_auth_proxy.store.local_files import local_path
 from mcp_auth_proxy.store.postgresql import schema
 from mcp_auth_proxy.store.postgresql.bootstrap import BEGIN, Place, inspect, prepare
 from mcp_auth_proxy.store.postgresql.clock import ServerClock
@@ -36,8 +39,11 @@ class PostgresqlEngine:
     transaction has read does not change until it ends, and the queries need not know which engine runs them.
     """
 
-    def __init__(self, url: PostgresqlUrl, pool: Pool, clock: ServerClock, place: Place, cipher: Cipher) -> None:
+    def __init__(
+        self, url: PostgresqlUrl, pool: Pool, clock: ServerClock, place: Place, cipher: Cipher, owners: Owners
+    ) -> None:
         self.cipher = cipher
+        self.owners = owners
         self._url = url
         self._pool = pool
         self._clock = clock
@@ -75,7 +81,7 @@ class PostgresqlEngine:
         except BaseException:  # also if cancelled: the connection would stay open
             await uninterrupted(pool.close())
             raise
-        return cls(url, pool, clock, place, cipher)
+        return cls(url, pool, clock, place, cipher, Owners(settings.path if read_only else _beside(settings)))
 
     async def close(self) -> None:
         """Close the connections, once a running transaction has ended. May be called again."""
@@ -216,6 +222,15 @@ class PostgresqlEngine:
         async with self._lock:
             await self._listener.close()
             await self._pool.close()
+            self.owners.close()
+
+
+def _beside(settings: StoreSettings) -> Path:
+    """Return the path beside which processes on this machine have their files, also if none can be made there."""
+    try:
+        return local_path(settings)
+    except OSError:
+        return settings.path
 
 
 async def _wait_for(pool: Pool, url: PostgresqlUrl, patience: float) -> None:

@@ -15,11 +15,12 @@ import aiosqlite
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreError, StoreUnavailable
 from mcp_auth_proxy.store.broken_rows import BrokenRows
-from mcp_auth_proxy.store.cipher import Cipher, load_keys
+from mcp_auth_proxy.store.cipher import Cipher
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
+from mcp_auth_proxy.store.lease import Owners
 from mcp_auth_proxy.store.schema_guard import SchemaGuard
 from mcp_auth_proxy.store.sqlite import schema
-from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, obtain_keys, prepare, read_copy
+from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, existing_keys, obtain_keys, prepare, read_copy
 from mcp_auth_proxy.store.sqlite.errors import read_text, translated
 from mcp_auth_proxy.store.sqlite.paths import connection_uri, write_obstacle
 from mcp_auth_proxy.store.uninterrupted import uninterrupted
@@ -42,6 +43,7 @@ class SqliteEngine:
 
     def __init__(self, connection: aiosqlite.Connection, path: Path, cipher: Cipher) -> None:
         self.cipher = cipher
+        self.owners = Owners(path.resolve())
         self._path = path
         self._connection = connection
         self._lock = asyncio.Lock()
@@ -85,7 +87,7 @@ class SqliteEngine:
         cls, settings: StoreSettings, *, environ: Mapping[str, str] = os.environ
     ) -> "SqliteEngine":
         """Open the store without writing anything; see ``store.open_store_read_only``."""
-        cipher = Cipher(await asyncio.to_thread(load_keys, settings, environ))
+        cipher = Cipher(await asyncio.to_thread(existing_keys, settings, environ))
         memory = await asyncio.to_thread(read_copy, settings.path, cipher)
         memory.row_factory = sqlite3.Row
         _silence()
@@ -187,6 +189,7 @@ class SqliteEngine:
             if not self._closed:
                 self._closed = True
                 await self._connection.close()
+                self.owners.close()
 
     async def _run(self, sql: str, params: Params = NO_PARAMS) -> list[Row]:
         if self._closed:
