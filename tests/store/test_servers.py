@@ -168,6 +168,7 @@ async def test_a_changed_row_does_not_keep_its_name(engine: Engine, tmp_path: Pa
     assert await servers.all() == [again]
 
 
+@pytest.mark.sqlite
 async def test_no_secret_of_a_server_is_in_clear_in_the_file(engine: Engine, tmp_path: Path) -> None:
     """T76."""
     await Servers(engine).add(MADE)

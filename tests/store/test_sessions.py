@@ -147,6 +147,7 @@ async def test_one_session_can_not_be_passed_off_as_another(sessions: Sessions, 
     assert await sessions.find(sha256("admin"), NOW) is not None
 
 
+@pytest.mark.sqlite
 async def test_no_secret_is_in_the_file(sessions: Sessions, engine: Engine, tmp_path: Path) -> None:
     await sessions.add(session(), sha256("canary-secret"))
     await engine.close()
