@@ -13,6 +13,7 @@ from mcp_auth_proxy.cli.completion import VARIABLE, completion, server_names
 from mcp_auth_proxy.cli.entering import install as install_entries
 from mcp_auth_proxy.cli.grants import grants
 from mcp_auth_proxy.cli.hardening import protect_process
+from mcp_auth_proxy.cli.moving.command import export_command, import_command
 from mcp_auth_proxy.cli.options import (
     EXAMPLE,
     account_options,
@@ -345,6 +346,8 @@ cli.add_command(api_keys)
 cli.add_command(principals)
 cli.add_command(grants)
 cli.add_command(install_entries)
+cli.add_command(export_command)
+cli.add_command(import_command)
 cli.add_command(completion)
 
 
