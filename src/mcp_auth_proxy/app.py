@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +35,7 @@ from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
-from mcp_auth_proxy.store import open_store, serving
+from mcp_auth_proxy.store import Engine, keys, open_store, serving
 from mcp_auth_proxy.store.mcp_sessions import McpSessions
 from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
@@ -79,6 +79,10 @@ def _say_nothing(count: int) -> None:
     pass
 
 
+def _ignore_keys(key_ids: Sequence[str]) -> None:
+    pass
+
+
 @dataclass(slots=True, kw_only=True)
 class Application:
     """A running proxy, without its listener."""
@@ -100,6 +104,16 @@ class Application:
     callers: Callers
     visitors: Visitors
     sign_in: SignInMount
+    database: Engine
+    on_new_keys: Callable[[Sequence[str]], None] = _ignore_keys
+    """Called with the ids of the store's keys after ``renew_keys`` has changed them."""
+
+    async def renew_keys(self, store: StoreSettings) -> bool:
+        """Read the keys of the store again, and use them; return whether they are others. Raises StoreError."""
+        if not await keys.renew_keys(self.database, store):
+            return False
+        self.on_new_keys(self.database.cipher.key_ids)
+        return True
 
     def apply(self, change: SettingsChange) -> None:
         """Hand each section of a changed configuration to its owner. Active requests keep the old one."""
@@ -173,6 +187,10 @@ async def lifespan(
         dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
         database = await open_store(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
+        if background and settings.store.imports.files:
+            from mcp_auth_proxy.store.first_imports import take_in_once  # noqa: PLC0415 - rarely needed
+
+            await take_in_once(database, settings.store.imports, now=clock())
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
         callers = make_authenticator(settings, database=database, fetcher=fetcher, clock=clock)
@@ -338,6 +356,7 @@ async def lifespan(
             callers=callers,
             visitors=visitors,
             sign_in=sign_in_mount,
+            database=database,
         )
         yield application
 
@@ -345,6 +364,11 @@ async def lifespan(
 def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:
     """Let the key in the file ``api-token`` use the API, if the file can be used."""
     path = token_path(settings)
+    if path is None:
+        logger.info(
+            "the API is off: with PostgreSQL and inbound.mode none, admin.token_file must name a file for its key"
+        )
+        return
     try:
         callers.accept_token(obtain_token(path, now=now))
     except OSError as error:

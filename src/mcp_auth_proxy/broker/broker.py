@@ -247,7 +247,6 @@ class Broker:
             database=database,
             leases=leases,
             flows=self._flows,
-            grants=self._grants,
             tokens=self._tokens,
             pending=self._pending,
             clock=clock,

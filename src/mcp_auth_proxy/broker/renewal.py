@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
@@ -162,8 +163,14 @@ class Renewer:
         self._backoff.failed(issuer if unavailable else own, error)
         # If the response was lost, the intent stays stored: the refresh token may be used up, and the next try
         # should know.
-        if unavailable is None or not unavailable.maybe_processed:
-            await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
+        keep = unavailable is not None and unavailable.maybe_processed
+        health = replace(
+            grant.health,
+            failing_since=grant.health.failing_since or self._clock(),
+            failure=str(error),
+            next_try_at=self.retry_at(grant),
+        )
+        await self._grants.note_failure(grant.id, version=grant.version, owner=self._owner, health=health, keep=keep)
         metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "failed").inc()
         self._warn(grant, error, first=first)
         self._journal.not_renewed(grant.key.account, str(error))

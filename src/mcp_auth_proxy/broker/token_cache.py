@@ -17,6 +17,7 @@ from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.models import AccessToken, Account, Grant
+from mcp_auth_proxy.store.comparison import GrantVersion
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,12 @@ class TokenCache:
         """Return the accounts that have a cached token."""
         return set(self._cached)
 
+    def versions(self) -> dict[Account, GrantVersion]:
+        """Return which grants are cached."""
+        return {
+            account: GrantVersion(cached.grant.id, cached.grant.version) for account, cached in self._cached.items()
+        }
+
     def awaited(self) -> set[Account]:
         """Return the accounts that had no grant when they were last asked for."""
         return set(self._awaited)
@@ -176,15 +183,18 @@ class TokenCache:
     async def stored(self, account: Account) -> Grant | None:
         """Return the stored grant that may be used for an account, if there is one. Raises StoreError."""
         grant = await self._grants.current(account)
+        return grant if grant is not None and self.is_usable(grant) else None
+
+    def is_usable(self, grant: Grant) -> bool:
+        """Return whether a stored grant is for its server as that is configured now."""
+        account = grant.key.account
         server = self._servers.get(account.server)
-        if grant is None or server is None:
-            return None
-        if matches(grant, server):
-            return grant
+        if server is None or matches(grant, server):
+            return server is not None
         logger.warning(
             "the grant of server %s is for another server or issuer than configured; it is not used", account.server
         )
-        return None
+        return False
 
     async def load(self, account: Account) -> CachedToken | None:
         """Cache the stored grant of an account; return None if there is none.

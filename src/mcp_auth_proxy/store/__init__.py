@@ -9,14 +9,14 @@ decides whether another one still holds a refresh, ``leases.py`` has leases by n
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.sqlite.engine import SqliteEngine
 from mcp_auth_proxy.store.sqlite.provisional import provisional
 
-__all__ = ["Engine", "open_store", "open_store_read_only", "provisional_store"]
+__all__ = ["Engine", "open_store", "open_store_read_only", "provisional_store", "store_exists"]
 
 
 def _ignore(line: str) -> None:
@@ -38,13 +38,22 @@ async def open_store(
 
 
 async def open_store_read_only(settings: StoreSettings, *, environ: Mapping[str, str] = os.environ) -> Engine:
-    """Open a store that exists without writing anything: it is neither created nor migrated.
+    """Open a store that exists, as it is now, without writing anything: it is neither created nor migrated.
 
-    ``close`` of the result must be awaited. Raises StoreRejected, and StoreUnavailable, also for an older schema.
+    A store with an older schema is read all the same. Later changes are not seen, so this is for commands, not for a
+    running proxy. ``close`` of the result must be awaited. Raises StoreRejected and StoreUnavailable.
     """
     return await SqliteEngine.open_read_only(settings, environ=environ)
 
 
+def store_exists(settings: StoreSettings) -> bool:
+    """Return whether there is a store to open. A PostgreSQL database counts as one, also if it is still empty."""
+    return settings.postgresql is not None or settings.path.exists()
+
+
 def provisional_store(settings: StoreSettings) -> AbstractContextManager[None]:
-    """Remove a store and a key file that the block makes if it raises; see ``sqlite/provisional.py``."""
-    return provisional(settings)
+    """Remove a store and a key file that the block makes if it raises; see ``sqlite/provisional.py``.
+
+    In a PostgreSQL database everything stays.
+    """
+    return provisional(settings) if settings.postgresql is None else nullcontext()

@@ -7,9 +7,16 @@ that they start from, so a process that comes late changes nothing.
 from dataclasses import replace
 
 from mcp_auth_proxy.errors import StoreUnavailable
-from mcp_auth_proxy.models import Account, FlowStatus, Grant, GrantKey, TokenSet
+from mcp_auth_proxy.models import HEALTHY, Account, FlowStatus, Grant, GrantKey, RenewalHealth, TokenSet
 from mcp_auth_proxy.store import lease
-from mcp_auth_proxy.store.codec import account_params, grant_columns, key_columns, read_grant, token_columns
+from mcp_auth_proxy.store.codec import (
+    account_params,
+    grant_columns,
+    health_columns,
+    key_columns,
+    read_grant,
+    token_columns,
+)
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
 from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, change_row, decode_rows, intact_rows, new_uid
 
@@ -23,13 +30,15 @@ _ADD = """
         uid, principal, account, server, resource, issuer, grant_type, client_id, client_auth, client_kind,
         client_secret, client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint,
         token_endpoint, revocation_endpoint, access_token, refresh_token, token_type, token_scopes, obtained_at,
-        expires_at, scopes, granted_at, dpop_key, upstream, path, version, ended_at, ended_reason, label, oauth_client
+        expires_at, scopes, granted_at, dpop_key, upstream, path, version, ended_at, ended_reason, label, oauth_client,
+        refresh_expires_at, renewal_refused_at, failing_since, renewal_failure, next_try_at, rejected_since
     ) VALUES (
         :uid, :principal, :account, :server, :resource, :issuer, :grant_type, :client_id, :client_auth, :client_kind,
         :client_secret, :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint,
         :token_endpoint, :revocation_endpoint, :access_token, :refresh_token, :token_type, :token_scopes, :obtained_at,
         :expires_at, :scopes, :granted_at, :dpop_key, :upstream, :path, :version, :ended_at, :ended_reason, :label,
-        :oauth_client
+        :oauth_client, :refresh_expires_at, :renewal_refused_at, :failing_since, :renewal_failure, :next_try_at,
+        :rejected_since
     )
     ON CONFLICT (principal, account, server, resource, issuer) DO UPDATE SET
         uid = excluded.uid, grant_type = excluded.grant_type, client_id = excluded.client_id,
@@ -43,7 +52,10 @@ _ADD = """
         granted_at = excluded.granted_at, dpop_key = excluded.dpop_key, upstream = excluded.upstream,
         path = excluded.path, version = excluded.version, refresh_begun_at = NULL, refresh_owner = '',
         ended_at = excluded.ended_at, ended_reason = excluded.ended_reason, label = excluded.label,
-        oauth_client = excluded.oauth_client
+        oauth_client = excluded.oauth_client, refresh_expires_at = excluded.refresh_expires_at,
+        renewal_refused_at = excluded.renewal_refused_at, failing_since = excluded.failing_since,
+        renewal_failure = excluded.renewal_failure, next_try_at = excluded.next_try_at,
+        rejected_since = excluded.rejected_since
     RETURNING id
 """
 # The seal covers the id, which is known only now.
@@ -67,7 +79,6 @@ _FLOW = "SELECT * FROM flows WHERE id = :id AND status <> 'failed'"
 _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _ALL = "SELECT * FROM grants ORDER BY granted_at, id"
 _INTERRUPTED = "SELECT * FROM grants WHERE refresh_begun_at IS NOT NULL AND ended_at IS NULL ORDER BY granted_at, id"
-_ACCOUNTS = "SELECT DISTINCT principal, server, account FROM grants WHERE ended_at IS NULL"
 _CURRENT = """
     SELECT * FROM grants
     WHERE principal = :principal AND server = :server AND account = :account AND ended_at IS NULL
@@ -110,11 +121,6 @@ class Grants:
         """Return the newest grant that has not ended, or None."""
         asked = account_params(account)
         return next(iter(await self._read(await self._engine.fetch_all(_CURRENT, asked), asked)), None)
-
-    async def accounts(self) -> set[Account]:
-        """Return the accounts that have a grant which has not ended, as far as can be told without reading it."""
-        rows = await self._engine.fetch_all(_ACCOUNTS)
-        return {Account(row["principal"], row["server"], row["account"]) for row in rows}
 
     async def get(self, grant_id: int) -> Grant | None:
         """Return a grant, ended or not; None if it is gone or can't be decrypted."""
@@ -233,7 +239,7 @@ class Grants:
             if not rows:
                 return None
             columns = token_columns(tokens, RowCipher(self._engine.cipher, _TABLE, rows[0]["uid"]))
-            changes = {**columns, "version": version + 1, **_NO_REFRESH}
+            changes = {**columns, **health_columns(HEALTHY), "version": version + 1, **_NO_REFRESH}
             await change_row(self._engine, transaction, _TABLE, rows[0], changes)
             rows = await transaction.execute(_BY_ID, {"id": grant_id})
         return next(iter(await self._read(rows, {"id": grant_id})), None)
@@ -242,6 +248,19 @@ class Grants:
         """Undo ``begin_refresh`` after a refresh that is known not to have been processed."""
         async with self._engine.transaction() as transaction:
             await transaction.execute(_RELEASE, {"id": grant_id, "version": version, "owner": owner})
+
+    async def note_failure(self, grant_id: int, *, version: int, owner: str, health: RenewalHealth, keep: bool) -> bool:
+        """Store why a refresh that was begun has failed. ``keep``: it may have been processed, so its intent stays.
+
+        Return False if another owner took over or the grant has ended.
+        """
+        async with self._engine.transaction() as transaction:
+            asked: Columns = {"id": grant_id, "version": version}
+            rows = await self._intact(await transaction.execute(_HELD, {**asked, "owner": owner}), asked)
+            for row in rows:
+                changes = {**health_columns(health), **({} if keep else _NO_REFRESH)}
+                await change_row(self._engine, transaction, _TABLE, row, changes)
+        return bool(rows)
 
     async def end(self, grant_id: int, *, version: int, reason: str, now: float) -> bool:
         """End a grant, keeping its row so that the reason can be shown.

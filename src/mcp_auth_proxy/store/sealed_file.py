@@ -19,9 +19,6 @@ from mcp_auth_proxy.errors import ExportRejected
 
 MAGIC = b"mcp-auth-proxy export\n"
 VERSION = 1
-MIN_PASSPHRASE = 12
-"""Characters of a passphrase."""
-
 MAX_FILE = 256 * 2**20
 """Bytes of a file that is read: some 100,000 grants."""
 
@@ -34,14 +31,6 @@ _PARAMETERS = len(MAGIC) + 1
 _SALT = _PARAMETERS + 3
 _NONCE = _SALT + _SALT_BYTES
 _HEAD = _NONCE + _NONCE_BYTES
-
-
-def passphrase_problem(text: str) -> str | None:
-    """Return why a text is no passphrase, as words that continue "the passphrase …"; None if it is one."""
-    if len(text) >= MIN_PASSPHRASE:
-        return None
-    what = "is too short" if text else "is empty"
-    return f"{what}: it needs at least {MIN_PASSPHRASE} characters; make one with: openssl rand -base64 24"
 
 
 @dataclass(frozen=True, slots=True)

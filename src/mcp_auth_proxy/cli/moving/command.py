@@ -134,24 +134,41 @@ def import_command(
     not be taken in.
     """
     if program is None:
-        if source is None:
-            raise click.UsageError("Give a FILE, or --from PROGRAM.")
-        if passphrase is None:
-            raise click.UsageError("--passphrase env:NAME or file:PATH is needed: a FILE of `export` is sealed.")
         if owner is not None or headers is not None:
             raise click.UsageError("--as and --headers are for --from PROGRAM.")
-        from mcp_auth_proxy.cli.moving import importing, passphrases
-
-        store, settings = _store(config_file)
-        run(importing.import_file(store, settings, source, passphrases.read(passphrase), as_json=as_json))
-    if passphrase is not None:
+        _import_file(source, passphrase, config_file, as_json=as_json)
+    elif passphrase is not None:
         raise click.UsageError("--passphrase is for a FILE of `export`: those of other programs are not sealed.")
-    if headers is not None and program != "mcp-remote":
+    elif headers is not None and program != "mcp-remote":
         raise click.UsageError("--headers is for --from mcp-remote.")
+    else:
+        _take_over(program, source, owner, headers, config_file, as_json=as_json)
+
+
+def _import_file(source: Path | None, passphrase: str | None, config_file: str | None, *, as_json: bool) -> None:
+    if source is None:
+        raise click.UsageError("Give a FILE, or --from PROGRAM.")
+    if passphrase is None:
+        raise click.UsageError("--passphrase env:NAME or file:PATH is needed: a FILE of `export` is sealed.")
+    from mcp_auth_proxy.cli.moving import importing, passphrases
+
+    store, settings = _store(config_file)
+    run(importing.import_file(store, settings, source, passphrases.read(passphrase), as_json=as_json))
+
+
+def _take_over(
+    program: 'Literal["mcp-remote", "mcp-use"]',
+    folder: Path | None,
+    owner: str | None,
+    headers: str | None,
+    config_file: str | None,
+    *,
+    as_json: bool,
+) -> None:
     from mcp_auth_proxy.cli.moving import passphrases, taking_over
 
     given = None if headers is None else passphrases.read_object(headers)
-    job = taking_over.Job(program=program, folder=source, owner=owner, headers=given, as_json=as_json)
+    job = taking_over.Job(program=program, folder=folder, owner=owner, headers=given, as_json=as_json)
     path = config_path(config_file)
 
     def load(secrets_of: Collection[str]) -> "Settings":
@@ -187,9 +204,10 @@ def _store(config_file: str | None) -> "tuple[StoreSettings, Settings | None]":
     """Return the store of the configuration, or else that of ``serve URL``. Raises ConfigurationError."""
     if location.find(config_file, os.environ) is None:
         from mcp_auth_proxy.config.load import single_store
+        from mcp_auth_proxy.store import store_exists
 
         store = single_store(environ=os.environ)
-        if store.path.exists():
+        if store_exists(store):
             return store, None
         config_path(config_file)
     settings = settings_from(config_file, secrets_of=())

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 from mcp_auth_proxy import secret_values
+from mcp_auth_proxy.config.imports import passphrase_problem
 from mcp_auth_proxy.config.settings import Secret
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
-from mcp_auth_proxy.store.sealed_file import passphrase_problem
 
 _LARGEST = 64 * 1024
 

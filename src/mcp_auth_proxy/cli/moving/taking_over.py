@@ -72,8 +72,8 @@ async def take_over(load: Callable[[Collection[str]], Settings], job: Job) -> in
     complain(*failed)
     if result.grants:
         complain(
-            f"The files of {job.program} stay, but their refresh tokens are the proxy's from now on: {job.program} must "
-            f"not use them any more, or both lose the login. Take it out of your MCP clients."
+            f"The files of {job.program} stay, but their refresh tokens are the proxy's from now on: {job.program} "
+            f"must not use them any more, or both lose the login. Take it out of your MCP clients."
         )
     code = report(result, names, as_json=job.as_json, warnings=[]) if result.grants else 1
     if failed:
@@ -100,8 +100,8 @@ def _warn_of_unmatched(job: Job, folder: Path, servers: Sequence[ServerSettings]
     if count:
         complain(
             f"warning: {count} login{'s'[: count != 1]} of mcp-remote in {folder} belong{'s'[: count == 1]} to no "
-            f"configured server: only the hash of its URL is known, and of --resource and --header if it was given them. For "
-            f"the first, set oauth.resource; for the second, use --headers."
+            f"configured server: only the hash of its URL is known, with --resource and --header if it was given them. "
+            f"For the first, set oauth.resource; for the second, use --headers."
         )
 
 
