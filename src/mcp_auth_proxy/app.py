@@ -35,7 +35,7 @@ from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
-from mcp_auth_proxy.store import Engine, keys, open_store, serving
+from mcp_auth_proxy.store import Engine, keys, open_store, serving, store_exists
 from mcp_auth_proxy.store.mcp_sessions import McpSessions
 from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
@@ -185,12 +185,16 @@ async def lifespan(
     async with AsyncExitStack() as stack:
         # The store last of all that can fail: a start that fails leaves none behind.
         dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
+        imports = None
+        if background and settings.store.imports.files:
+            from mcp_auth_proxy.store import first_imports as imports  # noqa: PLC0415 - rarely needed
+
+            if not store_exists(settings.store):
+                await imports.check(settings.store.imports)
         database = await open_store(settings.store, announce=announce_key)
         stack.push_async_callback(database.close)
-        if background and settings.store.imports.files:
-            from mcp_auth_proxy.store.first_imports import take_in_once  # noqa: PLC0415 - rarely needed
-
-            await take_in_once(database, settings.store.imports, now=clock())
+        if imports is not None:
+            await imports.take_in_once(database, settings.store.imports, now=clock())
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
         callers = make_authenticator(settings, database=database, fetcher=fetcher, clock=clock)

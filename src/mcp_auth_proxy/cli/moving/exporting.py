@@ -13,7 +13,7 @@ from mcp_auth_proxy.cli.owners import split
 from mcp_auth_proxy.cli.terminal import complain, say, say_json
 from mcp_auth_proxy.config.settings import Secret, StoreSettings
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError, StoreError
-from mcp_auth_proxy.store import Engine, exports, files, open_store, open_store_read_only
+from mcp_auth_proxy.store import Engine, exports, files, open_store, open_store_read_only, store_exists
 from mcp_auth_proxy.store.exports import Export, RefreshUnderWay, Selection
 from mcp_auth_proxy.store.sealed_file import FileKey
 
@@ -57,6 +57,8 @@ async def export(job: ExportJob) -> int:
     if job.secret_name is not None:
         secret_manifest.check_name(job.secret_name)
     _check_file(job)
+    if not store_exists(job.store):
+        raise McpAuthProxyError(f"There is no store at {job.store.shown} yet, and so there are no logins.")
     # Nothing is written to the store before all of this is sure.
     engine = await open_store_read_only(job.store)
     try:
@@ -143,7 +145,7 @@ def _write(job: ExportJob, key: FileKey, found: Export) -> None:
     if job.secret_name is not None:
         text = secret_manifest.manifest(job.secret_name, content)
         if job.file is None:
-            say(text.rstrip("\n"))
+            say(*text.splitlines())
             return
         content = text.encode()
     assert job.file is not None

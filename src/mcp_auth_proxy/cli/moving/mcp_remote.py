@@ -83,12 +83,13 @@ def _read(path: Path) -> FoundLogin | None:
     tokens = tokens_of(values, written_at=written_at, expires_at=ends)
     if tokens is None:
         return None
-    client_file = path.with_name(f"{_hash(path)}{_CLIENT}")
-    issuer = values.get("issuer")
+    client = plain_files.read_object(path.with_name(f"{_hash(path)}{_CLIENT}"))
+    # A token that mcp-remote itself has renewed lacks it; its client does not.
+    issuer = values.get("issuer") or client.get("issuer")
     return FoundLogin(
         path=path,
         tokens=tokens,
-        client=client_of(plain_files.read_object(client_file), created_at=written_at),
+        client=client_of(client, created_at=written_at),
         granted_at=written_at,
         issuer=issuer if isinstance(issuer, str) else "",
     )
