@@ -1,6 +1,7 @@
 """``export``: seal logins into a file, and with ``--move`` end them here once the file is on the disk."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -158,7 +159,8 @@ def _write(job: ExportJob, key: FileKey, found: Export) -> None:
         elif not files.link_into_place(draft, file):
             raise _exists(job.file)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise McpAuthProxyError(f"{job.file} can't be written ({error.strerror}). Nothing was changed.") from None
 
 

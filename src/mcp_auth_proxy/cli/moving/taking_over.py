@@ -24,7 +24,7 @@ from mcp_auth_proxy.proxy.probe import probe
 from mcp_auth_proxy.proxy.routes import route_to
 from mcp_auth_proxy.store import open_store, provisional_store
 from mcp_auth_proxy.store.exports import Export
-from mcp_auth_proxy.store.imports import ImportResult, take_in
+from mcp_auth_proxy.store.imports import ImportResult, Outcome, take_in
 from mcp_auth_proxy.store.principals import Principals
 
 
@@ -68,17 +68,23 @@ async def take_over(load: Callable[[Collection[str]], Settings], job: Job) -> in
                 if (grant := await _grant(application, settings.servers[server.name], principal, login, failed))
                 is not None
             ]
+        complain(*failed)
+        if not grants:
+            raise _not_imported(failed, found)
         result, names = await _store(settings, grants)
-    complain(*failed)
-    if result.grants:
+    if any(each.outcome is Outcome.IMPORTED for each in result.grants):
         complain(
             f"The files of {job.program} stay, but their refresh tokens are the proxy's from now on: {job.program} "
             f"must not use them any more, or both lose the login. Take it out of your MCP clients."
         )
-    code = report(result, names, as_json=job.as_json, warnings=[]) if result.grants else 1
+    code = report(result, names, as_json=job.as_json, warnings=[])
     if failed:
-        raise McpAuthProxyError(f"{len(failed)} of {len(found)} logins could not be imported: see above.")
+        raise _not_imported(failed, found)
     return code
+
+
+def _not_imported(failed: Sequence[object], found: Sequence[object]) -> McpAuthProxyError:
+    return McpAuthProxyError(f"{len(failed)} of {len(found)} logins could not be imported: see above.")
 
 
 def _folder(job: Job) -> Path:
