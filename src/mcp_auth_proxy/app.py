@@ -1,13 +1,14 @@
 """The composition root: builds every layer from the settings, and closes them in the opposite order."""
 
 import asyncio
+import importlib
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 
 from mcp_auth_proxy.broker import Broker, FlowRequest, PendingAuthorization, sign_in
 from mcp_auth_proxy.broker.made_servers import MadeServers
@@ -54,6 +55,9 @@ logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 Announce = Callable[[Flow, str], None]
 """Called with each new flow and its link."""
+
+STORE_PATIENCE = 30.0
+"""Seconds for which a server of the store that can't be reached at start is tried again."""
 
 FORGET_DELAY = 2.0
 """Seconds until the metrics of a removed server are dropped: its last requests have been counted by then."""
@@ -123,6 +127,7 @@ class Application:
         self.announcer.configure(settings)
         self.broker.set_allow_private(settings.authorization.allow_private)
         self.broker.set_opens_links(_opens_links(settings))
+        self.broker.set_refresh_rate(settings.limits.refresh_rate)
         shares = _shares(settings.limits)
         self.connections.rules = _connection_rules(settings, shares)
         self.http.set_limit(settings.limits.upstream_connections, shares.upstreams)
@@ -164,7 +169,7 @@ async def lifespan(
     settings: Settings,
     listening: Address,
     *,
-    clock: Clock = time.time,
+    clock: Clock | None = None,
     announce: Announce | None = None,
     announce_key: Callable[[str], None] = logger.warning,
     background: bool = True,
@@ -172,7 +177,8 @@ async def lifespan(
 ) -> AsyncIterator[Application]:
     """Open everything that a running proxy needs, and close it again. Raises ConfigurationError, StoreError.
 
-    ``background``: renew tokens, remember what servers offer, and watch the store for what other processes write.
+    ``clock``: Unix seconds; None for the time of the store. ``background``: renew tokens, remember what servers offer,
+    and watch the store for what other processes write.
     ``authenticator`` tells who calls instead of what ``inbound`` says.
     """
     public_url = effective_public_url(settings, listening)
@@ -185,16 +191,14 @@ async def lifespan(
     async with AsyncExitStack() as stack:
         # The store last of all that can fail: a start that fails leaves none behind.
         dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
-        imports = None
-        if background and settings.store.imports.files:
-            from mcp_auth_proxy.store import first_imports as imports  # noqa: PLC0415 - rarely needed
-
-            if not store_exists(settings.store):
-                await imports.check(settings.store.imports)
-        database = await open_store(settings.store, announce=announce_key)
+        patience = STORE_PATIENCE if background else 0.0
+        if background:
+            await _check_imports(settings.store)
+        database = await open_store(settings.store, announce=announce_key, patience=patience)
+        clock = clock or database.now
         stack.push_async_callback(database.close)
-        if imports is not None:
-            await imports.take_in_once(database, settings.store.imports, now=clock())
+        if background and settings.store.imports.files:
+            await _first_imports().take_in_once(database, settings.store.imports, now=clock())
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
         callers = make_authenticator(settings, database=database, fetcher=fetcher, clock=clock)
@@ -224,6 +228,7 @@ async def lifespan(
             opens_links=_opens_links(settings),
             opens_windows=lambda: announce is None and announcer.opens,
             is_served=partial(_is_served, settings.store),
+            refresh_rate=settings.limits.refresh_rate,
         )
         stack.push_async_callback(broker.aclose)
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
@@ -259,7 +264,7 @@ async def lifespan(
         )
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
-        broker.on_connected(forwarder.elicitations.connected)
+        broker.on_connected(forwarder.connected)
         if background:
             broker.on_connected(catalogs.connected)
             await broker.start()
@@ -363,6 +368,17 @@ async def lifespan(
             database=database,
         )
         yield application
+
+
+async def _check_imports(store: StoreSettings) -> None:
+    """Make sure that ``store.import`` can be taken in, before a store is made for it. Raises ConfigurationError."""
+    if store.imports.files and not store_exists(store):
+        await _first_imports().check(store.imports)
+
+
+def _first_imports() -> ModuleType:
+    """Return ``store.first_imports``, which few need."""
+    return importlib.import_module("mcp_auth_proxy.store.first_imports")
 
 
 def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:

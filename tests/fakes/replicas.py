@@ -4,6 +4,7 @@ import asyncio
 import random
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -164,17 +165,18 @@ class Load:
                 async with replica.client(account) as client:
                     client.http.timeout = httpx2.Timeout(15)
                     for _ in range(20):
-                        self._note(await client.call("echo", text="in"))
+                        self._note(replica, account, await client.call("echo", text="in"))
                         await asyncio.sleep(0.02)
-            except httpx2.HTTPError:
+            except (httpx2.HTTPError, AttributeError):
+                # The second is anyio's, for a connection that is reset as soon as it is open.
                 self.unreachable += 1
                 await asyncio.sleep(0.1)
 
-    def _note(self, reply: McpResponse) -> None:
+    def _note(self, replica: Replica, account: str, reply: McpResponse) -> None:
         if "error" not in reply.message and not reply.message.get("result", {}).get("isError"):
             self.answered += 1
         elif ACCOUNT_LINK in str(reply.message):
-            self.lost.append(str(reply.message))
+            self.lost.append(f"{time.strftime('%X')} {account} at {replica.origin}: {reply.message}")
         else:
             self.later.append(str(reply.message))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.errors import StoreUnavailable
 from mcp_auth_proxy.models import (
     Account,
@@ -20,9 +21,10 @@ from mcp_auth_proxy.models import (
     Role,
     Scope,
 )
-from mcp_auth_proxy.store import Engine, exports, imports, lease, open_store
+from mcp_auth_proxy.store import Engine, exports, imports, open_store
 from mcp_auth_proxy.store.api_keys import ApiKeys
 from mcp_auth_proxy.store.confirmations import Confirmations
+from mcp_auth_proxy.store.engine import Row
 from mcp_auth_proxy.store.exports import MOVED, Export, RefreshUnderWay, Selection
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
@@ -31,7 +33,7 @@ from mcp_auth_proxy.store.oauth_clients import OAuthClients
 from mcp_auth_proxy.store.principals import Principals
 from mcp_auth_proxy.store.registrations import Registrations
 from mcp_auth_proxy.store.servers import Servers
-from store.builders import NOW, flow, grant, registration, store_settings, tokens
+from store.builders import NOW, flow, grant, registration, tokens
 
 ALL = Selection()
 ANNA = Principal(id="prn_anna", name="anna", role=Role.ADMIN, created_at=NOW)
@@ -53,8 +55,9 @@ WIKI = MadeServer(id="srv_1", name="wiki", url="https://wiki.example/mcp", owner
 
 @pytest.fixture
 async def there(tmp_path: Path) -> AsyncIterator[Engine]:
-    (tmp_path / "there").mkdir()
-    opened = await open_store(store_settings(tmp_path / "there"))
+    """Open a SQLite store, whatever the other one is."""
+    key = KeySource(kind="file", name=str(tmp_path / "there.key"))
+    opened = await open_store(StoreSettings(path=tmp_path / "there.db", keys=(key,), default_key=True))
     yield opened
     await opened.close()
 
@@ -78,6 +81,10 @@ async def fill(engine: Engine) -> None:
     )
 
 
+def values(row: Row) -> list[object]:
+    return [row[name] for name in ("uid", "access_token", "seal")]
+
+
 async def take_in(engine: Engine, export: Export) -> ImportResult:
     export = exports.decode(exports.encode(export), name="f")
     result = await imports.take_in(engine, export, now=NOW)
@@ -94,12 +101,20 @@ async def test_everything_that_grants_need_goes_with_them(engine: Engine, there:
     assert replace(after, made_at=before.made_at) == before
 
 
+async def test_a_store_of_either_kind_takes_it_in(engine: Engine, there: Engine) -> None:
+    await fill(there)
+    result = await take_in(engine, await exports.copy(there, ALL))
+    assert [each.outcome for each in result.grants] == [Outcome.IMPORTED] * 2
+    before, after = await exports.copy(there, ALL), await exports.copy(engine, ALL)
+    assert replace(after, made_at=before.made_at) == before
+
+
 async def test_what_is_imported_is_sealed_with_the_keys_of_this_store(engine: Engine, there: Engine) -> None:
     await fill(engine)
     await take_in(there, await exports.copy(engine, ALL))
     before = await engine.fetch_all("SELECT uid, access_token, seal FROM grants")
     after = await there.fetch_all("SELECT uid, access_token, seal FROM grants")
-    assert not {value for row in before for value in row} & {value for row in after for value in row}
+    assert not {value for row in before for value in values(row)} & {value for row in after for value in values(row)}
     assert engine.cipher.key_ids != there.cipher.key_ids
 
 
@@ -135,7 +150,7 @@ async def test_a_move_that_is_not_kept_changes_nothing(engine: Engine) -> None:
 
 async def test_a_grant_that_is_being_renewed_is_not_moved(engine: Engine) -> None:
     stored = await Grants(engine).add(grant())
-    owner = lease.new_owner()
+    owner = engine.owners.new()
     await Grants(engine).begin_refresh(stored.id, version=stored.version, owner=owner, now=NOW)
     with pytest.raises(RefreshUnderWay):
         await exports.move(engine, ALL, now=lambda: NOW + 1, place=lambda export: None)
@@ -167,7 +182,7 @@ async def test_of_two_copies_the_one_that_was_renewed_later_is_newer(there: Engi
 
 async def test_a_late_result_of_a_renewal_does_not_replace_an_import(there: Engine) -> None:
     before = await Grants(there).add(grant())
-    owner = lease.new_owner()
+    owner = there.owners.new()
     await Grants(there).begin_refresh(before.id, version=before.version, owner=owner, now=NOW)
     await take_in(there, Export(made_at=NOW, grants=(grant(at=NOW + 1, name="new"),)))
     late = await Grants(there).renewed(before.id, version=before.version, owner=owner, tokens=tokens("late"))
@@ -248,6 +263,7 @@ async def test_a_file_that_is_remembered_is_taken_in_once(there: Engine) -> None
     assert not await imports.was_imported(there, b"another")
 
 
+@pytest.mark.sqlite
 async def test_an_import_that_fails_changes_nothing(engine: Engine, there: Engine) -> None:
     await fill(engine)
     async with there.transaction() as transaction:

@@ -58,6 +58,8 @@ class StoreWatch:
         self._tokens = tokens
         self._pending = pending
         self._clock = clock
+        self._others_renew = True
+        """Whether other processes renew grants, as of the last look: they may die."""
         self._unchecked: list[Account] = []
         self._unchecked_flows: list[str] = []
         self._task: asyncio.Task[None] | None = None
@@ -83,8 +85,11 @@ class StoreWatch:
             await asyncio.sleep(WATCH_INTERVAL)
             # Store failures are reported by /readyz and by the requests that need the store.
             with contextlib.suppress(StoreError):
-                if await self._database.changed():
+                changed = await self._database.changed()
+                if changed:
                     await self.reload()
+                if changed or self._others_renew:
+                    self._others_renew = await self._tokens.resume_interrupted()
             now = self._clock()
             # The absolute difference: the clock may have been set back.
             if abs(now - purged_at) >= PURGE_INTERVAL:

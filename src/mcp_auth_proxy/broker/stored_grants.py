@@ -175,10 +175,14 @@ class StoredGrants:
             raise GrantUnusable(
                 f"The grant is not for server {account.server} as it is configured now, so it is not used.", ended=False
             )
-        renewed = await self._tokens.renew(account, cached)
+        renewed = await self._tokens.renew(account, cached, asked=True)
         if renewed is None or renewed.grant.id != grant_id:
             ended = await self.get(grant_id)
             raise GrantUnusable(f"The grant has ended: {ended.ended_reason if ended else 'it is gone.'}", ended=True)
+        if renewed.grant.health.refused_at is not None:
+            raise GrantUnusable(
+                f"The renewal was refused, but the token still works: {renewed.grant.health.failure}", ended=False
+            )
         return GrantSummary.of(renewed.grant)
 
     async def delete(self, grant_id: int) -> DeletedGrant | None:

@@ -8,7 +8,7 @@ from mcp_auth_proxy.cli.table import Line, lay_out
 from mcp_auth_proxy.cli.terminal import ProgressLine, complain, say, say_json, window_width
 from mcp_auth_proxy.config.settings import Settings, StoreSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
-from mcp_auth_proxy.store import keys, open_store, open_store_read_only, serving
+from mcp_auth_proxy.store import keys, open_store, open_store_read_only, serving, store_exists
 from mcp_auth_proxy.store.cipher import load_keys
 from mcp_auth_proxy.store.rotation import Progress
 from mcp_auth_proxy.store.rotation import rotate as rotate_rows
@@ -37,7 +37,7 @@ async def list_keys(settings: Settings, *, as_json: bool) -> int:
 
 
 async def _uses(store: StoreSettings) -> list[keys.KeyUse]:
-    if not store.path.exists():
+    if not store_exists(store):
         # A default key is made with the store.
         loaded = () if store.default_key else await asyncio.to_thread(load_keys, store)
         return keys.key_uses(store, [key.id for key in loaded], {}) if loaded else []
@@ -65,8 +65,8 @@ def _remark(use: keys.KeyUse, *, first: bool) -> str:
 async def rotate(settings: Settings, *, as_json: bool) -> int:
     """Seal the store again with its first key. Return the exit code; raise McpAuthProxyError."""
     store = settings.store
-    if not store.path.exists():
-        raise McpAuthProxyError(f"There is no store {store.path} yet: its first start makes it with the first key.")
+    if not store_exists(store):
+        raise McpAuthProxyError(f"There is no store {store.shown} yet: its first start makes it with the first key.")
     engine = await open_store(store, announce=complain)
     try:
         await _wait_for_proxies(store, engine.cipher.key_ids[0])

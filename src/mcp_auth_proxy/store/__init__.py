@@ -1,10 +1,11 @@
 """The encrypted store: grants, registrations and flows, with their secrets sealed.
 
-``open_store`` returns an ``Engine`` (engine.py), which runs SQL in transactions; ``sqlite/`` has the one that exists,
-with its file, schema and migrations. ``grants.py``, ``registrations.py`` and ``flows.py`` read and write the frozen
-values of ``models`` through it, ``principals.py`` and ``api_keys.py`` those of callers. ``codec.py`` turns values into
-rows, ``cipher.py`` seals the secrets in them, ``serving.py`` tells other processes that this one serves, ``lease.py``
-decides whether another one still holds a refresh, ``leases.py`` has leases by name, ``files.py`` creates private files.
+``open_store`` returns an ``Engine`` (engine.py), which runs SQL in transactions; ``sqlite/`` and ``postgresql/`` have
+the two that exist, with schema and migrations. ``grants.py``, ``registrations.py`` and ``flows.py`` read and write the
+frozen values of ``models`` through it, ``principals.py`` and ``api_keys.py`` those of callers. ``codec.py`` turns
+values into rows, ``cipher.py`` seals the secrets in them, ``serving.py`` tells other processes that this one serves, by
+files beside the store (``local_files.py``), ``lease.py`` decides whether another one still holds a refresh,
+``leases.py`` has leases by name, ``files.py`` creates private files.
 """
 
 import os
@@ -27,13 +28,20 @@ async def open_store(
     settings: StoreSettings,
     *,
     announce: Callable[[str], None] = _ignore,
+    patience: float = 0.0,
     environ: Mapping[str, str] = os.environ,
 ) -> Engine:
     """Open the store for reading and writing; create it if it does not exist, migrate it if its schema is older.
 
-    ``announce`` is called with one line if a new key file was made. ``close`` of the result must be awaited.
-    Raises StoreRejected (nothing was written) and StoreUnavailable.
+    ``announce`` is called with one line if a new key file was made; ``patience``: seconds for which a database server
+    that can't be reached is tried again. ``close`` of the result must be awaited. Raises StoreRejected (nothing was
+    written) and StoreUnavailable.
     """
+    if settings.postgresql is not None:
+        # Imported only for such a store: the driver costs 20 ms and some megabytes.
+        from mcp_auth_proxy.store.postgresql.engine import PostgresqlEngine  # noqa: PLC0415
+
+        return await PostgresqlEngine.open(settings, patience=patience, environ=environ)
     return await SqliteEngine.open(settings, announce=announce, environ=environ)
 
 
@@ -43,6 +51,10 @@ async def open_store_read_only(settings: StoreSettings, *, environ: Mapping[str,
     A store with an older schema is read all the same. Later changes are not seen, so this is for commands, not for a
     running proxy. ``close`` of the result must be awaited. Raises StoreRejected and StoreUnavailable.
     """
+    if settings.postgresql is not None:
+        from mcp_auth_proxy.store.postgresql.engine import PostgresqlEngine  # noqa: PLC0415
+
+        return await PostgresqlEngine.open(settings, read_only=True, environ=environ)
     return await SqliteEngine.open_read_only(settings, environ=environ)
 
 

@@ -12,8 +12,17 @@ import msgspec
 
 from mcp_auth_proxy import __version__
 from mcp_auth_proxy.errors import ExportRejected
-from mcp_auth_proxy.models import Account, ApiKey, Grant, Identity, MadeServer, OAuthClient, Principal, Registration
-from mcp_auth_proxy.store import lease
+from mcp_auth_proxy.models import (
+    HEALTHY,
+    Account,
+    ApiKey,
+    Grant,
+    Identity,
+    MadeServer,
+    OAuthClient,
+    Principal,
+    Registration,
+)
 from mcp_auth_proxy.store.api_keys import ApiKeys
 from mcp_auth_proxy.store.codec import read_grant
 from mcp_auth_proxy.store.confirmations import Confirmation, Confirmations
@@ -99,8 +108,8 @@ async def move(
     async with engine.transaction() as transaction:
         selected = await _selected(engine, await transaction.execute(_LIVE), selection)
         for row, _ in selected:
-            begun_at = row["refresh_begun_at"]
-            if begun_at is not None and lease.is_held(row["refresh_owner"], begun_at, now()):
+            holder, begun_at = row["refresh_owner"], row["refresh_begun_at"]
+            if not engine.owners.may_refresh(holder, begun_at, owner="", now=now(), needed=True):
                 raise RefreshUnderWay
         export = _with_the_rest(selection, [grant for _, grant in selected], rest)
         place(export)
@@ -111,8 +120,9 @@ async def move(
 
 async def _selected(engine: Engine, rows: list[Row], selection: Selection) -> list[tuple[Row, Grant]]:
     def read(row: Row, cipher: RowCipher) -> tuple[Row, Grant]:
-        # An id is that of a row here, and so is who renews it.
-        return row, replace(read_grant(row, cipher), id=0, refresh_begun_at=None, refresh_owner="")
+        # An id is that of a row here; who renews it, and how that goes, is of no use elsewhere.
+        found = read_grant(row, cipher)
+        return row, replace(found, id=0, refresh_begun_at=None, refresh_owner="", health=HEALTHY)
 
     found = await decode_rows(engine, "grants", rows, {}, read)
     return [(row, grant) for row, grant in found if grant.key.account in selection]

@@ -9,8 +9,8 @@ from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.errors import KeyRejected
 from mcp_auth_proxy.store.cipher import Cipher, load_keys
 from mcp_auth_proxy.store.engine import Engine
+from mcp_auth_proxy.store.key_checks import ADD, KEY_ROWS, check_rows
 from mcp_auth_proxy.store.sealed_tables import rows_by_key
-from mcp_auth_proxy.store.sqlite.key_checks import ADD, KEY_ROWS, check_rows
 
 _CHECKS = "SELECT name FROM meta WHERE substr(name, 1, :length) = :prefix"
 

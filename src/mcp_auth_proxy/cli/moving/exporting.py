@@ -106,7 +106,7 @@ async def _once_settled(engine: Engine, job: ExportJob, place: Callable[[Export]
     deadline = time.monotonic() + LONGEST_REFRESH
     while True:
         try:
-            return await exports.move(engine, job.selection, now=time.time, place=place)
+            return await exports.move(engine, job.selection, now=engine.now, place=place)
         except RefreshUnderWay:
             if time.monotonic() > deadline:
                 raise McpAuthProxyError("A login is being renewed, and that does not end. Try again later.") from None

@@ -1,7 +1,6 @@
 """``import FILE``: take in what ``export`` wrote."""
 
 import asyncio
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +29,7 @@ async def import_file(
     export = exports.decode(content, name=str(file))
     engine = await open_store(store, announce=complain)
     try:
-        result = await take_in(engine, export, now=time.time())
+        result = await take_in(engine, export, now=engine.now())
         assert result is not None, "only a file that is remembered is left out"
         await record(engine, result)
         names = owner_names(await Principals(engine).all())

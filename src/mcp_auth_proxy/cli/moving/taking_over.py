@@ -1,6 +1,5 @@
 """``import --from``: make grants of the logins that another program has."""
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,7 +142,7 @@ async def _grant(
 async def _store(settings: Settings, grants: list[Grant]) -> tuple[ImportResult, Mapping[str, str]]:
     engine = await open_store(settings.store, announce=complain)
     try:
-        now = time.time()
+        now = engine.now()
         result = await take_in(engine, Export(made_at=now, grants=tuple(grants)), now=now)
         assert result is not None, "only a file that is remembered is left out"
         await record(engine, result)

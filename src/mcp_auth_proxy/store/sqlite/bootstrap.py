@@ -19,10 +19,12 @@ from mcp_auth_proxy.store.cipher import (
     key_warnings,
     load_keys,
 )
+from mcp_auth_proxy.store.key_checks import open_with
 from mcp_auth_proxy.store.sqlite import key_checks, schema, untouched
-from mcp_auth_proxy.store.sqlite.backup import find_backup, make_backup
+from mcp_auth_proxy.store.sqlite.backup import find_backup
 from mcp_auth_proxy.store.sqlite.errors import is_damage, read_text, translated, unavailable
 from mcp_auth_proxy.store.sqlite.paths import connection_uri, mount_obstacle, wal_files, write_obstacle
+from mcp_auth_proxy.store.sqlite.upgrade import upgrade
 
 BUSY_TIMEOUT = 5.0
 """Seconds that SQLite waits for a lock of another process."""
@@ -45,16 +47,27 @@ def obtain_keys(
     default = Path(settings.keys[0].name)
     if settings.default_key and not default.exists():
         if settings.path.exists():
-            raise KeyRejected(
-                f"The store {settings.path} exists, but its key file {default} is missing. Without the key nothing in "
-                "the store can be read: put the key file back, or move the store away to start with a new one."
-            )
+            raise _missing_key(settings)
         with _writing(default):
             files.make_folder(default.parent)
             created = default if generate_key_file(default) else None
     for warning in key_warnings(settings):
         logger.warning("%s", warning)
     return load_keys(settings, environ), created
+
+
+def existing_keys(settings: StoreSettings, environ: Mapping[str, str] = os.environ) -> tuple[Key, ...]:
+    """Return the keys of a store that exists; none is made. Raises KeyRejected."""
+    if settings.default_key and settings.path.exists() and not Path(settings.keys[0].name).exists():
+        raise _missing_key(settings)
+    return load_keys(settings, environ)
+
+
+def _missing_key(settings: StoreSettings) -> KeyRejected:
+    return KeyRejected(
+        f"The store {settings.path} exists, but its key file {settings.keys[0].name} is missing. Without the key "
+        "nothing in the store can be read: put the key file back, or move the store away to start with a new one."
+    )
 
 
 def prepare(path: Path, cipher: Cipher) -> None:
@@ -185,7 +198,7 @@ def _check_keys(path: Path, cipher: Cipher, checks: Mapping[str, bytes], found_s
             f"has {', '.join(cipher.key_ids)}. Nothing was written. Set the right key, or move the store away."
         )
     version = VERSION if found_schema >= schema.SEALED_ROWS else BEFORE_SEALED_ROWS
-    if not key_checks.open_with(cipher, checks, version=version):
+    if not open_with(cipher, checks, version=version):
         raise StoreRejected(
             f"The store {path} was changed by something else than mcp-auth-proxy: its key check is not one of schema "
             f"{found_schema}. It was left as it is. Put a backup in its place, or move it away to start with a new one."
@@ -217,13 +230,10 @@ def _create(path: Path, cipher: Cipher) -> None:
 
 
 def _update(path: Path, cipher: Cipher) -> None:
-    def back_up(version: int) -> None:
-        # Again: nobody else can write from now on, and the schema may have been changed since the store was inspected.
+    def check(version: int) -> None:
+        # Again: the schema may have been changed since the store was inspected.
         _check_keys(path, cipher, key_checks.read_all(connection), version)
-        backup = make_backup(path, version)
-        logger.info("store: migrating from schema %d to %d; a copy was kept: %s", version, newest, backup)
 
-    newest = len(schema.MIGRATIONS)
     with _writing(path), translated(path):
         for file in (path, *wal_files(path)):
             files.restrict_mode(file)
@@ -232,8 +242,8 @@ def _update(path: Path, cipher: Cipher) -> None:
             connection.text_factory = read_text
             connection.execute("PRAGMA synchronous = FULL")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version < newest:
-                schema.migrate(connection, cipher, before=back_up)
+            if version < len(schema.MIGRATIONS):
+                upgrade(path, connection, cipher, check=check)
             if set(cipher.key_ids) - set(key_checks.read_all(connection)):
                 key_checks.add(connection, cipher)
 

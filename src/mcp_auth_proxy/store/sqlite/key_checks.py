@@ -1,46 +1,18 @@
-"""A known text in ``meta``, sealed with each key: it shows whether a key is right before anything else is read."""
+"""The checks of keys (``store.key_checks``) in an SQLite file, and whether its rows open."""
 
 import contextlib
 import sqlite3
-from collections.abc import Mapping
 from pathlib import Path
 
-from mcp_auth_proxy.errors import DecryptionError, KeyRejected
+from mcp_auth_proxy.errors import KeyRejected
 from mcp_auth_proxy.store.cipher import Cipher
+from mcp_auth_proxy.store.key_checks import ADD, KEY_ROWS, by_key, check_rows
 from mcp_auth_proxy.store.sealed_tables import SEALED_COLUMNS, is_sealed_with, key_params, seal_keys
-
-_CHECK = "mcp-auth-proxy store"
-KEY_ROWS = "key:"
-"""What the names of the checks in ``meta`` begin with; the id of the key follows."""
-
-ADD = "INSERT INTO meta (name, value) VALUES (:name, :value) ON CONFLICT (name) DO NOTHING"
 
 
 def read_all(connection: sqlite3.Connection) -> dict[str, bytes]:
-    """Return the checks, by the id of their key. Somebody else's program may have put anything into their columns."""
-    rows = connection.execute("SELECT name, value FROM meta").fetchall()
-    return {str(name).removeprefix(KEY_ROWS): value for name, value in rows if str(name).startswith(KEY_ROWS)}
-
-
-def open_with(cipher: Cipher, checks: Mapping[str, bytes], *, version: int) -> bool:
-    """Return whether every check of a key that the cipher has is as we sealed it, with seals of this version."""
-    try:
-        return all(
-            cipher.open(checks[key_id], table="meta", row=KEY_ROWS + key_id, column="value", version=version) == _CHECK
-            for key_id in cipher.key_ids
-            if key_id in checks
-        )
-    except (DecryptionError, TypeError):
-        return False
-
-
-def check_rows(cipher: Cipher) -> list[dict[str, object]]:
-    """Return the rows of ``meta`` with the checks of the cipher's keys."""
-    names = {key_id: KEY_ROWS + key_id for key_id in cipher.key_ids}
-    return [
-        {"name": name, "value": cipher.seal(_CHECK, table="meta", row=name, column="value", key_id=key_id)}
-        for key_id, name in names.items()
-    ]
+    """Return the checks, by the id of their key."""
+    return by_key(connection.execute("SELECT name, value FROM meta").fetchall())
 
 
 def add(connection: sqlite3.Connection, cipher: Cipher) -> None:

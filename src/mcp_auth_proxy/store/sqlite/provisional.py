@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreError
+from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.sqlite import untouched
 from mcp_auth_proxy.store.sqlite.paths import wal_files
 from mcp_auth_proxy.store.sqlite.serving import served_addresses
@@ -32,6 +33,7 @@ def provisional(settings: StoreSettings) -> Iterator[None]:
         if settings.path.exists() and not _is_needed(settings.path):
             for file in (settings.path, *wal_files(settings.path)):
                 file.unlink(missing_ok=True)
+            lease.remove_files(settings.path.resolve())
             if new_key:
                 key.unlink(missing_ok=True)
         raise
