@@ -3,9 +3,9 @@
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 
 from mcp_auth_proxy.broker import ownership
+from mcp_auth_proxy.broker.adoption import ForeignLogin, grant_for
 from mcp_auth_proxy.broker.attempts import (
     AcceptedCallback,
     AuthorizationAttempts,
@@ -62,12 +62,12 @@ from mcp_auth_proxy.models import (
     FlowMode,
     FlowStatus,
     Grant,
-    GrantType,
     Registration,
     TokenSet,
 )
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
+from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
@@ -680,23 +680,12 @@ class Broker:
         Their authorization server is found as for an authorization. Without a client they can't be renewed, unless the
         configuration names it. Raises AuthorizationError and StoreError.
         """
-        server = configured(self._servers, account.server)
-        plan = await self._planner.preview(account, server, None)
-        registration = plan.registration
-        if client is not None:
-            registration = replace(client, server=server.name, account=account.name, issuer=plan.key.issuer)
-        if not registration.client_id:
-            tokens = replace(tokens, refresh_token=None)
-        grant = Grant(
-            key=plan.key,
-            grant_type=GrantType.AUTHORIZATION_CODE,
-            registration=registration,
-            endpoints=plan.endpoints,
-            tokens=tokens,
-            scopes=tokens.scopes,
-            granted_at=self._clock(),
-        )
+        grant = await self.grant_for(account, ForeignLogin(tokens, client, granted_at=self._clock()), None)
         self._tokens.put(account, await self._grants.add(grant))
+
+    async def grant_for(self, account: Account, login: ForeignLogin, challenge: BearerChallenge | None) -> Grant:
+        """Return the grant that the login of another program is, without storing it; see ``adoption.grant_for``."""
+        return await grant_for(self._planner, configured(self._servers, account.server), account, login, challenge)
 
     async def disconnect(self, account: Account, *, forget_client: bool = False) -> Disconnected:
         """Delete the grants of an account and revoke them; see ``Disconnector.disconnect``. Raises StoreError."""

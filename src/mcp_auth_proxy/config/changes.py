@@ -13,6 +13,7 @@ _RESTART: Mapping[str, Callable[[Settings], object]] = {
     "health_quit": lambda settings: settings.health_quit,
     "public_url": lambda settings: settings.public_url,
     "store.url": lambda settings: settings.store.postgresql or settings.store.path,
+    "store.import": lambda settings: settings.store.imports.files,
     "inbound.mode": lambda settings: frozenset(settings.inbound.modes),
     "admin.enabled": lambda settings: settings.admin.enabled,
     "admin.token_file": lambda settings: settings.admin.token_file,
