@@ -14,9 +14,11 @@ from mcp_auth_proxy.broker import renewal_lease
 from mcp_auth_proxy.broker.backoff import FIRST, LONGEST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal import (
     MARGIN_MAX,
     SAVE_DELAYS,
+    Demand,
     Renewer,
     renew_at,
     renewable,
@@ -36,6 +38,7 @@ from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.lease import Owners
+from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
 from store.builders import NOW, grant, store_settings, tokens
 
@@ -88,6 +91,7 @@ class Setup:
             backoff=Backoff(clock=self.clock),
             outages=OutageLog(),
             journal=ConnectionJournal(clock=self.clock),
+            rate=RefreshRate(slots=RefreshSlots(self.database), clock=self.clock),
             clock=self.clock,
         )
 
@@ -386,7 +390,7 @@ async def begun_by_another(setup: Setup, owner: str = "elsewhere:1:x") -> None:
 async def waits(setup: Setup, *, needed: Callable[[], bool] = lambda: True) -> asyncio.Task[Grant]:
     """Begin a renewal that has to wait for another process."""
     grants = Watched(setup.database)
-    task = asyncio.create_task(setup.another_renewer(grants).renew(SERVER, setup.grant, needed=needed))
+    task = asyncio.create_task(setup.another_renewer(grants).renew(SERVER, setup.grant, Demand(needed=needed)))
     await asyncio.wait_for(grants.turned_away.wait(), 5)
     return task
 

@@ -12,6 +12,7 @@ from mcp_auth_proxy.broker import token_cache
 from mcp_auth_proxy.broker.backoff import FIRST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal import Renewer
 from mcp_auth_proxy.broker.renewal_lease import TAKEOVER_AHEAD
 from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
@@ -24,6 +25,7 @@ from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.lease import LONGEST, Owners
+from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
 from store.builders import NOW, dead_owner, grant, store_settings, tokens
 
@@ -47,9 +49,12 @@ class Endpoint(TokenClient):
         self.gate = asyncio.Event()
         self.gate.set()
         self.refreshes = 0
+        self.asked: list[str] = []
+        """The names of the accounts, in order."""
 
     async def refresh(self, server: ServerSettings, grant: Grant) -> TokenSet:
         self.refreshes += 1
+        self.asked.append(grant.key.account.name)
         await self.gate.wait()
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -95,6 +100,7 @@ class Setup:
             backoff=Backoff(clock=self.clock),
             outages=OutageLog(),
             journal=ConnectionJournal(clock=self.clock),
+            rate=RefreshRate(slots=RefreshSlots(database), clock=self.clock),
             clock=self.clock,
         )
         self.cache = TokenCache(servers=self.servers, grants=self.grants, renewer=self.renewer, clock=self.clock)
@@ -105,7 +111,12 @@ class Setup:
 
     async def in_the_background(self) -> None:
         """Wait, bounded, for the renewal in the background."""
-        await until(lambda: not self.cache.is_renewing(ACCOUNT))
+
+        def is_over() -> bool:
+            cached = self.cache.get(ACCOUNT)
+            return not (self.cache.is_renewing(ACCOUNT) or (cached is not None and cached.queued))
+
+        await until(is_over)
 
 
 @pytest.fixture
@@ -115,6 +126,7 @@ async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
     yield setup
     setup.endpoint.gate.set()
     setup.grants.gate.set()
+    await setup.renewer.rate.aclose()
     await setup.cache.aclose()
     await database.close()
 
@@ -406,3 +418,60 @@ async def test_closing_waits_for_a_renewal_in_progress(setup: Setup) -> None:
     renewed = await renewing
     assert renewed is not None
     assert renewed.grant.tokens.access_token == "canary-access-2"
+
+
+# Many tokens that expire together
+
+
+async def in_use(setup: Setup, names: list[str]) -> None:
+    """Store a grant for each account, the later ones a second younger, and use them."""
+    for number, name in enumerate(names):
+        given = grant(at=NOW + number)
+        given = replace(given, key=replace(given.key, account=Account("local", "linear", name)))
+        await setup.grants.add(given)
+        await setup.cache.token(Account("local", "linear", name))
+
+
+async def test_tokens_that_are_too_many_for_their_margin_are_renewed_earlier_and_in_order(setup: Setup) -> None:
+    await in_use(setup, [f"a{number}" for number in range(60)])
+    setup.renewer.rate.set_rate(0.1)
+    setup.clock.now = NOW + HOUR - 60 / 0.1 * 1.25 - 60
+    await setup.cache.renew_early()
+    await asyncio.sleep(0.05)
+    assert setup.endpoint.asked == []
+    setup.clock.now += 90
+    await setup.cache.renew_early()
+    await until(lambda: setup.endpoint.asked)
+    setup.renewer.rate.set_rate(1000)
+    await until(lambda: len(setup.endpoint.asked) >= 10)
+    assert setup.endpoint.asked[:10] == [f"a{number}" for number in range(10)]
+    assert await setup.cache.token(Account("local", "linear", "a59")) is not None
+
+
+async def test_neither_unused_tokens_nor_those_in_the_first_half_of_their_life_are_renewed_early(setup: Setup) -> None:
+    names = [f"a{number}" for number in range(10)]
+    await in_use(setup, names)
+    setup.renewer.rate.set_rate(0.001)
+    setup.clock.now = NOW + HOUR / 2 - 1
+    await setup.cache.renew_early()
+    for name in names:
+        cached = setup.cache.get(Account("local", "linear", name))
+        assert cached is not None
+        cached.used, cached.used_at = False, 0.0
+    setup.clock.now = NOW + HOUR / 2 + 20
+    await setup.cache.renew_early()
+    await asyncio.sleep(0.05)
+    assert setup.endpoint.asked == []
+
+
+async def test_many_tokens_are_looked_at_by_themselves(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "LOOK_AHEAD", 0.01)
+    setup.renewer.rate.set_rate(0.1)
+    await in_use(setup, ["a", "b"])
+    setup.clock.now = NOW + HOUR - 250
+    setup.cache.evict(Account("local", "linear", "a"))
+    await asyncio.sleep(0.05)
+    assert setup.endpoint.asked == []
+    for name in "cdefghijklmnopqrstuvwxyz":
+        await in_use(setup, [name])
+    await until(lambda: setup.endpoint.asked)
