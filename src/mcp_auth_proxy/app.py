@@ -125,6 +125,7 @@ class Application:
         self.announcer.configure(settings)
         self.broker.set_allow_private(settings.authorization.allow_private)
         self.broker.set_opens_links(_opens_links(settings))
+        self.broker.set_refresh_rate(settings.limits.refresh_rate)
         shares = _shares(settings.limits)
         self.connections.rules = _connection_rules(settings, shares)
         self.http.set_limit(settings.limits.upstream_connections, shares.upstreams)
@@ -221,6 +222,7 @@ async def lifespan(
             opens_links=_opens_links(settings),
             opens_windows=lambda: announce is None and announcer.opens,
             is_served=partial(_is_served, settings.store),
+            refresh_rate=settings.limits.refresh_rate,
         )
         stack.push_async_callback(broker.aclose)
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))

@@ -29,6 +29,7 @@
     │   ├── AuthorizationDenied        the authorization server or the user refused
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
+    │       └── RefreshRateExceeded    more tokens are to be renewed than its authorization server is sent
     ├── GrantUnusable                  a grant that has ended, or that can't be renewed
     ├── AddressRefused                 an address that a user has pasted can't be used
     ├── CallbackRefused                a callback request that matches no pending flow
@@ -334,6 +335,10 @@ class AuthorizationServerUnavailable(AuthorizationError):
         self.server_retry_after = server_retry_after
         self.maybe_processed = maybe_processed
         self.timed_out = timed_out
+
+
+class RefreshRateExceeded(AuthorizationServerUnavailable):
+    """The authorization server has not failed: more refreshes wait than ``limits.refresh_rate`` lets through."""
 
 
 class AddressRefused(McpAuthProxyError):

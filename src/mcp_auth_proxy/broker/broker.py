@@ -35,6 +35,7 @@ from mcp_auth_proxy.broker.oauth_clients import ClientDirectory
 from mcp_auth_proxy.broker.ownership import MayOpen
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
+from mcp_auth_proxy.broker.refresh_rate import DEFAULT_RATE, RefreshRate
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
 from mcp_auth_proxy.broker.requested_flows import FlowRequest, FlowState, state_of
 from mcp_auth_proxy.broker.sign_ins import SignIns
@@ -76,6 +77,7 @@ from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.leases import Leases
 from mcp_auth_proxy.store.oauth_clients import OAuthClients
+from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
 
 logger = logging.getLogger(__name__)
@@ -98,6 +100,7 @@ class Broker:
         opens_windows: Callable[[], bool] = lambda: False,
         is_served: Callable[[str], bool] = lambda public_url: False,
         readers: tuple[StoreReader, ...] = (),
+        refresh_rate: float = DEFAULT_RATE,
     ) -> None:
         """``servers`` may change at any time; call ``servers_changed`` afterwards.
 
@@ -105,7 +108,8 @@ class Broker:
         metadata documents may lead to. ``opens_links``: whether links may be opened in a browser (``link_opened``);
         then every visit but the first after that has to be confirmed. ``opens_windows``: whether ``announce`` opens
         links in a browser now. ``is_served``: whether a process runs on the same machine and store that browsers reach
-        at a URL: its flows will do here. ``readers`` are told what other processes write.
+        at a URL: its flows will do here. ``readers`` are told what other processes write. ``refresh_rate`` is how many
+        refreshes an authorization server is sent in a second, by all processes on the store.
         """
         self._servers = servers
         self._database = database
@@ -126,6 +130,7 @@ class Broker:
         self._registrar = ClientRegistrar(
             fetcher=fetcher, registrations=Registrations(database), public_url=public_url, clock=clock
         )
+        self._rate = rate = RefreshRate(slots=RefreshSlots(database), clock=clock, rate=refresh_rate)
         renewer = Renewer(
             token_client=self._token_client,
             registrar=self._registrar,
@@ -133,6 +138,7 @@ class Broker:
             backoff=backoff,
             outages=self.outages,
             journal=journal,
+            rate=rate,
             clock=clock,
         )
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
@@ -214,6 +220,7 @@ class Broker:
             grants=self._grants,
             pending=self._pending,
             backoff=backoff,
+            rate=rate,
             clock=clock,
         )
         self._challenges = ChallengeHandler(
@@ -250,7 +257,7 @@ class Broker:
             tokens=self._tokens,
             pending=self._pending,
             clock=clock,
-            readers=readers,
+            readers=(*readers, rate),
         )
 
     async def start(self) -> None:
@@ -264,6 +271,8 @@ class Broker:
         """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
         await self._watch.aclose()
         await self._forgotten_clients.aclose()
+        # Those that wait for their turn have sent nothing.
+        await self._rate.aclose()
         await self._tokens.aclose()
         await self._pending.aclose()
         await self._authorizations.aclose()
@@ -701,6 +710,10 @@ class Broker:
         if hosts != self._discoverer.allow_private:
             self._discoverer.allow_private = hosts
             self._backoff.clear()
+
+    def set_refresh_rate(self, rate: float) -> None:
+        """Change how many refreshes an authorization server is sent in a second."""
+        self._rate.set_rate(rate)
 
     def set_opens_links(self, opens: bool) -> None:
         """Change whether links may be opened in a browser."""

@@ -1,7 +1,7 @@
 """Begin the renewal of a grant in one process at a time; the others wait for its result, or take it over."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable
@@ -55,11 +55,13 @@ async def begin_renewal(
     clock: Callable[[], float],
     needed: Callable[[], bool],
     is_settled: Callable[[Grant], bool],
+    take_turn: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Grant, Attempt | None]:
     """Record that a renewal begins, once no other process renews the grant.
 
     Return the grant as it is stored, with None if it ``is_settled``: it has newer tokens already, or is not to be
-    renewed. ``needed``: see ``Renewer.renew``. Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable,
+    renewed. ``needed``: see ``Demand``; ``take_turn`` is awaited once nobody else renews it, and then all is looked at
+    again. Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable,
     StoreUnavailable, and what ``is_settled`` raises.
     """
     loop = asyncio.get_running_loop()
@@ -72,12 +74,15 @@ async def begin_renewal(
             return current, None
         attempt, is_needed = Attempt(clock(), loop.time(), clock), needed()
         # The look alone writes nothing, and locks nothing.
-        if grants.may_begin_refresh(current, owner=owner, now=attempt.at, needed=is_needed) and (
-            await grants.begin_refresh(
+        if grants.may_begin_refresh(current, owner=owner, now=attempt.at, needed=is_needed):
+            if take_turn is not None:
+                await take_turn()
+                take_turn = None
+                continue
+            if await grants.begin_refresh(
                 current.id, version=current.version, owner=owner, now=attempt.at, needed=is_needed
-            )
-        ):
-            return current, attempt
+            ):
+                return current, attempt
         waited = attempt.begun_at - first_look
         over = current.refresh_begun_at is not None and abs(attempt.at - current.refresh_begun_at) > LONGEST
         if waited > LONGEST_WAIT or (over and not is_needed):

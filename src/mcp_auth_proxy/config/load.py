@@ -196,6 +196,7 @@ def _read_limits(section: Section) -> LimitSettings:
         connections=section.parsed("connections", values.count, None),
         connections_per_address=section.parsed("connections_per_address", values.count, None),
         sse_ping=section.parsed("sse_ping", values.duration, default.sse_ping),
+        refresh_rate=section.parsed("refresh_rate", values.rate, default.refresh_rate),
     )
     section.close()
     return settings

@@ -277,6 +277,8 @@ class LimitSettings:
     """The same for one address. None: three quarters of ``connections``."""
     sse_ping: float = 15.0
     """Seconds of silence in an event stream after which its client is sent a comment; 0 for none."""
+    refresh_rate: float = 10.0
+    """Maximum number of refreshes that an authorization server is sent in a second, by all processes on one store."""
 
 
 InboundMode = Literal["api_key", "jwt", "trusted_header"]

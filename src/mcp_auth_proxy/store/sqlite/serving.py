@@ -134,7 +134,7 @@ class _Candidate:
             only, name = str(content.get("only", "")), str(content.get("name", ""))
             keys = tuple(str(key) for key in content.get("keys", ()))
             return Served(address, only, name, content.get("for_bridges") is True, keys)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def is_locked(self) -> bool:
