@@ -1,12 +1,15 @@
 """Prepare the store before it is used: inspect the database, create or migrate the tables, check the keys."""
 
+import asyncio
 import logging
+import time
 from dataclasses import dataclass
 
 from mcp_auth_proxy.config.settings import PostgresqlUrl
 from mcp_auth_proxy.errors import KeyRejected, StoreRejected, StoreUnavailable
 from mcp_auth_proxy.store import key_checks
 from mcp_auth_proxy.store.cipher import VERSION, Cipher
+from mcp_auth_proxy.store.lease import ABANDONED, LONGEST
 from mcp_auth_proxy.store.postgresql import schema
 from mcp_auth_proxy.store.postgresql.connection import Connection
 from mcp_auth_proxy.store.sealed_tables import SEALED_COLUMNS, is_sealed_with, key_params, seal_keys
@@ -36,6 +39,15 @@ _OTHERS = """
     ORDER BY 1 LIMIT 1
 """
 _CHECKS = "SELECT name, value FROM meta WHERE substr(name, 1, :length) = :prefix"
+_REFRESHING = f"""
+    SELECT 1 FROM grants
+    WHERE refresh_begun_at IS NOT NULL AND ended_at IS NULL AND right(refresh_owner, 1) <> '{ABANDONED}'
+        AND abs(extract(epoch FROM clock_timestamp()) - refresh_begun_at) < {LONGEST}
+    LIMIT 1
+"""  # noqa: S608 - our own constants
+_PAUSE = 0.02
+"""Seconds between two looks whether a refresh is running."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,6 +82,23 @@ async def prepare(connection: Connection, url: PostgresqlUrl, cipher: Cipher) ->
         await _require_empty(connection, url, place)
     elif found == schema.NEWEST and not await _missing_checks(connection, cipher):
         return place
+    waits_until: float | None = None
+    while (written := await _write_alone(connection, url, cipher, waits_until)) is None:
+        if waits_until is None:
+            logger.info("store: another process is renewing a grant; the migration waits for it")
+            waits_until = time.monotonic() + LONGEST
+        await asyncio.sleep(_PAUSE)
+    return written
+
+
+async def _write_alone(
+    connection: Connection, url: PostgresqlUrl, cipher: Cipher, waits_until: float | None
+) -> Place | None:
+    """Create or migrate the tables while nobody else can write; None if another process is refreshing a grant.
+
+    What that one receives could not be stored after a migration, so it is awaited, at most until ``waits_until``.
+    """
+    place, _ = await _find(connection, url)
     await connection.command(
         f"{BEGIN}; SET LOCAL lock_timeout = '{_MIGRATION_TIMEOUT}s'; SET LOCAL statement_timeout = 0"
     )
@@ -80,6 +109,13 @@ async def prepare(connection: Connection, url: PostgresqlUrl, cipher: Cipher) ->
         found = await _inspect(connection, url, cipher) if is_ours else None
         if found is None:
             await _require_empty(connection, url, place)
+        elif (
+            found < schema.NEWEST
+            and (waits_until is None or time.monotonic() < waits_until)
+            and (await connection.run(_REFRESHING)).rows
+        ):
+            await connection.command("ROLLBACK")
+            return None
         await _write(connection, cipher, found)
         await connection.command("COMMIT", timeout=_MIGRATION_TIMEOUT)
     except BaseException:  # also on Ctrl-C: a migration happens as a whole or not at all
