@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import os
-import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +34,7 @@ from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
-from mcp_auth_proxy.store import open_store, serving
+from mcp_auth_proxy.store import Engine, keys, open_store, serving
 from mcp_auth_proxy.store.mcp_sessions import McpSessions
 from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
@@ -54,6 +53,9 @@ logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 Announce = Callable[[Flow, str], None]
 """Called with each new flow and its link."""
+
+STORE_PATIENCE = 30.0
+"""Seconds for which a server of the store that can't be reached at start is tried again."""
 
 FORGET_DELAY = 2.0
 """Seconds until the metrics of a removed server are dropped: its last requests have been counted by then."""
@@ -79,6 +81,10 @@ def _say_nothing(count: int) -> None:
     pass
 
 
+def _ignore_keys(key_ids: Sequence[str]) -> None:
+    pass
+
+
 @dataclass(slots=True, kw_only=True)
 class Application:
     """A running proxy, without its listener."""
@@ -100,6 +106,16 @@ class Application:
     callers: Callers
     visitors: Visitors
     sign_in: SignInMount
+    database: Engine
+    on_new_keys: Callable[[Sequence[str]], None] = _ignore_keys
+    """Called with the ids of the store's keys after ``renew_keys`` has changed them."""
+
+    async def renew_keys(self, store: StoreSettings) -> bool:
+        """Read the keys of the store again, and use them; return whether they are others. Raises StoreError."""
+        if not await keys.renew_keys(self.database, store):
+            return False
+        self.on_new_keys(self.database.cipher.key_ids)
+        return True
 
     def apply(self, change: SettingsChange) -> None:
         """Hand each section of a changed configuration to its owner. Active requests keep the old one."""
@@ -151,7 +167,7 @@ async def lifespan(
     settings: Settings,
     listening: Address,
     *,
-    clock: Clock = time.time,
+    clock: Clock | None = None,
     announce: Announce | None = None,
     announce_key: Callable[[str], None] = logger.warning,
     background: bool = True,
@@ -159,7 +175,8 @@ async def lifespan(
 ) -> AsyncIterator[Application]:
     """Open everything that a running proxy needs, and close it again. Raises ConfigurationError, StoreError.
 
-    ``background``: renew tokens, remember what servers offer, and watch the store for what other processes write.
+    ``clock``: Unix seconds; None for the time of the store. ``background``: renew tokens, remember what servers offer,
+    and watch the store for what other processes write.
     ``authenticator`` tells who calls instead of what ``inbound`` says.
     """
     public_url = effective_public_url(settings, listening)
@@ -172,7 +189,9 @@ async def lifespan(
     async with AsyncExitStack() as stack:
         # The store last of all that can fail: a start that fails leaves none behind.
         dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
-        database = await open_store(settings.store, announce=announce_key)
+        patience = STORE_PATIENCE if background else 0.0
+        database = await open_store(settings.store, announce=announce_key, patience=patience)
+        clock = clock or database.now
         stack.push_async_callback(database.close)
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
@@ -239,7 +258,7 @@ async def lifespan(
         )
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
-        broker.on_connected(forwarder.elicitations.connected)
+        broker.on_connected(forwarder.connected)
         if background:
             broker.on_connected(catalogs.connected)
             await broker.start()
@@ -340,6 +359,7 @@ async def lifespan(
             callers=callers,
             visitors=visitors,
             sign_in=sign_in_mount,
+            database=database,
         )
         yield application
 
@@ -347,6 +367,11 @@ async def lifespan(
 def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:
     """Let the key in the file ``api-token`` use the API, if the file can be used."""
     path = token_path(settings)
+    if path is None:
+        logger.info(
+            "the API is off: with PostgreSQL and inbound.mode none, admin.token_file must name a file for its key"
+        )
+        return
     try:
         callers.accept_token(obtain_token(path, now=now))
     except OSError as error:

@@ -15,6 +15,8 @@
     │   ├── StoreRejected              foreign, damaged or newer database: nothing is started or written
     │   │   └── KeyRejected            the store's key is missing, malformed, or not the one it was made with
     │   ├── StoreUnavailable           locked, read-only or full: temporary, try again
+    │   │   ├── StoreMigrated          a newer version has migrated the store while this one was using it
+    │   │   └── KeyUnavailable         the command or the keyring that has the store's key fails
     │   ├── NameTaken                  a row of that name, or for that identity, exists already
     │   ├── LastAdmin                  a project would have no admin any more
     │   └── DecryptionError            one encrypted value can't be decrypted; other rows are not affected
@@ -188,6 +190,14 @@ class KeyRejected(StoreRejected):
 
 class StoreUnavailable(StoreError):
     """The store can't be read or written now: locked, read-only, or the disk is full."""
+
+
+class StoreMigrated(StoreUnavailable):
+    """The store has another schema than when it was opened: this process can neither read nor write its rows."""
+
+
+class KeyUnavailable(StoreUnavailable):
+    """The command that prints the store's key fails or hangs, or the keyring that holds it can't be asked."""
 
 
 class NameTaken(StoreError):

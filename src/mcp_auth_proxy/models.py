@@ -297,6 +297,8 @@ class TokenSet:
     obtained_at: float
     expires_at: float | None = None
     """None if the server did not say: then only a 401 shows that the token has expired."""
+    refresh_expires_at: float | None = None
+    """When the refresh token lapses if it is not used; None if the server did not say."""
     scopes: tuple[str, ...] = ()
     label: str = ""
     """Whose account it is, as far as the response says. Not stored: a grant keeps the label that it was made with."""
@@ -330,6 +332,26 @@ class GrantKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RenewalHealth:
+    """How the renewal of a grant goes, as all processes on a store see it. Times are Unix seconds."""
+
+    refused_at: float | None = None
+    """When a renewal was refused while the access token worked; None if none was."""
+    failing_since: float | None = None
+    """Since when renewals have failed for reasons that may pass; None if the last one did not."""
+    failure: str = ""
+    """Why the last renewal was refused or failed; empty if it was not. No secret is in it."""
+    next_try_at: float | None = None
+    """When the next renewal may be tried; None if nothing holds it back."""
+    rejected_since: float | None = None
+    """Since when the answer has been an error that only a person can mend; None if it was another one."""
+
+
+HEALTHY = RenewalHealth()
+"""That of a grant whose last renewal has worked, or which has not been renewed yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
     """The tokens for one key, with everything needed to renew them."""
 
@@ -354,6 +376,7 @@ class Grant:
     ended_reason: str = ""
     label: str = ""
     """Whose account it is, in words for its owner, as far as the authorization server said so."""
+    health: RenewalHealth = HEALTHY
 
 
 class FlowStatus(StrEnum):

@@ -15,11 +15,11 @@ from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal import (
     MARGIN_MAX,
-    GrantEnded,
     Renewer,
     renew_at,
     renewable,
 )
+from mcp_auth_proxy.broker.renewal_lease import GrantEnded
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -172,7 +172,7 @@ async def test_the_intent_is_stored_before_anything_is_sent(setup: Setup) -> Non
     await setup.renew()
     (during,) = seen
     assert during.refresh_begun_at == setup.clock.now
-    assert lease.is_held(during.refresh_owner, setup.clock.now, setup.clock.now)
+    assert setup.grants.owners.is_held(during.refresh_owner, setup.clock.now, setup.clock.now)
     assert during.tokens.access_token == "canary-access-1"
 
 
@@ -326,11 +326,11 @@ class Watched(Grants):
         super().__init__(database)
         self.turned_away = asyncio.Event()
 
-    async def begin_refresh(self, grant_id: int, *, version: int, owner: str, now: float) -> bool:
-        begun = await super().begin_refresh(grant_id, version=version, owner=owner, now=now)
-        if not begun:
+    def may_begin_refresh(self, grant: Grant, *, owner: str, now: float, needed: bool = True) -> bool:
+        may = super().may_begin_refresh(grant, owner=owner, now=now, needed=needed)
+        if not may:
             self.turned_away.set()
-        return begun
+        return may
 
 
 async def test_a_second_renewer_waits_for_the_first_and_sends_nothing(setup: Setup) -> None:

@@ -188,14 +188,14 @@ limits: [1]
 """,
     )
     assert [error.partition(": ")[0] for error in found] == [
-        "listen", "lissten", "store.url",
+        "listen", "lissten", "store.keys",
         "servers.beta.url", "servers.beta.typo", "servers.mcp", "servers.Bad_Name", "servers.Bad_Name.url",
         "authorization.wait", "authorization.open_browser", "authorization.cold_start", "authorization.allow_private",
         "listen",
         "limits",
     ]  # fmt: skip
     assert "did you mean listen?" in found[1]
-    assert "not supported in this version" in found[2]
+    assert "must be given with PostgreSQL" in found[2]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from mcp_auth_proxy.models import (
     RegistrationKind,
     TokenSet,
 )
+from mcp_auth_proxy.store.lease import Owners
 
 NOW = 1_800_000_000.0
 ENDPOINTS = Endpoints(
@@ -103,3 +104,12 @@ def attempt(state: str, flow_id: str = "flow-1", at: float = NOW) -> Attempt:
         created_at=at,
         expires_at=at + 600,
     )
+
+
+def dead_owner(owners: Owners) -> str:
+    """Return the name of a process that has ended and left leases behind."""
+    process = Owners(owners.beside)
+    process.appear()
+    process.took("anything")
+    process.close()
+    return process.new()

@@ -16,7 +16,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mcp_auth_proxy.config.settings import StoreSettings
-from mcp_auth_proxy.models import Account, Attempt, Catalog, DeviceAuthorization, Flow, FlowMode, Grant, Registration
+from mcp_auth_proxy.models import (
+    Account,
+    Attempt,
+    Catalog,
+    DeviceAuthorization,
+    Flow,
+    FlowMode,
+    Grant,
+    Registration,
+    RenewalHealth,
+)
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.catalogs import Catalogs
 from mcp_auth_proxy.store.codec import account_params
@@ -48,6 +58,9 @@ CATALOG = Catalog(
 )
 NOTE = StoredNote(
     used_at=NOW, unreachable_since=NOW + 1, failed_at=NOW + 2, failure="It is down.", remedy="Wait.", retrying_since=NOW
+)
+HEALTH = RenewalHealth(
+    refused_at=NOW, failing_since=NOW + 1, failure="It is down.", next_try_at=NOW + 2, rejected_since=NOW + 3
 )
 SESSION_ID = "canary-session"
 SESSION = {
@@ -119,6 +132,11 @@ def contents(schema: int) -> Contents:
         found.catalogs.append((WORK, f"{UPSTREAM}/mcp", CATALOG))
         found.sessions.append((SESSION_ID, WORK, f"{UPSTREAM}/mcp", dict(SESSION)))
         found.notes[WORK] = NOTE
+    if schema >= 9:
+        found.grants[0] = replace(found.grants[0], health=HEALTH)
+        found.grants[2] = replace(
+            found.grants[2], tokens=replace(found.grants[2].tokens, refresh_expires_at=NOW + 30 * 86_400)
+        )
     return found
 
 

@@ -121,7 +121,7 @@ OWN = "grants_by_principal_and_server (principal=? AND server=? AND id>?)"
         (GrantFilter(principal="ada", server="a"), f"USING INDEX {OWN}"),
         *((GrantFilter(principal="ada", server="a", state=state), f"USING INDEX {OWN}") for state in GrantState),
         *(
-            (GrantFilter(project="default", server=server, state=state, retried=(1, 2)), f"USING INDEX {index} (id>?)")
+            (GrantFilter(project="default", server=server, state=state), f"USING INDEX {index} (id>?)")
             for state, index in BY_STATE.items()
             for server in (None, "a")
         ),

@@ -552,7 +552,9 @@ def make_old(folder: Path) -> None:
         for table in ("grants", "flows"):
             for column in ("path", "oauth_client"):
                 connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-        connection.execute("ALTER TABLE grants DROP COLUMN label")
+        health = ("renewal_refused_at", "failing_since", "renewal_failure", "next_try_at", "rejected_since")
+        for column in ("label", "refresh_expires_at", *health):
+            connection.execute(f"ALTER TABLE grants DROP COLUMN {column}")
         for column in ("mode", "return_origin"):
             connection.execute(f"ALTER TABLE flows DROP COLUMN {column}")
         for table in ("grants", "flows", "attempts", "registrations"):

@@ -194,9 +194,7 @@ class Authorizations:
         async def make() -> AccessToken | PendingAuthorization:
             return await self._make(account, server, challenge, already, schemes, subject, wanted)
 
-        if server.oauth.grant.unattended:
-            return await make()
-        # One window, however many processes on this store are asked in the same instant.
+        # One window or token request, however many processes on this store are asked in the same instant.
         return await self._pending.in_turn(account, look, make)
 
     async def _make(

@@ -167,11 +167,12 @@ class Backoff:
             self.failed(subject, error)
             raise
 
-    def failed(self, subject: Subject, error: AuthorizationError) -> None:
+    def failed(self, subject: Subject, error: AuthorizationError, *, pause: float | None = None) -> None:
         """Pause after a failure, and let the error say when to try again.
 
         Attempts that were running when the pause began do not prolong it, unless the server asks for more time. If
-        something narrower is paused already, as the error says, this pause does not outlast it.
+        something narrower is paused already, as the error says, this pause does not outlast it. ``pause``: its seconds,
+        if it does not grow with each failure.
         """
         now, narrower = self._clock(), error.pause
         state = self.failures.get(subject)
@@ -180,7 +181,8 @@ class Backoff:
         if state.is_over(now):
             state.failures += 1
             state.began, state.asked = now, 0.0
-            state.ends = now + min(state.first * 2 ** min(state.failures - 1, 20), LONGEST)
+            growing = min(state.first * 2 ** min(state.failures - 1, 20), LONGEST)
+            state.ends = now + (growing if pause is None else pause)
         if narrower is not None:
             state.ends = min(state.ends, narrower.ends)
         elif error.server_retry_after:

@@ -254,7 +254,6 @@ class Broker:
             database=database,
             leases=leases,
             flows=self._flows,
-            grants=self._grants,
             tokens=self._tokens,
             pending=self._pending,
             clock=clock,
@@ -309,7 +308,7 @@ class Broker:
         if cached.token.generation == refused.generation:
             if self._backoff.has_failed(of_tokens(account)) or not renewable(cached.grant):
                 return None
-            cached = await self._tokens.renew(account, cached)
+            cached = await self._tokens.renew_rejected(account, cached)
         return None if cached is None else cached.token
 
     # For requests
@@ -628,6 +627,10 @@ class Broker:
         """Return a flow, whatever its status is. Raises StoreError."""
         flow = await self._flows.get(flow_id)
         return None if flow is None else await self._forgotten_clients.newest(flow)
+
+    async def finished_flows(self, account: Account) -> list[str]:
+        """Return the ids of the flows that the user of an account has finished lately. Raises StoreError."""
+        return [flow.id for flow in await self._flows.all_done(account)]
 
     async def flow_of_state(self, state: str) -> Flow | None:
         """Return the flow that a state belongs to, without using it up; None if it is unknown or used."""

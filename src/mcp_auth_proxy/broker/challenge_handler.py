@@ -94,7 +94,7 @@ class ChallengeHandler:
         history.refused += history.given
         may_renew = history.refused < (1 if self._backoff.has_failed(tokens) else MAX_REFUSED)
         if cached is not None and renewable(cached.grant) and may_renew and not self._backoff.is_paused(tokens):
-            renewed = await self._tokens.renew(account, cached)
+            renewed = await self._tokens.renew_rejected(account, cached)
             if renewed is not None:
                 renewed.used = history.given = True
                 return renewed.token

@@ -53,6 +53,8 @@ class Happening(StrEnum):
     NOT_RENEWED = "not_renewed"
     RENEWED = "renewed"
     """After it could not be renewed."""
+    DEGRADED = "degraded"
+    """A renewal was refused; what there is goes on for a while."""
     ENDED = "ended"
     UNREACHABLE = "unreachable"
     """A request could not connect to the server."""
@@ -113,8 +115,6 @@ class ConnectionJournal:
         self.began_at = clock()
         """Since when it remembers what happens."""
         self._listeners: list[Listener] = []
-        self._failing: set[Account] = set()
-        """The accounts whose last renewal failed for a reason that passes."""
         self._told = ToldFailures(clock)
         self._notes: dict[Account, ConnectionNotes] = {}
         self._events: deque[ConnectionEvent] = deque(maxlen=MAX_EVENTS)
@@ -133,7 +133,6 @@ class ConnectionJournal:
 
         ``elsewhere``: another process has received it, and tells its listeners.
         """
-        self._failing.discard(account)
         self._told.forget(account)
         self._keep(account, replace(self.notes(account), last_error=None))
         if not elsewhere:
@@ -142,7 +141,6 @@ class ConnectionJournal:
 
     def disconnected(self, account: Account) -> None:
         """Note that a grant was deleted; nothing else is remembered of it."""
-        self._failing.discard(account)
         self._told.forget(account)
         self._notes.pop(account, None)
         self._tell(account, Happening.DISCONNECTED)
@@ -156,23 +154,24 @@ class ConnectionJournal:
 
     def ended(self, account: Account, reason: str) -> None:
         """Note that a grant has ended, so that only a person can mend it."""
-        self._failing.discard(account)
         self._told.forget(account)
         self._tell(account, Happening.ENDED, reason)
         self._add(account, f"ended: {reason}", good=False)
 
+    def degraded(self, account: Account, reason: str) -> None:
+        """Note that a renewal was refused, so that a person should look at it before the grant ends."""
+        self._tell(account, Happening.DEGRADED, reason)
+        self._add(account, f"degraded: {reason}", good=False)
+
     def not_renewed(self, account: Account, reason: str) -> None:
         """Note that a renewal has failed for a reason that passes."""
-        if len(self._failing) < MAX_ACCOUNTS:
-            self._failing.add(account)
         self._tell(account, Happening.NOT_RENEWED, reason)
         if self._told.failed(account):
             self._add(account, f"not renewed, is tried again: {reason}", good=False)
 
-    def renewed(self, account: Account) -> None:
-        """Note that a grant was renewed; it is only told if that had failed before."""
-        if account in self._failing:
-            self._failing.discard(account)
+    def renewed(self, account: Account, *, recovered: bool) -> None:
+        """Note that a grant was renewed; it is only told if that had failed before, in whichever process."""
+        if recovered:
             self._tell(account, Happening.RENEWED)
             if self._told.over(account):
                 self._add(account, "renewed again", good=True)

@@ -46,11 +46,12 @@ _ACTIONS = {
     Happening.DISCONNECTED: "grants.disconnect",
     Happening.NOT_RENEWED: "grants.renew",
     Happening.RENEWED: "grants.recover",
+    Happening.DEGRADED: "grants.degrade",
     Happening.ENDED: "grants.end",
 }
 """The actions of events. What is not here leaves none."""
 
-_OUTCOMES = {Happening.NOT_RENEWED: "failed", Happening.ENDED: "ended"}
+_OUTCOMES = {Happening.NOT_RENEWED: "failed", Happening.DEGRADED: "failed", Happening.ENDED: "ended"}
 
 _REACHED = {"failure": "", "remedy": "", "failed_at": None, "unreachable_since": None}
 _WORKS = {**_REACHED, "retrying_since": None}
@@ -130,7 +131,7 @@ class ConnectionRecords:
             untold = not self._unrenewed.failed(account)
         elif happening is Happening.RENEWED:
             untold = not self._unrenewed.over(account)
-        elif happening in _ACTIONS:
+        elif happening in _ACTIONS and happening is not Happening.DEGRADED:
             self._unrenewed.forget(account)
         if happening in (Happening.CONNECTED, Happening.RENEWED):
             self._failing.pop(account, None)
@@ -146,6 +147,9 @@ class ConnectionRecords:
 
     def _note_failure(self, account: Account, happening: Happening, reason: str) -> None:
         before, now = self._failing.get(account), self._clock()
+        if happening is Happening.DEGRADED and before is Happening.NOT_RENEWED:
+            # Its reason has been noted, and that it is tried again.
+            return
         if before is None and len(self._failing) >= MAX_WAITING:
             return
         fields: dict[str, object] = {

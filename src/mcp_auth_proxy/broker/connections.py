@@ -175,7 +175,7 @@ async def stored_connections(
                 connection = _with_flow(connection, flow, grant, now)
             note = notes.get(each, StoredNote())
             connection = _with_note(connection, note, tools.get((each, upstream_of(server))))
-            found.append(connection if grant is None else _with_grant(connection, grant, note, now))
+            found.append(connection if grant is None else _with_grant(connection, grant, now))
     return found
 
 
@@ -282,10 +282,8 @@ def _current(grants: Iterable[Grant], server: ServerSettings) -> Grant | None:
     return max(usable, key=lambda grant: (grant.ended_at is None, grant.granted_at), default=None)
 
 
-def _with_grant(connection: Connection, grant: Grant, note: StoredNote, now: float) -> Connection:
+def _with_grant(connection: Connection, grant: Grant, now: float) -> Connection:
     expires_at = grant.tokens.expires_at
-    # Another process may have renewed it since.
-    retrying = note.retrying_since is not None and note.retrying_since > grant.tokens.obtained_at
     return replace(
         connection,
         state=ConnectionState.CONNECTED if grant.ended_at is None else ConnectionState.ENDED,
@@ -297,5 +295,5 @@ def _with_grant(connection: Connection, grant: Grant, note: StoredNote, now: flo
         expired=expires_at is not None and expires_at <= now and not renewable(grant),
         reason=grant.ended_reason,
         grant_label=grant.label,
-        status=grant_status(grant, now=now, failure=note.failure if retrying else None),
+        status=grant_status(grant, now=now),
     )

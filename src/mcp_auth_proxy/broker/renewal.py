@@ -4,12 +4,16 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 
+from mcp_auth_proxy.broker import refusals
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment
 from mcp_auth_proxy.broker.refresh_rate import RefreshRate
+from mcp_auth_proxy.broker.renewal_lease import ATTEMPT_SECONDS, Attempt, GrantEnded, begin_renewal
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -18,11 +22,13 @@ from mcp_auth_proxy.errors import (
     ClientNotActive,
     StoreUnavailable,
     TokenRefused,
+    excerpt,
 )
-from mcp_auth_proxy.models import Grant, TokenSet
+from mcp_auth_proxy.models import HEALTHY, Grant, RenewalHealth, TokenSet
+from mcp_auth_proxy.net.deadline import patient_timeout
+from mcp_auth_proxy.oauth.fetch import sent_only_while
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
-from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
@@ -36,19 +42,11 @@ MARGIN_MAX = 240.0
 JITTER = 0.2
 """Share by which times are varied at random, so that replicas and servers with one lifetime do not renew in step."""
 
+MAX_REJECTIONS = 1000
+"""Grants of which it is remembered that a person has to mend something."""
+
 SAVE_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to store tokens that have been issued."""
-
-ENDING_ERRORS = frozenset({"invalid_grant", "invalid_client"})
-"""Errors of the token endpoint after which a grant can't be renewed any more (RFC 6749 §5.2)."""
-
-
-MAX_FAILURES = 1000
-"""Failed renewals that are remembered."""
-
-
-class GrantEnded(Exception):
-    """Signal within the broker: the grant is over, and a new authorization is needed."""
 
 
 def renewable(grant: Grant) -> bool:
@@ -91,62 +89,110 @@ class Renewer:
         self._backoff = backoff
         self._outages = outages
         self._clock = clock
-        self._owner = lease.new_owner()
-        self.failures: dict[int, str] = {}
-        """Why the last renewal of a grant failed, by the grant's id, if it did for a reason that passes."""
+        self._owner = grants.owners.new()
+        self._rejections: dict[int, RenewalHealth] = {}
+        """The grants whose last renewal here was refused with an error that only a person can mend, by id."""
 
     async def renew(
-        self, server: ServerSettings, grant: Grant, *, background: bool = False, has_turn: bool = False
+        self,
+        server: ServerSettings,
+        grant: Grant,
+        *,
+        needed: Callable[[], bool] = lambda: True,
+        rejected: Callable[[], bool] = lambda: False,
+        asked: bool = False,
+        background: bool = False,
+        has_turn: bool = False,
     ) -> Grant:
         """Return the grant with new tokens, which are stored already. Nothing is sent during a pause.
 
-        It waits for its turn (``refresh_rate``), unless it has one already; ``background``: after those that a request
-        waits for. Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked
-        later; StoreUnavailable, before anything is sent, if the result could not be stored.
+        ``rejected``: whether the server has answered 401 to the access token. If the renewal is refused while that
+        token works, the grant is returned with it, degraded; so it is, without a request, until the token is dead,
+        unless a person has ``asked`` for the renewal. ``needed``: whether the token is dead, so that the renewal of a
+        process that may be alive has to be taken over once its lease has ended. ``background``: nobody waits for it.
+        It waits for its turn at the authorization server, unless it has one (``has_turn``).
+
+        Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked later,
+        HeldElsewhere if the renewal is not ``needed`` yet; StoreUnavailable, before anything is sent, if the result
+        could not be stored.
         """
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
-        current = await self._grants.get(grant.id)
-        if current is None or current.ended_at is not None:
-            raise GrantEnded
-        if current.version != grant.version:
-            self.failures.pop(current.id, None)
-            return current
-        issuer, expires_at = grant.key.issuer, grant.tokens.expires_at or inf
-        if not has_turn:
-            await self.rate.turn(issuer, key=grant.id, background=background, expires_at=expires_at)
-            # Another grant of the issuer may have begun a pause.
-            self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
-        if not await self._grants.begin_refresh(
-            current.id, version=current.version, owner=self._owner, now=self._clock()
-        ):
-            self.rate.unused(issuer)
-            return await self._renewed_by_another(current)
+        self._rejections.pop(grant.id, None)
+
+        def is_settled(current: Grant) -> bool:
+            """Return whether there is nothing to renew; raise the error of a moment ago that a person has to mend."""
+            same = current.tokens.access_token == grant.tokens.access_token
+            if current.version != grant.version and (current.health == HEALTHY or not same):
+                return True
+            if current.health.refused_at is not None and not asked and self._works(current, rejected):
+                return True
+            self._check_rejection(current)
+            return False
+
+        begin = partial(begin_renewal, self._grants, owner=self._owner, clock=self._clock, needed=needed)
+        turn = _Turn(self.rate, self._backoff, grant, background=background, taken=has_turn)
+        with turn:
+            current, attempt = await begin(grant.id, is_settled=is_settled, turn=turn.wait)
+            if attempt is None:
+                return current
+            turn.used = True
         try:
-            tokens = await self._token_client.refresh(server, current)
+            tokens = await self._request(server, current, attempt)
         except TokenRefused as refused:
-            return await self._refused(server, current, refused)
+            return await self._refused(server, current, refused, rejected)
         except ClientNotActive as gone:
-            await self._grants.end(current.id, version=current.version, reason=str(gone), now=self._clock())
-            self._journal.ended(current.key.account, str(gone))
+            if await self._grants.end(current.id, version=current.version, reason=str(gone), now=self._clock()):
+                self._journal.ended(current.key.account, str(gone))
             raise GrantEnded from None
         except AuthorizationError as failure:
             raise await self._failed(current, failure) from None
         self._backoff.succeeded(*_subjects(current))
-        self.failures.pop(current.id, None)
-        self._journal.renewed(current.key.account)
-        stored = await self._save_with_retry(current, tokens)
-        if stored is None:
-            # Fenced off: another process took over the lease, so its result is the one to use.
-            return await self._renewed_by_another(current)
+        while (stored := await self._save_with_retry(current, tokens)) is None:
+            # Fenced off: another process took over. Its result is the one to use, if it comes to one.
+            current, again = await begin(grant.id, is_settled=is_settled, turn=_no_turn)
+            if again is None:
+                return current
         metrics.refreshes.labels(metrics.server_label(server.name), "renewed").inc()
-        logger.info("renewed the grant of server %s", server.name)
+        recovered = current.health != HEALTHY
+        self._journal.renewed(current.key.account, recovered=recovered)
+        logger.info(
+            "server %s: the renewal works again" if recovered else "renewed the grant of server %s", server.name
+        )
         return stored
+
+    def _works(self, grant: Grant, rejected: Callable[[], bool]) -> bool:
+        return refusals.works(grant, now=self._clock(), rejected=rejected())
+
+    def _check_rejection(self, grant: Grant) -> None:
+        """Raise the last error that only a person can mend, whichever process has got it, if it is a moment ago."""
+        next_try, now = grant.health.next_try_at, self._clock()
+        # If the clock was set back, nobody waits longer for that.
+        if grant.health.rejected_since is None or next_try is None:
+            return
+        if 0 < next_try - now <= refusals.REJECTED_PAUSE:
+            raise AuthorizationServerUnavailable(grant.health.failure, retry_after=next_try - now)
 
     def retry_at(self, grant: Grant) -> float | None:
         """Return when a renewal may be tried again, in Unix seconds; None if the last one did not fail."""
         ends = self._backoff.retry_at(*_subjects(grant), of_tokens(grant.key.account))
+        rejection = self._rejections.get(grant.id)
+        if rejection is not None:
+            return max(ends or 0.0, refusals.background_retry(rejection) or 0.0)
         # Not all grants of an issuer at once: the first failure is a pause for the others.
         return None if ends is None else ends + (ends - self._clock()) * JITTER * random.random()
+
+    async def _request(self, server: ServerSettings, grant: Grant, attempt: Attempt) -> TokenSet:
+        """Request new tokens, in so little time that they are stored before another process may take over."""
+        try:
+            async with patient_timeout(max(0.0, attempt.seconds_left())):
+                with sent_only_while(lambda: attempt.seconds_left() > 0):
+                    return await self._token_client.refresh(server, grant)
+        except TimeoutError:
+            raise AuthorizationServerUnavailable(
+                f"The authorization server {excerpt(grant.key.issuer)} did not answer within {ATTEMPT_SECONDS:.0f} s.",
+                maybe_processed=True,
+                timed_out=True,
+            ) from None
 
     async def _save_with_retry(self, grant: Grant, tokens: TokenSet) -> Grant | None:
         """Store new tokens before anyone uses them.
@@ -164,75 +210,152 @@ class Renewer:
         return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
 
     async def _failed(self, grant: Grant, failure: AuthorizationError) -> AuthorizationServerUnavailable:
-        """Remember a temporary failure; return the error for requests that need the token."""
+        """Store a failure that passes; return the error for requests that need the token."""
         unavailable = failure if isinstance(failure, AuthorizationServerUnavailable) else None
         error = AuthorizationServerUnavailable(str(failure), server_retry_after=failure.server_retry_after)
-        first = grant.id not in self.failures
-        self.failures[grant.id] = str(error)
-        if len(self.failures) > MAX_FAILURES:
-            del self.failures[next(iter(self.failures))]
         issuer, own = _subjects(grant)
         self._backoff.failed(issuer if unavailable else own, error)
         if unavailable is not None and error.server_retry_after:
             await self.rate.pause(grant.key.issuer, error.server_retry_after)
+        health = replace(
+            grant.health,
+            failing_since=grant.health.failing_since or self._clock(),
+            failure=str(error),
+            next_try_at=self._backoff.retry_at(issuer, own),
+            rejected_since=None,
+        )
         # If the response was lost, the intent stays stored: the refresh token may be used up, and the next try
         # should know.
-        if unavailable is None or not unavailable.maybe_processed:
-            await self._grants.release_refresh(grant.id, version=grant.version, owner=self._owner)
-        metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "failed").inc()
-        self._warn(grant, error, first=first)
-        self._journal.not_renewed(grant.key.account, str(error))
+        await self._note_failure(grant, health, error, keep=unavailable is not None and unavailable.maybe_processed)
         return error
 
-    def _warn(self, grant: Grant, error: AuthorizationServerUnavailable, *, first: bool) -> None:
+    async def _rejected(
+        self, server: ServerSettings, grant: Grant, refused: TokenRefused
+    ) -> AuthorizationServerUnavailable:
+        """Store an error that only a person can mend; return the error for requests that need the token."""
+        now = self._clock()
+        text = f"{refused} {refusals.remedy(refused.error, grant, server, now=now)}"
+        error = AuthorizationServerUnavailable(text)
+        self._backoff.failed(of_grant(grant), error, pause=refusals.REJECTED_PAUSE)
+        health = refusals.after_rejection(grant.health, text, now=now)
+        self._rejections[grant.id] = health
+        if len(self._rejections) > MAX_REJECTIONS:
+            del self._rejections[next(iter(self._rejections))]
+        await self._note_failure(grant, health, error, keep=False)
+        if grant.health.rejected_since is None:
+            self._journal.degraded(grant.key.account, text)
+        return error
+
+    async def _note_failure(
+        self, grant: Grant, health: RenewalHealth, error: AuthorizationServerUnavailable, *, keep: bool
+    ) -> None:
+        await self._grants.note_failure(grant.id, version=grant.version, owner=self._owner, health=health, keep=keep)
+        metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "failed").inc()
+        self._warn(grant, error, health)
+        self._journal.not_renewed(grant.key.account, str(error))
+
+    def _warn(self, grant: Grant, error: AuthorizationServerUnavailable, health: RenewalHealth) -> None:
         """Log a failed renewal: the first of each grant, and those that follow at a bounded rate."""
-        account, ends, retry_at = grant.key.account, grant.tokens.expires_at, self.retry_at(grant)
+        account, ends, retry_at = grant.key.account, grant.tokens.expires_at, refusals.background_retry(health)
         after = f" It is tried again at {moment(retry_at)}." if retry_at is not None else ""
         until = (
             "" if ends is None else f" Its token {'ends' if ends > self._clock() else 'has ended'} at {moment(ends)}."
         )
         reason = f"its grant can't be renewed now: {error}{after}{until}"
-        if first and not self._outages.is_due(account.server):
+        if grant.health.failing_since is None and not self._outages.is_due(account.server):
             logger.warning("server %s: %s", account.shown, reason)
         else:
             self._outages.warn(account.server, reason)
 
-    async def _refused(self, server: ServerSettings, grant: Grant, refused: TokenRefused) -> Grant:
-        """End the grant if the error says so (RFC 6749 §5.2), unless another process has renewed it since."""
-        if refused.error not in ENDING_ERRORS:
+    async def _refused(
+        self, server: ServerSettings, grant: Grant, refused: TokenRefused, rejected: Callable[[], bool]
+    ) -> Grant:
+        """Do what ``broker.refusals`` says about an error; return the grant if it goes on."""
+        final = refusals.is_final(grant, refused.error, now=self._clock())
+        if refused.error in refusals.REJECTING_ERRORS and not final:
+            raise await self._rejected(server, grant, refused) from None
+        if refused.error not in refusals.ENDING_ERRORS and not final:
             raise await self._failed(grant, refused) from None
+        self._backoff.succeeded(of_grant(grant))
+        if not final and self._works(grant, rejected):
+            return await self._degraded(server, grant, refused)
+        return await self._ended(server, grant, refused)
+
+    async def _degraded(self, server: ServerSettings, grant: Grant, refused: TokenRefused) -> Grant:
+        """Keep a grant whose renewal was refused while its token works; return it, marked as such."""
+        health = RenewalHealth(refused_at=grant.health.refused_at or self._clock(), failure=str(refused))
+        noted = await self._grants.note_refusal(grant.id, version=grant.version, owner=self._owner, health=health)
+        if noted is None:
+            # Fenced off: another process took over.
+            newer = await self._grants.get(grant.id)
+            if newer is None or newer.ended_at is not None:
+                raise GrantEnded
+            return newer
+        metrics.refreshes.labels(metrics.server_label(server.name), "failed").inc()
+        if grant.health.refused_at is None:
+            account, ends = grant.key.account, grant.tokens.expires_at
+            until = "until the server refuses it" if ends is None else f"until {moment(ends)}"
+            logger.warning(
+                "server %s: its grant is degraded: %s Its token is used %s, then the renewal is tried once more. %s",
+                account.shown,
+                refused,
+                until,
+                authorize_again(account, server),
+            )
+            self._journal.degraded(account, str(refused))
+        return noted
+
+    async def _ended(self, server: ServerSettings, grant: Grant, refused: TokenRefused) -> Grant:
+        """End a grant, unless another process has renewed it since: then return that."""
         if refused.error == "invalid_client":
             await self._registrar.forget(grant.registration)
         reason = str(refused)
         if grant.refresh_begun_at is not None:
             reason = f"a renewal was interrupted before its result was stored. {reason}"
-        self._backoff.succeeded(of_grant(grant))
-        self.failures.pop(grant.id, None)
         if not await self._grants.end(grant.id, version=grant.version, reason=reason, now=self._clock()):
             newer = await self._grants.get(grant.id)
             if newer is not None and newer.ended_at is None:
                 return newer
+            raise GrantEnded
         metrics.refreshes.labels(metrics.server_label(grant.key.account.server), "ended").inc()
         todo = authorize_again(grant.key.account, server)
         logger.warning("the grant of server %s has ended: %s %s", grant.key.account.shown, reason, todo)
         self._journal.ended(grant.key.account, reason)
         raise GrantEnded
 
-    async def _renewed_by_another(self, grant: Grant) -> Grant:
-        """Wait at most 10 seconds for the process that holds the lease; return what it stored."""
-        for _ in range(100):
-            current = await self._grants.get(grant.id)
-            if current is None or current.ended_at is not None:
-                raise GrantEnded
-            if current.version != grant.version:
-                return current
-            if current.refresh_begun_at is None:
-                break
-            await asyncio.sleep(0.1)
-        raise AuthorizationServerUnavailable(
-            f"Another process is renewing the grant of server {grant.key.account.server} and has not finished.",
-            retry_after=2.0,
-        )
+
+@dataclass(slots=True)
+class _Turn:
+    """The turn of a renewal, which goes back if nothing is sent."""
+
+    rate: RefreshRate
+    backoff: Backoff
+    grant: Grant
+    background: bool
+    taken: bool
+    used: bool = False
+
+    async def wait(self) -> bool:
+        """Wait for the turn; return whether that was needed. Raises as ``RefreshRate.turn`` does."""
+        if self.taken:
+            return False
+        issuer, expires_at = self.grant.key.issuer, self.grant.tokens.expires_at or inf
+        await self.rate.turn(issuer, key=self.grant.id, background=self.background, expires_at=expires_at)
+        self.taken = True
+        # Another grant of the issuer may have begun a pause.
+        self.backoff.check(*_subjects(self.grant), of_tokens(self.grant.key.account))
+        return True
+
+    def __enter__(self) -> None:
+        """Nothing is to be done."""
+
+    def __exit__(self, *_: object) -> None:
+        if self.taken and not self.used:
+            self.rate.unused(self.grant.key.issuer)
+
+
+async def _no_turn() -> bool:
+    return False
 
 
 def _subjects(grant: Grant) -> tuple[Subject, Subject]:

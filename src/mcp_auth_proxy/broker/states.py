@@ -25,6 +25,8 @@ from mcp_auth_proxy.store.grant_summaries import GrantState, GrantSummary
 
 EXPIRED = "The token has expired, and can't be renewed."
 
+NOT_RENEWABLE = "The authorization server gave no refresh token, so the token can't be renewed."
+
 
 class Health(StrEnum):
     """How the renewal of a grant goes."""
@@ -57,30 +59,35 @@ class GrantStatus:
     state: GrantState
     health: Health
     reason: str = ""
-    """Why it has ended, or why its last renewal failed."""
+    """Why it has ended, or can't be renewed, or why its last renewal failed."""
+    since: float | None = None
+    """Since when it is so, in Unix seconds."""
+    next_try: float | None = None
+    """When its renewal is tried again, in Unix seconds; None if nothing is scheduled."""
 
 
-def grant_status(grant: GrantSummary | Grant, *, now: float, failure: str | None = None) -> GrantStatus:
-    """Return the state of a grant at ``now`` (Unix seconds).
-
-    ``failure``: why its last renewal failed, if it did, for a reason that passes.
-    """
+def grant_status(grant: GrantSummary | Grant, *, now: float) -> GrantStatus:
+    """Return the state of a grant at ``now`` (Unix seconds)."""
     summary = GrantSummary.of(grant) if isinstance(grant, Grant) else grant
-    dead = summary.expires_at is not None and summary.expires_at <= now
+    ends, health = summary.expires_at, summary.health
+    dead = ends is not None and ends <= now
     renewable = summary.has_refresh_token or summary.grant_type.unattended
     if summary.ended_at is not None:
-        return GrantStatus(GrantState.ENDED, Health.ENDED, summary.ended_reason)
+        return GrantStatus(GrantState.ENDED, Health.ENDED, summary.ended_reason, summary.ended_at)
     if not renewable:
         if dead:
-            return GrantStatus(GrantState.ENDED, Health.ENDED, EXPIRED)
-        return GrantStatus(GrantState.DEGRADED, Health.DEGRADED)
-    if failure is not None:
-        return GrantStatus(GrantState.ACTIVE, Health.RETRYING, failure)
+            return GrantStatus(GrantState.ENDED, Health.ENDED, EXPIRED, ends)
+        return GrantStatus(GrantState.DEGRADED, Health.DEGRADED, NOT_RENEWABLE, summary.obtained_at)
+    if health.refused_at is not None and not dead:
+        # Once the token is dead, the renewal is tried once more.
+        return GrantStatus(GrantState.DEGRADED, Health.DEGRADED, health.failure, health.refused_at, ends)
+    if health.failing_since is not None:
+        return GrantStatus(GrantState.ACTIVE, Health.RETRYING, health.failure, health.failing_since, health.next_try_at)
     if summary.refresh_begun_at is not None:
-        return GrantStatus(GrantState.ACTIVE, Health.REFRESHING)
+        return GrantStatus(GrantState.ACTIVE, Health.REFRESHING, since=summary.refresh_begun_at)
     if dead:
-        return GrantStatus(GrantState.EXPIRED, Health.EXPIRED)
-    return GrantStatus(GrantState.ACTIVE, Health.FRESH)
+        return GrantStatus(GrantState.EXPIRED, Health.EXPIRED, health.failure, ends)
+    return GrantStatus(GrantState.ACTIVE, Health.FRESH, since=summary.obtained_at)
 
 
 def word(status: GrantStatus | None, *, authorizing: bool = False, unreachable: bool = False) -> Word:

@@ -88,13 +88,12 @@ class StoredGrants:
         self, *, after: int, count: int, state: GrantState | None = None, **wanted: str | None
     ) -> tuple[list[GrantSummary], int | None]:
         """Return a page of grants, and what ``after`` is for the next one; ``wanted`` as in ``GrantFilter``."""
-        retried = tuple(self._renewer.failures)
-        filtered = GrantFilter(state=state, retried=retried, **wanted)
+        filtered = GrantFilter(state=state, **wanted)
         return await self._summaries.page(filtered, after=after, count=count, now=self._clock())
 
     def status(self, grant: GrantSummary) -> GrantStatus:
         """Return the state of a grant now."""
-        return grant_status(grant, now=self._clock(), failure=self._renewer.failures.get(grant.id))
+        return grant_status(grant, now=self._clock())
 
     async def connections(self, principal: Principal) -> dict[str, list[AccountConnection]]:
         """Return the connections of a principal with each server that it may use, by the server's name.
@@ -176,10 +175,14 @@ class StoredGrants:
             raise GrantUnusable(
                 f"The grant is not for server {account.server} as it is configured now, so it is not used.", ended=False
             )
-        renewed = await self._tokens.renew(account, cached)
+        renewed = await self._tokens.renew(account, cached, asked=True)
         if renewed is None or renewed.grant.id != grant_id:
             ended = await self.get(grant_id)
             raise GrantUnusable(f"The grant has ended: {ended.ended_reason if ended else 'it is gone.'}", ended=True)
+        if renewed.grant.health.refused_at is not None:
+            raise GrantUnusable(
+                f"The renewal was refused, but the token still works: {renewed.grant.health.failure}", ended=False
+            )
         return GrantSummary.of(renewed.grant)
 
     async def delete(self, grant_id: int) -> DeletedGrant | None:

@@ -13,11 +13,13 @@ from typing import Any
 
 from mcp_auth_proxy.broker import dpop, early_renewal
 from mcp_auth_proxy.broker.matching import configured, matches, server_reconfigured
-from mcp_auth_proxy.broker.renewal import GrantEnded, Renewer, renew_at, renewable
+from mcp_auth_proxy.broker.renewal import Renewer, renew_at, renewable
+from mcp_auth_proxy.broker.renewal_lease import LONGEST_WAIT, TAKEOVER_AHEAD, GrantEnded, HeldElsewhere
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import McpAuthProxyError
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, McpAuthProxyError
 from mcp_auth_proxy.models import AccessToken, Account, Grant
+from mcp_auth_proxy.store.comparison import GrantVersion
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class CachedToken:
     timer: asyncio.TimerHandle | None = None
     queued: bool = False
     """Whether it waits for a turn to be renewed in the background."""
+    rejected: bool = False
+    """Whether the server has answered 401 to it."""
 
 
 class TokenCache:
@@ -83,6 +87,10 @@ class TokenCache:
         """Incremented by each invalidation. What was read from the store before one is read again."""
         self._loading: SingleFlight[Account, CachedToken | None] = SingleFlight()
         self._renewing: SingleFlight[Account, CachedToken | None] = SingleFlight()
+        self._needed: set[Account] = set()
+        """Accounts whose renewal somebody waits for, because the token is dead."""
+        self._interrupted: dict[Account, float] = {}
+        """Renewals that dead processes have begun, and when: those that were looked at already."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._looking_ahead: asyncio.Task[None] | None = None
 
@@ -175,6 +183,12 @@ class TokenCache:
         """Return the accounts that have a cached token."""
         return set(self._cached)
 
+    def versions(self) -> dict[Account, GrantVersion]:
+        """Return which grants are cached."""
+        return {
+            account: GrantVersion(cached.grant.id, cached.grant.version) for account, cached in self._cached.items()
+        }
+
     def awaited(self) -> set[Account]:
         """Return the accounts that had no grant when they were last asked for."""
         return set(self._awaited)
@@ -186,15 +200,18 @@ class TokenCache:
     async def stored(self, account: Account) -> Grant | None:
         """Return the stored grant that may be used for an account, if there is one. Raises StoreError."""
         grant = await self._grants.current(account)
+        return grant if grant is not None and self.is_usable(grant) else None
+
+    def is_usable(self, grant: Grant) -> bool:
+        """Return whether a stored grant is for its server as that is configured now."""
+        account = grant.key.account
         server = self._servers.get(account.server)
-        if grant is None or server is None:
-            return None
-        if matches(grant, server):
-            return grant
+        if server is None or matches(grant, server):
+            return server is not None
         logger.warning(
             "the grant of server %s is for another server or issuer than configured; it is not used", account.server
         )
-        return None
+        return False
 
     async def load(self, account: Account) -> CachedToken | None:
         """Cache the stored grant of an account; return None if there is none.
@@ -233,12 +250,17 @@ class TokenCache:
                 return before
             if before.timer is not None:
                 before.timer.cancel()
+        # A refusal to renew is a new version of the grant, but the token is the one that it was.
+        same = before is not None and before.grant.tokens.access_token == grant.tokens.access_token
+        generation = before.token.generation if before is not None and same else next(self._generations)
         cached = CachedToken(
             grant=grant,
-            token=dpop.access_token(grant, server, next(self._generations), nonces=self._nonces, clock=self._clock),
+            token=dpop.access_token(grant, server, generation, nonces=self._nonces, clock=self._clock),
             renew_at=self._renew_at(grant),
             expires_at=float("inf") if grant.tokens.expires_at is None else grant.tokens.expires_at,
             used_before=0.0 if before is None else max(before.used_at, before.used_before),
+            used=before is not None and same and (before.used or before.used_at > 0),
+            rejected=before is not None and same and before.rejected,
         )
         self._cached[account] = cached
         self._negative.discard(account)
@@ -283,45 +305,109 @@ class TokenCache:
 
     # Renewal
 
-    async def resume_interrupted(self) -> None:
-        """Renew the grants whose renewal was interrupted by a crash. Raises StoreError."""
-        for grant in await self._grants.interrupted():
-            account = grant.key.account
-            if account.server not in self._servers:
+    async def resume_interrupted(self) -> bool:
+        """Renew the grants whose renewal was interrupted by the death of its process. Raises StoreError.
+
+        Return whether other processes renew grants now: one that dies is noticed by the next call.
+        """
+        interrupted, others = await self._grants.interrupted(self._clock())
+        before, self._interrupted = self._interrupted, interrupted
+        for account, begun_at in interrupted.items():
+            if account.server not in self._servers or before.get(account) == begun_at:
                 continue
             logger.warning("a renewal for server %s was interrupted; it is started again", account.server)
             cached = await self.load(account)
             if cached is not None and renewable(cached.grant):
+                # As the dead process did: if it fails, it is tried again.
+                cached.used = True
                 self._renew_soon(account, cached)
+        return others
 
     async def renew(
-        self, account: Account, cached: CachedToken, *, background: bool = False, has_turn: bool = False
+        self, account: Account, cached: CachedToken, *, asked: bool = False, background: bool = False
     ) -> CachedToken | None:
         """Return the renewed token; None if the grant has ended. All callers share one renewal.
 
-        ``background`` and ``has_turn`` are as in ``Renewer.renew``; one that a request waits for is not in the
-        background any more. Raises AuthorizationError, AuthorizationServerUnavailable and StoreError.
+        It is the same token if the renewal was refused while that works. ``asked``: a person wants the renewal now;
+        ``background``: no request waits for it. Otherwise the token counts as dead, and a renewal that another process
+        does not finish is taken over. Raises AuthorizationError, AuthorizationServerUnavailable, also if that takes
+        too long, and StoreError.
         """
-        if not background and account in self._renewing:
+        if background:
+            return await self._renewing.run(account, lambda: self._renew(account, cached, background=True))
+        self._needed.add(account)
+        if account in self._renewing:
             self._renewer.rate.promote(cached.grant.key.issuer, cached.grant.id)
-        return await self._renewing.run(account, lambda: self._renew(account, cached, background, has_turn))
+        try:
+            async with asyncio.timeout(LONGEST_WAIT):
+                return await self._renewing.run(account, lambda: self._renew(account, cached, asked=asked))
+        except TimeoutError:
+            raise AuthorizationServerUnavailable(
+                f"The renewal of the grant of server {account.server} takes longer than {LONGEST_WAIT:.0f} s.",
+                retry_after=2.0,
+            ) from None
+
+    async def renew_rejected(self, account: Account, cached: CachedToken) -> CachedToken | None:
+        """Return a newer token than one that its server has answered 401 to, as ``renew`` does."""
+        cached.rejected = True
+        renewed = await self.renew(account, cached)
+        if renewed is not None and renewed.token.generation == cached.token.generation:
+            # It was refused before that 401 was known.
+            renewed.rejected = True
+            renewed = await self.renew(account, renewed)
+        return renewed
 
     async def _renew(
-        self, account: Account, cached: CachedToken, background: bool, has_turn: bool
+        self,
+        account: Account,
+        cached: CachedToken,
+        *,
+        asked: bool = False,
+        background: bool = False,
+        has_turn: bool = False,
+    ) -> CachedToken | None:
+        try:
+            return await self._renew_once(account, cached, asked=asked, background=background, has_turn=has_turn)
+        finally:
+            self._needed.discard(account)
+
+    async def _renew_once(
+        self, account: Account, cached: CachedToken, *, asked: bool, background: bool, has_turn: bool
     ) -> CachedToken | None:
         current = self._cached.get(account)
         if current is not None and current.token.generation > cached.token.generation:
             return current
+        if current is not None and current.token.generation == cached.token.generation:
+            current.rejected |= cached.rejected
+            cached = current
         server = configured(self._servers, account.server)
         if not matches(cached.grant, server):
             # The new secrets of the server must not go to the authorization server of the old one.
             raise server_reconfigured(server.name)
         before = self._invalidations
+
+        def needed() -> bool:
+            return account in self._needed or self._clock() >= cached.expires_at - TAKEOVER_AHEAD
+
         try:
-            renewed = await self._renewer.renew(server, cached.grant, background=background, has_turn=has_turn)
+            renewed = await self._renewer.renew(
+                server,
+                cached.grant,
+                needed=needed,
+                rejected=lambda: cached.rejected,
+                asked=asked,
+                background=background,
+                has_turn=has_turn,
+            )
         except GrantEnded:
             self.evict(account)
             return await self._load(account)
+        except HeldElsewhere:
+            # Before the token is dead there is time: the other process may come back with its result.
+            cached.renew_at = max(cached.expires_at - TAKEOVER_AHEAD, self._clock() + TAKEOVER_AHEAD)
+            if self._cached.get(account) is cached:
+                self._schedule(account, cached)
+            raise
         except McpAuthProxyError:
             # Before this task ends: as soon as no renewal is in progress, a request that finds the token still due
             # would start the next one.
@@ -346,7 +432,7 @@ class TokenCache:
                 self._postpone(account, cached)
                 return False
             # At once: a request that finds the token still due would queue it again.
-            self._renewing.start(account, lambda: self._renew(account, cached, True, True))
+            self._renewing.start(account, lambda: self._renew(account, cached, background=True, has_turn=True))
             self._spawn(self._renew_in_background(account, cached))
             return True
 
@@ -355,13 +441,16 @@ class TokenCache:
 
     async def _renew_in_background(self, account: Account, cached: CachedToken) -> None:
         try:
-            await self.renew(account, cached, background=True, has_turn=True)
+            await self.renew(account, cached, background=True)
         except McpAuthProxyError as error:
             logger.debug("background renewal for server %s: %s", account.server, error)
 
     def _renew_at(self, grant: Grant) -> float:
         """Return when to renew a grant in the background: when it is due, but not before a backoff has ended."""
         due = renew_at(grant.tokens) if renewable(grant) else None
+        if grant.health.refused_at is not None:
+            # Not before the token is dead.
+            due = grant.tokens.expires_at
         if due is None:
             return float("inf")
         return max(due, self._renewer.retry_at(grant) or due)

@@ -3,6 +3,7 @@
 import ipaddress
 import math
 import re
+import shlex
 
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.net import urls
@@ -208,4 +209,23 @@ def scope(text: str) -> str:
     """Return one scope token (RFC 6749 §3.3)."""
     if _SCOPE.fullmatch(text) is None:
         raise ValueError("is not a scope: one word, without quotes or backslashes (RFC 6749 §3.3)")
+    return text
+
+
+def command(text: str) -> str:
+    """Return the text of a command whose words can be told apart as ``shlex.split`` does."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"must be exec:COMMAND, with words as in a shell ({error})") from None
+    if not words or not words[0] or "\0" in text:
+        raise ValueError("must be exec:COMMAND: a program and its arguments")
+    return text
+
+
+def keyring_name(text: str) -> str:
+    """Return ``SERVICE/NAME``; the last slash parts them."""
+    service, _, name = text.rpartition("/")
+    if not service or not name or not text.isprintable():
+        raise ValueError("must be keyring:SERVICE/NAME")
     return text

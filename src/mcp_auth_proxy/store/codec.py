@@ -17,6 +17,7 @@ from mcp_auth_proxy.models import (
     GrantType,
     Registration,
     RegistrationKind,
+    RenewalHealth,
     TokenSet,
 )
 from mcp_auth_proxy.store.engine import Row
@@ -62,7 +63,31 @@ def token_columns(tokens: TokenSet, cipher: RowCipher) -> Columns:
         "token_scopes": " ".join(tokens.scopes),
         "obtained_at": tokens.obtained_at,
         "expires_at": tokens.expires_at,
+        "refresh_expires_at": tokens.refresh_expires_at,
     }
+
+
+def health_columns(health: RenewalHealth) -> Columns:
+    """Return the columns that tell how the renewal of a grant goes."""
+    return {
+        "renewal_refused_at": health.refused_at,
+        "failing_since": health.failing_since,
+        # NULL for what is empty: so the rows of earlier schemas keep their seals.
+        "renewal_failure": health.failure or None,
+        "next_try_at": health.next_try_at,
+        "rejected_since": health.rejected_since,
+    }
+
+
+def read_health(row: Row) -> RenewalHealth:
+    """Read how the renewal of the grant in a row goes."""
+    return RenewalHealth(
+        refused_at=row["renewal_refused_at"],
+        failing_since=row["failing_since"],
+        failure=row["renewal_failure"] or "",
+        next_try_at=row["next_try_at"],
+        rejected_since=row["rejected_since"],
+    )
 
 
 def grant_columns(grant: Grant, cipher: RowCipher) -> Columns:
@@ -73,6 +98,7 @@ def grant_columns(grant: Grant, cipher: RowCipher) -> Columns:
         **registration_columns(grant.registration, cipher),
         **_endpoint_columns(grant.endpoints),
         **token_columns(grant.tokens, cipher),
+        **health_columns(grant.health),
         "scopes": " ".join(grant.scopes),
         "granted_at": grant.granted_at,
         "dpop_key": cipher.seal_if("dpop_key", grant.dpop_key),
@@ -92,6 +118,7 @@ def read_grant(row: Row, cipher: RowCipher) -> Grant:
         refresh_token=cipher.open_if("refresh_token", row["refresh_token"]),
         obtained_at=row["obtained_at"],
         expires_at=row["expires_at"],
+        refresh_expires_at=row["refresh_expires_at"],
         scopes=tuple(row["token_scopes"].split()),
     )
     return Grant(
@@ -110,6 +137,7 @@ def read_grant(row: Row, cipher: RowCipher) -> Grant:
         ended_at=row["ended_at"],
         ended_reason=row["ended_reason"],
         label=row["label"] or "",
+        health=read_health(row),
     )
 
 

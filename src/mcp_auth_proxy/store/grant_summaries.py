@@ -1,6 +1,5 @@
 """Grants without their secrets, for lists: in pages, filtered by SQL, and only the rows of the page are unsealed."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,8 +11,10 @@ from mcp_auth_proxy.models import (
     Grant,
     GrantKey,
     GrantType,
+    RenewalHealth,
     shared_principal,
 )
+from mcp_auth_proxy.store.codec import read_health
 from mcp_auth_proxy.store.engine import Engine, Row
 from mcp_auth_proxy.store.sealed_rows import Columns, RowCipher, decode_rows
 
@@ -22,18 +23,21 @@ _REPEATED = ", ".join(f"'{kind}'" for kind in GrantType if kind.unattended)
 _REPEATABLE = f"grant_type IN ({_REPEATED})"
 _RENEWABLE = f"(refresh_token IS NOT NULL OR {_REPEATABLE})"
 _DEAD = "(expires_at IS NOT NULL AND expires_at <= :now)"
-_NOT_RENEWED = "(ended_at IS NOT NULL OR refresh_token IS NULL)"
-"""True in both states that it stands in; it is the condition of an index, and tells that a live grant has no refresh
-token."""
+_NOT_RENEWED = "(ended_at IS NOT NULL OR refresh_token IS NULL OR renewal_refused_at IS NOT NULL)"
+"""True in both states that it stands in; it is the condition of an index."""
+_CANNOT_RENEW = f"(refresh_token IS NULL AND NOT {_REPEATABLE})"
+_UNDER_WAY = "(refresh_begun_at IS NOT NULL OR failing_since IS NOT NULL)"
+"""A renewal is under way, or will be tried again."""
+_REFUSED = "renewal_refused_at IS NOT NULL"
 
 _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _PAGE = "SELECT * FROM grants WHERE {conditions} ORDER BY id LIMIT :count"
 _OF_PRINCIPAL = "SELECT * FROM grants WHERE principal = :principal ORDER BY id"
 _OF_PROJECT = """
-    (+principal IN (SELECT id FROM principals WHERE project_id = :project)
+    ((principal || '') IN (SELECT id FROM principals WHERE project_id = :project)
         OR principal = :shared OR (principal = :local AND :project = :default_project))
 """
-"""The plus (see ``page_query``) because SQLite would look up the grants of each principal, and sort all of them."""
+"""The ``||`` (see ``page_query``) because SQLite would look up the grants of each principal, and sort all of them."""
 _WAITING = """
     SELECT * FROM flows WHERE principal = :principal AND status = :status AND expires_at > :now ORDER BY created_at
 """
@@ -52,10 +56,11 @@ class GrantState(StrEnum):
 
 
 _STATES = {
-    GrantState.ACTIVE: f"ended_at IS NULL AND {_RENEWABLE} AND (NOT {_DEAD} OR {{under_way}})",
-    GrantState.DEGRADED: f"{_NOT_RENEWED} AND ended_at IS NULL AND NOT {_REPEATABLE} AND NOT {_DEAD}",
-    GrantState.EXPIRED: f"ended_at IS NULL AND {_RENEWABLE} AND {_DEAD} AND NOT {{under_way}}",
-    GrantState.ENDED: f"{_NOT_RENEWED} AND (ended_at IS NOT NULL OR (NOT {_REPEATABLE} AND {_DEAD}))",
+    GrantState.ACTIVE: f"ended_at IS NULL AND {_RENEWABLE}"
+    f" AND ((NOT {_DEAD} AND renewal_refused_at IS NULL) OR ({_DEAD} AND {_UNDER_WAY}))",
+    GrantState.DEGRADED: f"{_NOT_RENEWED} AND ended_at IS NULL AND ({_REFUSED} OR {_CANNOT_RENEW}) AND NOT {_DEAD}",
+    GrantState.EXPIRED: f"ended_at IS NULL AND {_RENEWABLE} AND {_DEAD} AND NOT {_UNDER_WAY}",
+    GrantState.ENDED: f"{_NOT_RENEWED} AND (ended_at IS NOT NULL OR ({_CANNOT_RENEW} AND {_DEAD}))",
 }
 """The same rules as in ``broker.states``. Each begins with the condition of its index (``store.sqlite.indexes``)."""
 
@@ -78,6 +83,9 @@ class GrantSummary:
     ended_reason: str
     label: str
     oauth_client: str | None
+    obtained_at: float
+    refresh_expires_at: float | None
+    health: RenewalHealth
 
     @classmethod
     def of(cls, grant: Grant) -> "GrantSummary":
@@ -96,6 +104,9 @@ class GrantSummary:
             ended_reason=grant.ended_reason,
             label=grant.label,
             oauth_client=grant.registration.oauth_client,
+            obtained_at=grant.tokens.obtained_at,
+            refresh_expires_at=grant.tokens.refresh_expires_at,
+            health=grant.health,
         )
 
 
@@ -110,8 +121,6 @@ class GrantFilter:
     server: str | None = None
     """The name of the server."""
     state: GrantState | None = None
-    retried: Collection[int] = ()
-    """The ids of grants whose renewal has failed and is tried again."""
 
 
 class GrantSummaries:
@@ -168,7 +177,7 @@ def page_query(wanted: GrantFilter, *, now: float) -> tuple[str, Columns]:
         conditions.append("+server = :server" if by_state else "server = :server")
         values["server"] = wanted.server
     if wanted.state is not None:
-        conditions.append(_STATES[wanted.state].format(under_way=_under_way(wanted.retried)))
+        conditions.append(_STATES[wanted.state])
         values |= {"now": now} if ":now" in conditions[-1] else {}
     if wanted.project is not None:
         # Last: it is what costs most for a row.
@@ -176,12 +185,6 @@ def page_query(wanted: GrantFilter, *, now: float) -> tuple[str, Columns]:
         values |= {"project": wanted.project, "shared": shared_principal(wanted.project)}
         values |= {"local": LOCAL, "default_project": DEFAULT_PROJECT}
     return _PAGE.format(conditions=" AND ".join(conditions)), values
-
-
-def _under_way(retried: Collection[int]) -> str:
-    """Return the condition that a renewal is under way, or will be tried again."""
-    ids = ", ".join(f"{grant_id:d}" for grant_id in retried)
-    return f"(refresh_begun_at IS NOT NULL OR id IN ({ids}))" if ids else "(refresh_begun_at IS NOT NULL)"
 
 
 def _read_waiting(row: Row, _: RowCipher) -> tuple[Account, float]:
@@ -210,4 +213,7 @@ def _read_summary(row: Row, _: RowCipher) -> GrantSummary:
         ended_reason=row["ended_reason"],
         label=row["label"] or "",
         oauth_client=row["oauth_client"],
+        obtained_at=row["obtained_at"],
+        refresh_expires_at=row["refresh_expires_at"],
+        health=read_health(row),
     )

@@ -7,10 +7,17 @@ that they start from, so a process that comes late changes nothing.
 from dataclasses import replace
 
 from mcp_auth_proxy.errors import StoreUnavailable
-from mcp_auth_proxy.models import Account, FlowStatus, Grant, GrantKey, TokenSet
-from mcp_auth_proxy.store import lease
-from mcp_auth_proxy.store.codec import account_params, grant_columns, key_columns, read_grant, token_columns
+from mcp_auth_proxy.models import HEALTHY, Account, FlowStatus, Grant, GrantKey, RenewalHealth, TokenSet
+from mcp_auth_proxy.store.codec import (
+    account_params,
+    grant_columns,
+    health_columns,
+    key_columns,
+    read_grant,
+    token_columns,
+)
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
+from mcp_auth_proxy.store.lease import ABANDONED
 from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, change_row, decode_rows, intact_rows, new_uid
 
 SUPERSEDED = "A newer authorization has replaced it."
@@ -23,13 +30,15 @@ _ADD = """
         uid, principal, account, server, resource, issuer, grant_type, client_id, client_auth, client_kind,
         client_secret, client_redirect_uri, client_secret_expires_at, client_created_at, authorization_endpoint,
         token_endpoint, revocation_endpoint, access_token, refresh_token, token_type, token_scopes, obtained_at,
-        expires_at, scopes, granted_at, dpop_key, upstream, path, version, ended_at, ended_reason, label, oauth_client
+        expires_at, scopes, granted_at, dpop_key, upstream, path, version, ended_at, ended_reason, label, oauth_client,
+        refresh_expires_at, renewal_refused_at, failing_since, renewal_failure, next_try_at, rejected_since
     ) VALUES (
         :uid, :principal, :account, :server, :resource, :issuer, :grant_type, :client_id, :client_auth, :client_kind,
         :client_secret, :client_redirect_uri, :client_secret_expires_at, :client_created_at, :authorization_endpoint,
         :token_endpoint, :revocation_endpoint, :access_token, :refresh_token, :token_type, :token_scopes, :obtained_at,
         :expires_at, :scopes, :granted_at, :dpop_key, :upstream, :path, :version, :ended_at, :ended_reason, :label,
-        :oauth_client
+        :oauth_client, :refresh_expires_at, :renewal_refused_at, :failing_since, :renewal_failure, :next_try_at,
+        :rejected_since
     )
     ON CONFLICT (principal, account, server, resource, issuer) DO UPDATE SET
         uid = excluded.uid, grant_type = excluded.grant_type, client_id = excluded.client_id,
@@ -43,7 +52,10 @@ _ADD = """
         granted_at = excluded.granted_at, dpop_key = excluded.dpop_key, upstream = excluded.upstream,
         path = excluded.path, version = excluded.version, refresh_begun_at = NULL, refresh_owner = '',
         ended_at = excluded.ended_at, ended_reason = excluded.ended_reason, label = excluded.label,
-        oauth_client = excluded.oauth_client
+        oauth_client = excluded.oauth_client, refresh_expires_at = excluded.refresh_expires_at,
+        renewal_refused_at = excluded.renewal_refused_at, failing_since = excluded.failing_since,
+        renewal_failure = excluded.renewal_failure, next_try_at = excluded.next_try_at,
+        rejected_since = excluded.rejected_since
     RETURNING id
 """
 # The seal covers the id, which is known only now.
@@ -66,8 +78,10 @@ _OTHERS = """
 _FLOW = "SELECT * FROM flows WHERE id = :id AND status <> 'failed'"
 _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _ALL = "SELECT * FROM grants ORDER BY granted_at, id"
-_INTERRUPTED = "SELECT * FROM grants WHERE refresh_begun_at IS NOT NULL AND ended_at IS NULL ORDER BY granted_at, id"
-_ACCOUNTS = "SELECT DISTINCT principal, server, account FROM grants WHERE ended_at IS NULL"
+_INTERRUPTED = """
+    SELECT principal, server, account, refresh_owner, refresh_begun_at FROM grants
+    WHERE refresh_begun_at IS NOT NULL AND ended_at IS NULL
+"""
 _CURRENT = """
     SELECT * FROM grants
     WHERE principal = :principal AND server = :server AND account = :account AND ended_at IS NULL
@@ -86,9 +100,11 @@ _OF_ISSUER = "SELECT * FROM grants WHERE issuer = :issuer AND ended_at IS NULL O
 _OF_OAUTH_CLIENT = "SELECT * FROM grants WHERE oauth_client = :oauth_client AND ended_at IS NULL ORDER BY id"
 _DELETE = "DELETE FROM grants WHERE principal = :principal AND server = :server AND account = :account RETURNING *"
 _LIVE = "SELECT * FROM grants WHERE id = :id AND version = :version AND ended_at IS NULL"
+# What was seen must still be there: a database server may have let another transaction write in between.
 _BEGIN = """
     UPDATE grants SET refresh_begun_at = :now, refresh_owner = :owner
-    WHERE id = :id AND version = :version AND refresh_owner = :seen AND ended_at IS NULL
+    WHERE id = :id AND version = :version AND ended_at IS NULL
+        AND refresh_owner = :seen AND coalesce(refresh_begun_at, 0.0) = :seen_at
     RETURNING id
 """
 _HELD = """
@@ -105,16 +121,12 @@ class Grants:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.owners = engine.owners
 
     async def current(self, account: Account) -> Grant | None:
         """Return the newest grant that has not ended, or None."""
         asked = account_params(account)
         return next(iter(await self._read(await self._engine.fetch_all(_CURRENT, asked), asked)), None)
-
-    async def accounts(self) -> set[Account]:
-        """Return the accounts that have a grant which has not ended, as far as can be told without reading it."""
-        rows = await self._engine.fetch_all(_ACCOUNTS)
-        return {Account(row["principal"], row["server"], row["account"]) for row in rows}
 
     async def get(self, grant_id: int) -> Grant | None:
         """Return a grant, ended or not; None if it is gone or can't be decrypted."""
@@ -137,9 +149,18 @@ class Grants:
         values = {"principal": principal, "server": server, "count": count}
         return {row["account"] for row in await self._engine.fetch_all(_ACCOUNT_NAMES, values)}
 
-    async def interrupted(self) -> list[Grant]:
-        """Return the grants with a refresh that was begun, and whose result was not stored."""
-        return await self._read(await self._engine.fetch_all(_INTERRUPTED), {})
+    async def interrupted(self, now: float) -> tuple[dict[Account, float], bool]:
+        """Return the accounts with a refresh that a dead process has begun and not ended, each with its begin.
+
+        Also return whether other refreshes are under way: their processes may die.
+        """
+        dead: dict[Account, float] = {}
+        rows = await self._engine.fetch_all(_INTERRUPTED)
+        for row in rows:
+            begun_at = row["refresh_begun_at"]
+            if self.owners.may_refresh(row["refresh_owner"], begun_at, owner="", now=now, needed=False):
+                dead[Account(row["principal"], row["server"], row["account"])] = begun_at
+        return dead, len(dead) < len(rows)
 
     async def servers_of_issuer(self, issuer: str) -> list[GrantKey]:
         """Return the keys of all grants of an issuer that have not ended, whoever's and for whichever server."""
@@ -197,12 +218,17 @@ class Grants:
             await self._end(transaction, other, now=grant.granted_at, reason=SUPERSEDED)
         return replace(grant, id=row["id"], refresh_begun_at=None, refresh_owner="", ended_at=None, ended_reason="")
 
-    async def begin_refresh(self, grant_id: int, *, version: int, owner: str, now: float) -> bool:
-        """Record that a refresh is about to be sent. ``owner`` comes from ``lease.new_owner``, ``now`` is Unix seconds.
+    def may_begin_refresh(self, grant: Grant, *, owner: str, now: float, needed: bool = True) -> bool:
+        """Return whether ``begin_refresh`` is worth a try, as far as the grant tells that was just read."""
+        return self.owners.may_refresh(grant.refresh_owner, grant.refresh_begun_at, owner=owner, now=now, needed=needed)
 
-        Return False if the grant has another version by now, has ended or is gone, or if another owner that is still
-        alive has begun a refresh.
+    async def begin_refresh(self, grant_id: int, *, version: int, owner: str, now: float, needed: bool = True) -> bool:
+        """Record that a refresh is about to be sent. ``owner`` comes from ``owners.new``, ``now`` is Unix seconds.
+
+        Return False if the grant has another version by now, has ended or is gone, or if another owner has begun a
+        refresh: see ``Owners.may_refresh``, also for ``needed``.
         """
+        self.owners.appear()
         async with self._engine.transaction() as transaction:
             asked: Columns = {"id": grant_id, "version": version}
             rows = await self._intact(await transaction.execute(_LIVE, asked), asked)
@@ -210,10 +236,15 @@ class Grants:
                 return False
             row = rows[0]
             begun_at, holder = row["refresh_begun_at"], row["refresh_owner"]
-            if begun_at is not None and holder != owner and lease.is_held(holder, begun_at, now):
+            if not self.owners.may_refresh(holder, begun_at, owner=owner, now=now, needed=needed):
                 return False
-            values = {"id": grant_id, "version": version, "owner": owner, "now": now, "seen": holder}
-            return bool(await transaction.execute(_BEGIN, values))
+            seen = {"seen": holder, "seen_at": begun_at or 0.0}
+            begun = await transaction.execute(
+                _BEGIN, {"id": grant_id, "version": version, "owner": owner, "now": now, **seen}
+            )
+        if begun:
+            self.owners.took(_lease(grant_id))
+        return bool(begun)
 
     async def renewed(self, grant_id: int, *, version: int, owner: str, tokens: TokenSet) -> Grant | None:
         """Store the result of a refresh durably. Return None if another owner took over or the grant has ended."""
@@ -224,15 +255,50 @@ class Grants:
             if not rows:
                 return None
             columns = token_columns(tokens, RowCipher(self._engine.cipher, _TABLE, rows[0]["uid"]))
-            changes = {**columns, "version": version + 1, **_NO_REFRESH}
+            changes = {**columns, **health_columns(HEALTHY), "version": version + 1, **_NO_REFRESH}
             await change_row(self._engine, transaction, _TABLE, rows[0], changes)
             rows = await transaction.execute(_BY_ID, {"id": grant_id})
+        self.owners.gave_back(_lease(grant_id))
         return next(iter(await self._read(rows, {"id": grant_id})), None)
 
     async def release_refresh(self, grant_id: int, *, version: int, owner: str) -> None:
         """Undo ``begin_refresh`` after a refresh that is known not to have been processed."""
         async with self._engine.transaction() as transaction:
             await transaction.execute(_RELEASE, {"id": grant_id, "version": version, "owner": owner})
+        self.owners.gave_back(_lease(grant_id))
+
+    async def note_failure(self, grant_id: int, *, version: int, owner: str, health: RenewalHealth, keep: bool) -> bool:
+        """Store why a refresh that was begun has failed, and let others begin one.
+
+        ``keep``: it may have been processed, so its intent stays. Return False if another owner took over or the grant
+        has ended.
+        """
+        async with self._engine.transaction() as transaction:
+            asked: Columns = {"id": grant_id, "version": version}
+            rows = await self._intact(await transaction.execute(_HELD, {**asked, "owner": owner}), asked)
+            for row in rows:
+                changes = {**health_columns(health), **_NO_REFRESH}
+                if keep:
+                    changes |= {"refresh_begun_at": row["refresh_begun_at"], "refresh_owner": owner + ABANDONED}
+                await change_row(self._engine, transaction, _TABLE, row, changes)
+        if not keep:
+            self.owners.gave_back(_lease(grant_id))
+        return bool(rows)
+
+    async def note_refusal(self, grant_id: int, *, version: int, owner: str, health: RenewalHealth) -> Grant | None:
+        """Store that a refresh was refused though the token works. The version is a new one, for other processes.
+
+        Return the grant; None if another owner took over or the grant has ended.
+        """
+        async with self._engine.transaction() as transaction:
+            asked: Columns = {"id": grant_id, "version": version}
+            rows = await self._intact(await transaction.execute(_HELD, {**asked, "owner": owner}), asked)
+            if not rows:
+                return None
+            changes = {**health_columns(health), "version": version + 1, **_NO_REFRESH}
+            await change_row(self._engine, transaction, _TABLE, rows[0], changes)
+            rows = await transaction.execute(_BY_ID, {"id": grant_id})
+        return next(iter(await self._read(rows, {"id": grant_id})), None)
 
     async def end(self, grant_id: int, *, version: int, reason: str, now: float) -> bool:
         """End a grant, keeping its row so that the reason can be shown.
@@ -244,6 +310,7 @@ class Grants:
             rows = await self._intact(await transaction.execute(_LIVE, asked), asked)
             for row in rows:
                 await self._end(transaction, row, now=now, reason=reason)
+        self.owners.gave_back(_lease(grant_id))
         return bool(rows)
 
     async def set_label(self, grant_id: int, label: str) -> None:
@@ -292,3 +359,7 @@ class Grants:
 
     async def _read(self, rows: list[Row], asked: Columns) -> list[Grant]:
         return await decode_rows(self._engine, _TABLE, rows, asked, read_grant)
+
+
+def _lease(grant_id: int) -> str:
+    return f"refresh:{grant_id}"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from mcp_auth_proxy.store.cipher import Cipher
 from mcp_auth_proxy.store.sqlite.callers import CALLERS
 from mcp_auth_proxy.store.sqlite.clients import CLIENTS
+from mcp_auth_proxy.store.sqlite.health import HEALTH
 from mcp_auth_proxy.store.sqlite.indexes import INDEXES
 from mcp_auth_proxy.store.sqlite.sealing import seal_rows
 
@@ -295,6 +296,7 @@ MIGRATIONS: tuple[tuple[Step, ...], ...] = (
     _SEALED_ROWS,
     CALLERS,
     (*CLIENTS, *INDEXES),
+    HEALTH,
 )
 
 
