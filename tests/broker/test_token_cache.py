@@ -14,7 +14,8 @@ from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal import Renewer
-from mcp_auth_proxy.broker.token_cache import TokenCache
+from mcp_auth_proxy.broker.renewal_lease import TAKEOVER_AHEAD
+from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, TokenRefused
@@ -23,9 +24,10 @@ from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.lease import LONGEST, Owners
 from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
-from store.builders import NOW, grant, store_settings, tokens
+from store.builders import NOW, dead_owner, grant, store_settings, tokens
 
 ACCOUNT = Account("local", "linear")
 HOUR = 3600.0
@@ -311,6 +313,94 @@ async def test_a_renewal_that_a_crash_interrupted_is_started_again(setup: Setup)
     await setup.grants.begin_refresh(stored.id, version=1, owner="elsewhere:1:x", now=NOW - HOUR)
     await setup.cache.resume_interrupted()
     await until(lambda: setup.endpoint.refreshes == 1)
+    await setup.in_the_background()
+    assert await setup.text() == "Bearer canary-access-2"
+
+
+async def begun_by_another(setup: Setup, owner: str = "elsewhere:1:x", *, due: bool = False) -> CachedToken:
+    """Return the token of a grant that another process has begun to renew; ``due``: it is time for it."""
+    stored = await setup.grants.add(grant())
+    cached = setup.cache.put(ACCOUNT, stored)
+    if due:
+        setup.clock.now = cached.renew_at
+    assert await setup.grants.begin_refresh(stored.id, version=1, owner=owner, now=setup.clock.now)
+    return cached
+
+
+async def test_the_renewal_of_a_process_that_died_is_started_again_once(setup: Setup) -> None:
+    process = Owners(setup.grants.owners.beside)
+    process.appear()
+    process.took("its renewal")
+    await begun_by_another(setup, process.new())
+    assert await setup.cache.resume_interrupted()
+    assert setup.endpoint.refreshes == 0
+    process.close()
+    setup.endpoint.outcome = BUSY
+    setup.endpoint.gate.clear()
+    assert not await setup.cache.resume_interrupted()
+    await until(lambda: setup.endpoint.refreshes == 1)
+    # By now this process has begun it.
+    assert await setup.cache.resume_interrupted()
+    setup.endpoint.gate.set()
+    await setup.in_the_background()
+    assert setup.endpoint.refreshes == 1
+
+
+async def test_a_renewal_of_a_dead_process_that_has_to_wait_is_tried_again(setup: Setup) -> None:
+    cached = await begun_by_another(setup, dead_owner(setup.grants.owners))
+    setup.endpoint.outcome = BUSY
+    with pytest.raises(AuthorizationServerUnavailable):
+        await setup.cache.renew(ACCOUNT, cached)
+    owner = dead_owner(setup.grants.owners)
+    assert await setup.grants.begin_refresh(cached.grant.id, version=1, owner=owner, now=setup.clock.now)
+    for _ in range(3):
+        assert not await setup.cache.resume_interrupted()
+        await setup.in_the_background()
+    assert setup.endpoint.refreshes == 1
+    assert cached.timer is not None
+    assert cached.used
+
+
+async def test_grants_of_unknown_servers_are_left_alone(setup: Setup) -> None:
+    await begun_by_another(setup, dead_owner(setup.grants.owners))
+    setup.servers.clear()
+    assert not await setup.cache.resume_interrupted()
+    assert setup.endpoint.refreshes == 0
+
+
+async def test_a_token_that_works_is_not_renewed_while_another_process_may_come_back(setup: Setup) -> None:
+    cached = await begun_by_another(setup, due=True)
+    setup.clock.now += LONGEST + 1
+    assert await setup.text() == "Bearer canary-access-1"
+    await until(lambda: cached.renew_at == NOW + HOUR - TAKEOVER_AHEAD)
+    await setup.in_the_background()
+    assert setup.endpoint.refreshes == 0
+    setup.clock.now = NOW + HOUR - 1
+    assert await setup.text() == "Bearer canary-access-1"
+    await until(lambda: setup.endpoint.refreshes == 1)
+    await setup.in_the_background()
+    assert await setup.text() == "Bearer canary-access-2"
+
+
+async def test_a_request_that_needs_a_new_token_makes_a_renewal_in_the_background_urgent(setup: Setup) -> None:
+    cached = await begun_by_another(setup, due=True)
+    assert await setup.text() == "Bearer canary-access-1"
+    await until(lambda: setup.cache.is_renewing(ACCOUNT))
+    refused = asyncio.create_task(setup.cache.renew(ACCOUNT, cached))
+    await asyncio.sleep(0)
+    setup.clock.now += LONGEST + 1
+    assert await refused
+    assert await setup.text() == "Bearer canary-access-2"
+
+
+async def test_a_request_does_not_wait_for_ever(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "LONGEST_WAIT", 0.1)
+    cached = await begun_by_another(setup)
+    with pytest.raises(AuthorizationServerUnavailable, match="takes longer") as raised:
+        await setup.cache.renew(ACCOUNT, cached)
+    assert raised.value.retry_after == 2
+    assert setup.cache.is_renewing(ACCOUNT)
+    setup.clock.now += LONGEST + 1
     await setup.in_the_background()
     assert await setup.text() == "Bearer canary-access-2"
 

@@ -1,5 +1,6 @@
 """Finding and reading the configuration, from real files."""
 
+import json
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -459,3 +460,34 @@ def test_another_rate_of_refreshes_is_refused(tmp_path: Path, rate: str) -> None
     path.write_text(f"limits: {{refresh_rate: {rate}}}\nservers: {{a: {{url: https://x.example/mcp}}}}")
     with pytest.raises(ConfigurationError, match=r"limits\.refresh_rate"):
         load(path)
+
+
+def test_a_store_key_may_come_from_a_command_or_a_keyring(tmp_path: Path) -> None:
+    written = "['exec:vault read -field=key \"my key\"', 'keyring:org/proxy/key', 'env:OLD']"
+    keys = settings(tmp_path, MINIMAL + f"store: {{keys: {written}}}", environ={"OLD": "x"}).store.keys
+    assert [(key.kind, key.name) for key in keys] == [
+        ("exec", 'vault read -field=key "my key"'),
+        ("keyring", "org/proxy/key"),
+        ("env", "OLD"),
+    ]
+    assert [key.written for key in keys] == ['exec:vault read -field=key "my key"', "keyring:org/proxy/key", "env:OLD"]
+    # What follows the program may be secret.
+    assert str(keys[0]) == "exec:vault …"
+
+
+def test_a_key_file_is_as_written_and_is_watched(tmp_path: Path) -> None:
+    (tmp_path / "my.key").write_text("x")
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL + "store: {keys: ['file:my.key']}")
+    watched: set[Path] = set()
+    (key,) = load(path, environ={}, secret_files=watched).store.keys
+    assert (key.name, key.written) == (str(tmp_path / "my.key"), "file:my.key")
+    assert watched == {tmp_path / "my.key"}
+
+
+@pytest.mark.parametrize(
+    "key", ["exec:", "exec:  ", 'exec:"', "exec:''", "keyring:", "keyring:a", "keyring:/a", "keyring:a/"]
+)
+def test_a_command_without_a_program_and_a_keyring_without_a_name_are_errors(tmp_path: Path, key: str) -> None:
+    (found,) = errors_of(tmp_path, MINIMAL + f"store: {{keys: [{json.dumps(key)}]}}")
+    assert found.startswith(f"store.keys[0]: must be {key.partition(':')[0]}:")

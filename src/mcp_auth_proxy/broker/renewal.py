@@ -3,9 +3,8 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf
 
 from mcp_auth_proxy.broker import refusals
@@ -66,6 +65,34 @@ def renew_at(tokens: TokenSet) -> float | None:
     return tokens.expires_at - margin * (1 + JITTER * random.random())
 
 
+def _always() -> bool:
+    return True
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Who wants a renewal, and how much. The functions are asked while it goes on."""
+
+    needed: Callable[[], bool] = _always
+    """Whether the token is dead, so that the renewal of a process that may be alive has to be taken over once its lease
+    has ended."""
+    rejected: Callable[[], bool] = _never
+    """Whether the server has answered 401 to the access token."""
+    asked: bool = False
+    """A person wants it."""
+    background: bool = False
+    """Nobody waits for it: those that a request waits for have their turns first."""
+    has_turn: bool = False
+    """It has waited for its turn already."""
+
+
+_REQUEST = Demand()
+
+
 class Renewer:
     """Renew grants. The caller makes sure that one grant is renewed only once at a time in this process."""
 
@@ -93,24 +120,11 @@ class Renewer:
         self._rejections: dict[int, RenewalHealth] = {}
         """The grants whose last renewal here was refused with an error that only a person can mend, by id."""
 
-    async def renew(
-        self,
-        server: ServerSettings,
-        grant: Grant,
-        *,
-        needed: Callable[[], bool] = lambda: True,
-        rejected: Callable[[], bool] = lambda: False,
-        asked: bool = False,
-        background: bool = False,
-        has_turn: bool = False,
-    ) -> Grant:
+    async def renew(self, server: ServerSettings, grant: Grant, demand: Demand = _REQUEST) -> Grant:
         """Return the grant with new tokens, which are stored already. Nothing is sent during a pause.
 
-        ``rejected``: whether the server has answered 401 to the access token. If the renewal is refused while that
-        token works, the grant is returned with it, degraded; so it is, without a request, until the token is dead,
-        unless a person has ``asked`` for the renewal. ``needed``: whether the token is dead, so that the renewal of a
-        process that may be alive has to be taken over once its lease has ended. ``background``: nobody waits for it.
-        It waits for its turn at the authorization server, unless it has one (``has_turn``).
+        It waits for its turn (``refresh_rate``). If the renewal is refused while the access token works, the grant is
+        returned with it, degraded; so it is, without a request, until the token is dead, unless a person has asked.
 
         Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked later,
         HeldElsewhere if the renewal is not ``needed`` yet; StoreUnavailable, before anything is sent, if the result
@@ -118,28 +132,13 @@ class Renewer:
         """
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
         self._rejections.pop(grant.id, None)
-
-        def is_settled(current: Grant) -> bool:
-            """Return whether there is nothing to renew; raise the error of a moment ago that a person has to mend."""
-            same = current.tokens.access_token == grant.tokens.access_token
-            if current.version != grant.version and (current.health == HEALTHY or not same):
-                return True
-            if current.health.refused_at is not None and not asked and self._works(current, rejected):
-                return True
-            self._check_rejection(current)
-            return False
-
-        begin = partial(begin_renewal, self._grants, owner=self._owner, clock=self._clock, needed=needed)
-        turn = _Turn(self.rate, self._backoff, grant, background=background, taken=has_turn)
-        with turn:
-            current, attempt = await begin(grant.id, is_settled=is_settled, turn=turn.wait)
-            if attempt is None:
-                return current
-            turn.used = True
+        current, attempt = await self._begin(grant, demand)
+        if attempt is None:
+            return current
         try:
             tokens = await self._request(server, current, attempt)
         except TokenRefused as refused:
-            return await self._refused(server, current, refused, rejected)
+            return await self._refused(server, current, refused, demand.rejected)
         except ClientNotActive as gone:
             if await self._grants.end(current.id, version=current.version, reason=str(gone), now=self._clock()):
                 self._journal.ended(current.key.account, str(gone))
@@ -149,7 +148,7 @@ class Renewer:
         self._backoff.succeeded(*_subjects(current))
         while (stored := await self._save_with_retry(current, tokens)) is None:
             # Fenced off: another process took over. Its result is the one to use, if it comes to one.
-            current, again = await begin(grant.id, is_settled=is_settled, turn=_no_turn)
+            current, again = await self._take_over(grant, demand)
             if again is None:
                 return current
         metrics.refreshes.labels(metrics.server_label(server.name), "renewed").inc()
@@ -159,6 +158,50 @@ class Renewer:
             "server %s: the renewal works again" if recovered else "renewed the grant of server %s", server.name
         )
         return stored
+
+    async def _begin(self, grant: Grant, demand: Demand) -> tuple[Grant, Attempt | None]:
+        """Begin a renewal when its turn has come and no other process renews the grant; see ``begin_renewal``."""
+        issuer, has_turn = grant.key.issuer, demand.has_turn
+        attempt: Attempt | None = None
+
+        async def take_turn() -> None:
+            nonlocal has_turn
+            if not has_turn:
+                expires_at = grant.tokens.expires_at or inf
+                await self.rate.turn(issuer, key=grant.id, background=demand.background, expires_at=expires_at)
+                has_turn = True
+                # Another grant of the issuer may have begun a pause.
+                self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
+
+        try:
+            current, attempt = await self._take_over(grant, demand, take_turn)
+            return current, attempt
+        finally:
+            if has_turn and attempt is None:
+                self.rate.unused(issuer)
+
+    async def _take_over(
+        self, grant: Grant, demand: Demand, take_turn: Callable[[], Awaitable[None]] | None = None
+    ) -> tuple[Grant, Attempt | None]:
+        return await begin_renewal(
+            self._grants,
+            grant.id,
+            owner=self._owner,
+            clock=self._clock,
+            needed=demand.needed,
+            is_settled=lambda current: self._is_settled(grant, current, demand),
+            take_turn=take_turn,
+        )
+
+    def _is_settled(self, grant: Grant, current: Grant, demand: Demand) -> bool:
+        """Return whether there is nothing to renew; raise the error of a moment ago that a person has to mend."""
+        same = current.tokens.access_token == grant.tokens.access_token
+        if current.version != grant.version and (current.health == HEALTHY or not same):
+            return True
+        if current.health.refused_at is not None and not demand.asked and self._works(current, demand.rejected):
+            return True
+        self._check_rejection(current)
+        return False
 
     def _works(self, grant: Grant, rejected: Callable[[], bool]) -> bool:
         return refusals.works(grant, now=self._clock(), rejected=rejected())
@@ -322,40 +365,6 @@ class Renewer:
         logger.warning("the grant of server %s has ended: %s %s", grant.key.account.shown, reason, todo)
         self._journal.ended(grant.key.account, reason)
         raise GrantEnded
-
-
-@dataclass(slots=True)
-class _Turn:
-    """The turn of a renewal, which goes back if nothing is sent."""
-
-    rate: RefreshRate
-    backoff: Backoff
-    grant: Grant
-    background: bool
-    taken: bool
-    used: bool = False
-
-    async def wait(self) -> bool:
-        """Wait for the turn; return whether that was needed. Raises as ``RefreshRate.turn`` does."""
-        if self.taken:
-            return False
-        issuer, expires_at = self.grant.key.issuer, self.grant.tokens.expires_at or inf
-        await self.rate.turn(issuer, key=self.grant.id, background=self.background, expires_at=expires_at)
-        self.taken = True
-        # Another grant of the issuer may have begun a pause.
-        self.backoff.check(*_subjects(self.grant), of_tokens(self.grant.key.account))
-        return True
-
-    def __enter__(self) -> None:
-        """Nothing is to be done."""
-
-    def __exit__(self, *_: object) -> None:
-        if self.taken and not self.used:
-            self.rate.unused(self.grant.key.issuer)
-
-
-async def _no_turn() -> bool:
-    return False
 
 
 def _subjects(grant: Grant) -> tuple[Subject, Subject]:

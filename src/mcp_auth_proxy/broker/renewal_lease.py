@@ -55,14 +55,14 @@ async def begin_renewal(
     clock: Callable[[], float],
     needed: Callable[[], bool],
     is_settled: Callable[[Grant], bool],
-    turn: Callable[[], Awaitable[bool]],
+    take_turn: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Grant, Attempt | None]:
     """Record that a renewal begins, once no other process renews the grant.
 
     Return the grant as it is stored, with None if it ``is_settled``: it has newer tokens already, or is not to be
-    renewed. ``needed``: see ``Renewer.renew``. ``turn`` waits until a request may be sent, and says whether it had to;
-    then the grant is read again. Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable, StoreUnavailable,
-    and what ``is_settled`` and ``turn`` raise.
+    renewed. ``needed``: see ``Demand``; ``take_turn`` is awaited once nobody else renews it, and then all is looked at
+    again. Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable,
+    StoreUnavailable, and what ``is_settled`` raises.
     """
     loop = asyncio.get_running_loop()
     first_look = loop.time()
@@ -75,8 +75,9 @@ async def begin_renewal(
         attempt, is_needed = Attempt(clock(), loop.time(), clock), needed()
         # The look alone writes nothing, and locks nothing.
         if grants.may_begin_refresh(current, owner=owner, now=attempt.at, needed=is_needed):
-            if await turn():
-                first_look = loop.time()
+            if take_turn is not None:
+                await take_turn()
+                take_turn, first_look = None, loop.time()
                 continue
             if await grants.begin_refresh(
                 current.id, version=current.version, owner=owner, now=attempt.at, needed=is_needed

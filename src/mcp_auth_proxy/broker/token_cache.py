@@ -7,13 +7,13 @@ import asyncio
 import itertools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mcp_auth_proxy.broker import dpop, early_renewal
 from mcp_auth_proxy.broker.matching import configured, matches, server_reconfigured
-from mcp_auth_proxy.broker.renewal import Renewer, renew_at, renewable
+from mcp_auth_proxy.broker.renewal import Demand, Renewer, renew_at, renewable
 from mcp_auth_proxy.broker.renewal_lease import LONGEST_WAIT, TAKEOVER_AHEAD, GrantEnded, HeldElsewhere
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -53,10 +53,10 @@ class CachedToken:
     used_before: float = 0.0
     """When a request was sent with the tokens before this one; 0 if that is not known."""
     timer: asyncio.TimerHandle | None = None
-    queued: bool = False
-    """Whether it waits for a turn to be renewed in the background."""
     rejected: bool = False
     """Whether the server has answered 401 to it."""
+    queued: bool = False
+    """Whether it waits for a turn to be renewed in the background."""
 
 
 class TokenCache:
@@ -329,18 +329,18 @@ class TokenCache:
         """Return the renewed token; None if the grant has ended. All callers share one renewal.
 
         It is the same token if the renewal was refused while that works. ``asked``: a person wants the renewal now;
-        ``background``: no request waits for it. Otherwise the token counts as dead, and a renewal that another process
-        does not finish is taken over. Raises AuthorizationError, AuthorizationServerUnavailable, also if that takes
-        too long, and StoreError.
+        ``background``: nobody waits for it. Otherwise the token counts as dead: the renewal does not wait for those of
+        the background, and one that another process does not finish is taken over. Raises AuthorizationError,
+        AuthorizationServerUnavailable, also if that takes too long, and StoreError.
         """
         if background:
-            return await self._renewing.run(account, lambda: self._renew(account, cached, background=True))
+            return await self._start(account, cached, Demand(background=True))
         self._needed.add(account)
         if account in self._renewing:
             self._renewer.rate.promote(cached.grant.key.issuer, cached.grant.id)
         try:
             async with asyncio.timeout(LONGEST_WAIT):
-                return await self._renewing.run(account, lambda: self._renew(account, cached, asked=asked))
+                return await self._start(account, cached, Demand(asked=asked))
         except TimeoutError:
             raise AuthorizationServerUnavailable(
                 f"The renewal of the grant of server {account.server} takes longer than {LONGEST_WAIT:.0f} s.",
@@ -357,23 +357,17 @@ class TokenCache:
             renewed = await self.renew(account, renewed)
         return renewed
 
-    async def _renew(
-        self,
-        account: Account,
-        cached: CachedToken,
-        *,
-        asked: bool = False,
-        background: bool = False,
-        has_turn: bool = False,
-    ) -> CachedToken | None:
+    def _start(self, account: Account, cached: CachedToken, demand: Demand) -> Awaitable[CachedToken | None]:
+        """Begin to renew at once, unless that has begun; whoever awaits the result may be cancelled."""
+        return asyncio.shield(self._renewing.start(account, lambda: self._renew(account, cached, demand)))
+
+    async def _renew(self, account: Account, cached: CachedToken, demand: Demand) -> CachedToken | None:
         try:
-            return await self._renew_once(account, cached, asked=asked, background=background, has_turn=has_turn)
+            return await self._renew_once(account, cached, demand)
         finally:
             self._needed.discard(account)
 
-    async def _renew_once(
-        self, account: Account, cached: CachedToken, *, asked: bool, background: bool, has_turn: bool
-    ) -> CachedToken | None:
+    async def _renew_once(self, account: Account, cached: CachedToken, demand: Demand) -> CachedToken | None:
         current = self._cached.get(account)
         if current is not None and current.token.generation > cached.token.generation:
             return current
@@ -391,13 +385,7 @@ class TokenCache:
 
         try:
             renewed = await self._renewer.renew(
-                server,
-                cached.grant,
-                needed=needed,
-                rejected=lambda: cached.rejected,
-                asked=asked,
-                background=background,
-                has_turn=has_turn,
+                server, cached.grant, replace(demand, needed=needed, rejected=lambda: cached.rejected)
             )
         except GrantEnded:
             self.evict(account)
@@ -428,11 +416,12 @@ class TokenCache:
             cached.queued = False
             if self._cached.get(account) is not cached or account in self._renewing or cached.renew_at > due:
                 return False
-            if self._renewer.retry_at(cached.grant) is not None:
+            if (self._renewer.retry_at(cached.grant) or 0.0) > self._clock():
                 self._postpone(account, cached)
                 return False
             # At once: a request that finds the token still due would queue it again.
-            self._renewing.start(account, lambda: self._renew(account, cached, background=True, has_turn=True))
+            demand = Demand(background=True, has_turn=True)
+            self._renewing.start(account, lambda: self._renew(account, cached, demand))
             self._spawn(self._renew_in_background(account, cached))
             return True
 

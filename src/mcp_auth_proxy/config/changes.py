@@ -124,7 +124,7 @@ def compare(old: Settings, new: Settings) -> SettingsChange:
 
 
 def _with_new_keys(old: StoreSettings, new: StoreSettings) -> StoreSettings:
-    if new.path != old.path:
+    if (new.postgresql, new.path) != (old.postgresql, old.path):
         return old
     return replace(old, keys=new.keys, default_key=new.default_key, keys_named=new.keys_named)
 
