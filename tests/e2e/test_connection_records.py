@@ -238,7 +238,7 @@ async def test_renewals_that_fail_every_other_time_push_no_other_event_out(
         journal = setup.proxy.application.broker.journal
         for _ in range(200):
             journal.not_renewed(NOTES, "It answers 503.")
-            journal.renewed(NOTES)
+            journal.renewed(NOTES, recovered=True)
         assert len(journal.events()) == 3
         setup.clock.ahead += 3600
         journal.not_renewed(NOTES, "It answers 503.")

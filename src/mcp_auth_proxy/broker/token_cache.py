@@ -311,6 +311,24 @@ class TokenCache:
             renewed = await self.renew(account, renewed)
         return renewed
 
+    async def renew_idle(self, grant: Grant) -> None:
+        """Renew a grant that no request waits for, without caching it. Raises as ``renew`` does."""
+        account = grant.key.account
+        cached = self._cached.get(account)
+        if cached is not None:
+            await self.renew(account, cached, background=True)
+        else:
+            await self._renewing.run(account, lambda: self._renew_idle(account, grant))
+
+    async def _renew_idle(self, account: Account, grant: Grant) -> CachedToken | None:
+        try:
+            renewed = await self._renewer.renew(configured(self._servers, account.server), grant, background=True)
+        except GrantEnded:
+            self.evict(account)
+            return None
+        # A request that has come meanwhile waits for this.
+        return self.put(account, renewed) if account in self._cached else None
+
     async def _renew(
         self, account: Account, cached: CachedToken, *, asked: bool, background: bool
     ) -> CachedToken | None:
