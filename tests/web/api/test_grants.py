@@ -66,7 +66,7 @@ async def test_a_grant_has_every_field_and_no_token(tmp_path: Path) -> None:
             "label": "",
             "state": "active",
             "reason": "",
-            "health": {"state": "fresh", "reason": ""},
+            "health": {"state": "fresh", "since": since, "next_try": None, "reason": None},
         }
 
 
