@@ -82,7 +82,9 @@ class ServingLock:
     def release(self) -> None:
         """Give up the lock and remove the file. Call it while the port is still bound: nobody else can have it then."""
         if self._descriptor is not None:
-            self._path.unlink(missing_ok=True)
+            # On a mount that has become read-only it stays: without its lock it says nothing.
+            with contextlib.suppress(OSError):
+                self._path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
 
