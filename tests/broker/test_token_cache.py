@@ -193,7 +193,9 @@ async def test_each_new_token_has_a_higher_generation_and_the_same_grant_has_one
     stored = await setup.grants.add(grant())
     first = setup.cache.put(ACCOUNT, stored)
     assert setup.cache.put(ACCOUNT, stored) is first
-    second = setup.cache.put(ACCOUNT, replace(stored, version=2))
+    same = setup.cache.put(ACCOUNT, replace(stored, version=2))
+    assert same.token.generation == first.token.generation, "the token has not changed"
+    second = setup.cache.put(ACCOUNT, replace(stored, version=3, tokens=tokens("2")))
     assert second.token.generation > first.token.generation
     assert setup.cache.accounts() == {ACCOUNT}
 
