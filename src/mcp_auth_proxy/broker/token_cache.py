@@ -319,8 +319,9 @@ class TokenCache:
             logger.warning("a renewal for server %s was interrupted; it is started again", account.server)
             cached = await self.load(account)
             if cached is not None and renewable(cached.grant):
-                # As the dead process did: if it fails, it is tried again.
+                # As the dead process did. If it fails or has to wait, it is due all the same, long before its time.
                 cached.used = True
+                cached.renew_at = min(cached.renew_at, self._clock())
                 self._renew_soon(account, cached)
         return others
 
