@@ -19,6 +19,7 @@
     │   │   └── KeyUnavailable         the command or the keyring that has the store's key fails
     │   ├── NameTaken                  a row of that name, or for that identity, exists already
     │   ├── LastAdmin                  a project would have no admin any more
+    │   ├── ExportRejected             a file of exported grants that can't be opened, or its passphrase
     │   └── DecryptionError            one encrypted value can't be decrypted; other rows are not affected
     ├── AuthorizationError             an authorization can't continue
     │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
@@ -210,6 +211,10 @@ class NameTaken(StoreError):
 
 class LastAdmin(StoreError):
     """A principal can't be disabled, or lose its role, because its project has no other active admin."""
+
+
+class ExportRejected(StoreError):
+    """A file of exported grants is foreign, damaged or newer, or its passphrase is not right. Nothing was changed."""
 
 
 class DecryptionError(StoreError):

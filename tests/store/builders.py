@@ -30,7 +30,7 @@ ENDPOINTS = Endpoints(
 
 
 def store_settings(folder: Path) -> StoreSettings:
-    """Return the settings of the store in a folder: a file, or a database if ``each_engine`` says so."""
+    """Return the settings of a folder's store: a file, or a database if a test on both engines is run on that."""
     if (database := postgresql.settings_of(folder)) is not None:
         return database
     key = KeySource(kind="file", name=str(folder / "store.key"))

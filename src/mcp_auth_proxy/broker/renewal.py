@@ -1,6 +1,7 @@
 """Renew grants: when to renew, one renewal at a time, with the intent stored before anything is sent."""
 
 import asyncio
+import itertools
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment
 from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal_lease import ATTEMPT_SECONDS, Attempt, GrantEnded, begin_renewal
+from mcp_auth_proxy.broker.states import REJECTED_PAUSE, background_retry
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -25,6 +27,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import HEALTHY, Grant, RenewalHealth, TokenSet
 from mcp_auth_proxy.net.deadline import patient_timeout
+from mcp_auth_proxy.oauth import jwt_expiry
 from mcp_auth_proxy.oauth.fetch import sent_only_while
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
@@ -41,11 +44,20 @@ MARGIN_MAX = 240.0
 JITTER = 0.2
 """Share by which times are varied at random, so that replicas and servers with one lifetime do not renew in step."""
 
+LONG = 3600.0
+"""Seconds of failed renewals after which the log says what a person can do."""
+
 MAX_REJECTIONS = 1000
 """Grants of which it is remembered that a person has to mend something."""
 
 SAVE_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to store tokens that have been issued."""
+
+SAVE_SECONDS = 8.0
+"""Seconds that a renewal waits until its tokens are stored; a request gets an error then."""
+
+UNSAVED_INTERVAL = 0.2
+"""Seconds between attempts after those: as soon as the store is back, before another process takes over."""
 
 
 def renewable(grant: Grant) -> bool:
@@ -56,13 +68,14 @@ def renewable(grant: Grant) -> bool:
 def renew_at(tokens: TokenSet) -> float | None:
     """Return when to renew, in Unix seconds: a fifth of the lifetime before expiry, at most 4 minutes.
 
-    None if the lifetime is unknown.
+    If the server did not say when the token expires, the token itself may, as a hint. None if neither did.
     """
-    if tokens.expires_at is None:
+    expires_at = tokens.expires_at or jwt_expiry.read(tokens.access_token, obtained_at=tokens.obtained_at)
+    if expires_at is None:
         return None
-    lifetime = max(0.0, tokens.expires_at - tokens.obtained_at)
+    lifetime = max(0.0, expires_at - tokens.obtained_at)
     margin = min(lifetime * MARGIN_SHARE, MARGIN_MAX)
-    return tokens.expires_at - margin * (1 + JITTER * random.random())
+    return expires_at - margin * (1 + JITTER * random.random())
 
 
 def _always() -> bool:
@@ -107,7 +120,9 @@ class Renewer:
         journal: ConnectionJournal,
         rate: RefreshRate,
         clock: Callable[[], float],
+        settled: Callable[[], bool] = lambda: True,
     ) -> None:
+        """``settled``: whether the store was in reach for a while, so that whoever has new tokens could store them."""
         self._token_client = token_client
         self._journal = journal
         self.rate = rate
@@ -117,6 +132,9 @@ class Renewer:
         self._outages = outages
         self._clock = clock
         self._owner = grants.owners.new()
+        self._settled = settled
+        self._unsaved: dict[int, asyncio.Task[Grant | None]] = {}
+        """By the grant's id: new tokens that are being stored."""
         self._rejections: dict[int, RenewalHealth] = {}
         """The grants whose last renewal here was refused with an error that only a person can mend, by id."""
 
@@ -130,7 +148,12 @@ class Renewer:
         HeldElsewhere if the renewal is not ``needed`` yet; StoreUnavailable, before anything is sent, if the result
         could not be stored.
         """
+        unsaved = self._unsaved.get(grant.id)
+        if unsaved is not None and (stored := await self._saved(grant, unsaved)) is not None:
+            return stored
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
+        wanted = demand.needed
+        demand = replace(demand, needed=lambda: wanted() and self._settled())
         self._rejections.pop(grant.id, None)
         current, attempt = await self._begin(grant, demand)
         if attempt is None:
@@ -189,11 +212,11 @@ class Renewer:
             owner=self._owner,
             clock=self._clock,
             needed=demand.needed,
-            is_settled=lambda current: self._is_settled(grant, current, demand),
+            is_done=lambda current: self._is_done(grant, current, demand),
             take_turn=take_turn,
         )
 
-    def _is_settled(self, grant: Grant, current: Grant, demand: Demand) -> bool:
+    def _is_done(self, grant: Grant, current: Grant, demand: Demand) -> bool:
         """Return whether there is nothing to renew; raise the error of a moment ago that a person has to mend."""
         same = current.tokens.access_token == grant.tokens.access_token
         if current.version != grant.version and (current.health == HEALTHY or not same):
@@ -202,6 +225,15 @@ class Renewer:
             return True
         self._check_rejection(current)
         return False
+
+    async def aclose(self) -> None:
+        """Stop storing tokens; each save that goes on is tried for a moment more."""
+        saving = list(self._unsaved.values())
+        if saving:
+            await asyncio.wait(saving, timeout=1.0)
+            for task in saving:
+                task.cancel()
+            await asyncio.gather(*saving, return_exceptions=True)
 
     def _works(self, grant: Grant, rejected: Callable[[], bool]) -> bool:
         return refusals.works(grant, now=self._clock(), rejected=rejected())
@@ -212,7 +244,7 @@ class Renewer:
         # If the clock was set back, nobody waits longer for that.
         if grant.health.rejected_since is None or next_try is None:
             return
-        if 0 < next_try - now <= refusals.REJECTED_PAUSE:
+        if 0 < next_try - now <= REJECTED_PAUSE:
             raise AuthorizationServerUnavailable(grant.health.failure, retry_after=next_try - now)
 
     def retry_at(self, grant: Grant) -> float | None:
@@ -220,7 +252,7 @@ class Renewer:
         ends = self._backoff.retry_at(*_subjects(grant), of_tokens(grant.key.account))
         rejection = self._rejections.get(grant.id)
         if rejection is not None:
-            return max(ends or 0.0, refusals.background_retry(rejection) or 0.0)
+            return max(ends or 0.0, background_retry(rejection) or 0.0)
         # Not all grants of an issuer at once: the first failure is a pause for the others.
         return None if ends is None else ends + (ends - self._clock()) * JITTER * random.random()
 
@@ -238,19 +270,33 @@ class Renewer:
             ) from None
 
     async def _save_with_retry(self, grant: Grant, tokens: TokenSet) -> Grant | None:
-        """Store new tokens before anyone uses them.
+        """Store new tokens before anyone uses them. Return None if another process took over.
 
-        The old refresh token may be invalid already, so a store that fails is tried again and again.
+        The old refresh token may be invalid already, so a store that fails is tried until it can be used again. Raises
+        StoreUnavailable if that takes long; it goes on then.
         """
-        for delay in SAVE_DELAYS:
+        saving = asyncio.create_task(self._save(grant, tokens))
+        self._unsaved[grant.id] = saving
+        saving.add_done_callback(lambda _: self._unsaved.pop(grant.id, None))
+        return await self._saved(grant, saving)
+
+    async def _saved(self, grant: Grant, saving: "asyncio.Task[Grant | None]") -> Grant | None:
+        await asyncio.wait({saving}, timeout=SAVE_SECONDS)
+        if not saving.done():
+            server = grant.key.account.server
+            raise StoreUnavailable(f"The renewed tokens of server {server} can't be stored now. That is tried again.")
+        return saving.result()
+
+    async def _save(self, grant: Grant, tokens: TokenSet) -> Grant | None:
+        for number in itertools.count():
             try:
                 return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
             except StoreUnavailable as failure:
-                logger.error(
-                    "the renewed tokens of server %s can't be stored yet: %s", grant.key.account.server, failure
-                )
-                await asyncio.sleep(delay)
-        return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
+                server = grant.key.account.server
+                level = logging.ERROR if number < len(SAVE_DELAYS) else logging.DEBUG
+                logger.log(level, "the renewed tokens of server %s can't be stored yet: %s", server, failure)
+            await asyncio.sleep(SAVE_DELAYS[number] if number < len(SAVE_DELAYS) else UNSAVED_INTERVAL)
+        raise AssertionError  # the count has no end
 
     async def _failed(self, grant: Grant, failure: AuthorizationError) -> AuthorizationServerUnavailable:
         """Store a failure that passes; return the error for requests that need the token."""
@@ -279,7 +325,7 @@ class Renewer:
         now = self._clock()
         text = f"{refused} {refusals.remedy(refused.error, grant, server, now=now)}"
         error = AuthorizationServerUnavailable(text)
-        self._backoff.failed(of_grant(grant), error, pause=refusals.REJECTED_PAUSE)
+        self._backoff.failed(of_grant(grant), error, pause=REJECTED_PAUSE)
         health = refusals.after_rejection(grant.health, text, now=now)
         self._rejections[grant.id] = health
         if len(self._rejections) > MAX_REJECTIONS:
@@ -299,11 +345,14 @@ class Renewer:
 
     def _warn(self, grant: Grant, error: AuthorizationServerUnavailable, health: RenewalHealth) -> None:
         """Log a failed renewal: the first of each grant, and those that follow at a bounded rate."""
-        account, ends, retry_at = grant.key.account, grant.tokens.expires_at, refusals.background_retry(health)
+        account, ends, retry_at = grant.key.account, grant.tokens.expires_at, background_retry(health)
         after = f" It is tried again at {moment(retry_at)}." if retry_at is not None else ""
         until = (
             "" if ends is None else f" Its token {'ends' if ends > self._clock() else 'has ended'} at {moment(ends)}."
         )
+        since = health.failing_since or self._clock()
+        if self._clock() - since >= LONG:
+            after += f" It has failed since {moment(since)}. {authorize_again(account, None)}"
         reason = f"its grant can't be renewed now: {error}{after}{until}"
         if grant.health.failing_since is None and not self._outages.is_due(account.server):
             logger.warning("server %s: %s", account.shown, reason)

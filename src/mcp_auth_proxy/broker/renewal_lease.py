@@ -54,15 +54,15 @@ async def begin_renewal(
     owner: str,
     clock: Callable[[], float],
     needed: Callable[[], bool],
-    is_settled: Callable[[Grant], bool],
+    is_done: Callable[[Grant], bool],
     take_turn: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Grant, Attempt | None]:
     """Record that a renewal begins, once no other process renews the grant.
 
-    Return the grant as it is stored, with None if it ``is_settled``: it has newer tokens already, or is not to be
+    Return the grant as it is stored, with None if it ``is_done``: it has newer tokens already, or is not to be
     renewed. ``needed``: see ``Demand``; ``take_turn`` is awaited once nobody else renews it, and then all is looked at
     again. Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable,
-    StoreUnavailable, and what ``is_settled`` raises.
+    StoreUnavailable, and what ``is_done`` raises.
     """
     loop = asyncio.get_running_loop()
     first_look = loop.time()
@@ -70,7 +70,7 @@ async def begin_renewal(
         current = await grants.get(grant_id)
         if current is None or current.ended_at is not None:
             raise GrantEnded
-        if is_settled(current):
+        if is_done(current):
             return current, None
         attempt, is_needed = Attempt(clock(), loop.time(), clock), needed()
         # The look alone writes nothing, and locks nothing.

@@ -155,7 +155,7 @@ BASELINE = (
         name TEXT NOT NULL UNIQUE,
         role TEXT NOT NULL,
         status TEXT NOT NULL,
-        listed BOOLEAN NOT NULL,
+        listed INTEGER NOT NULL,
         created_at DOUBLE PRECISION NOT NULL,
         seal BYTEA NOT NULL
     )
