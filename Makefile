@@ -81,7 +81,7 @@ conformance: $(STAMP) $(CONFORMANCE_STAMP) ## the official MCP conformance suite
 
 chart: $(DEPLOY_STAMP) ## render the Helm chart, and check it and the manifests for several versions of Kubernetes
 	@mkdir -p $(RENDERED)
-	@for mode in shared sidecar; do \
+	@for mode in shared sidecar replicas; do \
 		$(DEPLOY_VENV)/bin/helm lint --quiet --strict $(CHART) --values deploy/helm/examples/$$mode.yaml; \
 		$(DEPLOY_VENV)/bin/helm template mcp-auth-proxy $(CHART) --values deploy/helm/examples/$$mode.yaml >$(RENDERED)/$$mode.yaml; \
 	done

@@ -22,8 +22,8 @@ class Certificates:
     key: Path
 
 
-def create(folder: Path) -> Certificates:
-    """Write a new authority and a certificate for ``localhost`` and ``127.0.0.1`` into ``folder``."""
+def create(folder: Path, *more: str) -> Certificates:
+    """Write a new authority and a certificate for ``localhost``, ``127.0.0.1`` and ``more`` names into ``folder``."""
     files = Certificates(folder / "ca.pem", folder / "upstream.pem", folder / "upstream.key")
     authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority_name = name("bench authority")
@@ -34,7 +34,7 @@ def create(folder: Path) -> Certificates:
         .add_extension(key_usage(signs_certificates=True), critical=True)
         .sign(authority_key, hashes.SHA256())
     )
-    hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    hosts = [*map(x509.DNSName, ("localhost", *more)), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     certificate = (
         builder(name("localhost"), authority_name, key)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

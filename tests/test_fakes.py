@@ -160,6 +160,17 @@ async def test_refresh_rotates_and_an_old_token_ends_the_grant(oauth: OAuthClien
     assert error(await oauth.refresh(second["refresh_token"])) == (400, "invalid_grant")
     assert oauth.server.ledger.token(second["access_token"]) is None
     assert oauth.server.refreshes == 3
+    assert oauth.server.ledger.reused == 1
+
+
+async def test_an_old_refresh_token_may_come_again_for_a_while_or_end_nothing(oauth: OAuthClient) -> None:
+    oauth.server.configure(reuse_detection=False, reuse_seconds=3600)
+    first = (await oauth.redeem(await oauth.code())).json()
+    second = (await oauth.refresh(first["refresh_token"])).json()
+    assert (await oauth.refresh(first["refresh_token"])).status_code == 200
+    oauth.server.configure(reuse_seconds=0)
+    assert error(await oauth.refresh(first["refresh_token"])) == (400, "invalid_grant")
+    assert (await oauth.refresh(second["refresh_token"])).status_code == 200
 
 
 async def test_refresh_may_not_widen_scope_or_change_resource(oauth: OAuthClient) -> None:

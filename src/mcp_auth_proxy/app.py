@@ -1,13 +1,14 @@
 """The composition root: builds every layer from the settings, and closes them in the opposite order."""
 
 import asyncio
+import importlib
 import logging
 import os
-import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 
 from mcp_auth_proxy.broker import Broker, FlowRequest, PendingAuthorization, sign_in
 from mcp_auth_proxy.broker.made_servers import MadeServers
@@ -36,7 +37,7 @@ from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
-from mcp_auth_proxy.store import open_store, serving
+from mcp_auth_proxy.store import Engine, keys, open_store, serving, store_exists
 from mcp_auth_proxy.store.mcp_sessions import McpSessions
 from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
@@ -55,6 +56,9 @@ logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 Announce = Callable[[Flow, str], None]
 """Called with each new flow and its link."""
+
+STORE_PATIENCE = 30.0
+"""Seconds for which a server of the store that can't be reached at start is tried again."""
 
 FORGET_DELAY = 2.0
 """Seconds until the metrics of a removed server are dropped: its last requests have been counted by then."""
@@ -80,6 +84,10 @@ def _say_nothing(count: int) -> None:
     pass
 
 
+def _ignore_keys(key_ids: Sequence[str]) -> None:
+    pass
+
+
 @dataclass(slots=True, kw_only=True)
 class Application:
     """A running proxy, without its listener."""
@@ -102,6 +110,16 @@ class Application:
     callers: Callers
     visitors: Visitors
     sign_in: SignInMount
+    database: Engine
+    on_new_keys: Callable[[Sequence[str]], None] = _ignore_keys
+    """Called with the ids of the store's keys after ``renew_keys`` has changed them."""
+
+    async def renew_keys(self, store: StoreSettings) -> bool:
+        """Read the keys of the store again, and use them; return whether they are others. Raises StoreError."""
+        if not await keys.renew_keys(self.database, store):
+            return False
+        self.on_new_keys(self.database.cipher.key_ids)
+        return True
 
     def apply(self, change: SettingsChange) -> None:
         """Hand each section of a changed configuration to its owner. Active requests keep the old one."""
@@ -113,6 +131,7 @@ class Application:
         self.broker.set_keep_alive(settings.authorization.keep_alive)
         self.webhook.configure(settings.events.webhook)
         self.broker.set_opens_links(_opens_links(settings))
+        self.broker.set_refresh_rate(settings.limits.refresh_rate)
         shares = _shares(settings.limits)
         self.connections.rules = _connection_rules(settings, shares)
         self.http.set_limit(settings.limits.upstream_connections, shares.upstreams)
@@ -154,7 +173,7 @@ async def lifespan(
     settings: Settings,
     listening: Address,
     *,
-    clock: Clock = time.time,
+    clock: Clock | None = None,
     announce: Announce | None = None,
     announce_key: Callable[[str], None] = logger.warning,
     background: bool = True,
@@ -162,7 +181,8 @@ async def lifespan(
 ) -> AsyncIterator[Application]:
     """Open everything that a running proxy needs, and close it again. Raises ConfigurationError, StoreError.
 
-    ``background``: renew tokens, remember what servers offer, and watch the store for what other processes write.
+    ``clock``: Unix seconds; None for the time of the store. ``background``: renew tokens, remember what servers offer,
+    and watch the store for what other processes write.
     ``authenticator`` tells who calls instead of what ``inbound`` says.
     """
     public_url = effective_public_url(settings, listening)
@@ -175,8 +195,14 @@ async def lifespan(
     async with AsyncExitStack() as stack:
         # The store last of all that can fail: a start that fails leaves none behind.
         dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
-        database = await open_store(settings.store, announce=announce_key)
+        patience = STORE_PATIENCE if background else 0.0
+        if background:
+            await _check_imports(settings.store)
+        database = await open_store(settings.store, announce=announce_key, patience=patience)
+        clock = clock or database.now
         stack.push_async_callback(database.close)
+        if background and settings.store.imports.files:
+            await _first_imports().take_in_once(database, settings.store.imports, now=clock())
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
         callers = make_authenticator(settings, database=database, fetcher=fetcher, clock=clock)
@@ -211,6 +237,7 @@ async def lifespan(
             opens_windows=lambda: announce is None and announcer.opens,
             is_served=partial(_is_served, settings.store),
             keep_alive=settings.authorization.keep_alive,
+            refresh_rate=settings.limits.refresh_rate,
         )
         broker.journal.listen(webhook.heard)
         stack.push_async_callback(broker.aclose)
@@ -247,7 +274,7 @@ async def lifespan(
         )
         stack.callback(metrics.buffered_bytes.add_source(lambda: {(): forwarder.memory.total}))
         stack.callback(metrics.held_requests.add_source(lambda: {(): forwarder.held.used}))
-        broker.on_connected(forwarder.elicitations.connected)
+        broker.on_connected(forwarder.connected)
         if background:
             broker.on_connected(catalogs.connected)
             await broker.start()
@@ -349,13 +376,30 @@ async def lifespan(
             callers=callers,
             visitors=visitors,
             sign_in=sign_in_mount,
+            database=database,
         )
         yield application
+
+
+async def _check_imports(store: StoreSettings) -> None:
+    """Make sure that ``store.import`` can be taken in, before a store is made for it. Raises ConfigurationError."""
+    if store.imports.files and not store_exists(store):
+        await _first_imports().check(store.imports)
+
+
+def _first_imports() -> ModuleType:
+    """Return ``store.first_imports``, which few need."""
+    return importlib.import_module("mcp_auth_proxy.store.first_imports")
 
 
 def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:
     """Let the key in the file ``api-token`` use the API, if the file can be used."""
     path = token_path(settings)
+    if path is None:
+        logger.info(
+            "the API is off: with PostgreSQL and inbound.mode none, admin.token_file must name a file for its key"
+        )
+        return
     try:
         callers.accept_token(obtain_token(path, now=now))
     except OSError as error:

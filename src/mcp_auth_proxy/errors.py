@@ -15,8 +15,11 @@
     │   ├── StoreRejected              foreign, damaged or newer database: nothing is started or written
     │   │   └── KeyRejected            the store's key is missing, malformed, or not the one it was made with
     │   ├── StoreUnavailable           locked, read-only or full: temporary, try again
+    │   │   ├── StoreMigrated          a newer version has migrated the store while this one was using it
+    │   │   └── KeyUnavailable         the command or the keyring that has the store's key fails
     │   ├── NameTaken                  a row of that name, or for that identity, exists already
     │   ├── LastAdmin                  a project would have no admin any more
+    │   ├── ExportRejected             a file of exported grants that can't be opened, or its passphrase
     │   └── DecryptionError            one encrypted value can't be decrypted; other rows are not affected
     ├── AuthorizationError             an authorization can't continue
     │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
@@ -27,6 +30,7 @@
     │   ├── AuthorizationDenied        the authorization server or the user refused
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
+    │       └── RefreshRateExceeded    more tokens are to be renewed than its authorization server is sent
     ├── GrantUnusable                  a grant that has ended, or that can't be renewed
     ├── AddressRefused                 an address that a user has pasted can't be used
     ├── CallbackRefused                a callback request that matches no pending flow
@@ -189,6 +193,14 @@ class StoreUnavailable(StoreError):
     """The store can't be read or written now: locked, read-only, or the disk is full."""
 
 
+class StoreMigrated(StoreUnavailable):
+    """The store has another schema than when it was opened: this process can neither read nor write its rows."""
+
+
+class KeyUnavailable(StoreUnavailable):
+    """The command that prints the store's key fails or hangs, or the keyring that holds it can't be asked."""
+
+
 class NameTaken(StoreError):
     """A row can't be added, because another one has its name. ``existing_id`` is the id of that one."""
 
@@ -199,6 +211,10 @@ class NameTaken(StoreError):
 
 class LastAdmin(StoreError):
     """A principal can't be disabled, or lose its role, because its project has no other active admin."""
+
+
+class ExportRejected(StoreError):
+    """A file of exported grants is foreign, damaged or newer, or its passphrase is not right. Nothing was changed."""
 
 
 class DecryptionError(StoreError):
@@ -324,6 +340,10 @@ class AuthorizationServerUnavailable(AuthorizationError):
         self.server_retry_after = server_retry_after
         self.maybe_processed = maybe_processed
         self.timed_out = timed_out
+
+
+class RefreshRateExceeded(AuthorizationServerUnavailable):
+    """The authorization server has not failed: more refreshes wait than ``limits.refresh_rate`` lets through."""
 
 
 class AddressRefused(McpAuthProxyError):

@@ -1,5 +1,6 @@
 """What other processes write to the store, noticed by a running one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from fakes.authorization_server import FakeAuthorizationServer
 from fakes.proxy import until
 from mcp_auth_proxy.broker import store_watch
 from mcp_auth_proxy.errors import AuthorizationDenied, StoreUnavailable
-from mcp_auth_proxy.models import FlowStatus
+from mcp_auth_proxy.models import LOCAL, Account, FlowStatus
+from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.sqlite.engine import SqliteEngine
 
@@ -69,6 +71,7 @@ async def test_what_waits_is_told_of_a_flow_that_was_deleted(setup: BrokerSetup,
         await pending.wait(5)
 
 
+@pytest.mark.sqlite
 async def test_a_store_that_fails_for_a_while_does_not_end_the_watch(
     setup: BrokerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +92,7 @@ async def test_a_store_that_fails_for_a_while_does_not_end_the_watch(
         await pending.wait(5)
 
 
+@pytest.mark.sqlite
 async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
     setup: BrokerSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,3 +122,38 @@ async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
     looks = 0
     await until(lambda: looks == 3, "three looks")
     assert len(purges) == 3
+
+
+ACCOUNTS = 2000
+
+
+@pytest.mark.sqlite
+async def test_one_change_among_thousands_of_cached_accounts_costs_a_few_queries(
+    setup: BrokerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes some seconds: the accounts are stored and read one by one."""
+    await setup.connect()
+    (grant,) = await setup.grants.all()
+    accounts = [Account(LOCAL, "notes", f"work-{number}") for number in range(ACCOUNTS)]
+    for account in accounts:
+        await setup.grants.add(replace(grant, key=replace(grant.key, account=account)))
+        assert await setup.broker.token(account) is not None
+    for number in range(ACCOUNTS):
+        assert await setup.broker.token(Account(LOCAL, "notes", f"none-{number}")) is None
+    asked: list[str] = []
+    fetch_all = SqliteEngine.fetch_all
+
+    async def count(self: SqliteEngine, sql: str, params: Params = NO_PARAMS) -> list[Row]:
+        if self is setup.database and "data_version" not in sql:
+            asked.append(sql)
+        return await fetch_all(self, sql, params)
+
+    monkeypatch.setattr(SqliteEngine, "fetch_all", count)
+    async with broker_setup(tmp_path, *setup.servers.values()) as another:
+        await another.broker.disconnect(accounts[7])
+        await another.grants.add(replace(grant, key=replace(grant.key, account=Account(LOCAL, "notes", "none-7"))))
+        await until(lambda: setup.broker.token_nowait(accounts[7])[1] is None, "the token to go")
+        await until(lambda: setup.broker.token_nowait(Account(LOCAL, "notes", "none-7"))[1], "the token to come")
+    assert setup.broker.token_nowait(accounts[8])[1] is not None
+    # At most one round for each of the writes of the other process.
+    assert len(asked) < 100

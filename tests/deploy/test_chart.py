@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fakes.manifests import CHART, EXAMPLES, Manifests, chart, helm
+from fakes.manifests import CHART, EXAMPLES, SECRETS, Manifests, chart, helm
 from mcp_auth_proxy import __version__
+from mcp_auth_proxy.app import DRAIN_SECONDS
 
 pytestmark = pytest.mark.helm
 
@@ -21,7 +22,16 @@ def test_the_versions_are_those_of_the_package() -> None:
     [
         ("shared", "mode=other", 'mode is "other"; it must be shared or sidecar'),
         ("shared", "replicas=2", "replicas is 2; it must be 1, because the SQLite store works on one host"),
+        ("shared", "replicas=2", "or set store.url to a postgresql:// database"),
         ("sidecar", "replicas=2", "replicas is 2"),
+        ("replicas", "store.url=", "replicas is 3; it must be 1, because the SQLite store works on one host"),
+        ("replicas", "store.url=sqlite:////data/x.db", "store.url must be postgresql://USER@HOST/DATABASE, or file:"),
+        ("replicas", "store.url=file:/data/url", "store.url must be postgresql://USER@HOST/DATABASE, or file:/run/"),
+        ("replicas", "store.url=postgresql://me:pw@db/proxy", "store.url has a password"),
+        ("replicas", "store.url=postgresql://db/proxy?user=me&password=pw", "store.url has a password"),
+        ("replicas", "persistence.enabled=true", "persistence.enabled is true; with store.url everything is in the"),
+        ("replicas", "replicas=0", "replicas is 0"),
+        ("replicas", "replicas=some", "replicas: Invalid type"),
         ("shared", "replicas=0", "replicas is 0"),
         ("shared", "secretName=", "secretName is empty; create a Secret with the key store-key"),
         ("shared", "config.servers=null", "config.servers is empty"),
@@ -119,8 +129,59 @@ def test_a_release_may_have_a_dot_in_its_name() -> None:
     assert Manifests.read(done.stdout).objects["Service"]["metadata"]["name"] == "team-one-mcp-auth-proxy"
 
 
-def test_a_node_can_be_drained() -> None:
+def test_replicas_share_a_database_whose_url_is_in_the_secret_and_need_no_volume() -> None:
+    found = chart("replicas")
+    spec = found.objects["Deployment"]["spec"]
+    assert spec["replicas"] == 3
+    assert found.config["store"] == {
+        "url": f"file:{SECRETS}/database-url",
+        "keys": [f"file:{SECRETS}/store-key"],
+    }
+    assert "PersistentVolumeClaim" not in found.objects
+    (data,) = (volume for volume in found.pod["volumes"] if volume["name"] == "data")
+    assert "emptyDir" in data
+    egress = found.objects["NetworkPolicy"]["spec"]["egress"]
+    assert [[port["port"] for port in rule["ports"]] for rule in egress] == [[53, 53], [5432], [443]]
+    other = chart("replicas", "store.url=postgresql://me@db:6432/proxy", "store.port=6432")
+    assert other.config["store"]["url"] == "postgresql://me@db:6432/proxy"
+    assert {"port": 6432, "protocol": "TCP"} in other.objects["NetworkPolicy"]["spec"]["egress"][1]["ports"]
+
+
+def test_replicas_are_replaced_one_after_the_other_and_spread() -> None:
+    found = chart("replicas")
+    spec = found.objects["Deployment"]["spec"]
+    assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+    # A request that still comes while its pod ends is served, and the time for those under way is as long as before.
+    command = found.proxy["lifecycle"]["preStop"]["exec"]["command"]
+    assert "time.sleep(5)" in command[-1]
+    assert found.pod["terminationGracePeriodSeconds"] >= 5 + DRAIN_SECONDS
+    labels = found.template["metadata"]["labels"]
+    spread = found.pod["topologySpreadConstraints"]
+    assert {each["topologyKey"] for each in spread} == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
+    for each in spread:
+        assert each["whenUnsatisfiable"] == "ScheduleAnyway"
+        assert each["labelSelector"]["matchLabels"].items() <= labels.items()
+    own = chart("replicas", "topologySpreadConstraints[0].topologyKey=rack")
+    assert own.pod["topologySpreadConstraints"] == [{"topologyKey": "rack"}]
+
+
+def test_one_replica_on_sqlite_ends_before_the_next_one_starts() -> None:
     for example in ("shared", "sidecar"):
+        found = chart(example)
+        assert found.objects["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
+        assert "topologySpreadConstraints" not in found.pod
+        assert "lifecycle" not in found.proxy
+
+
+def test_agents_may_share_a_database_too() -> None:
+    found = chart("sidecar", "replicas=2", "store.url=postgresql://me@db/agents")
+    assert found.objects["Deployment"]["spec"]["replicas"] == 2
+    assert found.config["store"]["url"] == "postgresql://me@db/agents"
+    assert "lifecycle" not in found.proxy
+
+
+def test_a_node_can_be_drained() -> None:
+    for example in ("shared", "sidecar", "replicas"):
         found = chart(example)
         spec = found.objects["PodDisruptionBudget"]["spec"]
         assert spec["maxUnavailable"] == 1

@@ -100,6 +100,11 @@ class RawServer:
         await self._server.wait_closed()
 
     @property
+    def idle(self) -> bool:
+        """Whether every connection has ended."""
+        return not self._tasks
+
+    @property
     def url(self) -> str:
         return f"http{'s' if self._tls else ''}://127.0.0.1:{self.port}/mcp"
 

@@ -10,6 +10,7 @@ from mcp_auth_proxy.errors import UpstreamPoolTimeout, UpstreamProtocolError, Up
 from mcp_auth_proxy.net import pool as pool_module
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
+from mcp_auth_proxy.net.http_connection import StaleConnection
 from mcp_auth_proxy.net.http_response import Response
 from mcp_auth_proxy.net.pool import ConnectionPool
 from mcp_auth_proxy.net.urls import Origin, parse
@@ -381,6 +382,99 @@ async def test_shorter_idle_timeouts_are_learned_and_forgotten_again(
         client.pool(server).learn_idle_timeout(0.0)
         await client.ask(server)
         assert len(server.peers) == 2
+
+
+@pytest.mark.parametrize("callers", [1, 8])
+@pytest.mark.parametrize("reset", [False, True])
+async def test_connections_are_reused_as_before_after_closes_that_crossed_a_request(
+    client: Client, callers: int, reset: bool
+) -> None:
+    # F14: a restart of the server, which closes each connection just as its next request is sent.
+    async def script(peer: Peer) -> None:
+        old = len(server.peers) <= callers
+        await peer.request()
+        await arrived.wait()
+        await peer.send(ok())
+        while True:
+            await peer.request()
+            if old:
+                if reset:
+                    peer.reset()
+                return
+            await peer.send(ok())
+
+    async def call(times: int) -> None:
+        for _ in range(times):
+            assert await client.ask(server) == b"hi"
+
+    arrived = asyncio.Event()
+    async with RawServer(script) as server:
+        first = [asyncio.create_task(client.ask(server)) for _ in range(callers)]
+        await until(lambda: len(server.requests) == callers)
+        arrived.set()
+        await asyncio.gather(*first)
+        crossed = await asyncio.gather(*(client.ask(server) for _ in range(callers)), return_exceptions=True)
+        assert [type(result) for result in crossed] == [StaleConnection] * callers
+        await asyncio.gather(*(call(200 // callers) for _ in range(callers)))
+        assert len(server.peers) <= 2 * callers
+
+
+async def test_a_close_that_crosses_a_request_now_and_then_is_no_idle_timeout(client: Client) -> None:
+    async def script(peer: Peer) -> None:
+        for _ in range(20):
+            await peer.request()
+            await peer.send(ok())
+        await peer.request()
+
+    async with RawServer(script) as server:
+        for _ in range(10):
+            assert [await client.ask(server) for _ in range(20)] == [b"hi"] * 20
+            with pytest.raises(StaleConnection):
+                await client.ask(server)
+        assert len(server.peers) == 10
+
+
+async def test_a_server_that_closes_each_connection_at_its_second_request_is_learned(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(ok())
+        await peer.request()
+
+    monkeypatch.setattr(pool_module, "LEARNED_SHARE", 0.0)
+    async with RawServer(script) as server:
+        for _ in range(2):
+            assert await client.ask(server) == b"hi"
+            with pytest.raises(StaleConnection):
+                await client.ask(server)
+        assert [await client.ask(server) for _ in range(20)] == [b"hi"] * 20
+
+
+@pytest.mark.parametrize("crossing", [False, True])
+async def test_an_idle_timeout_of_a_second_is_learned_from_one_close(client: Client, crossing: bool) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(ok())
+        if crossing:
+            await peer.request()
+        else:
+            await asyncio.sleep(idle)
+
+    idle = 0.6
+    async with RawServer(script) as server:
+        await client.ask(server)
+        if crossing:
+            await asyncio.sleep(idle)
+            with pytest.raises(StaleConnection):
+                await client.ask(server)
+        else:
+            await until(lambda: client.pool(server).open == 0)
+        await client.ask(server)
+        kept = client.pool(server).idle_since
+        assert kept is not None
+        await asyncio.sleep(idle * 0.85)
+        assert client.upstream.idle_connection(parse(server.url).origin) is None
 
 
 async def test_idle_connections_are_closed_after_their_idle_timeout(

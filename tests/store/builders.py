@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from fakes import postgresql
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.models import (
     DEFAULT_ACCOUNT,
@@ -18,6 +19,7 @@ from mcp_auth_proxy.models import (
     RegistrationKind,
     TokenSet,
 )
+from mcp_auth_proxy.store.lease import Owners
 
 NOW = 1_800_000_000.0
 ENDPOINTS = Endpoints(
@@ -28,6 +30,9 @@ ENDPOINTS = Endpoints(
 
 
 def store_settings(folder: Path) -> StoreSettings:
+    """Return the settings of a folder's store: a file, or a database if a test on both engines is run on that."""
+    if (database := postgresql.settings_of(folder)) is not None:
+        return database
     key = KeySource(kind="file", name=str(folder / "store.key"))
     return StoreSettings(path=folder / "store.db", keys=(key,), default_key=True)
 
@@ -103,3 +108,12 @@ def attempt(state: str, flow_id: str = "flow-1", at: float = NOW) -> Attempt:
         created_at=at,
         expires_at=at + 600,
     )
+
+
+def dead_owner(owners: Owners) -> str:
+    """Return the name of a process that has ended and left leases behind."""
+    process = Owners(owners.beside)
+    process.appear()
+    process.took("anything")
+    process.close()
+    return process.new()

@@ -19,11 +19,11 @@ import asyncio, pathlib, sys
 from mcp_auth_proxy.models import Account
 from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.grants import Grants
-from mcp_auth_proxy.store.lease import new_owner
 from store.builders import NOW, tokens
 
 async def main():
-    grants, owner = Grants(await open_store(store_settings(pathlib.Path(sys.argv[1])))), new_owner()
+    grants = Grants(await open_store(store_settings(pathlib.Path(sys.argv[1]))))
+    owner = grants.owners.new()
     while True:
         found = await grants.current(Account("local", "linear"))
         assert await grants.begin_refresh(found.id, version=found.version, owner=owner, now=NOW)

@@ -1,17 +1,14 @@
 """Flows of users on another device: sealed, and polled for by one process."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mcp_auth_proxy.models import DeviceAuthorization, FlowStatus
-from mcp_auth_proxy.store import Engine, lease
+from mcp_auth_proxy.store import Engine
 from mcp_auth_proxy.store.flows import Flows
-from store.builders import NOW, flow
+from store.builders import NOW, dead_owner, flow
 
 DEVICE = DeviceAuthorization(
     device_code="canary-device",
@@ -47,7 +44,7 @@ async def test_waiting_device_flows_are_found_after_a_restart(flows: Flows) -> N
 
 async def test_only_one_living_process_polls(flows: Flows) -> None:
     await flows.save(WAITING)
-    first, second = lease.new_owner(), lease.new_owner()
+    first, second = flows.owners.new(), flows.owners.new()
     assert await flows.claim_poll("flow-1", owner=first, now=NOW, next_poll_at=NOW + 5)
     assert not await flows.claim_poll("flow-1", owner=second, now=NOW, next_poll_at=NOW + 5)
     assert await flows.claim_poll("flow-1", owner=first, now=NOW + 5, next_poll_at=NOW + 10)
@@ -55,11 +52,9 @@ async def test_only_one_living_process_polls(flows: Flows) -> None:
 
 async def test_the_successor_of_a_dead_process_may_poll(flows: Flows) -> None:
     await flows.save(WAITING)
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        process.wait()
-    dead = lease.new_owner().replace(f":{os.getpid()}:", f":{process.pid}:")
+    dead = dead_owner(flows.owners)
     assert await flows.claim_poll("flow-1", owner=dead, now=NOW, next_poll_at=NOW + 5)
-    assert await flows.claim_poll("flow-1", owner=lease.new_owner(), now=NOW, next_poll_at=NOW + 5)
+    assert await flows.claim_poll("flow-1", owner=flows.owners.new(), now=NOW, next_poll_at=NOW + 5)
 
 
 @pytest.mark.parametrize("status", [FlowStatus.DONE, FlowStatus.FAILED])

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mcp_auth_proxy.models import Account, FlowStatus, Grant
+from mcp_auth_proxy.models import HEALTHY, Account, FlowStatus, Grant
 from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.flows import Flows
-from mcp_auth_proxy.store.grants import SUPERSEDED, Grants
+from mcp_auth_proxy.store.grants import _BEGIN, SUPERSEDED, Grants
 from store.builders import NOW, attempt, flow, grant, registration, sha256, store_settings, tokens
 
 DEFAULT, WORK = Account("local", "linear"), Account("local", "linear", "work")
@@ -200,15 +200,15 @@ async def test_one_refresh_at_a_time(grants: Grants) -> None:  # F3
 async def test_the_same_owner_may_begin_again(grants: Grants) -> None:
     stored = await grants.add(grant())
     assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
-    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW + 30)
-    assert not await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW + 80)
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW + 10)
+    assert not await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW + 30)
 
 
 async def test_an_old_lease_is_taken_over_and_its_late_write_fenced_off(grants: Grants) -> None:  # F13
     stored = await grants.add(grant())
     assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
-    assert not await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW + 59)
-    assert await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW + 61)
+    assert not await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW + lease.LONGEST)
+    assert await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW + lease.LONGEST + 1)
     assert await grants.renewed(stored.id, version=1, owner=OWNER, tokens=tokens("late")) is None
     await grants.release_refresh(stored.id, version=1, owner=OWNER)
     new = await grants.renewed(stored.id, version=1, owner=OTHER, tokens=tokens("2"))
@@ -239,10 +239,10 @@ async def test_a_process_killed_in_a_refresh_is_found_and_taken_over_at_once(gra
         "from store.builders import NOW, store_settings\n"
         "from mcp_auth_proxy.store import open_store\n"
         "from mcp_auth_proxy.store.grants import Grants\n"
-        "from mcp_auth_proxy.store.lease import new_owner\n"
         "async def main():\n"
         "    engine = await open_store(store_settings(pathlib.Path(sys.argv[1])))\n"
-        "    assert await Grants(engine).begin_refresh(int(sys.argv[2]), version=1, owner=new_owner(), now=NOW)\n"
+        "    grants, grant = Grants(engine), int(sys.argv[2])\n"
+        "    assert await grants.begin_refresh(grant, version=1, owner=grants.owners.new(), now=NOW)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(main())\n"
     )
@@ -252,14 +252,50 @@ async def test_a_process_killed_in_a_refresh_is_found_and_taken_over_at_once(gra
     found = await grants.get(stored.id)
     assert found is not None
     assert found.refresh_begun_at == NOW
-    assert not lease.is_held(found.refresh_owner, NOW, NOW + 1)
-    assert await grants.begin_refresh(stored.id, version=1, owner=lease.new_owner(), now=NOW + 1)
+    assert await grants.interrupted(NOW + 1) == ({DEFAULT: NOW}, False)
+    owner = grants.owners.new()
+    assert await grants.begin_refresh(stored.id, version=1, owner=owner, now=NOW + 1, needed=False)
 
 
 async def test_a_living_process_holds_its_lease(grants: Grants) -> None:
     stored = await grants.add(grant())
-    assert await grants.begin_refresh(stored.id, version=1, owner=lease.new_owner(), now=NOW)
-    assert not await grants.begin_refresh(stored.id, version=1, owner=lease.new_owner(), now=NOW)
+    assert await grants.interrupted(NOW) == ({}, False)
+    assert await grants.begin_refresh(stored.id, version=1, owner=grants.owners.new(), now=NOW)
+    assert not await grants.begin_refresh(stored.id, version=1, owner=grants.owners.new(), now=NOW)
+    assert await grants.interrupted(NOW) == ({}, True)
+    assert await grants.interrupted(NOW + lease.LONGEST + 1) == ({}, True)
+
+
+async def test_a_living_process_that_is_late_is_only_taken_over_if_that_is_needed(grants: Grants) -> None:
+    stored = await grants.add(grant())
+    late, owner = NOW + lease.LONGEST + 1, grants.owners.new()
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+    assert not await grants.begin_refresh(stored.id, version=1, owner=owner, now=late, needed=False)
+    assert await grants.begin_refresh(stored.id, version=1, owner=owner, now=late)
+
+
+async def test_a_refresh_that_was_given_up_stays_recorded_and_may_be_taken_over(grants: Grants) -> None:
+    stored = await grants.add(grant())
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+    assert not await grants.note_failure(stored.id, version=1, owner=OTHER, health=HEALTHY, keep=True)
+    assert not await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW)
+    assert await grants.note_failure(stored.id, version=1, owner=OWNER, health=HEALTHY, keep=True)
+    found = await grants.get(stored.id)
+    assert found is not None
+    assert found.refresh_begun_at == NOW
+    assert not await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW, needed=False)
+    assert await grants.renewed(stored.id, version=1, owner=OWNER, tokens=tokens("late")) is None
+    assert await grants.begin_refresh(stored.id, version=1, owner=OTHER, now=NOW)
+
+
+async def test_a_refresh_that_was_begun_again_meanwhile_is_not_taken_over(grants: Grants, engine: Engine) -> None:
+    """Two transactions of a database server may both have seen the old begin."""
+    stored = await grants.add(grant())
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW)
+    seen = {"id": stored.id, "version": 1, "owner": OTHER, "now": NOW + 50, "seen": OWNER, "seen_at": NOW}
+    assert await grants.begin_refresh(stored.id, version=1, owner=OWNER, now=NOW + 40)
+    async with engine.transaction() as transaction:
+        assert await transaction.execute(_BEGIN, seen) == []
 
 
 async def test_end_keeps_the_row_and_its_reason(grants: Grants) -> None:  # F2

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mcp_auth_proxy.store import Engine, lease, leases, open_store
-from mcp_auth_proxy.store.leases import KEPT_SECONDS, Leases
-from store.builders import NOW, store_settings
+from mcp_auth_proxy.store import Engine, leases, open_store
+from mcp_auth_proxy.store.lease import KEPT_SECONDS
+from mcp_auth_proxy.store.leases import Leases
+from store.builders import NOW, dead_owner, store_settings
 
 ELSEWHERE = "elsewhere:1:a"
 
@@ -23,7 +24,7 @@ async def names(engine: Engine) -> list[str]:
 
 
 async def test_one_of_two_owners_has_a_lease_until_it_gives_it_back(held: Leases, engine: Engine) -> None:
-    first, second = lease.new_owner(), lease.new_owner()
+    first, second = held.owners.new(), held.owners.new()
     assert await held.claim("a", owner=first, now=NOW, longest=20)
     assert await held.claim("a", owner=first, now=NOW, longest=20)
     assert not await held.claim("a", owner=second, now=NOW + 1, longest=20)
@@ -40,7 +41,7 @@ async def test_one_of_two_owners_has_a_lease_until_it_gives_it_back(held: Leases
 
 async def test_of_processes_that_claim_at_once_one_wins(tmp_path: Path) -> None:
     stores = [await open_store(store_settings(tmp_path)) for _ in range(4)]
-    claims = [Leases(each).claim("a", owner=lease.new_owner(), now=NOW, longest=20) for each in stores for _ in "abc"]
+    claims = [Leases(each).claim("a", owner=each.owners.new(), now=NOW, longest=20) for each in stores for _ in "abc"]
     assert sum(await asyncio.gather(*claims)) == 1
     for each in stores:
         await each.close()
@@ -52,11 +53,11 @@ async def test_a_lease_that_is_too_old_or_of_the_dead_is_free(held: Leases) -> N
     assert await held.claim("a", owner="elsewhere:2:b", now=NOW + 21, longest=20)
     await held.release("a", owner=ELSEWHERE, now=NOW)
     assert await held.is_held("a", now=NOW + 22, longest=20)
-    gone = f"{lease.new_owner().partition(':')[0]}:999999999:1.x"
-    assert await held.claim("b", owner=gone, now=NOW, longest=20)
+    assert await held.claim("b", owner=dead_owner(held.owners), now=NOW, longest=20)
     assert await held.claim("b", owner=ELSEWHERE, now=NOW, longest=20)
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("value", [b"", b"nonsense", b"[]", b'{"a": 1}', b"[" * 5000, "text", 5])
 async def test_what_something_else_wrote_there_holds_nothing(held: Leases, engine: Engine, value: object) -> None:
     async with engine.transaction() as transaction:

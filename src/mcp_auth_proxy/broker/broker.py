@@ -3,9 +3,9 @@
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 
 from mcp_auth_proxy.broker import ownership
+from mcp_auth_proxy.broker.adoption import ForeignLogin, grant_for
 from mcp_auth_proxy.broker.attempts import (
     AcceptedCallback,
     AuthorizationAttempts,
@@ -36,6 +36,7 @@ from mcp_auth_proxy.broker.oauth_clients import ClientDirectory
 from mcp_auth_proxy.broker.ownership import MayOpen
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
+from mcp_auth_proxy.broker.refresh_rate import DEFAULT_RATE, RefreshRate
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
 from mcp_auth_proxy.broker.requested_flows import FlowRequest, FlowState, state_of
 from mcp_auth_proxy.broker.sign_ins import SignIns
@@ -62,12 +63,12 @@ from mcp_auth_proxy.models import (
     FlowMode,
     FlowStatus,
     Grant,
-    GrantType,
     Registration,
     TokenSet,
 )
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
+from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
@@ -77,6 +78,7 @@ from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.leases import Leases
 from mcp_auth_proxy.store.oauth_clients import OAuthClients
+from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,7 @@ class Broker:
         is_served: Callable[[str], bool] = lambda public_url: False,
         readers: tuple[StoreReader, ...] = (),
         keep_alive: float = 0.0,
+        refresh_rate: float = DEFAULT_RATE,
     ) -> None:
         """``servers`` may change at any time; call ``servers_changed`` afterwards.
 
@@ -107,8 +110,9 @@ class Broker:
         metadata documents may lead to. ``opens_links``: whether links may be opened in a browser (``link_opened``);
         then every visit but the first after that has to be confirmed. ``opens_windows``: whether ``announce`` opens
         links in a browser now. ``is_served``: whether a process runs on the same machine and store that browsers reach
-        at a URL: its flows will do here. ``readers`` are told what other processes write.
-        ``keep_alive``: seconds after which a grant is refreshed even if it is not used; 0: never.
+        at a URL: its flows will do here. ``readers`` are told what other processes write. ``refresh_rate`` is how many
+        refreshes an authorization server is sent in a second, by all processes on the store. ``keep_alive``: seconds
+        after which a grant is refreshed even if it is not used; 0: never.
         """
         self._servers = servers
         self._database = database
@@ -129,6 +133,7 @@ class Broker:
         self._registrar = ClientRegistrar(
             fetcher=fetcher, registrations=Registrations(database), public_url=public_url, clock=clock
         )
+        self._rate = rate = RefreshRate(slots=RefreshSlots(database), clock=clock, rate=refresh_rate)
         renewer = Renewer(
             token_client=self._token_client,
             registrar=self._registrar,
@@ -136,7 +141,9 @@ class Broker:
             backoff=backoff,
             outages=self.outages,
             journal=journal,
+            rate=rate,
             clock=clock,
+            settled=lambda: self._watch.is_settled,
         )
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
         self._records = ConnectionRecords(
@@ -218,6 +225,7 @@ class Broker:
             grants=self._grants,
             pending=self._pending,
             backoff=backoff,
+            rate=rate,
             clock=clock,
         )
         self._challenges = ChallengeHandler(
@@ -251,11 +259,10 @@ class Broker:
             database=database,
             leases=leases,
             flows=self._flows,
-            grants=self._grants,
             tokens=self._tokens,
             pending=self._pending,
             clock=clock,
-            readers=readers,
+            readers=(*readers, rate),
         )
 
         self._keep_alive = KeepAlive(
@@ -282,6 +289,8 @@ class Broker:
         await self._keep_alive.aclose()
         await self._watch.aclose()
         await self._forgotten_clients.aclose()
+        # Those that wait for their turn have sent nothing.
+        await self._rate.aclose()
         await self._tokens.aclose()
         await self._pending.aclose()
         await self._authorizations.aclose()
@@ -637,6 +646,10 @@ class Broker:
         flow = await self._flows.get(flow_id)
         return None if flow is None else await self._forgotten_clients.newest(flow)
 
+    async def finished_flows(self, account: Account) -> list[str]:
+        """Return the ids of the flows that the user of an account has finished lately. Raises StoreError."""
+        return [flow.id for flow in await self._flows.all_done(account)]
+
     async def flow_of_state(self, state: str) -> Flow | None:
         """Return the flow that a state belongs to, without using it up; None if it is unknown or used."""
         found = await self._flows.find_attempt(digest(state))
@@ -684,23 +697,12 @@ class Broker:
         Their authorization server is found as for an authorization. Without a client they can't be renewed, unless the
         configuration names it. Raises AuthorizationError and StoreError.
         """
-        server = configured(self._servers, account.server)
-        plan = await self._planner.preview(account, server, None)
-        registration = plan.registration
-        if client is not None:
-            registration = replace(client, server=server.name, account=account.name, issuer=plan.key.issuer)
-        if not registration.client_id:
-            tokens = replace(tokens, refresh_token=None)
-        grant = Grant(
-            key=plan.key,
-            grant_type=GrantType.AUTHORIZATION_CODE,
-            registration=registration,
-            endpoints=plan.endpoints,
-            tokens=tokens,
-            scopes=tokens.scopes,
-            granted_at=self._clock(),
-        )
+        grant = await self.grant_for(account, ForeignLogin(tokens, client, granted_at=self._clock()), None)
         self._tokens.put(account, await self._grants.add(grant))
+
+    async def grant_for(self, account: Account, login: ForeignLogin, challenge: BearerChallenge | None) -> Grant:
+        """Return the grant that the login of another program is, without storing it; see ``adoption.grant_for``."""
+        return await grant_for(self._planner, configured(self._servers, account.server), account, login, challenge)
 
     async def disconnect(self, account: Account, *, forget_client: bool = False) -> Disconnected:
         """Delete the grants of an account and revoke them; see ``Disconnector.disconnect``. Raises StoreError."""
@@ -719,6 +721,10 @@ class Broker:
     def set_keep_alive(self, period: float) -> None:
         """Change after how many seconds a grant is refreshed even if it is not used."""
         self._keep_alive.configure(period)
+
+    def set_refresh_rate(self, rate: float) -> None:
+        """Change how many refreshes an authorization server is sent in a second."""
+        self._rate.set_rate(rate)
 
     def set_opens_links(self, opens: bool) -> None:
         """Change whether links may be opened in a browser."""

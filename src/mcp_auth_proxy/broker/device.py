@@ -14,7 +14,6 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationServerUnavailable, StoreUnavailable, TokenRefused
 from mcp_auth_proxy.models import Flow, FlowStatus, Grant
 from mcp_auth_proxy.oauth.device_authorization import INTERVAL_MAX, SLOW_DOWN_STEP, Poll
-from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
 
@@ -46,7 +45,7 @@ class DevicePolls:
         self._flows = flows
         self._grants = grants
         self._clock = clock
-        self._owner = lease.new_owner()
+        self._owner = grants.owners.new()
         self._polls: SingleFlight[str, Poll | Grant | None] = SingleFlight()
 
     async def wait_for_decision(self, flow: Flow) -> Grant | None:

@@ -23,7 +23,6 @@ from mcp_auth_proxy.oauth import dpop, scopes
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.device_authorization import DeviceGrantStart
 from mcp_auth_proxy.observability import metrics
-from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.flows import CANCELLED, Flows, start_lease
 from mcp_auth_proxy.store.leases import Leases
 
@@ -40,7 +39,7 @@ MIN_LINK_LIFETIME = 60.0
 MANY = 1000
 """Pending authorizations at which those whose links have expired are dropped: a caller may name any account."""
 
-LONGEST_START = 30.0
+LONGEST_START = 25.0
 """Seconds after which another process may begin a flow though one that is about to has not made it."""
 
 Announce = Callable[[Flow, str], None]
@@ -89,7 +88,7 @@ class PendingFlows:
         self._is_served = is_served
         self._clock = clock
         self._leases = leases
-        self._owner = lease.new_owner()
+        self._owner = leases.owners.new()
         self._pending: dict[Account, PendingAuthorization] = {}
         self._following: dict[str, asyncio.Task[None]] = {}
         """By flow id: the tasks that wait for a decision on another device."""

@@ -44,6 +44,7 @@ class MadeServers:
         URLs of this proxy.
         """
         self._store = Servers(database)
+        self._table = self._store.table()
         self._servers = servers
         self._allow_private = allow_private
         self._clock = clock
@@ -54,7 +55,8 @@ class MadeServers:
 
     async def reload(self) -> None:
         """Read all servers of the store."""
-        self._stored = {server.id: server for server in await self._store.all()}
+        stored = sorted(await self._table.all(), key=lambda server: (server.created_at, server.id))
+        self._stored = {server.id: server for server in stored}
         self._publish()
 
     async def purge(self) -> None:

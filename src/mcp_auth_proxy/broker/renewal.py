@@ -1,15 +1,19 @@
 """Renew grants: when to renew, one renewal at a time, with the intent stored before anything is sent."""
 
 import asyncio
+import itertools
 import logging
 import random
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from math import inf
 
 from mcp_auth_proxy.broker import refusals
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
+from mcp_auth_proxy.broker.renewal_lease import ATTEMPT_SECONDS, Attempt, GrantEnded, begin_renewal
 from mcp_auth_proxy.broker.states import REJECTED_PAUSE, background_retry
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -19,12 +23,14 @@ from mcp_auth_proxy.errors import (
     ClientNotActive,
     StoreUnavailable,
     TokenRefused,
+    excerpt,
 )
 from mcp_auth_proxy.models import HEALTHY, Grant, RenewalHealth, TokenSet
+from mcp_auth_proxy.net.deadline import patient_timeout
 from mcp_auth_proxy.oauth import jwt_expiry
+from mcp_auth_proxy.oauth.fetch import sent_only_while
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
-from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
@@ -47,9 +53,11 @@ MAX_REJECTIONS = 1000
 SAVE_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to store tokens that have been issued."""
 
+SAVE_SECONDS = 8.0
+"""Seconds that a renewal waits until its tokens are stored; a request gets an error then."""
 
-class GrantEnded(Exception):
-    """Signal within the broker: the grant is over, and a new authorization is needed."""
+UNSAVED_INTERVAL = 0.2
+"""Seconds between attempts after those: as soon as the store is back, before another process takes over."""
 
 
 def renewable(grant: Grant) -> bool:
@@ -70,6 +78,34 @@ def renew_at(tokens: TokenSet) -> float | None:
     return expires_at - margin * (1 + JITTER * random.random())
 
 
+def _always() -> bool:
+    return True
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Who wants a renewal, and how much. The functions are asked while it goes on."""
+
+    needed: Callable[[], bool] = _always
+    """Whether the token is dead, so that the renewal of a process that may be alive has to be taken over once its lease
+    has ended."""
+    rejected: Callable[[], bool] = _never
+    """Whether the server has answered 401 to the access token."""
+    asked: bool = False
+    """A person wants it."""
+    background: bool = False
+    """Nobody waits for it: those that a request waits for have their turns first."""
+    has_turn: bool = False
+    """It has waited for its turn already."""
+
+
+_REQUEST = Demand()
+
+
 class Renewer:
     """Renew grants. The caller makes sure that one grant is renewed only once at a time in this process."""
 
@@ -82,56 +118,50 @@ class Renewer:
         backoff: Backoff,
         outages: OutageLog,
         journal: ConnectionJournal,
+        rate: RefreshRate,
         clock: Callable[[], float],
+        settled: Callable[[], bool] = lambda: True,
     ) -> None:
+        """``settled``: whether the store was in reach for a while, so that whoever has new tokens could store them."""
         self._token_client = token_client
         self._journal = journal
+        self.rate = rate
         self._registrar = registrar
         self._grants = grants
         self._backoff = backoff
         self._outages = outages
         self._clock = clock
-        self._owner = lease.new_owner()
+        self._owner = grants.owners.new()
+        self._settled = settled
+        self._unsaved: dict[int, asyncio.Task[Grant | None]] = {}
+        """By the grant's id: new tokens that are being stored."""
         self._rejections: dict[int, RenewalHealth] = {}
         """The grants whose last renewal here was refused with an error that only a person can mend, by id."""
 
-    async def renew(
-        self,
-        server: ServerSettings,
-        grant: Grant,
-        *,
-        rejected: Callable[[], bool] = lambda: False,
-        asked: bool = False,
-        background: bool = False,
-    ) -> Grant:
+    async def renew(self, server: ServerSettings, grant: Grant, demand: Demand = _REQUEST) -> Grant:
         """Return the grant with new tokens, which are stored already. Nothing is sent during a pause.
 
-        ``rejected``: whether the server has answered 401 to the access token. If the renewal is refused while that
-        token works, the grant is returned with it, degraded; so it is, without a request, until the token is dead,
-        unless a person has ``asked`` for the renewal. ``background``: no request waits for it.
+        It waits for its turn (``refresh_rate``). If the renewal is refused while the access token works, the grant is
+        returned with it, degraded; so it is, without a request, until the token is dead, unless a person has asked.
 
-        Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked later;
-        StoreUnavailable, before anything is sent, if the result could not be stored.
+        Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked later,
+        HeldElsewhere if the renewal is not ``needed`` yet; StoreUnavailable, before anything is sent, if the result
+        could not be stored.
         """
+        unsaved = self._unsaved.get(grant.id)
+        if unsaved is not None and (stored := await self._saved(grant, unsaved)) is not None:
+            return stored
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
+        wanted = demand.needed
+        demand = replace(demand, needed=lambda: wanted() and self._settled())
         self._rejections.pop(grant.id, None)
-        current = await self._grants.get(grant.id)
-        if current is None or current.ended_at is not None:
-            raise GrantEnded
-        same = current.tokens.access_token == grant.tokens.access_token
-        if current.version != grant.version and (current.health == HEALTHY or not same):
+        current, attempt = await self._begin(grant, demand)
+        if attempt is None:
             return current
-        if current.health.refused_at is not None and not asked and self._works(current, rejected):
-            return current
-        self._check_rejection(current)
-        if not await self._grants.begin_refresh(
-            current.id, version=current.version, owner=self._owner, now=self._clock()
-        ):
-            return await self._renewed_by_another(current)
         try:
-            tokens = await self._token_client.refresh(server, current)
+            tokens = await self._request(server, current, attempt)
         except TokenRefused as refused:
-            return await self._refused(server, current, refused, rejected)
+            return await self._refused(server, current, refused, demand.rejected)
         except ClientNotActive as gone:
             if await self._grants.end(current.id, version=current.version, reason=str(gone), now=self._clock()):
                 self._journal.ended(current.key.account, str(gone))
@@ -139,10 +169,11 @@ class Renewer:
         except AuthorizationError as failure:
             raise await self._failed(current, failure) from None
         self._backoff.succeeded(*_subjects(current))
-        stored = await self._save_with_retry(current, tokens)
-        if stored is None:
-            # Fenced off: another process took over the lease, so its result is the one to use.
-            return await self._renewed_by_another(current)
+        while (stored := await self._save_with_retry(current, tokens)) is None:
+            # Fenced off: another process took over. Its result is the one to use, if it comes to one.
+            current, again = await self._take_over(grant, demand)
+            if again is None:
+                return current
         metrics.refreshes.labels(metrics.server_label(server.name), "renewed").inc()
         recovered = current.health != HEALTHY
         self._journal.renewed(current.key.account, recovered=recovered)
@@ -150,6 +181,59 @@ class Renewer:
             "server %s: the renewal works again" if recovered else "renewed the grant of server %s", server.name
         )
         return stored
+
+    async def _begin(self, grant: Grant, demand: Demand) -> tuple[Grant, Attempt | None]:
+        """Begin a renewal when its turn has come and no other process renews the grant; see ``begin_renewal``."""
+        issuer, has_turn = grant.key.issuer, demand.has_turn
+        attempt: Attempt | None = None
+
+        async def take_turn() -> None:
+            nonlocal has_turn
+            if not has_turn:
+                expires_at = grant.tokens.expires_at or inf
+                await self.rate.turn(issuer, key=grant.id, background=demand.background, expires_at=expires_at)
+                has_turn = True
+                # Another grant of the issuer may have begun a pause.
+                self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
+
+        try:
+            current, attempt = await self._take_over(grant, demand, take_turn)
+            return current, attempt
+        finally:
+            if has_turn and attempt is None:
+                self.rate.unused(issuer)
+
+    async def _take_over(
+        self, grant: Grant, demand: Demand, take_turn: Callable[[], Awaitable[None]] | None = None
+    ) -> tuple[Grant, Attempt | None]:
+        return await begin_renewal(
+            self._grants,
+            grant.id,
+            owner=self._owner,
+            clock=self._clock,
+            needed=demand.needed,
+            is_done=lambda current: self._is_done(grant, current, demand),
+            take_turn=take_turn,
+        )
+
+    def _is_done(self, grant: Grant, current: Grant, demand: Demand) -> bool:
+        """Return whether there is nothing to renew; raise the error of a moment ago that a person has to mend."""
+        same = current.tokens.access_token == grant.tokens.access_token
+        if current.version != grant.version and (current.health == HEALTHY or not same):
+            return True
+        if current.health.refused_at is not None and not demand.asked and self._works(current, demand.rejected):
+            return True
+        self._check_rejection(current)
+        return False
+
+    async def aclose(self) -> None:
+        """Stop storing tokens; each save that goes on is tried for a moment more."""
+        saving = list(self._unsaved.values())
+        if saving:
+            await asyncio.wait(saving, timeout=1.0)
+            for task in saving:
+                task.cancel()
+            await asyncio.gather(*saving, return_exceptions=True)
 
     def _works(self, grant: Grant, rejected: Callable[[], bool]) -> bool:
         return refusals.works(grant, now=self._clock(), rejected=rejected())
@@ -161,7 +245,13 @@ class Renewer:
         if grant.health.rejected_since is None or next_try is None:
             return
         if 0 < next_try - now <= REJECTED_PAUSE:
+            self._remember(grant.id, grant.health)
             raise AuthorizationServerUnavailable(grant.health.failure, retry_after=next_try - now)
+
+    def _remember(self, grant_id: int, rejection: RenewalHealth) -> None:
+        self._rejections[grant_id] = rejection
+        if len(self._rejections) > MAX_REJECTIONS:
+            del self._rejections[next(iter(self._rejections))]
 
     def retry_at(self, grant: Grant) -> float | None:
         """Return when a renewal may be tried again, in Unix seconds; None if the last one did not fail."""
@@ -172,20 +262,47 @@ class Renewer:
         # Not all grants of an issuer at once: the first failure is a pause for the others.
         return None if ends is None else ends + (ends - self._clock()) * JITTER * random.random()
 
-    async def _save_with_retry(self, grant: Grant, tokens: TokenSet) -> Grant | None:
-        """Store new tokens before anyone uses them.
+    async def _request(self, server: ServerSettings, grant: Grant, attempt: Attempt) -> TokenSet:
+        """Request new tokens, in so little time that they are stored before another process may take over."""
+        try:
+            async with patient_timeout(max(0.0, attempt.seconds_left())):
+                with sent_only_while(lambda: attempt.seconds_left() > 0):
+                    return await self._token_client.refresh(server, grant)
+        except TimeoutError:
+            raise AuthorizationServerUnavailable(
+                f"The authorization server {excerpt(grant.key.issuer)} did not answer within {ATTEMPT_SECONDS:.0f} s.",
+                maybe_processed=True,
+                timed_out=True,
+            ) from None
 
-        The old refresh token may be invalid already, so a store that fails is tried again and again.
+    async def _save_with_retry(self, grant: Grant, tokens: TokenSet) -> Grant | None:
+        """Store new tokens before anyone uses them. Return None if another process took over.
+
+        The old refresh token may be invalid already, so a store that fails is tried until it can be used again. Raises
+        StoreUnavailable if that takes long; it goes on then.
         """
-        for delay in SAVE_DELAYS:
+        saving = asyncio.create_task(self._save(grant, tokens))
+        self._unsaved[grant.id] = saving
+        saving.add_done_callback(lambda _: self._unsaved.pop(grant.id, None))
+        return await self._saved(grant, saving)
+
+    async def _saved(self, grant: Grant, saving: "asyncio.Task[Grant | None]") -> Grant | None:
+        await asyncio.wait({saving}, timeout=SAVE_SECONDS)
+        if not saving.done():
+            server = grant.key.account.server
+            raise StoreUnavailable(f"The renewed tokens of server {server} can't be stored now. That is tried again.")
+        return saving.result()
+
+    async def _save(self, grant: Grant, tokens: TokenSet) -> Grant | None:
+        for number in itertools.count():
             try:
                 return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
             except StoreUnavailable as failure:
-                logger.error(
-                    "the renewed tokens of server %s can't be stored yet: %s", grant.key.account.server, failure
-                )
-                await asyncio.sleep(delay)
-        return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
+                server = grant.key.account.server
+                level = logging.ERROR if number < len(SAVE_DELAYS) else logging.DEBUG
+                logger.log(level, "the renewed tokens of server %s can't be stored yet: %s", server, failure)
+            await asyncio.sleep(SAVE_DELAYS[number] if number < len(SAVE_DELAYS) else UNSAVED_INTERVAL)
+        raise AssertionError  # the count has no end
 
     async def _failed(self, grant: Grant, failure: AuthorizationError) -> AuthorizationServerUnavailable:
         """Store a failure that passes; return the error for requests that need the token."""
@@ -193,6 +310,8 @@ class Renewer:
         error = AuthorizationServerUnavailable(str(failure), server_retry_after=failure.server_retry_after)
         issuer, own = _subjects(grant)
         self._backoff.failed(issuer if unavailable else own, error)
+        if unavailable is not None and error.server_retry_after:
+            await self.rate.pause(grant.key.issuer, error.server_retry_after)
         health = replace(
             grant.health,
             failing_since=grant.health.failing_since or self._clock(),
@@ -214,9 +333,7 @@ class Renewer:
         error = AuthorizationServerUnavailable(text)
         self._backoff.failed(of_grant(grant), error, pause=REJECTED_PAUSE)
         health = refusals.after_rejection(grant.health, text, now=now)
-        self._rejections[grant.id] = health
-        if len(self._rejections) > MAX_REJECTIONS:
-            del self._rejections[next(iter(self._rejections))]
+        self._remember(grant.id, health)
         await self._note_failure(grant, health, error, keep=False)
         if grant.health.rejected_since is None:
             self._journal.degraded(grant.key.account, text)
@@ -265,7 +382,11 @@ class Renewer:
         health = RenewalHealth(refused_at=grant.health.refused_at or self._clock(), failure=str(refused))
         noted = await self._grants.note_refusal(grant.id, version=grant.version, owner=self._owner, health=health)
         if noted is None:
-            return await self._renewed_by_another(grant)
+            # Fenced off: another process took over.
+            newer = await self._grants.get(grant.id)
+            if newer is None or newer.ended_at is not None:
+                raise GrantEnded
+            return newer
         metrics.refreshes.labels(metrics.server_label(server.name), "failed").inc()
         if grant.health.refused_at is None:
             account, ends = grant.key.account, grant.tokens.expires_at
@@ -297,22 +418,6 @@ class Renewer:
         logger.warning("the grant of server %s has ended: %s %s", grant.key.account.shown, reason, todo)
         self._journal.ended(grant.key.account, reason)
         raise GrantEnded
-
-    async def _renewed_by_another(self, grant: Grant) -> Grant:
-        """Wait at most 10 seconds for the process that holds the lease; return what it stored."""
-        for _ in range(100):
-            current = await self._grants.get(grant.id)
-            if current is None or current.ended_at is not None:
-                raise GrantEnded
-            if current.version != grant.version:
-                return current
-            if current.refresh_begun_at is None:
-                break
-            await asyncio.sleep(0.1)
-        raise AuthorizationServerUnavailable(
-            f"Another process is renewing the grant of server {grant.key.account.server} and has not finished.",
-            retry_after=2.0,
-        )
 
 
 def _subjects(grant: Grant) -> tuple[Subject, Subject]:

@@ -2,24 +2,33 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
-from typing import Protocol
+import math
+from collections.abc import Callable, Collection
+from typing import Protocol, TypeVar
 
 from mcp_auth_proxy.broker.flows import PendingFlows
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.errors import AuthorizationDenied, AuthorizationError, StoreError
 from mcp_auth_proxy.models import Account, FlowStatus, Grant
+from mcp_auth_proxy.store import comparison
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.flows import CANCELLED, Flows
-from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.leases import Leases
 
 WATCH_INTERVAL = 0.5
 """Seconds between checks whether another process has written to the store."""
 
+SETTLED_SECONDS = 3.0
+"""Seconds after an outage of the store in which nobody takes over what another process may be about to store."""
+
 PURGE_INTERVAL = 3600.0
 """Seconds between deletions of old flows."""
+
+CHECKED_AT_ONCE = 50
+"""Grants, and flows, that are read as a whole after each change, in turn: so what was changed without the key shows."""
+
+T = TypeVar("T")
 
 
 class StoreReader(Protocol):
@@ -41,7 +50,6 @@ class StoreWatch:
         database: Engine,
         leases: Leases,
         flows: Flows,
-        grants: Grants,
         tokens: TokenCache,
         pending: PendingFlows,
         clock: Callable[[], float],
@@ -51,11 +59,20 @@ class StoreWatch:
         self._database = database
         self._leases = leases
         self._flows = flows
-        self._grants = grants
         self._tokens = tokens
         self._pending = pending
         self._clock = clock
+        self._others_renew = True
+        """Whether other processes renew grants, as of the last look: they may die."""
+        self._unchecked: list[Account] = []
+        self._unchecked_flows: list[str] = []
+        self._failed_at = -math.inf
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the store was in reach for a while, so that whoever has something to store could do so."""
+        return asyncio.get_running_loop().time() >= self._failed_at + SETTLED_SECONDS
 
     def add_reader(self, reader: StoreReader) -> None:
         """Tell one more reader what other processes write."""
@@ -77,9 +94,14 @@ class StoreWatch:
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             # Store failures are reported by /readyz and by the requests that need the store.
-            with contextlib.suppress(StoreError):
-                if await self._database.changed():
+            try:
+                changed = await self._database.changed()
+                if changed:
                     await self.reload()
+                if self.is_settled and (changed or self._others_renew):
+                    self._others_renew = await self._tokens.resume_interrupted()
+            except StoreError:
+                self._failed_at, self._others_renew = asyncio.get_running_loop().time(), True
             now = self._clock()
             # The absolute difference: the clock may have been set back.
             if abs(now - purged_at) >= PURGE_INTERVAL:
@@ -102,33 +124,70 @@ class StoreWatch:
         for reader in self._readers:
             await reader.reload()
         self._tokens.clear_negative()
-        awaited = self._tokens.awaited()
-        for account in awaited & await self._grants.accounts() if awaited else ():
+        for account in await comparison.granted(self._database, self._tokens.awaited()):
             # If the server was removed just now, nobody waits for its grant.
             with contextlib.suppress(AuthorizationError):
                 await self._tokens.load(account)
-        for account in {*self._tokens.accounts(), *(pending.flow.key.account for pending in self._pending.all())}:
-            grant = await self._tokens.stored(account)
-            if grant is None:
+        await self._reload_cached()
+        await self._reload_pending()
+
+    async def _reload_cached(self) -> None:
+        """Read the grants that are not as they are in the cache, and some that seem to be."""
+        known = self._tokens.versions()
+        changed = await comparison.changed_grants(self._database, known)
+        looked_at = changed | known.keys() & _some(self._unchecked, known)
+        found = await comparison.current_grants(self._database, looked_at)
+        for account in looked_at:
+            cached, grant = self._tokens.get(account), found.get(account)
+            if cached is None or (cached.grant.id, cached.grant.version) != known.get(account):
+                # It has changed here meanwhile, and is newer than what was read.
+                continue
+            if grant is None or not self._tokens.is_usable(grant):
                 self._tokens.evict(account)
             elif not self._tokens.is_renewing(account):
                 # If the server was removed or reconfigured just now, the grant is not for it any more.
                 with contextlib.suppress(AuthorizationError):
-                    await self._activate_if_new(account, grant)
-        for pending in self._pending.all():
-            await self._drop_if_ended(pending)
+                    self._tokens.put(account, grant)
 
-    async def _activate_if_new(self, account: Account, grant: Grant) -> None:
-        pending = self._pending.get(account)
-        if pending is None:
-            self._tokens.put(account, grant)
+    async def _reload_pending(self) -> None:
+        """Let those go on who wait for a consent that was given elsewhere, and those whose flow has ended."""
+        pending = {waiting.flow.key.account: waiting for waiting in self._pending.all()}
+        if not pending:
             return
-        flow = await self._flows.get(pending.flow.id)
+        flows = {waiting.flow.id for waiting in pending.values()}
+        decided = await comparison.decided_flows(self._database, flows) | _some(self._unchecked_flows, flows)
+        grants = await comparison.current_grants(
+            self._database, await comparison.granted(self._database, pending.keys())
+        )
+        for account, waiting in pending.items():
+            grant = grants.get(account)
+            if grant is not None and self._tokens.is_usable(grant):
+                # If the server was removed or reconfigured just now, the grant is not for it any more.
+                with contextlib.suppress(AuthorizationError):
+                    await self._activate_if_new(waiting, grant, decided=waiting.flow.id in decided)
+            if waiting.flow.id in decided and self._pending.get(account) is waiting:
+                await self._drop_if_ended(waiting)
+
+    async def _activate_if_new(self, pending: PendingAuthorization, grant: Grant, *, decided: bool) -> None:
         # The consent may also have come by an earlier link, or by one of another process.
-        if grant.granted_at > pending.flow.created_at or (flow is not None and flow.status is FlowStatus.DONE):
+        new = grant.granted_at > pending.flow.created_at
+        if not new and decided:
+            flow = await self._flows.get(pending.flow.id)
+            new = flow is not None and flow.status is FlowStatus.DONE
+        account = grant.key.account
+        if new and self._pending.get(account) is pending and not self._tokens.is_renewing(account):
             self._pending.activate(grant, elsewhere=True)
 
     async def _drop_if_ended(self, pending: PendingAuthorization) -> None:
         flow = await self._flows.get(pending.flow.id)
         if flow is None or flow.status is FlowStatus.FAILED:
             self._pending.drop(pending.flow, AuthorizationDenied(flow.reason if flow else CANCELLED))
+
+
+def _some(unchecked: list[T], known: Collection[T]) -> set[T]:
+    """Return some of what is known: in time all, as ``unchecked`` has what is left of the last round."""
+    if not unchecked:
+        unchecked.extend(known)
+    some = set(unchecked[-CHECKED_AT_ONCE:])
+    del unchecked[-CHECKED_AT_ONCE:]
+    return some

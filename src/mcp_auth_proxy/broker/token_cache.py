@@ -6,17 +6,20 @@ Everything here can be loaded again from the store.
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mcp_auth_proxy.broker import dpop
+from mcp_auth_proxy.broker import dpop, early_renewal
 from mcp_auth_proxy.broker.matching import configured, matches, server_reconfigured
-from mcp_auth_proxy.broker.renewal import GrantEnded, Renewer, renew_at, renewable
+from mcp_auth_proxy.broker.renewal import Demand, Renewer, renew_at, renewable
+from mcp_auth_proxy.broker.renewal_lease import LONGEST_WAIT, TAKEOVER_AHEAD, GrantEnded, HeldElsewhere
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import McpAuthProxyError
+from mcp_auth_proxy.errors import AuthorizationServerUnavailable, McpAuthProxyError
 from mcp_auth_proxy.models import AccessToken, Account, Grant
+from mcp_auth_proxy.store.comparison import GrantVersion
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,12 @@ logger = logging.getLogger(__name__)
 LONGEST_TIMER = 86_400.0
 """Maximum seconds of a timer. Longer waits take several: the clock may be set in the meantime."""
 
+
+LOOK_AHEAD = 15.0
+"""Seconds between two looks for tokens that are too many to be renewed within their margins."""
+
+LOOKED_AT = 2_000
+"""Tokens that are looked at before others have their turn on the event loop."""
 
 MAX_WITHOUT_GRANT = 10_000
 """Accounts that are remembered to have no grant; beyond it, all are forgotten: a caller may name any account."""
@@ -46,6 +55,8 @@ class CachedToken:
     timer: asyncio.TimerHandle | None = None
     rejected: bool = False
     """Whether the server has answered 401 to it."""
+    queued: bool = False
+    """Whether it waits for a turn to be renewed in the background."""
 
 
 class TokenCache:
@@ -76,7 +87,12 @@ class TokenCache:
         """Incremented by each invalidation. What was read from the store before one is read again."""
         self._loading: SingleFlight[Account, CachedToken | None] = SingleFlight()
         self._renewing: SingleFlight[Account, CachedToken | None] = SingleFlight()
+        self._needed: set[Account] = set()
+        """Accounts whose renewal somebody waits for, because the token is dead."""
+        self._interrupted: dict[Account, float] = {}
+        """Renewals that dead processes have begun, and when: those that were looked at already."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._looking_ahead: asyncio.Task[None] | None = None
 
     async def aclose(self) -> None:
         """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
@@ -89,6 +105,7 @@ class TokenCache:
         await self._renewing.settle(timeout=10.0)
         for flight in (self._loading, self._renewing):
             await flight.aclose()
+        await self._renewer.aclose()
 
     # For requests
 
@@ -167,6 +184,12 @@ class TokenCache:
         """Return the accounts that have a cached token."""
         return set(self._cached)
 
+    def versions(self) -> dict[Account, GrantVersion]:
+        """Return which grants are cached."""
+        return {
+            account: GrantVersion(cached.grant.id, cached.grant.version) for account, cached in self._cached.items()
+        }
+
     def awaited(self) -> set[Account]:
         """Return the accounts that had no grant when they were last asked for."""
         return set(self._awaited)
@@ -178,15 +201,18 @@ class TokenCache:
     async def stored(self, account: Account) -> Grant | None:
         """Return the stored grant that may be used for an account, if there is one. Raises StoreError."""
         grant = await self._grants.current(account)
+        return grant if grant is not None and self.is_usable(grant) else None
+
+    def is_usable(self, grant: Grant) -> bool:
+        """Return whether a stored grant is for its server as that is configured now."""
+        account = grant.key.account
         server = self._servers.get(account.server)
-        if grant is None or server is None:
-            return None
-        if matches(grant, server):
-            return grant
+        if server is None or matches(grant, server):
+            return server is not None
         logger.warning(
             "the grant of server %s is for another server or issuer than configured; it is not used", account.server
         )
-        return None
+        return False
 
     async def load(self, account: Account) -> CachedToken | None:
         """Cache the stored grant of an account; return None if there is none.
@@ -241,6 +267,9 @@ class TokenCache:
         self._negative.discard(account)
         self._awaited.discard(account)
         self._schedule(account, cached)
+        if self._looking_ahead is None and self._is_crowded:
+            self._looking_ahead = asyncio.create_task(self._look_ahead())
+            self._tasks.add(self._looking_ahead)
         if before is None or before.grant.granted_at != grant.granted_at:
             for callback in self._callbacks.values():
                 # Soon, so that whoever waits for the grant has it first.
@@ -277,16 +306,23 @@ class TokenCache:
 
     # Renewal
 
-    async def resume_interrupted(self) -> None:
-        """Renew the grants whose renewal was interrupted by a crash. Raises StoreError."""
-        for grant in await self._grants.interrupted():
-            account = grant.key.account
-            if account.server not in self._servers:
+    async def resume_interrupted(self) -> bool:
+        """Renew the grants whose renewal was interrupted by the death of its process. Raises StoreError.
+
+        Return whether other processes renew grants now: one that dies is noticed by the next call.
+        """
+        interrupted, others = await self._grants.interrupted(self._clock())
+        before, self._interrupted = self._interrupted, interrupted
+        for account, begun_at in interrupted.items():
+            if account.server not in self._servers or before.get(account) == begun_at:
                 continue
             logger.warning("a renewal for server %s was interrupted; it is started again", account.server)
             cached = await self.load(account)
             if cached is not None and renewable(cached.grant):
+                # As the dead process did: if it fails, it is tried again.
+                cached.used = True
                 self._renew_soon(account, cached)
+        return others
 
     async def renew(
         self, account: Account, cached: CachedToken, *, asked: bool = False, background: bool = False
@@ -294,12 +330,23 @@ class TokenCache:
         """Return the renewed token; None if the grant has ended. All callers share one renewal.
 
         It is the same token if the renewal was refused while that works. ``asked``: a person wants the renewal now;
-        ``background``: no request waits for it. Raises AuthorizationError, AuthorizationServerUnavailable and
-        StoreError.
+        ``background``: nobody waits for it. Otherwise the token counts as dead: the renewal does not wait for those of
+        the background, and one that another process does not finish is taken over. Raises AuthorizationError,
+        AuthorizationServerUnavailable, also if that takes too long, and StoreError.
         """
-        return await self._renewing.run(
-            account, lambda: self._renew(account, cached, asked=asked, background=background)
-        )
+        if background:
+            return await self._start(account, cached, Demand(background=True))
+        self._needed.add(account)
+        if account in self._renewing:
+            self._renewer.rate.promote(cached.grant.key.issuer, cached.grant.id)
+        try:
+            async with asyncio.timeout(LONGEST_WAIT):
+                return await self._start(account, cached, Demand(asked=asked))
+        except TimeoutError:
+            raise AuthorizationServerUnavailable(
+                f"The renewal of the grant of server {account.server} takes longer than {LONGEST_WAIT:.0f} s.",
+                retry_after=2.0,
+            ) from None
 
     async def renew_rejected(self, account: Account, cached: CachedToken) -> CachedToken | None:
         """Return a newer token than one that its server has answered 401 to, as ``renew`` does."""
@@ -322,16 +369,25 @@ class TokenCache:
 
     async def _renew_idle(self, account: Account, grant: Grant) -> CachedToken | None:
         try:
-            renewed = await self._renewer.renew(configured(self._servers, account.server), grant, background=True)
+            demand = Demand(needed=lambda: account in self._needed, background=True)
+            renewed = await self._renewer.renew(configured(self._servers, account.server), grant, demand)
         except GrantEnded:
             self.evict(account)
             return None
         # A request that has come meanwhile waits for this.
         return self.put(account, renewed) if account in self._cached else None
 
-    async def _renew(
-        self, account: Account, cached: CachedToken, *, asked: bool, background: bool
-    ) -> CachedToken | None:
+    def _start(self, account: Account, cached: CachedToken, demand: Demand) -> Awaitable[CachedToken | None]:
+        """Begin to renew at once, unless that has begun; whoever awaits the result may be cancelled."""
+        return asyncio.shield(self._renewing.start(account, lambda: self._renew(account, cached, demand)))
+
+    async def _renew(self, account: Account, cached: CachedToken, demand: Demand) -> CachedToken | None:
+        try:
+            return await self._renew_once(account, cached, demand)
+        finally:
+            self._needed.discard(account)
+
+    async def _renew_once(self, account: Account, cached: CachedToken, demand: Demand) -> CachedToken | None:
         current = self._cached.get(account)
         if current is not None and current.token.generation > cached.token.generation:
             return current
@@ -343,13 +399,23 @@ class TokenCache:
             # The new secrets of the server must not go to the authorization server of the old one.
             raise server_reconfigured(server.name)
         before = self._invalidations
+
+        def needed() -> bool:
+            return account in self._needed or self._clock() >= cached.expires_at - TAKEOVER_AHEAD
+
         try:
             renewed = await self._renewer.renew(
-                server, cached.grant, rejected=lambda: cached.rejected, asked=asked, background=background
+                server, cached.grant, replace(demand, needed=needed, rejected=lambda: cached.rejected)
             )
         except GrantEnded:
             self.evict(account)
             return await self._load(account)
+        except HeldElsewhere:
+            # Before the token is dead there is time: the other process may come back with its result.
+            cached.renew_at = max(cached.expires_at - TAKEOVER_AHEAD, self._clock() + TAKEOVER_AHEAD)
+            if self._cached.get(account) is cached:
+                self._schedule(account, cached)
+            raise
         except McpAuthProxyError:
             # Before this task ends: as soon as no renewal is in progress, a request that finds the token still due
             # would start the next one.
@@ -360,8 +426,26 @@ class TokenCache:
         return self.put(account, renewed)
 
     def _renew_soon(self, account: Account, cached: CachedToken) -> None:
-        """Renew a token in the background."""
-        self._spawn(self._renew_in_background(account, cached))
+        """Renew a token in the background, when its turn has come."""
+        if cached.queued or self._is_paused(account, cached):
+            return
+
+        due = cached.renew_at
+
+        def begin() -> bool:
+            cached.queued = False
+            if self._cached.get(account) is not cached or account in self._renewing or cached.renew_at > due:
+                return False
+            if self._is_paused(account, cached):
+                return False
+            # At once: a request that finds the token still due would queue it again.
+            demand = Demand(background=True, has_turn=True)
+            self._renewing.start(account, lambda: self._renew(account, cached, demand))
+            self._spawn(self._renew_in_background(account, cached))
+            return True
+
+        cached.queued = True
+        self._renewer.rate.later(cached.grant.key.issuer, cached.expires_at, begin)
 
     async def _renew_in_background(self, account: Account, cached: CachedToken) -> None:
         try:
@@ -378,6 +462,13 @@ class TokenCache:
         if due is None:
             return float("inf")
         return max(due, self._renewer.retry_at(grant) or due)
+
+    def _is_paused(self, account: Account, cached: CachedToken) -> bool:
+        """Return whether a renewal can't be tried now; then it is postponed."""
+        if (self._renewer.retry_at(cached.grant) or 0.0) <= self._clock():
+            return False
+        self._postpone(account, cached)
+        return True
 
     def _postpone(self, account: Account, cached: CachedToken) -> None:
         retry_at = self._renewer.retry_at(cached.grant)
@@ -404,6 +495,46 @@ class TokenCache:
             self._schedule(account, cached)
         elif cached.used or cached.used_at:
             self._renew_soon(account, cached)
+
+    # Many tokens that expire together
+
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether there are more tokens than can be renewed in a second."""
+        return len(self._cached) > self._renewer.rate.rate
+
+    async def _look_ahead(self) -> None:
+        while self._is_crowded:
+            await asyncio.sleep(LOOK_AHEAD)
+            await self.renew_early()
+        task, self._looking_ahead = self._looking_ahead, None
+        self._tasks.discard(task) if task is not None else None
+
+    async def renew_early(self) -> None:
+        """Begin to renew tokens that are used, if so many expire together that their margins are too short."""
+        counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        for each in await self._in_use():
+            counts[each.grant.key.issuer][early_renewal.group(each.expires_at)] += 1
+        now, rate = self._clock(), self._renewer.rate.rate
+        begins = {issuer: early_renewal.begin_at(expiries, rate) for issuer, expiries in counts.items()}
+        for each in await self._in_use():
+            groups = begins.get(each.grant.key.issuer, {})
+            begin = groups.get(early_renewal.group(each.expires_at), each.renew_at)
+            if (
+                max(begin, early_renewal.earliest(each.grant.tokens)) <= now < each.renew_at
+                and self._renewer.retry_at(each.grant) is None
+            ):
+                self._renew_soon(each.grant.key.account, each)
+
+    async def _in_use(self) -> list[CachedToken]:
+        """Return the tokens that are renewed ahead of expiry."""
+        found: list[CachedToken] = []
+        for number, each in enumerate(list(self._cached.values())):
+            if number % LOOKED_AT == LOOKED_AT - 1:
+                await asyncio.sleep(0)
+            if (each.used or each.used_at) and each.renew_at < each.expires_at < float("inf"):
+                found.append(each)
+        return found
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from mcp_auth_proxy.errors import StoreError
-from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.leases import Leases
 
 T = TypeVar("T")
@@ -29,7 +28,7 @@ async def take_turn(
     A turn ends after ``longest`` seconds at the latest, or with its process. So two may work at the same time after
     all: what they store must be decided there. Raises what ``look`` and ``work`` raise, and StoreError.
     """
-    owner = lease.new_owner()
+    owner = leases.owners.new()
     while not await leases.claim(name, owner=owner, now=(claimed_at := clock()), longest=longest):
         while await leases.is_held(name, now=clock(), longest=longest):
             found = await look()

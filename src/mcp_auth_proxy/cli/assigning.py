@@ -10,7 +10,7 @@ from mcp_auth_proxy.config.settings import ServerSettings, Settings
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError, McpAuthProxyError
 from mcp_auth_proxy.models import LOCAL, Account, Principal, shared_principal
 from mcp_auth_proxy.servers import ServerRegistry
-from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.store import Engine, open_store, store_exists
 from mcp_auth_proxy.store.grant_summaries import GrantSummaries
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.principals import Principals
@@ -27,8 +27,8 @@ async def assign(settings: Settings, names: Sequence[str], *, giver: str, receiv
         raise ConfigurationError([ConfigError("", f"--from and --to are both {giver!r}.")])
     if receiver == LOCAL:
         raise ConfigurationError([ConfigError("--to", "must be a principal or 'shared': nobody else can use them")])
-    if not settings.store.path.exists():
-        raise McpAuthProxyError(f"There is no store at {settings.store.path} yet, and so there are no grants.")
+    if not store_exists(settings.store):
+        raise McpAuthProxyError(f"There is no store at {settings.store.shown} yet, and so there are no grants.")
     engine = await open_store(settings.store, announce=complain)
     try:
         servers = await _servers(engine, settings)

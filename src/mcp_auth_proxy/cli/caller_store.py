@@ -12,7 +12,7 @@ from mcp_auth_proxy.config.settings import Settings
 from mcp_auth_proxy.errors import LastAdmin, McpAuthProxyError
 from mcp_auth_proxy.identity.keys import make_key
 from mcp_auth_proxy.models import ALL_SCOPES, DEFAULT_PROJECT, Identity, Principal, PrincipalStatus, Role, Scope
-from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.store import Engine, open_store, open_store_read_only, store_exists
 from mcp_auth_proxy.store.api_keys import ApiKeys
 from mcp_auth_proxy.store.principals import Principals, new_principal_id
 
@@ -20,8 +20,8 @@ _MEMBER_SCOPES = frozenset({Scope.MCP, Scope.SELF})
 
 
 @asynccontextmanager
-async def _opened(settings: Settings) -> AsyncIterator[Engine]:
-    engine = await open_store(settings.store, announce=complain)
+async def _opened(settings: Settings, *, writes: bool = True) -> AsyncIterator[Engine]:
+    engine = await (open_store(settings.store, announce=complain) if writes else open_store_read_only(settings.store))
     try:
         yield engine
     finally:
@@ -61,8 +61,8 @@ async def create_key(
 async def list_keys(settings: Settings, *, as_json: bool) -> int:
     """Print the keys, the oldest first. Return 0; raise McpAuthProxyError."""
     rows: list[dict[str, Any]] = []
-    if settings.store.path.exists():
-        async with _opened(settings) as engine:
+    if store_exists(settings.store):
+        async with _opened(settings, writes=False) as engine:
             names = {principal.id: principal.name for principal in await Principals(engine).all()}
             rows = [
                 {
@@ -92,7 +92,7 @@ async def list_keys(settings: Settings, *, as_json: bool) -> int:
 async def revoke_key(settings: Settings, key_id: str) -> int:
     """Delete a key. Return 0; raise McpAuthProxyError if there is none with this id."""
     found = False
-    if settings.store.path.exists():
+    if store_exists(settings.store):
         async with _opened(settings) as engine:
             key = await ApiKeys(engine).get(key_id)
             owner = await Principals(engine).get(key.principal) if key is not None else None
@@ -109,8 +109,8 @@ async def revoke_key(settings: Settings, key_id: str) -> int:
 async def list_principals(settings: Settings, *, as_json: bool) -> int:
     """Print the principals, by name. Return 0; raise McpAuthProxyError."""
     rows: list[dict[str, Any]] = []
-    if settings.store.path.exists():
-        async with _opened(settings) as engine:
+    if store_exists(settings.store):
+        async with _opened(settings, writes=False) as engine:
             rows = await _principal_rows(engine)
     if as_json:
         say_json(rows)
@@ -177,7 +177,7 @@ async def add_principal(
 async def set_status(settings: Settings, name: str, *, active: bool) -> int:
     """Disable or enable a principal, by name or id. Return 0; raise McpAuthProxyError if there is none."""
     principal = None
-    if settings.store.path.exists():
+    if store_exists(settings.store):
         async with _opened(settings) as engine:
             store = Principals(engine)
             principal = await store.by_name(name) or await store.get(name)

@@ -46,10 +46,10 @@ async def dashboard(store: StoreSettings, settings: Settings | None, *, name: st
 
 def _public_url(store: StoreSettings, settings: Settings | None) -> str:
     """Return how a browser reaches the proxy that serves the store. Raises McpAuthProxyError if there is none."""
-    served = serving.addresses(store) if store.path.exists() else []
+    served = serving.addresses(store)
     if not served:
         raise McpAuthProxyError(
-            f"No proxy is running with the store {store.path}, so nothing would answer the link. Start one with "
+            f"No proxy is running with the store {store.shown}, so nothing would answer the link. Start one with "
             f"`mcp-auth-proxy serve`."
         )
     if settings is not None and settings.public_url is not None:

@@ -99,10 +99,10 @@ def _single_place(servers: Collection[str]) -> "Place | None":
     from mcp_auth_proxy.cli.install import command
     from mcp_auth_proxy.config.load import single_store
     from mcp_auth_proxy.config.settings import reachable
-    from mcp_auth_proxy.store import serving
+    from mcp_auth_proxy.store import serving, store_exists
 
     store = single_store(environ=os.environ)
-    if not store.path.exists():
+    if not store_exists(store):
         return None
     running = {process.name: process for process in serving.processes(store) if process.name}
     _require_known(servers, _known_here(None) or ())
@@ -118,20 +118,20 @@ def _known_here(config_file: str | None) -> Collection[str] | None:
 
     from mcp_auth_proxy.broker import stored_servers
     from mcp_auth_proxy.config.load import single_store
-    from mcp_auth_proxy.store import open_store, serving
+    from mcp_auth_proxy.store import open_store_read_only, serving, store_exists
 
     if location.find(config_file, os.environ) is not None:
         return list(settings_from(config_file, secrets_of=()).servers)
     store = single_store(environ=os.environ)
 
     async def read() -> list[str]:
-        database = await open_store(store)
+        database = await open_store_read_only(store)
         try:
             return list(await stored_servers(database))
         finally:
             await database.close()
 
-    if not store.path.exists():
+    if not store_exists(store):
         return None
     return {*asyncio.run(read()), *(process.name for process in serving.processes(store) if process.name)}
 

@@ -322,7 +322,7 @@ def _require_our_proxy(settings: Settings) -> None:
     if not any(address.port == wanted.port and address.host in (wanted.host, everywhere) for address in served):
         raise AddressInUse(
             f"{settings.listen} is taken by another program, so the callback could not be received there: no running "
-            f"proxy holds the store {settings.store.path} and that address. End that program, or choose another "
+            f"proxy holds the store {settings.store.shown} and that address. End that program, or choose another "
             f"address with the key 'listen'."
         )
 

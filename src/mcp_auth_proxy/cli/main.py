@@ -13,6 +13,8 @@ from mcp_auth_proxy.cli.completion import VARIABLE, completion, server_names
 from mcp_auth_proxy.cli.entering import install as install_entries
 from mcp_auth_proxy.cli.grants import grants
 from mcp_auth_proxy.cli.hardening import protect_process
+from mcp_auth_proxy.cli.keys import keys
+from mcp_auth_proxy.cli.moving.command import export_command, import_command
 from mcp_auth_proxy.cli.options import (
     EXAMPLE,
     account_options,
@@ -265,9 +267,10 @@ def status(
     url = server is not None and "://" in server
     if not url and location.find(config_file, os.environ) is None:
         from mcp_auth_proxy.config.load import single_store
+        from mcp_auth_proxy.store import store_exists
 
         store = single_store(environ=os.environ)
-        if store.path.exists():
+        if store_exists(store):
             if owner is not None:
                 raise click.UsageError("The callers of `serve URL` are not identified: leave --as out.")
             run(command.status_without_configuration(store, server, as_json=as_json))
@@ -344,7 +347,10 @@ def service_status() -> None:
 cli.add_command(api_keys)
 cli.add_command(principals)
 cli.add_command(grants)
+cli.add_command(keys)
 cli.add_command(install_entries)
+cli.add_command(export_command)
+cli.add_command(import_command)
 cli.add_command(completion)
 
 

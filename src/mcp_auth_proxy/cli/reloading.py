@@ -31,7 +31,11 @@ async def reloading(
     async def validate(settings: Settings) -> None:
         await loops.check(settings, application.listening, application.public_url, resolver=application.resolver)
 
-    reloader = Reloader(file, application.settings, application.apply, validate=validate) if file is not None else None
+    reloader = None
+    if file is not None:
+        reloader = Reloader(
+            file, application.settings, application.apply, validate=validate, renew_keys=application.renew_keys
+        )
 
     def on_hangup() -> None:
         if ends_with_terminal and not _has_terminal():

@@ -58,7 +58,9 @@ async def serve_forever(settings: Settings, file: ConfigFile | None, *, for_brid
             sockets.enter_context(health)
         await loops.check(settings, address, effective_public_url(settings, address), resolver=Resolver())
         async with lifespan(settings, address, announce_key=complain) as application:
-            lock = serving.hold(settings.store, bound(sock), only=only, name=name, for_bridges=for_bridges)
+            ids = application.database.cipher.key_ids
+            lock = serving.hold(settings.store, bound(sock), only=only, name=name, for_bridges=for_bridges, keys=ids)
+            application.on_new_keys = lock.set_keys
             server = Server(application, health=health, before_close=lock.release)
             bridges = serving_bridges(application, server, only=only) if for_bridges else nullcontext()
             async with returning_memory(), bridges, reloading(application, file, stop=server.drain_and_exit):
@@ -111,7 +113,7 @@ def _say_what_is_served(application: Application) -> None:
         return
     say(styled(f"mcp-auth-proxy {__version__} is listening at {base}", bold=True), "")
     needs = " (sign in first)" if application.settings.inbound.modes else ""
-    rows = [("dashboard", f"{base}/{needs}"), ("store", str(application.settings.store.path))]
+    rows = [("dashboard", f"{base}/{needs}"), ("store", application.settings.store.shown)]
     for name in names[:MAX_SHOWN]:
         url = without_query_values(application.settings.servers[name].url)
         rows.append((name, f"{base}/{name}/mcp  ->  {url}"))

@@ -193,7 +193,7 @@ def _system_errors(config_file: Path) -> list[ConfigError]:
     content = parse(config_file.read_bytes()).content
     store = content.get("store") if isinstance(content, Mapping) else None
     url = store.get("url") if isinstance(store, Mapping) else None
-    if not str(url).startswith(f"sqlite:///{STATE_FOLDER}/"):
+    if not str(url).startswith((f"sqlite:///{STATE_FOLDER}/", "postgresql://", "postgres://", "env:", "file:")):
         problem = f"the service can write to {STATE_FOLDER} only: use sqlite:///{STATE_FOLDER}/mcp-auth-proxy.db"
         errors.append(ConfigError("store.url", problem))
     if not KEY_FILE.exists():

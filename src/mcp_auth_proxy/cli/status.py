@@ -15,7 +15,7 @@ from mcp_auth_proxy.cli.terminal import complain, say, say_json, window_width
 from mcp_auth_proxy.config.settings import ServerSettings, Settings, StoreSettings, reachable
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 from mcp_auth_proxy.models import Principal, shared_principal
-from mcp_auth_proxy.store import Engine, open_store, serving
+from mcp_auth_proxy.store import Engine, open_store_read_only, serving, store_exists
 from mcp_auth_proxy.store.principals import Principals
 
 SHARED = "shared"
@@ -46,7 +46,7 @@ async def status(settings: Settings, name: str | None, *, owner: str | None = No
         server = server_of(settings, server_name)
         servers = {server.name: server}
     identified = bool(settings.inbound.modes)
-    database = await open_store(settings.store) if settings.store.path.exists() else None
+    database = await open_store_read_only(settings.store) if store_exists(settings.store) else None
     try:
         principals = await Principals(database).all() if database is not None and identified else []
         found = await _connections(servers, database, principals, identified=identified, owner=owner, account=account)
@@ -93,7 +93,7 @@ def _as_named(
 
 async def status_without_configuration(store: StoreSettings, name: str | None, *, as_json: bool) -> int:
     """Print as ``status`` does what is in the store of ``serve URL``. Return 0; raise McpAuthProxyError."""
-    database = await open_store(store)
+    database = await open_store_read_only(store)
     try:
         servers = await stored_servers(database)
         server, account = (None, None) if name is None else split(name)
@@ -112,7 +112,7 @@ async def status_without_configuration(store: StoreSettings, name: str | None, *
         )
     finally:
         await database.close()
-    complain(f"no configuration was found; this is the store of `mcp-auth-proxy serve URL`: {store.path}")
+    complain(f"no configuration was found; this is the store of `mcp-auth-proxy serve URL`: {store.shown}")
     for address in serving.addresses(store):
         complain(f"a proxy serves it at http://{reachable(address)}")
     if connections or as_json:

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from mcp_auth_proxy.observability.controls import escaped, escaped_json
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _PLAIN_FRAMES = "-\\|/"
 _FRAME_SECONDS = 0.1
+_LINE_SECONDS = 5.0
 _ERASE_LINE = "\r\x1b[K"
 
 
@@ -63,6 +65,35 @@ def waiting(text: str) -> Iterator[None]:
     finally:
         done.set()
         spinner.join()
+
+
+class ProgressLine:
+    """A line on stderr that says how far something is; on a terminal it replaces itself, else it comes rarely."""
+
+    def __init__(self) -> None:
+        self._in_place = _is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
+        self._shown_at = float("-inf")
+        self._shown = False
+
+    def show(self, text: str) -> None:
+        """Show a text, unless the last one is too recent."""
+        now = time.monotonic()
+        if now < self._shown_at + (_FRAME_SECONDS if self._in_place else _LINE_SECONDS):
+            return
+        self._shown_at = now
+        if not self._in_place:
+            complain(text)
+            return
+        room = max(1, shutil.get_terminal_size().columns - 1)
+        sys.stderr.write(f"{_ERASE_LINE}{escaped(text)[:room]}")
+        sys.stderr.flush()
+        self._shown = True
+
+    def close(self) -> None:
+        """Remove the line from the terminal."""
+        if self._shown:
+            sys.stderr.write(_ERASE_LINE)
+            sys.stderr.flush()
 
 
 def _spin(text: str, done: threading.Event) -> None:

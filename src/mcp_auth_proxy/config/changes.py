@@ -3,16 +3,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from mcp_auth_proxy.config.settings import InboundSettings, ServerSettings, Settings
+from mcp_auth_proxy.config.settings import InboundSettings, ServerSettings, Settings, StoreSettings
+
+STORE_KEYS = "store.keys"
 
 _RESTART: Mapping[str, Callable[[Settings], object]] = {
     "listen": lambda settings: settings.listen,
     "health_listen": lambda settings: settings.health_listen,
     "health_quit": lambda settings: settings.health_quit,
     "public_url": lambda settings: settings.public_url,
-    "store.url": lambda settings: settings.store.path,
-    # A default follows the store.
-    "store.keys": lambda settings: None if settings.store.default_key else settings.store.keys,
+    "store.url": lambda settings: settings.store.postgresql or settings.store.path,
+    "store.import": lambda settings: settings.store.imports.files,
     "inbound.mode": lambda settings: frozenset(settings.inbound.modes),
     "admin.enabled": lambda settings: settings.admin.enabled,
     "admin.token_file": lambda settings: settings.admin.token_file,
@@ -34,6 +35,7 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "limits.connections": lambda settings: settings.limits.connections,
     "limits.connections_per_address": lambda settings: settings.limits.connections_per_address,
     "limits.sse_ping": lambda settings: settings.limits.sse_ping,
+    "limits.refresh_rate": lambda settings: settings.limits.refresh_rate,
     "inbound.allowed_hosts": lambda settings: settings.inbound.allowed_hosts,
     "inbound.allowed_origins": lambda settings: settings.inbound.allowed_origins,
     "inbound.trusted_proxies": lambda settings: settings.inbound.trusted_proxies,
@@ -78,9 +80,15 @@ class SettingsChange:
     """The other keys that change now."""
     needs_restart: tuple[str, ...]
     """The keys that keep their old values until the proxy is started again."""
+    store: StoreSettings
+    """The store with its new keys, which are taken up only if they open it."""
 
     def __bool__(self) -> bool:
         return bool(self.servers or self.applied)
+
+    def with_store_keys(self) -> "SettingsChange":
+        """Return the change for a proxy that has taken up the new keys of its store."""
+        return replace(self, settings=replace(self.settings, store=self.store), applied=(*self.applied, STORE_KEYS))
 
 
 def compare_servers(old: Mapping[str, ServerSettings], new: Mapping[str, ServerSettings]) -> ServerChange:
@@ -95,6 +103,9 @@ def compare_servers(old: Mapping[str, ServerSettings], new: Mapping[str, ServerS
 def compare(old: Settings, new: Settings) -> SettingsChange:
     """Return the changes that take a running proxy from ``old`` to ``new``."""
     new_inbound = _with_modes_of(old.inbound, new.inbound)
+    store = _with_new_keys(old.store, new.store)
+    # The keys of another store come with it.
+    other_keys = (STORE_KEYS,) if store is old.store and _keys(old.store) != _keys(new.store) else ()
     settings = replace(
         new,
         listen=old.listen,
@@ -110,8 +121,20 @@ def compare(old: Settings, new: Settings) -> SettingsChange:
         settings=settings,
         servers=compare_servers(old.servers, new.servers),
         applied=_different(_APPLIED, old, settings),
-        needs_restart=_different(_RESTART, old, new),
+        needs_restart=(*_different(_RESTART, old, new), *other_keys),
+        store=store,
     )
+
+
+def _with_new_keys(old: StoreSettings, new: StoreSettings) -> StoreSettings:
+    if (new.postgresql, new.path) != (old.postgresql, old.path):
+        return old
+    return replace(old, keys=new.keys, default_key=new.default_key, keys_named=new.keys_named)
+
+
+def _keys(store: StoreSettings) -> object:
+    """Return the keys of a store; None for the default, which follows the store."""
+    return None if store.default_key else store.keys
 
 
 def _with_modes_of(old: InboundSettings, new: InboundSettings) -> InboundSettings:

@@ -7,9 +7,10 @@ from typing import Literal
 
 from mcp_auth_proxy.config import listeners, loops, values
 from mcp_auth_proxy.config.document import parse
+from mcp_auth_proxy.config.imports import read_imports
 from mcp_auth_proxy.config.inbound import read_admin, read_inbound
 from mcp_auth_proxy.config.location import data_folder
-from mcp_auth_proxy.config.reader import NOT_YET, Context, Section
+from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.servers import read_servers, read_single, token_exchange_errors
 from mcp_auth_proxy.config.settings import (
     AuthorizationSettings,
@@ -17,12 +18,14 @@ from mcp_auth_proxy.config.settings import (
     KeySource,
     LimitSettings,
     OutboundSettings,
+    PostgresqlUrl,
     Secret,
     ServerSettings,
     Settings,
     StoreSettings,
     WebhookSettings,
 )
+from mcp_auth_proxy.config.store_url import local_path, read_store_url
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
 
 _UPSTREAM_TIMEOUT = ServerSettings(name="", url="").upstream_timeout
@@ -30,6 +33,10 @@ SHORT_PING = 1.0
 """Seconds. Fewer make a server and its clients busy with comments."""
 
 _STORE = "sqlite:///mcp-auth-proxy.db"
+_NO_KEYS = (
+    "must be given with PostgreSQL, since no key file can be made beside such a store: for example [env:STORE_KEY], "
+    "with a key that all processes on the store have; make one with: openssl rand -base64 32"
+)
 _BROWSER: Mapping[str, Literal["auto", "always", "never"]] = {"auto": "auto", "always": "always", "never": "never"}
 
 
@@ -104,7 +111,7 @@ def _read(section: Section, listen: str | None, source: Path, secrets_of: Collec
         health_listen=health_listen,
         health_quit=listeners.read_health_quit(section, health_listen),
         public_url=section.parsed("public_url", values.public_url, None),
-        store=_read_store(section.section("store")),
+        store=_read_store(section.section("store"), secrets=secrets_of is None),
         authorization=_read_authorization(section.section("authorization")),
         limits=_read_limits(section.section("limits")),
         inbound=read_inbound(section.section("inbound"), secrets=secrets_of is None),
@@ -130,26 +137,26 @@ def _read_servers(
     return servers
 
 
-def _read_store(section: Section) -> StoreSettings:
+def _read_store(section: Section, *, secrets: bool = True) -> StoreSettings:
     context = section.context
-    fallback = _store_path(_STORE, context)
-    path = section.parsed("url", lambda text: _store_path(text, context), fallback)
+    found = section.parsed("url", lambda text: read_store_url(text, context), read_store_url(_STORE, context))
+    postgresql = found if isinstance(found, PostgresqlUrl) else None
+    path = local_path(found, context.environ) if isinstance(found, PostgresqlUrl) else found
     default = _default_key(path)
+    if postgresql is not None and not section.has("keys"):
+        section.error("keys", _NO_KEYS)
     keys = section.each("keys", lambda text: _key_source(text, context, default), min_items=1)
+    imports = read_imports(section, secrets=secrets)
     section.close()
-    default_key = not keys or keys == (default,)
-    return StoreSettings(path=path, keys=keys or (default,), default_key=default_key, keys_named=bool(keys))
-
-
-def _store_path(text: str, context: Context) -> Path:
-    if text.startswith(("postgresql://", "postgres://")):
-        raise ValueError(f"PostgreSQL {NOT_YET}: use sqlite:///FILE")
-    name = text.removeprefix("sqlite:///")
-    if name == text or not name.strip("/") or name.endswith("/") or set(name) & set("?#\0"):
-        raise ValueError("must be sqlite:///FILE (relative to this file) or sqlite:////FILE (absolute)")
-    if name == ":memory:":
-        raise ValueError("a store in memory would lose every login: use a file")
-    return context.path(name)
+    default_key = postgresql is None and (not keys or keys == (default,))
+    return StoreSettings(
+        path=path,
+        postgresql=postgresql,
+        keys=keys or (default,),
+        default_key=default_key,
+        keys_named=bool(keys),
+        imports=imports,
+    )
 
 
 def _default_key(path: Path) -> KeySource:
@@ -161,11 +168,19 @@ def _key_source(text: str, context: Context, default: KeySource) -> KeySource:
     kind, _, name = text.partition(":")
     if kind == "env":
         context.variable(name)
-        return KeySource(kind="env", name=name)
+        return KeySource(kind="env", name=name, written=text)
+    if kind == "exec":
+        return KeySource(kind="exec", name=values.command(name), written=text)
+    if kind == "keyring":
+        return KeySource(kind="keyring", name=values.keyring_name(name), written=text)
     if kind != "file":
-        raise ValueError("must be env:NAME or file:PATH: a key does not belong in the configuration")
-    source = KeySource(kind="file", name=str(context.path(name)))
+        raise ValueError(
+            "must be env:NAME, file:PATH, exec:COMMAND or keyring:SERVICE/NAME: a key does not belong in the "
+            "configuration"
+        )
+    source = KeySource(kind="file", name=str(context.path(name)), written=text)
     if source != default or Path(source.name).exists():
+        context.secret_files.add(context.path(name))
         context.file_text(name)
     return source
 
@@ -215,6 +230,7 @@ def _read_limits(section: Section) -> LimitSettings:
         connections=section.parsed("connections", values.count, None),
         connections_per_address=section.parsed("connections_per_address", values.count, None),
         sse_ping=section.parsed("sse_ping", values.duration, default.sse_ping),
+        refresh_rate=section.parsed("refresh_rate", values.rate, default.refresh_rate),
     )
     section.close()
     return settings

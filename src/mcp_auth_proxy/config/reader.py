@@ -12,8 +12,6 @@ from mcp_auth_proxy.errors import ConfigError
 T = TypeVar("T")
 D = TypeVar("D")
 
-NOT_YET = "is not supported in this version"
-
 _YES = frozenset({"true", "yes", "on"})
 _NO = frozenset({"false", "no", "off"})
 _LARGEST_SECRET = 64 * 1024

@@ -13,8 +13,8 @@ from pathlib import Path
 from mcp_auth_proxy.config.changes import SettingsChange, compare
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.config.oauth import first_contact_warning
-from mcp_auth_proxy.config.settings import Settings
-from mcp_auth_proxy.errors import ConfigurationError
+from mcp_auth_proxy.config.settings import Settings, StoreSettings
+from mcp_auth_proxy.errors import ConfigurationError, StoreError
 from mcp_auth_proxy.observability import metrics
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ class Reloader:
 
     ``settings`` are those that the proxy runs with, as read from ``file``. ``apply`` must not raise. ``validate``
     raises ConfigurationError for what is wrong only in this process. If the configuration has errors, each is logged on
-    a line of its own, and nothing changes.
+    a line of its own, and nothing changes. ``renew_keys`` reads the keys of the store again, and returns whether they
+    are others now; if it raises StoreError, that is logged, and the rest is applied.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Reloader:
         apply: Callable[[SettingsChange], None],
         *,
         validate: Callable[[Settings], Awaitable[None]] | None = None,
+        renew_keys: Callable[[StoreSettings], Awaitable[bool]] | None = None,
         poll_interval: float = POLL_INTERVAL,
         settle_time: float = SETTLE_TIME,
     ) -> None:
@@ -113,6 +115,7 @@ class Reloader:
         self._settings = settings
         self._apply = apply
         self._validate = validate
+        self._renew_keys = renew_keys
         self._poll_interval = poll_interval
         self._settle_time = settle_time
         self._requested = asyncio.Event()
@@ -129,15 +132,19 @@ class Reloader:
             except TimeoutError:
                 if not await asyncio.to_thread(self._file.has_changed):
                     continue
+            requested = self._requested.is_set()
             self._requested.clear()
             await self._until_settled()
             try:
-                await self.reload()
+                await self.reload(requested=requested)
             except Exception:  # a bug; the proxy must keep serving, and the next change is read again
                 logger.exception("the configuration could not be reloaded")
 
-    async def reload(self) -> None:
-        """Read the configuration once, and apply what differs."""
+    async def reload(self, *, requested: bool = False) -> None:
+        """Read the configuration once, and apply what differs.
+
+        ``requested``: also ask the commands and the keyring that the keys of the store come from.
+        """
         try:
             settings = await asyncio.to_thread(self._file.read)
             if self._validate is not None:
@@ -148,17 +155,34 @@ class Reloader:
             for line in error.lines():
                 logger.error("configuration not reloaded: %s", line)
             return
-        change = compare(self._settings, settings)
+        change, problem = compare(self._settings, settings), None
+        try:
+            if await self._has_new_keys(change.store, requested=requested):
+                change = change.with_store_keys()
+        except StoreError as error:
+            problem = error
+            logger.error("store.keys: the keys stay as they were: %s", error)
         self._settings = change.settings
         if change:
             self._apply(change)
-        metrics.reloads.labels("applied" if change else "unchanged").inc()
-        metrics.last_reload_successful.labels().value = 1
+        metrics.reloads.labels("rejected" if problem else "applied" if change else "unchanged").inc()
+        metrics.last_reload_successful.labels().value = int(problem is None)
         logger.info("configuration reloaded: %s", summary(change))
         if change.servers and (warning := first_contact_warning(settings.servers)):
             logger.warning("%s", warning)
         if change.needs_restart:
             logger.warning("configuration: restart the proxy to apply the new %s", ", ".join(change.needs_restart))
+
+    async def _has_new_keys(self, store: StoreSettings, *, requested: bool) -> bool:
+        """Read the keys of the store, and return whether the proxy uses others now. Raises StoreError."""
+        if self._renew_keys is None:
+            return False
+        sources_changed = store.keys != self._settings.store.keys
+        # Commands and keyrings take time, and may ask somebody.
+        quick = all(source.kind in ("env", "file") for source in store.keys)
+        if not (requested or sources_changed or quick):
+            return False
+        return await self._renew_keys(store) or sources_changed
 
     async def _until_settled(self) -> None:
         """Wait until the files have not changed for a moment: editors save in pieces, or by renaming."""

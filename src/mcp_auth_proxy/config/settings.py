@@ -57,25 +57,67 @@ def reachable(listening: Address) -> Address:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeySource:
-    """The source of a store key: ``env`` and a variable name, or ``file`` and an absolute path."""
+    """The source of a store key.
 
-    kind: Literal["env", "file"]
+    ``env`` and a variable name, ``file`` and an absolute path, ``exec`` and a command, ``keyring`` and SERVICE/NAME.
+    """
+
+    kind: Literal["env", "file", "exec", "keyring"]
     name: str
+    written: str = field(default="", compare=False)
+    """What the configuration says; empty for the default key."""
 
     def __str__(self) -> str:
+        """Return the source for a message, of a command its program only: other words may be secret."""
+        if self.kind == "exec":
+            program, *rest = shlex.split(self.name)
+            return f"exec:{program}{' …' if rest else ''}"
         return f"{self.kind}:{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresqlUrl:
+    """A PostgreSQL database, as libpq names one. ``str`` and ``repr`` have neither user nor password."""
+
+    text: str = field(repr=False)
+    shown: str
+    """``postgresql://HOST/DATABASE``, as the user wrote these."""
+    identity: str = field(repr=False, compare=False)
+    """What says which database it is, without secrets."""
+
+    def __str__(self) -> str:
+        return self.shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportSettings:
+    """Exports that ``serve`` takes into the store, each once."""
+
+    files: tuple[Path, ...] = ()
+    """Absolute."""
+    passphrase: Secret | None = None
+    """None if there are no files, or if secrets are not read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
     path: Path
-    """The SQLite file, absolute."""
+    """The SQLite file, absolute. For PostgreSQL, a name in this user's run folder that stands for the database: there
+    is no such file, but local processes find each other by files beside it."""
+    postgresql: PostgresqlUrl | None = None
+    """None: the store is the SQLite file."""
     keys: tuple[KeySource, ...]
     """The first key encrypts, all of them decrypt. Never empty: the default is a key file next to the store."""
     default_key: bool = False
     """True if ``keys`` is that default: only then may a missing key file be created."""
     keys_named: bool = field(default=False, compare=False)
     """True if ``store.keys`` names them, even if it names the default: then the mode of a file is the user's choice."""
+    imports: ImportSettings = field(default_factory=ImportSettings, compare=False)
+
+    @property
+    def shown(self) -> str:
+        """What users read of where the store is: the path of the file, or a URL without user and password."""
+        return str(self.postgresql or self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +304,8 @@ class LimitSettings:
     """The same for one address. None: three quarters of ``connections``."""
     sse_ping: float = 15.0
     """Seconds of silence in an event stream after which its client is sent a comment; 0 for none."""
+    refresh_rate: float = 10.0
+    """Maximum number of refreshes that an authorization server is sent in a second, by all processes on one store."""
 
 
 InboundMode = Literal["api_key", "jwt", "trusted_header"]

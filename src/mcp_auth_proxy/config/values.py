@@ -4,6 +4,7 @@ import base64
 import ipaddress
 import math
 import re
+import shlex
 
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.net import urls
@@ -58,6 +59,14 @@ def count(text: str) -> int:
     if re.fullmatch(r"\d{1,7}", text, re.ASCII) is None or not 1 <= int(text) <= 1_000_000:
         raise ValueError("must be a whole number from 1 to 1000000")
     return int(text)
+
+
+def rate(text: str) -> float:
+    """Return how often something may be done in a second: a whole number from 1 to 1000, or at least 0.01."""
+    found = float(text) if re.fullmatch(r"\d{1,4}(\.\d{1,6})?", text, re.ASCII) else 0.0
+    if not 0.01 <= found <= 1000 or (found > 1 and found != int(found)):
+        raise ValueError("must be a whole number from 1 to 1000, or a fraction from 0.01 on, such as 0.5")
+    return found
 
 
 def host(text: str) -> str:
@@ -219,4 +228,23 @@ def scope(text: str) -> str:
     """Return one scope token (RFC 6749 §3.3)."""
     if _SCOPE.fullmatch(text) is None:
         raise ValueError("is not a scope: one word, without quotes or backslashes (RFC 6749 §3.3)")
+    return text
+
+
+def command(text: str) -> str:
+    """Return the text of a command whose words can be told apart as ``shlex.split`` does."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"must be exec:COMMAND, with words as in a shell ({error})") from None
+    if not words or not words[0] or "\0" in text:
+        raise ValueError("must be exec:COMMAND: a program and its arguments")
+    return text
+
+
+def keyring_name(text: str) -> str:
+    """Return ``SERVICE/NAME``; the last slash parts them."""
+    service, _, name = text.rpartition("/")
+    if not service or not name or not text.isprintable():
+        raise ValueError("must be keyring:SERVICE/NAME")
     return text

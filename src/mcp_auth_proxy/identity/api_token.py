@@ -12,9 +12,14 @@ from mcp_auth_proxy.store import files
 _MAX_TEXT = 4096
 
 
-def token_path(settings: Settings) -> Path:
-    """Return where the file is: beside the store, unless ``admin.token_file`` says otherwise."""
-    return settings.admin.token_file or settings.store.path.with_name("api-token")
+def token_path(settings: Settings) -> Path | None:
+    """Return where the file is: beside the store, unless ``admin.token_file`` says otherwise.
+
+    None if neither is there: with PostgreSQL ``admin.token_file`` must say it.
+    """
+    if settings.admin.token_file is not None or settings.store.postgresql is not None:
+        return settings.admin.token_file
+    return settings.store.path.with_name("api-token")
 
 
 def read_token(path: Path) -> str | None:

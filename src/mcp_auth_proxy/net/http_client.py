@@ -5,7 +5,8 @@ connection is checked first, so one that the server has closed already costs not
 while the request is on its way: GET, HEAD, DELETE and OPTIONS are then sent once more on a new connection (RFC 9110
 §9.2.2). A POST is not, because this case can't be distinguished from a server that died in the middle of a tool call.
 To make it rare, idle connections are kept for less time than the server announces (``Keep-Alive: timeout``) or has
-shown. A connection that was opened under one address policy, or under none, is used for no other.
+shown. One close that crosses a request, as in a restart, shows nothing. A connection that was opened under one address
+policy, or under none, is used for no other.
 """
 
 import asyncio

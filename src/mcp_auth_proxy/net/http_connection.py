@@ -124,6 +124,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         "idle_for",
         "idle_since",
         "idle_timeout",
+        "opened_at",
         "owner",
         "uses",
     )
@@ -148,6 +149,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._poller: select.poll | None = None
         """Of the socket; made when the connection is first reused."""
         self._loop = asyncio.get_running_loop()
+        self.opened_at = time.monotonic()
         self._state = _IDLE
         self._waiter: ResponseWaiter | None = None
         self._response: Response | None = None

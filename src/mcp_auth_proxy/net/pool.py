@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -23,8 +24,10 @@ LEARNED_FOR = 60.0
 LEARNED_BRIEFLY = 10.0
 """The same for a learned idle timeout of less than ``MIN_LEARNED_IDLE``."""
 
-MIN_LEARNED_IDLE = 1.0
-"""Seconds. If a connection was idle for at least this long when the server closed it, that was its idle timeout."""
+MIN_LEARNED_IDLE = 0.5
+"""Seconds. If a connection was idle for at least this long when the server closed it, that was its idle timeout.
+
+After less, it may have been a restart, so this counts only if the next connection ends in the same way."""
 
 REAP_INTERVAL = 5.0
 """Seconds between two searches for connections that have been idle for too long."""
@@ -90,6 +93,8 @@ class ConnectionPool:
         """Requests that wait for a released connection, or for None: a free slot to open one."""
         self._idle_timeout = IDLE_TIMEOUT
         self._learned_until = 0.0
+        self._suspected_at = float("-inf")
+        """When a connection was last closed at its first reuse, after a brief idle time."""
         self._reaper: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -185,7 +190,15 @@ class ConnectionPool:
             self._reaper = self._loop.call_later(REAP_INTERVAL, self._reap)
 
     def connection_stale(self, connection: HttpConnection) -> None:
-        self.learn_idle_timeout(connection.idle_for)
+        if connection.idle_for >= MIN_LEARNED_IDLE:
+            self.learn_idle_timeout(connection.idle_for)
+        elif connection.uses == 2:
+            # A server that closes after each response without saying so: it does this to connections that were opened
+            # since, too. One that was reused before shows that the server keeps them.
+            now, suspected_at = time.monotonic(), self._suspected_at
+            self._suspected_at = now
+            if connection.opened_at > suspected_at > now - LEARNED_FOR:
+                self.learn_idle_timeout(connection.idle_for)
 
     def connection_closed(self, connection: HttpConnection, *, idle: bool) -> None:
         if connection not in self._connections:

@@ -8,7 +8,9 @@ none that was opened under the policy of one server is used for another.
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from mcp_auth_proxy.errors import (
@@ -21,12 +23,13 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.net import http_response, urls
 from mcp_auth_proxy.net.addresses import AddressPolicy, AddressRefused
+from mcp_auth_proxy.net.deadline import patient_timeout
 from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_connection import READ_SIZE, HttpConnection
 from mcp_auth_proxy.net.http_head import HOPS, MAX_HOPS, encode_head
 from mcp_auth_proxy.net.urls import Origin, Url
 
-__all__ = ["AddressPolicy", "Fetcher", "Response"]
+__all__ = ["AddressPolicy", "Fetcher", "Response", "sent_only_while"]
 
 DEADLINE = 10.0
 """Seconds for one request, from the look-up of the name to the last byte of the response."""
@@ -37,6 +40,10 @@ CONNECT_TIMEOUT = 4.0
 MAX_BODY = 256 * 1024
 """Bytes of a response body."""
 
+_NO_TIMEOUT = 86_400.0
+"""Seconds until a connection gives up by itself: later than any deadline."""
+
+_may_send: ContextVar[Callable[[], bool] | None] = ContextVar("_may_send", default=None)
 _FIELD_VALUE = re.compile(r"[!-~]([ -~\t]*[!-~])?|")
 """A field value in ASCII (RFC 9110 §5.5): nothing in it ends a line."""
 
@@ -49,6 +56,19 @@ class Response:
     headers: Mapping[str, str] = field(repr=False)
     body: bytes = field(repr=False)
     url: str
+
+
+@contextmanager
+def sent_only_while(condition: Callable[[], bool]) -> Iterator[None]:
+    """Send no request of the block once the condition does not hold any more: it fails as if the server were down.
+
+    A process may be stopped between what it has checked and what it sends.
+    """
+    token = _may_send.set(condition)
+    try:
+        yield
+    finally:
+        _may_send.reset(token)
 
 
 class Fetcher:
@@ -109,12 +129,13 @@ class Fetcher:
         head = _request_head(method, parsed, headers, body)
         sent = timed_out = False
         try:
-            async with asyncio.timeout(self._deadline):
+            async with patient_timeout(self._deadline):
                 connection = await self._connect(parsed.origin, policy)
-                sent = True
                 try:
-                    timeout = self._deadline
-                    response = await connection.request(head, body or b"", method=method.encode(), timeout=timeout)
+                    if (may_send := _may_send.get()) is not None and not may_send():
+                        raise UpstreamUnreachable("it took too long to connect, and nothing was sent")
+                    sent = True
+                    response = await connection.request(head, body or b"", method=method.encode(), timeout=_NO_TIMEOUT)
                     return await _read(response, url, document)
                 finally:
                     connection.abort()

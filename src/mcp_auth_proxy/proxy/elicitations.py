@@ -5,6 +5,7 @@ GET stream of the session, between the events that the server sends there.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from mcp_auth_proxy.models import Account
 from mcp_auth_proxy.net.client_request import ClientRequest
@@ -41,15 +42,14 @@ class Elicitations:
         if len(self._asked) > ASKED_KEPT:
             self._asked.popitem(last=False)
 
-    def connected(self, account: Account) -> None:
-        """Tell all clients that were asked to show a link of this account: its user has authorized."""
-        for elicitation_id, session_id in self._asked.pop(account, ()):
-            message = {
-                "jsonrpc": "2.0",
-                "method": "notifications/elicitation/complete",
-                "params": {"elicitationId": elicitation_id},
-            }
-            session, event = (account, session_id), events.message_event(encode(message))
+    def connected(self, account: Account) -> list[bytes]:
+        """Tell all clients that were asked here to show a link of this account: its user has authorized.
+
+        Return the sessions that listen here and were not asked here: another process may have done that.
+        """
+        asked = self._asked.pop(account, OrderedDict())
+        for elicitation_id, session_id in asked:
+            session, event = (account, session_id), _complete(elicitation_id)
             stream = self._streams.get(session)
             if stream is not None:
                 self._pings.insert(stream, event)
@@ -57,6 +57,15 @@ class Elicitations:
             self._owed[session] = self._owed.get(session, b"") + event
             if len(self._owed) > ASKED_KEPT:
                 self._owed.popitem(last=False)
+        told = {session_id for _, session_id in asked}
+        return [session_id for owner, session_id in self._streams if owner == account and session_id not in told]
+
+    def tell(self, account: Account, session_id: bytes, elicitation_ids: Iterable[str]) -> None:
+        """Tell a session that elicitations are complete, if it still listens. Clients ignore those they don't know."""
+        stream = self._streams.get((account, session_id))
+        if stream is not None:
+            for elicitation_id in elicitation_ids:
+                self._pings.insert(stream, _complete(elicitation_id))
 
     def listens(self, account: Account, session_id: bytes, request: ClientRequest) -> None:
         """Note the GET stream of a session; it gets what was not sent before."""
@@ -71,3 +80,12 @@ class Elicitations:
         session = self._sessions.pop(request, None)
         if session is not None and self._streams.get(session) is request:
             del self._streams[session]
+
+
+def _complete(elicitation_id: str) -> bytes:
+    message = {
+        "jsonrpc": "2.0",
+        "method": "notifications/elicitation/complete",
+        "params": {"elicitationId": elicitation_id},
+    }
+    return events.message_event(encode(message))

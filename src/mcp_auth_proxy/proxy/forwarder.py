@@ -9,7 +9,7 @@ from typing import Any
 from mcp_auth_proxy.broker import Broker
 from mcp_auth_proxy.config.settings import AuthorizationSettings, LimitSettings
 from mcp_auth_proxy.errors import SessionNotFound, UpstreamError
-from mcp_auth_proxy.models import Caller, Principal
+from mcp_auth_proxy.models import Account, Caller, Principal
 from mcp_auth_proxy.net.client_request import ClientRequest
 from mcp_auth_proxy.net.http_connection import BUSY_POLL_THRESHOLD
 from mcp_auth_proxy.observability.access_log import AccessLog, Entry, method_of, method_token
@@ -119,6 +119,18 @@ class Forwarder:
 
         self._finishing.add(asking)
         asking.add_done_callback(finished)
+
+    def connected(self, account: Account) -> None:
+        """Tell the clients that were asked to show a link of an account that its user has authorized."""
+        asked_elsewhere = self.elicitations.connected(account)
+        if asked_elsewhere:
+            telling = asyncio.ensure_future(self._tell_elsewhere(account, asked_elsewhere))
+            self._let_finish(account.server, telling)
+
+    async def _tell_elsewhere(self, account: Account, sessions: list[bytes]) -> None:
+        finished = await self._broker.finished_flows(account)
+        for session_id in sessions:
+            self.elicitations.tell(account, session_id, finished)
 
     # Requests
 

@@ -23,6 +23,7 @@ from mcp_auth_proxy.errors import (
     Overloaded,
     SessionNotFound,
     StoreError,
+    StoreMigrated,
     UpstreamError,
     UpstreamPoolTimeout,
     UpstreamProtocolError,
@@ -439,7 +440,9 @@ class RequestHandler:
             await self._responder.fail(self._body, status, text, code, retry_after=retry_after)
             return
         if isinstance(error, StoreError):
-            logger.error("server %s: %s", server, error, extra=self._log_extra)
+            # Logged once, when it was noticed: it does not pass.
+            level = logging.DEBUG if isinstance(error, StoreMigrated) else logging.ERROR
+            logger.log(level, "server %s: %s", server, error, extra=self._log_extra)
         elif isinstance(error, Overloaded):
             self._context.overloaded(server, error.key)
         elif not isinstance(error, BodyTooLarge | SessionNotFound):

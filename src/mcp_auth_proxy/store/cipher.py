@@ -7,6 +7,7 @@ version, key id and place, so a value that was moved, or whose key id was change
 import base64
 import binascii
 import hashlib
+import importlib
 import os
 import re
 import secrets
@@ -39,6 +40,7 @@ _HEAD = 1 + _ID_BYTES + _NONCE_BYTES
 _MAX_KEY_TEXT = 4096
 _KEY_TEXT = re.compile(r"[A-Za-z0-9+/_-]{43}=?")
 _MAKE = "make one with: openssl rand -base64 32"
+_KEY_SOURCES = "mcp_auth_proxy.store.key_sources"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +58,18 @@ class Key:
 
 
 def load_keys(settings: StoreSettings, environ: Mapping[str, str] = os.environ) -> tuple[Key, ...]:
-    """Load the keys of a store. Raises KeyRejected."""
+    """Load the keys of a store. Raises KeyRejected, KeyUnavailable. May take seconds: call it in a thread."""
     private = settings.default_key and not settings.keys_named
     return tuple(load_key(source, environ, private=private) for source in settings.keys)
 
 
 def load_key(source: KeySource, environ: Mapping[str, str] = os.environ, *, private: bool = False) -> Key:
-    """Load a key from ``env:NAME`` or ``file:PATH``: 32 bytes as base64 or base64url text. Raises KeyRejected.
+    """Load a key from its source: 32 bytes as base64 or base64url text. Raises KeyRejected, KeyUnavailable.
 
     ``private``: the file must be its user's alone.
     """
     try:
-        text = environ[source.name] if source.kind == "env" else _read(source, private=private)
+        text = _text(source, environ, private=private)
     except KeyError:
         raise KeyRejected(f"The store key {source} is not set; {_MAKE}") from None
     except OSError as error:
@@ -85,6 +87,19 @@ def load_key(source: KeySource, environ: Mapping[str, str] = os.environ, *, priv
             f"store needs the key that it was made with; for a new store, {_MAKE}"
         )
     return Key.of(secret)
+
+
+def _text(source: KeySource, environ: Mapping[str, str], *, private: bool) -> str:
+    match source.kind:
+        case "env":
+            return environ[source.name]
+        case "file":
+            return _read(source, private=private)
+        case "exec":
+            text: str = importlib.import_module(_KEY_SOURCES).from_command(source, environ)
+        case "keyring":
+            text = importlib.import_module(_KEY_SOURCES).from_keyring(source)
+    return text
 
 
 def _read(source: KeySource, *, private: bool) -> str:
@@ -112,10 +127,13 @@ def key_warnings(settings: StoreSettings) -> list[str]:
 
 
 def key_errors(settings: StoreSettings) -> list[ConfigError]:
-    """Return the errors in the keys of a store. A default key file may be missing: it is created at the first start."""
+    """Return the errors in the keys of a store. A default key file may be missing: it is created at the first start.
+
+    No command is run, and no keyring is asked.
+    """
     errors = []
     for source in settings.keys:
-        if settings.default_key and not Path(source.name).exists():
+        if source.kind in ("exec", "keyring") or (settings.default_key and not Path(source.name).exists()):
             continue
         try:
             load_keys(replace(settings, keys=(source,)))
@@ -135,6 +153,8 @@ class Cipher:
     """Seal with the first key, open with any of them."""
 
     def __init__(self, keys: Sequence[Key]) -> None:
+        self.given = tuple(key.id for key in keys)
+        """The ids of the keys as they were given: a key may be there twice."""
         self._first = keys[0].id
         self._keys = {key.id: AESGCM(key.secret) for key in keys}
 

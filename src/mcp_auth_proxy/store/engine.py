@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from mcp_auth_proxy.store.cipher import Cipher
+from mcp_auth_proxy.store.lease import Owners
 
 Params = Mapping[str, object]
 """The values of a statement's named parameters."""
@@ -48,9 +49,12 @@ class Engine(Protocol):
     Every method raises StoreUnavailable if the database can't be used now.
     """
 
+    cipher: Cipher
+    """The cipher that seals and opens the secrets in the rows. Another one may take its place (``keys.renew_keys``)."""
+
     @property
-    def cipher(self) -> Cipher:
-        """The cipher that seals and opens the secrets in the rows."""
+    def owners(self) -> Owners:
+        """The owners of leases: of this process, and what is known of those of others. Closed with the database."""
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Begin a transaction that may write; no other of this process runs meanwhile.
@@ -66,6 +70,16 @@ class Engine(Protocol):
 
     async def changed(self, reader: str = "") -> bool:
         """Return whether another process has written since the last call of the same ``reader``; True for its first."""
+
+    def now(self) -> float:
+        """Return the time that all processes on the store share, in Unix seconds: that of the database server."""
+
+    async def check_schema(self) -> None:
+        """Raise StoreMigrated if a newer version has migrated the store since it was opened.
+
+        ``transaction``, the reads and ``check_writable`` raise it too, so that a row of another schema is never
+        decoded, nor written: it would look like one that somebody has changed. See ``schema_guard.py``.
+        """
 
     async def check_writable(self) -> None:
         """Check that the database can be written now. After a failed write this includes a write. See the class."""

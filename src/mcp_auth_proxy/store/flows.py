@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 
 from mcp_auth_proxy.models import HEADLESS_ATTEMPT, Account, Attempt, Flow, FlowStatus
-from mcp_auth_proxy.store import lease, leases
+from mcp_auth_proxy.store import leases
 from mcp_auth_proxy.store.codec import account_params, attempt_columns, flow_columns, read_attempt, read_flow
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
 from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, change_row, decode_rows, intact_rows, new_uid
@@ -114,6 +114,10 @@ _LIVE = """
         AND status = 'pending' AND expires_at > :now
     ORDER BY created_at DESC
 """
+_DONE = """
+    SELECT * FROM flows WHERE principal = :principal AND server = :server AND account = :account AND status = 'done'
+    ORDER BY created_at
+"""
 _DEVICES = """
     SELECT * FROM flows WHERE device IS NOT NULL AND status = 'pending' AND expires_at > :now ORDER BY created_at
 """
@@ -137,7 +141,8 @@ _FORGET_EXPIRED = """
 """
 _POLL = "SELECT * FROM flows WHERE id = :id AND status = 'pending' AND expires_at > :now"
 _CLAIM_POLL = """
-    UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at WHERE id = :id AND status = 'pending'
+    UPDATE flows SET poll_owner = :owner, next_poll_at = :next_poll_at
+    WHERE id = :id AND status = 'pending' AND poll_owner = :seen AND next_poll_at = :seen_at
     RETURNING id
 """
 _VISITED = "SELECT state_hash FROM attempts WHERE flow_id = :id AND browser_hash <> :headless LIMIT 1"
@@ -152,6 +157,7 @@ class Flows:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.owners = engine.owners
 
     async def save(self, flow: Flow) -> None:
         """Store a flow; it replaces one with the same id. All but KEPT_FLOWS of its account are deleted."""
@@ -183,16 +189,21 @@ class Flows:
                     return other
             await self._save(transaction, flow)
             if opened_by:
-                await _claim_window(transaction, flow, opened_by, flow.created_at)
+                await self._claim_window(transaction, flow, opened_by, flow.created_at)
         return flow
 
     async def claim_window(self, flow: Flow, *, owner: str, now: float) -> bool:
-        """Return whether ``owner`` (from ``lease.new_owner``) may open the link of a flow in a browser.
+        """Return whether ``owner`` (from ``Engine.owners``) may open the link of a flow in a browser.
 
         The first that asks may: so there is one window, however many processes have the link.
         """
         async with self._engine.transaction() as transaction:
-            return await _claim_window(transaction, flow, owner, now)
+            return await self._claim_window(transaction, flow, owner, now)
+
+    async def _claim_window(self, transaction: Transaction, flow: Flow, owner: str, now: float) -> bool:
+        """Claim the window of a flow for as long as its link can be used, unless the process that did it is dead."""
+        longest, name = flow.expires_at - flow.created_at, f"window:{flow.id}"
+        return await leases.claim(transaction, self.owners, name, owner=owner, now=now, longest=longest)
 
     async def get(self, flow_id: str) -> Flow | None:
         """Return a flow, whatever its status is; None if it is gone or can't be decrypted."""
@@ -208,6 +219,11 @@ class Flows:
         asked = account_params(account)
         rows = await self._engine.fetch_all(_LIVE, {**asked, "now": now})
         return await decode_rows(self._engine, "flows", rows, asked, read_flow)
+
+    async def all_done(self, account: Account) -> list[Flow]:
+        """Return the flows of an account that its user has finished, oldest first."""
+        asked = account_params(account)
+        return await decode_rows(self._engine, "flows", await self._engine.fetch_all(_DONE, asked), asked, read_flow)
 
     async def devices(self, now: float) -> list[Flow]:
         """Return the flows that still wait for a user on another device, oldest first."""
@@ -231,19 +247,22 @@ class Flows:
         return await decode_rows(self._engine, "flows", rows, asked, read_flow)
 
     async def claim_poll(self, flow_id: str, *, owner: str, now: float, next_poll_at: float) -> bool:
-        """Make ``owner`` (from ``lease.new_owner``) the only process that polls for a flow, until ``next_poll_at``.
+        """Make ``owner`` (from ``Engine.owners``) the only process that polls for a flow, until ``next_poll_at``.
 
         Return False if the flow is no longer pending, or if another process that is still alive polls: some servers
         end the grant if a device code is sent again after it was exchanged for tokens.
         """
+        self.owners.appear()
         async with self._engine.transaction() as transaction:
             rows = await self._intact(await transaction.execute(_POLL, {"id": flow_id, "now": now}), {"id": flow_id})
             if not rows:
                 return False
             holder = rows[0]["poll_owner"]
-            if holder and holder != owner and lease.is_held(holder, rows[0]["next_poll_at"], now):
+            if holder and holder != owner and self.owners.is_held(holder, rows[0]["next_poll_at"], now):
                 return False
-            values = {"id": flow_id, "owner": owner, "next_poll_at": next_poll_at}
+            self.owners.took(f"poll:{flow_id}")
+            seen = {"seen": holder, "seen_at": rows[0]["next_poll_at"]}
+            values = {"id": flow_id, "owner": owner, "next_poll_at": next_poll_at, **seen}
             return bool(await transaction.execute(_CLAIM_POLL, values))
 
     async def add_attempt(self, attempt: Attempt) -> bool:
@@ -353,9 +372,3 @@ def start_lease(account: Account) -> str:
     """Return the name of the lease on beginning an authorization of an account (``store.leases``)."""
     parts = "\0".join((account.principal, account.server, account.name))
     return f"start:{hashlib.sha256(parts.encode('utf-8', 'surrogatepass')).hexdigest()}"
-
-
-async def _claim_window(transaction: Transaction, flow: Flow, owner: str, now: float) -> bool:
-    """Claim the window of a flow for as long as its link can be used, unless the process that did it is dead."""
-    longest = flow.expires_at - flow.created_at
-    return await leases.claim(transaction, f"window:{flow.id}", owner=owner, now=now, longest=longest)

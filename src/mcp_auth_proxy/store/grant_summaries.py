@@ -34,10 +34,10 @@ _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _PAGE = "SELECT * FROM grants WHERE {conditions} ORDER BY id LIMIT :count"
 _OF_PRINCIPAL = "SELECT * FROM grants WHERE principal = :principal ORDER BY id"
 _OF_PROJECT = """
-    (+principal IN (SELECT id FROM principals WHERE project_id = :project)
+    ((principal || '') IN (SELECT id FROM principals WHERE project_id = :project)
         OR principal = :shared OR (principal = :local AND :project = :default_project))
 """
-"""The plus (see ``page_query``) because SQLite would look up the grants of each principal, and sort all of them."""
+"""The ``||`` (see ``page_query``) because SQLite would look up the grants of each principal, and sort all of them."""
 _WAITING = """
     SELECT * FROM flows WHERE principal = :principal AND status = :status AND expires_at > :now ORDER BY created_at
 """

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from mcp_auth_proxy.errors import StoreUnavailable
 from mcp_auth_proxy.models import HEALTHY, Account, FlowStatus, Grant, GrantKey, RenewalHealth, TokenSet
-from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.codec import (
     account_params,
     grant_columns,
@@ -18,6 +17,7 @@ from mcp_auth_proxy.store.codec import (
     token_columns,
 )
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
+from mcp_auth_proxy.store.lease import ABANDONED
 from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, change_row, decode_rows, intact_rows, new_uid
 
 SUPERSEDED = "A newer authorization has replaced it."
@@ -78,8 +78,10 @@ _OTHERS = """
 _FLOW = "SELECT * FROM flows WHERE id = :id AND status <> 'failed'"
 _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _ALL = "SELECT * FROM grants ORDER BY granted_at, id"
-_INTERRUPTED = "SELECT * FROM grants WHERE refresh_begun_at IS NOT NULL AND ended_at IS NULL ORDER BY granted_at, id"
-_ACCOUNTS = "SELECT DISTINCT principal, server, account FROM grants WHERE ended_at IS NULL"
+_INTERRUPTED = """
+    SELECT principal, server, account, refresh_owner, refresh_begun_at FROM grants
+    WHERE refresh_begun_at IS NOT NULL AND ended_at IS NULL
+"""
 _CURRENT = """
     SELECT * FROM grants
     WHERE principal = :principal AND server = :server AND account = :account AND ended_at IS NULL
@@ -98,9 +100,11 @@ _OF_ISSUER = "SELECT * FROM grants WHERE issuer = :issuer AND ended_at IS NULL O
 _OF_OAUTH_CLIENT = "SELECT * FROM grants WHERE oauth_client = :oauth_client AND ended_at IS NULL ORDER BY id"
 _DELETE = "DELETE FROM grants WHERE principal = :principal AND server = :server AND account = :account RETURNING *"
 _LIVE = "SELECT * FROM grants WHERE id = :id AND version = :version AND ended_at IS NULL"
+# What was seen must still be there: a database server may have let another transaction write in between.
 _BEGIN = """
     UPDATE grants SET refresh_begun_at = :now, refresh_owner = :owner
-    WHERE id = :id AND version = :version AND refresh_owner = :seen AND ended_at IS NULL
+    WHERE id = :id AND version = :version AND ended_at IS NULL
+        AND refresh_owner = :seen AND coalesce(refresh_begun_at, 0.0) = :seen_at
     RETURNING id
 """
 _HELD = """
@@ -117,16 +121,12 @@ class Grants:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.owners = engine.owners
 
     async def current(self, account: Account) -> Grant | None:
         """Return the newest grant that has not ended, or None."""
         asked = account_params(account)
         return next(iter(await self._read(await self._engine.fetch_all(_CURRENT, asked), asked)), None)
-
-    async def accounts(self) -> set[Account]:
-        """Return the accounts that have a grant which has not ended, as far as can be told without reading it."""
-        rows = await self._engine.fetch_all(_ACCOUNTS)
-        return {Account(row["principal"], row["server"], row["account"]) for row in rows}
 
     async def get(self, grant_id: int) -> Grant | None:
         """Return a grant, ended or not; None if it is gone or can't be decrypted."""
@@ -149,9 +149,18 @@ class Grants:
         values = {"principal": principal, "server": server, "count": count}
         return {row["account"] for row in await self._engine.fetch_all(_ACCOUNT_NAMES, values)}
 
-    async def interrupted(self) -> list[Grant]:
-        """Return the grants with a refresh that was begun, and whose result was not stored."""
-        return await self._read(await self._engine.fetch_all(_INTERRUPTED), {})
+    async def interrupted(self, now: float) -> tuple[dict[Account, float], bool]:
+        """Return the accounts with a refresh that a dead process has begun and not ended, each with its begin.
+
+        Also return whether other refreshes are under way: their processes may die.
+        """
+        dead: dict[Account, float] = {}
+        rows = await self._engine.fetch_all(_INTERRUPTED)
+        for row in rows:
+            begun_at = row["refresh_begun_at"]
+            if self.owners.may_refresh(row["refresh_owner"], begun_at, owner="", now=now, needed=False):
+                dead[Account(row["principal"], row["server"], row["account"])] = begun_at
+        return dead, len(dead) < len(rows)
 
     async def servers_of_issuer(self, issuer: str) -> list[GrantKey]:
         """Return the keys of all grants of an issuer that have not ended, whoever's and for whichever server."""
@@ -186,6 +195,15 @@ class Grants:
             await transaction.execute("DELETE FROM attempts WHERE flow_id = :id", {"id": flow_id})
             return await self._add(transaction, grant)
 
+    async def add_within(self, transaction: Transaction, grant: Grant) -> Grant:
+        """Store a new grant as ``add`` does, within a transaction."""
+        return await self._add(transaction, grant)
+
+    async def current_within(self, transaction: Transaction, account: Account) -> Grant | None:
+        """Return what ``current`` does, within a transaction."""
+        asked = account_params(account)
+        return next(iter(await self._read(await transaction.execute(_CURRENT, asked), asked)), None)
+
     async def _add(self, transaction: Transaction, grant: Grant) -> Grant:
         key = key_columns(grant.key)
         same = {name: key[name] for name in _UNIQUE}
@@ -209,12 +227,17 @@ class Grants:
             await self._end(transaction, other, now=grant.granted_at, reason=SUPERSEDED)
         return replace(grant, id=row["id"], refresh_begun_at=None, refresh_owner="", ended_at=None, ended_reason="")
 
-    async def begin_refresh(self, grant_id: int, *, version: int, owner: str, now: float) -> bool:
-        """Record that a refresh is about to be sent. ``owner`` comes from ``lease.new_owner``, ``now`` is Unix seconds.
+    def may_begin_refresh(self, grant: Grant, *, owner: str, now: float, needed: bool = True) -> bool:
+        """Return whether ``begin_refresh`` is worth a try, as far as the grant tells that was just read."""
+        return self.owners.may_refresh(grant.refresh_owner, grant.refresh_begun_at, owner=owner, now=now, needed=needed)
 
-        Return False if the grant has another version by now, has ended or is gone, or if another owner that is still
-        alive has begun a refresh.
+    async def begin_refresh(self, grant_id: int, *, version: int, owner: str, now: float, needed: bool = True) -> bool:
+        """Record that a refresh is about to be sent. ``owner`` comes from ``owners.new``, ``now`` is Unix seconds.
+
+        Return False if the grant has another version by now, has ended or is gone, or if another owner has begun a
+        refresh: see ``Owners.may_refresh``, also for ``needed``.
         """
+        self.owners.appear()
         async with self._engine.transaction() as transaction:
             asked: Columns = {"id": grant_id, "version": version}
             rows = await self._intact(await transaction.execute(_LIVE, asked), asked)
@@ -222,10 +245,15 @@ class Grants:
                 return False
             row = rows[0]
             begun_at, holder = row["refresh_begun_at"], row["refresh_owner"]
-            if begun_at is not None and holder != owner and lease.is_held(holder, begun_at, now):
+            if not self.owners.may_refresh(holder, begun_at, owner=owner, now=now, needed=needed):
                 return False
-            values = {"id": grant_id, "version": version, "owner": owner, "now": now, "seen": holder}
-            return bool(await transaction.execute(_BEGIN, values))
+            seen = {"seen": holder, "seen_at": begun_at or 0.0}
+            begun = await transaction.execute(
+                _BEGIN, {"id": grant_id, "version": version, "owner": owner, "now": now, **seen}
+            )
+        if begun:
+            self.owners.took(_lease(grant_id))
+        return bool(begun)
 
     async def renewed(self, grant_id: int, *, version: int, owner: str, tokens: TokenSet) -> Grant | None:
         """Store the result of a refresh durably. Return None if another owner took over or the grant has ended."""
@@ -239,24 +267,31 @@ class Grants:
             changes = {**columns, **health_columns(HEALTHY), "version": version + 1, **_NO_REFRESH}
             await change_row(self._engine, transaction, _TABLE, rows[0], changes)
             rows = await transaction.execute(_BY_ID, {"id": grant_id})
+        self.owners.gave_back(_lease(grant_id))
         return next(iter(await self._read(rows, {"id": grant_id})), None)
 
     async def release_refresh(self, grant_id: int, *, version: int, owner: str) -> None:
         """Undo ``begin_refresh`` after a refresh that is known not to have been processed."""
         async with self._engine.transaction() as transaction:
             await transaction.execute(_RELEASE, {"id": grant_id, "version": version, "owner": owner})
+        self.owners.gave_back(_lease(grant_id))
 
     async def note_failure(self, grant_id: int, *, version: int, owner: str, health: RenewalHealth, keep: bool) -> bool:
-        """Store why a refresh that was begun has failed. ``keep``: it may have been processed, so its intent stays.
+        """Store why a refresh that was begun has failed, and let others begin one.
 
-        Return False if another owner took over or the grant has ended.
+        ``keep``: it may have been processed, so its intent stays. Return False if another owner took over or the grant
+        has ended.
         """
         async with self._engine.transaction() as transaction:
             asked: Columns = {"id": grant_id, "version": version}
             rows = await self._intact(await transaction.execute(_HELD, {**asked, "owner": owner}), asked)
             for row in rows:
-                changes = {**health_columns(health), **({} if keep else _NO_REFRESH)}
+                changes = {**health_columns(health), **_NO_REFRESH}
+                if keep:
+                    changes |= {"refresh_begun_at": row["refresh_begun_at"], "refresh_owner": owner + ABANDONED}
                 await change_row(self._engine, transaction, _TABLE, row, changes)
+        if not keep:
+            self.owners.gave_back(_lease(grant_id))
         return bool(rows)
 
     async def note_refusal(self, grant_id: int, *, version: int, owner: str, health: RenewalHealth) -> Grant | None:
@@ -284,6 +319,7 @@ class Grants:
             rows = await self._intact(await transaction.execute(_LIVE, asked), asked)
             for row in rows:
                 await self._end(transaction, row, now=now, reason=reason)
+        self.owners.gave_back(_lease(grant_id))
         return bool(rows)
 
     async def set_label(self, grant_id: int, label: str) -> None:
@@ -332,3 +368,7 @@ class Grants:
 
     async def _read(self, rows: list[Row], asked: Columns) -> list[Grant]:
         return await decode_rows(self._engine, _TABLE, rows, asked, read_grant)
+
+
+def _lease(grant_id: int) -> str:
+    return f"refresh:{grant_id}"

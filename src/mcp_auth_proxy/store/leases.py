@@ -4,16 +4,14 @@ A lease is a row of ``meta``. To claim one is a single upsert, which also locks 
 two processes that claim in the same instant come one after the other, on a server with row locks too.
 """
 
+import asyncio
 import json
 
-from mcp_auth_proxy.store import lease
 from mcp_auth_proxy.store.engine import Engine, Transaction
+from mcp_auth_proxy.store.lease import KEPT_SECONDS, Owners
 
 FREE = b""
 """The value of a lease that nobody holds: its row is only locked."""
-
-KEPT_SECONDS = 3600.0
-"""Seconds after which a lease that nobody gave back is deleted."""
 
 _PREFIX = "lease:"
 # The value stays as it is; what the upsert returns is who holds the lease.
@@ -32,52 +30,51 @@ async def lock(transaction: Transaction, name: str) -> None:
     await transaction.execute(_LOCK, {"name": _PREFIX + name, "value": FREE})
 
 
-async def claim(transaction: Transaction, name: str, *, owner: str, now: float, longest: float) -> bool:
+async def claim(transaction: Transaction, owners: Owners, name: str, *, owner: str, now: float, longest: float) -> bool:
     """Claim a lease within a transaction; see ``Leases.claim``."""
+    owners.appear()
     values = {"name": _PREFIX + name, "value": _value(owner, now)}
     rows = await transaction.execute(_LOCK, values)
     held = rows[0]["value"] if rows else FREE
-    if held == values["value"]:
-        return True
-    if _holder(held) != owner and _is_held(held, now, longest):
-        return False
-    await transaction.execute(_TAKE, values)
+    if held != values["value"]:
+        if _holder(held) != owner and _is_held(held, owners, now, longest):
+            return False
+        await transaction.execute(_TAKE, values)
+    owners.took(name)
     return True
-
-
-async def release(transaction: Transaction, name: str, *, owner: str, now: float) -> None:
-    """Give back, within a transaction, a lease that was claimed by this owner at ``now``."""
-    values = {"name": _PREFIX + name, "value": _value(owner, now), "free": FREE}
-    await transaction.execute(_RELEASE, values)
 
 
 class Leases:
     """The leases in the store. Every method raises StoreUnavailable if the store can't be used now.
 
-    ``owner`` comes from ``lease.new_owner``, ``now`` is Unix seconds, ``longest`` the seconds after which a lease is
-    free though its owner may be alive. That of a dead process on this machine is free at once.
+    ``owner`` comes from ``owners.new``, ``now`` is Unix seconds, ``longest`` the seconds after which a lease is free
+    though its owner may be alive. That of a process that is certainly dead is free at once.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.owners = engine.owners
 
     async def claim(self, name: str, *, owner: str, now: float, longest: float) -> bool:
         """Claim a lease. Return False if another owner holds it."""
         async with self._engine.transaction() as transaction:
-            return await claim(transaction, name, owner=owner, now=now, longest=longest)
+            return await claim(transaction, self.owners, name, owner=owner, now=now, longest=longest)
 
     async def is_held(self, name: str, *, now: float, longest: float) -> bool:
         """Return whether somebody holds a lease. Nothing is written."""
         row = await self._engine.fetch_one(_FIND, {"name": _PREFIX + name})
-        return row is not None and _is_held(row["value"], now, longest)
+        return row is not None and _is_held(row["value"], self.owners, now, longest)
 
     async def release(self, name: str, *, owner: str, now: float) -> None:
         """Give back a lease that was claimed by this owner at ``now``; if another has taken over, nothing changes."""
         async with self._engine.transaction() as transaction:
-            await release(transaction, name, owner=owner, now=now)
+            values = {"name": _PREFIX + name, "value": _value(owner, now), "free": FREE}
+            await transaction.execute(_RELEASE, values)
+        self.owners.gave_back(name)
 
     async def purge(self, now: float) -> None:
-        """Delete the leases that nobody gave back."""
+        """Delete the leases that nobody gave back, and the files of dead processes."""
+        await asyncio.to_thread(self.owners.clean_up)
         async with self._engine.transaction() as transaction:
             for row in await transaction.execute(_ALL, {"length": len(_PREFIX), "prefix": _PREFIX}):
                 begun_at = _begun_at(row["value"])
@@ -108,6 +105,6 @@ def _begun_at(value: object) -> float | None:
     return found[1] if found is not None else None
 
 
-def _is_held(value: object, now: float, longest: float) -> bool:
+def _is_held(value: object, owners: Owners, now: float, longest: float) -> bool:
     found = _read(value)
-    return found is not None and lease.is_held(*found, now, longest=longest)
+    return found is not None and owners.is_held(*found, now, longest=longest)

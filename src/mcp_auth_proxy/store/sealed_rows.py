@@ -37,6 +37,9 @@ something was last used, the order of events.
 Whoever forges them can hold a renewal or a poll up, or repeat one, but not send it elsewhere.
 """
 
+UNKNOWN = "?"
+"""Stands for the id of a row that something else than mcp-auth-proxy has made."""
+
 _ROWS_AT_ONCE = 100
 _UID = re.compile(r"[0-9a-f]{32}")
 
@@ -112,10 +115,10 @@ async def decode_rows(
     for number, row in enumerate(rows, 1):
         if number % _ROWS_AT_ONCE == 0:
             await asyncio.sleep(0)
-        uid = _uid(row)
+        uid = row_uid(row)
         try:
             cipher = RowCipher(engine.cipher, table, uid)
-            columns = _columns(row)
+            columns = row_columns(row)
             cipher.check_row(columns)
             if any(columns[name] != value for name, value in asked.items()):
                 raise DecryptionError("something else than mcp-auth-proxy has put it in the place of another one.")
@@ -178,20 +181,21 @@ async def change_row(
     What is sealed is what was read and checked. The row as it is after the write is not looked at: a trigger that
     somebody else put into the database may have changed it.
     """
-    seal = RowCipher(engine.cipher, table, row["uid"]).seal_row({**_columns(row), **changes})
+    seal = RowCipher(engine.cipher, table, row["uid"]).seal_row({**row_columns(row), **changes})
     values = {**changes, SEAL: seal}
     assignments = ", ".join(f"{name} = :{name}" for name in values)
     sql = f"UPDATE {table} SET {assignments} WHERE uid = :uid"  # noqa: S608 - all names are those of our own columns
     await transaction.execute(sql, {**values, "uid": row["uid"]})
 
 
-def _uid(row: Row) -> str:
-    """Return the id of a row; "?" for one that we have not made, which must not reach a log."""
-    uid = _columns(row).get("uid")
-    return uid if isinstance(uid, str) and _UID.fullmatch(uid) else "?"
+def row_uid(row: Row) -> str:
+    """Return the id of a row; UNKNOWN for one that we have not made, which must not reach a log."""
+    uid = row_columns(row).get("uid")
+    return uid if isinstance(uid, str) and _UID.fullmatch(uid) else UNKNOWN
 
 
-def _columns(row: Row) -> Columns:
+def row_columns(row: Row) -> Columns:
+    """Return the columns of a row by name."""
     return {name: row[name] for name in row.keys()}  # noqa: SIM118 - iterating over a row gives its values
 
 

@@ -4,7 +4,16 @@ import json
 
 from mcp_auth_proxy.models import MadeServer
 from mcp_auth_proxy.store.engine import Engine, Row, Transaction
-from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, change_row, decode_rows, intact_rows, new_uid
+from mcp_auth_proxy.store.sealed_rows import (
+    SEAL,
+    Columns,
+    RowCipher,
+    SealedTable,
+    change_row,
+    decode_rows,
+    intact_rows,
+    new_uid,
+)
 
 KEPT_ADHOC = 100
 """The number of ad-hoc servers that one principal may have."""
@@ -59,6 +68,10 @@ class Servers:
         """Return all servers, oldest first."""
         return await decode_rows(self._engine, _TABLE, await self._engine.fetch_all(_ALL), {}, _read)
 
+    def table(self) -> SealedTable[MadeServer]:
+        """Return a reader of all servers. ``connected_at`` of what it returns may be old."""
+        return SealedTable(self._engine, _TABLE, _read)
+
     async def get(self, server_id: str) -> MadeServer | None:
         """Return a server; None if it is gone or can't be decrypted."""
         asked: Columns = {"id": server_id}
@@ -73,6 +86,12 @@ class Servers:
         """Store a new server. Return False if there is one of the same name."""
         async with self._engine.transaction() as transaction:
             return await self._add(transaction, server)
+
+    async def add_within(self, transaction: Transaction, server: MadeServer) -> bool:
+        """Store a server within a transaction. Return False if there is one of the same name or id."""
+        if await transaction.execute(_BY_ID, {"id": server.id}):
+            return False
+        return await self._add(transaction, server)
 
     async def add_adhoc(self, server: MadeServer) -> MadeServer | None:
         """Store an ad-hoc server, unless its owner has one for the same URL; return the one that is stored.

@@ -14,15 +14,26 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 
+{{/* Whether the store is a PostgreSQL database, which all replicas use. */}}
+{{- define "mcp-auth-proxy.postgresql" -}}
+{{- if .Values.store.url }}yes{{ end -}}
+{{- end }}
+
 {{- define "mcp-auth-proxy.persistent" -}}
-{{- $default := eq .Values.mode "shared" -}}
+{{- $default := and (eq .Values.mode "shared") (not .Values.store.url) -}}
 {{- if kindIs "invalid" .Values.persistence.enabled }}{{ if $default }}yes{{ end }}{{ else if .Values.persistence.enabled }}yes{{ end -}}
 {{- end }}
 
 {{/* Faults of the values. Each message names the value and the remedy. */}}
 {{- define "mcp-auth-proxy.check" -}}
 {{- if not (has .Values.mode (list "shared" "sidecar")) }}{{ fail (printf "mode is %q; it must be shared or sidecar" .Values.mode) }}{{ end -}}
-{{- if ne (int .Values.replicas) 1 }}{{ fail (printf "replicas is %v; it must be 1, because the SQLite store works on one host" .Values.replicas) }}{{ end -}}
+{{- if lt (int .Values.replicas) 1 }}{{ fail (printf "replicas is %v; it must be 1 or more" .Values.replicas) }}{{ end -}}
+{{- if and (gt (int .Values.replicas) 1) (not .Values.store.url) }}{{ fail (printf "replicas is %v; it must be 1, because the SQLite store works on one host, or set store.url to a postgresql:// database" .Values.replicas) }}{{ end -}}
+{{- with .Values.store.url -}}
+{{- if not (or (regexMatch "^postgres(ql)?://" .) (regexMatch "^file:/run/secrets/mcp-auth-proxy/[^/]+$" .)) }}{{ fail "store.url must be postgresql://USER@HOST/DATABASE, or file:/run/secrets/mcp-auth-proxy/KEY with the URL in the Secret; leave it empty for SQLite" }}{{ end -}}
+{{- if or (regexMatch "^[^/]*//[^/?@]*:[^/?@]*@" .) (regexMatch "[?&]password=" .) }}{{ fail "store.url has a password, and the configuration is a ConfigMap; put the URL into the Secret, and set store.url to file:/run/secrets/mcp-auth-proxy/KEY" }}{{ end -}}
+{{- if $.Values.persistence.enabled }}{{ fail "persistence.enabled is true; with store.url everything is in the database, so remove it" }}{{ end -}}
+{{- end -}}
 {{- if not .Values.secretName }}{{ fail "secretName is empty; create a Secret with the key store-key and name it (values.yaml has the command)" }}{{ end -}}
 {{- if not .Values.config.servers }}{{ fail "config.servers is empty; at least one server must be configured" }}{{ end -}}
 {{- range $key := list "listen" "health_listen" "health_quit" "store" "public_url" }}
@@ -46,7 +57,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $config := deepCopy .Values.config -}}
 {{- $_ := set $config "listen" (ternary "0.0.0.0:8787" "127.0.0.1:8787" $shared) -}}
 {{- $_ := set $config "health_listen" "0.0.0.0:8788" -}}
-{{- $_ := set $config "store" (dict "url" "sqlite:////data/mcp-auth-proxy.db" "keys" (list "file:/run/secrets/mcp-auth-proxy/store-key")) -}}
+{{- $_ := set $config "store" (dict "url" (.Values.store.url | default "sqlite:////data/mcp-auth-proxy.db") "keys" (list "file:/run/secrets/mcp-auth-proxy/store-key")) -}}
 {{- with .Values.publicUrl }}{{ $_ := set $config "public_url" . }}{{ end -}}
 {{- if $shared -}}
 {{- $inbound := dict "allow_anonymous" true -}}
@@ -86,6 +97,12 @@ livenessProbe:
   periodSeconds: 20
   timeoutSeconds: 5
   failureThreshold: 3
+{{- if and (include "mcp-auth-proxy.postgresql" .) (eq .Values.mode "shared") }}
+# Until all nodes know that this pod ends, requests still come to it, and are served.
+lifecycle:
+  preStop:
+    exec: {command: [python3, -c, "import time; time.sleep(5)"]}
+{{- end }}
 resources:
   {{- toYaml .Values.resources | nindent 2 }}
 securityContext:

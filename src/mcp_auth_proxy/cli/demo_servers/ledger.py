@@ -76,7 +76,7 @@ class Token:
 @dataclass(slots=True, kw_only=True)
 class RefreshToken:
     grant: IssuedGrant
-    spent: bool = False
+    spent_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +101,10 @@ class Rules:
     """Granted if a client requests none (RFC 6749 §3.3)."""
     refresh: bool = True
     rotate: bool = True
+    reuse_detection: bool = True
+    """Whether a refresh token that was rotated ends its grant if it comes again (RFC 9700 §4.14.2)."""
+    reuse_seconds: float = 0.0
+    """Seconds in which a refresh token that was rotated may come again, as if it had not been."""
     refresh_needs_offline_access: bool = False
     require_resource: bool = False
 
@@ -116,6 +120,8 @@ class Ledger:
         self.grants: list[IssuedGrant] = []
         self.tokens: dict[str, Token] = {}
         self.refresh_tokens: dict[str, RefreshToken] = {}
+        self.reused = 0
+        """How often a rotated refresh token has come again, too late."""
 
     def authorize(
         self, client: Client, *, redirect_uri: str, challenge: str, resource: str, scopes: tuple[str, ...]
@@ -147,14 +153,15 @@ class Ledger:
         return self._issue(found.grant, found.grant.scopes, refresh_token=self._first_refresh_token(found.grant))
 
     def refresh(self, client: Client, *, refresh_token: str, resource: str, scopes: tuple[str, ...]) -> Issued:
-        """Refresh a grant (RFC 6749 §6). Reuse of a rotated refresh token ends it (RFC 9700 §4.14.2)."""
+        """Refresh a grant (RFC 6749 §6). What reuse of a rotated refresh token does, the rules say."""
         found = self.refresh_tokens.get(refresh_token)
         if found is None or found.grant.client_id != client.id:
             refuse_grant("the refresh token is unknown")
         grant = found.grant
-        if found.spent:
-            grant.ended = True
-            refuse_grant("the refresh token was used before; the grant has ended")
+        if found.spent_at is not None and self.clock() - found.spent_at >= self.rules.reuse_seconds:
+            self.reused += 1
+            grant.ended = grant.ended or self.rules.reuse_detection
+            refuse_grant(f"the refresh token was used before{'; the grant has ended' if grant.ended else ''}")
         if grant.ended:
             refuse_grant("the grant has ended")
         if not set(scopes) <= set(grant.scopes):
@@ -162,7 +169,7 @@ class Ledger:
         self._same_resource(grant, resource)
         next_token = None
         if self.rules.rotate:
-            found.spent = True
+            found.spent_at = found.spent_at or self.clock()
             next_token = self._new_refresh_token(grant)
         return self._issue(grant, scopes or grant.scopes, refresh_token=next_token)
 

@@ -30,7 +30,7 @@ from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.proxy import routes
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
-from mcp_auth_proxy.store import Engine, open_store, open_store_read_only
+from mcp_auth_proxy.store import Engine, open_store, open_store_read_only, store_exists
 from mcp_auth_proxy.store.registrations import Registrations
 
 ANY_PORT = 8787
@@ -250,7 +250,7 @@ async def _registrations(settings: Settings) -> AsyncIterator[tuple[Registration
     """
     steps: list[Step] = []
     database: Engine | None = None
-    if settings.store.path.exists():
+    if store_exists(settings.store):
         try:
             database = await _open_readable(settings.store)
         except StoreError as error:
@@ -267,7 +267,7 @@ async def _registrations(settings: Settings) -> AsyncIterator[tuple[Registration
 async def _open_readable(store: StoreSettings) -> Engine:
     database = await open_store_read_only(store)
     try:
-        # A store with an older schema opens, but fails here.
+        # A store whose tables somebody has changed opens, but fails here.
         await Registrations(database).find("", "", "")
         await Registrations(database).bound_issuer("", "")
     except BaseException:  # also on Ctrl-C: the database thread would keep the process alive

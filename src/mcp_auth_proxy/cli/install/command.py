@@ -73,10 +73,10 @@ def _local_url(settings: Settings) -> str:
 
 def served_url(store: StoreSettings) -> str:
     """Return the address of the proxy that serves a store now. Raises McpAuthProxyError if none does."""
-    served = serving.addresses(store) if store.path.exists() else []
+    served = serving.addresses(store)
     if not served:
         raise McpAuthProxyError(
-            f"No proxy is running with the store {store.path}, so its address is not known. Start one with "
+            f"No proxy is running with the store {store.shown}, so its address is not known. Start one with "
             f"`mcp-auth-proxy serve`, or set 'listen'."
         )
     return f"http://{reachable(served[0])}"

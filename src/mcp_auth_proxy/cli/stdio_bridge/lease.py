@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import McpAuthProxyError
 from mcp_auth_proxy.store import files
+from mcp_auth_proxy.store.local_files import make_local_folder
 
 POLL = 0.05
 """Seconds between two attempts to lock a file."""
@@ -41,7 +42,7 @@ class Lease:
         name = "." + ".".join(filter(None, [path.name, only[:_MARK], kind]))
         self._path = path.with_name(name)
         try:
-            files.make_folder(path.parent)
+            make_local_folder(store)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             self._descriptor = os.open(self._path, flags, files.PRIVATE)
         except OSError as error:

@@ -154,7 +154,7 @@ class LocalProxy:
         # -P: a folder of the same name where the client was started is no program of ours. The proxy serves other
         # bridges too, so it must not end with the process group of this one.
         command = [sys.executable, "-P", "-m", "mcp_auth_proxy", "serve", "--for-bridges", *self._options]
-        logger.info("no proxy is running with the store %s: one is started", self._store.path)
+        logger.info("no proxy is running with the store %s: one is started", self._store.shown)
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -19,10 +19,12 @@ from mcp_auth_proxy.store.cipher import (
     key_warnings,
     load_keys,
 )
-from mcp_auth_proxy.store.sqlite import key_checks, schema
-from mcp_auth_proxy.store.sqlite.backup import find_backup, make_backup
+from mcp_auth_proxy.store.key_checks import open_with
+from mcp_auth_proxy.store.sqlite import key_checks, schema, untouched
+from mcp_auth_proxy.store.sqlite.backup import find_backup
 from mcp_auth_proxy.store.sqlite.errors import is_damage, read_text, translated, unavailable
-from mcp_auth_proxy.store.sqlite.paths import connection_uri, read_only_uri, wal_files
+from mcp_auth_proxy.store.sqlite.paths import connection_uri, mount_obstacle, wal_files, write_obstacle
+from mcp_auth_proxy.store.sqlite.upgrade import upgrade
 
 BUSY_TIMEOUT = 5.0
 """Seconds that SQLite waits for a lock of another process."""
@@ -45,16 +47,27 @@ def obtain_keys(
     default = Path(settings.keys[0].name)
     if settings.default_key and not default.exists():
         if settings.path.exists():
-            raise KeyRejected(
-                f"The store {settings.path} exists, but its key file {default} is missing. Without the key nothing in "
-                "the store can be read: put the key file back, or move the store away to start with a new one."
-            )
+            raise _missing_key(settings)
         with _writing(default):
             files.make_folder(default.parent)
             created = default if generate_key_file(default) else None
     for warning in key_warnings(settings):
         logger.warning("%s", warning)
     return load_keys(settings, environ), created
+
+
+def existing_keys(settings: StoreSettings, environ: Mapping[str, str] = os.environ) -> tuple[Key, ...]:
+    """Return the keys of a store that exists; none is made. Raises KeyRejected."""
+    if settings.default_key and settings.path.exists() and not Path(settings.keys[0].name).exists():
+        raise _missing_key(settings)
+    return load_keys(settings, environ)
+
+
+def _missing_key(settings: StoreSettings) -> KeyRejected:
+    return KeyRejected(
+        f"The store {settings.path} exists, but its key file {settings.keys[0].name} is missing. Without the key "
+        "nothing in the store can be read: put the key file back, or move the store away to start with a new one."
+    )
 
 
 def prepare(path: Path, cipher: Cipher) -> None:
@@ -66,6 +79,8 @@ def prepare(path: Path, cipher: Cipher) -> None:
         raise StoreRejected(f"SQLite 3.35 or newer is needed; this Python has {sqlite3.sqlite_version}.")
     if path.exists():
         inspect(path, cipher)
+        if (obstacle := mount_obstacle(path)) is not None:
+            raise StoreUnavailable(obstacle)
     else:
         _create(path, cipher)
     _update(path, cipher)
@@ -76,27 +91,66 @@ def inspect(path: Path, cipher: Cipher) -> int:
 
     Return its schema. Nothing is written. Raises StoreRejected, StoreUnavailable.
     """
+    _check_head(path)
+    with _reading(path):
+        return untouched.read(path, lambda connection: _check(path, connection, cipher), timeout=BUSY_TIMEOUT)
+
+
+def read_copy(path: Path, cipher: Cipher) -> sqlite3.Connection:
+    """Return a copy of the store in memory, as it is committed now, which any thread may use and none may write.
+
+    A copy of an older schema is migrated. The store is checked as by ``inspect``, and stays as it is: nothing is
+    written, and no file made, beside it. Raises StoreRejected, StoreUnavailable.
+    """
+
+    def copy(connection: sqlite3.Connection) -> sqlite3.Connection:
+        _check(path, connection, cipher)
+        connection.backup(memory)
+        return memory
+
+    _check_head(path)
+    # isolation_level=None: transactions are begun and ended by our own statements.
+    memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    try:
+        memory.text_factory = read_text
+        with _reading(path):
+            untouched.read(path, copy, timeout=BUSY_TIMEOUT)
+        with translated(path):
+            schema.migrate(memory, cipher)
+            memory.execute("PRAGMA query_only = ON")
+    except BaseException:  # also on Ctrl-C
+        memory.close()
+        raise
+    return memory
+
+
+def _check_head(path: Path) -> None:
     try:
         with path.open("rb") as file:
             head = file.read(_HEADER_BYTES)
     except OSError as error:
-        raise StoreUnavailable(f"The store {path} can't be read ({error.strerror}).") from None
+        raise _unreadable(path, error) from None
     if len(head) < _HEADER_BYTES or not head.startswith(_MAGIC):
         raise StoreRejected(
             f"{path} is not a store: it is not an SQLite database, or it was cut off. It was left as it is. "
             "Put a backup there, or move it away to start with a new store."
         )
-    uri, immutable = read_only_uri(path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return _inspect(path, uri, cipher)
+        yield
     except sqlite3.DatabaseError as error:
-        # If a log appeared meanwhile, the file alone may have been read in the middle of a checkpoint.
-        if not (immutable and wal_files(path)[0].exists()):
-            raise _explain(path, error) from None
-        try:
-            return _inspect(path, connection_uri(path, "ro"), cipher)
-        except sqlite3.DatabaseError as second:
-            raise _explain(path, second) from None
+        raise _explain(path, error) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"The store {path} can't be read ({error.strerror}). Check the permissions of the file and its folder."
+    )
 
 
 def _explain(path: Path, error: sqlite3.DatabaseError) -> StoreRejected | StoreUnavailable:
@@ -106,20 +160,20 @@ def _explain(path: Path, error: sqlite3.DatabaseError) -> StoreRejected | StoreU
     )
 
 
-def _inspect(path: Path, uri: str, cipher: Cipher) -> int:
-    with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT)) as connection:
-        connection.text_factory = read_text
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        version: int
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if application != schema.APPLICATION_ID:
-            raise StoreRejected(
-                f"{path} is a database of another program. It was left as it is. Set store.url to another file."
-            )
-        if version > len(schema.MIGRATIONS):
-            raise _newer(path, version)
-        _check_keys(path, cipher, key_checks.read_all(connection), version)
-        return version
+def _check(path: Path, connection: sqlite3.Connection, cipher: Cipher) -> int:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    version: int
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application != schema.APPLICATION_ID:
+        raise StoreRejected(
+            f"{path} is a database of another program. It was left as it is. Set store.url to another file."
+        )
+    if version > len(schema.MIGRATIONS):
+        raise _newer(path, version)
+    _check_keys(path, cipher, key_checks.read_all(connection), version)
+    if version >= schema.SEALED_ROWS:
+        key_checks.check_rows_open(connection, path, cipher)
+    return version
 
 
 def _newer(path: Path, version: int) -> StoreRejected:
@@ -144,7 +198,7 @@ def _check_keys(path: Path, cipher: Cipher, checks: Mapping[str, bytes], found_s
             f"has {', '.join(cipher.key_ids)}. Nothing was written. Set the right key, or move the store away."
         )
     version = VERSION if found_schema >= schema.SEALED_ROWS else BEFORE_SEALED_ROWS
-    if not key_checks.open_with(cipher, checks, version=version):
+    if not open_with(cipher, checks, version=version):
         raise StoreRejected(
             f"The store {path} was changed by something else than mcp-auth-proxy: its key check is not one of schema "
             f"{found_schema}. It was left as it is. Put a backup in its place, or move it away to start with a new one."
@@ -176,13 +230,10 @@ def _create(path: Path, cipher: Cipher) -> None:
 
 
 def _update(path: Path, cipher: Cipher) -> None:
-    def back_up(version: int) -> None:
-        # Again: nobody else can write from now on, and the schema may have been changed since the store was inspected.
+    def check(version: int) -> None:
+        # Again: the schema may have been changed since the store was inspected.
         _check_keys(path, cipher, key_checks.read_all(connection), version)
-        backup = make_backup(path, version)
-        logger.info("store: migrating from schema %d to %d; a copy was kept: %s", version, newest, backup)
 
-    newest = len(schema.MIGRATIONS)
     with _writing(path), translated(path):
         for file in (path, *wal_files(path)):
             files.restrict_mode(file)
@@ -191,8 +242,8 @@ def _update(path: Path, cipher: Cipher) -> None:
             connection.text_factory = read_text
             connection.execute("PRAGMA synchronous = FULL")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version < newest:
-                schema.migrate(connection, cipher, before=back_up)
+            if version < len(schema.MIGRATIONS):
+                upgrade(path, connection, cipher, check=check)
             if set(cipher.key_ids) - set(key_checks.read_all(connection)):
                 key_checks.add(connection, cipher)
 
@@ -202,4 +253,6 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreUnavailable(f"{path} can't be created or written ({error.strerror}).") from None
+        obstacle = write_obstacle(path)
+        why = f" {obstacle}" if obstacle is not None else ""
+        raise StoreUnavailable(f"{path} can't be created or written ({error.strerror}).{why}") from None

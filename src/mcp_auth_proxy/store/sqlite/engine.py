@@ -6,24 +6,24 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
 import aiosqlite
 
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreError, StoreUnavailable
-from mcp_auth_proxy.observability import metrics
-from mcp_auth_proxy.store.cipher import Cipher, load_keys
+from mcp_auth_proxy.store.broken_rows import BrokenRows
+from mcp_auth_proxy.store.cipher import Cipher
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
+from mcp_auth_proxy.store.lease import Owners
+from mcp_auth_proxy.store.schema_guard import SchemaGuard
 from mcp_auth_proxy.store.sqlite import schema
-from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, inspect, obtain_keys, prepare
+from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, existing_keys, obtain_keys, prepare, read_copy
 from mcp_auth_proxy.store.sqlite.errors import read_text, translated
-from mcp_auth_proxy.store.sqlite.paths import connection_uri, read_only_uri
-
-T = TypeVar("T")
+from mcp_auth_proxy.store.sqlite.paths import connection_uri, write_obstacle
+from mcp_auth_proxy.store.uninterrupted import uninterrupted
 
 _PRAGMAS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA foreign_keys = ON")
 _PROBE = """
@@ -35,8 +35,6 @@ _STATEMENT_TIMEOUT = 8.0
 
 _STEPS_BETWEEN_CHECKS = 100_000
 _MIN_FREE_BYTES = 256 * 1024
-# Whoever can write to the store can make broken rows without end, which must fill neither the log nor the memory.
-_MAX_REPORTED = 20
 logger = logging.getLogger(__name__)
 
 
@@ -45,15 +43,17 @@ class SqliteEngine:
 
     def __init__(self, connection: aiosqlite.Connection, path: Path, cipher: Cipher) -> None:
         self.cipher = cipher
+        self.owners = Owners(path.resolve())
         self._path = path
         self._connection = connection
         self._lock = asyncio.Lock()
         self._identity = _identity(path)
+        self._schema = SchemaGuard(str(path), len(schema.MIGRATIONS))
         self._data_versions: dict[str, int] = {}
         self._statement_begun_at = 0.0
         self._closed = False
         self._last_write_failed = False
-        self._reported: set[tuple[str, str]] = set()
+        self._broken_rows = BrokenRows()
 
     @classmethod
     async def open(
@@ -78,7 +78,7 @@ class SqliteEngine:
                 await engine._run(pragma)
             await engine.changed()
         except BaseException:  # also if cancelled: the database thread would keep the process alive
-            await _uninterrupted(connection.close())
+            await uninterrupted(connection.close())
             raise
         return engine
 
@@ -87,19 +87,15 @@ class SqliteEngine:
         cls, settings: StoreSettings, *, environ: Mapping[str, str] = os.environ
     ) -> "SqliteEngine":
         """Open the store without writing anything; see ``store.open_store_read_only``."""
-        cipher = Cipher(await asyncio.to_thread(load_keys, settings, environ))
-        found, newest = await asyncio.to_thread(inspect, settings.path, cipher), len(schema.MIGRATIONS)
-        if found < newest:
-            raise StoreUnavailable(
-                f"The store {settings.path} has schema {found}, and this version reads schema {newest}. "
-                "Start the proxy once to migrate it."
-            )
-        uri, _ = read_only_uri(settings.path)
-        return cls(await _connect(settings.path, uri), settings.path, cipher)
+        cipher = Cipher(await asyncio.to_thread(existing_keys, settings, environ))
+        memory = await asyncio.to_thread(read_copy, settings.path, cipher)
+        memory.row_factory = sqlite3.Row
+        _silence()
+        return cls(await aiosqlite.Connection(lambda: memory, 64), settings.path, cipher)
 
     async def close(self) -> None:
         """Close the connection and end its thread, once a running transaction has ended. May be called again."""
-        await _uninterrupted(self._close())
+        await uninterrupted(self._close())
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
@@ -111,17 +107,26 @@ class SqliteEngine:
             self._check_file()
             try:
                 await self._run("BEGIN IMMEDIATE")
+                # Nobody can migrate from here until the transaction ends.
+                await self._check_schema()
                 yield Transaction(self._run)
             except BaseException as error:  # also if cancelled: an open transaction would block every later write
                 self._last_write_failed = self._last_write_failed or isinstance(error, StoreUnavailable)
-                await _uninterrupted(self._roll_back())
+                await uninterrupted(self._roll_back())
                 raise
-            await _uninterrupted(self._commit())
+            await uninterrupted(self._commit())
 
     async def fetch_all(self, sql: str, params: Params = NO_PARAMS) -> list[Row]:
         """Return all rows of a query, as committed."""
         async with self._exclusive():
-            return await self._run(sql, params)
+            try:
+                rows = await self._run(sql, params)
+            except StoreUnavailable:
+                await self._check_schema()
+                raise
+            # Afterwards: if the schema is ours still, then so were the rows.
+            await self._check_schema()
+            return rows
 
     async def fetch_one(self, sql: str, params: Params = NO_PARAMS) -> Row | None:
         """Return the first row of a query, as committed, or None."""
@@ -131,9 +136,22 @@ class SqliteEngine:
     async def changed(self, reader: str = "") -> bool:
         """Return whether another process has written since the last call of the same ``reader``; True for its first."""
         before = self._data_versions.get(reader)
-        rows = await self.fetch_all("PRAGMA data_version")
-        self._data_versions[reader] = version = int(rows[0]["data_version"])
+        async with self._exclusive():
+            rows = await self._run("PRAGMA data_version")
+            version = int(rows[0]["data_version"])
+            if version != before:
+                await self._check_schema()
+        self._data_versions[reader] = version
         return version != before
+
+    def now(self) -> float:
+        """Return the time of this machine, in Unix seconds."""
+        return time.time()
+
+    async def check_schema(self) -> None:
+        """Raise StoreMigrated if a newer version has migrated the store since it was opened."""
+        async with self._exclusive():
+            await self._check_schema()
 
     async def check_writable(self) -> None:
         """Check that the store can be written now. After a failed write this includes a write."""
@@ -145,17 +163,13 @@ class SqliteEngine:
             self._check_file()
             try:
                 await self._run("BEGIN IMMEDIATE")
+                await self._check_schema()
             finally:
-                await _uninterrupted(self._roll_back())
+                await uninterrupted(self._roll_back())
 
     def report_broken(self, table: str, uid: str, problem: Exception) -> None:
         """Log, once for each row, that it is skipped because it can't be decrypted or decoded."""
-        if (table, uid) not in self._reported and len(self._reported) < _MAX_REPORTED:
-            self._reported.add((table, uid))
-            metrics.store_failures.labels("decryption").inc()
-            logger.warning("store: a row of %s is skipped (row %s): %s", table, uid, problem)
-            if len(self._reported) == _MAX_REPORTED:
-                logger.warning("store: more rows that are skipped are not logged until the proxy is started again")
+        self._broken_rows.report(table, uid, problem)
 
     @asynccontextmanager
     async def _exclusive(self) -> AsyncIterator[None]:
@@ -175,6 +189,7 @@ class SqliteEngine:
             if not self._closed:
                 self._closed = True
                 await self._connection.close()
+                self.owners.close()
 
     async def _run(self, sql: str, params: Params = NO_PARAMS) -> list[Row]:
         if self._closed:
@@ -186,6 +201,10 @@ class SqliteEngine:
     def _is_overdue(self) -> bool:
         """Return whether SQLite must interrupt the running statement. Called in the thread of the connection."""
         return time.monotonic() > self._statement_begun_at + _STATEMENT_TIMEOUT
+
+    async def _check_schema(self) -> None:
+        (row,) = await self._run("PRAGMA user_version")
+        self._schema.check(int(row["user_version"]))
 
     async def _commit(self) -> None:
         try:
@@ -210,7 +229,8 @@ class SqliteEngine:
 
     def _check_space(self) -> None:
         if not os.access(self._path, os.W_OK):
-            raise StoreUnavailable(f"The store {self._path} can't be written: its file is read-only.")
+            obstacle = write_obstacle(self._path) or f"The store {self._path} can't be written: its file is read-only."
+            raise StoreUnavailable(obstacle)
         if shutil.disk_usage(self._path.parent).free < _MIN_FREE_BYTES:
             raise StoreUnavailable(f"The disk of the store {self._path} is full. Free some space.")
 
@@ -224,8 +244,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 async def _connect(path: Path, uri: str) -> aiosqlite.Connection:
-    # At its debug level aiosqlite logs the parameters of every statement.
-    logging.getLogger("aiosqlite").setLevel(logging.WARNING)
+    _silence()
     with translated(path):
         # isolation_level=None: transactions are begun and ended by our own statements.
         connection = await aiosqlite.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
@@ -234,17 +253,6 @@ async def _connect(path: Path, uri: str) -> aiosqlite.Connection:
     return connection
 
 
-async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Finish the work even if the task is cancelled meanwhile, and raise the cancellation afterwards."""
-    task = asyncio.ensure_future(work)
-    cancellation: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancellation = error
-    if cancellation is None:
-        return task.result()
-    if not task.cancelled():
-        task.exception()  # retrieved, or asyncio would log that it never was
-    raise cancellation
+def _silence() -> None:
+    # At its debug level aiosqlite logs the parameters of every statement.
+    logging.getLogger("aiosqlite").setLevel(logging.WARNING)

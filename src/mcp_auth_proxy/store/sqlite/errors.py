@@ -7,9 +7,11 @@ from pathlib import Path
 
 from mcp_auth_proxy.errors import StoreUnavailable, excerpt
 from mcp_auth_proxy.observability import metrics
+from mcp_auth_proxy.store.sqlite.paths import write_obstacle
 
 _LOCKED = "The store {path} is locked by another process. Wait for that process or end it, then try again."
 _READ_ONLY = "The store {path} can't be written. Make the file and its folder writable for this user."
+_NOT_WRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
 _DAMAGED = "The store {path} is damaged. Put a backup in its place."
 _MESSAGES = {
     sqlite3.SQLITE_BUSY: _LOCKED,
@@ -35,12 +37,16 @@ _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 def is_damage(error: sqlite3.Error) -> bool:
     """Return whether SQLite found that the file is damaged or not a database."""
-    return _primary(error) in _DAMAGE
+    return primary_code(error) in _DAMAGE
 
 
 def unavailable(path: Path, error: sqlite3.Error) -> StoreUnavailable | None:
     """Return what to raise for an error that the environment caused; None if the cause is a bug."""
-    message = _MESSAGES.get(_primary(error))
+    code = primary_code(error)
+    # SQLite tells neither a mount from a permission nor, if it can't make its files, what keeps it from that.
+    if code in _NOT_WRITABLE and (obstacle := write_obstacle(path)) is not None:
+        return StoreUnavailable(obstacle)
+    message = _MESSAGES.get(code)
     return StoreUnavailable(message.format(path=path, name=error.sqlite_errorname)) if message else None
 
 
@@ -54,7 +60,7 @@ def translated(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         translation = unavailable(path, error)
-        if _primary(error) in _TABLES:
+        if primary_code(error) in _TABLES:
             translation = StoreUnavailable(_FOREIGN_TABLES.format(path=path, reason=excerpt(str(error))))
         if translation is None:
             raise
@@ -62,7 +68,8 @@ def translated(path: Path) -> Iterator[None]:
         raise translation from None
 
 
-def _primary(error: sqlite3.Error) -> int:
+def primary_code(error: sqlite3.Error) -> int:
+    """Return SQLite's code of an error, without what its extended codes add."""
     # Errors that the Python module raises itself have no code.
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 

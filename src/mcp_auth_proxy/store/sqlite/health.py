@@ -1,7 +1,8 @@
 """The columns of grants that tell how their renewal goes, for all processes on a store and for commands.
 
 All are NULL for a grant that renews as it should, so rows of earlier schemas keep their seals. The indexes are those of
-``indexes`` with what lists by state compare now, and one for grants that have not been refreshed for long.
+``indexes`` with what lists by state compare now, one for grants that have not been refreshed for long, and one for
+renewals that a dead process has left behind.
 """
 
 HEALTH = (
@@ -33,4 +34,5 @@ HEALTH = (
     CREATE INDEX grants_by_refresh ON grants (id, obtained_at, refresh_expires_at, next_try_at, renewal_refused_at)
     WHERE ended_at IS NULL AND refresh_token IS NOT NULL
     """,
+    "CREATE INDEX grants_being_refreshed ON grants (id) WHERE refresh_begun_at IS NOT NULL",
 )

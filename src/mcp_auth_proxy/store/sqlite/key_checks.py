@@ -1,47 +1,51 @@
-"""A known text in ``meta``, sealed with each key: it shows whether a key is right before anything else is read."""
+"""The checks of keys (``store.key_checks``) in an SQLite file, and whether its rows open."""
 
+import contextlib
 import sqlite3
-from collections.abc import Mapping
+from pathlib import Path
 
-from mcp_auth_proxy.errors import DecryptionError
+from mcp_auth_proxy.errors import KeyRejected
 from mcp_auth_proxy.store.cipher import Cipher
-
-_CHECK = "mcp-auth-proxy store"
-_KEY_ROWS = "key:"
+from mcp_auth_proxy.store.key_checks import ADD, KEY_ROWS, by_key, check_rows
+from mcp_auth_proxy.store.sealed_tables import SEALED_COLUMNS, is_sealed_with, key_params, seal_keys
 
 
 def read_all(connection: sqlite3.Connection) -> dict[str, bytes]:
-    """Return the checks, by the id of their key. Somebody else's program may have put anything into their columns."""
-    rows = connection.execute("SELECT name, value FROM meta").fetchall()
-    return {str(name).removeprefix(_KEY_ROWS): value for name, value in rows if str(name).startswith(_KEY_ROWS)}
-
-
-def open_with(cipher: Cipher, checks: Mapping[str, bytes], *, version: int) -> bool:
-    """Return whether every check of a key that the cipher has is as we sealed it, with seals of this version."""
-    try:
-        return all(
-            cipher.open(checks[key_id], table="meta", row=_KEY_ROWS + key_id, column="value", version=version) == _CHECK
-            for key_id in cipher.key_ids
-            if key_id in checks
-        )
-    except (DecryptionError, TypeError):
-        return False
+    """Return the checks, by the id of their key."""
+    return by_key(connection.execute("SELECT name, value FROM meta").fetchall())
 
 
 def add(connection: sqlite3.Connection, cipher: Cipher) -> None:
     """Add the checks of the cipher's keys that are missing."""
-    for key_id in cipher.key_ids:
-        name = _KEY_ROWS + key_id
-        value = cipher.seal(_CHECK, table="meta", row=name, column="value", key_id=key_id)
-        connection.execute(
-            "INSERT INTO meta (name, value) VALUES (:name, :value) ON CONFLICT (name) DO NOTHING",
-            {"name": name, "value": value},
-        )
+    for row in check_rows(cipher):
+        connection.execute(ADD, row)
 
 
 def replace_all(connection: sqlite3.Connection, cipher: Cipher) -> None:
     """Replace all checks, also those of keys that the cipher does not have, by new ones."""
     connection.execute(
-        "DELETE FROM meta WHERE substr(name, 1, :length) = :rows", {"length": len(_KEY_ROWS), "rows": _KEY_ROWS}
+        "DELETE FROM meta WHERE substr(name, 1, :length) = :rows", {"length": len(KEY_ROWS), "rows": KEY_ROWS}
     )
     add(connection, cipher)
+
+
+def check_rows_open(connection: sqlite3.Connection, path: Path, cipher: Cipher) -> None:
+    """Raise KeyRejected if there are rows, and all of them are sealed with other keys than the cipher has.
+
+    A key may have its check without being the right one: it was in ``store.keys`` once, and no row was sealed with it.
+    """
+    # A view in the place of a table may never end.
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    params = key_params(cipher.key_ids)
+    found: set[str] = set()
+    with contextlib.suppress(sqlite3.OperationalError):  # tables that somebody has changed fail when they are used
+        for table in (table for table in SEALED_COLUMNS if table in tables):
+            if connection.execute(is_sealed_with(table, params), params).fetchone():
+                return
+            found |= {key.hex() for (key,) in connection.execute(seal_keys(table)) if isinstance(key, bytes)}
+        if found:
+            raise KeyRejected(
+                f"Wrong key: every row of the store {path} was sealed with key {', '.join(sorted(found))}, but "
+                f"store.keys has {', '.join(cipher.key_ids)}. Nothing was written. Set the right key, or move the "
+                "store away."
+            )

@@ -2,11 +2,14 @@
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from mcp_auth_proxy.config.settings import StoreSettings
-from mcp_auth_proxy.store.sqlite.paths import read_only_uri, wal_files
+from mcp_auth_proxy.errors import StoreError
+from mcp_auth_proxy.store import lease
+from mcp_auth_proxy.store.sqlite import untouched
+from mcp_auth_proxy.store.sqlite.paths import wal_files
 from mcp_auth_proxy.store.sqlite.serving import served_addresses
 
 # Client credentials stay bound to the first authorization server that got them, whatever it answered.
@@ -30,6 +33,7 @@ def provisional(settings: StoreSettings) -> Iterator[None]:
         if settings.path.exists() and not _is_needed(settings.path):
             for file in (settings.path, *wal_files(settings.path)):
                 file.unlink(missing_ok=True)
+            lease.remove_files(settings.path.resolve())
             if new_key:
                 key.unlink(missing_ok=True)
         raise
@@ -38,10 +42,8 @@ def provisional(settings: StoreSettings) -> Iterator[None]:
 def _is_needed(path: Path) -> bool:
     if served_addresses(path.resolve()):
         return True
-    uri, _ = read_only_uri(path)
     try:
-        with closing(sqlite3.connect(uri, uri=True)) as connection:
-            (needed,) = connection.execute(_WORTH_KEEPING).fetchone()
-    except sqlite3.Error:
+        (needed,) = untouched.read(path, lambda it: it.execute(_WORTH_KEEPING).fetchone(), timeout=5.0)
+    except (sqlite3.Error, OSError, StoreError):
         return True
     return bool(needed)

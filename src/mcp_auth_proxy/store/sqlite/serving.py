@@ -4,21 +4,22 @@ The system drops the lock when its process ends, however that ends. So a file wh
 process that lives, and the others are leftovers.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.store import files
 
 _SUFFIX = ".serving"
-_MAX_BYTES = 512
+_MAX_BYTES = 4096
 logger = logging.getLogger(__name__)
 
 
@@ -33,13 +34,22 @@ class Served:
     """The name of that server; else empty."""
     for_bridges: bool = False
     """Whether a bridge of ``stdio`` has started it."""
+    keys: tuple[str, ...] = ()
+    """The ids of the keys that it has, first the one that it seals with. Older versions do not say it."""
 
 
 class ServingLock:
     """The file of this process, locked from ``hold`` to ``release``."""
 
     def __init__(
-        self, store: Path, address: Address, *, only: str = "", name: str = "", for_bridges: bool = False
+        self,
+        store: Path,
+        address: Address,
+        *,
+        only: str = "",
+        name: str = "",
+        for_bridges: bool = False,
+        keys: Sequence[str] = (),
     ) -> None:
         """Lock a file that says that this process serves the store at ``address``; remove those of dead processes.
 
@@ -47,9 +57,11 @@ class ServingLock:
         """
         self._path = files.temporary_path(store).with_suffix(_SUFFIX)
         self._descriptor: int | None = None
+        self._store = store
+        self._served = Served(address, only, name, for_bridges, tuple(keys))
         try:
             _remove_leftovers(store)
-            self._descriptor = _lock(self._path, _content(store, Served(address, only, name, for_bridges)))
+            self._descriptor = _lock(self._path, _content(store, self._served))
         except OSError as error:
             logger.warning(
                 "store: %s can't be made and locked (%s), so `login` can't tell that this proxy is running",
@@ -57,10 +69,22 @@ class ServingLock:
                 error.strerror,
             )
 
+    def set_keys(self, keys: Sequence[str]) -> None:
+        """Say that this process has other keys now."""
+        self._served = replace(self._served, keys=tuple(keys))
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                content = _content(self._store, self._served)
+                # In one step, and no shorter than before: whoever reads it meanwhile finds one or the other.
+                size = os.fstat(self._descriptor).st_size
+                os.pwrite(self._descriptor, content.ljust(size), 0)
+
     def release(self) -> None:
         """Give up the lock and remove the file. Call it while the port is still bound: nobody else can have it then."""
         if self._descriptor is not None:
-            self._path.unlink(missing_ok=True)
+            # On a mount that has become read-only it stays: without its lock it says nothing.
+            with contextlib.suppress(OSError):
+                self._path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -108,8 +132,9 @@ class _Candidate:
             address = Address(str(content["host"]), int(content["port"]))
             # Older versions write none of these.
             only, name = str(content.get("only", "")), str(content.get("name", ""))
-            return Served(address, only, name, content.get("for_bridges") is True)
-        except (ValueError, KeyError, TypeError):
+            keys = tuple(str(key) for key in content.get("keys", ()))
+            return Served(address, only, name, content.get("for_bridges") is True, keys)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def is_locked(self) -> bool:
@@ -133,7 +158,8 @@ def _files(store: Path) -> Iterator[Path]:
 def _content(store: Path, served: Served) -> bytes:
     found, address = store.stat(), served.address
     text = {"store": [found.st_dev, found.st_ino], "host": address.host, "port": address.port, "pid": os.getpid()}
-    return json.dumps({**text, "only": served.only, "name": served.name, "for_bridges": served.for_bridges}).encode()
+    more = {"only": served.only, "name": served.name, "for_bridges": served.for_bridges, "keys": served.keys}
+    return json.dumps({**text, **more}).encode()
 
 
 def _lock(path: Path, content: bytes) -> int:
