@@ -173,6 +173,7 @@ async def test_webhooks_are_signed_and_tell_no_secret(servers: Servers, tmp_path
 async def test_a_webhook_that_hangs_delays_nothing_and_is_one_line_in_the_log(
     servers: Servers, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     async with webhook_receiver() as hook:
         hook.answer = FakeResponse.hang()
         async with proxy_setup(servers, tmp_path, events=hook.settings) as setup:

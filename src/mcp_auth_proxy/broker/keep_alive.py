@@ -19,7 +19,7 @@ from mcp_auth_proxy.errors import McpAuthProxyError, StoreError
 from mcp_auth_proxy.models import Grant
 from mcp_auth_proxy.store.engine import Engine
 from mcp_auth_proxy.store.grants import Grants
-from mcp_auth_proxy.store.unused_grants import UnusedGrants
+from mcp_auth_proxy.store.unused_grants import LIFETIME_SHARE, UnusedGrants
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ FIRST_DELAY = 5.0
 """Seconds from the start to the first look."""
 
 SHORTEST_DELAY, LONGEST_DELAY = 0.5, 300.0
-"""Seconds between two looks: until the next grant is due, but within these."""
+"""Seconds between two looks: until the next grant is due, but within these; a tenth of the period is the most too."""
 
 FAILED_DELAY = 30.0
 """Seconds to the next look at least, if something was due and could not be refreshed."""
@@ -84,12 +84,20 @@ class KeepAlive:
             self.period = period
             self._changed.set()
 
+    def stored(self, grant: Grant) -> None:
+        """Look earlier if the refresh token of a grant that is new here lapses soon."""
+        lapses = grant.tokens.refresh_expires_at
+        if self.period and lapses is not None and (lapses - grant.tokens.obtained_at) / LIFETIME_SHARE < LONGEST_DELAY:
+            self._changed.set()
+
     async def _run(self) -> None:
         delay = min(FIRST_DELAY, self.period / 2) if self.period else FIRST_DELAY
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await self._changed.wait()
+                # Together with others that come now.
+                await asyncio.sleep(SHORTEST_DELAY)
             self._changed.clear()
             try:
                 delay = await self._look()
@@ -102,6 +110,7 @@ class KeepAlive:
         await self._end_unmended()
         if not self.period:
             return LONGEST_DELAY
+        longest = max(min(LONGEST_DELAY, self.period / 10), SHORTEST_DELAY)
         failures: Counter[tuple[str, str]] = Counter()
         after: int | None = 0
         while after is not None:
@@ -114,7 +123,7 @@ class KeepAlive:
                     failures[issuer] += not await self._refresh(each.id)
         now = self._clock()
         next_due = await self._unused.next_due(keep_alive=self.period, now=now)
-        delay = LONGEST_DELAY if next_due is None else min(max(next_due - now, SHORTEST_DELAY), LONGEST_DELAY)
+        delay = longest if next_due is None else min(max(next_due - now, SHORTEST_DELAY), longest)
         return max(delay, FAILED_DELAY) if failures.total() else delay
 
     async def _end_unmended(self) -> None:

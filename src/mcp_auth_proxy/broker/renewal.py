@@ -245,7 +245,13 @@ class Renewer:
         if grant.health.rejected_since is None or next_try is None:
             return
         if 0 < next_try - now <= REJECTED_PAUSE:
+            self._remember(grant.id, grant.health)
             raise AuthorizationServerUnavailable(grant.health.failure, retry_after=next_try - now)
+
+    def _remember(self, grant_id: int, rejection: RenewalHealth) -> None:
+        self._rejections[grant_id] = rejection
+        if len(self._rejections) > MAX_REJECTIONS:
+            del self._rejections[next(iter(self._rejections))]
 
     def retry_at(self, grant: Grant) -> float | None:
         """Return when a renewal may be tried again, in Unix seconds; None if the last one did not fail."""
@@ -327,9 +333,7 @@ class Renewer:
         error = AuthorizationServerUnavailable(text)
         self._backoff.failed(of_grant(grant), error, pause=REJECTED_PAUSE)
         health = refusals.after_rejection(grant.health, text, now=now)
-        self._rejections[grant.id] = health
-        if len(self._rejections) > MAX_REJECTIONS:
-            del self._rejections[next(iter(self._rejections))]
+        self._remember(grant.id, health)
         await self._note_failure(grant, health, error, keep=False)
         if grant.health.rejected_since is None:
             self._journal.degraded(grant.key.account, text)
