@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 import uvloop
 
+from fakes.postgresql import BIN
+
 pytest_plugins = ["fakes.fixtures"]
 
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -31,6 +33,7 @@ PARTS = {
     "idp": ("node",),
     "iproute2": ("ip",),
     "nginx": ("nginx",),
+    "postgresql": ("initdb",),
     "systemd": ("systemd-analyze",),
     "wrk": ("wrk",),
 }
@@ -56,7 +59,7 @@ CLIENTS = ROOT / "tests/clients"
 CLIENTS_PYTHON = ROOT / ".venv-clients/bin/python"
 IDENTITY_PROVIDER = ROOT / "tests/deploy/identity_provider"
 AXE = ROOT / "tests/e2e/axe"
-SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", *MADE])
+SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", *MADE, *map(str, BIN)])
 REQUIRE_ALL = os.environ.get("MCP_AUTH_PROXY_REQUIRE_ALL") == "1"
 MISSING = {part for part, commands in PARTS.items() if not any(shutil.which(name, path=SEARCH) for name in commands)}
 MISSING |= set() if (IDENTITY_PROVIDER / "node_modules/oidc-provider").is_dir() else FROM_IDP

@@ -7,8 +7,13 @@ import pytest
 
 from broker.broker_setup import BrokerSetup, broker_setup, server
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.fixtures import Servers
+from fakes.fixtures import Servers, on_both_engines
 from fakes.mcp_server import FakeMcpServer
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "tmp_path" in metafunc.fixturenames:
+        on_both_engines(metafunc)
 
 
 @pytest.fixture
@@ -22,6 +27,6 @@ async def upstream(servers: Servers, issuer: FakeAuthorizationServer) -> FakeMcp
 
 
 @pytest.fixture
-async def setup(tmp_path: Path, upstream: FakeMcpServer) -> AsyncIterator[BrokerSetup]:
+async def setup(each_engine: str, tmp_path: Path, upstream: FakeMcpServer) -> AsyncIterator[BrokerSetup]:
     async with broker_setup(tmp_path, server(upstream.url)) as setup:
         yield setup

@@ -9,17 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_auth_proxy.broker import renewal
+from fakes.proxy import until
+from mcp_auth_proxy.broker import renewal, renewal_lease
 from mcp_auth_proxy.broker.backoff import FIRST, LONGEST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal import (
     MARGIN_MAX,
+    SAVE_DELAYS,
+    Demand,
     Renewer,
     renew_at,
     renewable,
 )
-from mcp_auth_proxy.broker.renewal_lease import GrantEnded
+from mcp_auth_proxy.broker.renewal_lease import GrantEnded, HeldElsewhere
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -28,11 +32,13 @@ from mcp_auth_proxy.errors import (
     StoreUnavailable,
     TokenRefused,
 )
-from mcp_auth_proxy.models import Account, Grant, GrantType, TokenSet
-from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.models import HEALTHY, Account, Grant, GrantType, TokenSet
+from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.lease import Owners
+from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
 from store.builders import NOW, grant, store_settings, tokens
 
@@ -85,6 +91,7 @@ class Setup:
             backoff=Backoff(clock=self.clock),
             outages=OutageLog(),
             journal=ConnectionJournal(clock=self.clock),
+            rate=RefreshRate(slots=RefreshSlots(self.database), clock=self.clock),
             clock=self.clock,
             settled=settled,
         )
@@ -375,6 +382,139 @@ async def test_a_late_refusal_does_not_end_what_another_has_renewed(setup: Setup
     setup.endpoint.meanwhile = taken_over
     assert (await setup.renew()).tokens.access_token == "canary-access-2"
     assert (await setup.stored()).ended_at is None
+
+
+async def begun_by_another(setup: Setup, owner: str = "elsewhere:1:x") -> None:
+    assert await setup.grants.begin_refresh(setup.grant.id, version=1, owner=owner, now=setup.clock.now)
+
+
+async def waits(setup: Setup, *, needed: Callable[[], bool] = lambda: True) -> asyncio.Task[Grant]:
+    """Begin a renewal that has to wait for another process."""
+    grants = Watched(setup.database)
+    task = asyncio.create_task(setup.another_renewer(grants).renew(SERVER, setup.grant, Demand(needed=needed)))
+    await asyncio.wait_for(grants.turned_away.wait(), 5)
+    return task
+
+
+async def test_who_waits_takes_over_when_the_lease_ends(setup: Setup) -> None:  # F13
+    await begun_by_another(setup)
+    waiting = await waits(setup)
+    assert setup.endpoint.asked == []
+    setup.clock.now += lease.LONGEST + 1
+    assert (await waiting).version == 2
+
+
+async def test_who_waits_takes_over_when_the_other_process_dies(setup: Setup) -> None:  # F13
+    process = Owners(setup.grants.owners.beside)
+    process.appear()
+    process.took("its renewal")
+    await begun_by_another(setup, process.new())
+    waiting = await waits(setup, needed=lambda: False)
+    assert setup.endpoint.asked == []
+    process.close()
+    assert (await waiting).version == 2
+
+
+async def test_who_waits_takes_over_when_the_other_process_gives_up(setup: Setup) -> None:
+    await begun_by_another(setup)
+    waiting = await waits(setup)
+    await setup.grants.note_failure(setup.grant.id, version=1, owner="elsewhere:1:x", health=HEALTHY, keep=True)
+    assert (await waiting).version == 2
+
+
+async def test_a_process_that_may_come_back_is_waited_for_while_the_token_works(setup: Setup) -> None:
+    """A server with reuse detection would end the grant if the old refresh token came after the new one."""
+    await begun_by_another(setup)
+    waiting = await waits(setup, needed=lambda: False)
+    setup.clock.now += lease.LONGEST + 1
+    with pytest.raises(HeldElsewhere):
+        await waiting
+    assert setup.endpoint.asked == []
+    assert (await setup.renew()).version == 2
+
+
+async def test_who_waits_takes_over_once_the_token_is_dead(setup: Setup) -> None:
+    await begun_by_another(setup)
+    dead = False
+    waiting = await waits(setup, needed=lambda: dead)
+    dead = True
+    setup.clock.now += lease.LONGEST + 1
+    assert (await waiting).version == 2
+
+
+async def test_nobody_waits_for_ever(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renewal_lease, "LONGEST_WAIT", 0.0)
+    await begun_by_another(setup)
+    with pytest.raises(AuthorizationServerUnavailable, match="Another process is renewing") as raised:
+        await (await waits(setup))
+    assert raised.value.retry_after == 2
+
+
+async def test_a_late_result_is_stored_if_who_took_over_has_none(setup: Setup) -> None:
+    """The old refresh token is used up, and the new one is in the late result."""
+
+    async def taken_over() -> None:
+        setup.endpoint.meanwhile = None
+        setup.clock.now += lease.LONGEST + 1
+        await begun_by_another(setup)
+        await setup.grants.release_refresh(setup.grant.id, version=1, owner="elsewhere:1:x")
+
+    setup.endpoint.meanwhile = taken_over
+    assert (await setup.renew()).tokens.access_token == "canary-access-2"
+    assert (await setup.stored()).version == 2
+    assert len(setup.endpoint.asked) == 1
+
+
+async def test_a_renewal_ends_before_another_process_may_take_over(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert renewal_lease.ATTEMPT_SECONDS + sum(SAVE_DELAYS) < lease.LONGEST <= 25
+    monkeypatch.setattr(renewal_lease, "ATTEMPT_SECONDS", 0.1)
+
+    async def hangs() -> None:
+        await asyncio.Event().wait()
+
+    setup.endpoint.meanwhile = hangs
+    with pytest.raises(AuthorizationServerUnavailable, match="did not answer within"):
+        await setup.renew()
+    found = await setup.stored()
+    # It may have been processed, and another process may begin.
+    assert found.refresh_begun_at is not None
+    assert setup.another_renewer()._grants.may_begin_refresh(found, owner="o", now=setup.clock.now)
+
+
+async def test_nothing_is_sent_after_the_time_of_a_renewal(setup: Setup) -> None:
+    """The process was stopped between the intent and the request: another one may have sent it since."""
+    sent: list[bool] = []
+
+    async def stopped() -> None:
+        setup.clock.now += renewal_lease.ATTEMPT_SECONDS
+        try:
+            await Fetcher().post(
+                f"http://127.0.0.1:{port}/token",
+                body=b"",
+                content_type="text/plain",
+                document="token response",
+                policy=AddressPolicy(loopback=True),
+            )
+        except AuthorizationServerUnavailable as error:
+            sent.append(error.maybe_processed)
+            raise
+
+    received: list[bytes] = []
+
+    async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.append(await reader.read())
+        writer.close()
+
+    async with await asyncio.start_server(receive, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        setup.endpoint.meanwhile = stopped
+        with pytest.raises(AuthorizationServerUnavailable, match="nothing was sent"):
+            await setup.renew()
+        await until(lambda: received, "the end of the connection")
+    assert (sent, received) == ([False], [b""])
+    assert (await setup.stored()).refresh_begun_at is None
 
 
 class Unwritable(Grants):

@@ -71,6 +71,7 @@ async def test_what_waits_is_told_of_a_flow_that_was_deleted(setup: BrokerSetup,
         await pending.wait(5)
 
 
+@pytest.mark.sqlite
 async def test_a_store_that_fails_for_a_while_does_not_end_the_watch(
     setup: BrokerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,7 @@ async def test_a_store_that_fails_for_a_while_does_not_end_the_watch(
         await pending.wait(5)
 
 
+@pytest.mark.sqlite
 async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
     setup: BrokerSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +127,7 @@ async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
 ACCOUNTS = 2000
 
 
+@pytest.mark.sqlite
 async def test_one_change_among_thousands_of_cached_accounts_costs_a_few_queries(
     setup: BrokerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

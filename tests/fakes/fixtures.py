@@ -1,6 +1,7 @@
 """Fixtures that start the fakes and stop them after the test; ``servers`` starts any number of them."""
 
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
+from fakes import postgresql
 from fakes.authorization_server import FakeAuthorizationServer, Tenants
 from fakes.mcp_server import FakeMcpServer
 from mcp_auth_proxy.cli.demo_servers.authorization_server import AuthorizationServer
@@ -23,6 +25,33 @@ class RealMcpServer:
     protection: Protection
     local: LocalServer
     steps: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="session")
+def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[postgresql.Server]:
+    """One server for all workers of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    with postgresql.shared_server(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) as server:
+        yield server
+
+
+@pytest.fixture
+def each_engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The engine of the stores of a test that ``on_both_engines`` runs twice."""
+    engine: str = getattr(request, "param", "sqlite")
+    if engine == "sqlite":
+        yield engine
+        return
+    with postgresql.databases(request.getfixturevalue("postgresql_server")):
+        yield engine
+
+
+def on_both_engines(metafunc: pytest.Metafunc) -> None:
+    """Run a test on SQLite and PostgreSQL, unless it is marked ``sqlite``; for ``pytest_generate_tests``."""
+    if metafunc.definition.get_closest_marker("sqlite") is None:
+        engines = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)]
+        metafunc.fixturenames.insert(0, "each_engine")
+        metafunc.parametrize("each_engine", engines, indirect=True)
 
 
 class Servers:

@@ -1,7 +1,9 @@
 """A real PostgreSQL server for the tests: one cluster for all workers of a run, and a database for each test."""
 
+import asyncio
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pwd
@@ -18,10 +20,18 @@ from typing import Any
 
 import psycopg
 
+from mcp_auth_proxy.config.reader import Context
+from mcp_auth_proxy.config.settings import KeySource, PostgresqlUrl, StoreSettings
+from mcp_auth_proxy.config.store_url import read_store_url
+from mcp_auth_proxy.store import open_store
+
 BIN = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
 PASSWORD = "pw-canary-4711-x"
 """The password of the role ``proxy``; the superuser needs none, through the socket."""
 
+KEY = "cG9zdGdyZXNxbC1zdG9yZS1rZXktb2YtdGhlLXRlc3Q="
+_TEMPLATE = "template_store"
+_VARIABLE = "MCP_AUTH_PROXY_TEST_DATABASES"
 _SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -133,17 +143,21 @@ def shared_server(folder: Path) -> Iterator[Server]:
     """Use the server that all processes with this folder share: the first makes it, the last one removes it."""
     state = folder / "postgresql.json"
     with _locked(folder):
-        found = json.loads(state.read_text()) if state.exists() else None
-        if found is None:
-            server, users = make_server(), 0
-        else:
+        if state.exists():
+            found = json.loads(state.read_text())
             server, users = Server(Path(found["folder"]), found["port"]), found["users"]
-        _write(state, server, users + 1)
+        else:
+            server, users = make_server(), []
+            _make_template(server)
+        _write(state, server, [*users, os.getpid()])
     try:
         yield server
     finally:
         with _locked(folder):
-            users = json.loads(state.read_text())["users"] - 1
+            users = json.loads(state.read_text())["users"]
+            users.remove(os.getpid())
+            # Some may have been killed.
+            users = [user for user in users if Path(f"/proc/{user}").exists()]
             if users:
                 _write(state, server, users)
             else:
@@ -151,7 +165,65 @@ def shared_server(folder: Path) -> Iterator[Server]:
                 state.unlink()
 
 
-def _write(state: Path, server: Server, users: int) -> None:
+@contextmanager
+def databases(server: Server) -> Iterator[None]:
+    """Let ``settings_of`` return databases of a server, in this process and in those that it starts; delete them."""
+    prefix = f"t{os.getpid()}_"
+    os.environ[_VARIABLE] = json.dumps([str(server.folder), server.port, prefix])
+    try:
+        yield
+    finally:
+        del os.environ[_VARIABLE]
+        for (name,) in server.execute(f"SELECT datname FROM pg_database WHERE datname LIKE '{prefix}%'"):
+            server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+def database_url(folder: Path) -> str | None:
+    """Return the URL of the database that stands for a folder, made if it is new; None outside of ``databases``."""
+    given = os.environ.get(_VARIABLE)
+    if given is None:
+        return None
+    place, port, prefix = json.loads(given)
+    server = Server(Path(place), port)
+    name = prefix + hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    with contextlib.suppress(psycopg.errors.DuplicateDatabase):
+        server.execute(f'CREATE DATABASE "{name}" OWNER proxy TEMPLATE {_TEMPLATE} STRATEGY file_copy')
+    return server.url(name)
+
+
+def write_key(folder: Path) -> Path:
+    """Write the key that the template of all databases was made with; return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "postgresql.key"
+    path.write_text(KEY)
+    path.chmod(0o600)
+    return path
+
+
+def settings_of(folder: Path) -> StoreSettings | None:
+    """Return the settings of the database that stands for a folder; None outside of ``databases``."""
+    url = database_url(folder)
+    return None if url is None else settings_for(url, folder)
+
+
+def settings_for(url: str, folder: Path) -> StoreSettings:
+    """Return the settings of a store in a database, with the key of the template."""
+    found = read_store_url(url, Context(os.environ, folder))
+    assert isinstance(found, PostgresqlUrl)
+    key = KeySource(kind="file", name=str(write_key(folder)))
+    return StoreSettings(path=folder / "run" / "store", postgresql=found, keys=(key,), keys_named=True)
+
+
+def _make_template(server: Server) -> None:
+    async def make(folder: Path) -> None:
+        await (await open_store(settings_for(server.url(_TEMPLATE), folder))).close()
+
+    server.execute(f"CREATE DATABASE {_TEMPLATE} OWNER proxy")
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(make(Path(folder)))
+
+
+def _write(state: Path, server: Server, users: list[int]) -> None:
     state.write_text(json.dumps({"folder": str(server.folder), "port": server.port, "users": users}))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from fakes import postgresql
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.models import (
     DEFAULT_ACCOUNT,
@@ -29,6 +30,9 @@ ENDPOINTS = Endpoints(
 
 
 def store_settings(folder: Path) -> StoreSettings:
+    """Return the settings of a folder's store: a file, or a database if a test on both engines is run on that."""
+    if (database := postgresql.settings_of(folder)) is not None:
+        return database
     key = KeySource(kind="file", name=str(folder / "store.key"))
     return StoreSettings(path=folder / "store.db", keys=(key,), default_key=True)
 

@@ -102,6 +102,7 @@ def others(column: str, now: object) -> list[object]:
     return [1 if now == 0 else VALID.get(column, 9e9), "text"]
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(("table", "column"), [pytest.param(*it, id=".".join(it)) for it in columns()])
 async def test_a_row_with_a_changed_column_is_missing(engine: Engine, tmp_path: Path, table: str, column: str) -> None:
     await fill(engine)
@@ -123,6 +124,7 @@ async def test_a_row_with_a_changed_column_is_missing(engine: Engine, tmp_path: 
     assert await seen(engine, table) == good
 
 
+@pytest.mark.sqlite
 async def test_a_view_can_not_pass_one_row_off_as_another(engine: Engine, tmp_path: Path) -> None:
     await fill(engine)
     with attacker(tmp_path) as connection:
@@ -145,6 +147,7 @@ async def test_a_view_can_not_pass_one_row_off_as_another(engine: Engine, tmp_pa
     assert await principals.all() == []
 
 
+@pytest.mark.sqlite
 async def test_a_table_that_was_read_takes_no_change_without_a_seal(engine: Engine, tmp_path: Path) -> None:
     await fill(engine)
     table = Principals(engine).table()
@@ -209,6 +212,7 @@ async def test_a_caller_that_comes_twice_at_once_is_one_principal(engine: Engine
     assert await Principals(engine).provision(OF_ALICE, ["x"], role=Role.MEMBER, now=NOW) == ALICE
 
 
+@pytest.mark.sqlite
 async def test_a_changed_identity_is_nobodys_and_its_caller_becomes_a_new_principal(
     engine: Engine, tmp_path: Path
 ) -> None:
@@ -230,6 +234,7 @@ async def test_changes_of_a_principal_are_those_that_were_asked_for(engine: Engi
     assert await principals.change("prn_nobody", role=Role.ADMIN) is None
 
 
+@pytest.mark.sqlite
 async def test_no_key_is_in_the_files_of_the_store(engine: Engine, tmp_path: Path) -> None:
     # T76
     await fill(engine)

@@ -96,6 +96,7 @@ async def test_the_number_of_catalogs_is_bounded(engine: Engine, monkeypatch: py
     assert {account for account, _ in await stored.tool_counts()} == {others[1], *accounts[2:]}
 
 
+@pytest.mark.sqlite
 async def test_nothing_of_a_catalog_is_in_clear(engine: Engine, tmp_path: Path) -> None:
     # T76
     await Catalogs(engine).put(LINEAR, CATALOG, upstream=URL)
@@ -105,6 +106,7 @@ async def test_nothing_of_a_catalog_is_in_clear(engine: Engine, tmp_path: Path) 
         assert CANARY.encode() not in file.read_bytes()
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     "sql",
     [
@@ -124,6 +126,7 @@ async def test_a_changed_row_is_missing(engine: Engine, tmp_path: Path, sql: str
     assert (LINEAR, URL) not in await stored.tool_counts()
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     "column", ["principal", "account", "server", "upstream", "content", "tools", "fetched_at", "seal", "uid"]
 )
@@ -135,6 +138,7 @@ async def test_a_row_with_any_changed_column_is_missing(engine: Engine, tmp_path
     assert await stored.tool_counts() == {}
 
 
+@pytest.mark.sqlite
 async def test_no_view_passes_one_row_off_as_another(engine: Engine, tmp_path: Path) -> None:
     await Catalogs(engine).put(Account("victim", "linear"), CATALOG, upstream=URL)
     change(

@@ -59,6 +59,7 @@ async def test_only_the_newest_confirmations_of_an_account_are_kept(
     assert await confirmations.contains(other, upstream=UPSTREAM, issuer=ISSUER, sign_in_host=HOST)
 
 
+@pytest.mark.sqlite
 async def test_a_forged_confirmation_is_none_and_does_not_block_the_next(
     confirmations: Confirmations, engine: Engine, tmp_path: Path
 ) -> None:

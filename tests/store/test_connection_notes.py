@@ -31,6 +31,7 @@ async def test_fields_are_changed_one_by_one(engine: Engine) -> None:
 COLUMNS = ("principal", "account", "server", "used_at", "unreachable_since", "failed_at", "failure", "remedy", "seal")
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("column", COLUMNS)
 async def test_a_changed_note_is_missing_and_written_again(engine: Engine, tmp_path: Path, column: str) -> None:
     notes = StoredNotes(engine)

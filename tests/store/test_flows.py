@@ -154,6 +154,7 @@ async def test_a_cancelled_flow_is_not_kept_longer(flows: Flows) -> None:
     assert await flows.get("flow-1") is None
 
 
+@pytest.mark.sqlite
 async def test_a_broken_attempt_or_flow_counts_as_missing(flows: Flows, engine: Engine) -> None:  # T47
     for name in ("a", "b"):
         await flows.save(flow(name))
@@ -166,6 +167,7 @@ async def test_a_broken_attempt_or_flow_counts_as_missing(flows: Flows, engine: 
     assert await flows.live(Account("local", "linear"), NOW) == flow("a")
 
 
+@pytest.mark.sqlite
 async def test_no_state_and_no_verifier_is_readable_in_the_files(flows: Flows, tmp_path: Path) -> None:  # T45
     await flows.save(flow())
     await flows.add_attempt(attempt("canary-state"))

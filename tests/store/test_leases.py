@@ -57,6 +57,7 @@ async def test_a_lease_that_is_too_old_or_of_the_dead_is_free(held: Leases) -> N
     assert await held.claim("b", owner=ELSEWHERE, now=NOW, longest=20)
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("value", [b"", b"nonsense", b"[]", b'{"a": 1}', b"[" * 5000, "text", 5])
 async def test_what_something_else_wrote_there_holds_nothing(held: Leases, engine: Engine, value: object) -> None:
     async with engine.transaction() as transaction:

@@ -88,6 +88,7 @@ async def test_a_changed_row_is_missing(engine: Engine, clients: OAuthClients, t
         assert await clients.of_project("default") == [CLIENT], name
 
 
+@pytest.mark.sqlite
 async def test_a_view_can_not_pass_one_client_off_as_another(clients: OAuthClients, tmp_path: Path) -> None:
     await clients.add(CLIENT)
     await clients.add(OTHER)
@@ -102,6 +103,7 @@ async def test_a_view_can_not_pass_one_client_off_as_another(clients: OAuthClien
         assert await clients.get("oac_1") is None
 
 
+@pytest.mark.sqlite
 async def test_no_secret_is_in_the_file(clients: OAuthClients, tmp_path: Path) -> None:  # T76
     await clients.add(CLIENT)
     assert b"canary-client-secret" not in b"".join(path.read_bytes() for path in tmp_path.glob("store.db*"))

@@ -69,6 +69,7 @@ ASKED_FOR = {
 }
 """Columns that rows are looked up by."""
 
+pytestmark = pytest.mark.sqlite
 NOT_UTF8 = "\udcff"
 LINEAR = Account("local", "linear")
 CALLBACK = registration().redirect_uri

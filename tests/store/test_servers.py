@@ -125,6 +125,7 @@ async def test_what_is_stored_for_a_deleted_server_is_forgotten(engine: Engine) 
     assert await registrations.bound_issuer("linear", "c") == "https://as.example"
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("column", columns())
 async def test_a_row_with_a_changed_column_is_missing(engine: Engine, tmp_path: Path, column: str) -> None:
     servers = Servers(engine)
@@ -141,6 +142,7 @@ async def test_a_row_with_a_changed_column_is_missing(engine: Engine, tmp_path: 
             assert len(await servers.all()) == 2
 
 
+@pytest.mark.sqlite
 async def test_a_view_passes_no_server_off_as_another(engine: Engine, tmp_path: Path) -> None:
     servers = Servers(engine)
     await servers.add(MADE)
@@ -154,6 +156,7 @@ async def test_a_view_passes_no_server_off_as_another(engine: Engine, tmp_path: 
     assert await servers.get("srv_2") is None
 
 
+@pytest.mark.sqlite
 async def test_a_changed_row_does_not_keep_its_name(engine: Engine, tmp_path: Path) -> None:
     servers = Servers(engine)
     await servers.add(MADE)
@@ -165,6 +168,7 @@ async def test_a_changed_row_does_not_keep_its_name(engine: Engine, tmp_path: Pa
     assert await servers.all() == [again]
 
 
+@pytest.mark.sqlite
 async def test_no_secret_of_a_server_is_in_clear_in_the_file(engine: Engine, tmp_path: Path) -> None:
     """T76."""
     await Servers(engine).add(MADE)

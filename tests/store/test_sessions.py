@@ -120,6 +120,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("column", sorted(CHANGES))
 async def test_a_row_with_a_changed_column_is_missing(
     sessions: Sessions, engine: Engine, tmp_path: Path, column: str
@@ -132,6 +133,7 @@ async def test_a_row_with_a_changed_column_is_missing(
     assert set(CHANGES) == set((await engine.fetch_all("SELECT * FROM sessions"))[0].keys())
 
 
+@pytest.mark.sqlite
 async def test_one_session_can_not_be_passed_off_as_another(sessions: Sessions, tmp_path: Path) -> None:
     await sessions.add(session("admin"), sha256("admin"))
     columns = ", ".join(column for column in CHANGES if column != "id_hash")
@@ -145,6 +147,7 @@ async def test_one_session_can_not_be_passed_off_as_another(sessions: Sessions, 
     assert await sessions.find(sha256("admin"), NOW) is not None
 
 
+@pytest.mark.sqlite
 async def test_no_secret_is_in_the_file(sessions: Sessions, engine: Engine, tmp_path: Path) -> None:
     await sessions.add(session(), sha256("canary-secret"))
     await engine.close()

@@ -36,6 +36,7 @@ async def test_a_secret_survives_a_restart_and_is_not_in_clear_in_the_file(tmp_p
     await store.close()
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     "change",
     [
@@ -55,6 +56,7 @@ async def test_a_secret_that_somebody_has_changed_is_replaced(engine: Engine, ch
     assert await shared.get("a") == replaced
 
 
+@pytest.mark.sqlite
 async def test_a_view_can_not_pass_one_secret_off_as_another(engine: Engine) -> None:
     b = await SharedSecrets(engine).get("b")
     async with engine.transaction() as transaction:

@@ -4,14 +4,15 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from math import inf
 
 from mcp_auth_proxy.broker import refusals
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal_lease import ATTEMPT_SECONDS, Attempt, GrantEnded, begin_renewal
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -71,6 +72,34 @@ def renew_at(tokens: TokenSet) -> float | None:
     return tokens.expires_at - margin * (1 + JITTER * random.random())
 
 
+def _always() -> bool:
+    return True
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Who wants a renewal, and how much. The functions are asked while it goes on."""
+
+    needed: Callable[[], bool] = _always
+    """Whether the token is dead, so that the renewal of a process that may be alive has to be taken over once its lease
+    has ended."""
+    rejected: Callable[[], bool] = _never
+    """Whether the server has answered 401 to the access token."""
+    asked: bool = False
+    """A person wants it."""
+    background: bool = False
+    """Nobody waits for it: those that a request waits for have their turns first."""
+    has_turn: bool = False
+    """It has waited for its turn already."""
+
+
+_REQUEST = Demand()
+
+
 class Renewer:
     """Renew grants. The caller makes sure that one grant is renewed only once at a time in this process."""
 
@@ -83,12 +112,14 @@ class Renewer:
         backoff: Backoff,
         outages: OutageLog,
         journal: ConnectionJournal,
+        rate: RefreshRate,
         clock: Callable[[], float],
         settled: Callable[[], bool] = lambda: True,
     ) -> None:
         """``settled``: whether the store was in reach for a while, so that whoever has new tokens could store them."""
         self._token_client = token_client
         self._journal = journal
+        self.rate = rate
         self._registrar = registrar
         self._grants = grants
         self._backoff = backoff
@@ -101,22 +132,11 @@ class Renewer:
         self._rejections: dict[int, RenewalHealth] = {}
         """The grants whose last renewal here was refused with an error that only a person can mend, by id."""
 
-    async def renew(
-        self,
-        server: ServerSettings,
-        grant: Grant,
-        *,
-        needed: Callable[[], bool] = lambda: True,
-        rejected: Callable[[], bool] = lambda: False,
-        asked: bool = False,
-        background: bool = False,
-    ) -> Grant:
+    async def renew(self, server: ServerSettings, grant: Grant, demand: Demand = _REQUEST) -> Grant:
         """Return the grant with new tokens, which are stored already. Nothing is sent during a pause.
 
-        ``rejected``: whether the server has answered 401 to the access token. If the renewal is refused while that
-        token works, the grant is returned with it, degraded; so it is, without a request, until the token is dead,
-        unless a person has ``asked`` for the renewal. ``needed``: whether the token is dead, so that the renewal of a
-        process that may be alive has to be taken over once its lease has ended. ``background``: nobody waits for it.
+        It waits for its turn (``refresh_rate``). If the renewal is refused while the access token works, the grant is
+        returned with it, degraded; so it is, without a request, until the token is dead, unless a person has asked.
 
         Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked later,
         HeldElsewhere if the renewal is not ``needed`` yet; StoreUnavailable, before anything is sent, if the result
@@ -126,27 +146,16 @@ class Renewer:
         if unsaved is not None and (stored := await self._saved(grant, unsaved)) is not None:
             return stored
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
-        wanted, needed = needed, lambda: wanted() and self._settled()
+        wanted = demand.needed
+        demand = replace(demand, needed=lambda: wanted() and self._settled())
         self._rejections.pop(grant.id, None)
-
-        def is_settled(current: Grant) -> bool:
-            """Return whether there is nothing to renew; raise the error of a moment ago that a person has to mend."""
-            same = current.tokens.access_token == grant.tokens.access_token
-            if current.version != grant.version and (current.health == HEALTHY or not same):
-                return True
-            if current.health.refused_at is not None and not asked and self._works(current, rejected):
-                return True
-            self._check_rejection(current)
-            return False
-
-        begin = partial(begin_renewal, self._grants, owner=self._owner, clock=self._clock, needed=needed)
-        current, attempt = await begin(grant.id, is_settled=is_settled)
+        current, attempt = await self._begin(grant, demand)
         if attempt is None:
             return current
         try:
             tokens = await self._request(server, current, attempt)
         except TokenRefused as refused:
-            return await self._refused(server, current, refused, rejected)
+            return await self._refused(server, current, refused, demand.rejected)
         except ClientNotActive as gone:
             if await self._grants.end(current.id, version=current.version, reason=str(gone), now=self._clock()):
                 self._journal.ended(current.key.account, str(gone))
@@ -156,7 +165,7 @@ class Renewer:
         self._backoff.succeeded(*_subjects(current))
         while (stored := await self._save_with_retry(current, tokens)) is None:
             # Fenced off: another process took over. Its result is the one to use, if it comes to one.
-            current, again = await begin(grant.id, is_settled=is_settled)
+            current, again = await self._take_over(grant, demand)
             if again is None:
                 return current
         metrics.refreshes.labels(metrics.server_label(server.name), "renewed").inc()
@@ -166,6 +175,50 @@ class Renewer:
             "server %s: the renewal works again" if recovered else "renewed the grant of server %s", server.name
         )
         return stored
+
+    async def _begin(self, grant: Grant, demand: Demand) -> tuple[Grant, Attempt | None]:
+        """Begin a renewal when its turn has come and no other process renews the grant; see ``begin_renewal``."""
+        issuer, has_turn = grant.key.issuer, demand.has_turn
+        attempt: Attempt | None = None
+
+        async def take_turn() -> None:
+            nonlocal has_turn
+            if not has_turn:
+                expires_at = grant.tokens.expires_at or inf
+                await self.rate.turn(issuer, key=grant.id, background=demand.background, expires_at=expires_at)
+                has_turn = True
+                # Another grant of the issuer may have begun a pause.
+                self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
+
+        try:
+            current, attempt = await self._take_over(grant, demand, take_turn)
+            return current, attempt
+        finally:
+            if has_turn and attempt is None:
+                self.rate.unused(issuer)
+
+    async def _take_over(
+        self, grant: Grant, demand: Demand, take_turn: Callable[[], Awaitable[None]] | None = None
+    ) -> tuple[Grant, Attempt | None]:
+        return await begin_renewal(
+            self._grants,
+            grant.id,
+            owner=self._owner,
+            clock=self._clock,
+            needed=demand.needed,
+            is_done=lambda current: self._is_done(grant, current, demand),
+            take_turn=take_turn,
+        )
+
+    def _is_done(self, grant: Grant, current: Grant, demand: Demand) -> bool:
+        """Return whether there is nothing to renew; raise the error of a moment ago that a person has to mend."""
+        same = current.tokens.access_token == grant.tokens.access_token
+        if current.version != grant.version and (current.health == HEALTHY or not same):
+            return True
+        if current.health.refused_at is not None and not demand.asked and self._works(current, demand.rejected):
+            return True
+        self._check_rejection(current)
+        return False
 
     async def aclose(self) -> None:
         """Stop storing tokens; each save that goes on is tried for a moment more."""
@@ -245,6 +298,8 @@ class Renewer:
         error = AuthorizationServerUnavailable(str(failure), server_retry_after=failure.server_retry_after)
         issuer, own = _subjects(grant)
         self._backoff.failed(issuer if unavailable else own, error)
+        if unavailable is not None and error.server_retry_after:
+            await self.rate.pause(grant.key.issuer, error.server_retry_after)
         health = replace(
             grant.health,
             failing_since=grant.health.failing_since or self._clock(),

@@ -94,12 +94,14 @@ class StoreWatch:
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             # Store failures are reported by /readyz and by the requests that need the store.
-            with contextlib.suppress(StoreError):
+            try:
                 changed = await self._database.changed()
                 if changed:
                     await self.reload()
-                if changed or self._others_renew:
+                if self.is_settled and (changed or self._others_renew):
                     self._others_renew = await self._tokens.resume_interrupted()
+            except StoreError:
+                self._failed_at, self._others_renew = asyncio.get_running_loop().time(), True
             now = self._clock()
             # The absolute difference: the clock may have been set back.
             if abs(now - purged_at) >= PURGE_INTERVAL:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mcp_auth_proxy.config import listeners, loops, values
 from mcp_auth_proxy.config.document import parse
+from mcp_auth_proxy.config.imports import read_imports
 from mcp_auth_proxy.config.inbound import read_admin, read_inbound
 from mcp_auth_proxy.config.location import data_folder
 from mcp_auth_proxy.config.reader import Context, Section
@@ -107,7 +108,7 @@ def _read(section: Section, listen: str | None, source: Path, secrets_of: Collec
         health_listen=health_listen,
         health_quit=listeners.read_health_quit(section, health_listen),
         public_url=section.parsed("public_url", values.public_url, None),
-        store=_read_store(section.section("store")),
+        store=_read_store(section.section("store"), secrets=secrets_of is None),
         authorization=_read_authorization(section.section("authorization")),
         limits=_read_limits(section.section("limits")),
         inbound=read_inbound(section.section("inbound"), secrets=secrets_of is None),
@@ -132,7 +133,7 @@ def _read_servers(
     return servers
 
 
-def _read_store(section: Section) -> StoreSettings:
+def _read_store(section: Section, *, secrets: bool = True) -> StoreSettings:
     context = section.context
     found = section.parsed("url", lambda text: read_store_url(text, context), read_store_url(_STORE, context))
     postgresql = found if isinstance(found, PostgresqlUrl) else None
@@ -141,10 +142,16 @@ def _read_store(section: Section) -> StoreSettings:
     if postgresql is not None and not section.has("keys"):
         section.error("keys", _NO_KEYS)
     keys = section.each("keys", lambda text: _key_source(text, context, default), min_items=1)
+    imports = read_imports(section, secrets=secrets)
     section.close()
     default_key = postgresql is None and (not keys or keys == (default,))
     return StoreSettings(
-        path=path, postgresql=postgresql, keys=keys or (default,), default_key=default_key, keys_named=bool(keys)
+        path=path,
+        postgresql=postgresql,
+        keys=keys or (default,),
+        default_key=default_key,
+        keys_named=bool(keys),
+        imports=imports,
     )
 
 
@@ -196,6 +203,7 @@ def _read_limits(section: Section) -> LimitSettings:
         connections=section.parsed("connections", values.count, None),
         connections_per_address=section.parsed("connections_per_address", values.count, None),
         sse_ping=section.parsed("sse_ping", values.duration, default.sse_ping),
+        refresh_rate=section.parsed("refresh_rate", values.rate, default.refresh_rate),
     )
     section.close()
     return settings

@@ -90,6 +90,16 @@ class PostgresqlUrl:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImportSettings:
+    """Exports that ``serve`` takes into the store, each once."""
+
+    files: tuple[Path, ...] = ()
+    """Absolute."""
+    passphrase: Secret | None = None
+    """None if there are no files, or if secrets are not read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
     path: Path
     """The SQLite file, absolute. For PostgreSQL, a name in this user's run folder that stands for the database: there
@@ -102,6 +112,7 @@ class StoreSettings:
     """True if ``keys`` is that default: only then may a missing key file be created."""
     keys_named: bool = field(default=False, compare=False)
     """True if ``store.keys`` names them, even if it names the default: then the mode of a file is the user's choice."""
+    imports: ImportSettings = field(default_factory=ImportSettings, compare=False)
 
     @property
     def shown(self) -> str:
@@ -277,6 +288,8 @@ class LimitSettings:
     """The same for one address. None: three quarters of ``connections``."""
     sse_ping: float = 15.0
     """Seconds of silence in an event stream after which its client is sent a comment; 0 for none."""
+    refresh_rate: float = 10.0
+    """Maximum number of refreshes that an authorization server is sent in a second, by all processes on one store."""
 
 
 InboundMode = Literal["api_key", "jwt", "trusted_header"]

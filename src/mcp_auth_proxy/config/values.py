@@ -60,6 +60,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def rate(text: str) -> float:
+    """Return how often something may be done in a second: a whole number from 1 to 1000, or at least 0.01."""
+    found = float(text) if re.fullmatch(r"\d{1,4}(\.\d{1,6})?", text, re.ASCII) else 0.0
+    if not 0.01 <= found <= 1000 or (found > 1 and found != int(found)):
+        raise ValueError("must be a whole number from 1 to 1000, or a fraction from 0.01 on, such as 0.5")
+    return found
+
+
 def host(text: str) -> str:
     """Return a host name or an IP address, in lower case; IPv6 without brackets."""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text

@@ -1,12 +1,16 @@
 """Prepare the store before it is used: inspect the database, create or migrate the tables, check the keys."""
 
+import asyncio
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mcp_auth_proxy.config.settings import PostgresqlUrl
 from mcp_auth_proxy.errors import KeyRejected, StoreRejected, StoreUnavailable
 from mcp_auth_proxy.store import key_checks
 from mcp_auth_proxy.store.cipher import VERSION, Cipher
+from mcp_auth_proxy.store.lease import LONGEST, Owners
 from mcp_auth_proxy.store.postgresql import schema
 from mcp_auth_proxy.store.postgresql.connection import Connection
 from mcp_auth_proxy.store.sealed_tables import SEALED_COLUMNS, is_sealed_with, key_params, seal_keys
@@ -35,7 +39,12 @@ _OTHERS = """
     )
     ORDER BY 1 LIMIT 1
 """
+_BEGUN = "SELECT refresh_owner, refresh_begun_at FROM grants WHERE refresh_begun_at IS NOT NULL AND ended_at IS NULL"
 _CHECKS = "SELECT name, value FROM meta WHERE substr(name, 1, :length) = :prefix"
+PAUSE = 0.05
+"""Seconds between two looks whether a refresh is running. Meanwhile its process can store what it brings."""
+
+Clock = Callable[[], float]
 logger = logging.getLogger(__name__)
 
 
@@ -59,17 +68,37 @@ class Place:
         return f"mcp_auth_proxy_{self.id}"
 
 
-async def prepare(connection: Connection, url: PostgresqlUrl, cipher: Cipher) -> Place:
+async def prepare(connection: Connection, url: PostgresqlUrl, cipher: Cipher, owners: Owners, now: Clock) -> Place:
     """Create the tables, or check that they are ours and open with our keys; migrate them if their schema is older.
 
-    Nothing is written to a database that is rejected. Raises StoreRejected, StoreUnavailable.
+    Refreshes that run are awaited before a migration, but no longer than a lease lasts: a process of the previous
+    version could not store what they bring. Nothing is written to a database that is rejected. Raises StoreRejected,
+    StoreUnavailable.
     """
     place, is_ours = await _find(connection, url)
-    found = await _inspect(connection, url, cipher) if is_ours else None
     if not is_ours:
         await _require_empty(connection, url, place)
-    elif found == schema.NEWEST and not await _missing_checks(connection, cipher):
+    elif await _inspect(connection, url, cipher) == schema.NEWEST and not await _missing_checks(connection, cipher):
         return place
+    waits_until, has_told = time.monotonic() + LONGEST, False
+    while not await _written(connection, url, cipher, place, lambda: time.monotonic() < waits_until, owners, now):
+        if not has_told:
+            logger.info("store: another process is renewing a grant; the migration waits for it")
+        has_told = True
+        await asyncio.sleep(PAUSE)
+    return place
+
+
+async def _written(
+    connection: Connection,
+    url: PostgresqlUrl,
+    cipher: Cipher,
+    place: Place,
+    may_wait: Callable[[], bool],
+    owners: Owners,
+    now: Clock,
+) -> bool:
+    """Create or migrate the tables in one transaction. Return False if a refresh must be awaited first."""
     await connection.command(
         f"{BEGIN}; SET LOCAL lock_timeout = '{_MIGRATION_TIMEOUT}s'; SET LOCAL statement_timeout = 0"
     )
@@ -80,13 +109,21 @@ async def prepare(connection: Connection, url: PostgresqlUrl, cipher: Cipher) ->
         found = await _inspect(connection, url, cipher) if is_ours else None
         if found is None:
             await _require_empty(connection, url, place)
+        elif found < schema.NEWEST and may_wait() and await _is_refreshing(connection, owners, now):
+            await connection.command("ROLLBACK")
+            return False
         await _write(connection, cipher, found)
         await connection.command("COMMIT", timeout=_MIGRATION_TIMEOUT)
     except BaseException:  # also on Ctrl-C: a migration happens as a whole or not at all
         if connection.in_transaction:
             await connection.command("ROLLBACK")
         raise
-    return place
+    return True
+
+
+async def _is_refreshing(connection: Connection, owners: Owners, now: Clock) -> bool:
+    rows = (await connection.run(_BEGUN)).rows
+    return any(owners.is_held(row["refresh_owner"], row["refresh_begun_at"], now()) for row in rows)
 
 
 async def inspect(connection: Connection, url: PostgresqlUrl, cipher: Cipher) -> Place:

@@ -74,14 +74,18 @@ class PostgresqlEngine:
         cipher = Cipher(await asyncio.to_thread(load_keys, settings, environ))
         clock = ServerClock()
         pool = Pool(url, clock, read_only=read_only)
+        owners = Owners(settings.path if read_only else _beside(settings))
         try:
             await _wait_for(pool, url, patience)
             async with pool.connection() as connection:
-                place = await (inspect if read_only else prepare)(connection, url, cipher)
+                if read_only:
+                    place = await inspect(connection, url, cipher)
+                else:
+                    place = await prepare(connection, url, cipher, owners, clock.now)
         except BaseException:  # also if cancelled: the connection would stay open
             await uninterrupted(pool.close())
             raise
-        return cls(url, pool, clock, place, cipher, Owners(settings.path if read_only else _beside(settings)))
+        return cls(url, pool, clock, place, cipher, owners)
 
     async def close(self) -> None:
         """Close the connections, once a running transaction has ended. May be called again."""
@@ -226,11 +230,11 @@ class PostgresqlEngine:
 
 
 def _beside(settings: StoreSettings) -> Path:
-    """Return the path beside which processes on this machine have their files, also if none can be made there."""
+    """Return the path beside which processes on this machine have their files; one of nothing, if none is safe."""
     try:
         return local_path(settings)
     except OSError:
-        return settings.path
+        return Path(os.devnull, settings.path.name)
 
 
 async def _wait_for(pool: Pool, url: PostgresqlUrl, patience: float) -> None:
