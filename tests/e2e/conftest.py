@@ -7,7 +7,6 @@ import pytest
 from playwright.async_api import Browser
 
 from fakes.chromium import chromium
-from fakes.postgresql import shared_server
 from fakes.shared_stores import Section, database_of
 
 
@@ -17,13 +16,11 @@ async def browser() -> AsyncIterator[Browser]:
         yield started
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def shared_store(
-    request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Section]:
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+def shared_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Section]:
     """Yield the section ``store`` of processes that share one: a file, or a database on a real server."""
     if request.param == "sqlite":
         yield {}
         return
-    with shared_server(tmp_path_factory.getbasetemp().parent) as server, database_of(server, tmp_path) as section:
+    with database_of(request.getfixturevalue("postgresql_server"), tmp_path) as section:
         yield section

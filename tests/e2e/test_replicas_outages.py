@@ -16,7 +16,7 @@ from fakes.postgresql import Server, make_server, remove_server
 from fakes.replicas import Load, Replica, replicas
 from fakes.shared_stores import database_of
 
-# pytestmark = pytest.mark.postgresql
+pytestmark = pytest.mark.postgresql
 
 LIFETIME = 3.0
 """Seconds that the access tokens of one of the servers last; those of the other one outlast the test."""
