@@ -13,7 +13,7 @@ from fakes.fixtures import Servers
 from fakes.replicas import Chaos, Load, Replica, replicas
 from fakes.shared_stores import Section
 
-SECONDS = float(os.environ.get("MCP_AUTH_PROXY_CHAOS_SECONDS", "12"))
+SECONDS = float(os.environ.get("MCP_AUTH_PROXY_CHAOS_SECONDS", "8"))
 SEED = int(os.environ.get("MCP_AUTH_PROXY_CHAOS_SEED", "20260728"))
 COUNT = int(os.environ.get("MCP_AUTH_PROXY_CHAOS_REPLICAS", "4"))
 
@@ -24,7 +24,7 @@ GRACE = 10.0
 """Seconds in which a refresh token may come again. Without any, a process that is killed after the server's answer and
 before its own commit has lost that grant, whatever the others do."""
 
-CALM = 6.0
+CALM = 5.0
 """Seconds of the same load without any harm."""
 
 
