@@ -193,7 +193,9 @@ async def test_each_new_token_has_a_higher_generation_and_the_same_grant_has_one
     stored = await setup.grants.add(grant())
     first = setup.cache.put(ACCOUNT, stored)
     assert setup.cache.put(ACCOUNT, stored) is first
-    second = setup.cache.put(ACCOUNT, replace(stored, version=2))
+    same = setup.cache.put(ACCOUNT, replace(stored, version=2))
+    assert same.token.generation == first.token.generation, "the token has not changed"
+    second = setup.cache.put(ACCOUNT, replace(stored, version=3, tokens=tokens("2")))
     assert second.token.generation > first.token.generation
     assert setup.cache.accounts() == {ACCOUNT}
 
@@ -355,8 +357,9 @@ async def test_a_renewal_of_a_dead_process_that_has_to_wait_is_tried_again(setup
     assert await setup.grants.begin_refresh(cached.grant.id, version=1, owner=owner, now=setup.clock.now)
     for _ in range(3):
         assert not await setup.cache.resume_interrupted()
-    # It has its turn when the pause of its server is over.
-    assert cached.queued
+        await setup.in_the_background()
+    # It is tried when the pause of its server is over.
+    assert cached.timer is not None
     assert cached.used
     assert setup.endpoint.refreshes == 1
 

@@ -358,6 +358,26 @@ class TokenCache:
             renewed = await self.renew(account, renewed)
         return renewed
 
+    async def renew_idle(self, grant: Grant) -> None:
+        """Renew a grant that no request waits for, without caching it. Raises as ``renew`` does."""
+        account = grant.key.account
+        cached = self._cached.get(account)
+        if cached is not None:
+            await self.renew(account, cached, background=True)
+        else:
+            await self._renewing.run(account, lambda: self._renew_idle(account, grant))
+
+    async def _renew_idle(self, account: Account, grant: Grant) -> CachedToken | None:
+        server = configured(self._servers, account.server)
+        demand = Demand(needed=lambda: account in self._needed, background=True)
+        try:
+            renewed = await self._renewer.renew(server, grant, demand)
+        except GrantEnded:
+            self.evict(account)
+            return None
+        # A request that has come meanwhile waits for this.
+        return self.put(account, renewed) if account in self._cached else None
+
     def _start(self, account: Account, cached: CachedToken, demand: Demand) -> Awaitable[CachedToken | None]:
         """Begin to renew at once, unless that has begun; whoever awaits the result may be cancelled."""
         return asyncio.shield(self._renewing.start(account, lambda: self._renew(account, cached, demand)))
