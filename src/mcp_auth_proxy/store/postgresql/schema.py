@@ -332,6 +332,7 @@ BASELINE = (
     CREATE INDEX grants_by_refresh ON grants (id, obtained_at, refresh_expires_at, next_try_at, renewal_refused_at)
     WHERE ended_at IS NULL AND refresh_token IS NOT NULL
     """,
+    "CREATE INDEX grants_being_refreshed ON grants (id) WHERE refresh_begun_at IS NOT NULL",
     "CREATE INDEX identities_by_principal ON identities (principal)",
     "CREATE INDEX api_keys_by_principal ON api_keys (principal)",
     "CREATE INDEX sessions_by_principal ON sessions (principal)",
