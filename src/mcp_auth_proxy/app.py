@@ -1,15 +1,18 @@
 """The composition root: builds every layer from the settings, and closes them in the opposite order."""
 
 import asyncio
+import importlib
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 
 from mcp_auth_proxy.broker import Broker, FlowRequest, PendingAuthorization, sign_in
 from mcp_auth_proxy.broker.made_servers import MadeServers
+from mcp_auth_proxy.broker.webhook import Webhook
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, StoreSettings, reachable
@@ -34,7 +37,7 @@ from mcp_auth_proxy.proxy.tool_list import list_tools
 from mcp_auth_proxy.proxy.upstream_client import UpstreamClient
 from mcp_auth_proxy.router import Router
 from mcp_auth_proxy.servers import ServerRegistry
-from mcp_auth_proxy.store import Engine, keys, open_store, serving
+from mcp_auth_proxy.store import Engine, keys, open_store, serving, store_exists
 from mcp_auth_proxy.store.mcp_sessions import McpSessions
 from mcp_auth_proxy.store.shared_secrets import SESSION_IDS, SharedSecrets
 from mcp_auth_proxy.web import browser
@@ -96,6 +99,7 @@ class Application:
     made: MadeServers
     announcer: "Announcer"
     broker: Broker
+    webhook: Webhook
     resolver: Resolver
     connections: ConnectionLimits
     http: HttpClient
@@ -124,7 +128,10 @@ class Application:
         self.made.set_allow_private(settings.admin.allow_private)
         self.announcer.configure(settings)
         self.broker.set_allow_private(settings.authorization.allow_private)
+        self.broker.set_keep_alive(settings.authorization.keep_alive)
+        self.webhook.configure(settings.events.webhook)
         self.broker.set_opens_links(_opens_links(settings))
+        self.broker.set_refresh_rate(settings.limits.refresh_rate)
         shares = _shares(settings.limits)
         self.connections.rules = _connection_rules(settings, shares)
         self.http.set_limit(settings.limits.upstream_connections, shares.upstreams)
@@ -189,9 +196,13 @@ async def lifespan(
         # The store last of all that can fail: a start that fails leaves none behind.
         dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
         patience = STORE_PATIENCE if background else 0.0
+        if background:
+            await _check_imports(settings.store)
         database = await open_store(settings.store, announce=announce_key, patience=patience)
         clock = clock or database.now
         stack.push_async_callback(database.close)
+        if background and settings.store.imports.files:
+            await _first_imports().take_in_once(database, settings.store.imports, now=clock())
         fetcher = Fetcher(dialer)
         stack.push_async_callback(fetcher.aclose)
         callers = make_authenticator(settings, database=database, fetcher=fetcher, clock=clock)
@@ -209,6 +220,10 @@ async def lifespan(
             check_loop=partial(loops.check_url, listening=listening, public_url=public_url),
         )
         await made.reload()
+        webhook = Webhook(
+            settings.events.webhook if background else None, servers=servers, fetcher=fetcher, clock=clock
+        )
+        stack.push_async_callback(webhook.aclose)
         broker = Broker(
             readers=(made,),
             servers=servers,
@@ -221,7 +236,10 @@ async def lifespan(
             opens_links=_opens_links(settings),
             opens_windows=lambda: announce is None and announcer.opens,
             is_served=partial(_is_served, settings.store),
+            refresh_rate=settings.limits.refresh_rate,
+            keep_alive=settings.authorization.keep_alive,
         )
+        broker.journal.listen(webhook.heard)
         stack.push_async_callback(broker.aclose)
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
         shares = _shares(settings.limits)
@@ -347,6 +365,7 @@ async def lifespan(
             made=made,
             announcer=announcer,
             broker=broker,
+            webhook=webhook,
             resolver=dialer.resolver,
             connections=ConnectionLimits(_connection_rules(settings, shares)),
             http=http,
@@ -360,6 +379,17 @@ async def lifespan(
             database=database,
         )
         yield application
+
+
+async def _check_imports(store: StoreSettings) -> None:
+    """Make sure that ``store.import`` can be taken in, before a store is made for it. Raises ConfigurationError."""
+    if store.imports.files and not store_exists(store):
+        await _first_imports().check(store.imports)
+
+
+def _first_imports() -> ModuleType:
+    """Return ``store.first_imports``, which few need."""
+    return importlib.import_module("mcp_auth_proxy.store.first_imports")
 
 
 def _accept_token(callers: Callers, settings: Settings, *, now: float) -> None:

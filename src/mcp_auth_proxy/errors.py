@@ -19,6 +19,7 @@
     │   │   └── KeyUnavailable         the command or the keyring that has the store's key fails
     │   ├── NameTaken                  a row of that name, or for that identity, exists already
     │   ├── LastAdmin                  a project would have no admin any more
+    │   ├── ExportRejected             a file of exported grants that can't be opened, or its passphrase
     │   └── DecryptionError            one encrypted value can't be decrypted; other rows are not affected
     ├── AuthorizationError             an authorization can't continue
     │   ├── DocumentRefused            a document from the network breaks a rule (names document, URL, clause)
@@ -29,6 +30,7 @@
     │   ├── AuthorizationDenied        the authorization server or the user refused
     │   ├── TokenRefused               the token endpoint answered with a structured OAuth error
     │   └── AuthorizationServerUnavailable   down, slow or not speaking OAuth: temporary, try again
+    │       └── RefreshRateExceeded    more tokens are to be renewed than its authorization server is sent
     ├── GrantUnusable                  a grant that has ended, or that can't be renewed
     ├── AddressRefused                 an address that a user has pasted can't be used
     ├── CallbackRefused                a callback request that matches no pending flow
@@ -211,6 +213,10 @@ class LastAdmin(StoreError):
     """A principal can't be disabled, or lose its role, because its project has no other active admin."""
 
 
+class ExportRejected(StoreError):
+    """A file of exported grants is foreign, damaged or newer, or its passphrase is not right. Nothing was changed."""
+
+
 class DecryptionError(StoreError):
     """An encrypted value can't be decrypted: damaged, moved to another row, or encrypted with a missing key."""
 
@@ -334,6 +340,10 @@ class AuthorizationServerUnavailable(AuthorizationError):
         self.server_retry_after = server_retry_after
         self.maybe_processed = maybe_processed
         self.timed_out = timed_out
+
+
+class RefreshRateExceeded(AuthorizationServerUnavailable):
+    """The authorization server has not failed: more refreshes wait than ``limits.refresh_rate`` lets through."""
 
 
 class AddressRefused(McpAuthProxyError):

@@ -9,16 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fakes.proxy import until
+from mcp_auth_proxy.broker import renewal, renewal_lease
 from mcp_auth_proxy.broker.backoff import FIRST, LONGEST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
-from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, Happening
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
+from mcp_auth_proxy.broker.refusals import REJECTING_ERRORS
 from mcp_auth_proxy.broker.renewal import (
     MARGIN_MAX,
+    SAVE_DELAYS,
+    Demand,
     Renewer,
     renew_at,
     renewable,
 )
-from mcp_auth_proxy.broker.renewal_lease import GrantEnded
+from mcp_auth_proxy.broker.renewal_lease import GrantEnded, HeldElsewhere
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -27,11 +33,13 @@ from mcp_auth_proxy.errors import (
     StoreUnavailable,
     TokenRefused,
 )
-from mcp_auth_proxy.models import Account, Grant, GrantType, TokenSet
-from mcp_auth_proxy.oauth.fetch import Fetcher
+from mcp_auth_proxy.models import HEALTHY, Account, Grant, GrantType, RenewalHealth, TokenSet
+from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, lease, open_store
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.lease import Owners
+from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
 from store.builders import NOW, grant, store_settings, tokens
 
@@ -70,22 +78,32 @@ class Setup:
         self.clock = Clock()
         self.endpoint = Endpoint()
         self.registrations = Registrations(database)
+        self.told: list[tuple[Happening, str]] = []
+        """What journals were told, but for each failed attempt."""
         self.renewer = self.another_renewer()
 
-    def another_renewer(self, grants: Grants | None = None) -> Renewer:
+    def another_renewer(self, grants: Grants | None = None, settled: Callable[[], bool] = lambda: True) -> Renewer:
         """A renewer as another process would have it: with an owner name of its own."""
         registrar = ClientRegistrar(
             fetcher=Fetcher(), registrations=self.registrations, public_url="http://127.0.0.1:8787", clock=self.clock
         )
+        journal = ConnectionJournal(clock=self.clock)
+        journal.listen(self.heard)
         return Renewer(
             token_client=self.endpoint,
             registrar=registrar,
             grants=grants or self.grants,
             backoff=Backoff(clock=self.clock),
             outages=OutageLog(),
-            journal=ConnectionJournal(clock=self.clock),
+            journal=journal,
+            rate=RefreshRate(slots=RefreshSlots(self.database), clock=self.clock),
             clock=self.clock,
+            settled=settled,
         )
+
+    def heard(self, account: Account, happening: Happening, reason: str) -> None:
+        if happening is not Happening.NOT_RENEWED:
+            self.told.append((happening, reason))
 
     async def registered(self) -> bool:
         """Whether the store still has the client registration of the grant."""
@@ -97,8 +115,8 @@ class Setup:
         at = self.renewer.retry_at(self.grant)
         return None if at is None else at - self.clock.now
 
-    async def renew(self) -> Grant:
-        return await self.renewer.renew(SERVER, self.grant)
+    async def renew(self, *, rejected: bool = False) -> Grant:
+        return await self.renewer.renew(SERVER, self.grant, Demand(rejected=lambda: rejected))
 
     async def stored(self) -> Grant:
         found = await self.grants.get(self.grant.id)
@@ -193,17 +211,110 @@ async def test_a_grant_that_is_over_is_not_renewed(setup: Setup, how: str) -> No
 async def test_invalid_grant_ends_it_with_the_reason(setup: Setup) -> None:  # F2
     setup.endpoint.outcome = TokenRefused("invalid_grant", "The authorization server refused: invalid_grant.")
     with pytest.raises(GrantEnded):
-        await setup.renew()
+        await setup.renew(rejected=True)
     stored = await setup.stored()
     assert stored.ended_at == setup.clock.now
     assert "invalid_grant" in stored.ended_reason
     assert await setup.registered()
+    assert setup.told == [(Happening.ENDED, stored.ended_reason)]
+
+
+async def test_invalid_grant_for_a_token_that_works_is_believed_once_it_has_expired(setup: Setup) -> None:  # F2
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "The authorization server refused: invalid_grant.")
+    degraded = await setup.renew()
+    assert degraded.tokens == setup.grant.tokens
+    assert degraded.health == RenewalHealth(refused_at=setup.clock.now, failure=str(setup.endpoint.outcome))
+    assert (await setup.stored()).health == degraded.health
+    assert [happening for happening, _ in setup.told] == [Happening.DEGRADED]
+    # Neither this process, which may not know it yet, nor one that was started since asks again before.
+    for renewer in (setup.renewer, setup.another_renewer()):
+        for known in (setup.grant, degraded):
+            assert await renewer.renew(SERVER, known) == degraded
+    assert len(setup.endpoint.asked) == 1
+    assert degraded.tokens.expires_at is not None
+    setup.clock.now = degraded.tokens.expires_at
+    with pytest.raises(GrantEnded):
+        await setup.another_renewer().renew(SERVER, degraded)
+    assert len(setup.endpoint.asked) == 2
+    assert "invalid_grant" in (await setup.stored()).ended_reason
+
+
+async def test_a_token_whose_end_is_unknown_is_used_until_a_401(setup: Setup) -> None:
+    endless = replace(setup.grant.tokens, expires_at=None)
+    stored = await setup.grants.add(replace(setup.grant, tokens=endless))
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "no")
+    setup.clock.now += 10 * 365 * 86_400
+    degraded = await setup.renewer.renew(SERVER, stored)
+    assert degraded.health.refused_at == setup.clock.now
+    with pytest.raises(GrantEnded):
+        await setup.renewer.renew(SERVER, degraded, Demand(rejected=lambda: True))
+
+
+async def test_a_401_while_the_renewal_is_under_way_is_believed(setup: Setup) -> None:
+    rejected = False
+
+    async def answers_401() -> None:
+        nonlocal rejected
+        rejected = True
+
+    setup.endpoint.meanwhile = answers_401
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "no")
+    with pytest.raises(GrantEnded):
+        await setup.renewer.renew(SERVER, setup.grant, Demand(rejected=lambda: rejected))
+
+
+async def test_a_degraded_grant_that_is_renewed_after_all_has_recovered(setup: Setup) -> None:
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "too early")
+    degraded = await setup.renew()
+    assert degraded.tokens.expires_at is not None
+    setup.clock.now = degraded.tokens.expires_at
+    setup.endpoint.outcome = tokens("2", setup.clock.now)
+    renewed = await setup.another_renewer().renew(SERVER, degraded)
+    assert renewed.health == HEALTHY
+    assert [happening for happening, _ in setup.told] == [Happening.DEGRADED, Happening.RENEWED]
+    assert (await setup.another_renewer().renew(SERVER, renewed)).version == renewed.version + 1
+    assert len(setup.told) == 2, "a renewal that follows one tells nothing"
+
+
+@pytest.mark.parametrize("error", sorted(REJECTING_ERRORS))
+async def test_what_only_a_person_can_mend_is_tried_every_3_seconds_in_all_processes(setup: Setup, error: str) -> None:
+    setup.endpoint.outcome = TokenRefused(error, f"The token endpoint refused: {error}.")
+    began, another = setup.clock.now, setup.another_renewer()
+    for _ in range(100):
+        for renewer in (setup.renewer, another):
+            with pytest.raises(AuthorizationServerUnavailable, match=f"{error}.*mcp-auth-proxy login linear") as raised:
+                await renewer.renew(SERVER, setup.grant, Demand(rejected=lambda: True))
+            assert raised.value.retry_after is not None
+            assert 0 < raised.value.retry_after <= 3
+        setup.clock.now += 0.1
+    assert len(setup.endpoint.asked) == 4
+    stored = await setup.stored()
+    assert (stored.health.rejected_since, stored.health.failing_since, stored.ended_at) == (began, began, None)
+    assert [happening for happening, _ in setup.told].count(Happening.DEGRADED) == 1
+    setup.clock.now = began + 86_399
+    with pytest.raises(AuthorizationServerUnavailable):
+        await setup.renew()
+    assert setup.backoff() == pytest.approx(300)
+    setup.clock.now = began + 86_403
+    with pytest.raises(GrantEnded):
+        await setup.renew()
+    assert error in (await setup.stored()).ended_reason
+
+
+async def test_what_was_mended_has_recovered(setup: Setup) -> None:
+    setup.endpoint.outcome = TokenRefused("unauthorized_client", "no")
+    with pytest.raises(AuthorizationServerUnavailable):
+        await setup.renew()
+    setup.clock.now += 3
+    setup.endpoint.outcome = tokens("2", setup.clock.now)
+    assert (await setup.renew()).health == HEALTHY
+    assert [happening for happening, _ in setup.told][-1] is Happening.RENEWED
 
 
 async def test_invalid_client_ends_it_and_forgets_the_registration(setup: Setup) -> None:
     setup.endpoint.outcome = TokenRefused("invalid_client", "no such client")
     with pytest.raises(GrantEnded):
-        await setup.renew()
+        await setup.renew(rejected=True)
     assert not await setup.registered()
 
 
@@ -213,7 +324,7 @@ async def test_a_refusal_after_a_crash_says_that_there_was_one(setup: Setup) -> 
     setup.clock.now = NOW + lease.LONGEST + 1
     setup.endpoint.outcome = TokenRefused("invalid_grant", "no")
     with pytest.raises(GrantEnded):
-        await setup.renew()
+        await setup.renew(rejected=True)
     assert "interrupted" in (await setup.stored()).ended_reason
     assert len(setup.endpoint.asked) == 1
 
@@ -373,6 +484,191 @@ async def test_a_late_refusal_does_not_end_what_another_has_renewed(setup: Setup
     setup.endpoint.meanwhile = taken_over
     assert (await setup.renew()).tokens.access_token == "canary-access-2"
     assert (await setup.stored()).ended_at is None
+
+
+async def begun_by_another(setup: Setup, owner: str = "elsewhere:1:x") -> None:
+    assert await setup.grants.begin_refresh(setup.grant.id, version=1, owner=owner, now=setup.clock.now)
+
+
+async def waits(setup: Setup, *, needed: Callable[[], bool] = lambda: True) -> asyncio.Task[Grant]:
+    """Begin a renewal that has to wait for another process."""
+    grants = Watched(setup.database)
+    task = asyncio.create_task(setup.another_renewer(grants).renew(SERVER, setup.grant, Demand(needed=needed)))
+    await asyncio.wait_for(grants.turned_away.wait(), 5)
+    return task
+
+
+async def test_who_waits_takes_over_when_the_lease_ends(setup: Setup) -> None:  # F13
+    await begun_by_another(setup)
+    waiting = await waits(setup)
+    assert setup.endpoint.asked == []
+    setup.clock.now += lease.LONGEST + 1
+    assert (await waiting).version == 2
+
+
+async def test_who_waits_takes_over_when_the_other_process_dies(setup: Setup) -> None:  # F13
+    process = Owners(setup.grants.owners.beside)
+    process.appear()
+    process.took("its renewal")
+    await begun_by_another(setup, process.new())
+    waiting = await waits(setup, needed=lambda: False)
+    assert setup.endpoint.asked == []
+    process.close()
+    assert (await waiting).version == 2
+
+
+async def test_who_waits_takes_over_when_the_other_process_gives_up(setup: Setup) -> None:
+    await begun_by_another(setup)
+    waiting = await waits(setup)
+    await setup.grants.note_failure(setup.grant.id, version=1, owner="elsewhere:1:x", health=HEALTHY, keep=True)
+    assert (await waiting).version == 2
+
+
+async def test_a_process_that_may_come_back_is_waited_for_while_the_token_works(setup: Setup) -> None:
+    """A server with reuse detection would end the grant if the old refresh token came after the new one."""
+    await begun_by_another(setup)
+    waiting = await waits(setup, needed=lambda: False)
+    setup.clock.now += lease.LONGEST + 1
+    with pytest.raises(HeldElsewhere):
+        await waiting
+    assert setup.endpoint.asked == []
+    assert (await setup.renew()).version == 2
+
+
+async def test_who_waits_takes_over_once_the_token_is_dead(setup: Setup) -> None:
+    await begun_by_another(setup)
+    dead = False
+    waiting = await waits(setup, needed=lambda: dead)
+    dead = True
+    setup.clock.now += lease.LONGEST + 1
+    assert (await waiting).version == 2
+
+
+async def test_nobody_waits_for_ever(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renewal_lease, "LONGEST_WAIT", 0.0)
+    await begun_by_another(setup)
+    with pytest.raises(AuthorizationServerUnavailable, match="Another process is renewing") as raised:
+        await (await waits(setup))
+    assert raised.value.retry_after == 2
+
+
+async def test_a_late_result_is_stored_if_who_took_over_has_none(setup: Setup) -> None:
+    """The old refresh token is used up, and the new one is in the late result."""
+
+    async def taken_over() -> None:
+        setup.endpoint.meanwhile = None
+        setup.clock.now += lease.LONGEST + 1
+        await begun_by_another(setup)
+        await setup.grants.release_refresh(setup.grant.id, version=1, owner="elsewhere:1:x")
+
+    setup.endpoint.meanwhile = taken_over
+    assert (await setup.renew()).tokens.access_token == "canary-access-2"
+    assert (await setup.stored()).version == 2
+    assert len(setup.endpoint.asked) == 1
+
+
+async def test_a_renewal_ends_before_another_process_may_take_over(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert renewal_lease.ATTEMPT_SECONDS + sum(SAVE_DELAYS) < lease.LONGEST <= 25
+    monkeypatch.setattr(renewal_lease, "ATTEMPT_SECONDS", 0.1)
+
+    async def hangs() -> None:
+        await asyncio.Event().wait()
+
+    setup.endpoint.meanwhile = hangs
+    with pytest.raises(AuthorizationServerUnavailable, match="did not answer within"):
+        await setup.renew()
+    found = await setup.stored()
+    # It may have been processed, and another process may begin.
+    assert found.refresh_begun_at is not None
+    assert setup.another_renewer()._grants.may_begin_refresh(found, owner="o", now=setup.clock.now)
+
+
+async def test_nothing_is_sent_after_the_time_of_a_renewal(setup: Setup) -> None:
+    """The process was stopped between the intent and the request: another one may have sent it since."""
+    sent: list[bool] = []
+
+    async def stopped() -> None:
+        setup.clock.now += renewal_lease.ATTEMPT_SECONDS
+        try:
+            await Fetcher().post(
+                f"http://127.0.0.1:{port}/token",
+                body=b"",
+                content_type="text/plain",
+                document="token response",
+                policy=AddressPolicy(loopback=True),
+            )
+        except AuthorizationServerUnavailable as error:
+            sent.append(error.maybe_processed)
+            raise
+
+    received: list[bytes] = []
+
+    async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.append(await reader.read())
+        writer.close()
+
+    async with await asyncio.start_server(receive, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        setup.endpoint.meanwhile = stopped
+        with pytest.raises(AuthorizationServerUnavailable, match="nothing was sent"):
+            await setup.renew()
+        await until(lambda: received, "the end of the connection")
+    assert (sent, received) == ([False], [b""])
+    assert (await setup.stored()).refresh_begun_at is None
+
+
+class Unwritable(Grants):
+    """Keep no new tokens while ``fails``."""
+
+    def __init__(self, database: Engine) -> None:
+        super().__init__(database)
+        self.fails = True
+        self.kept = asyncio.Event()
+
+    async def renewed(self, grant_id: int, *, version: int, owner: str, tokens: TokenSet) -> Grant | None:
+        if self.fails:
+            raise StoreUnavailable("It is out of reach.")
+        stored = await super().renewed(grant_id, version=version, owner=owner, tokens=tokens)
+        self.kept.set()
+        return stored
+
+
+async def test_tokens_that_can_not_be_stored_are_kept_until_they_can(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renewal, "SAVE_SECONDS", 0.1)
+    monkeypatch.setattr(renewal, "SAVE_DELAYS", (0.01,))
+    grants = Unwritable(setup.database)
+    renewer = setup.another_renewer(grants)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            await renewer.renew(SERVER, setup.grant)
+    # The second one sent nothing: the refresh token is used up.
+    assert len(setup.endpoint.asked) == 1
+    assert (await setup.stored()).tokens.access_token == "canary-access-1"
+    grants.fails = False
+    await asyncio.wait_for(grants.kept.wait(), 5)
+    assert (await setup.stored()).tokens.access_token == "canary-access-2"
+    assert await renewer.renew(SERVER, setup.grant) == await setup.stored()
+    assert len(setup.endpoint.asked) == 1
+    await renewer.aclose()
+
+
+async def test_nobody_takes_over_right_after_an_outage_of_the_store(setup: Setup) -> None:
+    """Whoever has new tokens could not store them, and does so as soon as the store is back."""
+    second = setup.another_renewer(settled=lambda: False)
+
+    async def meanwhile() -> None:
+        setup.endpoint.meanwhile = None
+        setup.clock.now += lease.LONGEST + 1
+        with pytest.raises(AuthorizationServerUnavailable):
+            await second.renew(SERVER, setup.grant)
+
+    setup.endpoint.meanwhile = meanwhile
+    assert (await setup.renew()).tokens.access_token == "canary-access-2"
+    assert len(setup.endpoint.asked) == 1
 
 
 async def test_nothing_is_sent_if_the_store_is_not_writable(setup: Setup) -> None:  # F8

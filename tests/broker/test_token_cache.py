@@ -12,8 +12,10 @@ from mcp_auth_proxy.broker import token_cache
 from mcp_auth_proxy.broker.backoff import FIRST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal import Renewer
-from mcp_auth_proxy.broker.token_cache import TokenCache
+from mcp_auth_proxy.broker.renewal_lease import TAKEOVER_AHEAD
+from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, TokenRefused
@@ -22,8 +24,10 @@ from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.lease import LONGEST, Owners
+from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
-from store.builders import NOW, grant, store_settings, tokens
+from store.builders import NOW, dead_owner, grant, store_settings, tokens
 
 ACCOUNT = Account("local", "linear")
 HOUR = 3600.0
@@ -45,9 +49,12 @@ class Endpoint(TokenClient):
         self.gate = asyncio.Event()
         self.gate.set()
         self.refreshes = 0
+        self.asked: list[str] = []
+        """The names of the accounts, in order."""
 
     async def refresh(self, server: ServerSettings, grant: Grant) -> TokenSet:
         self.refreshes += 1
+        self.asked.append(grant.key.account.name)
         await self.gate.wait()
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -93,6 +100,7 @@ class Setup:
             backoff=Backoff(clock=self.clock),
             outages=OutageLog(),
             journal=ConnectionJournal(clock=self.clock),
+            rate=RefreshRate(slots=RefreshSlots(database), clock=self.clock),
             clock=self.clock,
         )
         self.cache = TokenCache(servers=self.servers, grants=self.grants, renewer=self.renewer, clock=self.clock)
@@ -103,7 +111,12 @@ class Setup:
 
     async def in_the_background(self) -> None:
         """Wait, bounded, for the renewal in the background."""
-        await until(lambda: not self.cache.is_renewing(ACCOUNT))
+
+        def is_over() -> bool:
+            cached = self.cache.get(ACCOUNT)
+            return not (self.cache.is_renewing(ACCOUNT) or (cached is not None and cached.queued))
+
+        await until(is_over)
 
 
 @pytest.fixture
@@ -113,6 +126,7 @@ async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
     yield setup
     setup.endpoint.gate.set()
     setup.grants.gate.set()
+    await setup.renewer.rate.aclose()
     await setup.cache.aclose()
     await database.close()
 
@@ -179,7 +193,9 @@ async def test_each_new_token_has_a_higher_generation_and_the_same_grant_has_one
     stored = await setup.grants.add(grant())
     first = setup.cache.put(ACCOUNT, stored)
     assert setup.cache.put(ACCOUNT, stored) is first
-    second = setup.cache.put(ACCOUNT, replace(stored, version=2))
+    same = setup.cache.put(ACCOUNT, replace(stored, version=2))
+    assert same.token.generation == first.token.generation, "the token has not changed"
+    second = setup.cache.put(ACCOUNT, replace(stored, version=3, tokens=tokens("2")))
     assert second.token.generation > first.token.generation
     assert setup.cache.accounts() == {ACCOUNT}
 
@@ -303,6 +319,94 @@ async def test_a_renewal_that_a_crash_interrupted_is_started_again(setup: Setup)
     assert await setup.text() == "Bearer canary-access-2"
 
 
+async def begun_by_another(setup: Setup, owner: str = "elsewhere:1:x", *, due: bool = False) -> CachedToken:
+    """Return the token of a grant that another process has begun to renew; ``due``: it is time for it."""
+    stored = await setup.grants.add(grant())
+    cached = setup.cache.put(ACCOUNT, stored)
+    if due:
+        setup.clock.now = cached.renew_at
+    assert await setup.grants.begin_refresh(stored.id, version=1, owner=owner, now=setup.clock.now)
+    return cached
+
+
+async def test_the_renewal_of_a_process_that_died_is_started_again_once(setup: Setup) -> None:
+    process = Owners(setup.grants.owners.beside)
+    process.appear()
+    process.took("its renewal")
+    await begun_by_another(setup, process.new())
+    assert await setup.cache.resume_interrupted()
+    assert setup.endpoint.refreshes == 0
+    process.close()
+    setup.endpoint.outcome = BUSY
+    setup.endpoint.gate.clear()
+    assert not await setup.cache.resume_interrupted()
+    await until(lambda: setup.endpoint.refreshes == 1)
+    # By now this process has begun it.
+    assert await setup.cache.resume_interrupted()
+    setup.endpoint.gate.set()
+    await setup.in_the_background()
+    assert setup.endpoint.refreshes == 1
+
+
+async def test_a_renewal_of_a_dead_process_that_has_to_wait_is_tried_again(setup: Setup) -> None:
+    cached = await begun_by_another(setup, dead_owner(setup.grants.owners))
+    setup.endpoint.outcome = BUSY
+    with pytest.raises(AuthorizationServerUnavailable):
+        await setup.cache.renew(ACCOUNT, cached)
+    owner = dead_owner(setup.grants.owners)
+    assert await setup.grants.begin_refresh(cached.grant.id, version=1, owner=owner, now=setup.clock.now)
+    for _ in range(3):
+        assert not await setup.cache.resume_interrupted()
+    # It has its turn when the pause of its server is over.
+    assert cached.queued
+    assert cached.used
+    assert setup.endpoint.refreshes == 1
+
+
+async def test_grants_of_unknown_servers_are_left_alone(setup: Setup) -> None:
+    await begun_by_another(setup, dead_owner(setup.grants.owners))
+    setup.servers.clear()
+    assert not await setup.cache.resume_interrupted()
+    assert setup.endpoint.refreshes == 0
+
+
+async def test_a_token_that_works_is_not_renewed_while_another_process_may_come_back(setup: Setup) -> None:
+    cached = await begun_by_another(setup, due=True)
+    setup.clock.now += LONGEST + 1
+    assert await setup.text() == "Bearer canary-access-1"
+    await until(lambda: cached.renew_at == NOW + HOUR - TAKEOVER_AHEAD)
+    await setup.in_the_background()
+    assert setup.endpoint.refreshes == 0
+    setup.clock.now = NOW + HOUR - 1
+    assert await setup.text() == "Bearer canary-access-1"
+    await until(lambda: setup.endpoint.refreshes == 1)
+    await setup.in_the_background()
+    assert await setup.text() == "Bearer canary-access-2"
+
+
+async def test_a_request_that_needs_a_new_token_makes_a_renewal_in_the_background_urgent(setup: Setup) -> None:
+    cached = await begun_by_another(setup, due=True)
+    assert await setup.text() == "Bearer canary-access-1"
+    await until(lambda: setup.cache.is_renewing(ACCOUNT))
+    refused = asyncio.create_task(setup.cache.renew(ACCOUNT, cached))
+    await asyncio.sleep(0)
+    setup.clock.now += LONGEST + 1
+    assert await refused
+    assert await setup.text() == "Bearer canary-access-2"
+
+
+async def test_a_request_does_not_wait_for_ever(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "LONGEST_WAIT", 0.1)
+    cached = await begun_by_another(setup)
+    with pytest.raises(AuthorizationServerUnavailable, match="takes longer") as raised:
+        await setup.cache.renew(ACCOUNT, cached)
+    assert raised.value.retry_after == 2
+    assert setup.cache.is_renewing(ACCOUNT)
+    setup.clock.now += LONGEST + 1
+    await setup.in_the_background()
+    assert await setup.text() == "Bearer canary-access-2"
+
+
 async def test_closing_waits_for_a_renewal_in_progress(setup: Setup) -> None:
     stored = await setup.grants.add(grant())
     setup.endpoint.gate.clear()
@@ -316,3 +420,60 @@ async def test_closing_waits_for_a_renewal_in_progress(setup: Setup) -> None:
     renewed = await renewing
     assert renewed is not None
     assert renewed.grant.tokens.access_token == "canary-access-2"
+
+
+# Many tokens that expire together
+
+
+async def in_use(setup: Setup, names: list[str]) -> None:
+    """Store a grant for each account, the later ones a second younger, and use them."""
+    for number, name in enumerate(names):
+        given = grant(at=NOW + number)
+        given = replace(given, key=replace(given.key, account=Account("local", "linear", name)))
+        await setup.grants.add(given)
+        await setup.cache.token(Account("local", "linear", name))
+
+
+async def test_tokens_that_are_too_many_for_their_margin_are_renewed_earlier_and_in_order(setup: Setup) -> None:
+    await in_use(setup, [f"a{number}" for number in range(60)])
+    setup.renewer.rate.set_rate(0.1)
+    setup.clock.now = NOW + HOUR - 60 / 0.1 * 1.25 - 60
+    await setup.cache.renew_early()
+    await asyncio.sleep(0.05)
+    assert setup.endpoint.asked == []
+    setup.clock.now += 90
+    await setup.cache.renew_early()
+    await until(lambda: setup.endpoint.asked)
+    setup.renewer.rate.set_rate(1000)
+    await until(lambda: len(setup.endpoint.asked) >= 10)
+    assert setup.endpoint.asked[:10] == [f"a{number}" for number in range(10)]
+    assert await setup.cache.token(Account("local", "linear", "a59")) is not None
+
+
+async def test_neither_unused_tokens_nor_those_in_the_first_half_of_their_life_are_renewed_early(setup: Setup) -> None:
+    names = [f"a{number}" for number in range(10)]
+    await in_use(setup, names)
+    setup.renewer.rate.set_rate(0.001)
+    setup.clock.now = NOW + HOUR / 2 - 1
+    await setup.cache.renew_early()
+    for name in names:
+        cached = setup.cache.get(Account("local", "linear", name))
+        assert cached is not None
+        cached.used, cached.used_at = False, 0.0
+    setup.clock.now = NOW + HOUR / 2 + 20
+    await setup.cache.renew_early()
+    await asyncio.sleep(0.05)
+    assert setup.endpoint.asked == []
+
+
+async def test_many_tokens_are_looked_at_by_themselves(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "LOOK_AHEAD", 0.01)
+    setup.renewer.rate.set_rate(0.1)
+    await in_use(setup, ["a", "b"])
+    setup.clock.now = NOW + HOUR - 250
+    setup.cache.evict(Account("local", "linear", "a"))
+    await asyncio.sleep(0.05)
+    assert setup.endpoint.asked == []
+    for name in "cdefghijklmnopqrstuvwxyz":
+        await in_use(setup, [name])
+    await until(lambda: setup.endpoint.asked)

@@ -15,6 +15,7 @@ from mcp_auth_proxy.config.settings import (
     Address,
     AdminSettings,
     AuthorizationSettings,
+    EventSettings,
     InboundSettings,
     JwtSettings,
     KeySource,
@@ -25,6 +26,7 @@ from mcp_auth_proxy.config.settings import (
     SignInSettings,
     StoreSettings,
     TrustedHeaderSettings,
+    WebhookSettings,
 )
 
 KEY = KeySource(kind="file", name="/x/store.key")
@@ -42,20 +44,20 @@ RESTART = {
     "health_quit": replace(BASE, health_quit=True),
     "public_url": replace(BASE, public_url="https://proxy.example"),
     "store.url": replace(BASE, store=replace(BASE.store, path=Path("/x/other.db"))),
-    "store.keys": replace(
-        BASE, store=replace(BASE.store, keys=(KeySource(kind="env", name="K"), KEY), default_key=False)
-    ),
     "inbound.mode": replace(BASE, inbound=InboundSettings(modes=("api_key",))),
     "admin.enabled": replace(BASE, admin=AdminSettings(enabled=False)),
     "admin.token_file": replace(BASE, admin=AdminSettings(token_file=Path("/x/token"))),
     "outbound.ca_bundle": replace(BASE, outbound=OutboundSettings(ca_bundle=Path("/x/ca.pem"))),
     "outbound.trust_proxy": replace(BASE, outbound=OutboundSettings(trust_proxy=True)),
 }
+NEW_KEYS = replace(BASE, store=replace(BASE.store, keys=(KeySource(kind="env", name="K"), KEY), default_key=False))
 APPLIED = {
     "authorization.wait": replace(BASE, authorization=AuthorizationSettings(wait=1)),
     "authorization.open_browser": replace(BASE, authorization=AuthorizationSettings(open_browser="never")),
     "authorization.cold_start": replace(BASE, authorization=AuthorizationSettings(cold_start=False)),
     "authorization.allow_private": replace(BASE, authorization=AuthorizationSettings(allow_private=("10.0.0.1",))),
+    "authorization.keep_alive": replace(BASE, authorization=AuthorizationSettings(keep_alive=0)),
+    "events.webhook": replace(BASE, events=EventSettings(webhook=WebhookSettings(url="https://a", secret=None))),
     "limits.body": replace(BASE, limits=LimitSettings(body=1)),
     "limits.memory": replace(BASE, limits=LimitSettings(memory=1)),
     "limits.held": replace(BASE, limits=LimitSettings(held=1)),
@@ -63,6 +65,7 @@ APPLIED = {
     "limits.connections": replace(BASE, limits=LimitSettings(connections=1)),
     "limits.connections_per_address": replace(BASE, limits=LimitSettings(connections_per_address=1)),
     "limits.sse_ping": replace(BASE, limits=LimitSettings(sse_ping=0)),
+    "limits.refresh_rate": replace(BASE, limits=LimitSettings(refresh_rate=5)),
     "inbound.trusted_proxies": replace(BASE, inbound=InboundSettings(trusted_proxies=(IPv4Network("10.0.0.0/8"),))),
     "inbound.allow_anonymous": replace(BASE, inbound=InboundSettings(allow_anonymous=True)),
     "inbound.allowed_origins": replace(BASE, inbound=InboundSettings(allowed_origins=("https://a.example",))),
@@ -114,19 +117,33 @@ def test_other_keys_are_applied_even_if_one_needs_a_restart() -> None:
     assert compare(change.settings, new).needs_restart == ("listen",)
 
 
+def test_new_keys_of_the_store_are_for_who_can_check_them() -> None:
+    change = compare(BASE, NEW_KEYS)
+    assert (change.needs_restart, change.applied, change.settings) == ((), (), BASE)
+    assert change.store == NEW_KEYS.store
+    taken_up = change.with_store_keys()
+    assert (taken_up.applied, taken_up.settings) == (("store.keys",), NEW_KEYS)
+
+
+def test_the_keys_of_another_store_come_with_it() -> None:
+    other = replace(NEW_KEYS, store=replace(NEW_KEYS.store, path=Path("/x/other.db")))
+    change = compare(BASE, other)
+    assert (change.needs_restart, change.store) == (("store.url", "store.keys"), BASE.store)
+
+
 def test_a_default_key_that_follows_the_store_is_not_named_too() -> None:
     other = StoreSettings(path=Path("/y/s.db"), keys=(KeySource(kind="file", name="/y/s.key"),), default_key=True)
     assert compare(BASE, replace(BASE, store=other)).needs_restart == ("store.url",)
 
 
 def test_every_setting_is_either_applied_or_needs_a_restart() -> None:
-    sections = {"authorization", "limits", "inbound", "admin", "outbound", "store"}
+    sections = {"authorization", "events", "limits", "inbound", "admin", "outbound", "store"}
     keys = {field.name for field in fields(Settings)} - sections - {"servers", "source"}
     for section in sections - {"store"}:
         assert is_dataclass(getattr(BASE, section))
         keys |= {f"{section}.{field.name}" for field in fields(getattr(BASE, section))}
     keys = keys - {"inbound.modes"} | {"inbound.mode", "store.url", "store.keys"}
-    assert keys == set(RESTART) | set(APPLIED)
+    assert keys == set(RESTART) | set(APPLIED) | {"store.keys"}
     assert set(changes._RESTART) == set(RESTART)
     assert set(changes._APPLIED) == set(APPLIED)
 

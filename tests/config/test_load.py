@@ -1,5 +1,6 @@
 """Finding and reading the configuration, from real files."""
 
+import json
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,7 +63,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         authorization: {wait: 0, open_browser: never, cold_start: off, allow_private: [10.0.0.0/8, AS.internal]}
         limits:
           {body: 1MB, memory: 64MiB, held: 9, upstream_connections: 7, connections: 50, connections_per_address: 5,
-           sse_ping: 1m}
+           sse_ping: 1m, refresh_rate: 25}
         inbound: {allowed_hosts: ["proxy.internal:8787"], allowed_origins: ["HTTP://Localhost:80"],
           trusted_proxies: [10.0.0.1, "::ffff:10.1.0.0/112"]}
         outbound: {ca_bundle: ca.pem, trust_proxy: true}
@@ -106,6 +107,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         connections=50,
         connections_per_address=5,
         sse_ping=60.0,
+        refresh_rate=25.0,
     )
     assert [str(network) for network in found.inbound.trusted_proxies] == ["10.0.0.1/32", "10.1.0.0/16"]
     assert found.inbound.allowed_hosts == ("proxy.internal:8787",)
@@ -442,3 +444,50 @@ def test_a_very_short_ping_is_a_warning(tmp_path: Path, ping: str, warned: bool)
     path.write_text(f"limits: {{sse_ping: {ping}}}\nservers: {{a: {{url: https://x.example/mcp}}}}")
     found = limit_warnings(load(path, environ={}).limits)
     assert [line.startswith("limits.sse_ping: 0.05 s") for line in found] == [True] * warned
+
+
+@pytest.mark.parametrize(
+    ("rate", "found"), [("1", 1.0), ("1000", 1000.0), ("0.5", 0.5), ("0.01", 0.01), ("1.0", 1.0), ("2", 2.0)]
+)
+def test_a_rate_of_refreshes_is_a_whole_number_or_a_fraction_of_one(tmp_path: Path, rate: str, found: float) -> None:
+    text = f"limits: {{refresh_rate: {rate}}}\nservers: {{a: {{url: https://x.example/mcp}}}}"
+    assert settings(tmp_path, text).limits.refresh_rate == found
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "0.001", "1001", "2.5", "10/s", "many", "nan", "1e2", "true"])
+def test_another_rate_of_refreshes_is_refused(tmp_path: Path, rate: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"limits: {{refresh_rate: {rate}}}\nservers: {{a: {{url: https://x.example/mcp}}}}")
+    with pytest.raises(ConfigurationError, match=r"limits\.refresh_rate"):
+        load(path)
+
+
+def test_a_store_key_may_come_from_a_command_or_a_keyring(tmp_path: Path) -> None:
+    written = "['exec:vault read -field=key \"my key\"', 'keyring:org/proxy/key', 'env:OLD']"
+    keys = settings(tmp_path, MINIMAL + f"store: {{keys: {written}}}", environ={"OLD": "x"}).store.keys
+    assert [(key.kind, key.name) for key in keys] == [
+        ("exec", 'vault read -field=key "my key"'),
+        ("keyring", "org/proxy/key"),
+        ("env", "OLD"),
+    ]
+    assert [key.written for key in keys] == ['exec:vault read -field=key "my key"', "keyring:org/proxy/key", "env:OLD"]
+    # What follows the program may be secret.
+    assert str(keys[0]) == "exec:vault …"
+
+
+def test_a_key_file_is_as_written_and_is_watched(tmp_path: Path) -> None:
+    (tmp_path / "my.key").write_text("x")
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL + "store: {keys: ['file:my.key']}")
+    watched: set[Path] = set()
+    (key,) = load(path, environ={}, secret_files=watched).store.keys
+    assert (key.name, key.written) == (str(tmp_path / "my.key"), "file:my.key")
+    assert watched == {tmp_path / "my.key"}
+
+
+@pytest.mark.parametrize(
+    "key", ["exec:", "exec:  ", 'exec:"', "exec:''", "keyring:", "keyring:a", "keyring:/a", "keyring:a/"]
+)
+def test_a_command_without_a_program_and_a_keyring_without_a_name_are_errors(tmp_path: Path, key: str) -> None:
+    (found,) = errors_of(tmp_path, MINIMAL + f"store: {{keys: [{json.dumps(key)}]}}")
+    assert found.startswith(f"store.keys[0]: must be {key.partition(':')[0]}:")

@@ -20,18 +20,15 @@ FRESH = "canary-fresh"
 WITH_ACCOUNTS = 5
 """The first schema in which a server may have several accounts."""
 
-READING = [
+READING = (
     ["status"],
     ["status", "linear", "--json"],
+    ["keys", "list"],
     ["api-keys", "list"],
-    ["api-keys", "list", "--json"],
-    ["principals", "list"],
     ["principals", "list", "--json"],
     ["check"],
-    ["install", "claude-code", "linear", "--print"],
     ["doctor", "linear"],
-]
-"""Commands that only read; those that find nothing to do for want of a server or a proxy fail, and write nothing."""
+)
 
 
 def answer(status: str, body: str = "", *fields: str) -> bytes:
@@ -122,16 +119,16 @@ async def test_a_store_of_each_schema_is_served_and_its_grant_used(tmp_path: Pat
     assert len(refreshes) == 1
 
 
-@pytest.mark.parametrize("command", READING, ids=" ".join)
 @pytest.mark.parametrize("schema", [1, samples.NEWEST])
-async def test_a_command_that_reads_leaves_the_store_as_it_is(tmp_path: Path, schema: int, command: list[str]) -> None:
+async def test_commands_that_read_leave_the_store_as_it_is(tmp_path: Path, schema: int) -> None:
     store = tmp_path / "store"
     store.mkdir()
     samples.copy(schema, store)
     before, changed_at = traces(store), store.stat().st_mtime_ns
     config = write_config(tmp_path, {"linear": "http://127.0.0.1:9/mcp"}, store={"url": f"sqlite:///{store}/store.db"})
-    code, _, err = await run_command(*command, "--config", str(config), env={"HOME": str(tmp_path)})
+    done = await asyncio.gather(*(run_command(*command, "--config", str(config)) for command in READING))
     assert (traces(store), store.stat().st_mtime_ns) == (before, changed_at)
-    assert "Traceback" not in err
-    if command[0] in ("status", "api-keys", "principals", "check"):
-        assert (code, err) == (0, "")
+    for command, (code, out, err) in zip(READING, done, strict=True):
+        # There is no server for doctor to examine.
+        assert (code, err) == (command[0] == "doctor", ""), command
+        assert out, command

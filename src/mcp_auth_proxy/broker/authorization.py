@@ -9,6 +9,7 @@ from mcp_auth_proxy.broker.flows import PendingFlows, clone_flow, new_flow
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.plan import Plan
 from mcp_auth_proxy.broker.planning import Planner
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.requested_flows import FlowRequest
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.broker.step_up import StepUpLimiter
@@ -19,6 +20,7 @@ from mcp_auth_proxy.errors import (
     AuthorizationError,
     ClientNotActive,
     RedirectRefused,
+    RefreshRateExceeded,
     TokenRefused,
     TooManyAccounts,
 )
@@ -54,6 +56,7 @@ class Authorizations:
         grants: Grants,
         pending: PendingFlows,
         backoff: Backoff,
+        rate: RefreshRate,
         clock: Callable[[], float],
     ) -> None:
         self._planner = planner
@@ -62,6 +65,7 @@ class Authorizations:
         self._grants = grants
         self._pending = pending
         self._backoff = backoff
+        self._rate = rate
         self._clock = clock
         self._step_ups = StepUpLimiter(clock=clock)
         self._running: SingleFlight[_Flight, AccessToken | PendingAuthorization] = SingleFlight()
@@ -215,8 +219,8 @@ class Authorizations:
                 requested = (challenge and challenge.scopes) or ()
                 self._step_ups.count(account, server=server.name, requested=requested, already=already)
             made = await (self._obtain(plan, subject) if server.oauth.grant.unattended else self._new_flow(plan))
-        except (ClientNotActive, RedirectRefused):
-            # No server has failed, and an admin may change it at any time.
+        except (ClientNotActive, RedirectRefused, RefreshRateExceeded):
+            # No server has failed: an admin may change it at any time, and others have their turns first.
             raise
         except AuthorizationDenied as denied:
             # An OAuth error may be about this account's credentials or request, and says that the issuer works.
@@ -251,6 +255,9 @@ class Authorizations:
     async def _obtain(self, plan: Plan, subject: str | None) -> Grant:
         token = None if subject is None else SubjectToken(subject)
         try:
+            self._backoff.check(of_issuer(plan.server.name, plan.key.issuer))
+            # Many callers may come at once, as after a start; nobody consents here.
+            await self._rate.turn(plan.key.issuer)
             with self._backoff.attempt(of_issuer(plan.server.name, plan.key.issuer)):
                 return await self._token_client.obtain(plan, subject=token)
         except TokenRefused as refused:

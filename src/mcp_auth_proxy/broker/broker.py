@@ -3,9 +3,9 @@
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 
 from mcp_auth_proxy.broker import ownership
+from mcp_auth_proxy.broker.adoption import ForeignLogin, grant_for
 from mcp_auth_proxy.broker.attempts import (
     AcceptedCallback,
     AuthorizationAttempts,
@@ -30,11 +30,13 @@ from mcp_auth_proxy.broker.examination import Examination
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows, has_link
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.headless import HeadlessAttempts
+from mcp_auth_proxy.broker.keep_alive import KeepAlive
 from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches
 from mcp_auth_proxy.broker.oauth_clients import ClientDirectory
 from mcp_auth_proxy.broker.ownership import MayOpen
 from mcp_auth_proxy.broker.pending import PendingAuthorization
 from mcp_auth_proxy.broker.planning import Planner
+from mcp_auth_proxy.broker.refresh_rate import DEFAULT_RATE, RefreshRate
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
 from mcp_auth_proxy.broker.requested_flows import FlowRequest, FlowState, state_of
 from mcp_auth_proxy.broker.sign_ins import SignIns
@@ -61,12 +63,12 @@ from mcp_auth_proxy.models import (
     FlowMode,
     FlowStatus,
     Grant,
-    GrantType,
     Registration,
     TokenSet,
 )
 from mcp_auth_proxy.oauth import authorization_code
 from mcp_auth_proxy.oauth import challenge as challenges
+from mcp_auth_proxy.oauth.challenge import BearerChallenge
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
@@ -76,6 +78,7 @@ from mcp_auth_proxy.store.flows import CANCELLED, Flows
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.leases import Leases
 from mcp_auth_proxy.store.oauth_clients import OAuthClients
+from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
 
 logger = logging.getLogger(__name__)
@@ -98,6 +101,8 @@ class Broker:
         opens_windows: Callable[[], bool] = lambda: False,
         is_served: Callable[[str], bool] = lambda public_url: False,
         readers: tuple[StoreReader, ...] = (),
+        refresh_rate: float = DEFAULT_RATE,
+        keep_alive: float = 0.0,
     ) -> None:
         """``servers`` may change at any time; call ``servers_changed`` afterwards.
 
@@ -105,7 +110,9 @@ class Broker:
         metadata documents may lead to. ``opens_links``: whether links may be opened in a browser (``link_opened``);
         then every visit but the first after that has to be confirmed. ``opens_windows``: whether ``announce`` opens
         links in a browser now. ``is_served``: whether a process runs on the same machine and store that browsers reach
-        at a URL: its flows will do here. ``readers`` are told what other processes write.
+        at a URL: its flows will do here. ``readers`` are told what other processes write. ``refresh_rate`` is how many
+        refreshes an authorization server is sent in a second, by all processes on the store. ``keep_alive``: seconds
+        after which a grant is refreshed even if it is not used; 0: never.
         """
         self._servers = servers
         self._database = database
@@ -126,6 +133,7 @@ class Broker:
         self._registrar = ClientRegistrar(
             fetcher=fetcher, registrations=Registrations(database), public_url=public_url, clock=clock
         )
+        self._rate = rate = RefreshRate(slots=RefreshSlots(database), clock=clock, rate=refresh_rate)
         renewer = Renewer(
             token_client=self._token_client,
             registrar=self._registrar,
@@ -133,7 +141,9 @@ class Broker:
             backoff=backoff,
             outages=self.outages,
             journal=journal,
+            rate=rate,
             clock=clock,
+            settled=lambda: self._watch.is_settled,
         )
         self._tokens = TokenCache(servers=servers, grants=self._grants, renewer=renewer, clock=clock)
         self._records = ConnectionRecords(
@@ -173,6 +183,7 @@ class Broker:
             if flow.key.account not in self._begun:
                 self._visits.started(flow)
                 announce(flow, link)
+                journal.needs_consent(flow.key.account)
                 return
             # The browser that its user sits at is on its way to the link: no other one need be opened.
             self._visits.opened(flow)
@@ -214,6 +225,7 @@ class Broker:
             grants=self._grants,
             pending=self._pending,
             backoff=backoff,
+            rate=rate,
             clock=clock,
         )
         self._challenges = ChallengeHandler(
@@ -250,7 +262,11 @@ class Broker:
             tokens=self._tokens,
             pending=self._pending,
             clock=clock,
-            readers=readers,
+            readers=(*readers, rate),
+        )
+
+        self._keep_alive = KeepAlive(
+            servers=servers, database=database, tokens=self._tokens, period=keep_alive, clock=clock
         )
 
     async def start(self) -> None:
@@ -259,11 +275,15 @@ class Broker:
         await self._watch.start()
         await self._tokens.resume_interrupted()
         await self._pending.resume_device_flows()
+        self._keep_alive.start()
 
     async def aclose(self) -> None:
         """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
+        await self._keep_alive.aclose()
         await self._watch.aclose()
         await self._forgotten_clients.aclose()
+        # Those that wait for their turn have sent nothing.
+        await self._rate.aclose()
         await self._tokens.aclose()
         await self._pending.aclose()
         await self._authorizations.aclose()
@@ -670,23 +690,12 @@ class Broker:
         Their authorization server is found as for an authorization. Without a client they can't be renewed, unless the
         configuration names it. Raises AuthorizationError and StoreError.
         """
-        server = configured(self._servers, account.server)
-        plan = await self._planner.preview(account, server, None)
-        registration = plan.registration
-        if client is not None:
-            registration = replace(client, server=server.name, account=account.name, issuer=plan.key.issuer)
-        if not registration.client_id:
-            tokens = replace(tokens, refresh_token=None)
-        grant = Grant(
-            key=plan.key,
-            grant_type=GrantType.AUTHORIZATION_CODE,
-            registration=registration,
-            endpoints=plan.endpoints,
-            tokens=tokens,
-            scopes=tokens.scopes,
-            granted_at=self._clock(),
-        )
+        grant = await self.grant_for(account, ForeignLogin(tokens, client, granted_at=self._clock()), None)
         self._tokens.put(account, await self._grants.add(grant))
+
+    async def grant_for(self, account: Account, login: ForeignLogin, challenge: BearerChallenge | None) -> Grant:
+        """Return the grant that the login of another program is, without storing it; see ``adoption.grant_for``."""
+        return await grant_for(self._planner, configured(self._servers, account.server), account, login, challenge)
 
     async def disconnect(self, account: Account, *, forget_client: bool = False) -> Disconnected:
         """Delete the grants of an account and revoke them; see ``Disconnector.disconnect``. Raises StoreError."""
@@ -701,6 +710,14 @@ class Broker:
         if hosts != self._discoverer.allow_private:
             self._discoverer.allow_private = hosts
             self._backoff.clear()
+
+    def set_refresh_rate(self, rate: float) -> None:
+        """Change how many refreshes an authorization server is sent in a second."""
+        self._rate.set_rate(rate)
+
+    def set_keep_alive(self, period: float) -> None:
+        """Change after how many seconds a grant is refreshed even if it is not used."""
+        self._keep_alive.configure(period)
 
     def set_opens_links(self, opens: bool) -> None:
         """Change whether links may be opened in a browser."""

@@ -64,13 +64,23 @@ class Planner:
 
         return await self._plan(account, server, challenge, already, register)
 
-    async def preview(self, account: Account, server: ServerSettings, challenge: BearerChallenge | None) -> Plan:
+    async def preview(
+        self,
+        account: Account,
+        server: ServerSettings,
+        challenge: BearerChallenge | None,
+        *,
+        client: Registration | None = None,
+    ) -> Plan:
         """Return what ``plan`` would, from the same documents, without registering or storing anything.
 
-        Raises AuthorizationError also if the step after the plan is certain to fail.
+        ``client``: one that is registered already, at the authorization server that is found. Raises AuthorizationError
+        also if the step after the plan is certain to fail.
         """
 
         async def preview(metadata: ServerMetadata) -> Registration:
+            if client is not None:
+                return replace(client, server=server.name, account=account.name, issuer=metadata.issuer)
             return await self._registrar.preview(account, server, metadata)
 
         plan = await self._plan(account, server, challenge, (), preview)

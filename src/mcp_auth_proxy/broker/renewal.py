@@ -1,17 +1,20 @@
 """Renew grants: when to renew, one renewal at a time, with the intent stored before anything is sent."""
 
 import asyncio
+import itertools
 import logging
 import random
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from math import inf
 
 from mcp_auth_proxy.broker import refusals
 from mcp_auth_proxy.broker.backoff import Backoff, Subject, of_grant, of_issuer, of_tokens
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment
+from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal_lease import ATTEMPT_SECONDS, Attempt, GrantEnded, begin_renewal
+from mcp_auth_proxy.broker.states import REJECTED_PAUSE, background_retry
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -24,6 +27,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import HEALTHY, Grant, RenewalHealth, TokenSet
 from mcp_auth_proxy.net.deadline import patient_timeout
+from mcp_auth_proxy.oauth import jwt_expiry
 from mcp_auth_proxy.oauth.fetch import sent_only_while
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
@@ -40,11 +44,20 @@ MARGIN_MAX = 240.0
 JITTER = 0.2
 """Share by which times are varied at random, so that replicas and servers with one lifetime do not renew in step."""
 
+LONG = 3600.0
+"""Seconds of failed renewals after which the log says what a person can do."""
+
 MAX_REJECTIONS = 1000
 """Grants of which it is remembered that a person has to mend something."""
 
 SAVE_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to store tokens that have been issued."""
+
+SAVE_SECONDS = 8.0
+"""Seconds that a renewal waits until its tokens are stored; a request gets an error then."""
+
+UNSAVED_INTERVAL = 0.2
+"""Seconds between attempts after those: as soon as the store is back, before another process takes over."""
 
 
 def renewable(grant: Grant) -> bool:
@@ -55,13 +68,42 @@ def renewable(grant: Grant) -> bool:
 def renew_at(tokens: TokenSet) -> float | None:
     """Return when to renew, in Unix seconds: a fifth of the lifetime before expiry, at most 4 minutes.
 
-    None if the lifetime is unknown.
+    If the server did not say when the token expires, the token itself may, as a hint. None if neither did.
     """
-    if tokens.expires_at is None:
+    expires_at = tokens.expires_at or jwt_expiry.read(tokens.access_token, obtained_at=tokens.obtained_at)
+    if expires_at is None:
         return None
-    lifetime = max(0.0, tokens.expires_at - tokens.obtained_at)
+    lifetime = max(0.0, expires_at - tokens.obtained_at)
     margin = min(lifetime * MARGIN_SHARE, MARGIN_MAX)
-    return tokens.expires_at - margin * (1 + JITTER * random.random())
+    return expires_at - margin * (1 + JITTER * random.random())
+
+
+def _always() -> bool:
+    return True
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Who wants a renewal, and how much. The functions are asked while it goes on."""
+
+    needed: Callable[[], bool] = _always
+    """Whether the token is dead, so that the renewal of a process that may be alive has to be taken over once its lease
+    has ended."""
+    rejected: Callable[[], bool] = _never
+    """Whether the server has answered 401 to the access token."""
+    asked: bool = False
+    """A person wants it."""
+    background: bool = False
+    """Nobody waits for it: those that a request waits for have their turns first."""
+    has_turn: bool = False
+    """It has waited for its turn already."""
+
+
+_REQUEST = Demand()
 
 
 class Renewer:
@@ -76,61 +118,50 @@ class Renewer:
         backoff: Backoff,
         outages: OutageLog,
         journal: ConnectionJournal,
+        rate: RefreshRate,
         clock: Callable[[], float],
+        settled: Callable[[], bool] = lambda: True,
     ) -> None:
+        """``settled``: whether the store was in reach for a while, so that whoever has new tokens could store them."""
         self._token_client = token_client
         self._journal = journal
+        self.rate = rate
         self._registrar = registrar
         self._grants = grants
         self._backoff = backoff
         self._outages = outages
         self._clock = clock
         self._owner = grants.owners.new()
+        self._settled = settled
+        self._unsaved: dict[int, asyncio.Task[Grant | None]] = {}
+        """By the grant's id: new tokens that are being stored."""
         self._rejections: dict[int, RenewalHealth] = {}
         """The grants whose last renewal here was refused with an error that only a person can mend, by id."""
 
-    async def renew(
-        self,
-        server: ServerSettings,
-        grant: Grant,
-        *,
-        needed: Callable[[], bool] = lambda: True,
-        rejected: Callable[[], bool] = lambda: False,
-        asked: bool = False,
-        background: bool = False,
-    ) -> Grant:
+    async def renew(self, server: ServerSettings, grant: Grant, demand: Demand = _REQUEST) -> Grant:
         """Return the grant with new tokens, which are stored already. Nothing is sent during a pause.
 
-        ``rejected``: whether the server has answered 401 to the access token. If the renewal is refused while that
-        token works, the grant is returned with it, degraded; so it is, without a request, until the token is dead,
-        unless a person has ``asked`` for the renewal. ``needed``: whether the token is dead, so that the renewal of a
-        process that may be alive has to be taken over once its lease has ended. ``background``: nobody waits for it.
+        It waits for its turn (``refresh_rate``). If the renewal is refused while the access token works, the grant is
+        returned with it, degraded; so it is, without a request, until the token is dead, unless a person has asked.
 
         Raises GrantEnded if the grant is over; AuthorizationServerUnavailable if the server has to be asked later,
         HeldElsewhere if the renewal is not ``needed`` yet; StoreUnavailable, before anything is sent, if the result
         could not be stored.
         """
+        unsaved = self._unsaved.get(grant.id)
+        if unsaved is not None and (stored := await self._saved(grant, unsaved)) is not None:
+            return stored
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
+        wanted = demand.needed
+        demand = replace(demand, needed=lambda: wanted() and self._settled())
         self._rejections.pop(grant.id, None)
-
-        def is_settled(current: Grant) -> bool:
-            """Return whether there is nothing to renew; raise the error of a moment ago that a person has to mend."""
-            same = current.tokens.access_token == grant.tokens.access_token
-            if current.version != grant.version and (current.health == HEALTHY or not same):
-                return True
-            if current.health.refused_at is not None and not asked and self._works(current, rejected):
-                return True
-            self._check_rejection(current)
-            return False
-
-        begin = partial(begin_renewal, self._grants, owner=self._owner, clock=self._clock, needed=needed)
-        current, attempt = await begin(grant.id, is_settled=is_settled)
+        current, attempt = await self._begin(grant, demand)
         if attempt is None:
             return current
         try:
             tokens = await self._request(server, current, attempt)
         except TokenRefused as refused:
-            return await self._refused(server, current, refused, rejected)
+            return await self._refused(server, current, refused, demand.rejected)
         except ClientNotActive as gone:
             if await self._grants.end(current.id, version=current.version, reason=str(gone), now=self._clock()):
                 self._journal.ended(current.key.account, str(gone))
@@ -140,7 +171,7 @@ class Renewer:
         self._backoff.succeeded(*_subjects(current))
         while (stored := await self._save_with_retry(current, tokens)) is None:
             # Fenced off: another process took over. Its result is the one to use, if it comes to one.
-            current, again = await begin(grant.id, is_settled=is_settled)
+            current, again = await self._take_over(grant, demand)
             if again is None:
                 return current
         metrics.refreshes.labels(metrics.server_label(server.name), "renewed").inc()
@@ -151,6 +182,59 @@ class Renewer:
         )
         return stored
 
+    async def _begin(self, grant: Grant, demand: Demand) -> tuple[Grant, Attempt | None]:
+        """Begin a renewal when its turn has come and no other process renews the grant; see ``begin_renewal``."""
+        issuer, has_turn = grant.key.issuer, demand.has_turn
+        attempt: Attempt | None = None
+
+        async def take_turn() -> None:
+            nonlocal has_turn
+            if not has_turn:
+                expires_at = grant.tokens.expires_at or inf
+                await self.rate.turn(issuer, key=grant.id, background=demand.background, expires_at=expires_at)
+                has_turn = True
+                # Another grant of the issuer may have begun a pause.
+                self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
+
+        try:
+            current, attempt = await self._take_over(grant, demand, take_turn)
+            return current, attempt
+        finally:
+            if has_turn and attempt is None:
+                self.rate.unused(issuer)
+
+    async def _take_over(
+        self, grant: Grant, demand: Demand, take_turn: Callable[[], Awaitable[None]] | None = None
+    ) -> tuple[Grant, Attempt | None]:
+        return await begin_renewal(
+            self._grants,
+            grant.id,
+            owner=self._owner,
+            clock=self._clock,
+            needed=demand.needed,
+            is_done=lambda current: self._is_done(grant, current, demand),
+            take_turn=take_turn,
+        )
+
+    def _is_done(self, grant: Grant, current: Grant, demand: Demand) -> bool:
+        """Return whether there is nothing to renew; raise the error of a moment ago that a person has to mend."""
+        same = current.tokens.access_token == grant.tokens.access_token
+        if current.version != grant.version and (current.health == HEALTHY or not same):
+            return True
+        if current.health.refused_at is not None and not demand.asked and self._works(current, demand.rejected):
+            return True
+        self._check_rejection(current)
+        return False
+
+    async def aclose(self) -> None:
+        """Stop storing tokens; each save that goes on is tried for a moment more."""
+        saving = list(self._unsaved.values())
+        if saving:
+            await asyncio.wait(saving, timeout=1.0)
+            for task in saving:
+                task.cancel()
+            await asyncio.gather(*saving, return_exceptions=True)
+
     def _works(self, grant: Grant, rejected: Callable[[], bool]) -> bool:
         return refusals.works(grant, now=self._clock(), rejected=rejected())
 
@@ -160,7 +244,7 @@ class Renewer:
         # If the clock was set back, nobody waits longer for that.
         if grant.health.rejected_since is None or next_try is None:
             return
-        if 0 < next_try - now <= refusals.REJECTED_PAUSE:
+        if 0 < next_try - now <= REJECTED_PAUSE:
             raise AuthorizationServerUnavailable(grant.health.failure, retry_after=next_try - now)
 
     def retry_at(self, grant: Grant) -> float | None:
@@ -168,7 +252,7 @@ class Renewer:
         ends = self._backoff.retry_at(*_subjects(grant), of_tokens(grant.key.account))
         rejection = self._rejections.get(grant.id)
         if rejection is not None:
-            return max(ends or 0.0, refusals.background_retry(rejection) or 0.0)
+            return max(ends or 0.0, background_retry(rejection) or 0.0)
         # Not all grants of an issuer at once: the first failure is a pause for the others.
         return None if ends is None else ends + (ends - self._clock()) * JITTER * random.random()
 
@@ -186,19 +270,33 @@ class Renewer:
             ) from None
 
     async def _save_with_retry(self, grant: Grant, tokens: TokenSet) -> Grant | None:
-        """Store new tokens before anyone uses them.
+        """Store new tokens before anyone uses them. Return None if another process took over.
 
-        The old refresh token may be invalid already, so a store that fails is tried again and again.
+        The old refresh token may be invalid already, so a store that fails is tried until it can be used again. Raises
+        StoreUnavailable if that takes long; it goes on then.
         """
-        for delay in SAVE_DELAYS:
+        saving = asyncio.create_task(self._save(grant, tokens))
+        self._unsaved[grant.id] = saving
+        saving.add_done_callback(lambda _: self._unsaved.pop(grant.id, None))
+        return await self._saved(grant, saving)
+
+    async def _saved(self, grant: Grant, saving: "asyncio.Task[Grant | None]") -> Grant | None:
+        await asyncio.wait({saving}, timeout=SAVE_SECONDS)
+        if not saving.done():
+            server = grant.key.account.server
+            raise StoreUnavailable(f"The renewed tokens of server {server} can't be stored now. That is tried again.")
+        return saving.result()
+
+    async def _save(self, grant: Grant, tokens: TokenSet) -> Grant | None:
+        for number in itertools.count():
             try:
                 return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
             except StoreUnavailable as failure:
-                logger.error(
-                    "the renewed tokens of server %s can't be stored yet: %s", grant.key.account.server, failure
-                )
-                await asyncio.sleep(delay)
-        return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
+                server = grant.key.account.server
+                level = logging.ERROR if number < len(SAVE_DELAYS) else logging.DEBUG
+                logger.log(level, "the renewed tokens of server %s can't be stored yet: %s", server, failure)
+            await asyncio.sleep(SAVE_DELAYS[number] if number < len(SAVE_DELAYS) else UNSAVED_INTERVAL)
+        raise AssertionError  # the count has no end
 
     async def _failed(self, grant: Grant, failure: AuthorizationError) -> AuthorizationServerUnavailable:
         """Store a failure that passes; return the error for requests that need the token."""
@@ -206,6 +304,8 @@ class Renewer:
         error = AuthorizationServerUnavailable(str(failure), server_retry_after=failure.server_retry_after)
         issuer, own = _subjects(grant)
         self._backoff.failed(issuer if unavailable else own, error)
+        if unavailable is not None and error.server_retry_after:
+            await self.rate.pause(grant.key.issuer, error.server_retry_after)
         health = replace(
             grant.health,
             failing_since=grant.health.failing_since or self._clock(),
@@ -225,7 +325,7 @@ class Renewer:
         now = self._clock()
         text = f"{refused} {refusals.remedy(refused.error, grant, server, now=now)}"
         error = AuthorizationServerUnavailable(text)
-        self._backoff.failed(of_grant(grant), error, pause=refusals.REJECTED_PAUSE)
+        self._backoff.failed(of_grant(grant), error, pause=REJECTED_PAUSE)
         health = refusals.after_rejection(grant.health, text, now=now)
         self._rejections[grant.id] = health
         if len(self._rejections) > MAX_REJECTIONS:
@@ -245,11 +345,14 @@ class Renewer:
 
     def _warn(self, grant: Grant, error: AuthorizationServerUnavailable, health: RenewalHealth) -> None:
         """Log a failed renewal: the first of each grant, and those that follow at a bounded rate."""
-        account, ends, retry_at = grant.key.account, grant.tokens.expires_at, refusals.background_retry(health)
+        account, ends, retry_at = grant.key.account, grant.tokens.expires_at, background_retry(health)
         after = f" It is tried again at {moment(retry_at)}." if retry_at is not None else ""
         until = (
             "" if ends is None else f" Its token {'ends' if ends > self._clock() else 'has ended'} at {moment(ends)}."
         )
+        since = health.failing_since or self._clock()
+        if self._clock() - since >= LONG:
+            after += f" It has failed since {moment(since)}. {authorize_again(account, None)}"
         reason = f"its grant can't be renewed now: {error}{after}{until}"
         if grant.health.failing_since is None and not self._outages.is_due(account.server):
             logger.warning("server %s: %s", account.shown, reason)

@@ -1,7 +1,7 @@
 """Begin the renewal of a grant in one process at a time; the others wait for its result, or take it over."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable
@@ -54,13 +54,15 @@ async def begin_renewal(
     owner: str,
     clock: Callable[[], float],
     needed: Callable[[], bool],
-    is_settled: Callable[[Grant], bool],
+    is_done: Callable[[Grant], bool],
+    take_turn: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Grant, Attempt | None]:
     """Record that a renewal begins, once no other process renews the grant.
 
-    Return the grant as it is stored, with None if it ``is_settled``: it has newer tokens already, or is not to be
-    renewed. ``needed``: see ``Renewer.renew``. Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable,
-    StoreUnavailable, and what ``is_settled`` raises.
+    Return the grant as it is stored, with None if it ``is_done``: it has newer tokens already, or is not to be
+    renewed. ``needed``: see ``Demand``; ``take_turn`` is awaited once nobody else renews it, and then all is looked at
+    again. Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable,
+    StoreUnavailable, and what ``is_done`` raises.
     """
     loop = asyncio.get_running_loop()
     first_look = loop.time()
@@ -68,16 +70,19 @@ async def begin_renewal(
         current = await grants.get(grant_id)
         if current is None or current.ended_at is not None:
             raise GrantEnded
-        if is_settled(current):
+        if is_done(current):
             return current, None
         attempt, is_needed = Attempt(clock(), loop.time(), clock), needed()
         # The look alone writes nothing, and locks nothing.
-        if grants.may_begin_refresh(current, owner=owner, now=attempt.at, needed=is_needed) and (
-            await grants.begin_refresh(
+        if grants.may_begin_refresh(current, owner=owner, now=attempt.at, needed=is_needed):
+            if take_turn is not None:
+                await take_turn()
+                take_turn, first_look = None, loop.time()
+                continue
+            if await grants.begin_refresh(
                 current.id, version=current.version, owner=owner, now=attempt.at, needed=is_needed
-            )
-        ):
-            return current, attempt
+            ):
+                return current, attempt
         waited = attempt.begun_at - first_look
         over = current.refresh_begun_at is not None and abs(attempt.at - current.refresh_begun_at) > LONGEST
         if waited > LONGEST_WAIT or (over and not is_needed):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Collection
 from typing import Protocol, TypeVar
 
@@ -17,6 +18,9 @@ from mcp_auth_proxy.store.leases import Leases
 
 WATCH_INTERVAL = 0.5
 """Seconds between checks whether another process has written to the store."""
+
+SETTLED_SECONDS = 3.0
+"""Seconds after an outage of the store in which nobody takes over what another process may be about to store."""
 
 PURGE_INTERVAL = 3600.0
 """Seconds between deletions of old flows."""
@@ -62,7 +66,13 @@ class StoreWatch:
         """Whether other processes renew grants, as of the last look: they may die."""
         self._unchecked: list[Account] = []
         self._unchecked_flows: list[str] = []
+        self._failed_at = -math.inf
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the store was in reach for a while, so that whoever has something to store could do so."""
+        return asyncio.get_running_loop().time() >= self._failed_at + SETTLED_SECONDS
 
     def add_reader(self, reader: StoreReader) -> None:
         """Tell one more reader what other processes write."""
@@ -84,12 +94,14 @@ class StoreWatch:
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             # Store failures are reported by /readyz and by the requests that need the store.
-            with contextlib.suppress(StoreError):
+            try:
                 changed = await self._database.changed()
                 if changed:
                     await self.reload()
-                if changed or self._others_renew:
+                if self.is_settled and (changed or self._others_renew):
                     self._others_renew = await self._tokens.resume_interrupted()
+            except StoreError:
+                self._failed_at, self._others_renew = asyncio.get_running_loop().time(), True
             now = self._clock()
             # The absolute difference: the clock may have been set back.
             if abs(now - purged_at) >= PURGE_INTERVAL:

@@ -6,13 +6,14 @@ Everything here can be loaded again from the store.
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mcp_auth_proxy.broker import dpop
+from mcp_auth_proxy.broker import dpop, early_renewal
 from mcp_auth_proxy.broker.matching import configured, matches, server_reconfigured
-from mcp_auth_proxy.broker.renewal import Renewer, renew_at, renewable
+from mcp_auth_proxy.broker.renewal import Demand, Renewer, renew_at, renewable
 from mcp_auth_proxy.broker.renewal_lease import LONGEST_WAIT, TAKEOVER_AHEAD, GrantEnded, HeldElsewhere
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -26,6 +27,12 @@ logger = logging.getLogger(__name__)
 LONGEST_TIMER = 86_400.0
 """Maximum seconds of a timer. Longer waits take several: the clock may be set in the meantime."""
 
+
+LOOK_AHEAD = 15.0
+"""Seconds between two looks for tokens that are too many to be renewed within their margins."""
+
+LOOKED_AT = 2_000
+"""Tokens that are looked at before others have their turn on the event loop."""
 
 MAX_WITHOUT_GRANT = 10_000
 """Accounts that are remembered to have no grant; beyond it, all are forgotten: a caller may name any account."""
@@ -48,6 +55,8 @@ class CachedToken:
     timer: asyncio.TimerHandle | None = None
     rejected: bool = False
     """Whether the server has answered 401 to it."""
+    queued: bool = False
+    """Whether it waits for a turn to be renewed in the background."""
 
 
 class TokenCache:
@@ -83,6 +92,7 @@ class TokenCache:
         self._interrupted: dict[Account, float] = {}
         """Renewals that dead processes have begun, and when: those that were looked at already."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._looking_ahead: asyncio.Task[None] | None = None
 
     async def aclose(self) -> None:
         """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
@@ -95,6 +105,7 @@ class TokenCache:
         await self._renewing.settle(timeout=10.0)
         for flight in (self._loading, self._renewing):
             await flight.aclose()
+        await self._renewer.aclose()
 
     # For requests
 
@@ -256,6 +267,9 @@ class TokenCache:
         self._negative.discard(account)
         self._awaited.discard(account)
         self._schedule(account, cached)
+        if self._looking_ahead is None and self._is_crowded:
+            self._looking_ahead = asyncio.create_task(self._look_ahead())
+            self._tasks.add(self._looking_ahead)
         if before is None or before.grant.granted_at != grant.granted_at:
             for callback in self._callbacks.values():
                 # Soon, so that whoever waits for the grant has it first.
@@ -316,16 +330,18 @@ class TokenCache:
         """Return the renewed token; None if the grant has ended. All callers share one renewal.
 
         It is the same token if the renewal was refused while that works. ``asked``: a person wants the renewal now;
-        ``background``: no request waits for it. Otherwise the token counts as dead, and a renewal that another process
-        does not finish is taken over. Raises AuthorizationError, AuthorizationServerUnavailable, also if that takes
-        too long, and StoreError.
+        ``background``: nobody waits for it. Otherwise the token counts as dead: the renewal does not wait for those of
+        the background, and one that another process does not finish is taken over. Raises AuthorizationError,
+        AuthorizationServerUnavailable, also if that takes too long, and StoreError.
         """
         if background:
-            return await self._renewing.run(account, lambda: self._renew(account, cached, background=True))
+            return await self._start(account, cached, Demand(background=True))
         self._needed.add(account)
+        if account in self._renewing:
+            self._renewer.rate.promote(cached.grant.key.issuer, cached.grant.id)
         try:
             async with asyncio.timeout(LONGEST_WAIT):
-                return await self._renewing.run(account, lambda: self._renew(account, cached, asked=asked))
+                return await self._start(account, cached, Demand(asked=asked))
         except TimeoutError:
             raise AuthorizationServerUnavailable(
                 f"The renewal of the grant of server {account.server} takes longer than {LONGEST_WAIT:.0f} s.",
@@ -342,17 +358,37 @@ class TokenCache:
             renewed = await self.renew(account, renewed)
         return renewed
 
-    async def _renew(
-        self, account: Account, cached: CachedToken, *, asked: bool = False, background: bool = False
-    ) -> CachedToken | None:
+    async def renew_idle(self, grant: Grant) -> None:
+        """Renew a grant that no request waits for, without caching it. Raises as ``renew`` does."""
+        account = grant.key.account
+        cached = self._cached.get(account)
+        if cached is not None:
+            await self.renew(account, cached, background=True)
+        else:
+            await self._renewing.run(account, lambda: self._renew_idle(account, grant))
+
+    async def _renew_idle(self, account: Account, grant: Grant) -> CachedToken | None:
+        server = configured(self._servers, account.server)
+        demand = Demand(needed=lambda: account in self._needed, background=True)
         try:
-            return await self._renew_once(account, cached, asked=asked, background=background)
+            renewed = await self._renewer.renew(server, grant, demand)
+        except GrantEnded:
+            self.evict(account)
+            return None
+        # A request that has come meanwhile waits for this.
+        return self.put(account, renewed) if account in self._cached else None
+
+    def _start(self, account: Account, cached: CachedToken, demand: Demand) -> Awaitable[CachedToken | None]:
+        """Begin to renew at once, unless that has begun; whoever awaits the result may be cancelled."""
+        return asyncio.shield(self._renewing.start(account, lambda: self._renew(account, cached, demand)))
+
+    async def _renew(self, account: Account, cached: CachedToken, demand: Demand) -> CachedToken | None:
+        try:
+            return await self._renew_once(account, cached, demand)
         finally:
             self._needed.discard(account)
 
-    async def _renew_once(
-        self, account: Account, cached: CachedToken, *, asked: bool, background: bool
-    ) -> CachedToken | None:
+    async def _renew_once(self, account: Account, cached: CachedToken, demand: Demand) -> CachedToken | None:
         current = self._cached.get(account)
         if current is not None and current.token.generation > cached.token.generation:
             return current
@@ -370,12 +406,7 @@ class TokenCache:
 
         try:
             renewed = await self._renewer.renew(
-                server,
-                cached.grant,
-                needed=needed,
-                rejected=lambda: cached.rejected,
-                asked=asked,
-                background=background,
+                server, cached.grant, replace(demand, needed=needed, rejected=lambda: cached.rejected)
             )
         except GrantEnded:
             self.evict(account)
@@ -396,8 +427,26 @@ class TokenCache:
         return self.put(account, renewed)
 
     def _renew_soon(self, account: Account, cached: CachedToken) -> None:
-        """Renew a token in the background."""
-        self._spawn(self._renew_in_background(account, cached))
+        """Renew a token in the background, when its turn has come."""
+        if cached.queued or self._is_paused(account, cached):
+            return
+
+        due = cached.renew_at
+
+        def begin() -> bool:
+            cached.queued = False
+            if self._cached.get(account) is not cached or account in self._renewing or cached.renew_at > due:
+                return False
+            if self._is_paused(account, cached):
+                return False
+            # At once: a request that finds the token still due would queue it again.
+            demand = Demand(background=True, has_turn=True)
+            self._renewing.start(account, lambda: self._renew(account, cached, demand))
+            self._spawn(self._renew_in_background(account, cached))
+            return True
+
+        cached.queued = True
+        self._renewer.rate.later(cached.grant.key.issuer, cached.expires_at, begin)
 
     async def _renew_in_background(self, account: Account, cached: CachedToken) -> None:
         try:
@@ -414,6 +463,13 @@ class TokenCache:
         if due is None:
             return float("inf")
         return max(due, self._renewer.retry_at(grant) or due)
+
+    def _is_paused(self, account: Account, cached: CachedToken) -> bool:
+        """Return whether a renewal can't be tried now; then it is postponed."""
+        if (self._renewer.retry_at(cached.grant) or 0.0) <= self._clock():
+            return False
+        self._postpone(account, cached)
+        return True
 
     def _postpone(self, account: Account, cached: CachedToken) -> None:
         retry_at = self._renewer.retry_at(cached.grant)
@@ -440,6 +496,46 @@ class TokenCache:
             self._schedule(account, cached)
         elif cached.used or cached.used_at:
             self._renew_soon(account, cached)
+
+    # Many tokens that expire together
+
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether there are more tokens than can be renewed in a second."""
+        return len(self._cached) > self._renewer.rate.rate
+
+    async def _look_ahead(self) -> None:
+        while self._is_crowded:
+            await asyncio.sleep(LOOK_AHEAD)
+            await self.renew_early()
+        task, self._looking_ahead = self._looking_ahead, None
+        self._tasks.discard(task) if task is not None else None
+
+    async def renew_early(self) -> None:
+        """Begin to renew tokens that are used, if so many expire together that their margins are too short."""
+        counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        for each in await self._in_use():
+            counts[each.grant.key.issuer][early_renewal.group(each.expires_at)] += 1
+        now, rate = self._clock(), self._renewer.rate.rate
+        begins = {issuer: early_renewal.begin_at(expiries, rate) for issuer, expiries in counts.items()}
+        for each in await self._in_use():
+            groups = begins.get(each.grant.key.issuer, {})
+            begin = groups.get(early_renewal.group(each.expires_at), each.renew_at)
+            if (
+                max(begin, early_renewal.earliest(each.grant.tokens)) <= now < each.renew_at
+                and self._renewer.retry_at(each.grant) is None
+            ):
+                self._renew_soon(each.grant.key.account, each)
+
+    async def _in_use(self) -> list[CachedToken]:
+        """Return the tokens that are renewed ahead of expiry."""
+        found: list[CachedToken] = []
+        for number, each in enumerate(list(self._cached.values())):
+            if number % LOOKED_AT == LOOKED_AT - 1:
+                await asyncio.sleep(0)
+            if (each.used or each.used_at) and each.renew_at < each.expires_at < float("inf"):
+                found.append(each)
+        return found
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -14,6 +14,7 @@ from mcp_auth_proxy.cli.entering import install as install_entries
 from mcp_auth_proxy.cli.grants import grants
 from mcp_auth_proxy.cli.hardening import protect_process
 from mcp_auth_proxy.cli.keys import keys
+from mcp_auth_proxy.cli.moving.command import export_command, import_command
 from mcp_auth_proxy.cli.options import (
     EXAMPLE,
     account_options,
@@ -348,6 +349,8 @@ cli.add_command(principals)
 cli.add_command(grants)
 cli.add_command(keys)
 cli.add_command(install_entries)
+cli.add_command(export_command)
+cli.add_command(import_command)
 cli.add_command(completion)
 
 

@@ -3,20 +3,12 @@
 Those are ``{netloc}_{path}.json``, and the clients in ``registrations/``.
 """
 
-import json
-import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mcp_auth_proxy.client.session import opened
 from mcp_auth_proxy.client.tokens import PlainClient, TokenData, text
-
-logger = logging.getLogger(__name__)
-
-MAX_FILE = 1024 * 1024
-"""Bytes of a plain file that is read."""
+from mcp_auth_proxy.store import plain_files
 
 
 class FileTokenStorage:
@@ -36,12 +28,11 @@ class FileTokenStorage:
 
     def plain_tokens(self, server_url: str) -> TokenData | None:
         """Return the tokens in the plain file of a server; None if there is no such file, or nothing usable in it."""
-        return TokenData.read(_read(self._file(server_url)))
+        return TokenData.read(plain_files.read_object(self._file(server_url)))
 
     def plain_client(self, server_url: str) -> PlainClient | None:
         """Return the client in the plain file of a server; None if there is no such file, or nothing usable in it."""
-        name = self._file(server_url).name.removesuffix(".json")
-        values = _read(self.base_dir / "registrations" / f"{name}_registration.json")
+        values = plain_files.read_object(plain_files.mcp_use_registration(self.base_dir, server_url))
         client_id, uris = text(values.get("client_id")), values.get("redirect_uris")
         if not client_id:
             return None
@@ -53,8 +44,7 @@ class FileTokenStorage:
         )
 
     def _file(self, server_url: str) -> Path:
-        parts = urlsplit(server_url)
-        return self.base_dir / f"{parts.netloc}_{parts.path.replace('/', '_')}.json"
+        return plain_files.mcp_use_tokens(self.base_dir, server_url)
 
     async def save_tokens(self, server_url: str, tokens: dict[str, Any]) -> None:
         """Seal the tokens of a server. Raises StoreError, and ValueError if there is no access token."""
@@ -74,16 +64,3 @@ class FileTokenStorage:
         async with opened(server_url, self.store) as session:
             await session.forget()
         self._file(server_url).unlink(missing_ok=True)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.stat().st_size > MAX_FILE:
-            raise ValueError("it is too large")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s is not used: it can't be read (%s)", path, type(error).__name__)
-        return {}
-    return values if isinstance(values, Mapping) else {}

@@ -13,6 +13,7 @@ _RESTART: Mapping[str, Callable[[Settings], object]] = {
     "health_quit": lambda settings: settings.health_quit,
     "public_url": lambda settings: settings.public_url,
     "store.url": lambda settings: settings.store.postgresql or settings.store.path,
+    "store.import": lambda settings: settings.store.imports.files,
     "inbound.mode": lambda settings: frozenset(settings.inbound.modes),
     "admin.enabled": lambda settings: settings.admin.enabled,
     "admin.token_file": lambda settings: settings.admin.token_file,
@@ -26,6 +27,7 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "authorization.open_browser": lambda settings: settings.authorization.open_browser,
     "authorization.cold_start": lambda settings: settings.authorization.cold_start,
     "authorization.allow_private": lambda settings: settings.authorization.allow_private,
+    "authorization.keep_alive": lambda settings: settings.authorization.keep_alive,
     "limits.body": lambda settings: settings.limits.body,
     "limits.memory": lambda settings: settings.limits.memory,
     "limits.held": lambda settings: settings.limits.held,
@@ -33,6 +35,7 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "limits.connections": lambda settings: settings.limits.connections,
     "limits.connections_per_address": lambda settings: settings.limits.connections_per_address,
     "limits.sse_ping": lambda settings: settings.limits.sse_ping,
+    "limits.refresh_rate": lambda settings: settings.limits.refresh_rate,
     "inbound.allowed_hosts": lambda settings: settings.inbound.allowed_hosts,
     "inbound.allowed_origins": lambda settings: settings.inbound.allowed_origins,
     "inbound.trusted_proxies": lambda settings: settings.inbound.trusted_proxies,
@@ -41,6 +44,7 @@ _APPLIED: Mapping[str, Callable[[Settings], object]] = {
     "inbound.jwt": lambda settings: settings.inbound.jwt,
     "inbound.trusted_header": lambda settings: settings.inbound.trusted_header,
     "inbound.sign_in": lambda settings: settings.inbound.sign_in,
+    "events.webhook": lambda settings: settings.events.webhook,
     "admin.adhoc": lambda settings: settings.admin.adhoc,
     "admin.popup_origins": lambda settings: settings.admin.popup_origins,
     "admin.allow_private": lambda settings: settings.admin.allow_private,
@@ -123,7 +127,7 @@ def compare(old: Settings, new: Settings) -> SettingsChange:
 
 
 def _with_new_keys(old: StoreSettings, new: StoreSettings) -> StoreSettings:
-    if new.path != old.path:
+    if (new.postgresql, new.path) != (old.postgresql, old.path):
         return old
     return replace(old, keys=new.keys, default_key=new.default_key, keys_named=new.keys_named)
 

@@ -7,19 +7,23 @@ from typing import Literal
 
 from mcp_auth_proxy.config import listeners, loops, values
 from mcp_auth_proxy.config.document import parse
+from mcp_auth_proxy.config.imports import read_imports
 from mcp_auth_proxy.config.inbound import read_admin, read_inbound
 from mcp_auth_proxy.config.location import data_folder
 from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.servers import read_servers, read_single, token_exchange_errors
 from mcp_auth_proxy.config.settings import (
     AuthorizationSettings,
+    EventSettings,
     KeySource,
     LimitSettings,
     OutboundSettings,
     PostgresqlUrl,
+    Secret,
     ServerSettings,
     Settings,
     StoreSettings,
+    WebhookSettings,
 )
 from mcp_auth_proxy.config.store_url import local_path, read_store_url
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
@@ -107,11 +111,12 @@ def _read(section: Section, listen: str | None, source: Path, secrets_of: Collec
         health_listen=health_listen,
         health_quit=listeners.read_health_quit(section, health_listen),
         public_url=section.parsed("public_url", values.public_url, None),
-        store=_read_store(section.section("store")),
+        store=_read_store(section.section("store"), secrets=secrets_of is None),
         authorization=_read_authorization(section.section("authorization")),
         limits=_read_limits(section.section("limits")),
         inbound=read_inbound(section.section("inbound"), secrets=secrets_of is None),
         admin=read_admin(section.section("admin")),
+        events=_read_events(section.section("events"), secrets=secrets_of is None),
         outbound=_read_outbound(section.section("outbound")),
         servers=_read_servers(section, upstream_timeout, secrets_of),
         source=source,
@@ -132,7 +137,7 @@ def _read_servers(
     return servers
 
 
-def _read_store(section: Section) -> StoreSettings:
+def _read_store(section: Section, *, secrets: bool = True) -> StoreSettings:
     context = section.context
     found = section.parsed("url", lambda text: read_store_url(text, context), read_store_url(_STORE, context))
     postgresql = found if isinstance(found, PostgresqlUrl) else None
@@ -141,10 +146,16 @@ def _read_store(section: Section) -> StoreSettings:
     if postgresql is not None and not section.has("keys"):
         section.error("keys", _NO_KEYS)
     keys = section.each("keys", lambda text: _key_source(text, context, default), min_items=1)
+    imports = read_imports(section, secrets=secrets)
     section.close()
     default_key = postgresql is None and (not keys or keys == (default,))
     return StoreSettings(
-        path=path, postgresql=postgresql, keys=keys or (default,), default_key=default_key, keys_named=bool(keys)
+        path=path,
+        postgresql=postgresql,
+        keys=keys or (default,),
+        default_key=default_key,
+        keys_named=bool(keys),
+        imports=imports,
     )
 
 
@@ -181,9 +192,32 @@ def _read_authorization(section: Section) -> AuthorizationSettings:
         open_browser=section.choice("open_browser", _BROWSER, default.open_browser),
         cold_start=section.boolean("cold_start", default=default.cold_start),
         allow_private=section.each("allow_private", values.private_target) or (),
+        keep_alive=section.parsed("keep_alive", values.duration, default.keep_alive),
     )
     section.close()
     return settings
+
+
+def _webhook_secret(section: Section, text: str) -> Secret:
+    secret = section.context.secret(text)
+    values.webhook_secret(secret.value)
+    return secret
+
+
+def _read_events(section: Section, *, secrets: bool) -> EventSettings:
+    """Return the section ``events``. ``secrets``: whether they are needed."""
+    inner = section.section("webhook") if secrets else section.section("webhook").without_secrets()
+    webhook = None
+    if section.has("webhook"):
+        url = inner.parsed("url", values.webhook_url, None)
+        secret = inner.parsed("secret", lambda text: _webhook_secret(inner, text), None)
+        for key, needed in (("url", "events are posted there"), ("secret", "events are signed with it")):
+            if not inner.has(key):
+                inner.error(key, f"is needed: {needed}")
+        webhook = None if url is None else WebhookSettings(url=url, secret=secret)
+    inner.close()
+    section.close()
+    return EventSettings(webhook=webhook)
 
 
 def _read_limits(section: Section) -> LimitSettings:
@@ -196,6 +230,7 @@ def _read_limits(section: Section) -> LimitSettings:
         connections=section.parsed("connections", values.count, None),
         connections_per_address=section.parsed("connections_per_address", values.count, None),
         sse_ping=section.parsed("sse_ping", values.duration, default.sse_ping),
+        refresh_rate=section.parsed("refresh_rate", values.rate, default.refresh_rate),
     )
     section.close()
     return settings

@@ -90,6 +90,16 @@ class PostgresqlUrl:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImportSettings:
+    """Exports that ``serve`` takes into the store, each once."""
+
+    files: tuple[Path, ...] = ()
+    """Absolute."""
+    passphrase: Secret | None = None
+    """None if there are no files, or if secrets are not read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
     path: Path
     """The SQLite file, absolute. For PostgreSQL, a name in this user's run folder that stands for the database: there
@@ -102,6 +112,7 @@ class StoreSettings:
     """True if ``keys`` is that default: only then may a missing key file be created."""
     keys_named: bool = field(default=False, compare=False)
     """True if ``store.keys`` names them, even if it names the default: then the mode of a file is the user's choice."""
+    imports: ImportSettings = field(default_factory=ImportSettings, compare=False)
 
     @property
     def shown(self) -> str:
@@ -116,6 +127,22 @@ class AuthorizationSettings:
     cold_start: bool = True
     allow_private: tuple[str, ...] = ()
     """Host names, addresses or networks (CIDR)."""
+    keep_alive: float = 7 * 86_400.0
+    """Seconds after which a grant that is not used is refreshed all the same; 0: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookSettings:
+    """Where events of grants are posted, signed with a secret."""
+
+    url: str
+    secret: Secret | None
+    """None only if secrets were not needed when the settings were read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventSettings:
+    webhook: WebhookSettings | None = None
 
 
 Credential = Path | Secret
@@ -277,6 +304,8 @@ class LimitSettings:
     """The same for one address. None: three quarters of ``connections``."""
     sse_ping: float = 15.0
     """Seconds of silence in an event stream after which its client is sent a comment; 0 for none."""
+    refresh_rate: float = 10.0
+    """Maximum number of refreshes that an authorization server is sent in a second, by all processes on one store."""
 
 
 InboundMode = Literal["api_key", "jwt", "trusted_header"]
@@ -370,6 +399,7 @@ class Settings:
     limits: LimitSettings = LimitSettings()
     inbound: InboundSettings = InboundSettings()
     admin: AdminSettings = AdminSettings()
+    events: EventSettings = EventSettings()
     outbound: OutboundSettings = OutboundSettings()
     servers: Mapping[str, ServerSettings]
     health_listen: Address | None = None

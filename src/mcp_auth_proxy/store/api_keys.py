@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 
 from mcp_auth_proxy.models import ApiKey, Scope
-from mcp_auth_proxy.store.engine import Engine, Row
+from mcp_auth_proxy.store.engine import Engine, Row, Transaction
 from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, SealedTable, decode_rows, new_uid
 
 _TABLE = "api_keys"
@@ -29,10 +29,18 @@ class ApiKeys:
 
     async def add(self, key: ApiKey) -> None:
         """Store a new key."""
+        async with self._engine.transaction() as transaction:
+            await self._add(transaction, key)
+
+    async def add_within(self, transaction: Transaction, key: ApiKey) -> None:
+        """Store a key within a transaction, unless there is one with its id."""
+        if not await transaction.execute(_BY_ID, {"id": key.id}):
+            await self._add(transaction, key)
+
+    async def _add(self, transaction: Transaction, key: ApiKey) -> None:
         uid, columns = new_uid(), _columns(key)
         seal = RowCipher(self._engine.cipher, _TABLE, uid).seal_row(columns)
-        async with self._engine.transaction() as transaction:
-            await transaction.execute(_ADD, {"uid": uid, **columns, SEAL: seal})
+        await transaction.execute(_ADD, {"uid": uid, **columns, SEAL: seal})
 
     async def get(self, key_id: str) -> ApiKey | None:
         """Return the key with an id, or None."""

@@ -53,6 +53,12 @@ def link_into_place(draft: Path, path: Path) -> bool:
     return True
 
 
+def replace(draft: Path, path: Path) -> None:
+    """Give a finished draft its name, in place of the file that may have it. Raises OSError."""
+    draft.replace(path)
+    _sync_folder(path.parent)
+
+
 def restrict_mode(path: Path) -> None:
     """Remove the access of group and others, if the file exists. Raises OSError if we are not allowed to."""
     with contextlib.suppress(FileNotFoundError):

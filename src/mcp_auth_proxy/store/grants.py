@@ -195,6 +195,15 @@ class Grants:
             await transaction.execute("DELETE FROM attempts WHERE flow_id = :id", {"id": flow_id})
             return await self._add(transaction, grant)
 
+    async def add_within(self, transaction: Transaction, grant: Grant) -> Grant:
+        """Store a new grant as ``add`` does, within a transaction."""
+        return await self._add(transaction, grant)
+
+    async def current_within(self, transaction: Transaction, account: Account) -> Grant | None:
+        """Return what ``current`` does, within a transaction."""
+        asked = account_params(account)
+        return next(iter(await self._read(await transaction.execute(_CURRENT, asked), asked)), None)
+
     async def _add(self, transaction: Transaction, grant: Grant) -> Grant:
         key = key_columns(grant.key)
         same = {name: key[name] for name in _UNIQUE}

@@ -22,6 +22,7 @@ _BY_ID = "SELECT * FROM oauth_clients WHERE id = :id"
 _OF_PROJECT = """
     SELECT * FROM oauth_clients WHERE project_id = :project_id AND deleted_at IS NULL ORDER BY created_at, id
 """
+_ALL = "SELECT * FROM oauth_clients ORDER BY created_at, id"
 
 
 class OAuthClientConflict(Exception):
@@ -47,6 +48,10 @@ class OAuthClients:
         """Return a client by its ``id``, deleted or not; None if it is gone or can't be decrypted."""
         return await self._one(await self._engine.fetch_all(_BY_ID, {"id": client_id}), client_id)
 
+    async def all(self) -> list[OAuthClient]:
+        """Return the clients of all projects, deleted ones too, oldest first."""
+        return await self._read(await self._engine.fetch_all(_ALL), {})
+
     async def of_project(self, project_id: str) -> list[OAuthClient]:
         """Return the clients of a project that are not deleted, oldest first."""
         asked: Columns = {"project_id": project_id}
@@ -57,12 +62,26 @@ class OAuthClients:
 
         Raises OAuthClientConflict if its project has one for the provider, or an active one for one of its servers.
         """
+        async with self._engine.transaction() as transaction:
+            await self._add(transaction, client)
+
+    async def add_within(self, transaction: Transaction, client: OAuthClient) -> OAuthClient:
+        """Store a client within a transaction unless it is there; return the one that is there then.
+
+        Raises OAuthClientConflict as ``add`` does.
+        """
+        asked: Columns = {"id": client.id}
+        found = await self._one(await transaction.execute(_BY_ID, asked), client.id)
+        if found is None:
+            await self._add(transaction, client)
+        return found or client
+
+    async def _add(self, transaction: Transaction, client: OAuthClient) -> None:
+        await self._check_conflicts(transaction, client)
         uid = new_uid()
         cipher = RowCipher(self._engine.cipher, _TABLE, uid)
         columns = _columns(client, cipher)
-        async with self._engine.transaction() as transaction:
-            await self._check_conflicts(transaction, client)
-            await transaction.execute(_ADD, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
+        await transaction.execute(_ADD, {"uid": uid, **columns, SEAL: cipher.seal_row(columns)})
 
     async def change(self, client: OAuthClient) -> None:
         """Store a changed client durably, whose version is one higher than that of the stored one.

@@ -3,6 +3,7 @@
 import secrets
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from mcp_auth_proxy.errors import LastAdmin, NameTaken, excerpt
 from mcp_auth_proxy.models import Identity, Principal, PrincipalStatus, Role
@@ -98,6 +99,29 @@ class Principals:
             await self._insert(transaction, principal)
             for identity in identities:
                 await self._add_identity(transaction, identity, principal.id, now=principal.created_at)
+
+    async def add_within(
+        self, transaction: Transaction, principal: Principal, identities: Sequence[Identity]
+    ) -> tuple[Principal, bool]:
+        """Store a principal within a transaction, unless it is here by its id or by one of its identities.
+
+        Return the one that is here then, and whether it was added. A new one keeps its id. If its name is another's,
+        it gets a number.
+        """
+        found = await self._one(await transaction.execute(_BY_ID, {"id": principal.id}), {"id": principal.id})
+        for identity in () if found is not None else identities:
+            asked: Columns = identity._asdict()
+            rows = await transaction.execute(_BY_IDENTITY, asked)
+            for row in await intact_rows(self._engine, _IDENTITIES, rows, asked):
+                by_id = {"id": row["principal"]}
+                found = found or await self._one(await transaction.execute(_BY_ID, by_id), by_id)
+        if found is not None:
+            return found, False
+        principal = replace(principal, name=await _free_name(transaction, [principal.name]))
+        await self._insert(transaction, principal)
+        for identity in identities:
+            await self._add_identity(transaction, identity, principal.id, now=principal.created_at)
+        return principal, True
 
     async def add_identity(self, principal_id: str, identity: Identity, *, now: float) -> None:
         """Give a principal another identity. Raises NameTaken if it is another principal's."""

@@ -1,6 +1,7 @@
 """Client identities that authorization servers gave us, and the issuers that configured clients are bound to."""
 
 import hashlib
+from typing import NamedTuple
 
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, Registration
 from mcp_auth_proxy.store.codec import read_registration, registration_columns
@@ -14,6 +15,7 @@ KEPT_REGISTRATIONS = 20
 The oldest that no live grant uses are deleted first.
 """
 
+_ALL = "SELECT * FROM registrations ORDER BY client_created_at, server, issuer, account"
 _TABLE = "registrations"
 _BINDINGS = "client_bindings"
 _FIND = """
@@ -56,6 +58,7 @@ _BIND = """
     ON CONFLICT (server, client_id) DO UPDATE SET
         uid = excluded.uid, issuer = excluded.issuer, seal = excluded.seal
 """
+_ALL_BOUND = "SELECT * FROM client_bindings ORDER BY server, client_id"
 _BOUND = "SELECT * FROM client_bindings WHERE server = :server AND client_id = :client_id"
 
 
@@ -63,6 +66,14 @@ def registration_lease(server: str, issuer: str, account: str, redirect_uri: str
     """Return the name of the lease on registering a client (``store.leases``)."""
     parts = "\0".join((server, issuer, account, redirect_uri))
     return f"register:{hashlib.sha256(parts.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+class ClientBinding(NamedTuple):
+    """The issuer that a configured client of a server may be used with."""
+
+    server: str
+    client_id: str
+    issuer: str
 
 
 class Registrations:
@@ -84,6 +95,25 @@ class Registrations:
         rows = await self._engine.fetch_all(_FIND, values)
         asked = {"server": server, "issuer": issuer, "account": account, "client_redirect_uri": redirect_uri}
         return next(iter(await decode_rows(self._engine, _TABLE, rows, asked, read_registration)), None)
+
+    async def all(self) -> list[Registration]:
+        """Return all registrations, oldest first."""
+        return await decode_rows(self._engine, _TABLE, await self._engine.fetch_all(_ALL), {}, read_registration)
+
+    async def add_within(self, transaction: Transaction, registration: Registration) -> bool:
+        """Store a registration within a transaction. Return False if there is one for its redirect URI already."""
+        find = {
+            "server": registration.server,
+            "issuer": registration.issuer,
+            "account": registration.account,
+            "redirect_uri": registration.redirect_uri,
+        }
+        if await intact_rows(self._engine, _TABLE, await transaction.execute(_FIND, find), {}):
+            return False
+        values = self._values(registration)
+        await transaction.execute(_SAVE, values)
+        await self._forget_old(transaction, values)
+        return True
 
     async def save(self, registration: Registration) -> None:
         """Store a registration; it replaces the one for the same server, issuer, account and redirect URI.
@@ -152,19 +182,28 @@ class Registrations:
         asked: Columns = {"server": server, "client_id": client_id}
         return await self._issuer(await self._engine.fetch_all(_BOUND, asked), asked)
 
+    async def bindings(self) -> list[ClientBinding]:
+        """Return the issuers of all configured clients that were used."""
+        rows = await intact_rows(self._engine, _BINDINGS, await self._engine.fetch_all(_ALL_BOUND), {})
+        return [ClientBinding(row["server"], row["client_id"], row["issuer"]) for row in rows]
+
     async def bind_client(self, server: str, client_id: str, issuer: str) -> str:
         """Bind a configured client to ``issuer`` unless it is bound, and return the issuer that it is bound to.
 
         A client is bound to the first issuer that it was used with. Its secret must not be sent to another.
         """
-        uid, columns = new_uid(), {"server": server, "client_id": client_id, "issuer": issuer}
-        seal = RowCipher(self._engine.cipher, _BINDINGS, uid).seal_row(columns)
         async with self._engine.transaction() as transaction:
-            asked: Columns = {"server": server, "client_id": client_id}
-            bound = await self._issuer(await transaction.execute(_BOUND, asked), asked)
-            if bound is None:
-                await transaction.execute(_BIND, {"uid": uid, **columns, SEAL: seal})
-        return bound or issuer
+            return await self.bind_within(transaction, ClientBinding(server, client_id, issuer))
+
+    async def bind_within(self, transaction: Transaction, binding: ClientBinding) -> str:
+        """Bind a configured client as ``bind_client`` does, within a transaction."""
+        uid, columns = new_uid(), binding._asdict()
+        asked: Columns = {"server": binding.server, "client_id": binding.client_id}
+        bound = await self._issuer(await transaction.execute(_BOUND, asked), asked)
+        if bound is None:
+            seal = RowCipher(self._engine.cipher, _BINDINGS, uid).seal_row(columns)
+            await transaction.execute(_BIND, {"uid": uid, **columns, SEAL: seal})
+        return bound or binding.issuer
 
     async def _issuer(self, bindings: list[Row], asked: Columns) -> str | None:
         return next((str(row["issuer"]) for row in await intact_rows(self._engine, _BINDINGS, bindings, asked)), None)

@@ -87,6 +87,12 @@ class Servers:
         async with self._engine.transaction() as transaction:
             return await self._add(transaction, server)
 
+    async def add_within(self, transaction: Transaction, server: MadeServer) -> bool:
+        """Store a server within a transaction. Return False if there is one of the same name or id."""
+        if await transaction.execute(_BY_ID, {"id": server.id}):
+            return False
+        return await self._add(transaction, server)
+
     async def add_adhoc(self, server: MadeServer) -> MadeServer | None:
         """Store an ad-hoc server, unless its owner has one for the same URL; return the one that is stored.
 

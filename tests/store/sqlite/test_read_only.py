@@ -249,6 +249,14 @@ async def test_what_is_no_store_is_rejected(tmp_path: Path, content: bytes) -> N
             pass
 
 
+async def test_a_folder_in_the_place_of_a_store_is_named(tmp_path: Path) -> None:
+    settings = samples.copy(samples.NEWEST, tmp_path)
+    settings.path.unlink()
+    settings.path.mkdir()
+    with pytest.raises(StoreUnavailable, match="Is a directory"):
+        await open_store_read_only(settings)
+
+
 async def test_a_newer_store_is_not_read(tmp_path: Path) -> None:
     settings = samples.copy(samples.NEWEST, tmp_path)
     with closing(sqlite3.connect(settings.path)) as connection:

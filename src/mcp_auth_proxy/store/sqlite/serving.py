@@ -82,7 +82,9 @@ class ServingLock:
     def release(self) -> None:
         """Give up the lock and remove the file. Call it while the port is still bound: nobody else can have it then."""
         if self._descriptor is not None:
-            self._path.unlink(missing_ok=True)
+            # On a mount that has become read-only it stays: without its lock it says nothing.
+            with contextlib.suppress(OSError):
+                self._path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -132,7 +134,7 @@ class _Candidate:
             only, name = str(content.get("only", "")), str(content.get("name", ""))
             keys = tuple(str(key) for key in content.get("keys", ()))
             return Served(address, only, name, content.get("for_bridges") is True, keys)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def is_locked(self) -> bool:

@@ -1,0 +1,121 @@
+"""``limits.refresh_rate``: what the authorization server sees of many tokens that are renewed, and what clients see."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes.authorization_server import FakeAuthorizationServer
+from fakes.fixtures import Servers
+from fakes.http_exchange import FakeResponse, RecordedRequest
+from fakes.mcp_client import McpResponse
+from fakes.proxy import ProxyProcess, RunningProxy, proxy_process, running_proxy, until, write_config
+from fakes.unattended import unattended
+from mcp_auth_proxy.broker import refresh_rate
+
+from .test_reload import hangup, rewrite
+
+
+def times_of_requests(issuer: FakeAuthorizationServer) -> list[float]:
+    """Return a list that gets the time of each token request."""
+    times: list[float] = []
+
+    def note(received: RecordedRequest) -> None:
+        times.append(time.monotonic())
+
+    issuer.answers["token"] = note
+    return times
+
+
+def assert_at_most_ten_a_second(times: list[float]) -> None:
+    """Check what arrived at a server, with 0.2 s for what is late on a busy machine."""
+    assert max(sum(start <= at < start + 0.8 for at in times) for start in times) <= 10
+    assert times[-1] - times[0] >= (len(times) - 10) / 10 * 0.95
+
+
+async def many(servers: Servers, folder: Path, count: int) -> tuple[FakeAuthorizationServer, dict[str, Any]]:
+    """Return an issuer, and the configuration of many servers at it that need no user."""
+    issuer = await servers.authorization_server()
+    upstream = await servers.mcp_server(issuer)
+    return issuer, {f"s{number}": unattended(issuer, upstream.url, folder) for number in range(count)}
+
+
+async def call(proxy: RunningProxy | ProxyProcess, name: str) -> McpResponse:
+    async with proxy.client(name) as client:
+        return await client.call("echo", text=name)
+
+
+async def test_two_processes_on_one_store_keep_to_the_rate_together(servers: Servers, tmp_path: Path) -> None:
+    issuer, configured = await many(servers, tmp_path, 10)
+    times = times_of_requests(issuer)
+    config = write_config(tmp_path, configured)
+    async with proxy_process(config) as one, proxy_process(config) as two:
+        replies = await asyncio.gather(*(call(proxy, name) for name in configured for proxy in (one, two)))
+        assert [reply.text for reply in replies] == [name for name in configured for _ in "ab"]
+        issuer.end_access_tokens()
+        replies = await asyncio.gather(*(call(proxy, name) for name in configured for proxy in (one, two)))
+        assert [reply.text for reply in replies] == [name for name in configured for _ in "ab"]
+    assert len(times) >= 20
+    assert_at_most_ten_a_second(times)
+
+
+async def test_a_request_beyond_the_rate_is_answered_503_with_a_number_and_the_next_one_goes_through(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refresh_rate, "LONGEST_WAIT", 0.3)
+    issuer, configured = await many(servers, tmp_path, 2)
+    async with running_proxy(tmp_path, configured, limits={"refresh_rate": 0.5}) as proxy:
+        assert (await call(proxy, "s0")).text == "s0"
+        refused = await call(proxy, "s1")
+        assert (refused.status, refused.headers["retry-after"]) == (503, "2")
+        assert "limits.refresh_rate" in refused.message["error"]["message"]
+        assert (await call(proxy, "s0")).text == "s0"
+        monkeypatch.setattr(refresh_rate, "LONGEST_WAIT", 30.0)
+        assert (await call(proxy, "s1")).text == "s1"
+    assert issuer.token_requests() == 2
+
+
+async def test_sighup_changes_the_rate_for_those_that_wait(servers: Servers, tmp_path: Path) -> None:
+    _, configured = await many(servers, tmp_path, 2)
+    config = write_config(tmp_path, configured, limits={"refresh_rate": 0.04})
+    async with proxy_process(config) as proxy:
+        assert (await call(proxy, "s0")).text == "s0"
+        waiting = asyncio.create_task(call(proxy, "s1"))
+        done, _ = await asyncio.wait({waiting}, timeout=0.5)
+        assert not done
+        rewrite(config, configured, limits={"refresh_rate": 100})
+        await hangup(proxy)
+        assert (await asyncio.wait_for(waiting, 10)).text == "s1"
+
+
+async def test_what_a_server_asks_for_holds_in_another_process_too(servers: Servers, tmp_path: Path) -> None:
+    issuer, configured = await many(servers, tmp_path, 1)
+    config = write_config(tmp_path, configured)
+    async with proxy_process(config) as one, proxy_process(config) as two:
+        for proxy in (one, two):
+            assert (await call(proxy, "s0")).text == "s0"
+        busy = FakeResponse(status=429, headers=(("retry-after", "100"), ("content-type", "application/json")))
+        issuer.answers["token"] = busy
+        issuer.end_access_tokens()
+        seen = issuer.token_requests()
+        refused = await call(one, "s0")
+        assert refused.status == 503
+        assert 90 < int(refused.headers["retry-after"]) <= 100
+        assert issuer.token_requests() == seen + 1
+        refused = await call(two, "s0")
+        assert refused.status == 503
+        assert 90 < int(refused.headers["retry-after"]) <= 100
+        assert issuer.token_requests() == seen + 1
+
+
+async def test_a_shutdown_does_not_wait_for_turns(servers: Servers, tmp_path: Path) -> None:
+    _, configured = await many(servers, tmp_path, 2)
+    async with running_proxy(tmp_path, configured, limits={"refresh_rate": 0.04}) as proxy:
+        assert (await call(proxy, "s0")).text == "s0"
+        waiting = asyncio.create_task(call(proxy, "s1"))
+        await until(lambda: proxy.application.forwarder.held.used)
+        started = time.monotonic()
+    assert time.monotonic() - started < 8
+    await asyncio.gather(waiting, return_exceptions=True)
