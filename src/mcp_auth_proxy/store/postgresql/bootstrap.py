@@ -28,7 +28,9 @@ _FIND = """
     SELECT current_schema() AS name, current_schema()::regnamespace::oid::bigint AS id,
         current_setting('server_encoding') AS encoding, current_setting('server_version_num')::bigint AS server,
         has_schema_privilege(current_schema(), 'CREATE') AS may_create,
-        to_regclass(quote_ident(current_schema()) || '.' || :mark) IS NOT NULL AS is_ours
+        EXISTS (
+            SELECT 1 FROM pg_class WHERE relname = :mark AND relnamespace = current_schema()::regnamespace
+        ) AS is_ours
 """
 # Views and tables of extensions, such as pg_stat_statements, are nobody's data.
 _OTHERS = """
