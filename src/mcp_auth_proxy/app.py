@@ -12,6 +12,7 @@ from types import ModuleType
 
 from mcp_auth_proxy.broker import Broker, FlowRequest, PendingAuthorization, sign_in
 from mcp_auth_proxy.broker.made_servers import MadeServers
+from mcp_auth_proxy.broker.webhook import Webhook
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, StoreSettings, reachable
@@ -98,6 +99,7 @@ class Application:
     made: MadeServers
     announcer: "Announcer"
     broker: Broker
+    webhook: Webhook
     resolver: Resolver
     connections: ConnectionLimits
     http: HttpClient
@@ -126,6 +128,8 @@ class Application:
         self.made.set_allow_private(settings.admin.allow_private)
         self.announcer.configure(settings)
         self.broker.set_allow_private(settings.authorization.allow_private)
+        self.broker.set_keep_alive(settings.authorization.keep_alive)
+        self.webhook.configure(settings.events.webhook)
         self.broker.set_opens_links(_opens_links(settings))
         self.broker.set_refresh_rate(settings.limits.refresh_rate)
         shares = _shares(settings.limits)
@@ -216,6 +220,10 @@ async def lifespan(
             check_loop=partial(loops.check_url, listening=listening, public_url=public_url),
         )
         await made.reload()
+        webhook = Webhook(
+            settings.events.webhook if background else None, servers=servers, fetcher=fetcher, clock=clock
+        )
+        stack.push_async_callback(webhook.aclose)
         broker = Broker(
             readers=(made,),
             servers=servers,
@@ -229,7 +237,9 @@ async def lifespan(
             opens_windows=lambda: announce is None and announcer.opens,
             is_served=partial(_is_served, settings.store),
             refresh_rate=settings.limits.refresh_rate,
+            keep_alive=settings.authorization.keep_alive,
         )
+        broker.journal.listen(webhook.heard)
         stack.push_async_callback(broker.aclose)
         servers.on_change(lambda change: broker.servers_changed(change.removed, change.changed))
         shares = _shares(settings.limits)
@@ -355,6 +365,7 @@ async def lifespan(
             made=made,
             announcer=announcer,
             broker=broker,
+            webhook=webhook,
             resolver=dialer.resolver,
             connections=ConnectionLimits(_connection_rules(settings, shares)),
             http=http,

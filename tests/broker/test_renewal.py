@@ -13,8 +13,9 @@ from fakes.proxy import until
 from mcp_auth_proxy.broker import renewal, renewal_lease
 from mcp_auth_proxy.broker.backoff import FIRST, LONGEST, Backoff
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
-from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
+from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, Happening
 from mcp_auth_proxy.broker.refresh_rate import RefreshRate
+from mcp_auth_proxy.broker.refusals import REJECTING_ERRORS
 from mcp_auth_proxy.broker.renewal import (
     MARGIN_MAX,
     SAVE_DELAYS,
@@ -32,7 +33,7 @@ from mcp_auth_proxy.errors import (
     StoreUnavailable,
     TokenRefused,
 )
-from mcp_auth_proxy.models import HEALTHY, Account, Grant, GrantType, TokenSet
+from mcp_auth_proxy.models import HEALTHY, Account, Grant, GrantType, RenewalHealth, TokenSet
 from mcp_auth_proxy.oauth.fetch import AddressPolicy, Fetcher
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, lease, open_store
@@ -77,6 +78,8 @@ class Setup:
         self.clock = Clock()
         self.endpoint = Endpoint()
         self.registrations = Registrations(database)
+        self.told: list[tuple[Happening, str]] = []
+        """What journals were told, but for each failed attempt."""
         self.renewer = self.another_renewer()
 
     def another_renewer(self, grants: Grants | None = None, settled: Callable[[], bool] = lambda: True) -> Renewer:
@@ -84,17 +87,23 @@ class Setup:
         registrar = ClientRegistrar(
             fetcher=Fetcher(), registrations=self.registrations, public_url="http://127.0.0.1:8787", clock=self.clock
         )
+        journal = ConnectionJournal(clock=self.clock)
+        journal.listen(self.heard)
         return Renewer(
             token_client=self.endpoint,
             registrar=registrar,
             grants=grants or self.grants,
             backoff=Backoff(clock=self.clock),
             outages=OutageLog(),
-            journal=ConnectionJournal(clock=self.clock),
+            journal=journal,
             rate=RefreshRate(slots=RefreshSlots(self.database), clock=self.clock),
             clock=self.clock,
             settled=settled,
         )
+
+    def heard(self, account: Account, happening: Happening, reason: str) -> None:
+        if happening is not Happening.NOT_RENEWED:
+            self.told.append((happening, reason))
 
     async def registered(self) -> bool:
         """Whether the store still has the client registration of the grant."""
@@ -106,8 +115,8 @@ class Setup:
         at = self.renewer.retry_at(self.grant)
         return None if at is None else at - self.clock.now
 
-    async def renew(self) -> Grant:
-        return await self.renewer.renew(SERVER, self.grant)
+    async def renew(self, *, rejected: bool = False) -> Grant:
+        return await self.renewer.renew(SERVER, self.grant, Demand(rejected=lambda: rejected))
 
     async def stored(self) -> Grant:
         found = await self.grants.get(self.grant.id)
@@ -202,17 +211,110 @@ async def test_a_grant_that_is_over_is_not_renewed(setup: Setup, how: str) -> No
 async def test_invalid_grant_ends_it_with_the_reason(setup: Setup) -> None:  # F2
     setup.endpoint.outcome = TokenRefused("invalid_grant", "The authorization server refused: invalid_grant.")
     with pytest.raises(GrantEnded):
-        await setup.renew()
+        await setup.renew(rejected=True)
     stored = await setup.stored()
     assert stored.ended_at == setup.clock.now
     assert "invalid_grant" in stored.ended_reason
     assert await setup.registered()
+    assert setup.told == [(Happening.ENDED, stored.ended_reason)]
+
+
+async def test_invalid_grant_for_a_token_that_works_is_believed_once_it_has_expired(setup: Setup) -> None:  # F2
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "The authorization server refused: invalid_grant.")
+    degraded = await setup.renew()
+    assert degraded.tokens == setup.grant.tokens
+    assert degraded.health == RenewalHealth(refused_at=setup.clock.now, failure=str(setup.endpoint.outcome))
+    assert (await setup.stored()).health == degraded.health
+    assert [happening for happening, _ in setup.told] == [Happening.DEGRADED]
+    # Neither this process, which may not know it yet, nor one that was started since asks again before.
+    for renewer in (setup.renewer, setup.another_renewer()):
+        for known in (setup.grant, degraded):
+            assert await renewer.renew(SERVER, known) == degraded
+    assert len(setup.endpoint.asked) == 1
+    assert degraded.tokens.expires_at is not None
+    setup.clock.now = degraded.tokens.expires_at
+    with pytest.raises(GrantEnded):
+        await setup.another_renewer().renew(SERVER, degraded)
+    assert len(setup.endpoint.asked) == 2
+    assert "invalid_grant" in (await setup.stored()).ended_reason
+
+
+async def test_a_token_whose_end_is_unknown_is_used_until_a_401(setup: Setup) -> None:
+    endless = replace(setup.grant.tokens, expires_at=None)
+    stored = await setup.grants.add(replace(setup.grant, tokens=endless))
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "no")
+    setup.clock.now += 10 * 365 * 86_400
+    degraded = await setup.renewer.renew(SERVER, stored)
+    assert degraded.health.refused_at == setup.clock.now
+    with pytest.raises(GrantEnded):
+        await setup.renewer.renew(SERVER, degraded, Demand(rejected=lambda: True))
+
+
+async def test_a_401_while_the_renewal_is_under_way_is_believed(setup: Setup) -> None:
+    rejected = False
+
+    async def answers_401() -> None:
+        nonlocal rejected
+        rejected = True
+
+    setup.endpoint.meanwhile = answers_401
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "no")
+    with pytest.raises(GrantEnded):
+        await setup.renewer.renew(SERVER, setup.grant, Demand(rejected=lambda: rejected))
+
+
+async def test_a_degraded_grant_that_is_renewed_after_all_has_recovered(setup: Setup) -> None:
+    setup.endpoint.outcome = TokenRefused("invalid_grant", "too early")
+    degraded = await setup.renew()
+    assert degraded.tokens.expires_at is not None
+    setup.clock.now = degraded.tokens.expires_at
+    setup.endpoint.outcome = tokens("2", setup.clock.now)
+    renewed = await setup.another_renewer().renew(SERVER, degraded)
+    assert renewed.health == HEALTHY
+    assert [happening for happening, _ in setup.told] == [Happening.DEGRADED, Happening.RENEWED]
+    assert (await setup.another_renewer().renew(SERVER, renewed)).version == renewed.version + 1
+    assert len(setup.told) == 2, "a renewal that follows one tells nothing"
+
+
+@pytest.mark.parametrize("error", sorted(REJECTING_ERRORS))
+async def test_what_only_a_person_can_mend_is_tried_every_3_seconds_in_all_processes(setup: Setup, error: str) -> None:
+    setup.endpoint.outcome = TokenRefused(error, f"The token endpoint refused: {error}.")
+    began, another = setup.clock.now, setup.another_renewer()
+    for _ in range(100):
+        for renewer in (setup.renewer, another):
+            with pytest.raises(AuthorizationServerUnavailable, match=f"{error}.*mcp-auth-proxy login linear") as raised:
+                await renewer.renew(SERVER, setup.grant, Demand(rejected=lambda: True))
+            assert raised.value.retry_after is not None
+            assert 0 < raised.value.retry_after <= 3
+        setup.clock.now += 0.1
+    assert len(setup.endpoint.asked) == 4
+    stored = await setup.stored()
+    assert (stored.health.rejected_since, stored.health.failing_since, stored.ended_at) == (began, began, None)
+    assert [happening for happening, _ in setup.told].count(Happening.DEGRADED) == 1
+    setup.clock.now = began + 86_399
+    with pytest.raises(AuthorizationServerUnavailable):
+        await setup.renew()
+    assert setup.backoff() == pytest.approx(300)
+    setup.clock.now = began + 86_403
+    with pytest.raises(GrantEnded):
+        await setup.renew()
+    assert error in (await setup.stored()).ended_reason
+
+
+async def test_what_was_mended_has_recovered(setup: Setup) -> None:
+    setup.endpoint.outcome = TokenRefused("unauthorized_client", "no")
+    with pytest.raises(AuthorizationServerUnavailable):
+        await setup.renew()
+    setup.clock.now += 3
+    setup.endpoint.outcome = tokens("2", setup.clock.now)
+    assert (await setup.renew()).health == HEALTHY
+    assert [happening for happening, _ in setup.told][-1] is Happening.RENEWED
 
 
 async def test_invalid_client_ends_it_and_forgets_the_registration(setup: Setup) -> None:
     setup.endpoint.outcome = TokenRefused("invalid_client", "no such client")
     with pytest.raises(GrantEnded):
-        await setup.renew()
+        await setup.renew(rejected=True)
     assert not await setup.registered()
 
 
@@ -222,7 +324,7 @@ async def test_a_refusal_after_a_crash_says_that_there_was_one(setup: Setup) -> 
     setup.clock.now = NOW + lease.LONGEST + 1
     setup.endpoint.outcome = TokenRefused("invalid_grant", "no")
     with pytest.raises(GrantEnded):
-        await setup.renew()
+        await setup.renew(rejected=True)
     assert "interrupted" in (await setup.stored()).ended_reason
     assert len(setup.endpoint.asked) == 1
 

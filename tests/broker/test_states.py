@@ -53,7 +53,7 @@ TABLE = [
     (UNDER_WAY, NOW, REFRESHING, "connected"),
     (UNDER_WAY, LATER, REFRESHING, "connected"),
     (replace(GRANT, health=FAILING), NOW, RETRYING, "retrying"),
-    (replace(GRANT, health=FAILING), LATER, RETRYING, "retrying"),
+    (replace(GRANT, health=FAILING), LATER, replace(RETRYING, next_try=None), "retrying"),
     (without_refresh_token(GRANT), NOW, DEGRADED, "degraded"),
     (without_end(without_refresh_token(GRANT)), LATER, DEGRADED, "degraded"),
     (
@@ -69,7 +69,7 @@ TABLE = [
         "degraded",
     ),
     (replace(GRANT, health=REFUSED), LATER, replace(EXPIRED_NOW, reason="invalid_grant"), "expired"),
-    (replace(GRANT, health=replace(FAILING, refused_at=NOW)), LATER, RETRYING, "retrying"),
+    (replace(GRANT, health=replace(FAILING, refused_at=NOW)), LATER, replace(RETRYING, next_try=None), "retrying"),
     (GRANT, LATER, EXPIRED_NOW, "expired"),
     (UNATTENDED, LATER, EXPIRED_NOW, "expired"),
     (without_refresh_token(GRANT), LATER, GrantStatus(GrantState.ENDED, Health.ENDED, EXPIRED, ENDS), "ended"),

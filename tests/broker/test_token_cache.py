@@ -193,7 +193,9 @@ async def test_each_new_token_has_a_higher_generation_and_the_same_grant_has_one
     stored = await setup.grants.add(grant())
     first = setup.cache.put(ACCOUNT, stored)
     assert setup.cache.put(ACCOUNT, stored) is first
-    second = setup.cache.put(ACCOUNT, replace(stored, version=2))
+    same = setup.cache.put(ACCOUNT, replace(stored, version=2))
+    assert same.token.generation == first.token.generation, "the token has not changed"
+    second = setup.cache.put(ACCOUNT, replace(stored, version=3, tokens=tokens("2")))
     assert second.token.generation > first.token.generation
     assert setup.cache.accounts() == {ACCOUNT}
 
@@ -356,9 +358,10 @@ async def test_a_renewal_of_a_dead_process_that_has_to_wait_is_tried_again(setup
     for _ in range(3):
         assert not await setup.cache.resume_interrupted()
         await setup.in_the_background()
-    assert setup.endpoint.refreshes == 1
+    # It is tried when the pause of its server is over.
     assert cached.timer is not None
     assert cached.used
+    assert setup.endpoint.refreshes == 1
 
 
 async def test_grants_of_unknown_servers_are_left_alone(setup: Setup) -> None:

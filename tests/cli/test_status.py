@@ -47,6 +47,7 @@ def test_a_row_has_the_keys_that_scripts_rely_on() -> None:
         "account",
         "label",
         "word",
+        "health",
         "principal",
     ]
     assert (shown["server"], shown["state"], shown["renews_itself"]) == ("notes", "connected", True)
@@ -67,7 +68,7 @@ def test_a_row_names_account_label_and_principal() -> None:
 
 
 @pytest.mark.parametrize("needed", [False, True])
-def test_a_server_without_a_grant_has_eight_keys(needed: bool) -> None:
+def test_a_server_without_a_grant_has_nine_keys(needed: bool) -> None:
     connection = Connection(account=NOTES, url="https://mcp.example/mcp", unanswered=needed)
     assert row(connection, {}) == {
         "server": "notes",
@@ -77,6 +78,7 @@ def test_a_server_without_a_grant_has_eight_keys(needed: bool) -> None:
         "account": "default",
         "label": "",
         "word": "needs consent",
+        "health": None,
         "principal": "local",
     }
 

@@ -15,6 +15,7 @@ from mcp_auth_proxy.config.settings import (
     Address,
     AdminSettings,
     AuthorizationSettings,
+    EventSettings,
     InboundSettings,
     JwtSettings,
     KeySource,
@@ -25,6 +26,7 @@ from mcp_auth_proxy.config.settings import (
     SignInSettings,
     StoreSettings,
     TrustedHeaderSettings,
+    WebhookSettings,
 )
 
 KEY = KeySource(kind="file", name="/x/store.key")
@@ -54,6 +56,8 @@ APPLIED = {
     "authorization.open_browser": replace(BASE, authorization=AuthorizationSettings(open_browser="never")),
     "authorization.cold_start": replace(BASE, authorization=AuthorizationSettings(cold_start=False)),
     "authorization.allow_private": replace(BASE, authorization=AuthorizationSettings(allow_private=("10.0.0.1",))),
+    "authorization.keep_alive": replace(BASE, authorization=AuthorizationSettings(keep_alive=0)),
+    "events.webhook": replace(BASE, events=EventSettings(webhook=WebhookSettings(url="https://a", secret=None))),
     "limits.body": replace(BASE, limits=LimitSettings(body=1)),
     "limits.memory": replace(BASE, limits=LimitSettings(memory=1)),
     "limits.held": replace(BASE, limits=LimitSettings(held=1)),
@@ -133,7 +137,7 @@ def test_a_default_key_that_follows_the_store_is_not_named_too() -> None:
 
 
 def test_every_setting_is_either_applied_or_needs_a_restart() -> None:
-    sections = {"authorization", "limits", "inbound", "admin", "outbound", "store"}
+    sections = {"authorization", "events", "limits", "inbound", "admin", "outbound", "store"}
     keys = {field.name for field in fields(Settings)} - sections - {"servers", "source"}
     for section in sections - {"store"}:
         assert is_dataclass(getattr(BASE, section))

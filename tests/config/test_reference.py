@@ -13,6 +13,7 @@ from mcp_auth_proxy.config.settings import (
     AccountSettings,
     AdminSettings,
     AuthorizationSettings,
+    EventSettings,
     IdpSettings,
     InboundSettings,
     JwtSettings,
@@ -23,6 +24,7 @@ from mcp_auth_proxy.config.settings import (
     Settings,
     SignInSettings,
     TrustedHeaderSettings,
+    WebhookSettings,
 )
 from mcp_auth_proxy.errors import ConfigurationError
 
@@ -38,6 +40,8 @@ SECTIONS: dict[str, type] = {
     "inbound.trusted_header.": TrustedHeaderSettings,
     "inbound.sign_in.": SignInSettings,
     "admin.": AdminSettings,
+    "events.": EventSettings,
+    "events.webhook.": WebhookSettings,
     "outbound.": OutboundSettings,
     "servers.*.": ServerSettings,
     "servers.*.accounts.*.": AccountSettings,

@@ -1,24 +1,28 @@
 """``keys rotate`` while two proxies serve, renew and are asked without a pause: no request fails, no grant is lost."""
 
 import asyncio
+import base64
 import json
 import os
 import signal
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from e2e.test_keys import hangup, key, keys, set_keys
+from fakes import postgresql
 from fakes.authorization_server import FakeAuthorizationServer
-from fakes.fixtures import Servers
+from fakes.fixtures import Servers, on_both_engines
 from fakes.headless import consent
 from fakes.mcp_client import PlainClient
 from fakes.proxy import ProxyProcess, link_in, proxy_process, run_command, start_command, until, write_config
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.cipher import Key
 from mcp_auth_proxy.store.grants import Grants
 from store.builders import grant
 
@@ -65,15 +69,21 @@ class Load:
         )
 
 
-def sealed_with(store: Path, key_id: str) -> int:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    on_both_engines(metafunc)
+
+
+def sealed_with(folder: Path, key_id: str) -> int:
     """Return how many grants are sealed with a key."""
-    connection = sqlite3.connect(store)
-    try:
-        (count,) = connection.execute(
-            "SELECT count(*) FROM grants WHERE substr(seal, 2, 4) = ?", (bytes.fromhex(key_id),)
-        ).fetchone()
-    finally:
-        connection.close()
+    database = postgresql.database_url(folder)
+    sql, key_bytes = "SELECT count(*) FROM grants WHERE substr(seal, 2, 4) = ", bytes.fromhex(key_id)
+    if database is None:
+        with closing(sqlite3.connect(folder / "proxy.db")) as connection:
+            (count,) = connection.execute(f"{sql} ?", (key_bytes,)).fetchone()
+    else:
+        with psycopg.connect(database) as server:
+            found = server.execute(f"{sql} %s".encode(), (key_bytes,)).fetchone()
+            (count,) = found or (0,)
     return int(count)
 
 
@@ -87,11 +97,11 @@ async def add_grants(config: Path) -> None:
         await engine.close()
 
 
-async def rotate_until_killed(config: Path, store: Path, key_id: str, rows: int) -> None:
+async def rotate_until_killed(config: Path, key_id: str, rows: int) -> None:
     """Rotate until so many grants are sealed with the key, then kill it."""
     process = await start_command("keys", "rotate", "--config", str(config))
     try:
-        await until(lambda: sealed_with(store, key_id) >= rows, f"{rows} rows")
+        await until(lambda: sealed_with(config.parent, key_id) >= rows, f"{rows} rows")
         assert process.returncode is None
     finally:
         process.send_signal(signal.SIGKILL)
@@ -104,14 +114,14 @@ async def test_no_request_fails_while_a_rotation_is_killed_again_and_again(  # F
 ) -> None:
     issuer = await servers.authorization_server(auto_consent=True)
     upstream = await servers.mcp_server(issuer)
-    old, new = key(tmp_path, "old.key"), key(tmp_path, "new.key")
+    old, new = Key.of(base64.b64decode(postgresql.KEY)).id, key(tmp_path, "new.key")
+    (tmp_path / "old.key").write_text(postgresql.KEY)
     config = write_config(
         tmp_path,
         {"notes": upstream.url},
-        store={"url": "sqlite:///proxy.db", "keys": ["file:old.key"]},
+        store={"url": postgresql.database_url(tmp_path) or "sqlite:///proxy.db", "keys": ["file:old.key"]},
         authorization={"wait": "0s", "open_browser": "never", "cold_start": False},
     )
-    store = tmp_path / "proxy.db"
     async with (
         proxy_process(config) as first,
         proxy_process(config) as second,
@@ -128,7 +138,7 @@ async def test_no_request_fails_while_a_rotation_is_killed_again_and_again(  # F
         async with load_on_both.running():
             await load_on_both.some_answers()
             for number in range(KILLS):
-                await rotate_until_killed(config, store, new, (number + 1) * GRANTS // (KILLS + 2))
+                await rotate_until_killed(config, new, (number + 1) * GRANTS // (KILLS + 2))
             rotated, _ = await keys(config, "rotate")
             assert (rotated["failed"], rotated["left"], rotated["droppable"]) == (0, 0, [old])
             assert 0 < rotated["resealed"] < GRANTS < rotated["resealed"] + rotated["skipped"]
@@ -141,7 +151,7 @@ async def test_no_request_fails_while_a_rotation_is_killed_again_and_again(  # F
         assert issuer.refreshes > KILLS
         assert issuer.authorizations == 1
         assert "skipped" not in first.log + second.log
-    assert sealed_with(store, new) == GRANTS + 1
+    assert sealed_with(tmp_path, new) == GRANTS + 1
     assert [row["id"] for row in (await keys(config, "list"))[0]] == [new]
     code, out, err = await run_command("status", "--json", "--config", str(config))
     assert (code, json.loads(out)[0]["state"]) == (0, "connected"), err

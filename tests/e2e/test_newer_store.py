@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+import psycopg
 import pytest
 
+from fakes import postgresql
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import Servers
 from fakes.headless import consent
@@ -25,11 +27,16 @@ NEWER = """
 from mcp_auth_proxy.store.sqlite import schema
 schema.MIGRATIONS = (*schema.MIGRATIONS, ("CREATE TABLE later (name TEXT)",))
 schema.migrate.__defaults__ = (schema.MIGRATIONS,)
+from mcp_auth_proxy.store.postgresql import schema as other
+other.MIGRATIONS, other.NEWEST = (*other.MIGRATIONS, ("CREATE TABLE later (name TEXT)",)), other.NEWEST + 1
 from mcp_auth_proxy.cli.main import main
 main()
 """
 NEWER_PROGRAM = (sys.executable, "-c", NEWER)
 OURS = len(schema.MIGRATIONS)
+on_each_engine = pytest.mark.parametrize(
+    "each_engine", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)], indirect=True
+)
 SAID = f"was migrated to schema {OURS + 1} by a newer version"
 
 
@@ -41,6 +48,8 @@ class Place:
     config: Path
     older: ProxyProcess
     client: PlainClient
+    url: str | None
+    """That of the store's database; None if the store is a file."""
 
     @property
     def store(self) -> Path:
@@ -64,28 +73,35 @@ class Place:
 
 
 @pytest.fixture
-async def place(servers: Servers, tmp_path: Path) -> AsyncIterator[Place]:
+async def place(each_engine: str, servers: Servers, tmp_path: Path) -> AsyncIterator[Place]:
     issuer = await servers.authorization_server(auto_consent=True)
     upstream = await servers.mcp_server(issuer)
-    config = write_config(tmp_path, {"notes": upstream.url}, authorization={"wait": "0s"})
+    url = postgresql.database_url(tmp_path)
+    store = {} if url is None else {"url": url, "keys": [f"file:{postgresql.write_key(tmp_path)}"]}
+    config = write_config(tmp_path, {"notes": upstream.url}, authorization={"wait": "0s"}, store=store)
     async with (
         serving("--config", str(config), "--listen", "127.0.0.1:0") as older,
         older.client("notes") as client,
     ):
         assert (await consent(link_in((await client.call("echo")).message))).status_code == 200
         assert (await client.call("echo", text="in")).text == "in"
-        yield Place(issuer, config, older, client)
+        yield Place(issuer, config, older, client, url)
 
 
-def rows(path: Path) -> list[object]:
-    with closing(sqlite3.connect(path)) as connection:
-        return connection.execute("SELECT * FROM grants ORDER BY id").fetchall()
+def rows(place: Place) -> list[tuple[object, ...]]:
+    query = "SELECT * FROM grants ORDER BY id"
+    if place.url is not None:
+        with psycopg.connect(place.url) as database:
+            return database.execute(query).fetchall()
+    with closing(sqlite3.connect(place.store)) as connection:
+        return connection.execute(query).fetchall()
 
 
+@on_each_engine
 async def test_an_older_process_is_unready_beside_a_newer_store_and_refreshes_nothing(place: Place) -> None:
     async with place.newer() as (newer, client):
         assert SAID in await place.until_unready()
-        stored = rows(place.store)
+        stored = rows(place)
         # What it has in memory is good until it ends.
         assert {(await place.client.call("echo", text="good")).text for _ in range(5)} == {"good"}
         place.issuer.end_access_tokens()
@@ -96,7 +112,7 @@ async def test_an_older_process_is_unready_beside_a_newer_store_and_refreshes_no
             assert "Restart" in reply.error["message"]
             assert int(reply.headers["retry-after"]) >= 1
         assert place.issuer.refreshes == 0
-        assert rows(place.store) == stored
+        assert rows(place) == stored
         # The newer one does what the older one can't.
         assert (await client.call("echo", text="renewed")).text == "renewed"
         assert (await place.client.call("echo")).status == 503
@@ -121,6 +137,7 @@ async def test_rows_that_an_older_process_cannot_read_are_not_missing_to_it(plac
     assert "/connect/" not in str(reply.message), "nobody is asked to authorize again"
 
 
+@on_each_engine
 async def test_a_migration_waits_for_the_refresh_that_an_older_process_has_begun(place: Place) -> None:
     place.issuer.gates["token"] = gate = asyncio.Event()
     place.issuer.end_access_tokens()
@@ -135,7 +152,7 @@ async def test_a_migration_waits_for_the_refresh_that_an_older_process_has_begun
             pass
         assert not list(place.store.parent.glob("*.bak"))
         gate.set()
-        while b"a copy was kept" not in await starting.stderr.readline():
+        while b"store: migrating from schema" not in await starting.stderr.readline():
             pass
     starting.terminate()
     await starting.communicate()
@@ -153,13 +170,14 @@ async def test_the_commands_of_an_older_version_name_the_copy_to_go_back_to(plac
         await newer.stop()
     backup = place.store.with_name(f"proxy.db.schema-{OURS}.bak")
     assert backup.stat().st_mode & 0o777 == 0o600
-    before = rows(place.store)
-    for command in (["status"], ["api-keys", "list", "--json"], ["serve"], ["login", "notes"]):
-        code, out, err = await run_command(*command, "--config", str(place.config))
+    before = rows(place)
+    commands = (["status"], ["api-keys", "list", "--json"], ["serve"], ["login", "notes"])
+    done = await asyncio.gather(*(run_command(*command, "--config", str(place.config)) for command in commands))
+    for code, out, err in done:
         assert (code, out, len(err.splitlines())) == (1, "", 1), err
         assert f"it has schema {OURS + 1}, and this version knows schemas up to {OURS}" in err
         assert f"go back to the copy {backup} " in err
-    assert rows(place.store) == before
+    assert rows(place) == before
     await place.older.stop()
     # The way back.
     for name in ("proxy.db", "proxy.db-wal", "proxy.db-shm"):

@@ -39,6 +39,7 @@ class Sections(TypedDict, total=False):
     inbound: Mapping[str, object]
     outbound: Mapping[str, object]
     admin: Mapping[str, object]
+    events: Mapping[str, object]
 
 
 class RunningProxy:

@@ -309,3 +309,17 @@ def test_what_is_not_an_oauth_response_names_its_clause_and_says_now_only_if_wai
 def test_a_missing_token_type_is_distinguished_from_a_wrong_one(token_type: str | None, words: str) -> None:
     with pytest.raises(DocumentRefused, match=rf"{words} \(RFC 6749 §5\.1\)"):
         read(token_type=token_type)
+
+
+@pytest.mark.parametrize("name", ["refresh_token_expires_in", "refresh_expires_in"])
+@pytest.mark.parametrize(("value", "lapses"), [(60, NOW + 60), ("60", NOW + 60), (0, None), (-5, None), ("x", None)])
+def test_the_end_of_the_refresh_token_is_read(name: str, value: object, lapses: float | None) -> None:
+    fields: dict[str, Any] = {name: value}
+    assert read(refresh_token="rt", **fields).refresh_expires_at == lapses
+
+
+def test_a_refresh_token_that_is_kept_keeps_its_end_and_a_new_one_has_its_own() -> None:
+    before = read(refresh_token="rt", refresh_token_expires_in=60)
+    assert read(previous=before).refresh_expires_at == before.refresh_expires_at == NOW + 60
+    assert read(previous=before, refresh_token="other").refresh_expires_at is None
+    assert read(previous=before, refresh_token_expires_in=90).refresh_expires_at == NOW + 90

@@ -15,6 +15,8 @@ from mcp_auth_proxy.errors import KeyRejected, KeyUnavailable, StoreError
 from mcp_auth_proxy.store import key_sources
 from mcp_auth_proxy.store.cipher import Key, key_errors, load_key
 
+pytestmark = pytest.mark.sqlite  # no store is opened
+
 KEY = base64.b64encode(b"k" * 32).decode()
 CANARY = "canary-secret"
 BACKENDS = """

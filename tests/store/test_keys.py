@@ -3,10 +3,12 @@
 import base64
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fakes import postgresql
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.errors import KeyRejected, KeyUnavailable
 from mcp_auth_proxy.store import Engine, open_store
@@ -14,9 +16,9 @@ from mcp_auth_proxy.store.cipher import Key
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.keys import checked_keys, key_uses, renew_keys
 from mcp_auth_proxy.store.rotation import rotate
-from store.builders import grant
+from store.builders import grant, store_settings
 
-KEYS = {"OLD": b"o" * 32, "NEW": b"n" * 32, "OTHER": b"x" * 32}
+KEYS = {"OLD": base64.b64decode(postgresql.KEY), "NEW": b"n" * 32, "OTHER": b"x" * 32}
 ENVIRON = {name: base64.b64encode(secret).decode() for name, secret in KEYS.items()}
 IDS = {name: Key.of(secret).id for name, secret in KEYS.items()}
 
@@ -26,7 +28,7 @@ def sources(names: Sequence[str]) -> tuple[KeySource, ...]:
 
 
 def store_with(folder: Path, *names: str) -> StoreSettings:
-    return StoreSettings(path=folder / "store.db", keys=sources(names), keys_named=True)
+    return replace(store_settings(folder), keys=sources(names), default_key=False, keys_named=True)
 
 
 @asynccontextmanager
@@ -90,7 +92,7 @@ async def test_keys_that_cannot_be_loaded_leave_those_there_are(tmp_path: Path) 
         missing = KeySource(kind="env", name="UNSET")
         failing = KeySource(kind="exec", name="false")
         for source, error in ((missing, KeyRejected), (failing, KeyUnavailable)):
-            changed = StoreSettings(path=tmp_path / "store.db", keys=(source, *sources(["OLD"])))
+            changed = replace(store_with(tmp_path, "OLD"), keys=(source, *sources(["OLD"])))
             with pytest.raises(error):
                 await renew_keys(engine, changed, {**ENVIRON, "PATH": "/usr/bin:/bin"})
         assert engine.cipher.key_ids == (IDS["OLD"],)

@@ -124,7 +124,6 @@ async def test_times_of_a_clock_that_was_set_back_do_not_count(slots: RefreshSlo
         b"[]",
         b"[" * 5000,
         "text",
-        5,
         b'{"times": 1}',
         b'{"times": ["x"], "paused_until": 0}',
         b'{"times": [NaN, 1e999], "paused_until": NaN}',

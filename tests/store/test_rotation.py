@@ -5,12 +5,14 @@ import base64
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fakes import postgresql
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
 from mcp_auth_proxy.models import Account
@@ -19,12 +21,12 @@ from mcp_auth_proxy.store.cipher import Cipher, Key
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.keys import checked_keys
 from mcp_auth_proxy.store.rotation import ROWS_IN_TRANSACTION, Progress, rotate
-from mcp_auth_proxy.store.sealed_rows import SEAL, RowCipher, new_uid, row_columns
+from mcp_auth_proxy.store.sealed_rows import SEAL, Columns, RowCipher, new_uid, row_columns
 from mcp_auth_proxy.store.sealed_tables import SEALED_COLUMNS, rows_by_key
 from store import samples
-from store.builders import NOW, grant, tokens
+from store.builders import NOW, grant, store_settings, tokens
 
-KEYS = {"OLD": b"o" * 32, "NEW": b"n" * 32, "LOST": b"l" * 32}
+KEYS = {"OLD": base64.b64decode(postgresql.KEY), "NEW": b"n" * 32, "LOST": b"l" * 32}
 ENVIRON = {name: base64.b64encode(secret).decode() for name, secret in KEYS.items()}
 IDS = {name: Key.of(secret).id for name, secret in KEYS.items()}
 BOTH = Cipher([Key.of(KEYS["NEW"]), Key.of(KEYS["OLD"])])
@@ -41,7 +43,7 @@ VALUES: Mapping[str, st.SearchStrategy[object]] = {
 
 def store_with(folder: Path, *names: str) -> StoreSettings:
     keys = tuple(KeySource(kind="env", name=name) for name in names)
-    return StoreSettings(path=folder / "store.db", keys=keys, keys_named=True)
+    return replace(store_settings(folder), keys=keys, default_key=False, keys_named=True)
 
 
 @asynccontextmanager
@@ -72,6 +74,7 @@ def columns_of(connection: sqlite3.Connection, table: str) -> list[tuple[str, st
     return [(name, kind, not (required or key)) for _, name, kind, required, _, key in rows]
 
 
+@pytest.mark.sqlite
 async def test_every_sealed_column_of_the_schema_is_known(tmp_path: Path) -> None:
     async with opened(tmp_path, "OLD"):
         pass
@@ -123,6 +126,7 @@ def seal(cipher: Cipher, table: str, values: dict[str, object], sealed: tuple[st
     return {**columns, SEAL: row.seal_row(columns)}
 
 
+@pytest.mark.sqlite
 def test_any_row_of_any_table_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mcp_auth_proxy.store.rotation._PASS_PAUSE", 0)
     with asyncio.Runner() as runner:
@@ -163,21 +167,25 @@ async def check_survival(
         assert (opening.open_if(name, found[name]) if name in sealed else found[name]) == value
 
 
+async def rows_but_kept(engine: Engine) -> list[Columns]:
+    rows = await engine.fetch_all("SELECT * FROM grants WHERE server <> 'kept' ORDER BY id")
+    return [row_columns(row) for row in rows]
+
+
 async def test_rows_that_do_not_open_are_left_alone_and_named(tmp_path: Path) -> None:
-    async with opened(tmp_path, "LOST") as engine:
-        await Grants(engine).add(grant("lost"))
     async with opened(tmp_path, "LOST", "OLD") as engine:
+        await Grants(engine).add(grant("lost"))
         engine.cipher = Cipher([Key.of(KEYS["OLD"])])
         await Grants(engine).add(grant("kept"))
         await Grants(engine).add(grant("changed"))
-    connection = sqlite3.connect(tmp_path / "store.db")
-    connection.execute("UPDATE grants SET token_endpoint = 'https://evil.example' WHERE server = 'changed'")
-    connection.commit()
-    before = connection.execute("SELECT * FROM grants WHERE server <> 'kept' ORDER BY id").fetchall()
     async with opened(tmp_path, "NEW", "OLD") as engine:
+        async with engine.transaction() as transaction:
+            sql = "UPDATE grants SET token_endpoint = 'https://evil.example' WHERE server = 'changed'"
+            await transaction.execute(sql)
+        before = await rows_but_kept(engine)
         done = await rotate(engine, quiet)
-    assert connection.execute("SELECT * FROM grants WHERE server <> 'kept' ORDER BY id").fetchall() == before
-    uids = dict(connection.execute("SELECT server, uid FROM grants"))
+        assert await rows_but_kept(engine) == before
+    uids = {str(row["server"]): str(row["uid"]) for row in before}
     assert (done.resealed, done.left) == (1, 0)
     assert {row.uid: row.table for row in done.broken.values()} == {uids["lost"]: "grants", uids["changed"]: "grants"}
     problems = {row.uid: row.problem for row in done.broken.values()}
@@ -186,6 +194,7 @@ async def test_rows_that_do_not_open_are_left_alone_and_named(tmp_path: Path) ->
     assert "canary" not in str(problems)
 
 
+@pytest.mark.sqlite
 async def test_rows_that_others_have_put_there_do_not_stop_it(tmp_path: Path) -> None:
     async with filled(tmp_path) as engine:
         connection = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
@@ -269,6 +278,7 @@ async def test_what_others_seal_with_another_key_meanwhile_is_found(tmp_path: Pa
         assert set(await rows_by_key(engine)) == {IDS["NEW"]}
 
 
+@pytest.mark.sqlite
 async def test_a_store_that_cannot_be_written_for_a_moment_is_tried_again(tmp_path: Path) -> None:
     async with filled(tmp_path) as engine:
         connection = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
@@ -279,6 +289,7 @@ async def test_a_store_that_cannot_be_written_for_a_moment_is_tried_again(tmp_pa
     assert done.resealed == done.total
 
 
+@pytest.mark.sqlite
 async def test_a_store_that_cannot_be_written_at_all_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,14 +318,13 @@ async def test_a_key_whose_check_is_there_but_no_row_is_wrong(tmp_path: Path) ->
     # The new key leaves its check behind, and seals nothing.
     async with opened(tmp_path, "NEW", "OLD"):
         pass
-    before = (tmp_path / "store.db").read_bytes()
     with pytest.raises(StoreRejected, match=f"Wrong key: every row .* with key {IDS['OLD']}, but .* has {IDS['NEW']}"):
         async with opened(tmp_path, "NEW", "LOST"):
             pass
-    assert (tmp_path / "store.db").read_bytes() == before
-    assert not list(tmp_path.glob("*-wal"))
     async with opened(tmp_path, "OLD") as engine:
         assert len(await Grants(engine).all()) == 1
+        # The refused start has written nothing.
+        assert await checked_keys(engine) == {IDS["OLD"], IDS["NEW"]}
 
 
 async def test_an_empty_store_opens_with_each_key_that_has_its_check(tmp_path: Path) -> None:

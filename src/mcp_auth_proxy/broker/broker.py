@@ -30,6 +30,7 @@ from mcp_auth_proxy.broker.examination import Examination
 from mcp_auth_proxy.broker.flows import Announce, PendingFlows, has_link
 from mcp_auth_proxy.broker.forgotten_clients import ForgottenClients
 from mcp_auth_proxy.broker.headless import HeadlessAttempts
+from mcp_auth_proxy.broker.keep_alive import KeepAlive
 from mcp_auth_proxy.broker.matching import configured, configured_at, configured_for, matches
 from mcp_auth_proxy.broker.oauth_clients import ClientDirectory
 from mcp_auth_proxy.broker.ownership import MayOpen
@@ -101,6 +102,7 @@ class Broker:
         is_served: Callable[[str], bool] = lambda public_url: False,
         readers: tuple[StoreReader, ...] = (),
         refresh_rate: float = DEFAULT_RATE,
+        keep_alive: float = 0.0,
     ) -> None:
         """``servers`` may change at any time; call ``servers_changed`` afterwards.
 
@@ -109,7 +111,8 @@ class Broker:
         then every visit but the first after that has to be confirmed. ``opens_windows``: whether ``announce`` opens
         links in a browser now. ``is_served``: whether a process runs on the same machine and store that browsers reach
         at a URL: its flows will do here. ``readers`` are told what other processes write. ``refresh_rate`` is how many
-        refreshes an authorization server is sent in a second, by all processes on the store.
+        refreshes an authorization server is sent in a second, by all processes on the store. ``keep_alive``: seconds
+        after which a grant is refreshed even if it is not used; 0: never.
         """
         self._servers = servers
         self._database = database
@@ -180,6 +183,7 @@ class Broker:
             if flow.key.account not in self._begun:
                 self._visits.started(flow)
                 announce(flow, link)
+                journal.needs_consent(flow.key.account)
                 return
             # The browser that its user sits at is on its way to the link: no other one need be opened.
             self._visits.opened(flow)
@@ -261,15 +265,21 @@ class Broker:
             readers=(*readers, rate),
         )
 
+        self._keep_alive = KeepAlive(
+            servers=servers, database=database, tokens=self._tokens, period=keep_alive, clock=clock
+        )
+
     async def start(self) -> None:
         """Begin the background work: interrupted renewals, device polls, watching the store. Raises StoreError."""
         await self._records.start()
         await self._watch.start()
         await self._tokens.resume_interrupted()
         await self._pending.resume_device_flows()
+        self._keep_alive.start()
 
     async def aclose(self) -> None:
         """Stop all background work. A renewal in progress may finish: its refresh token may be used up already."""
+        await self._keep_alive.aclose()
         await self._watch.aclose()
         await self._forgotten_clients.aclose()
         # Those that wait for their turn have sent nothing.
@@ -704,6 +714,10 @@ class Broker:
     def set_refresh_rate(self, rate: float) -> None:
         """Change how many refreshes an authorization server is sent in a second."""
         self._rate.set_rate(rate)
+
+    def set_keep_alive(self, period: float) -> None:
+        """Change after how many seconds a grant is refreshed even if it is not used."""
+        self._keep_alive.configure(period)
 
     def set_opens_links(self, opens: bool) -> None:
         """Change whether links may be opened in a browser."""

@@ -56,6 +56,8 @@ class Happening(StrEnum):
     DEGRADED = "degraded"
     """A renewal was refused; what there is goes on for a while."""
     ENDED = "ended"
+    NEEDS_CONSENT = "needs_consent"
+    """A request has begun an authorization, which waits for its user."""
     UNREACHABLE = "unreachable"
     """A request could not connect to the server."""
     FAILED = "failed"
@@ -162,6 +164,10 @@ class ConnectionJournal:
         """Note that a renewal was refused, so that a person should look at it before the grant ends."""
         self._tell(account, Happening.DEGRADED, reason)
         self._add(account, f"degraded: {reason}", good=False)
+
+    def needs_consent(self, account: Account) -> None:
+        """Note that a request waits for somebody to authorize; the link is shown elsewhere."""
+        self._tell(account, Happening.NEEDS_CONSENT)
 
     def not_renewed(self, account: Account, reason: str) -> None:
         """Note that a renewal has failed for a reason that passes."""

@@ -18,6 +18,7 @@ from mcp_auth_proxy.broker.connection_notes import (
     moment,
 )
 from mcp_auth_proxy.broker.renewal import renewable
+from mcp_auth_proxy.broker.states import lapses_soon
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import MAX_MESSAGE, StoreError, excerpt
@@ -57,6 +58,7 @@ _REACHED = {"failure": "", "remedy": "", "failed_at": None, "unreachable_since":
 _WORKS = {**_REACHED, "retrying_since": None}
 
 _ENDING = "ending"
+_LAPSING = "lapsing"
 _DEAD = "dead"
 
 
@@ -127,6 +129,9 @@ class ConnectionRecords:
 
     def _heard(self, account: Account, happening: Happening, reason: str) -> None:
         untold = False
+        if happening is Happening.NEEDS_CONSENT:
+            # The flow is in the store already.
+            return
         if happening is Happening.NOT_RENEWED:
             untold = not self._unrenewed.failed(account)
         elif happening is Happening.RENEWED:
@@ -254,17 +259,30 @@ class ConnectionRecords:
 
     def _signal(self, account: Account, grant: Grant) -> None:
         """Warn, once for each grant and state, that nothing but a new authorization keeps a connection alive."""
-        ends = grant.tokens.expires_at
-        if renewable(grant) or ends is None:
+        ends, now = grant.tokens.expires_at, self._clock()
+        if renewable(grant):
+            lapses = grant.tokens.refresh_expires_at
+            if lapses is None or not lapses_soon(lapses, grant.tokens.obtained_at, now):
+                return
+            ends, state = lapses, _LAPSING
+        elif ends is None:
             return
-        state = _ENDING if ends > self._clock() else _DEAD
+        else:
+            state = _ENDING if ends > now else _DEAD
         if self._signalled.get(account) == (grant.granted_at, state):
             return
         if len(self._signalled) >= MAX_WAITING:
             del self._signalled[next(iter(self._signalled))]
         self._signalled[account] = (grant.granted_at, state)
         name, todo = account.shown, authorize_again(account, self._servers.get(account.server))
-        if state is _ENDING:
+        if state is _LAPSING:
+            logger.warning(
+                "server %s: its refresh token lapses at %s, unless a renewal before then brings a longer one. %s",
+                name,
+                moment(ends),
+                todo,
+            )
+        elif state is _ENDING:
             logger.warning("server %s: its token can't be renewed, and ends at %s. %s", name, moment(ends), todo)
         else:
             logger.warning("server %s: its token has ended at %s, and can't be renewed. %s", name, moment(ends), todo)

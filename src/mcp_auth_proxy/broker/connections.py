@@ -8,7 +8,7 @@ from mcp_auth_proxy.broker.client_registration import public_url_of
 from mcp_auth_proxy.broker.matching import matches, upstream_of
 from mcp_auth_proxy.broker.pending import link_of
 from mcp_auth_proxy.broker.renewal import renewable
-from mcp_auth_proxy.broker.states import GrantStatus, Word, grant_status, word
+from mcp_auth_proxy.broker.states import GrantStatus, Health, Word, grant_status, word
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, LOCAL, Account, Flow, FlowStatus, Grant, shared_principal
@@ -283,7 +283,16 @@ def _current(grants: Iterable[Grant], server: ServerSettings) -> Grant | None:
 
 
 def _with_grant(connection: Connection, grant: Grant, now: float) -> Connection:
-    expires_at = grant.tokens.expires_at
+    expires_at, status = grant.tokens.expires_at, grant_status(grant, now=now)
+    trouble = connection.trouble
+    if status.health is Health.RETRYING and not connection.unreachable:
+        trouble = Trouble(
+            what="not renewed, and tried again",
+            reason=status.reason,
+            since=status.since,
+            retry_at=status.next_try,
+            remedy=connection.remedy or "",
+        )
     return replace(
         connection,
         state=ConnectionState.CONNECTED if grant.ended_at is None else ConnectionState.ENDED,
@@ -295,5 +304,6 @@ def _with_grant(connection: Connection, grant: Grant, now: float) -> Connection:
         expired=expires_at is not None and expires_at <= now and not renewable(grant),
         reason=grant.ended_reason,
         grant_label=grant.label,
-        status=grant_status(grant, now=now),
+        status=status,
+        trouble=trouble,
     )

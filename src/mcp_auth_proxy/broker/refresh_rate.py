@@ -20,8 +20,8 @@ from mcp_auth_proxy.store.refresh_slots import SLACK, Pace, RefreshSlots
 DEFAULT_RATE = 10.0
 """Refreshes in a second at one authorization server."""
 
-LONGEST_WAIT = 30.0
-"""Seconds that a request waits for its turn."""
+LONGEST_WAIT = 28.0
+"""Seconds that a request waits for its turn: less than for the whole renewal (``renewal_lease.LONGEST_WAIT``)."""
 
 AHEAD = 0.5
 """Seconds from now for which times are reserved while requests wait."""
@@ -57,8 +57,8 @@ class RefreshRate:
     ) -> None:
         """Wait until a refresh may be sent to an issuer. ``key`` is for ``promote``.
 
-        Raises RefreshRateExceeded after 30 seconds, or at once if it would take longer, but not in the background;
-        AuthorizationServerUnavailable if the proxy shuts down, and StoreUnavailable.
+        Raises RefreshRateExceeded after ``LONGEST_WAIT``, or at once if it would take longer, but not in the
+        background; AuthorizationServerUnavailable if the proxy shuts down, and StoreUnavailable.
         """
         if self._closed:
             raise _shutting_down()

@@ -10,6 +10,7 @@
 from dataclasses import replace
 
 from mcp_auth_proxy.broker.connection_notes import authorize_again, moment
+from mcp_auth_proxy.broker.states import REJECTED_PAUSE
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.models import Grant, RenewalHealth
 
@@ -18,12 +19,6 @@ ENDING_ERRORS = frozenset({"invalid_grant", "invalid_client"})
 
 REJECTING_ERRORS = frozenset({"unauthorized_client", "invalid_scope", "unsupported_grant_type"})
 """Errors that only a person can mend."""
-
-REJECTED_PAUSE = 3.0
-"""Seconds between two renewals, however many requests wait, if a person has to mend something first."""
-
-REJECTED_LONGEST = 300.0
-"""Maximum seconds between two renewals in the background then."""
 
 ENDS_AFTER = 86_400.0
 """Seconds after which a grant ends that nobody has mended."""
@@ -55,15 +50,6 @@ def after_rejection(health: RenewalHealth, reason: str, *, now: float) -> Renewa
         next_try_at=now + REJECTED_PAUSE,
         rejected_since=health.rejected_since or now,
     )
-
-
-def background_retry(health: RenewalHealth) -> float | None:
-    """Return when the renewal is tried again if nobody asks for it before, in Unix seconds; None if that is open."""
-    if health.rejected_since is None or health.next_try_at is None:
-        return health.next_try_at
-    failed_at = health.next_try_at - REJECTED_PAUSE
-    delay = (failed_at - health.rejected_since) / 2
-    return failed_at + min(max(delay, REJECTED_PAUSE), REJECTED_LONGEST)
 
 
 def remedy(error: str, grant: Grant, server: ServerSettings, *, now: float) -> str:

@@ -14,6 +14,7 @@ from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, authorize_again, moment
 from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.renewal_lease import ATTEMPT_SECONDS, Attempt, GrantEnded, begin_renewal
+from mcp_auth_proxy.broker.states import REJECTED_PAUSE, background_retry
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
@@ -26,6 +27,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import HEALTHY, Grant, RenewalHealth, TokenSet
 from mcp_auth_proxy.net.deadline import patient_timeout
+from mcp_auth_proxy.oauth import jwt_expiry
 from mcp_auth_proxy.oauth.fetch import sent_only_while
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
@@ -41,6 +43,9 @@ MARGIN_MAX = 240.0
 
 JITTER = 0.2
 """Share by which times are varied at random, so that replicas and servers with one lifetime do not renew in step."""
+
+LONG = 3600.0
+"""Seconds of failed renewals after which the log says what a person can do."""
 
 MAX_REJECTIONS = 1000
 """Grants of which it is remembered that a person has to mend something."""
@@ -63,13 +68,14 @@ def renewable(grant: Grant) -> bool:
 def renew_at(tokens: TokenSet) -> float | None:
     """Return when to renew, in Unix seconds: a fifth of the lifetime before expiry, at most 4 minutes.
 
-    None if the lifetime is unknown.
+    If the server did not say when the token expires, the token itself may, as a hint. None if neither did.
     """
-    if tokens.expires_at is None:
+    expires_at = tokens.expires_at or jwt_expiry.read(tokens.access_token, obtained_at=tokens.obtained_at)
+    if expires_at is None:
         return None
-    lifetime = max(0.0, tokens.expires_at - tokens.obtained_at)
+    lifetime = max(0.0, expires_at - tokens.obtained_at)
     margin = min(lifetime * MARGIN_SHARE, MARGIN_MAX)
-    return tokens.expires_at - margin * (1 + JITTER * random.random())
+    return expires_at - margin * (1 + JITTER * random.random())
 
 
 def _always() -> bool:
@@ -238,7 +244,7 @@ class Renewer:
         # If the clock was set back, nobody waits longer for that.
         if grant.health.rejected_since is None or next_try is None:
             return
-        if 0 < next_try - now <= refusals.REJECTED_PAUSE:
+        if 0 < next_try - now <= REJECTED_PAUSE:
             raise AuthorizationServerUnavailable(grant.health.failure, retry_after=next_try - now)
 
     def retry_at(self, grant: Grant) -> float | None:
@@ -246,7 +252,7 @@ class Renewer:
         ends = self._backoff.retry_at(*_subjects(grant), of_tokens(grant.key.account))
         rejection = self._rejections.get(grant.id)
         if rejection is not None:
-            return max(ends or 0.0, refusals.background_retry(rejection) or 0.0)
+            return max(ends or 0.0, background_retry(rejection) or 0.0)
         # Not all grants of an issuer at once: the first failure is a pause for the others.
         return None if ends is None else ends + (ends - self._clock()) * JITTER * random.random()
 
@@ -319,7 +325,7 @@ class Renewer:
         now = self._clock()
         text = f"{refused} {refusals.remedy(refused.error, grant, server, now=now)}"
         error = AuthorizationServerUnavailable(text)
-        self._backoff.failed(of_grant(grant), error, pause=refusals.REJECTED_PAUSE)
+        self._backoff.failed(of_grant(grant), error, pause=REJECTED_PAUSE)
         health = refusals.after_rejection(grant.health, text, now=now)
         self._rejections[grant.id] = health
         if len(self._rejections) > MAX_REJECTIONS:
@@ -339,11 +345,14 @@ class Renewer:
 
     def _warn(self, grant: Grant, error: AuthorizationServerUnavailable, health: RenewalHealth) -> None:
         """Log a failed renewal: the first of each grant, and those that follow at a bounded rate."""
-        account, ends, retry_at = grant.key.account, grant.tokens.expires_at, refusals.background_retry(health)
+        account, ends, retry_at = grant.key.account, grant.tokens.expires_at, background_retry(health)
         after = f" It is tried again at {moment(retry_at)}." if retry_at is not None else ""
         until = (
             "" if ends is None else f" Its token {'ends' if ends > self._clock() else 'has ended'} at {moment(ends)}."
         )
+        since = health.failing_since or self._clock()
+        if self._clock() - since >= LONG:
+            after += f" It has failed since {moment(since)}. {authorize_again(account, None)}"
         reason = f"its grant can't be renewed now: {error}{after}{until}"
         if grant.health.failing_since is None and not self._outages.is_due(account.server):
             logger.warning("server %s: %s", account.shown, reason)

@@ -77,7 +77,7 @@ async def begin_renewal(
         if grants.may_begin_refresh(current, owner=owner, now=attempt.at, needed=is_needed):
             if take_turn is not None:
                 await take_turn()
-                take_turn = None
+                take_turn, first_look = None, loop.time()
                 continue
             if await grants.begin_refresh(
                 current.id, version=current.version, owner=owner, now=attempt.at, needed=is_needed

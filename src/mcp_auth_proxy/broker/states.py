@@ -18,14 +18,24 @@ a request could not connect                                          unreachable
 """
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 
-from mcp_auth_proxy.models import Grant
+from mcp_auth_proxy.models import Grant, RenewalHealth
 from mcp_auth_proxy.store.grant_summaries import GrantState, GrantSummary
 
 EXPIRED = "The token has expired, and can't be renewed."
 
 NOT_RENEWABLE = "The authorization server gave no refresh token, so the token can't be renewed."
+
+REJECTED_PAUSE = 3.0
+"""Seconds between two renewals, however many requests wait, if a person has to mend something first."""
+
+REJECTED_LONGEST = 300.0
+"""Maximum seconds between two renewals in the background then."""
+
+LAPSES_SOON = 86_400.0
+"""Seconds before the end of a refresh token from which on that is told."""
 
 
 class Health(StrEnum):
@@ -59,11 +69,40 @@ class GrantStatus:
     state: GrantState
     health: Health
     reason: str = ""
-    """Why it has ended, or can't be renewed, or why its last renewal failed."""
+    """Why it has ended, or can't be renewed, or why its last renewal failed; of a fresh one, what it may die of."""
     since: float | None = None
     """Since when it is so, in Unix seconds."""
     next_try: float | None = None
     """When its renewal is tried again, in Unix seconds; None if nothing is scheduled."""
+
+
+def background_retry(health: RenewalHealth) -> float | None:
+    """Return when the renewal is tried again if nobody asks for it before, in Unix seconds; None if that is open."""
+    if health.rejected_since is None or health.next_try_at is None:
+        return health.next_try_at
+    failed_at = health.next_try_at - REJECTED_PAUSE
+    delay = (failed_at - health.rejected_since) / 2
+    return failed_at + min(max(delay, REJECTED_PAUSE), REJECTED_LONGEST)
+
+
+def lapses_soon(refresh_expires_at: float | None, obtained_at: float, now: float) -> bool:
+    """Return whether a refresh token lapses soon: within a day, or after two thirds of the time since it was used."""
+    if refresh_expires_at is None:
+        return False
+    left = refresh_expires_at - now
+    return left <= max(LAPSES_SOON, (refresh_expires_at - obtained_at) / 3)
+
+
+def _warning(summary: GrantSummary, now: float) -> str:
+    ends = summary.refresh_expires_at
+    if not summary.has_refresh_token or ends is None or not lapses_soon(ends, summary.obtained_at, now):
+        return ""
+    at = f"{datetime.fromtimestamp(ends, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    if ends <= now:
+        return f"Its refresh token has lapsed at {at}, as the authorization server said: authorize again."
+    return (
+        f"Its refresh token lapses at {at}, unless a renewal before then brings a longer one. If not, authorize again."
+    )
 
 
 def grant_status(grant: GrantSummary | Grant, *, now: float) -> GrantStatus:
@@ -82,12 +121,15 @@ def grant_status(grant: GrantSummary | Grant, *, now: float) -> GrantStatus:
         # Once the token is dead, the renewal is tried once more.
         return GrantStatus(GrantState.DEGRADED, Health.DEGRADED, health.failure, health.refused_at, ends)
     if health.failing_since is not None:
-        return GrantStatus(GrantState.ACTIVE, Health.RETRYING, health.failure, health.failing_since, health.next_try_at)
+        retry = background_retry(health)
+        # One that is past comes with the next request.
+        retry = retry if retry is not None and retry > now else None
+        return GrantStatus(GrantState.ACTIVE, Health.RETRYING, health.failure, health.failing_since, retry)
     if summary.refresh_begun_at is not None:
         return GrantStatus(GrantState.ACTIVE, Health.REFRESHING, since=summary.refresh_begun_at)
     if dead:
         return GrantStatus(GrantState.EXPIRED, Health.EXPIRED, health.failure, ends)
-    return GrantStatus(GrantState.ACTIVE, Health.FRESH, since=summary.obtained_at)
+    return GrantStatus(GrantState.ACTIVE, Health.FRESH, _warning(summary, now), summary.obtained_at)
 
 
 def word(status: GrantStatus | None, *, authorizing: bool = False, unreachable: bool = False) -> Word:

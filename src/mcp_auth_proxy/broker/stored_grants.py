@@ -11,7 +11,7 @@ from mcp_auth_proxy.broker.connections import ForgottenGrant
 from mcp_auth_proxy.broker.flows import PendingFlows
 from mcp_auth_proxy.broker.matching import matches
 from mcp_auth_proxy.broker.renewal import Renewer, renewable
-from mcp_auth_proxy.broker.states import GrantStatus, Word, grant_status, word
+from mcp_auth_proxy.broker.states import NOT_RENEWABLE, GrantStatus, Health, Word, grant_status, word
 from mcp_auth_proxy.broker.token_cache import TokenCache
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import GrantUnusable
@@ -146,7 +146,9 @@ class StoredGrants:
         failed = self._backoff.last_failure(*subjects)
         error = self._outages.unreachable_reason(account.server)
         if not error:
-            error = (status.reason if status is not None else "") or noted.last_error
+            # A reason to warn of is no error yet.
+            bad = status is not None and status.health is not Health.FRESH and status.reason != NOT_RENEWABLE
+            error = (status.reason if status is not None and bad else "") or noted.last_error
         if not error and failed is not None:
             error, hint = failed
         return replace(

@@ -358,6 +358,26 @@ class TokenCache:
             renewed = await self.renew(account, renewed)
         return renewed
 
+    async def renew_idle(self, grant: Grant) -> None:
+        """Renew a grant that no request waits for, without caching it. Raises as ``renew`` does."""
+        account = grant.key.account
+        cached = self._cached.get(account)
+        if cached is not None:
+            await self.renew(account, cached, background=True)
+        else:
+            await self._renewing.run(account, lambda: self._renew_idle(account, grant))
+
+    async def _renew_idle(self, account: Account, grant: Grant) -> CachedToken | None:
+        server = configured(self._servers, account.server)
+        demand = Demand(needed=lambda: account in self._needed, background=True)
+        try:
+            renewed = await self._renewer.renew(server, grant, demand)
+        except GrantEnded:
+            self.evict(account)
+            return None
+        # A request that has come meanwhile waits for this.
+        return self.put(account, renewed) if account in self._cached else None
+
     def _start(self, account: Account, cached: CachedToken, demand: Demand) -> Awaitable[CachedToken | None]:
         """Begin to renew at once, unless that has begun; whoever awaits the result may be cancelled."""
         return asyncio.shield(self._renewing.start(account, lambda: self._renew(account, cached, demand)))
@@ -408,7 +428,7 @@ class TokenCache:
 
     def _renew_soon(self, account: Account, cached: CachedToken) -> None:
         """Renew a token in the background, when its turn has come."""
-        if cached.queued:
+        if cached.queued or self._is_paused(account, cached):
             return
 
         due = cached.renew_at
@@ -417,11 +437,11 @@ class TokenCache:
             cached.queued = False
             if self._cached.get(account) is not cached or account in self._renewing or cached.renew_at > due:
                 return False
-            if (self._renewer.retry_at(cached.grant) or 0.0) > self._clock():
-                self._postpone(account, cached)
+            if self._is_paused(account, cached):
                 return False
             # At once: a request that finds the token still due would queue it again.
-            self._start(account, cached, Demand(background=True, has_turn=True))
+            demand = Demand(background=True, has_turn=True)
+            self._renewing.start(account, lambda: self._renew(account, cached, demand))
             self._spawn(self._renew_in_background(account, cached))
             return True
 
@@ -443,6 +463,13 @@ class TokenCache:
         if due is None:
             return float("inf")
         return max(due, self._renewer.retry_at(grant) or due)
+
+    def _is_paused(self, account: Account, cached: CachedToken) -> bool:
+        """Return whether a renewal can't be tried now; then it is postponed."""
+        if (self._renewer.retry_at(cached.grant) or 0.0) <= self._clock():
+            return False
+        self._postpone(account, cached)
+        return True
 
     def _postpone(self, account: Account, cached: CachedToken) -> None:
         retry_at = self._renewer.retry_at(cached.grant)

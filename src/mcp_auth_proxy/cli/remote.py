@@ -101,7 +101,7 @@ def _connection(proxy: RemoteProxy, me: Json, server: Json, account: Json, url: 
         scopes=tuple(grant["scopes"]),
         reason=grant["reason"],
         grant_label=grant["label"],
-        status=GrantStatus(GrantState(grant["state"]), Health(grant["health"]["state"])),
+        status=_status(grant),
         trouble=trouble,
     )
 
@@ -113,7 +113,24 @@ def _trouble(account: Json) -> Trouble | None:
     health = account["grant"]["health"] if account["grant"] else None
     if health is None or health["state"] != Health.RETRYING:
         return None
-    return Trouble(what="not renewed, and tried again", reason=health["reason"])
+    return Trouble(
+        what="not renewed, and tried again",
+        reason=health["reason"] or "",
+        since=_seconds(health.get("since")),
+        retry_at=_seconds(health.get("next_try")),
+    )
+
+
+def _status(grant: Json) -> GrantStatus:
+    """Return the state of a grant. A proxy of an earlier version tells less of its health."""
+    health = grant["health"]
+    return GrantStatus(
+        GrantState(grant["state"]),
+        Health(health["state"]),
+        health["reason"] or "",
+        _seconds(health.get("since")),
+        _seconds(health.get("next_try")),
+    )
 
 
 async def login(proxy: RemoteProxy, name: str, *, owner: str | None, options: LoginOptions) -> int:

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from mcp_auth_proxy.broker import Connection, ConnectionState, stored_connections, stored_servers
-from mcp_auth_proxy.broker.states import Word
+from mcp_auth_proxy.broker.states import GrantStatus, Health, Word
 from mcp_auth_proxy.cli.account import server_of
 from mcp_auth_proxy.cli.owners import find_principal, in_command, require_owner, split
 from mcp_auth_proxy.cli.table import Line, lay_out
@@ -160,7 +160,18 @@ def row(connection: Connection, names: Mapping[str, str]) -> dict[str, Any]:
         "account": connection.account.name,
         "label": connection.grant_label,
         "word": connection.word,
+        "health": None if connection.status is None else health(connection.status),
         "principal": names.get(principal, principal) or None,
+    }
+
+
+def health(status: GrantStatus) -> dict[str, Any]:
+    """Return how the renewal of a grant goes, as ``--json`` shows it; what is not known is None."""
+    return {
+        "state": status.health.value,
+        "since": _utc(status.since),
+        "next_try": _utc(status.next_try),
+        "reason": status.reason or None,
     }
 
 
@@ -231,11 +242,26 @@ def _state_in_words(connection: Connection) -> str:
     scopes = f", scopes {' '.join(connection.scopes)}" if connection.scopes else ""
     label = f" as {connection.grant_label}" if connection.grant_label else ""
     since = f"since {_iso(connection.granted_at)}{label} by {connection.issuer}"
-    return f"{since}, {_token_in_words(connection)}{scopes}"
+    return f"{since}, {_token_in_words(connection)}{scopes}{_warning_in_words(connection)}"
+
+
+def _warning_in_words(connection: Connection) -> str:
+    """Return what the grant may die of, though it works now; empty if nothing is known."""
+    status = connection.status
+    if status is None or not connection.renews_itself or not status.reason or status.health is not Health.FRESH:
+        return ""
+    return f". {status.reason.rstrip('.')}: `mcp-auth-proxy login {connection.command_name}`"
 
 
 def _token_in_words(connection: Connection) -> str:
-    until = _iso(connection.token_expires_at)
+    until, status = _iso(connection.token_expires_at), connection.status
+    if status is not None and status.health is Health.DEGRADED and connection.renews_itself:
+        end = f"token until {until}" if until else "token without a stated end"
+        again = "then the renewal is tried once more" if until else "until the server refuses it"
+        return (
+            f"{end}, {again}: it was refused at {_iso(status.since)}: {status.reason.rstrip('.')}. To be safe, run "
+            f"`mcp-auth-proxy login {connection.command_name}` before then"
+        )
     if connection.renews_itself:
         expired = connection.word is Word.EXPIRED
         end = f"token {'expired at' if expired else 'until'} {until}" if until else "token without a stated end"
@@ -245,6 +271,12 @@ def _token_in_words(connection: Connection) -> str:
     if connection.expired:
         return f"token expired at {until}, can't be renewed"
     return f"token until {until}, can't be renewed: run `mcp-auth-proxy login {connection.command_name}` before then"
+
+
+def _utc(moment: float | None) -> str | None:
+    if moment is None:
+        return None
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _iso(moment: float | None) -> str | None:

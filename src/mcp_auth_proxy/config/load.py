@@ -14,13 +14,16 @@ from mcp_auth_proxy.config.reader import Context, Section
 from mcp_auth_proxy.config.servers import read_servers, read_single, token_exchange_errors
 from mcp_auth_proxy.config.settings import (
     AuthorizationSettings,
+    EventSettings,
     KeySource,
     LimitSettings,
     OutboundSettings,
     PostgresqlUrl,
+    Secret,
     ServerSettings,
     Settings,
     StoreSettings,
+    WebhookSettings,
 )
 from mcp_auth_proxy.config.store_url import local_path, read_store_url
 from mcp_auth_proxy.errors import ConfigError, ConfigurationError
@@ -113,6 +116,7 @@ def _read(section: Section, listen: str | None, source: Path, secrets_of: Collec
         limits=_read_limits(section.section("limits")),
         inbound=read_inbound(section.section("inbound"), secrets=secrets_of is None),
         admin=read_admin(section.section("admin")),
+        events=_read_events(section.section("events"), secrets=secrets_of is None),
         outbound=_read_outbound(section.section("outbound")),
         servers=_read_servers(section, upstream_timeout, secrets_of),
         source=source,
@@ -188,9 +192,32 @@ def _read_authorization(section: Section) -> AuthorizationSettings:
         open_browser=section.choice("open_browser", _BROWSER, default.open_browser),
         cold_start=section.boolean("cold_start", default=default.cold_start),
         allow_private=section.each("allow_private", values.private_target) or (),
+        keep_alive=section.parsed("keep_alive", values.duration, default.keep_alive),
     )
     section.close()
     return settings
+
+
+def _webhook_secret(section: Section, text: str) -> Secret:
+    secret = section.context.secret(text)
+    values.webhook_secret(secret.value)
+    return secret
+
+
+def _read_events(section: Section, *, secrets: bool) -> EventSettings:
+    """Return the section ``events``. ``secrets``: whether they are needed."""
+    inner = section.section("webhook") if secrets else section.section("webhook").without_secrets()
+    webhook = None
+    if section.has("webhook"):
+        url = inner.parsed("url", values.webhook_url, None)
+        secret = inner.parsed("secret", lambda text: _webhook_secret(inner, text), None)
+        for key, needed in (("url", "events are posted there"), ("secret", "events are signed with it")):
+            if not inner.has(key):
+                inner.error(key, f"is needed: {needed}")
+        webhook = None if url is None else WebhookSettings(url=url, secret=secret)
+    inner.close()
+    section.close()
+    return EventSettings(webhook=webhook)
 
 
 def _read_limits(section: Section) -> LimitSettings:

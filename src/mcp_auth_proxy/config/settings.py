@@ -127,6 +127,22 @@ class AuthorizationSettings:
     cold_start: bool = True
     allow_private: tuple[str, ...] = ()
     """Host names, addresses or networks (CIDR)."""
+    keep_alive: float = 7 * 86_400.0
+    """Seconds after which a grant that is not used is refreshed all the same; 0: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookSettings:
+    """Where events of grants are posted, signed with a secret."""
+
+    url: str
+    secret: Secret | None
+    """None only if secrets were not needed when the settings were read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventSettings:
+    webhook: WebhookSettings | None = None
 
 
 Credential = Path | Secret
@@ -383,6 +399,7 @@ class Settings:
     limits: LimitSettings = LimitSettings()
     inbound: InboundSettings = InboundSettings()
     admin: AdminSettings = AdminSettings()
+    events: EventSettings = EventSettings()
     outbound: OutboundSettings = OutboundSettings()
     servers: Mapping[str, ServerSettings]
     health_listen: Address | None = None

@@ -1,5 +1,6 @@
 """Parsers for the values of the configuration. Each raises ValueError with a text that continues "<key>: …"."""
 
+import base64
 import ipaddress
 import math
 import re
@@ -9,8 +10,8 @@ from mcp_auth_proxy.config.settings import Address
 from mcp_auth_proxy.net import urls
 from mcp_auth_proxy.net.peers import IPNetwork, parse_network
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|m|h)?", re.ASCII)
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|m|h|d)?", re.ASCII)
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 _LONGEST = 365 * 24 * 3600.0
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|kB|KB|MB|GB|KiB|MiB|GiB)?", re.ASCII)
 _BYTES = {
@@ -24,10 +25,10 @@ _HIGHEST_PORT = 65535
 
 
 def duration(text: str) -> float:
-    """Return seconds from ``45s``, ``500ms``, ``2m``, ``1h`` or a plain number of seconds."""
+    """Return seconds from ``45s``, ``500ms``, ``2m``, ``1h``, ``7d`` or a plain number of seconds."""
     found = _DURATION.fullmatch(text)
     if found is None:
-        raise ValueError("must be a duration such as 45s, 500ms, 2m or 1h")
+        raise ValueError("must be a duration such as 45s, 500ms, 2m, 1h or 7d")
     seconds = float(found[1]) * _SECONDS[found[2]]
     if not math.isfinite(seconds) or seconds > _LONGEST:
         raise ValueError("must be at most 365 days (8760h)")
@@ -150,6 +151,24 @@ def network(text: str) -> IPNetwork:
 def url(text: str) -> urls.Url:
     """Return the parts of an absolute http(s) URL without userinfo and fragment. Errors never contain the URL."""
     return urls.parse(text)
+
+
+def webhook_url(text: str) -> str:
+    """Return the URL that events are posted to, exactly as written: https, or http on loopback."""
+    origin = url(text).origin
+    if origin.scheme == "http" and not urls.is_loopback(origin.host):
+        raise ValueError("must be https unless its host is loopback: it tells who uses what")
+    return text
+
+
+def webhook_secret(text: str) -> str:
+    """Return the secret of a webhook. One with ``whsec_`` is base64 behind that, as Standard Webhooks writes it."""
+    if text.startswith("whsec_"):
+        try:
+            base64.b64decode(text.removeprefix("whsec_"), validate=True)
+        except ValueError:
+            raise ValueError("must be base64 behind whsec_, or not begin with that") from None
+    return text
 
 
 def public_url(text: str) -> str:

@@ -98,10 +98,12 @@ def read_tokens(
     if access_token is None:
         raise document.refusal("it has no access_token")
     lifetime = read_lifetime(document.get("expires_in"))
+    refresh_token = _token(document, "refresh_token")
     return TokenSet(
         access_token=access_token,
         token_type=known[token_type.lower()],
-        refresh_token=_token(document, "refresh_token") or (previous.refresh_token if previous else None),
+        refresh_token=refresh_token or (previous.refresh_token if previous else None),
+        refresh_expires_at=_refresh_expires_at(answer, now, None if refresh_token else previous),
         obtained_at=now,
         expires_at=None if lifetime is None else now + lifetime,
         scopes=_granted(document.get("scope"), previous.scopes if previous else requested_scopes),
@@ -163,6 +165,18 @@ def read_lifetime(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1 or value == math.inf:
         return None
     return float(min(value, MAX_LIFETIME))
+
+
+def _refresh_expires_at(answer: Mapping[str, object], now: float, kept: TokenSet | None) -> float | None:
+    """Return when the refresh token lapses, in Unix seconds; ``kept``: the tokens it is from, if it is not a new one.
+
+    No RFC defines the member; these two names are in use. 0 says that it does not lapse.
+    """
+    for name in ("refresh_token_expires_in", "refresh_expires_in"):
+        if name in answer:
+            lifetime = read_lifetime(answer[name])
+            return None if lifetime is None else now + lifetime
+    return None if kept is None else kept.refresh_expires_at
 
 
 def _unavailable(status: int, headers: Mapping[str, str], message: str) -> AuthorizationServerUnavailable:

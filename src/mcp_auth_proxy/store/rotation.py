@@ -130,7 +130,7 @@ class _Table:
         self._done.broken[self._table, str(row["uid"])] = BrokenRow(self._table, row_uid(row), problem)
 
     async def _reseal(self, uids: list[str]) -> None:
-        """Seal rows again in one transaction, then leave the store to others for longer than it took."""
+        """Seal rows again in one transaction, then leave the store to others for as long as it took."""
         for attempt in range(1, _ATTEMPTS + 1):
             begun_at = time.monotonic()
             try:
@@ -143,7 +143,7 @@ class _Table:
         self._done.resealed += resealed
         for row, problem in broken:
             self._broken(row, problem)
-        await asyncio.sleep(max(_SHORTEST_PAUSE, 2 * (time.monotonic() - begun_at)))
+        await asyncio.sleep(max(_SHORTEST_PAUSE, time.monotonic() - begun_at))
 
     async def _transaction(self, uids: list[str]) -> tuple[int, list[tuple[Row, str]]]:
         """Return how many rows were written, and those that can't be read, each with the problem."""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from mcp_auth_proxy.config.settings import KeySource
 from mcp_auth_proxy.errors import StoreRejected, StoreUnavailable
 from mcp_auth_proxy.models import HEALTHY, Account, Grant
-from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.store import Engine, open_store, open_store_read_only
 from mcp_auth_proxy.store.catalogs import Catalogs
 from mcp_auth_proxy.store.cipher import generate_key_file
 from mcp_auth_proxy.store.codec import account_params
@@ -46,6 +47,21 @@ try:
     asyncio.run(open_store(store_settings(pathlib.Path(sys.argv[1]))))
 except StoreUnavailable as error:
     print(error)
+"""
+
+
+KILLED = """
+import asyncio, os, pathlib, signal, sys
+from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.sqlite import schema
+from store.builders import store_settings
+
+def die(connection, cipher):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+schema.MIGRATIONS = (*schema.MIGRATIONS, ("DELETE FROM grants", die))
+schema.migrate.__defaults__ = (schema.MIGRATIONS,)
+asyncio.run(open_store(store_settings(pathlib.Path(sys.argv[1]))))
 """
 
 
@@ -241,6 +257,23 @@ async def test_a_copy_from_an_earlier_migration_is_not_replaced(tmp_path: Path) 
     await migrate(tmp_path)
     assert (tmp_path / "store.db.schema-4.bak").read_bytes() == b"an older copy"
     assert schema_of(tmp_path / "store.db.schema-4.2.bak") == 4
+
+
+async def test_a_migration_that_is_killed_changes_nothing(tmp_path: Path) -> None:
+    settings = samples.copy(4, tmp_path)
+    paths = os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[3] / "src")))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths}, timeout=30, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    engine = await open_store_read_only(settings)
+    await assert_holds(engine, samples.contents(4))
+    await engine.close()
+    assert schema_of(settings.path) == 4
+    engine = await open_store(settings)
+    await assert_holds(engine, samples.contents(4))
+    await engine.close()
+    assert backups(tmp_path) == ["store.db.schema-4.bak"]
 
 
 async def test_a_migration_that_fails_changes_nothing_and_is_copied_once(tmp_path: Path) -> None:

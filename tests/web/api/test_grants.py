@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from fakes.proxy import link_in
 from mcp_auth_proxy.broker.backoff import LONGEST
 from mcp_auth_proxy.store.grants import Grants
 from web.api.api_setup import ApiSetup, api_setup, assert_problem
+
+moment = datetime.fromisoformat
 
 
 async def listed(client: httpx2.AsyncClient, **query: str) -> list[tuple[str, str]]:
@@ -63,7 +66,7 @@ async def test_a_grant_has_every_field_and_no_token(tmp_path: Path) -> None:
             "label": "",
             "state": "active",
             "reason": "",
-            "health": {"state": "fresh", "reason": ""},
+            "health": {"state": "fresh", "since": since, "next_try": None, "reason": None},
         }
 
 
@@ -190,12 +193,27 @@ async def test_a_failed_refresh_is_503_and_the_grant_is_retried(servers: Servers
         assert len((await api.local.get("/grants?state=active")).json()["items"]) == 1
         del issuer.answers["token"]
         api.clock.ahead += LONGEST
-        assert (await api.local.post(f"{grant}/refresh")).json()["health"] == {"state": "fresh", "reason": ""}
+        renewed = (await api.local.post(f"{grant}/refresh")).json()["health"]
+        assert (renewed["state"], renewed["next_try"], renewed["reason"]) == ("fresh", None, None)
+        assert moment(renewed["since"]) > moment(shown["health"]["next_try"]) > moment(shown["health"]["since"])
+
+
+async def test_a_refused_refresh_is_409_and_the_token_goes_on(servers: Servers, tmp_path: Path) -> None:
+    async with connected(servers, tmp_path) as (api, issuer, grant):
+        issuer.answers["token"] = FakeResponse.json({"error": "invalid_grant"}, 400)
+        problem = assert_problem(await api.local.post(f"{grant}/refresh"), 409, "not-renewable")
+        assert "the token still works" in problem["detail"]
+        shown = (await api.local.get(grant)).json()
+        assert (shown["state"], shown["health"]["state"]) == ("degraded", "degraded")
+        assert "invalid_grant" in shown["health"]["reason"]
+        assert shown["health"]["next_try"] == shown["expires_at"], "it is tried once more then"
+        assert len((await api.local.get("/grants?state=degraded")).json()["items"]) == 1
 
 
 async def test_a_refresh_that_ends_the_grant_is_409_from_then_on(servers: Servers, tmp_path: Path) -> None:
     async with connected(servers, tmp_path) as (api, issuer, grant):
         issuer.end_grants()
+        api.clock.ahead += 10 * 86_400
         for _ in range(2):
             problem = assert_problem(await api.local.post(f"{grant}/refresh"), 409, "ended")
             assert "invalid_grant" in problem["detail"]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mcp_auth_proxy.store.cipher import Cipher
-from mcp_auth_proxy.store.lease import LONGEST, Owners
+from mcp_auth_proxy.store.lease import ABANDONED, LONGEST, Owners
 from mcp_auth_proxy.store.sqlite import schema
 from mcp_auth_proxy.store.sqlite.backup import make_backup
 
@@ -57,6 +57,6 @@ def _is_refreshing(path: Path, connection: sqlite3.Connection) -> bool:
     now, owners = time.time(), Owners(path.resolve())
     # Somebody else's program may have put anything into these columns.
     return any(
-        isinstance(begun_at, float) and owners.is_held(str(owner), begun_at, now)
+        isinstance(begun_at, float) and not str(owner).endswith(ABANDONED) and owners.is_held(str(owner), begun_at, now)
         for owner, begun_at in connection.execute(_BEGUN).fetchall()
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from msgspec import UNSET, Meta, UnsetType
 
 from mcp_auth_proxy.broker import ForgottenGrant, Revocation
-from mcp_auth_proxy.broker.states import Health
+from mcp_auth_proxy.broker.states import GrantStatus, Health
 from mcp_auth_proxy.errors import AuthorizationError, GrantUnusable
 from mcp_auth_proxy.models import DEFAULT_PROJECT, LOCAL, shared_principal
 from mcp_auth_proxy.store.grant_summaries import GrantState, GrantSummary
@@ -35,7 +35,11 @@ class HealthView(View):
     """How the renewal of a grant goes."""
 
     state: Health
-    reason: Annotated[str, Meta(description="Why it has ended, or why the last renewal failed.")] = ""
+    since: Annotated[datetime | None, Meta(description="Since when it is so.")]
+    next_try: Annotated[datetime | None, Meta(description="When the renewal is tried again, if that is scheduled.")]
+    reason: Annotated[
+        str | None, Meta(description="Why it has ended, or why the last renewal failed; else what it may die of soon.")
+    ]
 
 
 class GrantView(View):
@@ -71,6 +75,16 @@ class DeletedGrant(View):
     detail: str
 
 
+def health_view(status: GrantStatus) -> HealthView:
+    """Return the health of a grant as the API shows it."""
+    return HealthView(
+        state=status.health,
+        since=moment_or_none(status.since),
+        next_try=moment_or_none(status.next_try),
+        reason=status.reason or None,
+    )
+
+
 def grant_view(api: ApiContext, grant: GrantSummary) -> GrantView:
     """Return a grant as the API shows it."""
     account, status = grant.key.account, api.broker.stored_grants.status(grant)
@@ -90,7 +104,7 @@ def grant_view(api: ApiContext, grant: GrantSummary) -> GrantView:
         label=grant.label,
         state=status.state,
         reason=status.reason if ended else "",
-        health=HealthView(state=status.health, reason=status.reason),
+        health=health_view(status),
     )
 
 

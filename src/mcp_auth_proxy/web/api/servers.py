@@ -12,7 +12,7 @@ from mcp_auth_proxy.broker.stored_grants import AccountConnection
 from mcp_auth_proxy.config.settings import OAuthSettings, ServerSettings
 from mcp_auth_proxy.errors import without_query_values
 from mcp_auth_proxy.models import MadeServer
-from mcp_auth_proxy.web.api.grants import HealthView
+from mcp_auth_proxy.web.api.grants import HealthView, health_view
 from mcp_auth_proxy.web.api.models import Body, Fault, View, moment, moment_or_none
 from mcp_auth_proxy.web.api.operations import Access, Answer, Call, Operation, etag_of
 from mcp_auth_proxy.web.api.pages import PageInfo, PageQuery, info, position
@@ -251,7 +251,7 @@ def _account_view(connection: AccountConnection) -> AccountView:
         account=connection.account.name,
         word=connection.word.value,
         state=None if status is None else status.state.value,
-        health=None if status is None else HealthView(state=status.health, reason=status.reason),
+        health=None if status is None else health_view(status),
         reason=None if status is None else status.reason or None,
         label=None if grant is None else grant.label or None,
         granted_at=moment_or_none(None if grant is None else grant.granted_at),
