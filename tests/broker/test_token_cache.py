@@ -357,6 +357,7 @@ async def test_a_renewal_of_a_dead_process_that_has_to_wait_is_tried_again(setup
     assert await setup.grants.begin_refresh(cached.grant.id, version=1, owner=owner, now=setup.clock.now)
     for _ in range(3):
         assert not await setup.cache.resume_interrupted()
+        await setup.in_the_background()
     # It is due when the pause of its server is over, not only when the token is.
     assert cached.used
     assert 60 <= cached.renew_at - setup.clock.now <= 1.2 * 60
