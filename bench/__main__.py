@@ -16,7 +16,17 @@ from bench.workloads import WORKLOADS
 
 FULL = Plan(WORKLOADS)
 SMOKE = Plan(
-    WORKLOADS, rounds=1, seconds=1.0, streams=(20, 40), blob=5 * 2**20, starts=1, servers=50, principals=20, grants=120
+    WORKLOADS,
+    rounds=1,
+    seconds=1.0,
+    streams=(20, 40),
+    blob=5 * 2**20,
+    starts=1,
+    servers=50,
+    principals=20,
+    grants=120,
+    storm=60,
+    refresh_rate=100.0,
 )
 
 

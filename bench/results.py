@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from bench.callers import MODES, CallerResults
+from bench.many_grants import Filled
 from bench.measures import Speed, summary
+from bench.refresh_storm import Storm
 from bench.workloads import APART, JSON, WORKLOADS
 
 OURS = "ours"
@@ -25,6 +27,9 @@ class Results:
     idle: dict[str, int] = field(default_factory=dict)
     servers: dict[int, float] = field(default_factory=dict)
     callers: CallerResults | None = None
+    filled: dict[str, list[Filled]] = field(default_factory=dict)
+    storms: dict[str, Storm] = field(default_factory=dict)
+    """By engine."""
     absent: list[str] = field(default_factory=list)
 
     def speed(self, name: str, workload: str, connections: int) -> Speed | None:
@@ -94,6 +99,7 @@ def targets(results: Results, connections: int, streams: int, name: str = OURS) 
         Target(f"requests/s over FastMCP's proxy, {many}", over_fastmcp, 300, True, " ×"),
         many_servers(results, name),
         *(caller_targets(results.callers) if name == OURS and results.callers else []),
+        *(store_targets(results) if name == OURS else []),
     ]
 
 
@@ -118,6 +124,28 @@ def caller_targets(found: CallerResults) -> list[Target]:
             " ms",
         ),
     ]
+
+
+def store_targets(results: Results) -> list[Target]:
+    """Return the targets for many grants in the store, and for many that expire together."""
+    targets = []
+    for engine, (empty, full) in results.filled.items():
+        what = f"{full.grants:,} grants over none, {engine}"
+        targets += [
+            Target(f"start, {what}", full.ready - empty.ready, 0.1, False, " s"),
+            Target(f"resident when idle, {what}", (full.idle - empty.idle) / 2**20, 1, False, " MB"),
+            Target(f"p50, {what}", full.p50 / empty.p50, 1.1, False, " ×"),
+        ]
+    for engine, storm in results.storms.items():
+        what = f"{storm.grants:,} grants that expire together, {engine}"
+        targets += [
+            Target(f"refreshes in a second, {what}", storm.most, storm.rate, False),
+            Target(f"lost, {what}", storm.lost, 0, False),
+            Target(f"seconds, {what}", storm.seconds, 0, True, " s"),
+            Target(f"renewed after their expiry, {what}", storm.late, 0, False),
+            Target(f"sent before Retry-After ended, {what}", storm.early, 0, False),
+        ]
+    return targets
 
 
 def scaled(value: float | None, factor: float) -> float | None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from bench import callers, measures
+from bench import callers, many_grants, measures, refresh_storm
 from bench.backend import Backend
 from bench.contenders import Contender, Start, available, direct, ours
+from bench.engines import engines
 from bench.results import BEFORE, OURS, Results
 from bench.workloads import JSON, Workload
 
@@ -29,6 +30,9 @@ class Plan:
     servers: int = 10_000
     principals: int = 1_000
     grants: int = 100_000
+    storm: int = 10_000
+    """Grants whose tokens expire in one minute."""
+    refresh_rate: float = 200.0
     rates_only: bool = False
     """Whether memory, large bodies and start-up are left out."""
 
@@ -53,6 +57,7 @@ class Run:
             if OURS in self.contenders:
                 self.many_servers()
                 self.callers()
+                self.stores()
         return self.results
 
     def rates(self) -> None:
@@ -131,6 +136,27 @@ class Run:
             principals=plan.principals,
             grants=plan.grants,
         )
+
+    def stores(self) -> None:
+        """Measure what many grants cost, and how those that expire together are renewed, on each engine."""
+        plan = self.plan
+        with engines() as found:
+            for name, opening in found.items():
+                folder = self.folder / f"stores-{name.lower()}"
+                say(f"{name}: {plan.grants:,} grants in the store")
+                self.results.filled[name] = many_grants.measure(
+                    folder,
+                    self.backend,
+                    opening,
+                    grants=plan.grants,
+                    starts=plan.starts,
+                    rounds=plan.rounds,
+                    seconds=plan.seconds / 2,
+                )
+                say(f"{name}: {plan.storm:,} grants that expire in one minute")
+                self.results.storms[name] = refresh_storm.measure(
+                    folder / "storm", opening, grants=plan.storm, rate=plan.refresh_rate
+                )
 
 
 @contextmanager

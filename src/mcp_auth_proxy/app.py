@@ -236,8 +236,8 @@ async def lifespan(
             opens_links=_opens_links(settings),
             opens_windows=lambda: announce is None and announcer.opens,
             is_served=partial(_is_served, settings.store),
-            keep_alive=settings.authorization.keep_alive,
             refresh_rate=settings.limits.refresh_rate,
+            keep_alive=settings.authorization.keep_alive,
         )
         broker.journal.listen(webhook.heard)
         stack.push_async_callback(broker.aclose)

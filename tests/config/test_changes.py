@@ -16,6 +16,7 @@ from mcp_auth_proxy.config.settings import (
     AdminSettings,
     AuthorizationSettings,
     EventSettings,
+    ImportSettings,
     InboundSettings,
     JwtSettings,
     KeySource,
@@ -44,6 +45,7 @@ RESTART = {
     "health_quit": replace(BASE, health_quit=True),
     "public_url": replace(BASE, public_url="https://proxy.example"),
     "store.url": replace(BASE, store=replace(BASE.store, path=Path("/x/other.db"))),
+    "store.import": replace(BASE, store=replace(BASE.store, imports=ImportSettings(files=(Path("/x/export"),)))),
     "inbound.mode": replace(BASE, inbound=InboundSettings(modes=("api_key",))),
     "admin.enabled": replace(BASE, admin=AdminSettings(enabled=False)),
     "admin.token_file": replace(BASE, admin=AdminSettings(token_file=Path("/x/token"))),
@@ -142,7 +144,7 @@ def test_every_setting_is_either_applied_or_needs_a_restart() -> None:
     for section in sections - {"store"}:
         assert is_dataclass(getattr(BASE, section))
         keys |= {f"{section}.{field.name}" for field in fields(getattr(BASE, section))}
-    keys = keys - {"inbound.modes"} | {"inbound.mode", "store.url", "store.keys"}
+    keys = keys - {"inbound.modes"} | {"inbound.mode", "store.url", "store.keys", "store.import"}
     assert keys == set(RESTART) | set(APPLIED) | {"store.keys"}
     assert set(changes._RESTART) == set(RESTART)
     assert set(changes._APPLIED) == set(APPLIED)

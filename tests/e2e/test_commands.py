@@ -67,7 +67,7 @@ async def stored(folder: Path, url: str = "http://127.0.0.1:9/mcp") -> Path:
     [
         ([], "A command is missing"),
         (["bogus"], "No such command 'bogus'"),
-        (["keys", "rotate"], "No such command 'keys'"),
+        (["keys", "turn"], "No such command 'turn'"),
         (["serve", "--bogus"], "--bogus"),
         (["login"], "SERVER"),
         (["serve", "--log-level", "loud"], "'debug', 'info', 'warning'"),

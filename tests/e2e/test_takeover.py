@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from fakes import postgresql
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.http_exchange import RecordedRequest
 from fakes.mcp_client import McpResponse, PlainClient
 from fakes.mcp_server import FakeMcpServer
-from fakes.proxy import PROGRAM, ProxyProcess, link_in, serving, until, wait_until_stable, write_config
+from fakes.proxy import PROGRAM, ProxyProcess, Sections, link_in, serving, until, wait_until_stable, write_config
 
 NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 
@@ -72,11 +73,19 @@ def is_refresh(received: RecordedRequest) -> bool:
     return received.form.get("grant_type") == "refresh_token"
 
 
+on_both_engines = pytest.mark.parametrize(
+    "each_engine", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)], indirect=True
+)
+
+
 @pytest.fixture
-async def machines(servers: Servers, tmp_path: Path) -> AsyncIterator[Machines]:
+async def machines(each_engine: str, servers: Servers, tmp_path: Path) -> AsyncIterator[Machines]:
     issuer = await servers.authorization_server(auto_consent=True, token_seconds=3600)
     upstream = await servers.mcp_server(issuer)
-    config = write_config(tmp_path, {"notes": upstream.url, "tasks": upstream.url}, authorization={"wait": "0s"})
+    sections: Sections = {"authorization": {"wait": "0s"}}
+    if (url := postgresql.database_url(tmp_path)) is not None:
+        sections["store"] = {"url": url, "keys": [f"file:{postgresql.write_key(tmp_path)}"]}
+    config = write_config(tmp_path, {"notes": upstream.url, "tasks": upstream.url}, **sections)
     async with AsyncExitStack() as stack:
         made = Machines(issuer=issuer, upstream=upstream, config=config, stack=stack)
         yield made
@@ -85,6 +94,7 @@ async def machines(servers: Servers, tmp_path: Path) -> AsyncIterator[Machines]:
         await asyncio.gather(*made.waiting, return_exceptions=True)
 
 
+@on_both_engines
 async def test_a_killed_process_is_succeeded_at_once(machines: Machines) -> None:  # F13
     (first, client), (_, other) = await machines.start(), await machines.start()
     await machines.connect(client, other)
@@ -101,6 +111,7 @@ async def test_a_killed_process_is_succeeded_at_once(machines: Machines) -> None
     assert machines.issuer.ledger.reused == 0
 
 
+@on_both_engines
 async def test_a_killed_process_is_succeeded_without_any_request(machines: Machines) -> None:  # F13
     """Servers accept the previous refresh token for some seconds only."""
     (first, client), (_, other) = await machines.start(), await machines.start()
@@ -114,6 +125,7 @@ async def test_a_killed_process_is_succeeded_without_any_request(machines: Machi
     assert (machines.issuer.refreshes, machines.issuer.authorizations) == (2, 1)
 
 
+@on_both_engines
 @pytest.mark.skipif(not has_namespaces(), reason="this user may not make pid namespaces")
 async def test_processes_in_pid_namespaces_of_their_own_are_not_taken_for_dead(machines: Machines) -> None:
     """Containers of one host name, each of whose processes has pid 1."""

@@ -314,8 +314,8 @@ def test_a_missing_token_type_is_distinguished_from_a_wrong_one(token_type: str 
 @pytest.mark.parametrize("name", ["refresh_token_expires_in", "refresh_expires_in"])
 @pytest.mark.parametrize(("value", "lapses"), [(60, NOW + 60), ("60", NOW + 60), (0, None), (-5, None), ("x", None)])
 def test_the_end_of_the_refresh_token_is_read(name: str, value: object, lapses: float | None) -> None:
-    members: dict[str, Any] = {name: value}
-    assert read(refresh_token="rt", **members).refresh_expires_at == lapses
+    fields: dict[str, Any] = {name: value}
+    assert read(refresh_token="rt", **fields).refresh_expires_at == lapses
 
 
 def test_a_refresh_token_that_is_kept_keeps_its_end_and_a_new_one_has_its_own() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import backend, certificates, load, measures, report
+from bench import backend, certificates, load, measures, refresh_storm, report
 from bench.__main__ import FULL, parser, plan_for
 from bench.backend import ROOT, Backend
 from bench.callers import CallerResults, issuer, prepare
@@ -21,6 +21,7 @@ from bench.contenders import (
     ours,
     source_path,
 )
+from bench.engines import sqlite
 from bench.grant_lists import FILTERS, page_seconds
 from bench.measures import Speed, UnexpectedResponse
 from bench.origin import LAG, TOKEN
@@ -288,3 +289,15 @@ def test_a_page_of_every_filter_is_asked_for(tmp_path: Path, upstreams: Backend)
         running.stop()
     assert tuple(pages) == FILTERS
     assert all(0 < seconds < 10 for seconds in pages.values())
+
+
+def test_grants_that_expire_together_stay_within_the_rate_and_none_is_lost(tmp_path: Path) -> None:
+    storm = refresh_storm.measure(tmp_path / "storm", sqlite, grants=40, rate=40)
+    assert (storm.lost, storm.early, storm.late) == (0, 0, 0)
+    assert 1 <= storm.most <= 40
+    assert storm.seconds >= refresh_storm.RETRY_AFTER
+
+
+def test_requests_are_counted_in_any_second() -> None:
+    assert refresh_storm.most_in_a_second([0.0, 0.1, 0.95, 1.05, 1.09, 3.0]) == 4
+    assert refresh_storm.most_in_a_second([]) == 0

@@ -101,8 +101,8 @@ class Broker:
         opens_windows: Callable[[], bool] = lambda: False,
         is_served: Callable[[str], bool] = lambda public_url: False,
         readers: tuple[StoreReader, ...] = (),
-        keep_alive: float = 0.0,
         refresh_rate: float = DEFAULT_RATE,
+        keep_alive: float = 0.0,
     ) -> None:
         """``servers`` may change at any time; call ``servers_changed`` afterwards.
 
@@ -268,13 +268,6 @@ class Broker:
         self._keep_alive = KeepAlive(
             servers=servers, database=database, tokens=self._tokens, period=keep_alive, clock=clock
         )
-
-        def keep_alive_soon(account: Account) -> None:
-            cached = self._tokens.get(account)
-            if cached is not None:
-                self._keep_alive.stored(cached.grant)
-
-        self._tokens.on_connected(keep_alive_soon)
 
     async def start(self) -> None:
         """Begin the background work: interrupted renewals, device polls, watching the store. Raises StoreError."""
@@ -718,13 +711,13 @@ class Broker:
             self._discoverer.allow_private = hosts
             self._backoff.clear()
 
-    def set_keep_alive(self, period: float) -> None:
-        """Change after how many seconds a grant is refreshed even if it is not used."""
-        self._keep_alive.configure(period)
-
     def set_refresh_rate(self, rate: float) -> None:
         """Change how many refreshes an authorization server is sent in a second."""
         self._rate.set_rate(rate)
+
+    def set_keep_alive(self, period: float) -> None:
+        """Change after how many seconds a grant is refreshed even if it is not used."""
+        self._keep_alive.configure(period)
 
     def set_opens_links(self, opens: bool) -> None:
         """Change whether links may be opened in a browser."""

@@ -319,8 +319,9 @@ class TokenCache:
             logger.warning("a renewal for server %s was interrupted; it is started again", account.server)
             cached = await self.load(account)
             if cached is not None and renewable(cached.grant):
-                # As the dead process did: if it fails, it is tried again.
+                # As the dead process did. If it fails or has to wait, it is due all the same, long before its time.
                 cached.used = True
+                cached.renew_at = min(cached.renew_at, self._clock())
                 self._renew_soon(account, cached)
         return others
 
@@ -368,9 +369,10 @@ class TokenCache:
             await self._renewing.run(account, lambda: self._renew_idle(account, grant))
 
     async def _renew_idle(self, account: Account, grant: Grant) -> CachedToken | None:
+        server = configured(self._servers, account.server)
+        demand = Demand(needed=lambda: account in self._needed, background=True)
         try:
-            demand = Demand(needed=lambda: account in self._needed, background=True)
-            renewed = await self._renewer.renew(configured(self._servers, account.server), grant, demand)
+            renewed = await self._renewer.renew(server, grant, demand)
         except GrantEnded:
             self.evict(account)
             return None
