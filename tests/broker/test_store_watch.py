@@ -13,7 +13,6 @@ from mcp_auth_proxy.errors import AuthorizationDenied, StoreUnavailable
 from mcp_auth_proxy.models import LOCAL, Account, FlowStatus
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row
 from mcp_auth_proxy.store.flows import Flows
-from mcp_auth_proxy.store.sqlite.engine import SqliteEngine
 
 
 @pytest.fixture(autouse=True)
@@ -71,20 +70,19 @@ async def test_what_waits_is_told_of_a_flow_that_was_deleted(setup: BrokerSetup,
         await pending.wait(5)
 
 
-@pytest.mark.sqlite
 async def test_a_store_that_fails_for_a_while_does_not_end_the_watch(
     setup: BrokerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
 
-    async def broken(self: SqliteEngine) -> bool:
+    async def broken(reader: str = "") -> bool:
         nonlocal looks
         looks += 1
         raise StoreUnavailable("It is locked.")
 
     pending = await setup.pending()
     with monkeypatch.context() as patch:
-        patch.setattr(SqliteEngine, "changed", broken)
+        patch.setattr(setup.database, "changed", broken)
         await until(lambda: looks >= 2, "two looks")
     async with broker_setup(tmp_path) as another:
         await another.flows.cancel(NOTES)
@@ -92,19 +90,18 @@ async def test_a_store_that_fails_for_a_while_does_not_end_the_watch(
         await pending.wait(5)
 
 
-@pytest.mark.sqlite
 async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
     setup: BrokerSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     purges: list[float] = []
-    purge, changed = Flows.purge, SqliteEngine.changed
+    purge, changed = Flows.purge, setup.database.changed
     failing = [True]
     looks = 0
 
-    async def look(self: SqliteEngine) -> bool:
+    async def look(reader: str = "") -> bool:
         nonlocal looks
         looks += 1
-        return await changed(self)
+        return await changed(reader)
 
     async def note(self: Flows, now: float) -> None:
         purges.append(now)
@@ -113,7 +110,7 @@ async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
         await purge(self, now)
 
     monkeypatch.setattr(Flows, "purge", note)
-    monkeypatch.setattr(SqliteEngine, "changed", look)
+    monkeypatch.setattr(setup.database, "changed", look)
     for number, ahead in enumerate((3601, 0, 3601), 1):
         setup.clock.ahead = ahead
         await until(lambda n=number: len(purges) == n, f"purge {number}")  # type: ignore[misc]
@@ -127,7 +124,6 @@ async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
 ACCOUNTS = 2000
 
 
-@pytest.mark.sqlite
 async def test_one_change_among_thousands_of_cached_accounts_costs_a_few_queries(
     setup: BrokerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,14 +137,14 @@ async def test_one_change_among_thousands_of_cached_accounts_costs_a_few_queries
     for number in range(ACCOUNTS):
         assert await setup.broker.token(Account(LOCAL, "notes", f"none-{number}")) is None
     asked: list[str] = []
-    fetch_all = SqliteEngine.fetch_all
+    fetch_all = setup.database.fetch_all
 
-    async def count(self: SqliteEngine, sql: str, params: Params = NO_PARAMS) -> list[Row]:
-        if self is setup.database and "data_version" not in sql:
+    async def count(sql: str, params: Params = NO_PARAMS) -> list[Row]:
+        if "data_version" not in sql:
             asked.append(sql)
-        return await fetch_all(self, sql, params)
+        return await fetch_all(sql, params)
 
-    monkeypatch.setattr(SqliteEngine, "fetch_all", count)
+    monkeypatch.setattr(setup.database, "fetch_all", count)
     async with broker_setup(tmp_path, *setup.servers.values()) as another:
         await another.broker.disconnect(accounts[7])
         await another.grants.add(replace(grant, key=replace(grant.key, account=Account(LOCAL, "notes", "none-7"))))

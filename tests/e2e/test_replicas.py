@@ -11,8 +11,9 @@ import pytest
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import Servers
 from fakes.replicas import Chaos, Load, Replica, replicas
+from fakes.shared_stores import Section
 
-SECONDS = float(os.environ.get("MCP_AUTH_PROXY_CHAOS_SECONDS", "12"))
+SECONDS = float(os.environ.get("MCP_AUTH_PROXY_CHAOS_SECONDS", "8"))
 SEED = int(os.environ.get("MCP_AUTH_PROXY_CHAOS_SEED", "20260728"))
 COUNT = int(os.environ.get("MCP_AUTH_PROXY_CHAOS_REPLICAS", "4"))
 
@@ -23,7 +24,7 @@ GRACE = 10.0
 """Seconds in which a refresh token may come again. Without any, a process that is killed after the server's answer and
 before its own commit has lost that grant, whatever the others do."""
 
-CALM = 6.0
+CALM = 5.0
 """Seconds of the same load without any harm."""
 
 
@@ -49,13 +50,17 @@ async def connect(made: list[Replica], accounts: list[str]) -> None:
 
 
 @pytest.mark.timeout(60 + 4 * SECONDS)
-async def test_no_grant_is_lost_whatever_happens_to_the_replicas(servers: Servers, tmp_path: Path) -> None:
+async def test_no_grant_is_lost_whatever_happens_to_the_replicas(
+    servers: Servers, tmp_path: Path, shared_store: Section
+) -> None:
     """It takes half a minute: what is tried is chance, with real processes."""
     issuer = await servers.authorization_server(auto_consent=True, token_seconds=LIFETIME, reuse_seconds=GRACE)
     upstream = await servers.mcp_server(issuer)
     chance = random.Random(SEED)
     accounts = [f"notes@a{number}" for number in range(5)]
-    async with replicas(tmp_path, COUNT, {"notes": upstream.url}, authorization={"wait": "0s"}) as made:
+    async with replicas(
+        tmp_path, COUNT, {"notes": upstream.url}, store=shared_store, authorization={"wait": "0s"}
+    ) as made:
         await connect(made, accounts)
         assert (issuer.authorizations, issuer.registrations) == (len(accounts), len(accounts))
         load, chaos = Load(made, accounts, chance), Chaos(made, chance)

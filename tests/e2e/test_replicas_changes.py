@@ -14,6 +14,7 @@ from fakes.mcp_client import PlainClient
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import link_in, until
 from fakes.replicas import Replica, replicas
+from fakes.shared_stores import Section
 from fakes.team import post
 from mcp_auth_proxy.config.load import load
 from mcp_auth_proxy.identity.keys import make_key
@@ -109,8 +110,10 @@ async def _is(status: Awaitable[int], expected: int) -> bool:
     return await status == expected
 
 
-async def test_a_consent_and_a_logout_are_effective_everywhere(servers: Servers, tmp_path: Path) -> None:
-    async with shared(servers, tmp_path) as setup, Browser() as browser:
+async def test_a_consent_and_a_logout_are_effective_everywhere(
+    servers: Servers, tmp_path: Path, shared_store: Section
+) -> None:
+    async with shared(servers, tmp_path, store=shared_store) as setup, Browser() as browser:
         here, there = setup.here, setup.there
         assert not await setup.works(there)
         await setup.connect(browser)
@@ -133,8 +136,10 @@ async def test_a_consent_and_a_logout_are_effective_everywhere(servers: Servers,
         assert (await browser.open(f"{there.origin}/")).status_code == 303
 
 
-async def test_what_an_admin_changes_is_effective_everywhere(servers: Servers, tmp_path: Path) -> None:
-    async with shared(servers, tmp_path) as setup:
+async def test_what_an_admin_changes_is_effective_everywhere(
+    servers: Servers, tmp_path: Path, shared_store: Section
+) -> None:
+    async with shared(servers, tmp_path, store=shared_store) as setup:
         there = setup.there
         made = await setup.api("POST", "/keys", json={"name": "more", "principal": "prn_ada"})
         setup.keys["more"] = made["key"]
@@ -165,8 +170,10 @@ async def test_what_an_admin_changes_is_effective_everywhere(servers: Servers, t
         await soon(lambda: _is(setup.mcp_status(there, server="tickets"), 404), "a deleted server")
 
 
-async def test_a_client_of_the_api_that_is_revoked_is_revoked_everywhere(servers: Servers, tmp_path: Path) -> None:
-    async with shared(servers, tmp_path) as setup, Browser() as browser:
+async def test_a_client_of_the_api_that_is_revoked_is_revoked_everywhere(
+    servers: Servers, tmp_path: Path, shared_store: Section
+) -> None:
+    async with shared(servers, tmp_path, store=shared_store) as setup, Browser() as browser:
         issuer = setup.issuer
         issuer.add_client(client_id="by-hand", auth="none", redirect_uris=(f"{setup.here.origin}/oauth/callback",))
         body = {
@@ -190,11 +197,11 @@ async def test_a_client_of_the_api_that_is_revoked_is_revoked_everywhere(servers
 
 
 async def test_a_held_request_goes_on_when_the_callback_lands_on_another_replica(
-    servers: Servers, tmp_path: Path
+    servers: Servers, tmp_path: Path, shared_store: Section
 ) -> None:
     issuer = await servers.authorization_server(auto_consent=True)
     upstream = await servers.mcp_server(issuer)
-    sections: dict[str, Any] = {"authorization": {"wait": "30s"}}
+    sections: dict[str, Any] = {"authorization": {"wait": "30s"}, "store": shared_store}
     async with replicas(tmp_path, 3, {"notes": upstream.url}, **sections) as (one, two, three):
         held = [asyncio.create_task(replica.call("notes")) for replica in (one, two, three)]
         found = [each.process.links for each in (one, two, three) if each.process is not None]
@@ -208,10 +215,12 @@ async def test_a_held_request_goes_on_when_the_callback_lands_on_another_replica
         assert (issuer.registrations, issuer.authorizations, issuer.token_requests()) == (1, 1, 1)
 
 
-async def test_a_session_that_began_before_consent_goes_on_at_another_replica(servers: Servers, tmp_path: Path) -> None:
+async def test_a_session_that_began_before_consent_goes_on_at_another_replica(
+    servers: Servers, tmp_path: Path, shared_store: Section
+) -> None:
     issuer = await servers.authorization_server(auto_consent=True)
     upstream = await servers.mcp_server(issuer, sessions_on=True)
-    sections: dict[str, Any] = {"authorization": {"wait": "0s", "cold_start": True}}
+    sections: dict[str, Any] = {"authorization": {"wait": "0s", "cold_start": True}, "store": shared_store}
     async with (
         replicas(tmp_path, 2, {"notes": upstream.url}, **sections) as (one, two),
         one.client("notes", capabilities=URLS) as client,
