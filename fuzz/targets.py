@@ -7,6 +7,7 @@ from fuzz import (
     callback_target,
     clients_target,
     config_target,
+    exports_target,
     http_targets,
     oauth_targets,
     rpc_targets,
@@ -31,6 +32,7 @@ TARGETS: Mapping[str, Target] = {
     "messages": rpc_targets.messages,
     "decoding": rpc_targets.decoding,
     "stdio": stdio_target.event_stream,
+    "exports": exports_target.export,
 }
 
 

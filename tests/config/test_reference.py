@@ -60,7 +60,14 @@ RENAMED = {
     "inbound.trusted_header.sources": "inbound.trusted_header.from",
 }
 # Keys that are no field of their section: they are turned into something else while they are read.
-MORE_KEYS = {"upstream_timeout", "store.url", "store.keys", "servers.*.oauth.signing_alg"}
+MORE_KEYS = {
+    "upstream_timeout",
+    "store.url",
+    "store.keys",
+    "store.import",
+    "store.import_passphrase",
+    "servers.*.oauth.signing_alg",
+}
 
 
 def setting_keys() -> set[str]:

@@ -14,7 +14,7 @@ import yaml
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.headless import consent
 from fakes.mcp_server import FakeMcpServer
-from fakes.proxy import ProxyProcess, link_in, proxy_process, run_command, until, write_config
+from fakes.proxy import ProxyProcess, link_in, proxy_process, run_command, running_proxy, until, write_config
 
 PASSPHRASE = {"PASSPHRASE": "correct horse battery"}
 SEALED = ("--passphrase", "env:PASSPHRASE")
@@ -25,6 +25,7 @@ class Places:
     """Two folders with a configuration each, for the same server ``notes``."""
 
     def __init__(self, folder: Path, url: str) -> None:
+        self.url = url
         self.file = folder / "logins.export"
         self.here, self.there = folder / "here", folder / "there"
         for place in (self.here, self.there):
@@ -58,8 +59,12 @@ async def proxy_at(place: Path) -> AsyncIterator[ProxyProcess]:
         yield proxy
 
 
-async def log_in(place: Path) -> None:
-    async with proxy_at(place) as proxy, proxy.client("notes") as client:
+async def log_in(place: Path, url: str) -> None:
+    """Log in at a proxy in this process: to start another one takes a second."""
+    async with (
+        running_proxy(place, {"notes": url}, authorization=AT_ONCE) as proxy,
+        proxy.client("notes") as client,
+    ):
         await client.initialize()
         assert (await consent(link_in((await client.call("echo", text="x")).message))).status_code == 200
         assert (await client.call("echo", text="x")).text == "x"
@@ -74,7 +79,7 @@ async def answer(proxy: ProxyProcess) -> str:
 async def test_a_login_that_was_moved_goes_on_elsewhere_and_has_ended_here(
     places: Places, authorization_server: FakeAuthorizationServer
 ) -> None:
-    await log_in(places.here)
+    await log_in(places.here, places.url)
     code, out, err = await places.export("--move")
     assert (code, err) == (0, "")
     assert "notes, since" in out and "it has ended here" in out
@@ -95,21 +100,8 @@ async def test_a_login_that_was_moved_goes_on_elsewhere_and_has_ended_here(
         assert "/connect/" in await answer(proxy)
 
 
-async def test_a_copy_says_that_only_one_of_the_two_may_go_on(places: Places) -> None:
-    await log_in(places.here)
-    before = (places.here / "proxy.db").read_bytes()
-    code, out, err = await places.export("--json")
-    assert code == 0
-    assert "only one of the two may go on" in err
-    (grant,) = json.loads(out)["grants"]
-    assert (grant["server"], grant["principal"], grant["account"]) == ("notes", "local", "default")
-    assert (places.here / "proxy.db").read_bytes() == before
-    code, out, _ = await places.command(places.here, "import", str(places.file), *SEALED, "--json")
-    assert (code, json.loads(out)["grants"][0]["outcome"]) == (0, "kept")
-
-
 async def test_a_running_proxy_notices_moves_at_once(places: Places) -> None:
-    await log_in(places.here)
+    await log_in(places.here, places.url)
     async with proxy_at(places.here) as here, proxy_at(places.there) as there:
         assert "hello" in await answer(here)
         assert "/connect/" in await answer(there)
@@ -122,7 +114,7 @@ async def test_a_running_proxy_notices_moves_at_once(places: Places) -> None:
 
 async def test_requests_that_wait_for_consent_go_on_with_an_import(places: Places, mcp_server: FakeMcpServer) -> None:
     write_config(places.there, {"notes": mcp_server.url}, authorization={"wait": "20s"})
-    await log_in(places.here)
+    await log_in(places.here, places.url)
     assert (await places.export("--move"))[0] == 0
     async with proxy_at(places.there) as proxy:
         held = asyncio.create_task(answer(proxy))
@@ -131,32 +123,10 @@ async def test_requests_that_wait_for_consent_go_on_with_an_import(places: Place
         assert "hello" in await asyncio.wait_for(held, 10)
 
 
-async def test_the_newer_login_stays_and_that_is_said(places: Places) -> None:
-    await log_in(places.here)
-    assert (await places.export())[0] == 0
-    await log_in(places.there)
-    code, out, _ = await places.import_()
-    assert code == 0
-    assert "not imported: the one that is here is newer, and stays" in out
-    places.file.unlink()
-    code, _, err = await places.command(places.there, "export", "--move", str(places.file), *SEALED)
-    assert code == 0, err
-    code, out, _ = await places.command(places.here, "import", str(places.file), *SEALED)
-    assert (code, "imported in place of an older one" in out) == (0, True)
-
-
-async def test_a_login_that_was_moved_away_can_come_back(places: Places) -> None:
-    await log_in(places.here)
-    assert (await places.export("--move"))[0] == 0
-    assert "imported" in (await places.command(places.here, "import", str(places.file), *SEALED))[1]
-    async with proxy_at(places.here) as proxy:
-        assert "hello" in await answer(proxy)
-
-
 async def test_a_move_waits_for_a_renewal_that_is_under_way(
     places: Places, authorization_server: FakeAuthorizationServer
 ) -> None:
-    await log_in(places.here)
+    await log_in(places.here, places.url)
     gate = asyncio.Event()
     authorization_server.gates["token"] = gate
     async with proxy_at(places.here) as proxy:
@@ -213,7 +183,7 @@ async def test_a_login_of_a_laptop_runs_in_the_cluster(
     places: Places, authorization_server: FakeAuthorizationServer, mcp_server: FakeMcpServer, tmp_path: Path
 ) -> None:
     mounted = tmp_path / "secrets"
-    await log_in(places.here)
+    await log_in(places.here, places.url)
     await secret(places, mounted)
     assert [row["reason"] for row in await places.grants(places.here)] == ["moved"]
     store = {"import": [f"file:{mounted}/logins"], "import_passphrase": f"file:{mounted}/passphrase"}
@@ -226,7 +196,7 @@ async def test_a_login_of_a_laptop_runs_in_the_cluster(
         assert "imported" not in pod.log
         assert "hello" in await answer(pod)
     assert (authorization_server.authorizations, authorization_server.refreshes) == (1, 1)
-    await log_in(places.here)
+    await log_in(places.here, places.url)
     await secret(places, mounted)
     async with proxy_at(places.there) as pod:
         assert "imported the login of server notes in place of an older one" in pod.log

@@ -206,6 +206,12 @@ def settings_of(folder: Path) -> StoreSettings | None:
     return None if url is None else settings_for(url, folder)
 
 
+def section_of(folder: Path) -> dict[str, object] | None:
+    """Return the section ``store`` for the database that stands for a folder; None outside of ``databases``."""
+    url = database_url(folder)
+    return None if url is None else {"url": url, "keys": [f"file:{write_key(folder)}"]}
+
+
 def settings_for(url: str, folder: Path) -> StoreSettings:
     """Return the settings of a store in a database, with the key of the template."""
     found = read_store_url(url, Context(os.environ, folder))

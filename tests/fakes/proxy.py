@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 import httpx2
 import yaml
 
+from fakes import postgresql
 from fakes.mcp_client import PlainClient
 from mcp_auth_proxy.app import Application, lifespan
 from mcp_auth_proxy.cli.listener import bind, listening
@@ -73,7 +74,7 @@ def write_config(
     """
     document: dict[str, object] = {
         "listen": listen,
-        "store": {"url": "sqlite:///proxy.db"},
+        "store": postgresql.section_of(folder) or {"url": "sqlite:///proxy.db"},
         # Most tests are about held requests; those about cold start turn it on.
         "authorization": {"wait": "5s", "open_browser": "never", "cold_start": False},
         "servers": {name: {"url": entry} if isinstance(entry, str) else entry for name, entry in servers.items()},

@@ -18,6 +18,7 @@ from mcp_auth_proxy.net import http_connection, request_parser
 from mcp_auth_proxy.oauth import authorization_code, challenge, documents, pasted_address, token_endpoint
 from mcp_auth_proxy.proxy import decoding
 from mcp_auth_proxy.rpc import answers, event_parser, messages
+from mcp_auth_proxy.store import exports
 
 WORDS = [
     b"\r\n",
@@ -103,6 +104,7 @@ BREAKS: list[tuple[str, object, str, object, bytes]] = [
     ("messages", messages, "_first_members", lambda start: {"id": 2, "method": "x"}, b'{"id":1,"method":"x"}'),
     ("decoding", decoding, "PIECE", 2**20, b"deflate\n" + zlib.compress(bytes(2**17))),
     ("stdio", event_parser, "_ID", ANYTHING_BYTES, b"id: a\x01\ndata: 1\n\n"),
+    ("exports", exports, "decode", lambda content, name: exports.Export(made_at=1.0), b"{}"),
 ]
 """Target, what is broken in its parser and how, and an input that shows it."""
 

@@ -19,7 +19,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "urls": {
         "cli/demo_servers/": "the demo's servers share nothing with the proxy that they show",
         "cli/doctor/providers.py": "the host of a known provider, to be looked up in a table",
-        "client/storage.py": "mcp-use names its files by what urlsplit finds",
+        "store/plain_files.py": "mcp-use names its files by what urlsplit finds",
         "net/forward_proxy.py": "HTTPS_PROXY may hold a user name and a password, which no other URL may",
         "oauth/discovery.py": "paths are put together from the issuer's own spelling (RFC 8414 §3.1, RFC 9728 §3.1)",
         "oauth/dpop.py": "htu is the URL without query and fragment (RFC 9449 §4.2)",

@@ -2,7 +2,6 @@
 
 import os
 import pwd
-import time
 
 from mcp_auth_proxy.models import DEFAULT_PROJECT, LOCAL
 from mcp_auth_proxy.store import Engine
@@ -19,7 +18,7 @@ async def record(
 ) -> None:
     """Store an event of the user who runs a command. ``server``: id and name. Raises StoreError."""
     event = Event(
-        at=time.time(),
+        at=engine.now(),
         project_id=project,
         principal=LOCAL,
         credential=f"command:{_user()}",

@@ -1,6 +1,5 @@
 """What ``api-keys`` and ``principals`` do in the store. A running proxy heeds it within a second."""
 
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -39,8 +38,8 @@ async def create_key(
     change_role: bool = False,
 ) -> int:
     """Store a new key of the principal ``name`` and print it. Return 0; raise McpAuthProxyError."""
-    now = time.time()
     async with _opened(settings) as engine:
+        now = engine.now()
         principal = await _principal(
             engine, settings, name, role=role, project=project, now=now, scopes=scopes, change_role=change_role
         )
@@ -153,8 +152,8 @@ async def add_principal(
     change_role: bool = False,
 ) -> int:
     """Add a principal, or identities to one that exists. Return 0; raise McpAuthProxyError."""
-    now = time.time()
     async with _opened(settings) as engine:
+        now = engine.now()
         store = Principals(engine)
         for identity in identities:
             other = await store.by_identity(identity)

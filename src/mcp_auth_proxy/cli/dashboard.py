@@ -1,7 +1,6 @@
 """``dashboard``: a single-use link that opens a session in a browser, made in the store beside a running proxy."""
 
 import os
-import time
 
 from mcp_auth_proxy.cli import audit
 from mcp_auth_proxy.cli.terminal import complain, say
@@ -30,7 +29,7 @@ async def dashboard(store: StoreSettings, settings: Settings | None, *, name: st
     database = await open_store(store)
     try:
         principal = await _principal(database, name, identified=identified)
-        secret = await new_link(Sessions(database), principal=principal.id, now=time.time())
+        secret = await new_link(Sessions(database), principal=principal.id, now=database.now())
         await audit.record(database, "links.create", target=principal.id, project=principal.project_id)
     finally:
         await database.close()

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from urllib.parse import quote
@@ -194,11 +193,11 @@ class LoginAttempt:
 
     async def _wait(self, pending: PendingAuthorization) -> AccessToken:
         """Wait until the user has consented, with a new link whenever one expires before the time is over."""
-        ends = None if self._options.wait is None else time.time() + self._options.wait
+        ends = None if self._options.wait is None else self._application.database.now() + self._options.wait
         lines = PastedLines() if self._pastes else None
         while True:
             expires = pending.flow.expires_at
-            seconds = (expires if ends is None else min(ends, expires)) - time.time()
+            seconds = (expires if ends is None else min(ends, expires)) - self._application.database.now()
             if lines is None:
                 await self._invite(pending)
                 with waiting("Waiting for your consent"):
@@ -209,7 +208,7 @@ class LoginAttempt:
                 return token
             if ends is None:
                 raise McpAuthProxyError(NOT_USED)
-            if time.time() >= ends:
+            if self._application.database.now() >= ends:
                 raise not_in_time(self._options.wait)
             again = await self._begin()
             if not isinstance(again, PendingAuthorization):

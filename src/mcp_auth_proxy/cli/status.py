@@ -67,16 +67,17 @@ async def _connections(
     owner: str | None,
     account: str | None,
 ) -> list[Connection]:
+    now = time.time() if database is None else database.now()
     if not identified:
-        return await stored_connections(servers, database, now=time.time(), account=account)
+        return await stored_connections(servers, database, now=now, account=account)
     if owner is None:
-        return await stored_connections(servers, database, now=time.time(), owner_of=None, account=account)
+        return await stored_connections(servers, database, now=now, owner_of=None, account=account)
     principal = find_principal(principals, owner)
     usable = {name: server for name, server in servers.items() if server.admits(principal)}
     return await stored_connections(
         usable,
         database,
-        now=time.time(),
+        now=now,
         owner_of=lambda server: server.account(principal).principal,
         account=account,
     )
@@ -107,7 +108,7 @@ async def status_without_configuration(store: StoreSettings, name: str | None, *
         connections = await stored_connections(
             {each: found for each, found in servers.items() if server in (None, each)},
             database,
-            now=time.time(),
+            now=database.now(),
             account=account,
         )
     finally:

@@ -95,6 +95,21 @@ def test_only_the_named_servers_are_exported(here: Place, there: Place, file: Pa
     assert there.reasons() == {"linear": ""}
 
 
+def test_a_copy_writes_nothing_and_says_that_only_one_of_the_two_may_go_on(here: Place, file: Path) -> None:
+    before = here.database.read_bytes()
+    result = here.run("export", str(file), *SEALED)
+    assert "only one of the two may go on" in result.stderr
+    assert "copied" in result.stdout
+    assert here.database.read_bytes() == before
+    assert not [text for text in (b"canary", b"horse") if text in file.read_bytes()]
+
+
+def test_a_login_that_was_moved_away_can_come_back(here: Place, file: Path) -> None:
+    assert here.run("export", str(file), *SEALED, "--move").exit_code == 0
+    assert here.run("import", str(file), *SEALED).stdout.count("imported") == 2
+    assert here.reasons() == {"linear": "", "notes": ""}
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

@@ -28,7 +28,9 @@ _FIND = """
     SELECT current_schema() AS name, current_schema()::regnamespace::oid::bigint AS id,
         current_setting('server_encoding') AS encoding, current_setting('server_version_num')::bigint AS server,
         has_schema_privilege(current_schema(), 'CREATE') AS may_create,
-        to_regclass(quote_ident(current_schema()) || '.' || :mark) IS NOT NULL AS is_ours
+        EXISTS (
+            SELECT 1 FROM pg_class WHERE relname = :mark AND relnamespace = current_schema()::regnamespace
+        ) AS is_ours
 """
 # Views and tables of extensions, such as pg_stat_statements, are nobody's data.
 _OTHERS = """
@@ -76,10 +78,10 @@ async def prepare(connection: Connection, url: PostgresqlUrl, cipher: Cipher, ow
     StoreUnavailable.
     """
     place, is_ours = await _find(connection, url)
-    if not is_ours:
-        await _require_empty(connection, url, place)
-    elif await _inspect(connection, url, cipher) == schema.NEWEST and not await _missing_checks(connection, cipher):
-        return place
+    if is_ours:
+        found = await _inspect(connection, url, cipher)
+        if found == schema.NEWEST and not await _missing_checks(connection, cipher):
+            return place
     waits_until, has_told = time.monotonic() + LONGEST, False
     while not await _written(connection, url, cipher, place, lambda: time.monotonic() < waits_until, owners, now):
         if not has_told:
@@ -108,7 +110,8 @@ async def _written(
         place, is_ours = await _find(connection, url)
         found = await _inspect(connection, url, cipher) if is_ours else None
         if found is None:
-            await _require_empty(connection, url, place)
+            if await _others(connection, place):
+                raise _foreign(url, place)
         elif found < schema.NEWEST and may_wait() and await _is_refreshing(connection, owners, now):
             await connection.command("ROLLBACK")
             return False
@@ -133,7 +136,12 @@ async def inspect(connection: Connection, url: PostgresqlUrl, cipher: Cipher) ->
     """
     place, is_ours = await _find(connection, url)
     if not is_ours:
-        await _require_empty(connection, url, place)
+        others = await _others(connection, place)
+        # Another process may have created it just now.
+        place, is_ours = await _find(connection, url)
+        if others and not is_ours:
+            raise _foreign(url, place)
+    if not is_ours:
         raise StoreUnavailable(f"There is no store in {url} yet. Start the proxy once to create it.")
     found = await _inspect(connection, url, cipher)
     if found < schema.NEWEST:
@@ -165,13 +173,15 @@ async def _find(connection: Connection, url: PostgresqlUrl) -> tuple[Place, bool
     return Place(row["name"], row["id"]), row["is_ours"]
 
 
-async def _require_empty(connection: Connection, url: PostgresqlUrl, place: Place) -> None:
-    others = (await connection.run(_OTHERS, {"schema": place.id})).rows
-    if others:
-        raise StoreRejected(
-            f"The database {url} has tables of another program in the schema {place.name}. It was left as it is. Use "
-            "an empty database, or a schema of its own (set search_path for the role)."
-        )
+async def _others(connection: Connection, place: Place) -> bool:
+    return bool((await connection.run(_OTHERS, {"schema": place.id})).rows)
+
+
+def _foreign(url: PostgresqlUrl, place: Place) -> StoreRejected:
+    return StoreRejected(
+        f"The database {url} has tables of another program in the schema {place.name}. It was left as it is. Use "
+        "an empty database, or a schema of its own (set search_path for the role)."
+    )
 
 
 async def _inspect(connection: Connection, url: PostgresqlUrl, cipher: Cipher) -> int:
