@@ -19,7 +19,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, *, secrets: bool = True, **store: object) -> ImportSettings:
+def read(folder: Path, store: dict[str, object], *, secrets: bool = True) -> ImportSettings:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({"store": store, "servers": {"a": {"url": "https://a.example/mcp"}}}))
     return load(path, environ=SECRETS, secrets_of=None if secrets else ()).store.imports
@@ -27,7 +27,7 @@ def read(folder: Path, *, secrets: bool = True, **store: object) -> ImportSettin
 
 @pytest.mark.parametrize("source", ["env:PASSPHRASE", "file:passphrase"])
 def test_files_are_relative_to_the_configuration(folder: Path, source: str) -> None:
-    found = read(folder, **{"import": ["file:logins"], "import_passphrase": source})
+    found = read(folder, {"import": ["file:logins"], "import_passphrase": source})
     assert found.files == (folder / "logins",)
     assert found.passphrase is not None
     assert found.passphrase.value == "correct horse battery"
@@ -35,11 +35,11 @@ def test_files_are_relative_to_the_configuration(folder: Path, source: str) -> N
 
 
 def test_nothing_is_imported_by_default(folder: Path) -> None:
-    assert read(folder) == ImportSettings()
+    assert read(folder, {}) == ImportSettings()
 
 
 def test_commands_that_need_no_secrets_need_no_files_either(folder: Path) -> None:
-    found = read(folder, secrets=False, **{"import": ["file:missing"], "import_passphrase": "env:MISSING"})
+    found = read(folder, {"import": ["file:missing"], "import_passphrase": "env:MISSING"}, secrets=False)
     assert found.passphrase is None
 
 
@@ -58,6 +58,6 @@ def test_commands_that_need_no_secrets_need_no_files_either(folder: Path) -> Non
 )
 def test_what_cant_be_imported_is_an_error_with_its_key(folder: Path, store: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        read(folder, **store)
+        read(folder, store)
     (line,) = map(str, caught.value.errors)
     assert said in line and "horse" not in line

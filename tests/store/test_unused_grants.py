@@ -1,27 +1,18 @@
 """Which grants are due although nobody uses them: found by the store, without reading their secrets."""
 
-import sqlite3
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from mcp_auth_proxy.models import Account, Grant, GrantType, RenewalHealth
-from mcp_auth_proxy.store import Engine, open_store
+from mcp_auth_proxy.models import Account, Grant, GrantType, Principal, PrincipalStatus, RenewalHealth
+from mcp_auth_proxy.store import Engine
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.principals import Principals
 from mcp_auth_proxy.store.unused_grants import _NEXT, _PAGE, UnusedGrants
-from store.builders import NOW, grant, store_settings
+from store.builders import NOW, grant
 
 DAY = 86_400.0
 WEEK = 7 * DAY
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    engine = await open_store(store_settings(tmp_path))
-    yield engine
-    await engine.close()
 
 
 async def add(engine: Engine, number: int, *, principal: str = "local", **changes: object) -> Grant:
@@ -59,7 +50,7 @@ async def test_a_refresh_token_that_lapses_earlier_is_due_after_a_third_of_its_t
     assert NOW + 0.9 * DAY <= next_due <= NOW + DAY
 
 
-async def test_what_must_not_or_need_not_be_refreshed_is_left_alone(engine: Engine, tmp_path: Path) -> None:
+async def test_what_must_not_or_need_not_be_refreshed_is_left_alone(engine: Engine) -> None:
     refused = RenewalHealth(refused_at=NOW, failure="invalid_grant")
     failing = RenewalHealth(failing_since=NOW, failure="down", next_try_at=NOW + 2 * WEEK)
     await add(engine, 1, refresh_token=None)
@@ -70,13 +61,8 @@ async def test_what_must_not_or_need_not_be_refreshed_is_left_alone(engine: Engi
     assert await Grants(engine).end(ended.id, version=1, reason="over", now=NOW)
     await add(engine, 6, principal="prn_off")
     usable = await add(engine, 7, principal="prn_on")
-    with sqlite3.connect(tmp_path / "store.db") as other:
-        for name, status in (("prn_off", "disabled"), ("prn_on", "active")):
-            other.execute(
-                "INSERT INTO principals (uid, id, project_id, name, role, status, listed, created_at, seal)"
-                " VALUES (?, ?, 'default', ?, 'member', ?, 1, 0, 'x')",
-                (name, name, name, status),
-            )
+    for name, status in (("prn_off", PrincipalStatus.DISABLED), ("prn_on", PrincipalStatus.ACTIVE)):
+        await Principals(engine).add(Principal(id=name, name=name, status=status), [])
     assert await due(engine, NOW + WEEK) == [usable.id]
     assert await due(engine, NOW + 2 * WEEK) == [waiting.id, usable.id]
 
