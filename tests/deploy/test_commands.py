@@ -123,7 +123,9 @@ def clone(tmp_path: Path) -> Clone:
         script.chmod(0o755)
     (yaml_block,) = (block for block in blocks_of("README.md", "yaml") if "warehouse" in block.text)
     (folder / "mcp-auth-proxy.yaml").write_text(yaml_block.text)
-    made_clone = Clone(folder, {"WAREHOUSE_SECRET": "s", "WAREHOUSE_CLIENT_SECRET": "s", "DATABASE_URL": "postgresql://db"})
+    made_clone = Clone(
+        folder, {"WAREHOUSE_SECRET": "s", "WAREHOUSE_CLIENT_SECRET": "s", "DATABASE_URL": "postgresql://db"}
+    )
     committed = "git init --quiet; git -c user.name=a -c user.email=a@b.example commit --quiet --allow-empty -m a"
     assert made_clone.run(committed).returncode == 0
     # As root, `service` would install the service of the system.
