@@ -174,7 +174,7 @@ def test_values_that_no_token_response_has_do_no_harm(tmp_path: Path, values: di
     server = ServerSettings(name="a", url="https://a.example/mcp")
     name = hashlib.md5(server.url.encode()).hexdigest()
     folder = tmp_path / "mcp-remote-v1"
-    written(folder / f"{name}_tokens.json", values, at=time.time() + 10**6)
+    written(folder / f"{name}_tokens.json", values)
     written(folder / f"{name}_client_info.json", {"client_id": "c", "client_secret_expires_at": HUGE})
     written(tmp_path / "a.example__mcp.json", values)
     for found in (mcp_remote.find(tmp_path, server, None), mcp_use.find(tmp_path, server)):
@@ -184,7 +184,6 @@ def test_values_that_no_token_response_has_do_no_harm(tmp_path: Path, values: di
         assert found is not None
         assert found.tokens.expires_at is None or found.tokens.expires_at < time.time() + 2
         assert found.tokens.refresh_token is None
-        assert found.granted_at <= time.time()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "large", "folder"])
@@ -202,6 +201,24 @@ def test_what_is_no_file_of_tokens_is_not_read(tmp_path: Path, kind: str) -> Non
         case _:
             path.mkdir()
     assert mcp_remote.find(tmp_path, server, None) is None
+
+
+@pytest.mark.parametrize("program", ["mcp-remote", "mcp-use"])
+async def test_one_login_is_not_taken_for_two_servers(  # T91
+    elsewhere: Elsewhere, mcp_server: FakeMcpServer, tmp_path: Path, program: str
+) -> None:
+    """Both would renew it, and a server with reuse detection would end it."""
+    folder = tmp_path / "logins"
+    elsewhere.keep(folder / "mcp-remote-v1", mcp_server.url, issuer=elsewhere.issuer.issuer)
+    written(mcp_use.plain_files.mcp_use_tokens(folder, mcp_server.url), elsewhere.tokens)
+    written(mcp_use.plain_files.mcp_use_registration(folder, mcp_server.url), elsewhere.registration)
+    config = write_config(tmp_path, {"notes": mcp_server.url, "other": mcp_server.url})
+    code, out, err = await import_from(program, folder, config)
+    assert code == 1
+    assert "notes, since" in out
+    assert "other" not in out
+    assert "other: not imported: notes has taken the same login." in err
+    assert "1 of 2 logins could not be imported" in err
 
 
 async def test_a_folder_without_a_login_is_said(servers: Servers, tmp_path: Path) -> None:

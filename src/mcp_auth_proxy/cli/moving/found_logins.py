@@ -1,6 +1,5 @@
 """What another program has written about a login, read once and checked."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,9 +75,9 @@ def client_of(values: Mapping[str, Any], *, created_at: float) -> Registration |
 
 
 def modified(path: Path) -> float:
-    """Return when a file was written; not later than now, since the newer of two logins stays."""
+    """Return when a file was written: always the same, so that a login which is taken in again is known."""
     try:
-        return min(path.stat().st_mtime, time.time())
+        return path.stat().st_mtime
     except OSError:
         return 0.0
 
