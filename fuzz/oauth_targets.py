@@ -31,6 +31,7 @@ from mcp_auth_proxy.oauth import (
     device_authorization,
     discovery,
     documents,
+    jwt_expiry,
     oauth_error,
     pasted_address,
     registration,
@@ -209,6 +210,9 @@ def token(data: bytes) -> None:
 
 def _check_tokens(tokens: TokenSet) -> None:
     assert tokens.token_type == "Bearer"
+    assert tokens.refresh_expires_at is None or tokens.refresh_expires_at > NOW
+    hint = jwt_expiry.read(tokens.access_token, obtained_at=NOW)
+    assert hint is None or NOW + 1 <= hint <= NOW + jwt_expiry.MAX_LIFETIME
     for text in (tokens.access_token, tokens.refresh_token):
         if text is not None:
             assert _VISIBLE.fullmatch(text) and len(text) <= token_endpoint.MAX_TOKEN

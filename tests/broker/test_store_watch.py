@@ -124,6 +124,7 @@ async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
 ACCOUNTS = 2000
 
 
+@pytest.mark.sqlite
 async def test_one_change_among_thousands_of_cached_accounts_costs_a_few_queries(
     setup: BrokerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

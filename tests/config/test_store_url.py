@@ -1,5 +1,6 @@
 """``store.url``: files, databases of PostgreSQL, and where the text comes from."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,10 @@ def test_nothing_between_scheme_and_host_is_ever_shown(user: str, password: str,
     else:
         assert isinstance(found, PostgresqlUrl)
         assert CANARY not in repr(found) + str(found)
+
+
+def test_a_driver_that_is_not_installed_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    assert "pip install 'mcp-auth-proxy[postgresql]'" in error(tmp_path, "postgresql://db.example")

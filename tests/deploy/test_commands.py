@@ -60,7 +60,8 @@ def blocks_of(document: str, language: str = "sh") -> list[Block]:
 
 
 BLOCKS = [*blocks_of("docs/deployment.md"), *blocks_of("README.md")]
-USERS = [block for block in BLOCKS if block.heading not in ("System service", "Backup", "Upgrades", "Kubernetes")]
+NOT_USERS = ("System service", "Backup", "Upgrades", "Kubernetes", "Replicas")
+USERS = [block for block in BLOCKS if block.heading not in NOT_USERS]
 
 
 def under(heading: str, word: str) -> Block:
@@ -122,7 +123,9 @@ def clone(tmp_path: Path) -> Clone:
         script.chmod(0o755)
     (yaml_block,) = (block for block in blocks_of("README.md", "yaml") if "warehouse" in block.text)
     (folder / "mcp-auth-proxy.yaml").write_text(yaml_block.text)
-    made_clone = Clone(folder, {"WAREHOUSE_SECRET": "s", "WAREHOUSE_CLIENT_SECRET": "s"})
+    made_clone = Clone(
+        folder, {"WAREHOUSE_SECRET": "s", "WAREHOUSE_CLIENT_SECRET": "s", "DATABASE_URL": "postgresql://db"}
+    )
     committed = "git init --quiet; git -c user.name=a -c user.email=a@b.example commit --quiet --allow-empty -m a"
     assert made_clone.run(committed).returncode == 0
     # As root, `service` would install the service of the system.
@@ -151,6 +154,12 @@ def test_the_secret_has_what_manifest_and_chart_mount(clone: Clone) -> None:
 def test_the_chart_is_installed_with_its_examples(clone: Clone) -> None:
     rendered = clone.succeed(under("Kubernetes", "helm"))
     assert rendered.count("kind: Deployment") == 2
+
+
+@pytest.mark.helm
+def test_replicas_are_installed_with_their_example(clone: Clone) -> None:
+    rendered = clone.succeed(under("Replicas", "kubectl"))
+    assert "replicas: 3" in rendered
 
 
 def test_the_backup_is_complete_and_private(clone: Clone) -> None:
@@ -220,6 +229,7 @@ def test_every_block_is_run_by_a_test() -> None:
             *USERS,
             under("Kubernetes", "kubectl"),
             under("Kubernetes", "helm"),
+            under("Replicas", "kubectl"),
             under("Backup", "backup("),
             under("Upgrades", "find"),
             under("Upgrades", UPGRADE),

@@ -160,6 +160,12 @@ def kubectl(arguments: list[str]) -> None:
     values = dict(pair.split("=", 1) for pair in options.from_literal)
     require(all(values.values()), "a secret is empty")
     require(len(base64.b64decode(values["store-key"], validate=True)) == 32, "the store's key is not 32 bytes")
+    replicas = Path("deploy/helm/examples/replicas.yaml").read_text()
+    if "database-url" in values:
+        wanted = {"store-key"} | {Path(path).name for path in file_references(replicas)}
+        require(values.keys() == wanted, f"the example of replicas wants {sorted(wanted)}")
+        require(f"secretName: {options.name}\n" in replicas, f"the example mounts no Secret {options.name}")
+        return
     manifest = Path("deploy/kubernetes/sidecar.yaml").read_text()
     require(f"secretName: {options.name}," in manifest, f"the manifest mounts no Secret {options.name}")
     mounted = {Path(path).name for path in file_references(manifest)}

@@ -31,6 +31,9 @@ PASSWORD = "pw-canary-4711-x"
 
 KEY = "cG9zdGdyZXNxbC1zdG9yZS1rZXktb2YtdGhlLXRlc3Q="
 _TEMPLATE = "template_store"
+_USERS = "users"
+"""The file in the folder of a server with the ids of the processes that use it."""
+
 _VARIABLE = "MCP_AUTH_PROXY_TEST_DATABASES"
 _SETTINGS = {
     "fsync": "off",
@@ -117,12 +120,14 @@ def program(name: str) -> str:
 
 def make_server(**settings: str) -> Server:
     """Make a cluster in a folder of its own, with the role ``proxy``, and start it. ``remove_server`` ends it."""
+    _remove_leftovers()
     # Short, since the path of a socket has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
     user = _user()
     if user is not None:
         os.chown(folder, user, -1)
     folder.chmod(0o755)
+    (folder / _USERS).write_text(str(os.getpid()))
     _run("initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
     (folder / "data/pg_hba.conf").write_text(_HBA)
     server = Server(folder, _free_port(), settings)
@@ -136,6 +141,14 @@ def remove_server(server: Server) -> None:
     with contextlib.suppress(subprocess.CalledProcessError):
         server.stop("immediate")
     shutil.rmtree(server.folder, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    """End the servers of runs that were killed: none of the processes that used them is there any more."""
+    for users in Path("/tmp").glob(f"pg-*/{_USERS}"):
+        with contextlib.suppress(OSError):
+            if not any(Path(f"/proc/{user}").exists() for user in users.read_text().split()):
+                remove_server(Server(users.parent, 0))
 
 
 @contextmanager
@@ -230,6 +243,7 @@ def _make_template(server: Server) -> None:
 
 
 def _write(state: Path, server: Server, users: list[int]) -> None:
+    (server.folder / _USERS).write_text(" ".join(map(str, users)))
     state.write_text(json.dumps({"folder": str(server.folder), "port": server.port, "users": users}))
 
 

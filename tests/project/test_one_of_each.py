@@ -34,6 +34,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "cli/listener.py": "the socket that listens",
         "client/consent.py": "the socket that listens, in a program without the proxy",
         "cli/notify.py": "a datagram to the service manager",
+        "store/postgresql/connection.py": "the driver's socket once more, to cut it",
         "net/addresses.py": "a datagram socket that sends nothing, to ask the system for a route",
     },
     "the environment's forward proxy": {"net/forward_proxy.py": "the one reading"},

@@ -85,6 +85,7 @@ async def test_what_nobody_has_mended_is_found(engine: Engine) -> None:
     assert await unused.unmended(before=NOW, now=NOW, after=0, count=9) == [], "it is tried again later"
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("sql", [_PAGE, _NEXT], ids=["due", "next"])
 async def test_no_row_is_read_to_see_that_it_is_not_due(engine: Engine, sql: str) -> None:
     values = {"keep_alive": WEEK, "now": NOW, "after": 0, "count": 50}

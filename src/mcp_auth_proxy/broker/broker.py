@@ -269,6 +269,13 @@ class Broker:
             servers=servers, database=database, tokens=self._tokens, period=keep_alive, clock=clock
         )
 
+        def keep_alive_soon(account: Account) -> None:
+            cached = self._tokens.get(account)
+            if cached is not None:
+                self._keep_alive.stored(cached.grant)
+
+        self._tokens.on_connected(keep_alive_soon)
+
     async def start(self) -> None:
         """Begin the background work: interrupted renewals, device polls, watching the store. Raises StoreError."""
         await self._records.start()

@@ -33,6 +33,7 @@ from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store.grants import Grants
 
+_INTERRUPTED = "a renewal was interrupted before its result was stored."
 logger = logging.getLogger(__name__)
 
 MARGIN_SHARE = 0.2
@@ -379,7 +380,7 @@ class Renewer:
 
     async def _degraded(self, server: ServerSettings, grant: Grant, refused: TokenRefused) -> Grant:
         """Keep a grant whose renewal was refused while its token works; return it, marked as such."""
-        health = RenewalHealth(refused_at=grant.health.refused_at or self._clock(), failure=str(refused))
+        health = RenewalHealth(refused_at=grant.health.refused_at or self._clock(), failure=_reason(grant, refused))
         noted = await self._grants.note_refusal(grant.id, version=grant.version, owner=self._owner, health=health)
         if noted is None:
             # Fenced off: another process took over.
@@ -405,9 +406,7 @@ class Renewer:
         """End a grant, unless another process has renewed it since: then return that."""
         if refused.error == "invalid_client":
             await self._registrar.forget(grant.registration)
-        reason = str(refused)
-        if grant.refresh_begun_at is not None:
-            reason = f"a renewal was interrupted before its result was stored. {reason}"
+        reason = _reason(grant, refused)
         if not await self._grants.end(grant.id, version=grant.version, reason=reason, now=self._clock()):
             newer = await self._grants.get(grant.id)
             if newer is not None and newer.ended_at is None:
@@ -418,6 +417,13 @@ class Renewer:
         logger.warning("the grant of server %s has ended: %s %s", grant.key.account.shown, reason, todo)
         self._journal.ended(grant.key.account, reason)
         raise GrantEnded
+
+
+def _reason(grant: Grant, refused: TokenRefused) -> str:
+    """Return why a grant was refused: maybe because an earlier renewal, also one before the last, was interrupted."""
+    if grant.refresh_begun_at is not None or grant.health.failure.startswith(_INTERRUPTED):
+        return f"{_INTERRUPTED} {refused}"
+    return str(refused)
 
 
 def _subjects(grant: Grant) -> tuple[Subject, Subject]:

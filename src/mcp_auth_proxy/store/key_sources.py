@@ -44,7 +44,7 @@ def from_command(source: KeySource, environ: Mapping[str, str]) -> str:
             start_new_session=True,
         )
     except FileNotFoundError:
-        raise _failed(source, "its program was not found") from None
+        raise _failed(source, "was not found") from None
     except OSError as error:
         raise _failed(source, _NOT_STARTED.format(error.strerror)) from None
     with process:

@@ -1,0 +1,111 @@
+"""The program on a store in PostgreSQL: what it says, and what goes on while the server is away."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from fakes import postgresql
+from fakes.fixtures import Servers
+from fakes.headless import consent
+from fakes.postgresql import PASSWORD, Server, write_key
+from fakes.proxy import link_in, proxy_process, run_command, write_config
+
+pytestmark = pytest.mark.postgresql
+
+
+@pytest.fixture
+def own_server() -> Iterator[Server]:
+    """A server of this test alone, which it may stop and freeze."""
+    server = postgresql.make_server()
+    try:
+        server.execute("CREATE DATABASE store OWNER proxy")
+        yield server
+    finally:
+        postgresql.remove_server(server)
+
+
+def config(folder: Path, url: str, upstream: str = "https://notes.example/mcp", **sections: object) -> Path:
+    store = {"url": url, "keys": [f"file:{write_key(folder)}"]}
+    return write_config(folder, {"notes": upstream}, store=store, **sections)  # type: ignore[arg-type]
+
+
+async def became(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.05)
+
+
+async def test_live_tokens_go_on_while_the_server_is_away(servers: Servers, own_server: Server, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server(auto_consent=True)
+    upstream = await servers.mcp_server(issuer)
+    env = {"STORE_URL": own_server.url("store"), "XDG_RUNTIME_DIR": str(tmp_path)}
+    file = config(tmp_path, "env:STORE_URL", upstream.url)
+    shown = f"postgresql://127.0.0.1:{own_server.port}/store"
+    async with proxy_process(file, env=env) as proxy, proxy.client("notes") as client:
+        assert shown in proxy.out
+        assert "the API is off" in proxy.err
+        await consent(link_in((await client.call("echo")).message))
+        assert (await client.call("echo", text="in")).text == "in"
+
+        async with httpx2.AsyncClient(base_url=proxy.origin) as http:
+
+            async def ready() -> int:
+                return (await http.get("/readyz", timeout=30)).status_code
+
+            assert await ready() == 200
+            await asyncio.to_thread(own_server.stop, "immediate")
+            assert await ready() == 503
+            assert (await client.call("echo", text="on")).text == "on"
+            before = issuer.refreshes
+            issuer.end_access_tokens()
+            assert (await client.call("echo", text="no")).message
+            assert issuer.refreshes == before
+            await asyncio.to_thread(own_server.start)
+            deadline = time.monotonic() + 20
+            while await ready() != 200:
+                assert time.monotonic() < deadline
+            while (await client.call("echo", text="again")).text != "again":
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.2)
+            assert issuer.refreshes == before + 1
+        code, out, err = await run_command("status", "--json", "--config", str(file), env=env)
+        assert (code, '"connected"' in out or '"active"' in out) == (0, True), err
+        # The commands beside it find the proxy by its lock in the run folder.
+        code, out, err = await run_command("dashboard", "--config", str(file), env=env)
+        assert (code, out.startswith(proxy.origin)) == (0, True), err
+        log = proxy.log
+    assert PASSWORD not in log + out + err
+
+
+@pytest.mark.parametrize("command", [("serve",), ("status",), ("api-keys", "create", "anna")])
+async def test_a_refused_password_is_one_line_at_once(
+    postgresql_server: Server, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    url = postgresql_server.url("postgres").replace(PASSWORD, "wrong-canary-9922")
+    file = config(tmp_path, url)
+    began = time.monotonic()
+    code, out, err = await run_command(*command, "--config", str(file), env={"XDG_RUNTIME_DIR": str(tmp_path)})
+    assert time.monotonic() - began < 20
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if "password authentication failed" in line]
+    assert "postgresql://127.0.0.1" in line
+    assert "canary" not in out + err
+
+
+async def test_keys_that_are_missing_and_a_url_that_is_wrong_are_errors_of_the_configuration(tmp_path: Path) -> None:
+    file = write_config(tmp_path, {"notes": "https://notes.example/mcp"})
+    text = file.read_text()
+    file.write_text(text.replace("sqlite:///proxy.db", "postgresql://proxy:canary-7788@db.example/store"))
+    code, out, err = await run_command("check", "--config", str(file))
+    assert code == 2
+    assert "store.keys" in err
+    file.write_text(text.replace("sqlite:///proxy.db", "postgresql://proxy:canary@7788@db.example/store"))
+    code, out_too, err_too = await run_command("check", "--config", str(file))
+    assert code == 2
+    assert "store.url" in err_too
+    assert "7788" not in out + err + out_too + err_too
