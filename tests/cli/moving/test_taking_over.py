@@ -18,6 +18,7 @@ from fakes.proxy import proxy_process, run_command, running_proxy, write_config
 from mcp_auth_proxy.cli.demo_servers.ledger import Client
 from mcp_auth_proxy.cli.moving import mcp_remote, mcp_use
 from mcp_auth_proxy.config.settings import OAuthSettings, ServerSettings
+from mcp_auth_proxy.store import plain_files
 
 REDIRECT = "http://localhost:16850/oauth/callback"
 
@@ -210,8 +211,8 @@ async def test_one_login_is_not_taken_for_two_servers(  # T91
     """Both would renew it, and a server with reuse detection would end it."""
     folder = tmp_path / "logins"
     elsewhere.keep(folder / "mcp-remote-v1", mcp_server.url, issuer=elsewhere.issuer.issuer)
-    written(mcp_use.plain_files.mcp_use_tokens(folder, mcp_server.url), elsewhere.tokens)
-    written(mcp_use.plain_files.mcp_use_registration(folder, mcp_server.url), elsewhere.registration)
+    written(plain_files.mcp_use_tokens(folder, mcp_server.url), elsewhere.tokens)
+    written(plain_files.mcp_use_registration(folder, mcp_server.url), elsewhere.registration)
     config = write_config(tmp_path, {"notes": mcp_server.url, "other": mcp_server.url})
     code, out, err = await import_from(program, folder, config)
     assert code == 1
