@@ -99,6 +99,18 @@ async def test_an_error_is_answered_in_json_rpc_with_the_status_of_its_kind(
     assert str(error) in str(error_of(answer)["message"])
 
 
+async def test_a_store_that_is_out_of_reach_is_one_line_in_the_log_for_many_requests(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failure = StoreUnavailable("It can't be reached.")
+    async with forwarding(ScriptedBroker(failure), "http://127.0.0.1:1/mcp") as proxy:
+        for _ in range(5):
+            async with RawClient.to(proxy.origin) as client:
+                client.post(CALL)
+                assert (await client.answer()).status == 503
+    assert caplog.text.count("It can't be reached.") == 1
+
+
 async def test_an_upstream_that_cannot_be_reached_is_502_and_one_that_is_silent_504() -> None:
     async def silent(peer: Peer) -> None:
         await peer.request()

@@ -160,7 +160,7 @@ class ConnectionRecords:
         fields: dict[str, object] = {
             "failed_at": now,
             "failure": excerpt(reason, MAX_MESSAGE),
-            "remedy": remedy_of(happening, account, self._servers.get(account.server)),
+            "remedy": remedy_of(happening, account, self._servers.get(account.server), reason),
         }
         if happening is Happening.UNREACHABLE and before is not happening:
             fields["unreachable_since"] = now
@@ -288,14 +288,15 @@ class ConnectionRecords:
             logger.warning("server %s: its token has ended at %s, and can't be renewed. %s", name, moment(ends), todo)
 
 
-def remedy_of(happening: Happening, account: Account, server: ServerSettings | None) -> str:
-    """Return what to do about a failure."""
+def remedy_of(happening: Happening, account: Account, server: ServerSettings | None, reason: str) -> str:
+    """Return what to do about a failure, beside what its ``reason`` says."""
     match happening:
         case Happening.UNREACHABLE:
             return "Check that the server runs, and that its URL is right. The next request tries again."
         case Happening.FAILED:
             return "The next request tries again."
         case Happening.NOT_RENEWED:
-            return f"It is tried again by itself. If that goes on for long: {authorize_again(account, server)}"
+            again = authorize_again(account, server)
+            return f"It is tried again by itself.{'' if again in reason else f' If that goes on for long: {again}'}"
         case _:
             return authorize_again(account, server)

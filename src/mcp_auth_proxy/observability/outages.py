@@ -44,14 +44,14 @@ class OutageLog:
         self.on_reached: Callable[[str], None] | None = None
         """Called with a server of these with which a request has succeeded."""
 
-    def warn(self, server: str, reason: str, *, trace_id: str | None = None) -> None:
+    def warn(self, server: str, reason: str, *, trace_id: str | None = None, level: int = logging.WARNING) -> None:
         """Log a warning about a configured server, or count it if the last one is less than ``INTERVAL`` seconds old.
 
         ``trace_id`` is that of the request that failed.
         """
         if self.is_due(server):
             self._warned[server] = _Warned(time.monotonic())
-            logger.warning("server %s: %s", server, reason, extra=log_extra(trace_id))
+            logger.log(level, "server %s: %s", server, reason, extra=log_extra(trace_id))
             return
         last = self._warned[server]
         if not last.more:

@@ -439,10 +439,11 @@ class RequestHandler:
             code, retry_after = answers.AUTHORIZATION_REQUIRED, error.retry_after
             await self._responder.fail(self._body, status, text, code, retry_after=retry_after)
             return
-        if isinstance(error, StoreError):
+        if isinstance(error, StoreMigrated):
             # Logged once, when it was noticed: it does not pass.
-            level = logging.DEBUG if isinstance(error, StoreMigrated) else logging.ERROR
-            logger.log(level, "server %s: %s", server, error, extra=self._log_extra)
+            logger.debug("server %s: %s", server, error, extra=self._log_extra)
+        elif isinstance(error, StoreError):
+            self._context.outages.warn(server, str(error), trace_id=self._responder.trace_id, level=logging.ERROR)
         elif isinstance(error, Overloaded):
             self._context.overloaded(server, error.key)
         elif not isinstance(error, BodyTooLarge | SessionNotFound):

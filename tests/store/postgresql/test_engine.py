@@ -1,6 +1,7 @@
 """Transactions, reads, notifications and time, on a real server."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -222,7 +223,10 @@ async def test_tables_that_are_not_ours_any_more_are_named(
         await SharedSecrets(engine).get("a")
 
 
-async def test_the_proxy_goes_on_after_the_server_was_started_again(own_server: Server, tmp_path: Path) -> None:
+async def test_the_proxy_goes_on_after_the_server_was_started_again(
+    own_server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     engine = await open_store(settings_for(own_server.url("store"), tmp_path))
     try:
         await add(engine, "a")
@@ -234,11 +238,13 @@ async def test_the_proxy_goes_on_after_the_server_was_started_again(own_server: 
             await add(engine, "b")
         with pytest.raises(StoreUnavailable):
             await engine.check_writable()
+        await until(lambda: _holds("none is renewed" in caplog.text), "the line in the log")
         own_server.start()
         await until(lambda: _works(engine.check_writable()), "the store")
         assert await count(engine) == 1
         await add(engine, "c")
         await until(lambda: _works(engine.changed()), "the listener")
+        assert (caplog.text.count("none is renewed"), caplog.text.count("works again")) == (1, 1)
         # Idle connections that the server has closed are not noticed by anybody.
         own_server.stop()
         own_server.start()
@@ -268,6 +274,10 @@ async def test_a_server_that_is_frozen_is_given_up_in_time(
         assert await count(engine) == 1
     finally:
         await engine.close()
+
+
+async def _holds(condition: object) -> bool:
+    return bool(condition)
 
 
 async def _works(work: Awaitable[object]) -> bool:

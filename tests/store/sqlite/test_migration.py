@@ -347,6 +347,7 @@ async def test_a_newer_store_is_rejected_and_the_copy_to_go_back_to_is_named(
     assert digests(tmp_path) == before
     if named is None:
         assert ".bak" not in str(caught.value)
+        assert "restore a backup" in str(caught.value)
     else:
         assert f"{tmp_path / named} " in str(caught.value)
 

@@ -41,6 +41,8 @@ class Listener:
         self._ready = asyncio.Event()
         self._failure: StoreUnavailable | None = None
         self._has_warned = False
+        self._has_told = False
+        """Whether the last line about the server says that it is away."""
         self.writes = 0
         """Increases whenever another process has written, or may have."""
 
@@ -65,9 +67,16 @@ class Listener:
             try:
                 await self._connected()
             except StoreUnavailable as error:
+                self._tell_of(error)
                 self._failure = error
             self._ready.set()
             await asyncio.sleep(PAUSE)
+
+    def _tell_of(self, error: StoreUnavailable) -> None:
+        """Log once that the server is away, if the first attempt to connect again has failed too."""
+        if self._failure is not None and not self._has_told:
+            self._has_told = True
+            logger.error("%s Until it is back, tokens that are valid are used, and none is renewed.", error)
 
     async def _connected(self) -> None:
         """Listen until the connection is lost. Raises StoreUnavailable then."""
@@ -79,6 +88,9 @@ class Listener:
             self.writes += 1
             self._failure = None
             self._ready.set()
+            if self._has_told:
+                self._has_told = False
+                logger.info("store: %s works again", self._url)
             looks = 0
             while True:
                 await self._wait(connection)

@@ -179,7 +179,7 @@ def _check(path: Path, connection: sqlite3.Connection, cipher: Cipher) -> int:
 def _newer(path: Path, version: int) -> StoreRejected:
     known = len(schema.MIGRATIONS)
     backup = find_backup(path, known)
-    remedy = "Run that version, or use another store."
+    remedy = "Run that version, or restore a backup from before the migration: no copy is beside the store."
     if backup is not None:
         remedy = (
             f"Run that version, or go back to the copy {backup} from before the migration: move the store and its "
