@@ -34,7 +34,7 @@ def times_of_requests(issuer: FakeAuthorizationServer) -> list[float]:
 
 
 def most_in_a_second(times: list[float]) -> int:
-    """Return how many arrived in one second, at most, but for what a busy machine lets arrive later than it was sent."""
+    """Return how many arrived in one second, at most. Some may have arrived later than they were sent."""
     return max(sum(start <= at < start + 1 - LATE for at in times) for start in times)
 
 

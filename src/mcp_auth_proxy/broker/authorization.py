@@ -259,9 +259,11 @@ class Authorizations:
             self._backoff.check(of_issuer(plan.server.name, plan.key.issuer))
             # Many callers may come at once, as after a start; nobody consents here.
             await self._rate.turn(plan.key.issuer)
-            with self._backoff.attempt(of_issuer(plan.server.name, plan.key.issuer)):
-                with paced(plan.endpoints.token, lambda: self._rate.sending(plan.key.issuer)):
-                    return await self._token_client.obtain(plan, subject=token)
+            with (
+                self._backoff.attempt(of_issuer(plan.server.name, plan.key.issuer)),
+                paced(plan.endpoints.token, lambda: self._rate.sending(plan.key.issuer)),
+            ):
+                return await self._token_client.obtain(plan, subject=token)
         except TokenRefused as refused:
             raise _denied(refused) from None
 

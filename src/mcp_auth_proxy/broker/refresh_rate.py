@@ -172,8 +172,8 @@ class _Sending:
         self.waiting += 1
         try:
             async with self._turn:
-                while len(self._sent) >= burst and (left := self._sent[-burst] + SENDING_SLACK - loop.time()) > 0:
-                    await asyncio.sleep(left)
+                if len(self._sent) >= burst:
+                    await asyncio.sleep(self._sent[-burst] + SENDING_SLACK - loop.time())
                 self._sent.append(loop.time())
                 while len(self._sent) > burst:
                     self._sent.popleft()
