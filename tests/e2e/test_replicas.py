@@ -65,17 +65,18 @@ async def test_no_grant_is_lost_whatever_happens_to_the_replicas(
     ) as made:
         await connect(made, accounts)
         assert (issuer.authorizations, issuer.registrations) == (len(accounts), len(accounts))
-        load, chaos = Load(made, accounts, chance), Chaos(made, chance, longest_freeze=LONGEST_FREEZE)
+        load, chaos = Load(made, accounts, chance), Chaos(made, chance, longest_freeze=LONGEST_FREEZE, grace=GRACE)
         async with load.running():
             await chaos.run(SECONDS)
             harmed, calm_since = len(issuer.requests), time.monotonic()
             await asyncio.sleep(CALM)
+        for number, replica in enumerate(made):
+            (tmp_path / f"replica-{number}.log").write_text(replica.everything)
+        (tmp_path / "events").write_text("\n".join(chaos.events))
+        assert load.lost == [], f"{tmp_path} has the logs"
         for replica in made:
             for account in accounts:
                 assert await replica.is_connected(account), (replica.origin, account, replica.everything[-3000:])
-        for number, replica in enumerate(made):
-            (tmp_path / f"replica-{number}.log").write_text(replica.everything)
-    assert load.lost == [], f"{tmp_path} has the logs"
     assert issuer.ledger.reused == 0
     assert not any(grant.ended for grant in issuer.ledger.grants)
     assert (issuer.authorizations, issuer.registrations) == (len(accounts), len(accounts))
