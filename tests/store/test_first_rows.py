@@ -38,7 +38,7 @@ async def look(engine: str, key: Key) -> None:
         key_checks.check_rows_open(store, Path("store.db"), Cipher([OURS]))
     else:
         url = PostgresqlUrl(text="postgresql://h", shown="postgresql://h", identity="h")
-        await bootstrap._require_rows_that_open(store, url, Cipher([OURS]))  # noqa: SLF001
+        await bootstrap._require_rows_that_open(store, url, Cipher([OURS]))
 
 
 @pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
