@@ -34,9 +34,13 @@ from mcp_auth_proxy.models import (
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.grants import Grants
+from mcp_auth_proxy.store.refresh_slots import SLACK
 
 LEFT = 60.0
 """Seconds that the tokens still live when they are used first."""
+
+FILLING = 0.01
+"""Seconds for each grant to be stored and used first, which takes that long on a busy machine."""
 
 BUSY_AFTER = 0.3
 """Share of the grants after which the server is busy."""
@@ -62,6 +66,11 @@ class Storm:
     """Tokens that had expired before they were renewed."""
     lost: int = 0
     """Grants that have ended."""
+
+    @property
+    def least_seconds(self) -> float:
+        """Seconds that it takes at least: the rate, with what it leaves free, and the pause."""
+        return self.grants / self.rate * SLACK + RETRY_AFTER
 
 
 @dataclass(slots=True)
@@ -137,7 +146,7 @@ async def _storm(folder: Path, opening: Opening, issuer: Issuer, storm: Storm) -
     server = ServerSettings(name="bench", url=f"http://127.0.0.1:{issuer.port}/mcp")
     database, fetcher = await open_store(opening(folder)), Fetcher()
     accounts = [Account("local", server.name, f"a{number}") for number in range(storm.grants)]
-    expires_at = time.time() + LEFT
+    expires_at = time.time() + LEFT + FILLING * storm.grants
     await _fill(database, [_grant(account, server, expires_at) for account in accounts])
     broker = Broker(
         servers={server.name: server},

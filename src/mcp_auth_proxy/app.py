@@ -4,8 +4,9 @@ import asyncio
 import importlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
@@ -16,6 +17,7 @@ from mcp_auth_proxy.broker.webhook import Webhook
 from mcp_auth_proxy.config import loops
 from mcp_auth_proxy.config.changes import SettingsChange
 from mcp_auth_proxy.config.settings import Address, LimitSettings, ServerSettings, Settings, StoreSettings, reachable
+from mcp_auth_proxy.errors import StoreOutOfReach
 from mcp_auth_proxy.identity import Authenticator, Callers, make_authenticator
 from mcp_auth_proxy.identity.api_token import obtain_token, token_path
 from mcp_auth_proxy.identity.sessions import make_sessions
@@ -58,7 +60,10 @@ Announce = Callable[[Flow, str], None]
 """Called with each new flow and its link."""
 
 STORE_PATIENCE = 30.0
-"""Seconds for which a server of the store that can't be reached at start is tried again."""
+"""Seconds for which a server of the store that can't be reached at start, or is lost meanwhile, is tried again."""
+
+STORE_PAUSE = 1.0
+"""Seconds between two tries."""
 
 FORGET_DELAY = 2.0
 """Seconds until the metrics of a removed server are dropped: its last requests have been counted by then."""
@@ -185,6 +190,50 @@ async def lifespan(
     and watch the store for what other processes write.
     ``authenticator`` tells who calls instead of what ``inbound`` says.
     """
+    until = time.monotonic() + (STORE_PATIENCE if background else 0.0)
+
+    def opened() -> AbstractAsyncContextManager[Application]:
+        return _opened(
+            settings,
+            listening,
+            clock=clock,
+            announce=announce,
+            announce_key=announce_key,
+            background=background,
+            authenticator=authenticator,
+            patience=max(0.0, until - time.monotonic()),
+        )
+
+    async with AsyncExitStack() as stack:
+        yield await _patiently(lambda: stack.enter_async_context(opened()), until=until)
+
+
+async def _patiently(start: Callable[[], Awaitable[Application]], *, until: float) -> Application:
+    """Start, and once more if the server of the store was lost meanwhile: it may be started again itself."""
+    while True:
+        try:
+            return await start()
+        except StoreOutOfReach as error:
+            left = until - time.monotonic()
+            if left <= STORE_PAUSE:
+                raise
+            logger.warning("%s It is tried again for %.0f seconds.", error, left)
+        await asyncio.sleep(STORE_PAUSE)
+
+
+@asynccontextmanager
+async def _opened(
+    settings: Settings,
+    listening: Address,
+    *,
+    clock: Clock | None,
+    announce: Announce | None,
+    announce_key: Callable[[str], None],
+    background: bool,
+    authenticator: Authenticator | None,
+    patience: float,
+) -> AsyncIterator[Application]:
+    """Open everything once; ``patience``: seconds for a server of the store that can't be reached."""
     public_url = effective_public_url(settings, listening)
     servers = ServerRegistry(settings.servers)
 
@@ -195,7 +244,6 @@ async def lifespan(
     async with AsyncExitStack() as stack:
         # The store last of all that can fail: a start that fails leaves none behind.
         dialer = Dialer(ca_bundle=settings.outbound.ca_bundle, trust_proxy=settings.outbound.trust_proxy)
-        patience = STORE_PATIENCE if background else 0.0
         if background:
             await _check_imports(settings.store)
         database = await open_store(settings.store, announce=announce_key, patience=patience)

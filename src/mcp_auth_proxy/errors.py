@@ -193,6 +193,10 @@ class StoreUnavailable(StoreError):
     """The store can't be read or written now: locked, read-only, or the disk is full."""
 
 
+class StoreOutOfReach(StoreUnavailable):
+    """The server of the store can't be reached, or was lost: it may soon be back."""
+
+
 class StoreMigrated(StoreUnavailable):
     """The store has another schema than when it was opened: this process can neither read nor write its rows."""
 

@@ -182,6 +182,31 @@ async def test_a_turn_that_was_not_needed_goes_to_the_next(engine: Engine) -> No
         assert turns.names == ["0", "1"]
 
 
+async def test_what_comes_together_after_its_turn_is_sent_apart(turns: Turns) -> None:
+    async def send(name: str) -> None:
+        await turns.rate.sending(ISSUER)
+        turns.had.append((name, time.monotonic()))
+
+    waiting = [asyncio.create_task(send(str(number))) for number in range(25)]
+    await until(lambda: len(turns.had) == 10)
+    await turns.request("turn")
+    # No turn is given while a second's worth of them waits.
+    assert len(turns.had) > 15
+    await asyncio.gather(*waiting)
+    sent = [(name, at) for name, at in turns.had if name != "turn"]
+    assert [name for name, _ in sent] == [str(number) for number in range(25)]
+    assert most_in_a_second([at for _, at in sent]) == 10
+
+
+async def test_what_was_sent_long_ago_is_forgotten(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
+    await turns.rate.sending(ISSUER)
+    await turns.rate.purge()
+    assert set(turns.rate._sendings) == {ISSUER}
+    monkeypatch.setattr(refresh_rate, "SENDING_SLACK", -1)
+    await turns.rate.purge()
+    assert not turns.rate._sendings
+
+
 async def test_who_does_not_wait_any_more_takes_no_turn(engine: Engine) -> None:
     async with turns_on(engine, 2) as turns:
         await asyncio.gather(turns.request(""), turns.request(""))

@@ -1,7 +1,7 @@
 """The token cache on a real store, with a clock of its own and a scripted token endpoint."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 
 from fakes.proxy import until
 from mcp_auth_proxy.broker import token_cache
-from mcp_auth_proxy.broker.backoff import FIRST, Backoff
+from mcp_auth_proxy.broker.backoff import FIRST, Backoff, of_issuer
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal
 from mcp_auth_proxy.broker.refresh_rate import RefreshRate
@@ -19,7 +19,7 @@ from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, TokenRefused
-from mcp_auth_proxy.models import Account, Grant, TokenSet
+from mcp_auth_proxy.models import Account, Grant, RenewalHealth, TokenSet
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store import Engine, open_store
@@ -72,6 +72,8 @@ class WatchedGrants(Grants):
         self.gate.set()
         self.release_takes = 0.0
         """Seconds that ``release_refresh`` takes, by the clock of the test."""
+        self.on_failure: Callable[[], None] | None = None
+        """Called once a failed renewal is noted."""
 
     async def current(self, account: Account) -> Grant | None:
         self.reads += 1
@@ -83,11 +85,20 @@ class WatchedGrants(Grants):
         await super().release_refresh(grant_id, version=version, owner=owner)
         self.clock.now += self.release_takes
 
+    async def note_failure(
+        self, grant_id: int, *, version: int, owner: str, health: RenewalHealth, keep: bool = False
+    ) -> bool:
+        noted = await super().note_failure(grant_id, version=version, owner=owner, health=health, keep=keep)
+        if self.on_failure is not None:
+            self.on_failure()
+        return noted
+
 
 class Setup:
     def __init__(self, database: Engine) -> None:
         self.clock = Clock()
         self.grants = WatchedGrants(database, self.clock)
+        self.backoff = Backoff(clock=self.clock)
         self.endpoint = Endpoint()
         self.servers = {"linear": ServerSettings(name="linear", url="https://linear.example/mcp")}
         registrar = ClientRegistrar(
@@ -97,7 +108,7 @@ class Setup:
             token_client=self.endpoint,
             registrar=registrar,
             grants=self.grants,
-            backoff=Backoff(clock=self.clock),
+            backoff=self.backoff,
             outages=OutageLog(),
             journal=ConnectionJournal(clock=self.clock),
             rate=RefreshRate(slots=RefreshSlots(database), clock=self.clock),
@@ -217,6 +228,32 @@ async def test_a_token_that_is_due_is_used_while_it_is_renewed_once(setup: Setup
     await setup.in_the_background()
     assert await setup.text() == "Bearer canary-access-2"
     assert (setup.endpoint.refreshes, setup.cache.token_nowait(ACCOUNT)[0]) == (1, True)
+
+
+async def test_a_token_that_is_due_when_it_is_loaded_is_renewed_after_its_first_use(setup: Setup) -> None:
+    await setup.grants.add(grant())
+    setup.clock.now = NOW + 0.95 * HOUR
+    setup.endpoint.outcome = tokens("2", setup.clock.now)
+    assert await setup.text() == "Bearer canary-access-1"
+    await until(lambda: setup.endpoint.refreshes == 1)
+    await setup.in_the_background()
+    assert await setup.text() == "Bearer canary-access-2"
+
+
+async def test_a_renewal_that_failed_is_tried_again_if_that_of_another_grant_has_ended_the_pause(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_cache, "RETRY_DELAY", 0.05)
+    stored = await setup.grants.add(grant())
+    setup.endpoint.outcome = AuthorizationServerUnavailable("busy")
+    setup.grants.on_failure = lambda: setup.backoff.succeeded(of_issuer("linear", stored.key.issuer))
+    setup.clock.now = NOW + 0.95 * HOUR
+    assert await setup.text() == "Bearer canary-access-1"
+    await until(lambda: setup.endpoint.refreshes == 1)
+    setup.endpoint.outcome = tokens("2", setup.clock.now)
+    await until(lambda: setup.endpoint.refreshes == 2)
+    await setup.in_the_background()
+    assert await setup.text() == "Bearer canary-access-2"
 
 
 async def test_requests_wait_while_an_expired_token_is_renewed_once(setup: Setup) -> None:

@@ -89,7 +89,7 @@ async def test_an_event_is_tried_a_bounded_number_of_times_and_then_dropped(
     assert "/hook" not in caplog.text
 
 
-async def test_events_that_wait_are_bounded_and_the_newest_are_kept() -> None:
+async def test_events_that_wait_are_bounded_and_the_newest_are_kept() -> None:  # T91
     async with posting(delays=(60.0,)) as (webhook, hook):
         hook.answer = FakeResponse.json({}, 500)
         for number in range(MAX_WAITING + 10):

@@ -46,6 +46,8 @@ def test_commands_that_post_nothing_need_no_secret(tmp_path: Path) -> None:
         ({"secret": "s"}, "url", "is needed"),
         ({"url": URL}, "secret", "is needed"),
         ({"url": URL, "secret": "env:MISSING"}, "secret", "is not set"),
+        ({"url": URL, "secret": "whsec_"}, "secret", "at least 16 bytes"),  # T91
+        ({"url": URL, "secret": "whsec_c2hvcnQ="}, "secret", "at least 16 bytes"),
         ({"url": URL, "secret": "whsec_not base64"}, "secret", "must be base64 behind whsec_"),
         ({"url": URL, "secret": "s", "retries": 3}, "retries", "unknown key"),
     ],

@@ -110,7 +110,7 @@ def test_local_processes_share_a_name_for_each_database(tmp_path: Path) -> None:
 
 @given(user=st.text(), password=st.text(), tail=st.text())
 @example(user="u", password="p@ss/word?", tail="/db")
-def test_nothing_between_scheme_and_host_is_ever_shown(user: str, password: str, tail: str) -> None:
+def test_nothing_between_scheme_and_host_is_ever_shown(user: str, password: str, tail: str) -> None:  # T91
     secret = f"{CANARY}{password}{CANARY}"
     try:
         found = read_store_url(f"postgresql://{user}:{secret}@h{tail}", Context({}, Path("/")))

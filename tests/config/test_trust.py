@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fakes.other_users import NOBODY, as_root
-from mcp_auth_proxy.config.location import find
+from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.config.location import find, find_place
 from mcp_auth_proxy.config.trust import reason_to_distrust
 from mcp_auth_proxy.errors import ConfigurationError
 
@@ -124,3 +125,40 @@ def test_a_file_that_is_not_trusted_is_refused_unless_it_is_named(file: Path, mo
         find(None, {})
     assert find(file.name, {}) == file
     assert find(None, {"MCP_AUTH_PROXY_CONFIG": str(file)}) == file
+
+
+def write(file: Path, keys: str = "[env:KEY]", url: str = "sqlite:///s.db") -> None:
+    file.write_text(f"store: {{url: '{url}', keys: {keys}}}\nservers: {{a: {{url: 'https://a.example/mcp'}}}}\n")
+
+
+COMMAND = "['exec:touch ran', env:KEY]"
+ENGINE = "postgresql://db.example/?sslcert=c.pem&sslkey=%2Fproc%2Fself%2Fcwd%2Fevil.so%3A1"
+KEY_LOG = "postgresql://db.example/?sslkeylogfile=.bashrc"
+
+
+@pytest.mark.parametrize(("keys", "url"), [(COMMAND, "sqlite:///s.db"), ("[env:KEY]", ENGINE), ("[env:KEY]", KEY_LOG)])
+def test_a_file_that_was_only_found_runs_nothing(file: Path, keys: str, url: str) -> None:  # T91
+    write(file, keys, url)
+    environ = {"KEY": "x" * 43}
+    load(file, environ=environ)
+    with pytest.raises(ConfigurationError) as caught:
+        load(file, environ=environ, programs=False)
+    (error,) = caught.value.errors
+    assert error.path == ("store.keys[0]" if keys == COMMAND else "store.url")
+    assert "only found in the current folder" in str(error)
+    assert "--config or $MCP_AUTH_PROXY_CONFIG, or move it to " in str(error)
+
+
+def test_which_files_are_chosen(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # T91
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+    assert find_place(None, {}) == (file, False)
+    assert find_place(file.name, {}) == (file, True)
+    assert find_place(None, {"MCP_AUTH_PROXY_CONFIG": file.name}) == (file, True)
+    folder = tmp_path / "home" / "mcp-auth-proxy"
+    folder.mkdir(parents=True, mode=0o700)
+    file.rename(folder / file.name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder.parent))
+    assert find_place(None, {}) == (folder / file.name, True)
+    monkeypatch.chdir(folder)
+    assert find_place(None, {}) == (folder / file.name, True)

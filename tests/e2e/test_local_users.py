@@ -49,6 +49,23 @@ async def test_no_command_uses_a_file_that_others_may_have_put_into_its_folder( 
     assert sorted(path.name for path in tmp_path.iterdir()) == [config.name], "nothing was made there"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["serve"], ["check"], ["status"], ["export", "x", "--passphrase", "file:passphrase"]],
+    ids=lambda command: command[0],
+)
+async def test_a_file_that_was_only_found_runs_no_program(tmp_path: Path, command: list[str]) -> None:  # T91
+    keys = [f"exec:touch {tmp_path}/ran"]
+    config = write_config(tmp_path, {"a": "http://127.0.0.1:9/mcp"}, store={"url": "sqlite:///s.db", "keys": keys})
+    (tmp_path / "passphrase").write_text("long enough for this")
+    code, out, err = await output(*command, cwd=tmp_path, env=NO_VARIABLE)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    for part in (str(config), "store.keys[0]", "only found in the current folder", "--config"):
+        assert part in err
+    assert not (tmp_path / "ran").exists()
+    assert (await output("check", "--config", config.name, cwd=tmp_path, env=NO_VARIABLE))[0] == 0, "it was named"
+
+
 @as_root
 @pytest.mark.parametrize("others", ["folder", "file"])
 async def test_a_file_or_folder_of_another_user_is_refused(tmp_path: Path, others: str) -> None:  # T89

@@ -10,8 +10,9 @@ from fakes.fixtures import Servers
 from fakes.mcp_client import McpResponse, PlainClient
 from fakes.proxy import Json, link_in, proxy_process, write_config
 from fakes.replicas import replicas
+from fakes.shared_stores import Section
 
-ROUNDS = int(os.environ.get("MCP_AUTH_PROXY_ROUNDS", "6"))
+ROUNDS = int(os.environ.get("MCP_AUTH_PROXY_ROUNDS", "3"))
 
 
 async def at_once(origins: list[str], server: str) -> list[McpResponse]:
@@ -38,27 +39,33 @@ async def check_links(issuer: FakeAuthorizationServer, origins: list[str], names
     assert len(links) == ROUNDS
 
 
-async def test_replicas_that_are_asked_at_once_give_the_same_link(servers: Servers, tmp_path: Path) -> None:
+async def test_replicas_that_are_asked_at_once_give_the_same_link(
+    servers: Servers, tmp_path: Path, shared_store: Section
+) -> None:
     issuer = await servers.authorization_server()
     names = servers_of((await servers.mcp_server(issuer)).url)
-    async with replicas(tmp_path, 2, names, authorization={"wait": "0s"}) as made:
+    async with replicas(tmp_path, 2, names, authorization={"wait": "0s"}, store=shared_store) as made:
         await check_links(issuer, [replica.origin for replica in made], names)
 
 
-async def test_processes_with_an_address_each_give_the_same_link(servers: Servers, tmp_path: Path) -> None:
+async def test_processes_with_an_address_each_give_the_same_link(
+    servers: Servers, tmp_path: Path, shared_store: Section
+) -> None:
     issuer = await servers.authorization_server()
     names = servers_of((await servers.mcp_server(issuer)).url)
-    config = write_config(tmp_path, names, authorization={"wait": "0s"})
+    config = write_config(tmp_path, names, authorization={"wait": "0s"}, store=shared_store)
     async with proxy_process(config) as first, proxy_process(config) as second:
         await check_links(issuer, [first.origin, second.origin], names)
 
 
-async def test_processes_that_are_asked_at_once_request_one_token(servers: Servers, tmp_path: Path) -> None:
+async def test_processes_that_are_asked_at_once_request_one_token(
+    servers: Servers, tmp_path: Path, shared_store: Section
+) -> None:
     issuer = await servers.authorization_server()
     issuer.add_client(client_id="agent", secret="agent-secret")
     oauth = {"grant": "client_credentials", "client_id": "agent", "client_secret": "env:AGENT_SECRET"}
     names = servers_of((await servers.mcp_server(issuer)).url, oauth=oauth)
-    config, env = write_config(tmp_path, names), {"AGENT_SECRET": "agent-secret"}
+    config, env = write_config(tmp_path, names, store=shared_store), {"AGENT_SECRET": "agent-secret"}
     async with proxy_process(config, env=env) as first, proxy_process(config, env=env) as second:
         for number, name in enumerate(names, 1):
             assert {answer.text for answer in await at_once([first.origin, second.origin], name)} == {"in"}

@@ -13,6 +13,11 @@ from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.postgresql import PASSWORD, Server, write_key
 from fakes.proxy import link_in, proxy_process, run_command, write_config
+from mcp_auth_proxy.app import lifespan
+from mcp_auth_proxy.broker.made_servers import MadeServers
+from mcp_auth_proxy.config.load import load
+from mcp_auth_proxy.config.settings import Address
+from mcp_auth_proxy.errors import StoreUnavailable
 
 pytestmark = pytest.mark.postgresql
 
@@ -80,6 +85,39 @@ async def test_live_tokens_go_on_while_the_server_is_away(servers: Servers, own_
         assert (code, out.startswith(proxy.origin)) == (0, True), err
         log = proxy.log
     assert PASSWORD not in log + out + err
+
+
+@pytest.mark.parametrize("returns", [True, False])
+async def test_a_server_that_is_lost_while_the_proxy_starts_is_waited_for(
+    own_server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    returns: bool,
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr("mcp_auth_proxy.app.STORE_PATIENCE", 20.0 if returns else 2.5)
+    settings = load(config(tmp_path, own_server.url("store")), environ={})
+    reload = MadeServers.reload
+    losses: list[asyncio.Task[None] | None] = []
+
+    async def lost(made: MadeServers) -> None:
+        """Lose the server after the store was opened, the first time."""
+        if not losses:
+            await asyncio.to_thread(own_server.stop, "immediate")
+            losses.append(asyncio.create_task(asyncio.to_thread(own_server.start)) if returns else None)
+        await reload(made)
+
+    monkeypatch.setattr(MadeServers, "reload", lost)
+    starting = lifespan(settings, Address("127.0.0.1", 1))
+    if returns:
+        async with starting as application:
+            assert not await application.database.fetch_all("SELECT uid FROM grants")
+    else:
+        with pytest.raises(StoreUnavailable, match="can't be reached"):
+            await starting.__aenter__()
+    assert "It is tried again for" in caplog.text
+    assert PASSWORD not in caplog.text
 
 
 @pytest.mark.parametrize("command", [("serve",), ("status",), ("api-keys", "create", "anna")])

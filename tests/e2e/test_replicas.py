@@ -17,11 +17,12 @@ from fakes.shared_stores import Section
 SECONDS = float(os.environ.get("MCP_AUTH_PROXY_CHAOS_SECONDS", "8"))
 SEED = int(os.environ.get("MCP_AUTH_PROXY_CHAOS_SEED", "20260728"))
 COUNT = int(os.environ.get("MCP_AUTH_PROXY_CHAOS_REPLICAS", "4"))
+LONGEST_FREEZE = float(os.environ.get("MCP_AUTH_PROXY_CHAOS_FREEZE", "3"))
 
 LIFETIME = 3.0
 """Seconds that an access token lasts."""
 
-GRACE = 10.0
+GRACE = float(os.environ.get("MCP_AUTH_PROXY_CHAOS_GRACE", "10"))
 """Seconds in which a refresh token may come again. Without any, a process that is killed after the server's answer and
 before its own commit has lost that grant, whatever the others do."""
 
@@ -64,17 +65,18 @@ async def test_no_grant_is_lost_whatever_happens_to_the_replicas(
     ) as made:
         await connect(made, accounts)
         assert (issuer.authorizations, issuer.registrations) == (len(accounts), len(accounts))
-        load, chaos = Load(made, accounts, chance), Chaos(made, chance)
+        load, chaos = Load(made, accounts, chance), Chaos(made, chance, longest_freeze=LONGEST_FREEZE, grace=GRACE)
         async with load.running():
             await chaos.run(SECONDS)
             harmed, calm_since = len(issuer.requests), time.monotonic()
             await asyncio.sleep(CALM)
+        for number, replica in enumerate(made):
+            (tmp_path / f"replica-{number}.log").write_text(replica.everything)
+        (tmp_path / "events").write_text("\n".join(chaos.events))
+        assert load.lost == [], f"{tmp_path} has the logs"
         for replica in made:
             for account in accounts:
                 assert await replica.is_connected(account), (replica.origin, account, replica.everything[-3000:])
-        for number, replica in enumerate(made):
-            (tmp_path / f"replica-{number}.log").write_text(replica.everything)
-    assert load.lost == [], f"{tmp_path} has the logs"
     assert issuer.ledger.reused == 0
     assert not any(grant.ended for grant in issuer.ledger.grants)
     assert (issuer.authorizations, issuer.registrations) == (len(accounts), len(accounts))

@@ -247,6 +247,37 @@ async def test_a_session_that_began_before_consent_goes_on_at_another_replica(
         assert len({received.header("mcp-session-id") for received in upstream.calls("tools/call")}) == 1
 
 
+async def test_without_callers_one_key_and_one_confirmation_hold_everywhere(
+    servers: Servers, tmp_path: Path, shared_store: Section
+) -> None:
+    issuer = await servers.authorization_server(auto_consent=True)
+    upstream = await servers.mcp_server(issuer)
+    # The sign-in page is on another site, so the user is asked before the first redirect.
+    issuer.issuer = issuer.issuer.replace("127.0.0.1", "localhost")
+    sections: dict[str, Any] = {"authorization": {"wait": "0s"}, "admin": {"token_file": "token"}}
+    async with replicas(tmp_path, 2, {"notes": upstream.url}, store=shared_store, **sections) as made:
+        # Both have started in the same instant; one of them has made the file.
+        key = (tmp_path / "token").read_text().strip()
+        for here, there in (made, made[::-1]):
+            link = link_in((await here.call("notes")).message)
+            async with Browser() as browser:
+                page = await browser.open(there.here(link))
+                if here is made[0]:
+                    assert (page.status_code, issuer.authorizations) == (200, 0), "it asks, the first time"
+                    assert (await browser.follow(there.here(link))).status_code == 200
+                else:
+                    assert page.status_code == 303, page.text
+                    assert (await browser.follow(there.here(link))).status_code == 200
+            await soon(lambda it=here: it.is_connected("notes"), "a consent")  # type: ignore[misc]
+            (grant,) = (await there.request("GET", "/api/v1/grants", key=key)).json()["items"]
+            assert (await here.request("DELETE", f"/api/v1/grants/{grant['id']}", key=key)).is_success
+
+            async def logged_out(it: Replica = there) -> bool:
+                return not await it.is_connected("notes")
+
+            await soon(logged_out, "a logout")
+
+
 async def _answered(client: PlainClient) -> bool:
     message = (await client.call("echo", text="in")).message
     return "result" in message and not message["result"].get("isError")

@@ -148,6 +148,7 @@ async def test_processes_in_pid_namespaces_of_their_own_are_not_taken_for_dead(m
     assert (machines.issuer.refreshes, machines.issuer.authorizations, machines.issuer.ledger.reused) == (3, 1, 0)
 
 
+@on_both_engines
 @pytest.mark.timeout(90)
 async def test_stopped_processes_are_succeeded_if_that_is_needed_and_do_no_harm_later(
     machines: Machines,

@@ -248,7 +248,8 @@ async def serving(
 
     proxy.reading = asyncio.create_task(read_all())
     try:
-        await asyncio.wait_for(started.wait(), 20)
+        # It waits 30 seconds for a database server that is away.
+        await asyncio.wait_for(started.wait(), 40)
         assert proxy.origin, f"serve did not start:\n{proxy.log}"
         await ready(ready_at or proxy.origin)
         yield proxy

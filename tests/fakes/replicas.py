@@ -182,12 +182,21 @@ class Load:
 
 
 class Chaos:
-    """Kill, freeze and restart replicas at random moments; at least one is left alone at any time."""
+    """Kill, freeze and restart replicas at random moments; at least one is left alone at any time.
 
-    def __init__(self, replicas: list[Replica], chance: random.Random, *, longest_freeze: float = 3.0) -> None:
+    ``grace``: seconds in which the authorization server takes a refresh token again. Nobody can know of a frozen
+    process whether it holds the answer to a refresh, so one that is to be killed is not frozen for nearly as long.
+    """
+
+    def __init__(
+        self, replicas: list[Replica], chance: random.Random, *, longest_freeze: float = 3.0, grace: float = 10.0
+    ) -> None:
         self._replicas = replicas
         self._chance = chance
         self._longest_freeze = longest_freeze
+        self._grace = grace
+        self.events: list[str] = []
+        """What was done when."""
         self.kills = 0
         self.freezes = 0
         self.restarts = 0
@@ -206,18 +215,34 @@ class Chaos:
     async def _harm(self, replica: Replica) -> None:
         chance = self._chance
         await asyncio.sleep(chance.uniform(0, 0.5))
+        assert replica.process is not None
         what = chance.choice(["kill", "kill", "freeze", "freeze", "frozen to death", "restart"])
         if what in ("freeze", "frozen to death"):
             self.freezes += 1
+            self._note(what, replica)
             with replica.frozen():
-                await asyncio.sleep(chance.uniform(0.05, self._longest_freeze))
-                if what == "frozen to death":
+                if what == "freeze":
+                    await asyncio.sleep(chance.uniform(0.05, self._longest_freeze))
+                    self._note("goes on", replica)
+                else:
+                    await asyncio.sleep(chance.uniform(0.05, min(self._longest_freeze, self._grace / 3)))
                     self.kills += 1
-                    await replica.stop(signal.SIGKILL)
-                    await replica.start()
+                    await self._stop(replica, signal.SIGKILL)
+                    await self._start(replica)
             return
         self.kills += what == "kill"
         self.restarts += what == "restart"
-        await replica.stop(signal.SIGKILL if what == "kill" else signal.SIGTERM)
+        await self._stop(replica, signal.SIGKILL if what == "kill" else signal.SIGTERM)
         await asyncio.sleep(chance.uniform(0, 0.5))
+        await self._start(replica)
+
+    async def _stop(self, replica: Replica, sign: signal.Signals) -> None:
+        self._note(sign.name, replica)
+        await replica.stop(sign)
+
+    async def _start(self, replica: Replica) -> None:
         await replica.start()
+        self._note("started", replica)
+
+    def _note(self, what: str, replica: Replica) -> None:
+        self.events.append(f"{time.time():.3f} {replica.origin} {what}")

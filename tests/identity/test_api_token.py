@@ -9,6 +9,7 @@ import pytest
 from identity.setup import PEER, bearer, identifying
 from mcp_auth_proxy.config.settings import Address, AdminSettings, InboundSettings, Settings
 from mcp_auth_proxy.errors import CallerRefused
+from mcp_auth_proxy.identity import api_token
 from mcp_auth_proxy.identity.api_token import obtain_token, read_token, token_path
 from mcp_auth_proxy.models import LOCAL, Role
 from store.builders import NOW, store_settings
@@ -22,6 +23,22 @@ def test_the_file_is_made_once_and_is_its_users_alone(tmp_path: Path) -> None:
     assert path.read_text() == f"{token}\n"
     assert (read_token(path), obtain_token(path, now=NOW)) == (token, token)
     assert [file.name for file in path.parent.iterdir()] == ["api-token"]
+
+
+def test_processes_that_make_it_at_once_have_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "api-token"
+    others: list[str] = []
+
+    def overtaken(where: Path) -> str | None:
+        """Find nothing, the first time; then another process makes the file."""
+        if others:
+            return read_token(where)
+        others.append("")
+        others[0] = obtain_token(where, now=NOW)
+        return None
+
+    monkeypatch.setattr(api_token, "read_token", overtaken)
+    assert obtain_token(path, now=NOW) == others[0] == read_token(path)
 
 
 @pytest.mark.parametrize(("mode", "text"), [(0o644, None), (0o620, None), (0o600, "short"), (0o600, "")])

@@ -23,7 +23,7 @@ from mcp_auth_proxy.net.dial import Dialer
 from mcp_auth_proxy.net.http_client import HttpClient
 from mcp_auth_proxy.net.resolver import Resolve
 from mcp_auth_proxy.net.tls import client_context
-from mcp_auth_proxy.oauth.fetch import MAX_BODY, AddressPolicy, Fetcher, Response
+from mcp_auth_proxy.oauth.fetch import MAX_BODY, AddressPolicy, Fetcher, Response, paced
 
 LOCAL = AddressPolicy.for_upstream("http://127.0.0.1:1/mcp")
 PUBLIC = AddressPolicy.for_upstream("https://mcp.example.com/mcp")
@@ -124,6 +124,51 @@ async def test_a_form_is_posted_as_it_is() -> None:
     assert b"Authorization: Basic eA==\r\n" in server.requests[0]
     assert b"Content-Length: 3\r\n" in server.requests[0]
     assert server.requests[0].endswith(b"\r\n\r\na=b")
+
+
+async def post(url: str) -> Response:
+    return await Fetcher().post(url, body=b"a=b", content_type="text/plain", document="token response", policy=LOCAL)
+
+
+async def test_only_what_is_posted_to_the_url_of_a_pace_waits_for_it() -> None:
+    seen: list[int] = []
+
+    async def wait() -> None:
+        seen.append(len(server.requests))
+
+    async with running(Server()) as server:
+        with paced(server.url("/token"), wait):
+            await fetch(server.url("/token"))
+            await post(server.url("/other"))
+            await post(server.url("/token"))
+        await post(server.url("/token"))
+
+    assert (seen, len(server.requests)) == ([2], 4)
+
+
+async def test_nothing_is_sent_on_a_connection_that_was_closed_meanwhile() -> None:
+    arrived, closed = asyncio.Event(), asyncio.Event()
+
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await arrived.wait()
+        writer.close()
+        await writer.wait_closed()
+        closed.set()
+
+    async def wait() -> None:
+        arrived.set()
+        await closed.wait()
+        await asyncio.sleep(0.05)
+
+    listener = await asyncio.start_server(close, "127.0.0.1", 0)
+    async with listener:
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/token"
+        with (
+            paced(url, wait),
+            pytest.raises(AuthorizationServerUnavailable, match="before anything") as failed,
+        ):
+            await post(url)
+    assert not failed.value.maybe_processed
 
 
 @pytest.mark.parametrize(

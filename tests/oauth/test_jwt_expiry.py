@@ -50,7 +50,7 @@ def test_the_exp_of_a_jwt_is_read_and_its_signature_is_not_checked() -> None:
     ],
     ids=repr,
 )
-def test_what_is_no_plausible_end_is_ignored(claims: object) -> None:
+def test_what_is_no_plausible_end_is_ignored(claims: object) -> None:  # T91
     assert jwt_expiry.read(jwt(claims), obtained_at=NOW) is None
 
 

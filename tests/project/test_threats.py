@@ -12,7 +12,7 @@ FOUND = [
     for number, files in re.findall(r"^\| ([TF]\d+) \|.*\|([^|]*)\|$", PAGE, re.MULTILINE)
 ]
 ROWS = list(dict.fromkeys(number for number, _ in FOUND))
-THREATS = [*range(1, 55), *range(59, 73), *range(74, 91)]
+THREATS = [*range(1, 55), *range(59, 73), *range(74, 92)]
 NUMBERS = [*(f"T{number}" for number in THREATS), *(f"F{number}" for number in range(1, 15))]
 
 

@@ -98,7 +98,7 @@ def test_a_command_that_fails_is_named_with_its_status(code: str, said: str, cap
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_is_not_a_key_is_not_shown() -> None:
+def test_what_is_not_a_key_is_not_shown() -> None:  # T91
     assert "not a key" in problem(python(f"print({CANARY!r})"), KeyRejected)
     assert "not a key" in problem(python("import sys; sys.stdout.buffer.write(b'\\xff' * 44)"), KeyRejected)
 
@@ -114,6 +114,14 @@ def test_other_words_than_the_program_are_not_shown() -> None:
     assert "exec:false …" in problem(source)
 
 
+def _state(pid: str) -> str:
+    """Return the state of a process in one letter, as Linux has it; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_sources, "TIMEOUT", 0.5)
     pids = tmp_path / "pids"
@@ -122,19 +130,17 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path, monkey
     assert "timed out after 0.5 s" in problem(command("sh", "-c", shell))
     assert time.monotonic() - begun_at < 10
     for pid in pids.read_text().split():
-        # The child may wait for the init process to collect it.
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            continue
-        assert state == "Z"
+        # The child may wait for the init process to collect it, and a busy machine may end it late.
+        while (state := _state(pid)) != "Z" and state and time.monotonic() - begun_at < 20:
+            time.sleep(0.02)
+        assert state in ("Z", "")
 
 
 def test_the_time_is_ten_seconds() -> None:
     assert key_sources.TIMEOUT == 10
 
 
-def test_a_command_that_closes_its_output_and_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_closes_its_output_and_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:  # T91
     monkeypatch.setattr(key_sources, "TIMEOUT", 0.5)
     assert "timed out" in problem(
         python(f"import os, time; os.write(1, {KEY.encode()!r}); os.close(1); time.sleep(60)")

@@ -1,6 +1,7 @@
 """Which processes hold leases, and which are certainly dead."""
 
 import fcntl
+import math
 import os
 import stat
 import subprocess
@@ -86,6 +87,13 @@ def test_if_nothing_is_known_of_a_process_its_lease_ends_in_time(ours: Owners, o
     assert ours.is_held(owner, NOW, NOW + LONGEST)
     assert not ours.is_held(owner, NOW, NOW + LONGEST + 1)
     assert not ours.is_held(owner, NOW + LONGEST + 1, NOW)
+
+
+@pytest.mark.parametrize("time", [math.nan, math.inf, -math.inf, 1e300])
+def test_a_time_that_nobody_of_us_wrote_ends_a_lease(ours: Owners, time: float) -> None:  # T91
+    owner = f"{'0' * 8}.{'1' * 32}.{'2' * 16}"
+    assert not ours.is_held(owner, time, NOW)
+    assert ours.may_refresh(owner, time, owner=ours.new(), now=NOW, needed=False)
 
 
 def test_of_a_file_that_is_gone_nothing_is_known(store: Path, ours: Owners) -> None:

@@ -11,6 +11,7 @@ from mcp_auth_proxy.store.leases import Leases
 from store.builders import NOW, dead_owner, store_settings
 
 ELSEWHERE = "elsewhere:1:a"
+ABSURD = [f'["a", {time}]'.encode() for time in ("NaN", "Infinity", "-Infinity", "1" * 400, "9" * 5000)]
 
 
 @pytest.fixture
@@ -58,8 +59,14 @@ async def test_a_lease_that_is_too_old_or_of_the_dead_is_free(held: Leases) -> N
 
 
 @pytest.mark.sqlite
-@pytest.mark.parametrize("value", [b"", b"nonsense", b"[]", b'{"a": 1}', b"[" * 5000, "text", 5])
-async def test_what_something_else_wrote_there_holds_nothing(held: Leases, engine: Engine, value: object) -> None:
+@pytest.mark.parametrize("value", [b"", b"nonsense", b"[]", b'{"a": 1}', b"[" * 5000, "text", 5, *ABSURD])
+async def test_what_something_else_wrote_there_holds_nothing(  # T91
+    held: Leases, engine: Engine, value: object
+) -> None:
+    async with engine.transaction() as transaction:
+        await transaction.execute("INSERT INTO meta (name, value) VALUES ('lease:a', :value)", {"value": value})
+    await held.purge(NOW)
+    assert await names(engine) == []
     async with engine.transaction() as transaction:
         await transaction.execute("INSERT INTO meta (name, value) VALUES ('lease:a', :value)", {"value": value})
     assert not await held.is_held("a", now=NOW, longest=20)

@@ -263,6 +263,25 @@ async def test_a_file_that_is_remembered_is_taken_in_once(there: Engine) -> None
     assert not await imports.was_imported(there, b"another")
 
 
+async def test_a_login_that_has_ended_here_does_not_come_back_in_another_file(there: Engine) -> None:  # T91
+    first, renewed = grant(), replace(grant(), tokens=replace(grant().tokens, obtained_at=NOW + 9))
+
+    async def outcome(found: Grant, file: bytes) -> imports.Outcome:
+        result = await imports.take_in(there, Export(made_at=NOW, grants=(found,)), now=NOW, remember=file)
+        assert result is not None
+        return result.grants[0].outcome
+
+    assert await outcome(first, b"first") is imports.Outcome.IMPORTED
+    await Grants(there).delete(first.key.account)
+    assert await outcome(first, b"second") is imports.Outcome.KEPT
+    assert await Grants(there).all() == []
+    assert await outcome(renewed, b"third") is imports.Outcome.IMPORTED
+    await Grants(there).delete(first.key.account)
+    assert (await take_in(there, Export(made_at=NOW, grants=(first,)))).grants[0].outcome is imports.Outcome.IMPORTED, (
+        "somebody has asked for it"
+    )
+
+
 @pytest.mark.sqlite
 async def test_an_import_that_fails_changes_nothing(engine: Engine, there: Engine) -> None:
     await fill(engine)

@@ -1,5 +1,6 @@
 """A file that is sealed with a passphrase opens as it was written, with that passphrase, or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_file_that_is_cut_off_is_refused(length: int) -> None:
 
 
 @given(st.binary(min_size=3, max_size=3).filter(lambda given: not (14 <= given[0] <= 17 and given[1] == 8)))
-def test_a_file_whose_key_would_cost_too_much_is_refused_at_once(parameters: bytes) -> None:
+def test_a_file_whose_key_would_cost_too_much_is_refused_at_once(parameters: bytes) -> None:  # T91
     start = len(MAGIC) + 1
     with pytest.raises(ExportRejected, match="within bounds"):
         open_sealed(SEALED[:start] + parameters + SEALED[start + 3 :], PASSPHRASE, name="f")
@@ -57,8 +58,9 @@ def test_anything_else_is_no_export(content: bytes) -> None:
         open_sealed(content, PASSPHRASE, name="f")
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing", Path("/dev/null")):
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:  # T91
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(ExportRejected):
             read_file(path)
 

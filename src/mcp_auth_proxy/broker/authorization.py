@@ -26,6 +26,7 @@ from mcp_auth_proxy.errors import (
 )
 from mcp_auth_proxy.models import DEFAULT_ACCOUNT, AccessToken, Account, Flow, Grant, GrantType
 from mcp_auth_proxy.oauth.challenge import BearerChallenge
+from mcp_auth_proxy.oauth.fetch import paced
 from mcp_auth_proxy.oauth.token_exchange import SubjectToken
 from mcp_auth_proxy.store.grants import Grants
 
@@ -258,7 +259,10 @@ class Authorizations:
             self._backoff.check(of_issuer(plan.server.name, plan.key.issuer))
             # Many callers may come at once, as after a start; nobody consents here.
             await self._rate.turn(plan.key.issuer)
-            with self._backoff.attempt(of_issuer(plan.server.name, plan.key.issuer)):
+            with (
+                self._backoff.attempt(of_issuer(plan.server.name, plan.key.issuer)),
+                paced(plan.endpoints.token, lambda: self._rate.sending(plan.key.issuer)),
+            ):
                 return await self._token_client.obtain(plan, subject=token)
         except TokenRefused as refused:
             raise _denied(refused) from None

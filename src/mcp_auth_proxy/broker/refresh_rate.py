@@ -4,6 +4,9 @@ All processes on one store share the rate (``store.refresh_slots``). In each pro
 wait. Requests go first, in their order, and reserve times further ahead than the background does: so they go first in
 other processes too. In the background, the token that expires first is renewed first, and one that has expired already
 last: its next request renews it anyway.
+
+Between its turn and its sending a refresh is written to the store, and a connection is opened: what took long there
+comes together. So the turns are counted once more when they are sent, in this process.
 """
 
 import asyncio
@@ -35,6 +38,13 @@ REFILL = 0.2
 LONGEST_SLEEP = 5.0
 """Maximum seconds until a lane looks at the store again."""
 
+SENDING_SLACK = 1.05
+"""Share of a second that counts as one when refreshes are sent. Less than that of the turns, so that whatever has come
+together is sent in the end."""
+
+LOOK_AGAIN = 0.1
+"""Seconds until the next turn while too many that have had theirs wait to be sent."""
+
 MANY = 100
 """Those that do not want their turn any more that are dropped before others have theirs on the event loop."""
 
@@ -50,6 +60,7 @@ class RefreshRate:
         self.rate = rate
         self.clock = clock
         self._lanes: dict[str, _Lane] = {}
+        self._sendings: dict[str, _Sending] = {}
         self._closed = False
 
     async def turn(
@@ -95,6 +106,11 @@ class RefreshRate:
         if lane is not None:
             lane.give_back()
 
+    async def sending(self, issuer: str) -> None:
+        """Wait until this process may send one more refresh to an issuer, which has had its turn; it is sent at once
+        then."""
+        await self._sending(issuer).wait(max(1, int(self.rate)))
+
     async def pause(self, issuer: str, seconds: float) -> None:
         """Give no turns for a time that the server has asked for, in no process. A store that fails changes nothing."""
         now = self.clock()
@@ -126,21 +142,56 @@ class RefreshRate:
 
     async def purge(self) -> None:
         """Delete what is kept of issuers that are not used. Raises StoreError."""
+        now = asyncio.get_running_loop().time()
+        over = [issuer for issuer, sending in self._sendings.items() if sending.is_over(now)]
+        for issuer in set(over) - set(self._lanes):
+            del self._sendings[issuer]
         await self.slots.purge(self.clock())
+
+    def _sending(self, issuer: str) -> "_Sending":
+        return self._sendings.setdefault(issuer, _Sending())
 
     def _lane(self, issuer: str) -> "_Lane":
         lane = self._lanes.get(issuer)
         if lane is None:
-            lane = self._lanes[issuer] = _Lane(self, issuer, lambda: self._lanes.pop(issuer))
+            lane = self._lanes[issuer] = _Lane(self, issuer, self._sending(issuer), lambda: self._lanes.pop(issuer))
         return lane
+
+
+class _Sending:
+    """When this process has sent the last refreshes to one issuer, and those that wait to be sent."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self._turn = asyncio.Lock()
+        self._sent: deque[float] = deque()
+
+    async def wait(self, burst: int) -> None:
+        """Wait until one more of ``burst`` in a second may be sent: one after the other, in their order."""
+        loop = asyncio.get_running_loop()
+        self.waiting += 1
+        try:
+            async with self._turn:
+                if len(self._sent) >= burst:
+                    await asyncio.sleep(self._sent[-burst] + SENDING_SLACK - loop.time())
+                self._sent.append(loop.time())
+                while len(self._sent) > burst:
+                    self._sent.popleft()
+        finally:
+            self.waiting -= 1
+
+    def is_over(self, now: float) -> bool:
+        """Return whether nothing has to be known of it any more."""
+        return not self.waiting and (not self._sent or self._sent[-1] + SENDING_SLACK < now)
 
 
 class _Lane:
     """Those that wait for one issuer, and the task that gives them their turns; it ends when nobody waits."""
 
-    def __init__(self, rate: RefreshRate, issuer: str, on_end: Callable[[], object]) -> None:
+    def __init__(self, rate: RefreshRate, issuer: str, sending: _Sending, on_end: Callable[[], object]) -> None:
         self._rate = rate
         self._issuer = issuer
+        self._sending = sending
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
@@ -259,6 +310,10 @@ class _Lane:
         while self._times and self._times[0] <= (now := self._loop.time()):
             if len(self._sent) >= burst and (earliest := self._sent[-burst] + window / SLACK) > now:
                 self._times[0] = earliest
+                break
+            if self._sending.waiting >= burst:
+                # Some have come together, or a server wants its requests twice: first those have to leave.
+                self._times[0] = now + LOOK_AGAIN
                 break
             begin = self._next()
             if begin is None:

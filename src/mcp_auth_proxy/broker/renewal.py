@@ -28,7 +28,7 @@ from mcp_auth_proxy.errors import (
 from mcp_auth_proxy.models import HEALTHY, Grant, RenewalHealth, TokenSet
 from mcp_auth_proxy.net.deadline import patient_timeout
 from mcp_auth_proxy.oauth import jwt_expiry
-from mcp_auth_proxy.oauth.fetch import sent_only_while
+from mcp_auth_proxy.oauth.fetch import paced, sent_only_while
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.observability.outages import OutageLog
 from mcp_auth_proxy.store.grants import Grants
@@ -267,7 +267,11 @@ class Renewer:
         """Request new tokens, in so little time that they are stored before another process may take over."""
         try:
             async with patient_timeout(max(0.0, attempt.seconds_left())):
-                with sent_only_while(lambda: attempt.seconds_left() > 0):
+                issuer = grant.key.issuer
+                with (
+                    sent_only_while(lambda: attempt.seconds_left() > 0),
+                    paced(grant.endpoints.token, lambda: self.rate.sending(issuer)),
+                ):
                     return await self._token_client.refresh(server, grant)
         except TimeoutError:
             raise AuthorizationServerUnavailable(

@@ -6,6 +6,7 @@ Everything here can be loaded again from the store.
 import asyncio
 import itertools
 import logging
+import random
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 LONGEST_TIMER = 86_400.0
 """Maximum seconds of a timer. Longer waits take several: the clock may be set in the meantime."""
 
+RETRY_DELAY = 1.0
+"""Seconds after which a renewal that failed is tried again if nothing pauses it, and up to as many more."""
 
 LOOK_AHEAD = 15.0
 """Seconds between two looks for tokens that are too many to be renewed within their margins."""
@@ -146,6 +149,8 @@ class TokenCache:
         cached.used_at = now = self._clock()
         if now < cached.expires_at or not renewable(cached.grant):
             # A token that can't be renewed is tried even if it seems expired: perhaps the clock is wrong.
+            if now >= cached.renew_at and account not in self._renewing:
+                self._renew_soon(account, cached)
             return cached.token
         renewed = await self.renew(account, cached)
         return renewed.token if renewed else None
@@ -422,6 +427,7 @@ class TokenCache:
             # Before this task ends: as soon as no renewal is in progress, a request that finds the token still due
             # would start the next one.
             self._postpone(account, cached)
+            self._try_again_soon(account, cached)
             raise
         if before != self._invalidations:
             return await self._load(account)
@@ -478,6 +484,12 @@ class TokenCache:
             cached.renew_at = max(cached.renew_at, retry_at)
             # The timer may have been set for a time that is past by now: timers stand still while a machine sleeps.
             self._schedule(account, cached)
+
+    def _try_again_soon(self, account: Account, cached: CachedToken) -> None:
+        """Look at a token again if no pause does that: the renewal of another grant may have ended the pause."""
+        if cached.timer is None and self._cached.get(account) is cached:
+            delay = RETRY_DELAY * (1 + random.random())
+            cached.timer = asyncio.get_running_loop().call_later(delay, self._on_timer, account, cached)
 
     def _schedule(self, account: Account, cached: CachedToken) -> None:
         if cached.timer is not None:

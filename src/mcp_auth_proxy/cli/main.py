@@ -20,6 +20,7 @@ from mcp_auth_proxy.cli.options import (
     account_options,
     config_option,
     config_path,
+    config_place,
     duration_option,
     examples,
     log_options,
@@ -81,7 +82,8 @@ def serve(
         settings = config.single(url, listen=listen, allow_anonymous=allow_anonymous)
         run(serve_forever(settings, None, for_bridges=for_bridges))
         return
-    file = ConfigFile(config_path(config_file), listen=listen, allow_anonymous=allow_anonymous)
+    place = config_place(config_file)
+    file = ConfigFile(place.path, listen=listen, allow_anonymous=allow_anonymous, programs=place.is_chosen)
     settings = file.read()
     name_file(file.path)
     run(serve_forever(settings, file, for_bridges=for_bridges))
@@ -129,8 +131,8 @@ def check(config_file: str | None) -> None:
     from mcp_auth_proxy.config.oauth import first_contact_warning
     from mcp_auth_proxy.store.cipher import key_errors, key_warnings
 
-    path = config_path(config_file)
-    settings = config.load(path, environ=os.environ, allow_anonymous=False)
+    path, is_chosen = config_place(config_file)
+    settings = config.load(path, environ=os.environ, allow_anonymous=False, programs=is_chosen)
     errors = key_errors(settings.store)
     if errors:
         raise ConfigurationError(located(errors, path), str(path))
@@ -324,7 +326,8 @@ def install(config_file: str | None, print_only: bool) -> None:
     """Write the file of the service, and start it now and at each login."""
     from mcp_auth_proxy.cli import service
 
-    sys.exit(service.install(config_path(config_file), print_only=print_only))
+    path, is_chosen = config_place(config_file)
+    sys.exit(service.install(path, print_only=print_only, programs=is_chosen))
 
 
 @service.command(epilog=examples("service uninstall"))

@@ -131,9 +131,9 @@ def settings_from(
     if url is not None:
         refuse_both(config_file)
         return config.single(url, environ=os.environ)
-    path = config_path(config_file)
-    settings = config.load(path, environ=os.environ, secrets_of=secrets_of)
-    name_file(path)
+    place = config_place(config_file)
+    settings = config.load(place.path, environ=os.environ, secrets_of=secrets_of, programs=place.is_chosen)
+    name_file(place.path)
     return settings
 
 
@@ -153,9 +153,14 @@ def name_file(path: Path) -> None:
 
 def config_path(config_file: str | None) -> Path:
     """Return the configuration file to read. Raises ConfigurationError if there is none."""
-    path = location.find(config_file, os.environ)
-    if path is not None:
-        return path
+    return config_place(config_file).path
+
+
+def config_place(config_file: str | None) -> location.Place:
+    """Return the configuration file to read, and whether it is chosen. Raises ConfigurationError if there is none."""
+    place = location.find_place(config_file, os.environ)
+    if place is not None:
+        return place
     ways = "Use --config FILE, create mcp-auth-proxy.yaml in this folder"
     command = click.get_current_context().info_name
     last = (

@@ -20,7 +20,7 @@ from mcp_auth_proxy.config.load import limit_warnings
 from mcp_auth_proxy.config.oauth import first_contact_warning
 from mcp_auth_proxy.config.reload import ConfigFile
 from mcp_auth_proxy.config.settings import Settings, reachable
-from mcp_auth_proxy.errors import without_query_values
+from mcp_auth_proxy.errors import StoreUnavailable, without_query_values
 from mcp_auth_proxy.models import LOCAL, Account
 from mcp_auth_proxy.net import descriptors
 from mcp_auth_proxy.net.resolver import Resolver
@@ -79,7 +79,11 @@ async def serve_forever(settings: Settings, file: ConfigFile | None, *, for_brid
 
 async def _warn_of_left_grants(application: Application) -> None:
     """Say which grants nobody can use: those from when callers were not identified."""
-    left = await application.broker.stored_grants.count(LOCAL)
+    try:
+        left = await application.broker.stored_grants.count(LOCAL)
+    except StoreUnavailable:
+        # Everything is ready, and goes on when the store is back.
+        return
     if left:
         logger.warning(
             "%d grant%s of 'local' %s left from when callers were not identified, and nobody can use %s: "

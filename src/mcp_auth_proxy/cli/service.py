@@ -104,7 +104,7 @@ def unit_text(found: Manager, config_file: Path) -> str:
     return re.sub(r"\{\w+\}", lambda name: values[name[0]], text)
 
 
-def install(config_file: Path, *, print_only: bool) -> int:
+def install(config_file: Path, *, print_only: bool, programs: bool = True) -> int:
     """Write the file of the service, and start it. Return the exit code; raise McpAuthProxyError.
 
     If the file is there already and the service is active, nothing is done.
@@ -114,7 +114,7 @@ def install(config_file: Path, *, print_only: bool) -> int:
     if print_only:
         say(*text.rstrip("\n").split("\n"))
         return 0
-    errors = _config_errors(config_file)
+    errors = _config_errors(config_file, programs=programs)
     if found.template == "system.service":
         errors += _system_errors(config_file)
     if errors:
@@ -172,10 +172,10 @@ def status() -> int:
     return 0
 
 
-def _config_errors(config_file: Path) -> list[ConfigError]:
+def _config_errors(config_file: Path, *, programs: bool) -> list[ConfigError]:
     """Return what is wrong with the configuration, apart from credentials that exist only inside of the service."""
     try:
-        config.load(config_file, environ=os.environ, allow_anonymous=False, secrets_of=())
+        config.load(config_file, environ=os.environ, allow_anonymous=False, secrets_of=(), programs=programs)
     except ConfigurationError as error:
         return [problem for problem in error.errors if str(CREDENTIALS) not in problem.problem]
     return []

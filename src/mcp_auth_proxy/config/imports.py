@@ -1,5 +1,6 @@
 """Read ``store.import`` and its passphrase: exports that are taken in at the first start."""
 
+import os
 from pathlib import Path
 
 from mcp_auth_proxy.config.reader import Section
@@ -29,7 +30,7 @@ def read_imports(section: Section, *, secrets: bool) -> ImportSettings:
         if secrets:
             # Not read before it is needed; but a wrong path is noticed as for every other file.
             try:
-                path.open("rb").close()
+                os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             except OSError as error:
                 raise ValueError(f"the file {path} can't be read ({error.strerror})") from None
         return path

@@ -48,13 +48,15 @@ def load(
     allow_anonymous: bool | None = None,
     secrets_of: Collection[str] | None = None,
     secret_files: set[Path] | None = None,
+    programs: bool = True,
 ) -> Settings:
     """Return the settings of a file. Raises ConfigurationError with all errors.
 
     ``listen`` is the flag, which overrides the file. ``allow_anonymous``: the flag if the settings are to be served
     with; None if nothing will listen. ``secrets_of``: the servers whose secrets are needed, None for
     all. The secrets of other servers may be missing and are None in the settings; do not authorize those servers.
-    ``secret_files`` collects the files that contain secrets, even if the configuration has errors.
+    ``secret_files`` collects the files that contain secrets, even if the configuration has errors. ``programs``: False
+    for a file that was only found (``location.Place.is_chosen``), in which nothing may run a program.
     """
     path = path.absolute()
     try:
@@ -67,7 +69,8 @@ def load(
         raise ConfigurationError([ConfigError("", "the file is empty: it needs at least a servers section")], str(path))
     if not isinstance(document.content, Mapping):
         raise ConfigurationError([ConfigError("", "the file must be a mapping (key: value lines)")], str(path))
-    context = Context(environ, path.parent, secret_files=set() if secret_files is None else secret_files)
+    named = set() if secret_files is None else secret_files
+    context = Context(environ, path.parent, secret_files=named, programs=programs)
     settings = _read(Section(document.content, "", context), listen, path, secrets_of)
     if allow_anonymous is not None:
         context.errors.extend(listeners.exposure_errors(settings, allow_anonymous))
@@ -170,6 +173,7 @@ def _key_source(text: str, context: Context, default: KeySource) -> KeySource:
         context.variable(name)
         return KeySource(kind="env", name=name, written=text)
     if kind == "exec":
+        context.require_programs("runs a program")
         return KeySource(kind="exec", name=values.command(name), written=text)
     if kind == "keyring":
         return KeySource(kind="keyring", name=values.keyring_name(name), written=text)

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import platformdirs
 
@@ -17,7 +18,22 @@ FILE_NAME = "mcp-auth-proxy.yaml"
 VARIABLE = "MCP_AUTH_PROXY_CONFIG"
 
 
+class Place(NamedTuple):
+    """A configuration file, and whether it is surely meant."""
+
+    path: Path
+    is_chosen: bool
+    """Whether the user has named it, or put it into the folder for it. False: it is in the current folder, as that of
+    a cloned repository is, and may run no program."""
+
+
 def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the path of ``find_place``."""
+    found = find_place(explicit, environ)
+    return None if found is None else found.path
+
+
+def find_place(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Place | None:
     """Return the file to read; None if there is none.
 
     In order: ``--config``, ``$MCP_AUTH_PROXY_CONFIG``, ``./mcp-auth-proxy.yaml``, the platform's configuration folder.
@@ -26,8 +42,8 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
     """
     for text, origin in ((explicit, "--config"), (environ.get(VARIABLE), f"${VARIABLE}")):
         if text:
-            return _named(text, origin)
-    here = Path.cwd() / FILE_NAME
+            return Place(_named(text, origin), is_chosen=True)
+    here, platform = Path.cwd() / FILE_NAME, platform_file()
     if _is_file(here, str(here)):
         if problem := reason_to_distrust(here):
             refusal = (
@@ -35,13 +51,18 @@ def find(explicit: str | None, environ: Mapping[str, str] = os.environ) -> Path 
                 f"If it is yours, name it with --config or ${VARIABLE}"
             )
             raise ConfigurationError([ConfigError("", refusal)])
-        return here
-    try:
-        platform = platformdirs.user_config_path(APP, appauthor=False) / FILE_NAME
-    except RuntimeError:
-        # This user has no home folder.
+        return Place(here, is_chosen=here == platform)
+    if platform is None or not _is_file(platform, str(platform)):
         return None
-    return platform if _is_file(platform, str(platform)) else None
+    return Place(platform, is_chosen=True)
+
+
+def platform_file() -> Path | None:
+    """Return where the platform has this user's configuration; None if the user has no home folder."""
+    try:
+        return platformdirs.user_config_path(APP, appauthor=False) / FILE_NAME
+    except RuntimeError:
+        return None
 
 
 def _named(text: str, origin: str) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+from mcp_auth_proxy.config.location import VARIABLE, platform_file
 from mcp_auth_proxy.config.settings import Secret
 from mcp_auth_proxy.errors import ConfigError
 
@@ -32,10 +33,22 @@ class Context:
     """False: secrets are not read, so they may be missing."""
     secret_files: set[Path] = field(default_factory=set)
     """The files that were read for secrets, or should have been."""
+    programs: bool = True
+    """False: the file was not chosen by the user, so what would run a program is refused."""
 
     def without_secrets(self) -> "Context":
         """Return a copy that skips secrets but shares the list of errors."""
         return replace(self, secrets=False)
+
+    def require_programs(self, what: str) -> None:
+        """Raise ValueError if the file may run no program. ``what`` would."""
+        if not self.programs:
+            place = platform_file()
+            raise ValueError(
+                f"{what}, and this file was only found in the current folder: one that came with a cloned repository "
+                f"could run anything. If it is yours, name it with --config or ${VARIABLE}"
+                f"{'' if place is None else f', or move it to {place}'}"
+            )
 
     def path(self, text: str) -> Path:
         """Return an absolute path, relative to the file's folder. Raises ValueError for an unknown ``~user``."""

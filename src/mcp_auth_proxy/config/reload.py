@@ -32,8 +32,8 @@ Stamp = tuple[int, int, int, int] | None
 class ConfigFile:
     """A configuration file that is read repeatedly, and the secret files that it names.
 
-    The command line flags ``listen`` and ``allow_anonymous`` override the file each time. The methods block on files:
-    call them in a thread.
+    The command line flags ``listen`` and ``allow_anonymous`` override the file each time; ``programs`` is that of
+    ``load``. The methods block on files: call them in a thread.
     """
 
     def __init__(
@@ -43,11 +43,13 @@ class ConfigFile:
         environ: Mapping[str, str] = os.environ,
         listen: str | None = None,
         allow_anonymous: bool = False,
+        programs: bool = True,
     ) -> None:
         self.path = path
         self._environ = environ
         self._listen = listen
         self._allow_anonymous = allow_anonymous
+        self._programs = programs
         self._read: dict[Path, Stamp] = {path: None}
 
     def read(self) -> Settings:
@@ -65,6 +67,7 @@ class ConfigFile:
                 listen=self._listen,
                 allow_anonymous=self._allow_anonymous,
                 secret_files=named,
+                programs=self._programs,
             )
         except ConfigurationError:
             # A file that can't be parsed names no secrets: keep polling those named last time.

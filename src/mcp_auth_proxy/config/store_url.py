@@ -43,7 +43,7 @@ def read_store_url(text: str, context: Context) -> Path | PostgresqlUrl:
         context.secret_files.add(context.path(name))
         text = context.file_text(name).strip()
     if text.startswith(_SCHEMES):
-        return _postgresql(text)
+        return _postgresql(text, context)
     return _file(text, context)
 
 
@@ -74,7 +74,7 @@ def _file(text: str, context: Context) -> Path:
     return context.path(name)
 
 
-def _postgresql(text: str) -> PostgresqlUrl:
+def _postgresql(text: str, context: Context) -> PostgresqlUrl:
     found = _POSTGRESQL.fullmatch(text)
     if found is None or _PERCENT.search(text) or "\0" in unquote(text):
         raise ValueError(_SHAPE)
@@ -83,6 +83,12 @@ def _postgresql(text: str) -> PostgresqlUrl:
     for secret in filter(None, secrets):
         secret_values.remember(secret, unquote(secret))
     _check(text)
+    for name, value in ((unquote(name), unquote(value)) for name, _, value in parameters):
+        if name == "sslkey" and ":" in value:
+            # ENGINE:KEY: OpenSSL loads any library of that path, whose code runs.
+            context.require_programs("has an sslkey with a colon, which loads a library")
+        elif name == "sslkeylogfile":
+            context.require_programs("has an sslkeylogfile, which is written to")
     # What says which database it is, without any secret.
     named = [f"{name}={value}" for name, _, value in parameters if unquote(name) not in _SECRET_PARAMETERS]
     shown = f"postgresql://{found['hosts']}{found['database'] or ''}"

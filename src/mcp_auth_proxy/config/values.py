@@ -22,6 +22,7 @@ _PRINTABLE = re.compile(r"[!-\[\]-~]+")
 _SCOPE = re.compile(r"[!#-\[\]-~]+")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:.+")
 _HIGHEST_PORT = 65535
+_SHORTEST_WEBHOOK_SECRET = 16
 
 
 def duration(text: str) -> float:
@@ -165,9 +166,14 @@ def webhook_secret(text: str) -> str:
     """Return the secret of a webhook. One with ``whsec_`` is base64 behind that, as Standard Webhooks writes it."""
     if text.startswith("whsec_"):
         try:
-            base64.b64decode(text.removeprefix("whsec_"), validate=True)
+            secret = base64.b64decode(text.removeprefix("whsec_"), validate=True)
         except ValueError:
             raise ValueError("must be base64 behind whsec_, or not begin with that") from None
+        if len(secret) < _SHORTEST_WEBHOOK_SECRET:
+            raise ValueError(
+                f"must have at least {_SHORTEST_WEBHOOK_SECRET} bytes behind whsec_, or anybody could guess it; make "
+                'one with: echo "whsec_$(openssl rand -base64 32)"'
+            )
     return text
 
 

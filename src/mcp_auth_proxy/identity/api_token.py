@@ -39,19 +39,21 @@ def read_token(path: Path) -> str | None:
 
 def obtain_token(path: Path, *, now: float) -> str:
     """Return the key in the file; make the file, 0600, if it is missing or can't be trusted. Raises OSError."""
-    token = read_token(path)
-    if token is not None:
-        return token
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    token = read_token(path) or _made(path, now)
+    if token is None:
+        # Only a file that was there, and is no good: another process may have made one since we looked.
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        token = _made(path, now)
+    if token is None:
+        raise PermissionError(f"{path} is not this user's alone")
+    return token
+
+
+def _made(path: Path, now: float) -> str | None:
+    """Make the file; return its key, or that of another process, which was faster. None if neither can be trusted."""
     files.make_folder(path.parent)
     _, token = make_key(principal=LOCAL, name="api-token", scopes=ALL_SCOPES, now=now)
     draft = files.temporary_path(path)
     files.create(draft, f"{token}\n".encode())
-    if files.link_into_place(draft, path):
-        return token
-    # Another process has made it at the same time.
-    other = read_token(path)
-    if other is None:
-        raise PermissionError(f"{path} is not this user's alone")
-    return other
+    return token if files.link_into_place(draft, path) else read_token(path)

@@ -8,7 +8,7 @@ none that was opened under the policy of one server is used for another.
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -44,6 +44,7 @@ _NO_TIMEOUT = 86_400.0
 """Seconds until a connection gives up by itself: later than any deadline."""
 
 _may_send: ContextVar[Callable[[], bool] | None] = ContextVar("_may_send", default=None)
+_paced: ContextVar[tuple[str, Callable[[], Awaitable[None]]] | None] = ContextVar("_paced", default=None)
 _FIELD_VALUE = re.compile(r"[!-~]([ -~\t]*[!-~])?|")
 """A field value in ASCII (RFC 9110 §5.5): nothing in it ends a line."""
 
@@ -69,6 +70,16 @@ def sent_only_while(condition: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         _may_send.reset(token)
+
+
+@contextmanager
+def paced(url: str, wait: Callable[[], Awaitable[None]]) -> Iterator[None]:
+    """Await ``wait`` right before each form of the block is posted to ``url``, once the connection is open."""
+    token = _paced.set((url, wait))
+    try:
+        yield
+    finally:
+        _paced.reset(token)
 
 
 class Fetcher:
@@ -132,6 +143,10 @@ class Fetcher:
             async with patient_timeout(self._deadline):
                 connection = await self._connect(parsed.origin, policy)
                 try:
+                    if body is not None and (pace := _paced.get()) is not None and pace[0] == url:
+                        await pace[1]()
+                        if connection.closed:
+                            raise UpstreamUnreachable("it closed the connection before anything was sent")
                     if (may_send := _may_send.get()) is not None and not may_send():
                         raise UpstreamUnreachable("it took too long to connect, and nothing was sent")
                     sent = True

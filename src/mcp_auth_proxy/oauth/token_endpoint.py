@@ -185,12 +185,17 @@ def _unavailable(status: int, headers: Mapping[str, str], message: str) -> Autho
     return retry_after.unavailable(message, headers, maybe_processed=maybe_processed)
 
 
+def is_token(text: str) -> bool:
+    """Return whether a text can be a token (RFC 6749 A.12, A.17) that a header field may have."""
+    return len(text) <= MAX_TOKEN and _TOKEN.fullmatch(text) is not None
+
+
 def _token(document: Document, member: str) -> str | None:
     """Return a token (RFC 6749 A.12, A.17), None if absent or empty. No spaces: it is sent in a header field."""
     value = document.get(member)
     if value is None or value == "":
         return None
-    if not isinstance(value, str) or len(value) > MAX_TOKEN or not _TOKEN.fullmatch(value):
+    if not isinstance(value, str) or not is_token(value):
         raise document.refusal(f"its {member} has characters that are not allowed in a token, or is longer than 16 KiB")
     return value
 

@@ -4,6 +4,8 @@ What is here already stays: of two grants for one account, the newer one; a prin
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -22,8 +24,11 @@ from mcp_auth_proxy.store.sealed_rows import change_row, intact_rows
 from mcp_auth_proxy.store.servers import Servers
 
 _PREFIX = "import:"
+_LOGIN_PREFIX = "imported:"
 _REMEMBER = "INSERT INTO meta (name, value) VALUES (:name, :value) ON CONFLICT (name) DO NOTHING RETURNING name"
 _FIND = "SELECT name FROM meta WHERE name = :name"
+_SET = "INSERT INTO meta (name, value) VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = :value"
+_VALUE = "SELECT value FROM meta WHERE name = :name"
 _PENDING = """
     SELECT * FROM flows
     WHERE principal = :principal AND account = :account AND server = :server AND status = 'pending'
@@ -70,7 +75,8 @@ async def was_imported(engine: Engine, content: bytes) -> bool:
 async def take_in(engine: Engine, export: Export, *, now: float, remember: bytes | None = None) -> ImportResult | None:
     """Store an export. Raises StoreError; nothing has changed then.
 
-    ``remember``: the content of the file, which is taken in only once; None is returned if it was before.
+    ``remember``: the content of the file, which is taken in only once; None is returned if it was before. So are its
+    logins, in whatever file they come again: one that the user has ended here since must not come back by itself.
     """
     async with engine.transaction() as transaction:
         if remember is not None:
@@ -78,15 +84,16 @@ async def take_in(engine: Engine, export: Export, *, now: float, remember: bytes
             row = {"name": _name(remember), "value": str(now).encode()}
             if not await transaction.execute(_REMEMBER, row):
                 return None
-        return await _Import(engine, transaction, export, now).run()
+        return await _Import(engine, transaction, export, now, once=remember is not None).run()
 
 
 class _Import:
-    def __init__(self, engine: Engine, transaction: Transaction, export: Export, now: float) -> None:
+    def __init__(self, engine: Engine, transaction: Transaction, export: Export, now: float, *, once: bool) -> None:
         self._engine = engine
         self._transaction = transaction
         self._export = export
         self._now = now
+        self._once = once
         self._grants = Grants(engine)
         self._result = ImportResult()
 
@@ -165,9 +172,20 @@ class _Import:
         if here is not None and _age(here) >= _age(grant):
             same = here.granted_at == grant.granted_at
             return ImportedGrant(here, Outcome.KEPT, "it is here already" if same else "the one that is here is newer")
+        if self._once and await self._was_taken_in(grant):
+            return ImportedGrant(grant, Outcome.KEPT, "it was imported before, and has ended here since")
         stored = await self._grants.add_within(self._transaction, grant)
         await self._end_flows(account)
         return ImportedGrant(stored, Outcome.IMPORTED, "" if here is None else "in place of an older one")
+
+    async def _was_taken_in(self, grant: Grant) -> bool:
+        """Return whether this login, or a newer one of the account, was taken in before; if not, remember it."""
+        name, age = _login_name(grant.key.account), _age(grant)
+        rows = await self._transaction.execute(_VALUE, {"name": name})
+        if rows and (before := _read_age(rows[0]["value"])) is not None and before >= age:
+            return True
+        await self._transaction.execute(_SET, {"name": name, "value": json.dumps(age).encode()})
+        return False
 
     async def _end_flows(self, account: Account) -> None:
         """Let the requests go on that wait for their user: the account is connected."""
@@ -183,6 +201,19 @@ class _Import:
 def _age(grant: Grant) -> tuple[float, float]:
     """Return what the newer one of two grants has more of; of two copies, the one that was renewed later is newer."""
     return grant.granted_at, grant.tokens.obtained_at
+
+
+def _read_age(value: object) -> tuple[float, float] | None:
+    """Return what ``_age`` of a login was; None if something else has written it."""
+    try:
+        granted_at, obtained_at = map(float, json.loads(value if isinstance(value, bytes) else b""))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return None
+    return (granted_at, obtained_at) if math.isfinite(granted_at) and math.isfinite(obtained_at) else None
+
+
+def _login_name(account: Account) -> str:
+    return _LOGIN_PREFIX + hashlib.sha256(json.dumps(account).encode()).hexdigest()
 
 
 def _owned(account: Account, owners: Mapping[str, str]) -> Account:

@@ -6,6 +6,7 @@ two processes that claim in the same instant come one after the other, on a serv
 
 import asyncio
 import json
+import math
 
 from mcp_auth_proxy.store.engine import Engine, Transaction
 from mcp_auth_proxy.store.lease import KEPT_SECONDS, Owners
@@ -90,9 +91,10 @@ def _read(value: object) -> tuple[str, float] | None:
     """Return owner and time of a lease; None if nobody holds it, or if something else has written it."""
     try:
         owner, begun_at = json.loads(value if isinstance(value, bytes) else b"")
-        return str(owner), float(begun_at)
-    except (ValueError, TypeError, RecursionError):
+        found = str(owner), float(begun_at)
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
+    return found if math.isfinite(found[1]) else None
 
 
 def _holder(value: object) -> str:

@@ -7,6 +7,7 @@ intervals. The upsert is also the lock that puts processes one after the other.
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import NamedTuple
@@ -166,6 +167,7 @@ def _read(value: object) -> Schedule:
     """Return the schedule in a row; an empty one if there is none, or if something else has written it."""
     try:
         found = json.loads(value if isinstance(value, bytes) else b"")
-        return Schedule(tuple(sorted(map(float, found["times"]))), float(found["paused_until"]))
-    except (ValueError, TypeError, KeyError, RecursionError):
+        times, until = sorted(map(float, found["times"])), float(found["paused_until"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return Schedule()
+    return Schedule(tuple(times), until) if all(map(math.isfinite, [*times, until])) else Schedule()

@@ -81,7 +81,8 @@ def open_sealed(sealed: bytes, passphrase: str, *, name: str) -> bytes:
 def read_file(path: Path) -> bytes:
     """Return the bytes of a file. Raises ExportRejected if it can't be read or is too large."""
     try:
-        with path.open("rb") as file:
+        # Whoever opens a pipe would wait for its writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 found = file.read(MAX_FILE + 1)
             else:

@@ -165,7 +165,7 @@ def test_a_wrong_passphrase_changes_nothing(here: Place, there: Place, file: Pat
     assert not there.database.exists()
 
 
-def test_no_file_is_replaced_unless_that_is_asked_for(here: Place, file: Path) -> None:
+def test_no_file_is_replaced_unless_that_is_asked_for(here: Place, file: Path) -> None:  # T91
     file.write_text("mine")
     assert "--force" in refused(here.run("export", "--move", str(file), *SEALED))
     assert file.read_text() == "mine"
@@ -173,6 +173,19 @@ def test_no_file_is_replaced_unless_that_is_asked_for(here: Place, file: Path) -
     assert here.run("export", "--move", str(file), *SEALED, "--force").exit_code == 0
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert [path.name for path in file.parent.iterdir() if path.is_file()] == [file.name]
+
+
+def test_a_link_is_not_followed_and_the_umask_does_not_count(here: Place, tmp_path: Path) -> None:  # T91
+    link, elsewhere = tmp_path / "link", tmp_path / "elsewhere"
+    link.symlink_to(elsewhere)
+    assert "exists already" in refused(here.run("export", str(link), *SEALED))
+    before = os.umask(0)
+    try:
+        assert here.run("export", str(link), *SEALED, "--force").exit_code == 0
+    finally:
+        os.umask(before)
+    assert not elsewhere.exists()
+    assert (link.is_symlink(), stat.S_IMODE(link.stat().st_mode)) == (False, 0o600)
 
 
 def test_a_move_that_cant_write_its_file_ends_nothing(here: Place, tmp_path: Path) -> None:

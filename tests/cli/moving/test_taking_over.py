@@ -5,6 +5,7 @@ import base64
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from fakes.fixtures import Servers
 from fakes.mcp_server import FakeMcpServer
 from fakes.proxy import proxy_process, run_command, running_proxy, write_config
 from mcp_auth_proxy.cli.demo_servers.ledger import Client
-from mcp_auth_proxy.cli.moving import mcp_remote
+from mcp_auth_proxy.cli.moving import mcp_remote, mcp_use
 from mcp_auth_proxy.config.settings import OAuthSettings, ServerSettings
+from mcp_auth_proxy.store import plain_files
 
 REDIRECT = "http://localhost:16850/oauth/callback"
 
@@ -153,6 +155,71 @@ async def test_logins_of_mcp_use_are_taken(elsewhere: Elsewhere, mcp_server: Fak
         elsewhere.issuer.end_access_tokens()
         assert (await client.call("echo", text="x")).text == "x"
     assert (elsewhere.issuer.refreshes, elsewhere.issuer.registrations) == (1, 0)
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"access_token": "a", "expires_in": HUGE, "expires_at": HUGE},
+        {"access_token": "a", "expires_in": float("nan"), "expires_at": float("-inf")},
+        {"access_token": "a", "expires_in": True, "expires_at": []},
+        {"access_token": "a\r\nX-Other: b"},
+        {"access_token": "a", "refresh_token": "\ud800", "scope": "\x00"},
+        {"access_token": {"a": 1}},
+    ],
+)
+def test_values_that_no_token_response_has_do_no_harm(tmp_path: Path, values: dict[str, Any]) -> None:  # T91
+    server = ServerSettings(name="a", url="https://a.example/mcp")
+    name = hashlib.md5(server.url.encode()).hexdigest()
+    folder = tmp_path / "mcp-remote-v1"
+    written(folder / f"{name}_tokens.json", values)
+    written(folder / f"{name}_client_info.json", {"client_id": "c", "client_secret_expires_at": HUGE})
+    written(tmp_path / "a.example__mcp.json", values)
+    for found in (mcp_remote.find(tmp_path, server, None), mcp_use.find(tmp_path, server)):
+        if values["access_token"] != "a":
+            assert found is None
+            continue
+        assert found is not None
+        assert found.tokens.expires_at is None or found.tokens.expires_at < time.time() + 2
+        assert found.tokens.refresh_token is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "large", "folder"])
+def test_what_is_no_file_of_tokens_is_not_read(tmp_path: Path, kind: str) -> None:  # T91
+    server = ServerSettings(name="a", url="https://a.example/mcp")
+    path = tmp_path / "mcp-remote-v1" / f"{hashlib.md5(server.url.encode()).hexdigest()}_tokens.json"
+    path.parent.mkdir()
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "large":
+            path.write_text(json.dumps({"access_token": "a", "pad": "x" * 2**20}))
+        case _:
+            path.mkdir()
+    assert mcp_remote.find(tmp_path, server, None) is None
+
+
+@pytest.mark.parametrize("program", ["mcp-remote", "mcp-use"])
+async def test_one_login_is_not_taken_for_two_servers(  # T91
+    elsewhere: Elsewhere, mcp_server: FakeMcpServer, tmp_path: Path, program: str
+) -> None:
+    """Both would renew it, and a server with reuse detection would end it."""
+    folder = tmp_path / "logins"
+    elsewhere.keep(folder / "mcp-remote-v1", mcp_server.url, issuer=elsewhere.issuer.issuer)
+    written(plain_files.mcp_use_tokens(folder, mcp_server.url), elsewhere.tokens)
+    written(plain_files.mcp_use_registration(folder, mcp_server.url), elsewhere.registration)
+    config = write_config(tmp_path, {"notes": mcp_server.url, "other": mcp_server.url})
+    code, out, err = await import_from(program, folder, config)
+    assert code == 1
+    assert "notes, since" in out
+    assert "other" not in out
+    assert "other: not imported: notes has taken the same login." in err
+    assert "1 of 2 logins could not be imported" in err
 
 
 async def test_a_folder_without_a_login_is_said(servers: Servers, tmp_path: Path) -> None:

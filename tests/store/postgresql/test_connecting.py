@@ -120,7 +120,7 @@ async def test_a_socket(plain: Server, empty: StoreSettings, tmp_path: Path, mon
     await opens(f"postgresql:///{name_of(empty)}?host={plain.folder}&port={plain.port}&user=proxy", tmp_path)
 
 
-async def test_a_wrong_password_is_not_tried_again(plain: Server, empty: StoreSettings, tmp_path: Path) -> None:
+async def test_a_wrong_password_is_not_tried_again(plain: Server, empty: StoreSettings, tmp_path: Path) -> None:  # T91
     url = plain.url(name_of(empty)).replace(PASSWORD, "wrong-canary-9922")
     found = await error(url, tmp_path)
     assert 'password authentication failed for user "proxy"' in found

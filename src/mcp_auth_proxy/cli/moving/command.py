@@ -11,6 +11,7 @@ from mcp_auth_proxy.cli.completion import server_names
 from mcp_auth_proxy.cli.options import (
     config_option,
     config_path,
+    config_place,
     examples,
     log_options,
     name_file,
@@ -169,12 +170,12 @@ def _take_over(
 
     given = None if headers is None else passphrases.read_object(headers)
     job = taking_over.Job(program=program, folder=folder, owner=owner, headers=given, as_json=as_json)
-    path = config_path(config_file)
+    path, is_chosen = config_place(config_file)
 
     def load(secrets_of: Collection[str]) -> "Settings":
         from mcp_auth_proxy.config import load as config
 
-        return config.load(path, environ=os.environ, secrets_of=secrets_of)
+        return config.load(path, environ=os.environ, secrets_of=secrets_of, programs=is_chosen)
 
     name_file(path)
     run(taking_over.take_over(load, job))

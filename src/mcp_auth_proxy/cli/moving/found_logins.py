@@ -1,6 +1,5 @@
 """What another program has written about a login, read once and checked."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +7,10 @@ from typing import Any
 
 from mcp_auth_proxy.models import ClientAuth, Registration, RegistrationKind, TokenSet
 from mcp_auth_proxy.oauth import scopes
+from mcp_auth_proxy.oauth.token_endpoint import is_token
+
+_LARGEST = 1e15
+"""More than the milliseconds of any time that is meant."""
 
 _METHODS = {str(method): method for method in ClientAuth}
 
@@ -32,13 +35,11 @@ def tokens_of(values: Mapping[str, Any], *, written_at: float, expires_at: float
 
     If ``expires_at`` is not noted, ``expires_in`` counts from when the file was written.
     """
-    access_token, lifetime = _text(values, "access_token"), values.get("expires_in")
-    if not access_token:
+    access_token = _text(values, "access_token")
+    if not access_token or not is_token(access_token):
         return None
-    if expires_at is None and isinstance(lifetime, int | float):
+    if expires_at is None and (lifetime := number(values, "expires_in")) is not None:
         expires_at = written_at + lifetime
-    if expires_at is not None and not math.isfinite(expires_at):
-        expires_at = None
     return TokenSet(
         access_token=access_token,
         refresh_token=_text(values, "refresh_token"),
@@ -56,11 +57,8 @@ def client_of(values: Mapping[str, Any], *, created_at: float) -> Registration |
     client_id = _text(values, "client_id")
     if not client_id:
         return None
-    secret, uris, ends = (
-        _text(values, "client_secret"),
-        values.get("redirect_uris"),
-        values.get("client_secret_expires_at"),
-    )
+    secret, uris = _text(values, "client_secret"), values.get("redirect_uris")
+    ends = number(values, "client_secret_expires_at")
     default = ClientAuth.NONE if secret is None else ClientAuth.BASIC
     method = _METHODS.get(_text(values, "token_endpoint_auth_method") or "", default)
     return Registration(
@@ -71,11 +69,28 @@ def client_of(values: Mapping[str, Any], *, created_at: float) -> Registration |
         kind=RegistrationKind.DYNAMIC,
         client_secret=secret,
         redirect_uri=uris[0] if isinstance(uris, list) and uris and isinstance(uris[0], str) else "",
-        secret_expires_at=float(ends) if isinstance(ends, int | float) and ends > 0 and math.isfinite(ends) else None,
+        secret_expires_at=ends if ends is not None and ends > 0 else None,
         created_at=created_at,
     )
 
 
-def _text(values: Mapping[str, Any], name: str) -> str | None:
+def modified(path: Path) -> float:
+    """Return when a file was written: always the same, so that a login which is taken in again is known."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def number(values: Mapping[str, Any], name: str) -> float | None:
+    """Return a number of a file; None if there is none, or if it is not one that a time can be."""
     found = values.get(name)
-    return found if isinstance(found, str) and found else None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= _LARGEST:
+        return None
+    return float(found)
+
+
+def _text(values: Mapping[str, Any], name: str) -> str | None:
+    """Return a text of a file; None if there is none, or if it has characters that no such value has."""
+    found = values.get(name)
+    return found if isinstance(found, str) and found.isprintable() and found else None

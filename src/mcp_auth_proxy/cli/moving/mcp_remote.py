@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mcp_auth_proxy.cli.moving.found_logins import FoundLogin, client_of, tokens_of
+from mcp_auth_proxy.cli.moving.found_logins import FoundLogin, client_of, modified, number, tokens_of
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.store import plain_files
 
@@ -77,9 +77,9 @@ def _hash(path: Path) -> str:
 
 def _read(path: Path) -> FoundLogin | None:
     values = plain_files.read_object(path)
-    written_at = _modified(path)
-    expires_at = values.get("expires_at")
-    ends = expires_at / _MILLISECONDS if isinstance(expires_at, int | float) else None
+    written_at = modified(path)
+    expires_at = number(values, "expires_at")
+    ends = None if expires_at is None else expires_at / _MILLISECONDS
     tokens = tokens_of(values, written_at=written_at, expires_at=ends)
     if tokens is None:
         return None
@@ -93,10 +93,3 @@ def _read(path: Path) -> FoundLogin | None:
         granted_at=written_at,
         issuer=issuer if isinstance(issuer, str) else "",
     )
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mcp_auth_proxy.cli.moving.found_logins import FoundLogin, client_of, tokens_of
+from mcp_auth_proxy.cli.moving.found_logins import FoundLogin, client_of, modified, number, tokens_of
 from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.store import plain_files
 
@@ -18,10 +18,8 @@ def find(folder: Path, server: ServerSettings) -> FoundLogin | None:
     values = plain_files.read_object(path)
     if not values:
         return None
-    written_at = path.stat().st_mtime
-    expires_at = values.get("expires_at")
-    ends = float(expires_at) if isinstance(expires_at, int | float) else None
-    tokens = tokens_of(values, written_at=written_at, expires_at=ends)
+    written_at = modified(path)
+    tokens = tokens_of(values, written_at=written_at, expires_at=number(values, "expires_at"))
     client = plain_files.read_object(plain_files.mcp_use_registration(folder, server.url))
     if tokens is None:
         return None

@@ -1,6 +1,6 @@
 """``import --from``: make grants of the logins that another program has."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -54,16 +54,17 @@ async def take_over(load: Callable[[Collection[str]], Settings], job: Job) -> in
             f"{folder} has no login of {job.program} for a configured server. They are found by the URL: it must be "
             f"written under servers as {job.program} was given it."
         )
-    settings = load([server.name for server, _ in found])
-    for server, _ in found:
-        require_owner(settings, server, job.owner)
     failed: list[str] = []
+    wanted = list(_once_each(found, failed))
+    settings = load([server.name for server, _ in wanted])
+    for server, _ in wanted:
+        require_owner(settings, server, job.owner)
     with provisional_store(settings.store):
         async with lifespan(settings, settings.listen, background=False, announce_key=complain) as application:
             principal = await owner_of(application, job.owner)
             grants = [
                 grant
-                for server, login in found
+                for server, login in wanted
                 if (grant := await _grant(application, settings.servers[server.name], principal, login, failed))
                 is not None
             ]
@@ -84,6 +85,19 @@ async def take_over(load: Callable[[Collection[str]], Settings], job: Job) -> in
 
 def _not_imported(failed: Sequence[object], found: Sequence[object]) -> McpAuthProxyError:
     return McpAuthProxyError(f"{len(failed)} of {len(found)} logins could not be imported: see above.")
+
+
+def _once_each(
+    found: Sequence[tuple[ServerSettings, FoundLogin]], failed: list[str]
+) -> Iterator[tuple[ServerSettings, FoundLogin]]:
+    """Leave out servers whose login another one gets: of two that renew one login, the server may end both."""
+    owners: dict[Path, str] = {}
+    for server, login in found:
+        owner = owners.setdefault(login.path, server.name)
+        if owner == server.name:
+            yield server, login
+        else:
+            failed.append(f"{server.name}: not imported: {owner} has taken the same login. Authorize this one instead.")
 
 
 def _folder(job: Job) -> Path:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import psycopg
 
 from mcp_auth_proxy.config.settings import PostgresqlUrl
-from mcp_auth_proxy.errors import StoreUnavailable, excerpt
+from mcp_auth_proxy.errors import StoreOutOfReach, StoreUnavailable, excerpt
 from mcp_auth_proxy.observability import metrics
 
 # The server's reasons for refusing a connection have no code in libpq, only a text. It decides no more than whether to
@@ -43,6 +43,10 @@ _BY_CLASS = {
 }
 
 
+_PASSING = ("08", "57", "25P03", "40", "55P03")
+"""Beginnings of the codes of what passes when the server is back, or less busy."""
+
+
 class ConnectionRefused(StoreUnavailable):
     """The server answers, and will not let us in: to try again is no use."""
 
@@ -56,13 +60,13 @@ def unreachable(url: PostgresqlUrl, error: Exception) -> StoreUnavailable:
             f"The store {url} can't be used: {reason}. Check user, password, database and sslmode in store.url, "
             "PGPASSWORD and the other variables of libpq, or ~/.pgpass."
         )
-    return StoreUnavailable(f"The store {url} can't be reached ({reason}). Check the server and store.url.")
+    return StoreOutOfReach(f"The store {url} can't be reached ({reason}). Check the server and store.url.")
 
 
 def lost(url: PostgresqlUrl) -> StoreUnavailable:
     """Return what to raise if the server does not answer in time."""
     metrics.store_failures.labels("unavailable").inc()
-    return StoreUnavailable(f"The store {url} did not answer in time. Check the server and the network.")
+    return StoreOutOfReach(f"The store {url} did not answer in time. Check the server and the network.")
 
 
 @contextmanager
@@ -85,7 +89,8 @@ def unavailable(url: PostgresqlUrl, error: psycopg.Error) -> StoreUnavailable:
     if error.sqlstate is None and isinstance(error, psycopg.DataError):
         state = "22000"
     message = _MESSAGES.get(state) or _BY_CLASS.get(state[:2]) or "can't be used now ({reason})."
-    return StoreUnavailable(f"The store {url} {message.format(reason=_reason(error))}")
+    kind = StoreOutOfReach if state.startswith(_PASSING) else StoreUnavailable
+    return kind(f"The store {url} {message.format(reason=_reason(error))}")
 
 
 def _reason(error: Exception) -> str:

@@ -53,7 +53,7 @@ class Listener:
             # Until the first attempt to connect has come to an end.
             await self._ready.wait()
         if self._failure is not None:
-            raise StoreUnavailable(str(self._failure))
+            raise type(self._failure)(str(self._failure))
         return self.writes
 
     async def close(self) -> None:
