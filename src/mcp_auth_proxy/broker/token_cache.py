@@ -381,6 +381,8 @@ class TokenCache:
         except GrantEnded:
             self.evict(account)
             return None
+        finally:
+            self._needed.discard(account)
         # A request that has come meanwhile waits for this.
         return self.put(account, renewed) if account in self._cached else None
 
