@@ -1,5 +1,6 @@
 """Sessions of browsers: new with each sign-in, and over with the principal, the key, the time or a sign-out."""
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,8 +19,6 @@ from mcp_auth_proxy.models import (
 from mcp_auth_proxy.store import Engine, open_store
 from mcp_auth_proxy.store.sessions import Sessions
 from store.builders import NOW, store_settings
-
-pytest_plugins = ["store.conftest"]
 
 ANNA = Principal(id="prn_1", name="anna")
 
@@ -49,6 +48,13 @@ class Directory:
 
 def caller(credential: str = "key:1") -> Caller:
     return Caller(principal=ANNA, credential=credential, scopes=frozenset({Scope.MCP}))
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
+    opened = await open_store(store_settings(tmp_path))
+    yield opened
+    await opened.close()
 
 
 @pytest.fixture

@@ -277,7 +277,7 @@ def _token_in_words(connection: Connection) -> str:
 def _utc(moment: float | None) -> str | None:
     if moment is None:
         return None
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return datetime.fromtimestamp(round(moment, 3), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _iso(moment: float | None) -> str | None:

@@ -266,7 +266,7 @@ async def test_a_server_that_is_frozen_is_given_up_in_time(
         with own_server.frozen():
             began = time.monotonic()
             found = await asyncio.gather(count(engine), add(engine, "a"), count(engine), return_exceptions=True)
-            assert [type(each) for each in found] == [StoreUnavailable] * 3
+            assert all(isinstance(each, StoreUnavailable) for each in found)
             assert time.monotonic() - began < 9
             with pytest.raises(StoreUnavailable):
                 await count(engine)
