@@ -122,6 +122,7 @@ async def test_every_page_has_a_title_an_icon_and_a_link_to_the_front_page(
                 return icon.width;
             }""")
             await page.click("footer a")
+            await page.wait_for_load_state()
             assert page.url == f"{proxy.origin}/"
         assert all(title.endswith(" · mcp-auth-proxy") for title in titles)
         assert len(titles) == 5
