@@ -1,10 +1,12 @@
 """What commands that only read do with a store: they read it whatever its schema is, and leave no trace."""
 
+import asyncio
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
@@ -20,7 +22,7 @@ from mcp_auth_proxy.store import Engine, open_store, open_store_read_only
 from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.sqlite import untouched
 from store import samples
-from store.builders import store_settings
+from store.builders import grant, store_settings
 from store.sqlite.test_bootstrap import crash
 from store.sqlite.test_migration import assert_holds
 
@@ -41,7 +43,7 @@ asyncio.run(main())
 """
 READING = """
 import asyncio, os, pathlib, sys
-from store.builders import store_settings
+from store.builders import grant, store_settings
 from mcp_auth_proxy.store import open_store_read_only
 from mcp_auth_proxy.store.grants import Grants
 
@@ -299,3 +301,40 @@ async def test_a_copy_that_is_read_does_not_change(tmp_path: Path) -> None:
     assert await Grants(engine).all() == held
     await writing.close()
     await engine.close()
+
+
+async def test_who_opens_a_store_while_it_is_read_in_the_same_process_can_write(tmp_path: Path) -> None:
+    settings, is_read, may_end = store_settings(tmp_path), threading.Event(), threading.Event()
+
+    def use(connection: sqlite3.Connection) -> int:
+        (count,) = connection.execute("SELECT count(*) FROM grants").fetchone()
+        is_read.set()
+        assert may_end.wait(10)
+        return int(count)
+
+    with in_use(tmp_path):
+        reading = asyncio.create_task(asyncio.to_thread(untouched.read, settings.path, use, timeout=1.0))
+        assert await asyncio.to_thread(is_read.wait, 10)
+        opening = asyncio.create_task(open_store(settings))
+        # SQLite would open it meanwhile, for reading only.
+        await asyncio.wait([opening], timeout=0.5)
+        may_end.set()
+        assert await reading == 1
+        engine = await opening
+        await Grants(engine).add(grant("second"))
+        await engine.close()
+
+
+async def test_a_log_whose_index_stays_locked_is_read_too(tmp_path: Path) -> None:
+    """As while another process, which stands still, makes the index anew."""
+    crash(tmp_path)
+    settings = store_settings(tmp_path)
+    locking = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX, 1, 128); print(); input()"
+    command = [sys.executable, "-c", locking, str(tmp_path / "store.db-shm")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        # SQLite itself tries again for 10 s.
+        found = untouched.read(settings.path, lambda it: it.execute("SELECT 1 FROM grants").fetchall(), timeout=0)
+        process.communicate(b"\n", timeout=20)
+    assert found == [(1,)]

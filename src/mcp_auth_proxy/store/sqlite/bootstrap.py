@@ -124,6 +124,22 @@ def read_copy(path: Path, cipher: Cipher) -> sqlite3.Connection:
     return memory
 
 
+def connect(path: Path) -> sqlite3.Connection:
+    """Open a store that exists for reading and writing. Raises sqlite3.Error."""
+    uri = connection_uri(path, "rw")
+    # isolation_level=None: transactions are begun and ended by our own statements.
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+    try:
+        connection.text_factory = read_text
+        with untouched.INDEX_LOCK:
+            # The first read opens the index of the log.
+            connection.execute("PRAGMA user_version").fetchone()
+    except BaseException:  # also on Ctrl-C
+        connection.close()
+        raise
+    return connection
+
+
 def _check_head(path: Path) -> None:
     try:
         with path.open("rb") as file:
@@ -237,9 +253,7 @@ def _update(path: Path, cipher: Cipher) -> None:
     with _writing(path), translated(path):
         for file in (path, *wal_files(path)):
             files.restrict_mode(file)
-        uri = connection_uri(path, "rw")
-        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)) as connection:
-            connection.text_factory = read_text
+        with closing(connect(path)) as connection:
             connection.execute("PRAGMA synchronous = FULL")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version < len(schema.MIGRATIONS):

@@ -20,9 +20,9 @@ from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row, Transaction
 from mcp_auth_proxy.store.lease import Owners
 from mcp_auth_proxy.store.schema_guard import SchemaGuard
 from mcp_auth_proxy.store.sqlite import schema
-from mcp_auth_proxy.store.sqlite.bootstrap import BUSY_TIMEOUT, existing_keys, obtain_keys, prepare, read_copy
-from mcp_auth_proxy.store.sqlite.errors import read_text, translated
-from mcp_auth_proxy.store.sqlite.paths import connection_uri, write_obstacle
+from mcp_auth_proxy.store.sqlite.bootstrap import connect, existing_keys, obtain_keys, prepare, read_copy
+from mcp_auth_proxy.store.sqlite.errors import translated
+from mcp_auth_proxy.store.sqlite.paths import write_obstacle
 from mcp_auth_proxy.store.uninterrupted import uninterrupted
 
 _PRAGMAS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA foreign_keys = ON")
@@ -70,7 +70,7 @@ class SqliteEngine:
             raise
         if created is not None:
             announce(f"A new store key was made: {created}. Back it up: without it the store can't be opened.")
-        connection = await _connect(settings.path, connection_uri(settings.path, "rw"))
+        connection = await _connect(settings.path)
         try:
             engine = cls(connection, settings.path, cipher)
             await connection.set_progress_handler(engine._is_overdue, _STEPS_BETWEEN_CHECKS)
@@ -243,13 +243,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-async def _connect(path: Path, uri: str) -> aiosqlite.Connection:
+async def _connect(path: Path) -> aiosqlite.Connection:
     _silence()
     with translated(path):
-        # isolation_level=None: transactions are begun and ended by our own statements.
-        connection = await aiosqlite.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+        connection = await aiosqlite.Connection(lambda: connect(path), 64)
     connection.row_factory = sqlite3.Row
-    connection.text_factory = read_text
     return connection
 
 

@@ -9,7 +9,7 @@ from mcp_auth_proxy.errors import StoreUnavailable, excerpt
 from mcp_auth_proxy.observability import metrics
 from mcp_auth_proxy.store.sqlite.paths import write_obstacle
 
-_LOCKED = "The store {path} is locked by another process. Wait for that process or end it, then try again."
+_LOCKED = "The store {path} is locked by another process ({name}). Wait for that process or end it, then try again."
 _READ_ONLY = "The store {path} can't be written. Make the file and its folder writable for this user."
 _NOT_WRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
 _DAMAGED = "The store {path} is damaged. Put a backup in its place."

@@ -4,7 +4,7 @@ Which way is right depends on the files that are there:
 
 - no write-ahead log: the database file alone is complete. ``immutable`` keeps SQLite from making a log.
 - a log and its index: a process may be using the store. SQLite takes its locks on the index, which it opens read-only.
-- a log without an index that can be read, as after a crash or in a copy: SQLite would make one, so it gets a copy of
+- a log without an index that can be used, as after a crash or in a copy: SQLite would make one, so it gets a copy of
   both files in a temporary folder.
 
 Without locks, a process that starts meanwhile is noticed by what it does to the files, and they are read again.
@@ -12,6 +12,7 @@ Without locks, a process that starts meanwhile is noticed by what it does to the
 
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -27,7 +28,15 @@ T = TypeVar("T")
 _Stamp = tuple[int, int, int] | None
 
 ATTEMPTS = 20
-_NO_INDEX = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+_NO_INDEX = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL)
+"""How SQLite says that there is no index that can be used read-only: it is missing, or its locks were never free."""
+
+INDEX_LOCK = threading.Lock()
+"""Held while the index is opened, and as long as it is open read-only.
+
+All connections of a process share how the first one has opened the index: beside one that may only read it, another
+could not write.
+"""
 
 
 def read(path: Path, use: Callable[[sqlite3.Connection], T], *, timeout: float) -> T:
@@ -53,7 +62,8 @@ def _read(path: Path, use: Callable[[sqlite3.Connection], T], timeout: float) ->
     if not _has_log(path):
         return _use(f"{connection_uri(path, 'ro')}&immutable=1", use, timeout), False
     try:
-        return _use(f"{connection_uri(path, 'ro')}&readonly_shm=1", use, timeout), True
+        with INDEX_LOCK:
+            return _use(f"{connection_uri(path, 'ro')}&readonly_shm=1", use, timeout), True
     except sqlite3.OperationalError as error:
         if primary_code(error) not in _NO_INDEX:
             raise
