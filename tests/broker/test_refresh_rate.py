@@ -247,6 +247,25 @@ async def test_a_pause_drops_what_was_reserved(engine: Engine) -> None:
         assert sum(isinstance(each, RefreshRateExceeded) for each in results) == 40 - had
 
 
+async def test_a_pause_holds_at_once_though_the_store_is_slow(engine: Engine) -> None:
+    async with turns_on(engine, 20) as turns:
+        waiting = [asyncio.create_task(turns.request("")) for _ in range(40)]
+        await until(lambda: len(turns.had) >= 20)
+        async with engine.transaction():
+            pausing = asyncio.create_task(turns.rate.pause(ISSUER, 100))
+            with pytest.raises(RefreshRateExceeded) as exceeded:
+                # One that has had its turn. The time in which what was reserved would have come is over then.
+                await asyncio.gather(*(turns.rate.sending(ISSUER) for _ in range(21)))
+            had = len(turns.had)
+            await asyncio.sleep(refresh_rate.AHEAD)
+            assert len(turns.had) == had
+        await pausing
+        assert 95 < (exceeded.value.retry_after or 0) <= 100
+        await turns.rate.purge()
+        assert set(turns.rate._sendings) == {ISSUER}
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
 async def test_another_rate_holds_for_those_that_wait_too(engine: Engine) -> None:
     async with turns_on(engine, 0.1) as turns:
         await turns.request("first")

@@ -30,6 +30,7 @@ from mcp_auth_proxy.config.settings import ServerSettings
 from mcp_auth_proxy.errors import (
     AuthorizationServerUnavailable,
     DocumentRefused,
+    RefreshRateExceeded,
     StoreUnavailable,
     TokenRefused,
 )
@@ -413,6 +414,16 @@ async def test_a_server_that_asks_for_less_than_the_backoff_does_not_shorten_it(
     wait = setup.backoff()
     assert wait is not None
     assert wait >= 16 * FIRST
+
+
+async def test_a_renewal_whose_server_is_paused_before_it_is_sent_is_as_if_not_begun(setup: Setup) -> None:
+    setup.endpoint.outcome = RefreshRateExceeded("paused", retry_after=2.0)
+    with pytest.raises(RefreshRateExceeded):
+        await setup.renew()
+    stored = await setup.stored()
+    assert (stored.refresh_begun_at, stored.health, setup.backoff()) == (None, HEALTHY, None)
+    setup.endpoint.outcome = tokens("2")
+    assert (await setup.renew()).version == 2
 
 
 async def test_a_clock_that_is_set_back_does_not_prolong_the_backoff(setup: Setup) -> None:  # F9

@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable
 from math import ceil, inf
 
 from mcp_auth_proxy.errors import AuthorizationServerUnavailable, McpAuthProxyError, RefreshRateExceeded, StoreError
-from mcp_auth_proxy.store.refresh_slots import SLACK, Pace, RefreshSlots
+from mcp_auth_proxy.store.refresh_slots import LONGEST_PAUSE, SLACK, Pace, RefreshSlots
 
 DEFAULT_RATE = 10.0
 """Refreshes in a second at one authorization server."""
@@ -108,12 +108,19 @@ class RefreshRate:
 
     async def sending(self, issuer: str) -> None:
         """Wait until this process may send one more refresh to an issuer, which has had its turn; it is sent at once
-        then."""
-        await self._sending(issuer).wait(max(1, int(self.rate)))
+        then. Raises RefreshRateExceeded if a pause has begun since its turn."""
+        sending = self._sending(issuer)
+        await sending.wait(max(1, int(self.rate)))
+        if (left := sending.paused_until - self.clock()) > 0:
+            raise _exceeded(self.rate, left)
 
     async def pause(self, issuer: str, seconds: float) -> None:
-        """Give no turns for a time that the server has asked for, in no process. A store that fails changes nothing."""
+        """Send nothing for a time that the server has asked for: at once in this process, then in the others too.
+
+        If the store fails, the others do not hear of it.
+        """
         now = self.clock()
+        self._sending(issuer).paused_until = now + min(seconds, LONGEST_PAUSE)
         with contextlib.suppress(StoreError):
             await self.slots.pause(issuer, until=now + seconds, now=now)
         lane = self._lanes.get(issuer)
@@ -143,7 +150,7 @@ class RefreshRate:
     async def purge(self) -> None:
         """Delete what is kept of issuers that are not used. Raises StoreError."""
         now = asyncio.get_running_loop().time()
-        over = [issuer for issuer, sending in self._sendings.items() if sending.is_over(now)]
+        over = [issuer for issuer, sending in self._sendings.items() if sending.is_over(now, self.clock())]
         for issuer in set(over) - set(self._lanes):
             del self._sendings[issuer]
         await self.slots.purge(self.clock())
@@ -163,6 +170,8 @@ class _Sending:
 
     def __init__(self) -> None:
         self.waiting = 0
+        self.paused_until = 0.0
+        """Unix seconds. The store may be slow, and those that have had their turns do not look there again."""
         self._turn = asyncio.Lock()
         self._sent: deque[float] = deque()
 
@@ -180,9 +189,10 @@ class _Sending:
         finally:
             self.waiting -= 1
 
-    def is_over(self, now: float) -> bool:
-        """Return whether nothing has to be known of it any more."""
-        return not self.waiting and (not self._sent or self._sent[-1] + SENDING_SLACK < now)
+    def is_over(self, now: float, unix_now: float) -> bool:
+        """Return whether nothing has to be known of it any more; the first time is the event loop's."""
+        quiet = not self._sent or self._sent[-1] + SENDING_SLACK < now
+        return quiet and not self.waiting and self.paused_until <= unix_now
 
 
 class _Lane:
@@ -265,14 +275,9 @@ class _Lane:
         if not waiter.done():
             waiter.set_exception(self._exceeded())
 
-    def _exceeded(self, seconds: float | None = None) -> RefreshRateExceeded:
-        if seconds is None:
-            seconds = max(1, sum(not waiter.done() for waiter in self._requests)) / self._rate.rate
-        return RefreshRateExceeded(
-            f"Too many tokens are being renewed: an authorization server is sent at most {self._rate.rate:g} refreshes "
-            "a second (limits.refresh_rate).",
-            retry_after=float(ceil(min(max(seconds, 1.0), 3600.0))),
-        )
+    def _exceeded(self) -> RefreshRateExceeded:
+        waiting = sum(not waiter.done() for waiter in self._requests)
+        return _exceeded(self._rate.rate, max(1, waiting) / self._rate.rate)
 
     # Turns
 
@@ -311,8 +316,9 @@ class _Lane:
             if len(self._sent) >= burst and (earliest := self._sent[-burst] + window / SLACK) > now:
                 self._times[0] = earliest
                 break
-            if self._sending.waiting >= burst:
-                # Some have come together, or a server wants its requests twice: first those have to leave.
+            if self._sending.waiting >= burst or self._sending.paused_until > self._rate.clock():
+                # Some have come together, or a server wants its requests twice: first those have to leave. Or a pause
+                # is not in the store yet.
                 self._times[0] = now + LOOK_AGAIN
                 break
             begin = self._next()
@@ -354,7 +360,7 @@ class _Lane:
         self._times.extend(started + at - now for at in reserved.times)
         self._reserve_at = min(self._reserve_at, started + reserved.next_at - now - ahead + refill)
         if reserved.paused_until - now > LONGEST_WAIT:
-            self.fail(self._exceeded(reserved.paused_until - now))
+            self.fail(_exceeded(self._rate.rate, reserved.paused_until - now))
 
     async def _sleep(self) -> None:
         """Wait for the next turn, for the time to reserve more, or for somebody new."""
@@ -373,6 +379,14 @@ def _resolve(waiter: asyncio.Future[None]) -> bool:
         return False
     waiter.set_result(None)
     return True
+
+
+def _exceeded(rate: float, seconds: float) -> RefreshRateExceeded:
+    return RefreshRateExceeded(
+        f"Too many tokens are being renewed: an authorization server is sent at most {rate:g} refreshes a second "
+        "(limits.refresh_rate).",
+        retry_after=float(ceil(min(max(seconds, 1.0), LONGEST_PAUSE))),
+    )
 
 
 def _shutting_down() -> AuthorizationServerUnavailable:

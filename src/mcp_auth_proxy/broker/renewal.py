@@ -21,6 +21,7 @@ from mcp_auth_proxy.errors import (
     AuthorizationError,
     AuthorizationServerUnavailable,
     ClientNotActive,
+    RefreshRateExceeded,
     StoreUnavailable,
     TokenRefused,
     excerpt,
@@ -167,6 +168,12 @@ class Renewer:
             if await self._grants.end(current.id, version=current.version, reason=str(gone), now=self._clock()):
                 self._journal.ended(current.key.account, str(gone))
             raise GrantEnded from None
+        except RefreshRateExceeded:
+            # A pause has begun since its turn, and nothing was sent.
+            await self._grants.note_failure(
+                current.id, version=current.version, owner=self._owner, health=current.health, keep=False
+            )
+            raise
         except AuthorizationError as failure:
             raise await self._failed(current, failure) from None
         self._backoff.succeeded(*_subjects(current))
