@@ -32,7 +32,7 @@ class Plan:
     grants: int = 100_000
     storm: int = 10_000
     """Grants whose tokens expire in one minute."""
-    refresh_rate: float = 200.0
+    refresh_rate: float = 50.0
     rates_only: bool = False
     """Whether memory, large bodies and start-up are left out."""
 
