@@ -37,7 +37,12 @@ def main() -> int:
     plan = plan_for(arguments)
     raise_file_limit()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, backend.running(Path(folder), plan.blob) as behind:
-        results = Run(plan, Path(folder), behind, contenders).measure()
+        run = Run(plan, Path(folder), behind, contenders)
+        if arguments.stores:
+            run.stores()
+            print(report.render_stores(run.results))
+            return 0
+        results = run.measure()
     text = report.render(results, CONNECTIONS, list(plan.streams))
     print(text)
     if arguments.write:
@@ -54,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--only", default="", metavar="A,B", help=f"contenders: {', '.join([*available(), BEFORE])}")
     options.add_argument("--workloads", default="", metavar="A,B", help=f"of {keys}")
     options.add_argument("--rates", action="store_true", help="leave out memory, large bodies and start-up")
+    options.add_argument("--stores", action="store_true", help="only many grants in the store, on each engine")
     options.add_argument("--rounds", type=int, default=0, metavar="N", help=f"instead of {FULL.rounds}")
     return options
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from bench.callers import MODES, CallerResults
 from bench.load import GENERATOR
 from bench.measures import Speed
-from bench.results import BEFORE, OURS, Results, Target, targets
+from bench.results import BEFORE, OURS, Results, Target, store_targets, targets
 from bench.workloads import JSON, WORKLOADS
 
 DASH = "–"
+TARGET_HEAD = ["Target", "found", "wanted", ""]
 VERDICTS = {True: "pass", False: "MISS", None: "not measured"}
 
 
@@ -37,10 +38,17 @@ def render(results: Results, connections: int, stream_counts: list[int]) -> str:
         workload_table(results, connections),
         *([other_table(results, stream_counts)] if results.ready or results.downloads else []),
         *([caller_table(results.callers), page_table(results.callers)] if results.callers else []),
+        *store_tables(results),
         target_table(results, connections, stream_counts[-1]),
     ]
     lines = notes(results, connections)
     return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in lines)])
+
+
+def render_stores(results: Results) -> str:
+    """Return what was measured of stores with many grants, as Markdown."""
+    rows = [target_row(target) for target in store_targets(results)]
+    return "\n\n".join([*store_tables(results), table(TARGET_HEAD, rows)])
 
 
 def speed_table(results: Results, connections: int) -> str:
@@ -110,10 +118,35 @@ def page_table(found: CallerResults) -> str:
     return table([f"GET /api/v1/grants, {found.grants:,} grants", "a page"], rows)
 
 
+def store_tables(results: Results) -> list[str]:
+    """Return a table of what many grants cost, and one of how those that expire together were renewed."""
+    tables = []
+    if results.filled:
+        head = ["Grants in the store", "ready after start", "resident when idle", "p50, 1 connection"]
+        rows = [
+            [f"{engine}: {it.grants:,}", f"{it.ready:.2f} s", f"{it.idle / 2**20:.1f} MB", milliseconds(it.p50)]
+            for engine, both in results.filled.items()
+            for it in both
+        ]
+        tables.append(table(head, rows))
+    if results.storms:
+        head = ["Grants that expire together", "rate", "most in a second", "seconds", "late", "lost", "early"]
+        rows = [
+            [
+                f"{engine}: {it.grants:,}",
+                f"{it.rate:g}",
+                *map(str, (it.most, round(it.seconds), it.late, it.lost, it.early)),
+            ]
+            for engine, it in results.storms.items()
+        ]
+        tables.append(table(head, rows))
+    return tables
+
+
 def target_table(results: Results, connections: int, streams: int) -> str:
     """Return the targets with what was found, and in one more column what the other checkout reaches."""
     found = targets(results, connections, streams)
-    head, rows = ["Target", "found", "wanted", ""], [target_row(target) for target in found]
+    head, rows = [*TARGET_HEAD], [target_row(target) for target in found]
     if BEFORE in results.names:
         head.insert(1, "before")
         for row, target in zip(rows, targets(results, connections, streams, BEFORE), strict=True):
