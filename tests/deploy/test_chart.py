@@ -30,6 +30,7 @@ def test_the_versions_are_those_of_the_package() -> None:
         ("replicas", "store.url=postgresql://me:pw@db/proxy", "store.url has a password"),
         ("replicas", "store.url=postgresql://db/proxy?user=me&password=pw", "store.url has a password"),
         ("replicas", "persistence.enabled=true", "persistence.enabled is true; with store.url everything is in the"),
+        ("sidecar", "store.importSecret=logins", "store.importSecret needs a store that outlasts the pod"),
         ("replicas", "replicas=0", "replicas is 0"),
         ("replicas", "replicas=some", "replicas: Invalid type"),
         ("shared", "replicas=0", "replicas is 0"),
@@ -145,6 +146,20 @@ def test_replicas_share_a_database_whose_url_is_in_the_secret_and_need_no_volume
     other = chart("replicas", "store.url=postgresql://me@db:6432/proxy", "store.port=6432")
     assert other.config["store"]["url"] == "postgresql://me@db:6432/proxy"
     assert {"port": 6432, "protocol": "TCP"} in other.objects["NetworkPolicy"]["spec"]["egress"][1]["ports"]
+
+
+@pytest.mark.parametrize("example", ["shared", "replicas"])
+def test_logins_from_elsewhere_are_taken_in_from_their_secret(example: str) -> None:
+    found = chart(example, "store.importSecret=mcp-auth-proxy-logins")
+    place = f"{SECRETS}-logins"
+    assert found.config["store"]["import"] == [f"file:{place}/logins"]
+    assert found.config["store"]["import_passphrase"] == f"file:{SECRETS}/import-passphrase"
+    assert {"name": "logins", "mountPath": place, "readOnly": True} in found.proxy["volumeMounts"]
+    assert {
+        "name": "logins",
+        "secret": {"secretName": "mcp-auth-proxy-logins", "defaultMode": 0o400},
+    } in found.pod["volumes"]
+    assert "logins" not in str(chart(example).pod)
 
 
 def test_replicas_are_replaced_one_after_the_other_and_spread() -> None:

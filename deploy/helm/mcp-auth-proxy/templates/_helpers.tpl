@@ -34,6 +34,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if or (regexMatch "^[^/]*//[^/?@]*:[^/?@]*@" .) (regexMatch "[?&]password=" .) }}{{ fail "store.url has a password, and the configuration is a ConfigMap; put the URL into the Secret, and set store.url to file:/run/secrets/mcp-auth-proxy/KEY" }}{{ end -}}
 {{- if $.Values.persistence.enabled }}{{ fail "persistence.enabled is true; with store.url everything is in the database, so remove it" }}{{ end -}}
 {{- end -}}
+{{- if and .Values.store.importSecret (not (or .Values.store.url (include "mcp-auth-proxy.persistent" .))) }}{{ fail "store.importSecret needs a store that outlasts the pod, because the refresh tokens in the Secret are used up after the first renewal; set persistence.enabled or store.url" }}{{ end -}}
 {{- if not .Values.secretName }}{{ fail "secretName is empty; create a Secret with the key store-key and name it (values.yaml has the command)" }}{{ end -}}
 {{- if not .Values.config.servers }}{{ fail "config.servers is empty; at least one server must be configured" }}{{ end -}}
 {{- range $key := list "listen" "health_listen" "health_quit" "store" "public_url" }}
@@ -57,7 +58,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $config := deepCopy .Values.config -}}
 {{- $_ := set $config "listen" (ternary "0.0.0.0:8787" "127.0.0.1:8787" $shared) -}}
 {{- $_ := set $config "health_listen" "0.0.0.0:8788" -}}
-{{- $_ := set $config "store" (dict "url" (.Values.store.url | default "sqlite:////data/mcp-auth-proxy.db") "keys" (list "file:/run/secrets/mcp-auth-proxy/store-key")) -}}
+{{- $store := dict "url" (.Values.store.url | default "sqlite:////data/mcp-auth-proxy.db") "keys" (list "file:/run/secrets/mcp-auth-proxy/store-key") -}}
+{{- if .Values.store.importSecret -}}
+{{- $_ := set $store "import" (list "file:/run/secrets/mcp-auth-proxy-logins/logins") -}}
+{{- $_ := set $store "import_passphrase" "file:/run/secrets/mcp-auth-proxy/import-passphrase" -}}
+{{- end -}}
+{{- $_ := set $config "store" $store -}}
 {{- with .Values.publicUrl }}{{ $_ := set $config "public_url" . }}{{ end -}}
 {{- if $shared -}}
 {{- $inbound := dict "allow_anonymous" true -}}
@@ -116,6 +122,9 @@ securityContext:
 volumeMounts:
   - {name: config, mountPath: /etc/mcp-auth-proxy, readOnly: true}
   - {name: secrets, mountPath: /run/secrets/mcp-auth-proxy, readOnly: true}
+  {{- if .Values.store.importSecret }}
+  - {name: logins, mountPath: /run/secrets/mcp-auth-proxy-logins, readOnly: true}
+  {{- end }}
   - {name: data, mountPath: /data}
 {{- end }}
 
@@ -124,6 +133,10 @@ volumeMounts:
   configMap: {name: {{ include "mcp-auth-proxy.name" . }}}
 - name: secrets
   secret: {secretName: {{ .Values.secretName | quote }}, defaultMode: 0400}
+{{- with .Values.store.importSecret }}
+- name: logins
+  secret: {secretName: {{ . | quote }}, defaultMode: 0400}
+{{- end }}
 - name: data
   {{- if include "mcp-auth-proxy.persistent" . }}
   persistentVolumeClaim: {claimName: {{ .Values.persistence.existingClaim | default (include "mcp-auth-proxy.name" .) | quote }}}
