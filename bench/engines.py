@@ -32,7 +32,7 @@ def engines() -> Iterator[dict[str, Opening]]:
     if not postgresql.BIN:
         yield found
         return
-    server = postgresql.make_server(**DURABLE)
+    server = postgresql.make_server(on_disk=True, **DURABLE)
 
     def database(folder: Path) -> StoreSettings:
         name = f"bench_{folder.name}".replace("-", "_")

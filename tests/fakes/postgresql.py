@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pwd
@@ -33,6 +34,15 @@ KEY = "cG9zdGdyZXNxbC1zdG9yZS1rZXktb2YtdGhlLXRlc3Q="
 _TEMPLATE = "template_store"
 _USERS = "users"
 """The file in the folder of a server with the ids of the processes that use it."""
+
+_MEMORY, _DISK = Path("/dev/shm"), Path("/tmp")
+"""Where the folder of a cluster may be. Short, since the path of a socket has at most 107 bytes."""
+
+_ENOUGH = 4 * 2**30
+"""Bytes free in memory for the clusters of a run to be there: a slow disk holds up every CREATE and DROP DATABASE."""
+
+_DROP_TIMEOUT = 20
+"""Seconds."""
 
 _VARIABLE = "MCP_AUTH_PROXY_TEST_DATABASES"
 _SETTINGS = {
@@ -78,6 +88,19 @@ class Server:
             cursor = connection.execute(sql.encode())
             return cursor.fetchall() if cursor.description else []
 
+    def drop(self, database: str) -> bool:
+        """Delete a database, or leave it to the removal of the cluster if that takes too long; return which.
+
+        It waits for every process of the server, also for one that waits for the rest of a client's login.
+        """
+        with psycopg.connect(self.admin, autocommit=True) as connection:
+            connection.execute(f"SET statement_timeout = '{_DROP_TIMEOUT}s'".encode())
+            try:
+                connection.execute(f'DROP DATABASE "{database}" WITH (FORCE)'.encode())
+            except psycopg.errors.QueryCanceled:
+                return False
+        return True
+
     def start(self) -> None:
         """Start the server, and wait until it takes connections."""
         options = {**_SETTINGS, **self.settings, "port": str(self.port), "unix_socket_directories": str(self.folder)}
@@ -118,11 +141,13 @@ def program(name: str) -> str:
     return shutil.which(name, path=os.pathsep.join([*map(str, BIN), os.environ.get("PATH", os.defpath)])) or name
 
 
-def make_server(**settings: str) -> Server:
-    """Make a cluster in a folder of its own, with the role ``proxy``, and start it. ``remove_server`` ends it."""
+def make_server(*, on_disk: bool = False, **settings: str) -> Server:
+    """Make a cluster in a folder of its own, with the role ``proxy``, and start it. ``remove_server`` ends it.
+
+    It is in memory if there is enough of it, unless ``on_disk``.
+    """
     _remove_leftovers()
-    # Short, since the path of a socket has at most 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir=_DISK if on_disk else _place()))
     user = _user()
     if user is not None:
         os.chown(folder, user, -1)
@@ -143,9 +168,16 @@ def remove_server(server: Server) -> None:
     shutil.rmtree(server.folder, ignore_errors=True)
 
 
+def _place() -> Path:
+    with contextlib.suppress(OSError):
+        if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ENOUGH:
+            return _MEMORY
+    return _DISK
+
+
 def _remove_leftovers() -> None:
     """End the servers of runs that were killed: none of the processes that used them is there any more."""
-    for users in Path("/tmp").glob(f"pg-*/{_USERS}"):
+    for users in itertools.chain.from_iterable(place.glob(f"pg-*/{_USERS}") for place in (_MEMORY, _DISK)):
         with contextlib.suppress(OSError):
             if not any(Path(f"/proc/{user}").exists() for user in users.read_text().split()):
                 remove_server(Server(users.parent, 0))
@@ -187,8 +219,10 @@ def databases(server: Server) -> Iterator[None]:
         yield
     finally:
         del os.environ[_VARIABLE]
-        for (name,) in server.execute(f"SELECT datname FROM pg_database WHERE datname LIKE '{prefix}%'"):
-            server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        for (name,) in server.execute(f"SELECT datname FROM pg_database WHERE starts_with(datname, '{prefix}')"):
+            # If one can't be dropped now, none can.
+            if not server.drop(name):
+                break
 
 
 def database_url(folder: Path) -> str | None:

@@ -25,4 +25,4 @@ def database_of(server: Server, folder: Path, *, port: int | None = None) -> Ite
     try:
         yield {"url": server.url(name, port=port), "keys": [f"file:{key}"]}
     finally:
-        server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        server.drop(name)

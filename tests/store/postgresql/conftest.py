@@ -17,7 +17,7 @@ def empty(postgresql_server: Server, tmp_path: Path) -> Iterator[StoreSettings]:
     name = f"empty_{abs(hash(str(tmp_path)))}"
     postgresql_server.execute(f"CREATE DATABASE {name} OWNER proxy")
     yield postgresql.settings_for(postgresql_server.url(name), tmp_path)
-    postgresql_server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    postgresql_server.drop(name)
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ async def test_another_encoding_is_refused(postgresql_server: Server, empty: Sto
         settings = replace(empty, postgresql=replace(empty.postgresql, text=text))
         assert "ENCODING 'UTF8'" in str(await error(settings))
     finally:
-        postgresql_server.execute("DROP DATABASE latin")
+        postgresql_server.drop("latin")
 
 
 async def test_a_reading_command_makes_no_store(empty: StoreSettings, execute: Execute) -> None:

@@ -1,6 +1,8 @@
 """How a server is named and proven, as users of libpq expect; and what is said if it lets nobody in."""
 
 import asyncio
+import contextlib
+import gc
 import os
 import subprocess
 import time
@@ -14,6 +16,9 @@ from fakes.postgresql import PASSWORD, Server, make_server, remove_server, setti
 from mcp_auth_proxy.config.settings import StoreSettings
 from mcp_auth_proxy.errors import StoreUnavailable
 from mcp_auth_proxy.store import open_store
+from mcp_auth_proxy.store.postgresql import connection as connection_module
+from mcp_auth_proxy.store.postgresql.clock import ServerClock
+from mcp_auth_proxy.store.postgresql.pool import Pool
 
 pytestmark = pytest.mark.postgresql
 
@@ -58,6 +63,14 @@ def tls_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
     finally:
         remove_server(server)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Nothing is closed because the garbage collector happens to run."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def name_of(settings: StoreSettings) -> str:
@@ -197,3 +210,43 @@ async def test_a_password_that_is_changed_later_is_no_reason_to_end(own_server: 
         assert await engine.fetch_all("SELECT 1 AS one") == [{"one": 1}]
     finally:
         await engine.close()
+
+
+@pytest.mark.parametrize("why", ["cancelled", "too slow"])
+async def test_a_login_that_is_given_up_ends_at_once(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_collection: None
+) -> None:
+    """The server waits a minute for the rest of it, and meanwhile neither makes nor drops a database."""
+    asked = asyncio.Event()
+    ended = asyncio.Event()
+
+    async def offer_scram(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        size = int.from_bytes(await reader.readexactly(4))
+        await reader.readexactly(size - 4)
+        method = (10).to_bytes(4) + b"SCRAM-SHA-256\0\0"
+        writer.write(b"R" + (len(method) + 4).to_bytes(4) + method)
+        await reader.readexactly(5)
+        asked.set()
+        try:
+            with contextlib.suppress(ConnectionError):
+                while await reader.read(1000):
+                    pass
+            ended.set()
+        finally:
+            writer.close()
+
+    monkeypatch.setattr(connection_module, "CONNECT_TIMEOUT", 30.0 if why == "cancelled" else 1.0)
+    async with await asyncio.start_server(offer_scram, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        url = f"postgresql://proxy:{PASSWORD}@127.0.0.1:{port}/store?sslmode=disable"
+        settings = settings_for(url, tmp_path)
+        assert settings.postgresql is not None
+        pool = Pool(settings.postgresql, ServerClock())
+        connecting = asyncio.create_task(pool.connect())
+        await asyncio.wait_for(asked.wait(), 10)
+        if why == "cancelled":
+            connecting.cancel()
+        # The error is kept: by the pool, or by whoever waited for the task.
+        (found,) = await asyncio.gather(connecting, return_exceptions=True)
+        assert isinstance(found, BaseException)
+        await asyncio.wait_for(ended.wait(), 5)

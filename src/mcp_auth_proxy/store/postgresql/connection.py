@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import socket
+import traceback
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -89,14 +90,7 @@ class Connection:
         secret_values.remember(os.environ.get("PGPASSWORD"))
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                raw = await psycopg.AsyncConnection.connect(
-                    url.text,
-                    autocommit=True,
-                    prepare_threshold=_PREPARE_AFTER,
-                    row_factory=dict_row,
-                    cursor_factory=psycopg.AsyncRawCursor,
-                    **_defaults(url),  # type: ignore[arg-type]
-                )
+                raw = await _connected(url)
         except (psycopg.Error, OSError, TimeoutError) as error:
             raise unreachable(url, error) from None
         # One type for nearly every int: each combination of types is a statement of its own to prepare.
@@ -223,6 +217,23 @@ class Connection:
         self._cut = True
         with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(self.raw.fileno())) as sock:
             sock.shutdown(socket.SHUT_RDWR)
+
+
+async def _connected(url: PostgresqlUrl) -> "psycopg.AsyncConnection[DictRow]":
+    try:
+        return await psycopg.AsyncConnection.connect(
+            url.text,
+            autocommit=True,
+            prepare_threshold=_PREPARE_AFTER,
+            row_factory=dict_row,
+            cursor_factory=psycopg.AsyncRawCursor,
+            **_defaults(url),  # type: ignore[arg-type]
+        )
+    except BaseException as error:  # also if cancelled
+        # The driver's frames hold the socket for as long as anything holds the error. Meanwhile the server waits for
+        # the rest of the login, a minute at most, in which no database of it can be dropped.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 async def _result(cursor: "psycopg.AsyncCursor[DictRow]") -> Result:
