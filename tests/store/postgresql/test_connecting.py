@@ -95,13 +95,15 @@ async def test_nothing_in_the_url_and_all_in_the_environment(
     await opens("postgresql://", tmp_path)
 
 
+@pytest.mark.parametrize("variable", ["PGPASSFILE", "HOME"])
 async def test_a_password_file(
-    plain: Server, empty: StoreSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Server, empty: StoreSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    file = tmp_path / "pgpass"
+    file = tmp_path / ".pgpass"
     file.write_text(f"127.0.0.1:{plain.port}:*:proxy:{PASSWORD}\n")
     file.chmod(0o600)
-    monkeypatch.setenv("PGPASSFILE", str(file))
+    monkeypatch.delenv("PGPASSFILE")
+    monkeypatch.setenv(variable, str(file if variable == "PGPASSFILE" else tmp_path))
     await opens(f"postgresql://proxy@127.0.0.1:{plain.port}/{name_of(empty)}", tmp_path)
 
 
@@ -111,6 +113,8 @@ async def test_a_service(plain: Server, empty: StoreSettings, tmp_path: Path, mo
     monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
     await opens("postgresql://?service=store", tmp_path)
     assert "nothing" in await error("postgresql://?service=nothing", tmp_path)
+    monkeypatch.setenv("PGSERVICE", "store")
+    await opens("postgresql://", tmp_path)
 
 
 async def test_a_socket(plain: Server, empty: StoreSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
