@@ -12,7 +12,7 @@ import pytest
 
 from fakes.fixtures import Servers
 from fakes.headless import consent
-from fakes.http_exchange import FakeResponse
+from fakes.http_exchange import ABSENT, FakeResponse
 from fakes.proxy import link_in, proxy_process, run_command, until, write_config
 from fakes.proxy_setup import ProxySetup, ask_many, proxy_setup
 from fakes.webhook_receiver import SECRET, WebhookReceiver, is_signed, webhook_receiver
@@ -228,3 +228,38 @@ async def test_nothing_is_kept_alive_if_that_is_off(servers: Servers, tmp_path: 
         await setup.connect()
         assert setup.proxy.application.broker._keep_alive.period == 0
         assert setup.issuer.refreshes == 0
+
+
+@asynccontextmanager
+async def with_a_hint(servers: Servers, folder: Path, seconds: float) -> AsyncIterator[ProxySetup]:
+    """A connected proxy whose token ends, as nothing but its ``exp`` says, in so many seconds."""
+    issuer = {"jwt_seconds": seconds, "token_changes": {"expires_in": ABSENT}}
+    async with proxy_setup(servers, folder, issuer=issuer) as setup:
+        setup.clock.stop()
+        await setup.connect()
+        yield setup
+
+
+async def test_the_exp_of_a_jwt_is_a_hint_to_refresh_ahead(servers: Servers, tmp_path: Path) -> None:
+    async with with_a_hint(servers, tmp_path, 60) as setup:
+        assert (await status(tmp_path))["token_until"] is None, "nobody has promised an end"
+        assert (await setup.ask("early")).text == "early"
+        assert setup.issuer.refreshes == 0
+        setup.clock.ahead += NOTICED_EARLY
+        assert (await setup.ask("due")).text == "due"
+        await until(lambda: setup.issuer.refreshes == 1, "a renewal ahead of exp")
+        assert (await setup.ask("renewed")).text == "renewed"
+        assert setup.issuer.authorizations == 1
+
+
+@pytest.mark.parametrize("seconds", [60, -3600])
+async def test_the_exp_of_a_jwt_is_no_reason_to_refuse(servers: Servers, tmp_path: Path, seconds: float) -> None:
+    async with with_a_hint(servers, tmp_path, seconds) as setup:
+        refuse(setup, "invalid_grant")
+        setup.clock.ahead += 7200
+        for number in range(3):
+            assert (await setup.ask(str(number))).text == str(number)
+        await until(lambda: setup.issuer.refreshes == (seconds > 0), "a renewal, if exp was plausible")
+        assert (await setup.ask("on")).text == "on"
+        await health(tmp_path, "degraded" if seconds > 0 else "fresh")
+        assert setup.issuer.authorizations == 1

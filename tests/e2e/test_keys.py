@@ -7,6 +7,7 @@ import shlex
 import signal
 import sqlite3
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,27 @@ async def test_a_proxy_takes_up_keys_and_keeps_them_if_others_fail(servers: Serv
         async with proxy.client("a") as client:
             assert (await client.call("echo", text="still")).text == "still"
     assert [row["id"] for row in (await keys(config, "list"))[0]] == [new]
+
+
+async def test_a_command_that_hangs_holds_up_no_request(servers: Servers, tmp_path: Path) -> None:
+    upstream = await servers.mcp_server()
+    upstream.protected = False
+    key(tmp_path, "old.key")
+    config = config_with(tmp_path, "file:old.key", servers={"a": {"url": upstream.url}})
+    pid = tmp_path / "pid"
+    async with proxy_process(config) as proxy, proxy.client("a") as client:
+        set_keys(config, f"exec:sh -c 'echo $$ > {pid}; exec sleep 60'", "file:old.key")
+        proxy.process.send_signal(signal.SIGHUP)
+        await until(lambda: pid.exists() and pid.read_text(), "the command")
+        begun_at = time.monotonic()
+        for number in range(5):
+            assert (await client.call("echo", text=str(number))).text == str(number)
+        assert time.monotonic() - begun_at < 2
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+        await until(lambda: "the keys stay as they were" in proxy.err, "the end of the command")
+        (line,) = [line for line in proxy.err.splitlines() if "the keys stay as they were" in line]
+        assert "exec:sh …" in line
+        assert (await client.call("echo", text="on")).text == "on"
 
 
 async def test_sighup_reads_the_sources_again(servers: Servers, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.mcp_client import PlainClient
 from fakes.proxy import ProxyProcess, link_in, run_command, serving, start_command, until, write_config
+from mcp_auth_proxy.store.postgresql.schema import MARK
 from mcp_auth_proxy.store.sqlite import schema
 
 NEWER = """
@@ -122,12 +123,21 @@ async def test_an_older_process_is_unready_beside_a_newer_store_and_refreshes_no
     assert (await place.older.stop(), place.issuer.refreshes, place.issuer.ledger.reused) == (0, 1, 0)
 
 
+@on_each_engine
 async def test_rows_that_an_older_process_cannot_read_are_not_missing_to_it(place: Place) -> None:
-    with closing(sqlite3.connect(place.store)) as connection:
-        connection.execute("UPDATE grants SET seal = x'00', access_token = x'00', refresh_token = x'00'")
-        connection.execute("ALTER TABLE grants RENAME COLUMN principal TO owner")
-        connection.execute(f"PRAGMA user_version = {OURS + 1}")
-        connection.commit()
+    changes = (
+        "UPDATE grants SET seal = {0}, access_token = {0}, refresh_token = {0}",
+        "ALTER TABLE grants RENAME COLUMN principal TO owner",
+    )
+    if place.url is None:
+        with closing(sqlite3.connect(place.store)) as connection:
+            for change in (*changes, f"PRAGMA user_version = {OURS + 1}"):
+                connection.execute(change.format("x'00'"))
+            connection.commit()
+    else:
+        with psycopg.connect(place.url) as database:
+            for change in (*changes, f"UPDATE {MARK} SET version = {OURS + 1}"):
+                database.execute(change.format("'\\x00'").encode())
     await place.until_unready()
     assert {(await place.client.call("echo", text="good")).text for _ in range(20)} == {"good"}
     assert "skipped" not in place.older.log

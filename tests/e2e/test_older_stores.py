@@ -28,6 +28,8 @@ READING = (
     ["principals", "list", "--json"],
     ["check"],
     ["doctor", "linear"],
+    ["completion", "bash"],
+    ["export", "logins.export", "--passphrase", "env:PASSPHRASE"],
 )
 
 
@@ -126,9 +128,12 @@ async def test_commands_that_read_leave_the_store_as_it_is(tmp_path: Path, schem
     samples.copy(schema, store)
     before, changed_at = traces(store), store.stat().st_mtime_ns
     config = write_config(tmp_path, {"linear": "http://127.0.0.1:9/mcp"}, store={"url": f"sqlite:///{store}/store.db"})
-    done = await asyncio.gather(*(run_command(*command, "--config", str(config)) for command in READING))
+    # Where completion has no option for that, the configuration is found.
+    env = {"MCP_AUTH_PROXY_CONFIG": str(config), "PASSPHRASE": "correct horse battery"}
+    done = await asyncio.gather(*(run_command(*command, env=env, cwd=tmp_path) for command in READING))
     assert (traces(store), store.stat().st_mtime_ns) == (before, changed_at)
     for command, (code, out, err) in zip(READING, done, strict=True):
-        # There is no server for doctor to examine.
-        assert (code, err) == (command[0] == "doctor", ""), command
+        # There is no server for doctor to examine, and export warns of a copy.
+        assert code == (command[0] == "doctor"), (command, err)
+        assert (err == "") == (command[0] != "export"), (command, err)
         assert out, command

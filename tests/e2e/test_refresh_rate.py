@@ -10,11 +10,12 @@ import pytest
 
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.fixtures import Servers
+from fakes.headless import consent
 from fakes.http_exchange import FakeResponse, RecordedRequest
 from fakes.mcp_client import McpResponse
-from fakes.proxy import ProxyProcess, RunningProxy, proxy_process, running_proxy, until, write_config
+from fakes.proxy import ProxyProcess, RunningProxy, link_in, proxy_process, running_proxy, until, write_config
 from fakes.unattended import unattended
-from mcp_auth_proxy.broker import refresh_rate
+from mcp_auth_proxy.broker import refresh_rate, renewal_lease
 
 from .test_reload import hangup, rewrite
 
@@ -100,6 +101,27 @@ async def test_a_request_beyond_the_rate_is_answered_503_with_a_number_and_the_n
         monkeypatch.setattr(refresh_rate, "LONGEST_WAIT", 30.0)
         assert (await call(proxy, "s1")).text == "s1"
     assert issuer.token_requests() == 2
+
+
+async def test_consents_do_not_count(servers: Servers, tmp_path: Path) -> None:
+    issuer = await servers.authorization_server(auto_consent=True)
+    upstream = await servers.mcp_server(issuer)
+    configured: dict[str, Any] = {f"s{number}": upstream.url for number in range(3)}
+    sections: dict[str, Any] = {"authorization": {"wait": "0s"}, "limits": {"refresh_rate": 0.04}}
+    async with running_proxy(tmp_path, configured, **sections) as proxy:
+        started = time.monotonic()
+        for name in configured:
+            assert (await consent(link_in((await call(proxy, name)).message))).status_code == 200
+            assert (await call(proxy, name)).text == name
+        # The only refresh has its turn at once.
+        issuer.end_access_tokens()
+        assert (await call(proxy, "s0")).text == "s0"
+        assert time.monotonic() - started < 20
+    assert (issuer.token_requests("authorization_code"), issuer.refreshes) == (3, 1)
+
+
+def test_a_request_is_answered_within_half_a_minute() -> None:
+    assert refresh_rate.LONGEST_WAIT <= renewal_lease.LONGEST_WAIT <= 30
 
 
 async def test_sighup_changes_the_rate_for_those_that_wait(servers: Servers, tmp_path: Path) -> None:

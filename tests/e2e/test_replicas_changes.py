@@ -170,6 +170,30 @@ async def test_what_an_admin_changes_is_effective_everywhere(
         await soon(lambda: _is(setup.mcp_status(there, server="tickets"), 404), "a deleted server")
 
 
+async def test_the_streams_of_a_disabled_principal_end_at_every_replica(  # T74
+    servers: Servers, tmp_path: Path, shared_store: Section
+) -> None:
+    plain = await servers.mcp_server(protected=False)
+    plain.sessions_on = True
+    entry = {"open": plain.url}
+    sections: dict[str, Any] = {"inbound": {"mode": "api_key"}, "store": shared_store}
+    async with replicas(tmp_path, 2, entry, **sections) as made:
+        setup = Shared(made, await servers.authorization_server(), plain)
+        for name, role in (("ada", Role.ADMIN), ("ben", Role.MEMBER)):
+            await setup.add(name, role)
+        for replica in made:
+            await soon(lambda it=replica: _is(setup.status(it, "/me", "ben"), 200), "a principal")  # type: ignore[misc]
+        async with setup.there.client("open", headers=setup.auth("ben")) as ben:
+            await ben.initialize()
+            async with ben.stream() as (response, events):
+                assert response.status_code == 200
+                await until(lambda: any(session.streams for session in plain.sessions.values()), "a stream")
+                await setup.api("PATCH", "/principals/prn_ben", json={"status": "disabled"})
+                async with asyncio.timeout(PROMISED):
+                    assert [event async for event in events] == []
+            assert (await ben.call("echo")).status == 401
+
+
 async def test_a_client_of_the_api_that_is_revoked_is_revoked_everywhere(
     servers: Servers, tmp_path: Path, shared_store: Section
 ) -> None:

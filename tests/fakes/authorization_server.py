@@ -1,7 +1,11 @@
 """The demo's authorization server, with options that tests set and a log of every request."""
 
+import base64
+import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -41,6 +45,8 @@ class FakeAuthorizationServer(AuthorizationServer):
         self.metadata_changes: dict[str, object] = {}
         self.token_changes: dict[str, object] = {}
         """Changes to every successful token response."""
+        self.jwt_seconds: float | None = None
+        """Access tokens are JWTs whose ``exp`` is so many seconds from now; None: they are opaque."""
         self.answers: dict[str, FakeResponses] = {}
         self.outage: FakeResponses | None = None
         self.gates: dict[str, Any] = {}
@@ -198,7 +204,17 @@ class FakeAuthorizationServer(AuthorizationServer):
         return super().callback_iss() if self.iss == AUTO else self.iss
 
     def token_response(self, issued: Issued) -> dict[str, object]:
+        if self.jwt_seconds is not None:
+            issued = self._as_jwt(issued, self.jwt_seconds)
         return changed(super().token_response(issued), self.token_changes)
+
+    def _as_jwt(self, issued: Issued, seconds: float) -> Issued:
+        """Return the access token as a JWT, whose signature nobody checks; both are accepted."""
+        parts = ({"alg": "RS256"}, {"exp": int(time.time() + seconds), "jti": issued.access_token})
+        encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
+        token = ".".join([*encoded, "c2ln"])
+        self.ledger.tokens[token] = self.ledger.tokens[issued.access_token]
+        return replace(issued, access_token=token)
 
     async def find_client(self, client_id: str, redirect_uri: str) -> Client | None:
         if self.client_documents and client_id.startswith("https://") and client_id not in self.ledger.clients:

@@ -86,6 +86,7 @@ def test_if_nothing_is_known_of_a_process_its_lease_ends_in_time(ours: Owners, o
     """So it is with an older version too, which wrote pids: those of another pid namespace mean nothing here."""
     assert ours.is_held(owner, NOW, NOW + LONGEST)
     assert not ours.is_held(owner, NOW, NOW + LONGEST + 1)
+    assert not ours.is_held(owner, NOW, NOW + 25.1), "a lease lasts 25 seconds at most"
     assert not ours.is_held(owner, NOW + LONGEST + 1, NOW)
 
 

@@ -50,7 +50,7 @@ def from_command(source: KeySource, environ: Mapping[str, str]) -> str:
     with process:
         try:
             output = _output(source, process, time.monotonic() + TIMEOUT)
-        except BaseException:
+        except BaseException:  # also on Ctrl-C: the command must not outlive us
             _kill(process)
             raise
         status = process.returncode

@@ -222,6 +222,41 @@ async def test_one_login_is_not_taken_for_two_servers(  # T91
     assert "1 of 2 logins could not be imported" in err
 
 
+@pytest.mark.parametrize(
+    ("program", "files"), [("mcp-remote", ".mcp-auth/mcp-remote-v1"), ("mcp-use", ".mcp_use/tokens")]
+)
+async def test_without_a_folder_that_of_the_program_is_meant(
+    elsewhere: Elsewhere, mcp_server: FakeMcpServer, tmp_path: Path, program: str, files: str
+) -> None:
+    folder = tmp_path / files
+    elsewhere.keep(folder, mcp_server.url)
+    written(plain_files.mcp_use_tokens(folder, mcp_server.url), elsewhere.tokens)
+    written(plain_files.mcp_use_registration(folder, mcp_server.url), elsewhere.registration)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    config = write_config(tmp_path, {"notes": mcp_server.url})
+    words = ("import", "--from", program, "--config", str(config))
+    code, out, err = await run_command(*words, env={"HOME": str(tmp_path), "MCP_REMOTE_CONFIG_DIR": None})
+    assert code == 0, err
+    assert "notes, since" in out
+    assert f"The files of {program} stay, but their refresh tokens are the proxy's from now on" in err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_when_a_token_ends_is_read_as_each_version_of_mcp_remote_notes_it(tmp_path: Path) -> None:
+    server = ServerSettings(name="notes", url=URL)
+    name = f"{hashlib.md5(URL.encode()).hexdigest()}_tokens.json"
+    noted = {"access_token": "a", "expires_in": 60}
+    # 0.15 in milliseconds; 0.1 not at all, so the lifetime counts from when the file was written.
+    written(tmp_path / "mcp-remote-v1" / name, {**noted, "expires_at": 1_800_000_000_500}, at=2000.0)
+    written(tmp_path / "mcp-remote-0.1.37" / name, noted, at=1000.0)
+    ends = []
+    for version in ("v1", "0.1.37"):
+        found = mcp_remote.find(tmp_path / f"mcp-remote-{version}", server, None)
+        assert found is not None
+        ends.append(found.tokens.expires_at)
+    assert ends == [1_800_000_000.5, 1060.0]
+
+
 async def test_a_folder_without_a_login_is_said(servers: Servers, tmp_path: Path) -> None:
     config = write_config(tmp_path, {"notes": "https://notes.example/mcp"})
     code, _, err = await import_from("mcp-remote", tmp_path / "nowhere", config)

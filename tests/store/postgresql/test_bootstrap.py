@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import logging
 import os
 import secrets
 import sqlite3
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fakes.postgresql import PASSWORD, Server
+from fakes.proxy import until
 from mcp_auth_proxy.config.settings import KeySource, StoreSettings
 from mcp_auth_proxy.errors import KeyRejected, StoreError, StoreMigrated, StoreRejected
 from mcp_auth_proxy.store import open_store, open_store_read_only
@@ -208,8 +210,9 @@ async def test_a_wrong_key_is_named_and_writes_nothing(store: StoreSettings, exe
 
 
 async def test_a_migration_happens_once_and_waits_for_a_running_refresh(
-    store: StoreSettings, execute: Execute, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    store: StoreSettings, execute: Execute, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     engine = await open_store(store)
     stored = await Grants(engine).add(grant())
     owner = engine.owners.new()
@@ -218,7 +221,7 @@ async def test_a_migration_happens_once_and_waits_for_a_running_refresh(
     monkeypatch.setattr(schema, "MIGRATIONS", (("ALTER TABLE grants ADD COLUMN new TEXT",),))
     monkeypatch.setattr(schema, "NEWEST", schema.NEWEST + 1)
     opening = asyncio.gather(*(open_store(store) for _ in range(3)))
-    await asyncio.sleep(0.3)
+    await until(lambda: caplog.text.count("the migration waits for it") == 3, "three that wait")
     assert not opening.done()
     await Grants(engine).release_refresh(stored.id, version=stored.version, owner=owner)
     migrated = await opening

@@ -101,7 +101,7 @@ class Connection:
             if read_only:
                 await connection.command(_READ_ONLY)
             await connection.measure(clock)
-        except BaseException:
+        except BaseException:  # also if cancelled: the connection would stay open
             await connection.close()
             raise
         return connection
@@ -227,7 +227,7 @@ async def _connected(url: PostgresqlUrl) -> "psycopg.AsyncConnection[DictRow]":
             prepare_threshold=_PREPARE_AFTER,
             row_factory=dict_row,
             cursor_factory=psycopg.AsyncRawCursor,
-            **_defaults(url),  # type: ignore[arg-type]
+            **_defaults(url),
         )
     except BaseException as error:  # also if cancelled
         # The driver's frames hold the socket for as long as anything holds the error. Meanwhile the server waits for
@@ -245,7 +245,8 @@ def _sent(value: object) -> object:
     return Int8(value) if type(value) is int and not -(2**31) <= value < 2**31 else value
 
 
-def _defaults(url: PostgresqlUrl) -> dict[str, str]:
+def _defaults(url: PostgresqlUrl) -> dict[str, Any]:
+    """Return the parameters that neither the URL nor the environment gives. All are texts, as libpq wants them."""
     given = conninfo.conninfo_to_dict(url.text)
     return {
         name: value
