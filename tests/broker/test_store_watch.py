@@ -1,5 +1,7 @@
 """What other processes write to the store, noticed by a running one."""
 
+import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from mcp_auth_proxy.errors import AuthorizationDenied, StoreUnavailable
 from mcp_auth_proxy.models import LOCAL, Account, FlowStatus
 from mcp_auth_proxy.store.engine import NO_PARAMS, Params, Row
 from mcp_auth_proxy.store.flows import Flows
+from store.builders import dead_owner
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +91,46 @@ async def test_a_store_that_fails_for_a_while_does_not_end_the_watch(
         await another.flows.cancel(NOTES)
     with pytest.raises(AuthorizationDenied):
         await pending.wait(5)
+
+
+async def test_after_an_outage_the_renewal_of_a_dead_process_is_started_again_at_once(
+    setup: BrokerSetup, issuer: FakeAuthorizationServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server accepts the refresh token that it may have used for some seconds only. Others may come back."""
+    await setup.connect()
+    (grant,) = await setup.grants.all()
+    watch = setup.broker._watch
+    looks = 0
+
+    async def broken(reader: str = "") -> bool:
+        nonlocal looks
+        looks += 1
+        raise StoreUnavailable("It is out of reach.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup.database, "changed", broken)
+        owner = dead_owner(setup.database.owners)
+        assert await setup.grants.begin_refresh(grant.id, version=grant.version, owner=owner, now=setup.clock())
+        looks = 0
+        await until(lambda: looks >= 2, "two looks")
+        assert issuer.refreshes == 0
+    await until(lambda: issuer.refreshes == 1, "the renewal", timeout=store_watch.SETTLED_SECONDS / 2)
+    assert not watch.is_settled
+
+
+async def test_who_begins_or_has_stood_still_knows_of_no_outage(
+    setup: BrokerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = setup.broker._watch
+    assert not watch.is_settled
+    monkeypatch.setattr(store_watch, "SETTLED_SECONDS", 0.2)
+    await until(lambda: watch.is_settled, "the watch to settle")
+    # Nothing else runs meanwhile.
+    time.sleep(0.3)
+    assert not watch.is_settled
+    since = asyncio.get_running_loop().time()
+    await until(lambda: watch.is_settled, "the watch to settle")
+    assert asyncio.get_running_loop().time() - since >= 0.2
 
 
 async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
