@@ -16,14 +16,7 @@ from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.connection_notes import ConnectionJournal, Happening
 from mcp_auth_proxy.broker.refresh_rate import RefreshRate
 from mcp_auth_proxy.broker.refusals import REJECTING_ERRORS
-from mcp_auth_proxy.broker.renewal import (
-    MARGIN_MAX,
-    SAVE_DELAYS,
-    Demand,
-    Renewer,
-    renew_at,
-    renewable,
-)
+from mcp_auth_proxy.broker.renewal import MARGIN_MAX, SAVE_SECONDS, Demand, Renewer, renew_at, renewable
 from mcp_auth_proxy.broker.renewal_lease import GrantEnded, HeldElsewhere
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -42,7 +35,7 @@ from mcp_auth_proxy.store.grants import Grants
 from mcp_auth_proxy.store.lease import Owners
 from mcp_auth_proxy.store.refresh_slots import RefreshSlots
 from mcp_auth_proxy.store.registrations import Registrations
-from store.builders import NOW, grant, store_settings, tokens
+from store.builders import NOW, dead_owner, grant, store_settings, tokens
 
 SERVER = ServerSettings(name="linear", url="https://linear.example/mcp")
 
@@ -445,8 +438,10 @@ class Watched(Grants):
         super().__init__(database)
         self.turned_away = asyncio.Event()
 
-    def may_begin_refresh(self, grant: Grant, *, owner: str, now: float, needed: bool = True) -> bool:
-        may = super().may_begin_refresh(grant, owner=owner, now=now, needed=needed)
+    def may_begin_refresh(
+        self, grant: Grant, *, owner: str, now: float, needed: bool = True, settled: bool = True
+    ) -> bool:
+        may = super().may_begin_refresh(grant, owner=owner, now=now, needed=needed, settled=settled)
         if not may:
             self.turned_away.set()
         return may
@@ -501,10 +496,13 @@ async def begun_by_another(setup: Setup, owner: str = "elsewhere:1:x") -> None:
     assert await setup.grants.begin_refresh(setup.grant.id, version=1, owner=owner, now=setup.clock.now)
 
 
-async def waits(setup: Setup, *, needed: Callable[[], bool] = lambda: True) -> asyncio.Task[Grant]:
+async def waits(
+    setup: Setup, *, needed: Callable[[], bool] = lambda: True, settled: Callable[[], bool] = lambda: True
+) -> asyncio.Task[Grant]:
     """Begin a renewal that has to wait for another process."""
     grants = Watched(setup.database)
-    task = asyncio.create_task(setup.another_renewer(grants).renew(SERVER, setup.grant, Demand(needed=needed)))
+    renewer = setup.another_renewer(grants, settled)
+    task = asyncio.create_task(renewer.renew(SERVER, setup.grant, Demand(needed=needed)))
     await asyncio.wait_for(grants.turned_away.wait(), 5)
     return task
 
@@ -581,7 +579,7 @@ async def test_a_late_result_is_stored_if_who_took_over_has_none(setup: Setup) -
 async def test_a_renewal_ends_before_another_process_may_take_over(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert renewal_lease.ATTEMPT_SECONDS + sum(SAVE_DELAYS) < lease.LONGEST <= 25
+    assert renewal_lease.ATTEMPT_SECONDS + SAVE_SECONDS < lease.LONGEST <= 25
     monkeypatch.setattr(renewal_lease, "ATTEMPT_SECONDS", 0.1)
 
     async def hangs() -> None:
@@ -636,9 +634,11 @@ class Unwritable(Grants):
     def __init__(self, database: Engine) -> None:
         super().__init__(database)
         self.fails = True
+        self.attempts = 0
         self.kept = asyncio.Event()
 
     async def renewed(self, grant_id: int, *, version: int, owner: str, tokens: TokenSet) -> Grant | None:
+        self.attempts += 1
         if self.fails:
             raise StoreUnavailable("It is out of reach.")
         stored = await super().renewed(grant_id, version=version, owner=owner, tokens=tokens)
@@ -650,7 +650,6 @@ async def test_tokens_that_can_not_be_stored_are_kept_until_they_can(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(renewal, "SAVE_SECONDS", 0.1)
-    monkeypatch.setattr(renewal, "SAVE_DELAYS", (0.01,))
     grants = Unwritable(setup.database)
     renewer = setup.another_renewer(grants)
     for _ in range(2):
@@ -667,19 +666,53 @@ async def test_tokens_that_can_not_be_stored_are_kept_until_they_can(
     await renewer.aclose()
 
 
-async def test_nobody_takes_over_right_after_an_outage_of_the_store(setup: Setup) -> None:
+async def test_tokens_are_stored_as_soon_as_the_store_is_back_however_long_it_was_away(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each second counts: the process may be killed, or another one may take over."""
+    monkeypatch.setattr(renewal, "UNSAVED_INTERVAL", 0.01)
+    grants = Unwritable(setup.database)
+    renewing = asyncio.create_task(setup.another_renewer(grants).renew(SERVER, setup.grant))
+    await until(lambda: grants.attempts >= 20, "20 attempts", timeout=2)
+    grants.fails = False
+    assert (await renewing).tokens.access_token == "canary-access-2"
+
+
+@pytest.mark.parametrize("seconds", [lease.LONGEST + 1, lease.BELIEVED_SECONDS + 1])
+async def test_nobody_takes_over_right_after_an_outage_of_the_store(setup: Setup, seconds: float) -> None:
     """Whoever has new tokens could not store them, and does so as soon as the store is back."""
-    second = setup.another_renewer(settled=lambda: False)
+    waiting: list[asyncio.Task[Grant]] = []
 
     async def meanwhile() -> None:
         setup.endpoint.meanwhile = None
-        setup.clock.now += lease.LONGEST + 1
-        with pytest.raises(AuthorizationServerUnavailable):
-            await second.renew(SERVER, setup.grant)
+        setup.clock.now += seconds
+        waiting.append(await waits(setup, settled=lambda: False))
 
     setup.endpoint.meanwhile = meanwhile
     assert (await setup.renew()).tokens.access_token == "canary-access-2"
+    assert (await waiting[0]).version == 2
     assert len(setup.endpoint.asked) == 1
+
+
+async def test_a_process_that_may_live_is_taken_over_once_the_store_was_back_for_a_while(setup: Setup) -> None:
+    await begun_by_another(setup)
+    settled = False
+    setup.clock.now += lease.LONGEST + 1
+    waiting = await waits(setup, settled=lambda: settled)
+    assert setup.endpoint.asked == []
+    settled = True
+    assert (await waiting).version == 2
+
+
+async def test_who_has_died_or_given_up_is_taken_over_right_after_an_outage_too(setup: Setup) -> None:
+    """Nobody has new tokens, and the server accepts the refresh token that was used for some seconds only."""
+    await begun_by_another(setup, dead_owner(setup.grants.owners))
+    eager = setup.another_renewer(settled=lambda: False)
+    assert (await eager.renew(SERVER, setup.grant)).version == 2
+    assert await setup.grants.begin_refresh(setup.grant.id, version=2, owner="elsewhere:1:x", now=setup.clock.now)
+    await setup.grants.note_failure(setup.grant.id, version=2, owner="elsewhere:1:x", health=HEALTHY, keep=True)
+    setup.endpoint.outcome = tokens("3", NOW + 10)
+    assert (await eager.renew(SERVER, await setup.stored())).version == 3
 
 
 async def test_nothing_is_sent_if_the_store_is_not_writable(setup: Setup) -> None:  # F8

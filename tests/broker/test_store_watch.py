@@ -3,7 +3,8 @@
 import asyncio
 import sqlite3
 import time
-from contextlib import closing
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from fakes import postgresql
 from fakes.authorization_server import FakeAuthorizationServer
 from fakes.proxy import until
 from mcp_auth_proxy.broker import store_watch
-from mcp_auth_proxy.errors import AuthorizationDenied
+from mcp_auth_proxy.errors import AuthorizationDenied, StoreUnavailable
 from mcp_auth_proxy.models import LOCAL, Account, FlowStatus
 from mcp_auth_proxy.store import open_store
 from mcp_auth_proxy.store.flows import KEPT_UNANSWERED_SECONDS, Flows
 from mcp_auth_proxy.store.postgresql import schema
 from mcp_auth_proxy.store.sqlite.engine import SqliteEngine
-from store.builders import flow, store_settings
+from store.builders import dead_owner, flow, store_settings
 
 
 @pytest.fixture(autouse=True)
@@ -91,15 +92,65 @@ def set_schema(folder: Path, number: int) -> None:
         server.execute("SELECT pg_notify('mcp_auth_proxy_' || current_schema()::regnamespace::oid::bigint, 'newer')")
 
 
+@asynccontextmanager
+async def out_of_reach(setup: BrokerSetup, folder: Path) -> AsyncIterator[None]:
+    """Let the store be of no use, until a look after the block has failed."""
+    set_schema(folder, schema.NEWEST + 1)
+    yield
+    watch = setup.broker._watch
+    before = watch._settling_since
+    await until(lambda: watch._settling_since > before, "a look that fails")
+    set_schema(folder, schema.NEWEST)
+
+
 async def test_a_store_that_fails_for_a_while_does_not_end_the_watch(setup: BrokerSetup, tmp_path: Path) -> None:
     pending = await setup.pending()
-    set_schema(tmp_path, schema.NEWEST + 1)
-    await until(lambda: not setup.broker._watch.is_settled, "a look that fails")
-    set_schema(tmp_path, schema.NEWEST)
+    async with out_of_reach(setup, tmp_path):
+        pass
     async with broker_setup(tmp_path) as another:
         await another.flows.cancel(NOTES)
     with pytest.raises(AuthorizationDenied):
         await pending.wait(5)
+
+
+async def test_after_an_outage_the_renewal_of_a_dead_process_is_started_again_at_once(
+    setup: BrokerSetup, issuer: FakeAuthorizationServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server accepts the refresh token that it may have used for some seconds only. Others may come back."""
+    await setup.connect()
+    (grant,) = await setup.grants.all()
+    watch = setup.broker._watch
+    looks = 0
+
+    async def broken(reader: str = "") -> bool:
+        nonlocal looks
+        looks += 1
+        raise StoreUnavailable("It is out of reach.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup.database, "changed", broken)
+        owner = dead_owner(setup.database.owners)
+        assert await setup.grants.begin_refresh(grant.id, version=grant.version, owner=owner, now=setup.clock())
+        looks = 0
+        await until(lambda: looks >= 2, "two looks")
+        assert issuer.refreshes == 0
+    await until(lambda: issuer.refreshes == 1, "the renewal", timeout=store_watch.SETTLED_SECONDS / 2)
+    assert not watch.is_settled
+
+
+async def test_who_begins_or_has_stood_still_knows_of_no_outage(
+    setup: BrokerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = setup.broker._watch
+    assert not watch.is_settled
+    monkeypatch.setattr(store_watch, "SETTLED_SECONDS", 0.2)
+    await until(lambda: watch.is_settled, "the watch to settle")
+    # Nothing else runs meanwhile.
+    time.sleep(0.3)
+    assert not watch.is_settled
+    since = asyncio.get_running_loop().time()
+    await until(lambda: watch.is_settled, "the watch to settle")
+    assert asyncio.get_running_loop().time() - since >= 0.2
 
 
 async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
@@ -110,10 +161,8 @@ async def test_old_flows_are_deleted_each_hour_also_if_the_clock_is_set_back(
 
     pending = await setup.pending()
     # The first time, the store can't be used.
-    set_schema(tmp_path, schema.NEWEST + 1)
-    setup.clock.ahead = 3601
-    await until(lambda: not setup.broker._watch.is_settled, "a look that fails")
-    set_schema(tmp_path, schema.NEWEST)
+    async with out_of_reach(setup, tmp_path):
+        setup.clock.ahead = 3601
     for ahead in (0, 3601):
         setup.clock.ahead = ahead
         await leave("old")

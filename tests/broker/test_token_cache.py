@@ -18,7 +18,7 @@ from mcp_auth_proxy.broker.renewal_lease import TAKEOVER_AHEAD
 from mcp_auth_proxy.broker.token_cache import CachedToken, TokenCache
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, TokenRefused
+from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, StoreUnavailable, TokenRefused
 from mcp_auth_proxy.models import Account, Grant, RenewalHealth, TokenSet
 from mcp_auth_proxy.oauth.fetch import Fetcher
 from mcp_auth_proxy.observability.outages import OutageLog
@@ -72,14 +72,30 @@ class WatchedGrants(Grants):
         self.gate.set()
         self.release_takes = 0.0
         """Seconds that ``release_refresh`` takes, by the clock of the test."""
+        self.failure: StoreUnavailable | None = None
+        """Raised instead of a read."""
+        self.begin_failures = 0
+        """How many of the next begins fail."""
         self.on_failure: Callable[[], None] | None = None
         """Called once a failed renewal is noted."""
 
     async def current(self, account: Account) -> Grant | None:
         self.reads += 1
+        if self.failure is not None:
+            raise self.failure
         found = await super().current(account)
         await self.gate.wait()
         return found
+
+    async def begin_refresh(
+        self, grant_id: int, *, version: int, owner: str, now: float, needed: bool = True, settled: bool = True
+    ) -> bool:
+        if self.begin_failures:
+            self.begin_failures -= 1
+            raise StoreUnavailable("It is out of reach.")
+        return await super().begin_refresh(
+            grant_id, version=version, owner=owner, now=now, needed=needed, settled=settled
+        )
 
     async def release_refresh(self, grant_id: int, *, version: int, owner: str) -> None:
         await super().release_refresh(grant_id, version=version, owner=owner)
@@ -383,6 +399,34 @@ async def test_the_renewal_of_a_process_that_died_is_started_again_once(setup: S
     setup.endpoint.gate.set()
     await setup.in_the_background()
     assert setup.endpoint.refreshes == 1
+
+
+async def test_a_renewal_of_a_dead_process_is_started_again_though_the_store_fails_meanwhile(setup: Setup) -> None:
+    stored = await setup.grants.add(grant())
+    owner = dead_owner(setup.grants.owners)
+    assert await setup.grants.begin_refresh(stored.id, version=1, owner=owner, now=setup.clock.now)
+    setup.grants.failure = StoreUnavailable("It is out of reach.")
+    with pytest.raises(StoreUnavailable):
+        await setup.cache.resume_interrupted()
+    setup.grants.failure = None
+    await setup.cache.resume_interrupted()
+    await until(lambda: setup.endpoint.refreshes == 1)
+    await setup.in_the_background()
+    assert await setup.text() == "Bearer canary-access-2"
+
+
+async def test_a_takeover_that_the_store_did_not_allow_is_tried_again_soon(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only when this process would have renewed the token: its server does not accept the old one for long."""
+    monkeypatch.setattr(token_cache, "RETRY_DELAY", 0.01)
+    cached = await begun_by_another(setup, dead_owner(setup.grants.owners))
+    assert cached.renew_at > setup.clock.now + HOUR / 2
+    setup.grants.begin_failures = 1
+    await setup.cache.resume_interrupted()
+    await until(lambda: setup.endpoint.refreshes == 1)
+    await setup.in_the_background()
+    assert (setup.grants.begin_failures, await setup.text()) == (0, "Bearer canary-access-2")
 
 
 async def test_a_renewal_of_a_dead_process_that_has_to_wait_is_tried_again(setup: Setup) -> None:

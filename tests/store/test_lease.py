@@ -175,6 +175,22 @@ def test_a_refresh_of_a_living_process_is_taken_over_after_its_lease_if_that_is_
     assert not ours.may_refresh(theirs.new(), NOW, owner=ours.new(), now=later, needed=False)
 
 
+def test_right_after_an_outage_only_who_has_nothing_to_store_is_taken_over(
+    store: Path, ours: Owners, theirs: Owners
+) -> None:
+    long_ago = NOW - BELIEVED_SECONDS - 1
+    for holder, expected in (
+        (theirs.new(), False),
+        ("elsewhere:1:x", False),
+        (theirs.new() + ABANDONED, True),
+        ("elsewhere:1:x" + ABANDONED, True),
+        (dead(store), True),
+    ):
+        owner = ours.new()
+        assert ours.may_refresh(holder, long_ago, owner=owner, now=NOW, needed=True, settled=False) is expected
+        assert ours.may_refresh(holder, long_ago, owner=owner, now=NOW, needed=True)
+
+
 def test_a_refresh_that_was_given_up_is_free_if_it_is_needed(ours: Owners, theirs: Owners) -> None:
     holder, owner = theirs.new() + ABANDONED, ours.new()
     assert ours.may_refresh(holder, NOW, owner=owner, now=NOW, needed=True)

@@ -7,7 +7,6 @@ from functools import partial
 
 from mcp_auth_proxy.broker.client_registration import ClientRegistrar
 from mcp_auth_proxy.broker.matching import configured_for
-from mcp_auth_proxy.broker.renewal import SAVE_DELAYS
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.broker.token_requests import TokenClient
 from mcp_auth_proxy.config.settings import ServerSettings
@@ -18,6 +17,9 @@ from mcp_auth_proxy.store.flows import Flows
 from mcp_auth_proxy.store.grants import Grants
 
 logger = logging.getLogger(__name__)
+
+SAVE_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
+"""Seconds between attempts to store tokens that have been issued."""
 
 DENIALS = {
     "access_denied": "The user declined on the other device.",

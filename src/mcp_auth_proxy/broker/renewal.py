@@ -1,7 +1,6 @@
 """Renew grants: when to renew, one renewal at a time, with the intent stored before anything is sent."""
 
 import asyncio
-import itertools
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -52,14 +51,12 @@ LONG = 3600.0
 MAX_REJECTIONS = 1000
 """Grants of which it is remembered that a person has to mend something."""
 
-SAVE_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
-"""Seconds between attempts to store tokens that have been issued."""
-
 SAVE_SECONDS = 8.0
 """Seconds that a renewal waits until its tokens are stored; a request gets an error then."""
 
 UNSAVED_INTERVAL = 0.2
-"""Seconds between attempts after those: as soon as the store is back, before another process takes over."""
+"""Seconds between attempts to store tokens that have been issued: as soon as the store is back, before another process
+takes over, or this one is killed."""
 
 
 def renewable(grant: Grant) -> bool:
@@ -134,7 +131,7 @@ class Renewer:
         self._outages = outages
         self._clock = clock
         self._owner = grants.owners.new()
-        self._settled = settled
+        self.settled = settled
         self._unsaved: dict[int, asyncio.Task[Grant | None]] = {}
         """By the grant's id: new tokens that are being stored."""
         self._rejections: dict[int, RenewalHealth] = {}
@@ -154,8 +151,6 @@ class Renewer:
         if unsaved is not None and (stored := await self._saved(grant, unsaved)) is not None:
             return stored
         self._backoff.check(*_subjects(grant), of_tokens(grant.key.account))
-        wanted = demand.needed
-        demand = replace(demand, needed=lambda: wanted() and self._settled())
         self._rejections.pop(grant.id, None)
         current, attempt = await self._begin(grant, demand)
         if attempt is None:
@@ -220,6 +215,7 @@ class Renewer:
             owner=self._owner,
             clock=self._clock,
             needed=demand.needed,
+            settled=self.settled,
             is_done=lambda current: self._is_done(grant, current, demand),
             take_turn=take_turn,
         )
@@ -306,15 +302,15 @@ class Renewer:
         return saving.result()
 
     async def _save(self, grant: Grant, tokens: TokenSet) -> Grant | None:
-        for number in itertools.count():
+        level = logging.ERROR
+        while True:
             try:
                 return await self._grants.renewed(grant.id, version=grant.version, owner=self._owner, tokens=tokens)
             except StoreUnavailable as failure:
                 server = grant.key.account.server
-                level = logging.ERROR if number < len(SAVE_DELAYS) else logging.DEBUG
                 logger.log(level, "the renewed tokens of server %s can't be stored yet: %s", server, failure)
-            await asyncio.sleep(SAVE_DELAYS[number] if number < len(SAVE_DELAYS) else UNSAVED_INTERVAL)
-        raise AssertionError  # the count has no end
+                level = logging.DEBUG
+            await asyncio.sleep(UNSAVED_INTERVAL)
 
     async def _failed(self, grant: Grant, failure: AuthorizationError) -> AuthorizationServerUnavailable:
         """Store a failure that passes; return the error for requests that need the token."""

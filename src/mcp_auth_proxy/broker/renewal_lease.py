@@ -55,13 +55,14 @@ async def begin_renewal(
     clock: Callable[[], float],
     needed: Callable[[], bool],
     is_done: Callable[[Grant], bool],
+    settled: Callable[[], bool],
     take_turn: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Grant, Attempt | None]:
     """Record that a renewal begins, once no other process renews the grant.
 
     Return the grant as it is stored, with None if it ``is_done``: it has newer tokens already, or is not to be
-    renewed. ``needed``: see ``Demand``; ``take_turn`` is awaited once nobody else renews it, and then all is looked at
-    again. Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable,
+    renewed. ``needed``: see ``Demand``; ``settled``: see ``Renewer``; ``take_turn`` is awaited once nobody else renews
+    it, and then all is looked at again. Raises GrantEnded, HeldElsewhere, AuthorizationServerUnavailable,
     StoreUnavailable, and what ``is_done`` raises.
     """
     loop = asyncio.get_running_loop()
@@ -72,15 +73,20 @@ async def begin_renewal(
             raise GrantEnded
         if is_done(current):
             return current, None
-        attempt, is_needed = Attempt(clock(), loop.time(), clock), needed()
+        attempt, is_needed, is_settled = Attempt(clock(), loop.time(), clock), needed(), settled()
         # The look alone writes nothing, and locks nothing.
-        if grants.may_begin_refresh(current, owner=owner, now=attempt.at, needed=is_needed):
+        if grants.may_begin_refresh(current, owner=owner, now=attempt.at, needed=is_needed, settled=is_settled):
             if take_turn is not None:
                 await take_turn()
                 take_turn, first_look = None, loop.time()
                 continue
             if await grants.begin_refresh(
-                current.id, version=current.version, owner=owner, now=attempt.at, needed=is_needed
+                current.id,
+                version=current.version,
+                owner=owner,
+                now=attempt.at,
+                needed=is_needed,
+                settled=is_settled,
             ):
                 return current, attempt
         waited = attempt.begun_at - first_look

@@ -19,8 +19,9 @@ from mcp_auth_proxy.store.leases import Leases
 WATCH_INTERVAL = 0.5
 """Seconds between checks whether another process has written to the store."""
 
-SETTLED_SECONDS = 3.0
-"""Seconds after an outage of the store in which nobody takes over what another process may be about to store."""
+SETTLED_SECONDS = 5.0
+"""Seconds after an outage of the store in which nobody takes over what another process may be about to store. It also
+counts as one if this process has not looked for as long, or has just begun to look."""
 
 PURGE_INTERVAL = 3600.0
 """Seconds between deletions of old flows."""
@@ -66,13 +67,15 @@ class StoreWatch:
         """Whether other processes renew grants, as of the last look: they may die."""
         self._unchecked: list[Account] = []
         self._unchecked_flows: list[str] = []
-        self._failed_at = -math.inf
+        self._looked_at = self._settling_since = -math.inf
+        """When the last look ended, and since when all have succeeded, by the clock of the event loop."""
         self._task: asyncio.Task[None] | None = None
 
     @property
     def is_settled(self) -> bool:
         """Whether the store was in reach for a while, so that whoever has something to store could do so."""
-        return asyncio.get_running_loop().time() >= self._failed_at + SETTLED_SECONDS
+        now = asyncio.get_running_loop().time()
+        return now - self._looked_at <= SETTLED_SECONDS <= now - self._settling_since
 
     def add_reader(self, reader: StoreReader) -> None:
         """Tell one more reader what other processes write."""
@@ -82,6 +85,7 @@ class StoreWatch:
         """Delete old flows, then begin to watch. Raises StoreError."""
         await self._purge()
         await self._database.changed()
+        self._looked_at = self._settling_since = asyncio.get_running_loop().time()
         self._task = asyncio.create_task(self._watch())
 
     async def aclose(self) -> None:
@@ -90,18 +94,23 @@ class StoreWatch:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _watch(self) -> None:
-        purged_at = self._clock()
+        purged_at, loop = self._clock(), asyncio.get_running_loop()
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
+            if loop.time() - self._looked_at > SETTLED_SECONDS:
+                # This process stood still, maybe during an outage.
+                self._settling_since = loop.time()
             # Store failures are reported by /readyz and by the requests that need the store.
             try:
                 changed = await self._database.changed()
                 if changed:
                     await self.reload()
-                if self.is_settled and (changed or self._others_renew):
+                # Also right after an outage: its server accepts the refresh token of a dead process for seconds only.
+                if changed or self._others_renew:
                     self._others_renew = await self._tokens.resume_interrupted()
             except StoreError:
-                self._failed_at, self._others_renew = asyncio.get_running_loop().time(), True
+                self._settling_since, self._others_renew = loop.time(), True
+            self._looked_at = loop.time()
             now = self._clock()
             # The absolute difference: the clock may have been set back.
             if abs(now - purged_at) >= PURGE_INTERVAL:

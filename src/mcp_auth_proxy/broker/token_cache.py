@@ -18,7 +18,7 @@ from mcp_auth_proxy.broker.renewal import Demand, Renewer, renew_at, renewable
 from mcp_auth_proxy.broker.renewal_lease import LONGEST_WAIT, TAKEOVER_AHEAD, GrantEnded, HeldElsewhere
 from mcp_auth_proxy.broker.single_flight import SingleFlight
 from mcp_auth_proxy.config.settings import ServerSettings
-from mcp_auth_proxy.errors import AuthorizationServerUnavailable, McpAuthProxyError
+from mcp_auth_proxy.errors import AuthorizationError, AuthorizationServerUnavailable, McpAuthProxyError
 from mcp_auth_proxy.models import AccessToken, Account, Grant
 from mcp_auth_proxy.store.comparison import GrantVersion
 from mcp_auth_proxy.store.grants import Grants
@@ -316,17 +316,28 @@ class TokenCache:
 
         Return whether other processes renew grants now: one that dies is noticed by the next call.
         """
-        interrupted, others = await self._grants.interrupted(self._clock())
-        before, self._interrupted = self._interrupted, interrupted
+        interrupted, others = await self._grants.interrupted(self._clock(), settled=self._renewer.settled())
+        before = self._interrupted
+        self._interrupted = {account: at for account, at in interrupted.items() if before.get(account) == at}
         for account, begun_at in interrupted.items():
-            if account.server not in self._servers or before.get(account) == begun_at:
+            if account.server not in self._servers or account in self._interrupted:
                 continue
+            try:
+                cached = await self.load(account)
+            except AuthorizationError:
+                # The server was removed or reconfigured just now.
+                continue
+            # Not before: if the store fails, it is looked at again.
+            self._interrupted[account] = begun_at
             logger.warning("a renewal for server %s was interrupted; it is started again", account.server)
-            cached = await self.load(account)
             if cached is not None and renewable(cached.grant):
                 # As the dead process did. If it fails or has to wait, it is due all the same, long before its time.
                 cached.used = True
                 cached.renew_at = min(cached.renew_at, self._clock())
+                if cached.timer is not None:
+                    # It is for a later time, and would be all that a failure of the store leaves.
+                    cached.timer.cancel()
+                    cached.timer = None
                 self._renew_soon(account, cached)
         return others
 

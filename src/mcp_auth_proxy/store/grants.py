@@ -149,16 +149,18 @@ class Grants:
         values = {"principal": principal, "server": server, "count": count}
         return {row["account"] for row in await self._engine.fetch_all(_ACCOUNT_NAMES, values)}
 
-    async def interrupted(self, now: float) -> tuple[dict[Account, float], bool]:
+    async def interrupted(self, now: float, *, settled: bool = True) -> tuple[dict[Account, float], bool]:
         """Return the accounts with a refresh that a dead process has begun and not ended, each with its begin.
 
-        Also return whether other refreshes are under way: their processes may die.
+        Also return whether other refreshes are under way: their processes may die. ``settled``: see
+        ``Owners.may_refresh``.
         """
         dead: dict[Account, float] = {}
         rows = await self._engine.fetch_all(_INTERRUPTED)
         for row in rows:
             begun_at = row["refresh_begun_at"]
-            if self.owners.may_refresh(row["refresh_owner"], begun_at, owner="", now=now, needed=False):
+            holder = row["refresh_owner"]
+            if self.owners.may_refresh(holder, begun_at, owner="", now=now, needed=False, settled=settled):
                 dead[Account(row["principal"], row["server"], row["account"])] = begun_at
         return dead, len(dead) < len(rows)
 
@@ -227,15 +229,21 @@ class Grants:
             await self._end(transaction, other, now=grant.granted_at, reason=SUPERSEDED)
         return replace(grant, id=row["id"], refresh_begun_at=None, refresh_owner="", ended_at=None, ended_reason="")
 
-    def may_begin_refresh(self, grant: Grant, *, owner: str, now: float, needed: bool = True) -> bool:
+    def may_begin_refresh(
+        self, grant: Grant, *, owner: str, now: float, needed: bool = True, settled: bool = True
+    ) -> bool:
         """Return whether ``begin_refresh`` is worth a try, as far as the grant tells that was just read."""
-        return self.owners.may_refresh(grant.refresh_owner, grant.refresh_begun_at, owner=owner, now=now, needed=needed)
+        return self.owners.may_refresh(
+            grant.refresh_owner, grant.refresh_begun_at, owner=owner, now=now, needed=needed, settled=settled
+        )
 
-    async def begin_refresh(self, grant_id: int, *, version: int, owner: str, now: float, needed: bool = True) -> bool:
+    async def begin_refresh(
+        self, grant_id: int, *, version: int, owner: str, now: float, needed: bool = True, settled: bool = True
+    ) -> bool:
         """Record that a refresh is about to be sent. ``owner`` comes from ``owners.new``, ``now`` is Unix seconds.
 
         Return False if the grant has another version by now, has ended or is gone, or if another owner has begun a
-        refresh: see ``Owners.may_refresh``, also for ``needed``.
+        refresh: see ``Owners.may_refresh``, also for ``needed`` and ``settled``.
         """
         self.owners.appear()
         async with self._engine.transaction() as transaction:
@@ -245,7 +253,7 @@ class Grants:
                 return False
             row = rows[0]
             begun_at, holder = row["refresh_begun_at"], row["refresh_owner"]
-            if not self.owners.may_refresh(holder, begun_at, owner=owner, now=now, needed=needed):
+            if not self.owners.may_refresh(holder, begun_at, owner=owner, now=now, needed=needed, settled=settled):
                 return False
             seen = {"seen": holder, "seen_at": begun_at or 0.0}
             begun = await transaction.execute(

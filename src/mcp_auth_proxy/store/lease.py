@@ -104,21 +104,25 @@ class Owners:
         """
         return not _is_over(begun_at, now, longest) and self._is_alive(owner, over=False) is not False
 
-    def may_refresh(self, holder: str, begun_at: float | None, *, owner: str, now: float, needed: bool) -> bool:
+    def may_refresh(
+        self, holder: str, begun_at: float | None, *, owner: str, now: float, needed: bool, settled: bool = True
+    ) -> bool:
         """Return whether ``owner`` may begin a refresh that ``holder`` has begun; ``begun_at`` None: nobody has.
 
         A holder that is not certainly dead may come back with new tokens, and a server with reuse detection ends the
         grant if the old refresh token comes again. So after the lease it is only taken over if that is ``needed``: if
-        the access token is dead.
+        the access token is dead. Nor before the store is ``settled``: after an outage a holder that lives is about to
+        store what it has. One that is dead, or has given up, has nothing: nobody waits for it.
         """
         named = holder.removesuffix(ABANDONED)
         if begun_at is None or named == owner:
             return True
         over, abandoned = _is_over(begun_at, now, LONGEST), named != holder
         alive = self._is_alive(named, over=over)
-        if alive is False or (needed and (over or abandoned)):
+        if alive is False or (abandoned and (needed or over)):
             return True
-        return (over and abandoned) or (alive is None and _is_over(begun_at, now, BELIEVED_SECONDS))
+        forgotten = alive is None and _is_over(begun_at, now, BELIEVED_SECONDS)
+        return settled and ((needed and over) or forgotten)
 
     def _is_alive(self, owner: str, *, over: bool) -> bool | None:
         """Return whether the process of an owner lives; None if that can't be told.

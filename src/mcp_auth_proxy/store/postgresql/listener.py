@@ -16,6 +16,9 @@ from mcp_auth_proxy.store.postgresql.pool import PAUSE, Pool
 KEEPALIVE = 5.0
 """Seconds between two looks whether the connection lives, and at the clock of the server."""
 
+RETRY = 0.2
+"""Seconds between two looks whether a server that is away is back."""
+
 FALLBACK = 30.0
 """Seconds after which something counts as written, in case that a notification was lost between us and the server."""
 
@@ -70,7 +73,8 @@ class Listener:
                 self._tell_of(error)
                 self._failure = error
             self._ready.set()
-            await asyncio.sleep(PAUSE)
+            # The pool does not connect more often than it wants to.
+            await asyncio.sleep(RETRY if self._has_told else PAUSE)
 
     def _tell_of(self, error: StoreUnavailable) -> None:
         """Log once that the server is away, if the first attempt to connect again has failed too."""
