@@ -70,6 +70,7 @@ async def test_the_whole_change_of_a_key(tmp_path: Path) -> None:
     (row,) = listed
     assert row["rows"] > 0
     assert row == {"id": old, "source": "file:old.key", "rows": row["rows"], "droppable": False}
+    assert list(row) == ["id", "source", "rows", "droppable"]
     set_keys(config, "file:new.key", "file:old.key")
     rotated, err = await keys(config, "rotate")
     assert rotated == {
