@@ -274,7 +274,7 @@ async def test_the_exp_of_a_jwt_is_a_hint_to_refresh_ahead(servers: Servers, tmp
         assert (await status(tmp_path))["token_until"] is None, "nobody has promised an end"
         assert (await setup.ask("early")).text == "early"
         assert setup.issuer.refreshes == 0
-        setup.clock.ahead += NOTICED_EARLY
+        setup.clock.ahead += 59
         assert (await setup.ask("due")).text == "due"
         await until(lambda: setup.issuer.refreshes == 1, "a renewal ahead of exp")
         assert (await setup.ask("renewed")).text == "renewed"
