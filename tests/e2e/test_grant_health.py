@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from e2e.test_login import login
 from fakes.fixtures import Servers
 from fakes.headless import consent
 from fakes.http_exchange import ABSENT, FakeResponse
@@ -157,6 +158,34 @@ async def test_what_only_a_person_can_mend_says_so_and_ends_after_a_day(
         assert error in (await health(tmp_path, "ended"))["reason"]
 
 
+@pytest.mark.parametrize("error", ["invalid_grant", "unauthorized_client"])
+async def test_login_authorizes_again_what_can_not_be_renewed(servers: Servers, tmp_path: Path, error: str) -> None:
+    """As the log, ``status`` and the webhook advise: while the token works, and once requests get errors."""
+    config = tmp_path / "mcp-auth-proxy.yaml"
+    async with observed(servers, tmp_path) as (setup, hook):
+        setup.issuer.answers["token"] = lambda received: (
+            FakeResponse.json({"error": error}, 400) if received.form["grant_type"] == "refresh_token" else None
+        )
+        if error == "invalid_grant":
+            setup.clock.ahead += NOTICED_EARLY
+            await setup.ask()
+        else:
+            setup.issuer.end_access_tokens()
+            message = str((await setup.ask()).message)
+            assert "run `mcp-auth-proxy login notes`" in message
+            assert "the link that the next request gets" not in message, "there is none for a day"
+        await hook.until("needs-consent", "degraded")
+        async with login("notes", config) as attempt:
+            assert (await consent(await attempt.link())).status_code == 200
+            code, out, err = await attempt.end()
+        assert code == 0, err
+        assert "notes is connected." in out
+        setup.clock.ahead = 0
+        assert (await setup.ask("again")).text == "again"
+        await health(tmp_path, "fresh")
+        assert setup.issuer.authorizations == 2
+
+
 async def test_webhooks_are_signed_and_tell_no_secret(servers: Servers, tmp_path: Path) -> None:
     async with observed(servers, tmp_path) as (setup, hook):
         setup.issuer.end_grants()
@@ -245,7 +274,7 @@ async def test_the_exp_of_a_jwt_is_a_hint_to_refresh_ahead(servers: Servers, tmp
         assert (await status(tmp_path))["token_until"] is None, "nobody has promised an end"
         assert (await setup.ask("early")).text == "early"
         assert setup.issuer.refreshes == 0
-        setup.clock.ahead += NOTICED_EARLY
+        setup.clock.ahead += 59
         assert (await setup.ask("due")).text == "due"
         await until(lambda: setup.issuer.refreshes == 1, "a renewal ahead of exp")
         assert (await setup.ask("renewed")).text == "renewed"

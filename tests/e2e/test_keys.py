@@ -70,6 +70,7 @@ async def test_the_whole_change_of_a_key(tmp_path: Path) -> None:
     (row,) = listed
     assert row["rows"] > 0
     assert row == {"id": old, "source": "file:old.key", "rows": row["rows"], "droppable": False}
+    assert list(row) == ["id", "source", "rows", "droppable"]
     set_keys(config, "file:new.key", "file:old.key")
     rotated, err = await keys(config, "rotate")
     assert rotated == {
@@ -189,7 +190,7 @@ async def test_a_command_that_hangs_holds_up_no_request(servers: Servers, tmp_pa
         begun_at = time.monotonic()
         for number in range(5):
             assert (await client.call("echo", text=str(number))).text == str(number)
-        assert time.monotonic() - begun_at < 2
+        assert time.monotonic() - begun_at < 5
         os.kill(int(pid.read_text()), signal.SIGKILL)
         await until(lambda: "the keys stay as they were" in proxy.err, "the end of the command")
         (line,) = [line for line in proxy.err.splitlines() if "the keys stay as they were" in line]

@@ -472,6 +472,16 @@ class Broker:
             return None
         return ConnectedServer(server=account.server, issuer=grant.key.issuer, label=grant.label)
 
+    async def was_refused(self, account: Account) -> bool:
+        """Return whether the authorization server has refused to renew the grant that a user gave. Raises StoreError.
+
+        Until it changes its mind, only another consent brings new tokens.
+        """
+        grant = await self._grants.current(account)
+        if grant is None or grant.grant_type.unattended:
+            return False
+        return grant.health.refused_at is not None or grant.health.rejected_since is not None
+
     async def begin(
         self, account: Account, *, status: int, challenge: Sequence[bytes]
     ) -> AccessToken | PendingAuthorization | None:

@@ -213,10 +213,14 @@ class ConnectionJournal:
             self._events.append(ConnectionEvent(self._clock(), account, text, good))
 
 
-def authorize_again(account: Account, server: ServerSettings | None) -> str:
-    """Return what to do if only a person can mend a connection. ``server``: None if it is no longer configured."""
+def authorize_again(account: Account, server: ServerSettings | None, *, by_link: bool = True) -> str:
+    """Return what to do if only a person can mend a connection. ``server``: None if it is no longer configured.
+
+    ``by_link``: the next request gets a link.
+    """
     name = account.shown if server is None or not server.from_url else server.command_name
-    return f"To authorize again, run `mcp-auth-proxy login {name}`, or open the link that the next request gets."
+    link = ", or open the link that the next request gets" if by_link else ""
+    return f"To authorize again, run `mcp-auth-proxy login {name}`{link}."
 
 
 def moment(at: float) -> str:

@@ -296,7 +296,8 @@ def remedy_of(happening: Happening, account: Account, server: ServerSettings | N
         case Happening.FAILED:
             return "The next request tries again."
         case Happening.NOT_RENEWED:
-            again = authorize_again(account, server)
+            # Until it is over, requests get an error and no link.
+            again = authorize_again(account, server, by_link=False)
             return f"It is tried again by itself.{'' if again in reason else f' If that goes on for long: {again}'}"
         case _:
             return authorize_again(account, server)

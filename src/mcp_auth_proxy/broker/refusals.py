@@ -55,5 +55,5 @@ def after_rejection(health: RenewalHealth, reason: str, *, now: float) -> Renewa
 def remedy(error: str, grant: Grant, server: ServerSettings, *, now: float) -> str:
     """Return what a person can do about an error that nobody else can mend."""
     ends = (grant.health.rejected_since or now) + ENDS_AFTER
-    again = authorize_again(grant.key.account, server)
+    again = authorize_again(grant.key.account, server, by_link=False)
     return f"{_REMEDIES[error]}: the renewal is tried again until {moment(ends)}. {again}"

@@ -32,6 +32,7 @@ from mcp_auth_proxy.config.settings import Address, ServerSettings, Settings, re
 from mcp_auth_proxy.errors import (
     MAX_MESSAGE,
     AddressInUse,
+    AuthorizationServerUnavailable,
     ConfigurationError,
     McpAuthProxyError,
     excerpt,
@@ -146,6 +147,8 @@ class LoginAttempt:
         self._owner = owner
         self._options = options
         self._shown = account.shown
+        self._replaces = False
+        """Whether the user authorizes again though a login is stored."""
         # The link alone is on stdout if nobody waits for the user.
         self._tell = complain if options.no_wait else say
 
@@ -155,16 +158,13 @@ class LoginAttempt:
         None if the server asks for no authorization; what waits for the user with ``no_wait``. Raises
         McpAuthProxyError.
         """
-        stored = await self._broker.token(self._account)
-        outcome: AccessToken | PendingAuthorization | None = stored
-        if stored is not None:
-            outcome = await self._try_stored(stored)
-            if not isinstance(outcome, PendingAuthorization):
-                again = in_command(self._server, self._account.name, self._owner)
-                forget = f"`mcp-auth-proxy logout {again}` forgets it"
-                self._tell(f"A login for {self._shown} is stored already; {forget}.")
-                return outcome
-        if stored is None or self._pastes:
+        stored, outcome = await self._stored()
+        if stored is not None and not isinstance(outcome, PendingAuthorization):
+            again = in_command(self._server, self._account.name, self._owner)
+            forget = f"`mcp-auth-proxy logout {again}` forgets it"
+            self._tell(f"A login for {self._shown} is stored already; {forget}.")
+            return outcome
+        if outcome is None or self._pastes:
             outcome = await self._begin()
         if not isinstance(outcome, PendingAuthorization):
             return outcome
@@ -173,6 +173,27 @@ class LoginAttempt:
         if outcome.flow.device is not None:
             raise needs_waiting(self._server.name)
         return outcome
+
+    async def _stored(self) -> tuple[AccessToken | None, AccessToken | PendingAuthorization | None]:
+        """Return the stored token, and what it leads to: see ``_try_stored``.
+
+        None and None if there is none, or none that can be renewed: then the user authorizes again, and what is stored
+        stays until then. Raises McpAuthProxyError.
+        """
+        stored: AccessToken | None = None
+        outcome: AccessToken | PendingAuthorization | None = None
+        try:
+            stored = await self._broker.token(self._account)
+            if stored is not None:
+                outcome = await self._try_stored(stored)
+        except AuthorizationServerUnavailable:
+            if not await self._broker.was_refused(self._account):
+                raise
+        if not isinstance(outcome, PendingAuthorization) and await self._broker.was_refused(self._account):
+            self._tell(f"The login for {self._shown} that is stored can't be renewed. It stays until there is another.")
+            self._replaces = True
+            return None, None
+        return stored, outcome
 
     @property
     def _pastes(self) -> bool:
@@ -186,7 +207,9 @@ class LoginAttempt:
     async def _begin(self) -> AccessToken | PendingAuthorization | None:
         status, challenge = await probe(self._application.forwarder.upstream, self._route)
         if not self._pastes:
-            return await self._broker.authorize(self._account, status=status, challenge=challenge)
+            # Only the latter returns a token that is stored.
+            begin = self._broker.begin if self._replaces else self._broker.authorize
+            return await begin(self._account, status=status, challenge=challenge)
         wanted = FlowRequest(mode=FlowMode.HEADLESS)
         outcome, _ = await self._broker.request_flow(self._account, wanted, status=status, challenge=challenge)
         return outcome
