@@ -40,6 +40,7 @@ UNDER_WAY = replace(GRANT, refresh_begun_at=NOW + 1, refresh_owner="a:1:b")
 REFRESHING = GrantStatus(GrantState.ACTIVE, Health.REFRESHING, since=NOW + 1)
 FAILING = RenewalHealth(failing_since=NOW + 2, failure="it is down", next_try_at=NOW + 9)
 RETRYING = GrantStatus(GrantState.ACTIVE, Health.RETRYING, "it is down", NOW + 2, NOW + 9)
+REJECTED = replace(FAILING, rejected_since=NOW + 3)
 REFUSED = RenewalHealth(refused_at=NOW + 3, failure="invalid_grant")
 ENDS = GRANT.tokens.expires_at
 GONE = GrantStatus(GrantState.ENDED, Health.ENDED, "invalid_grant", NOW + 1)
@@ -54,6 +55,13 @@ TABLE = [
     (UNDER_WAY, LATER, REFRESHING, "connected"),
     (replace(GRANT, health=FAILING), NOW, RETRYING, "retrying"),
     (replace(GRANT, health=FAILING), LATER, replace(RETRYING, next_try=None), "retrying"),
+    (
+        replace(GRANT, health=REJECTED),
+        NOW,
+        GrantStatus(GrantState.DEGRADED, Health.DEGRADED, "it is down", NOW + 3, NOW + 9, is_retried=True),
+        "degraded",
+    ),
+    (replace(GRANT, health=REJECTED), LATER, replace(RETRYING, next_try=None), "retrying"),
     (without_refresh_token(GRANT), NOW, DEGRADED, "degraded"),
     (without_end(without_refresh_token(GRANT)), LATER, DEGRADED, "degraded"),
     (

@@ -149,7 +149,7 @@ async def test_what_only_a_person_can_mend_says_so_and_ends_after_a_day(
             setup.clock.ahead += 1
         assert setup.issuer.refreshes == 2, "once in three seconds, of which four have passed"
         await hook.until("needs-consent", "degraded")
-        assert error in (await health(tmp_path, "retrying"))["reason"]
+        assert error in (await health(tmp_path, "degraded"))["reason"]
         _, shown, _ = await run_command("status", "--config", str(tmp_path / "mcp-auth-proxy.yaml"))
         assert shown.count("mcp-auth-proxy login notes") == 1, shown
         setup.clock.ahead += 86_400

@@ -74,6 +74,8 @@ class GrantStatus:
     """Since when it is so, in Unix seconds."""
     next_try: float | None = None
     """When its renewal is tried again, in Unix seconds; None if nothing is scheduled."""
+    is_retried: bool = False
+    """Whether the renewal of a degraded grant is tried again while its token works: a person may have mended it."""
 
 
 def background_retry(health: RenewalHealth) -> float | None:
@@ -124,6 +126,9 @@ def grant_status(grant: GrantSummary | Grant, *, now: float) -> GrantStatus:
         retry = background_retry(health)
         # One that is past comes with the next request.
         retry = retry if retry is not None and retry > now else None
+        if health.rejected_since is not None and not dead:
+            since = health.rejected_since
+            return GrantStatus(GrantState.DEGRADED, Health.DEGRADED, health.failure, since, retry, is_retried=True)
         return GrantStatus(GrantState.ACTIVE, Health.RETRYING, health.failure, health.failing_since, retry)
     if summary.refresh_begun_at is not None:
         return GrantStatus(GrantState.ACTIVE, Health.REFRESHING, since=summary.refresh_begun_at)

@@ -258,6 +258,9 @@ def _token_in_words(connection: Connection) -> str:
     until, status = _iso(connection.token_expires_at), connection.status
     if status is not None and status.health is Health.DEGRADED and connection.renews_itself:
         end = f"token until {until}" if until else "token without a stated end"
+        if status.is_retried:
+            # Why is said with the failure.
+            return end
         again = "then the renewal is tried once more" if until else "until the server refuses it"
         return (
             f"{end}, {again}: it was refused at {_iso(status.since)}: {status.reason.rstrip('.')}. To be safe, run "

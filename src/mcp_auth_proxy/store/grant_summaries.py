@@ -23,12 +23,14 @@ _REPEATED = ", ".join(f"'{kind}'" for kind in GrantType if kind.unattended)
 _REPEATABLE = f"grant_type IN ({_REPEATED})"
 _RENEWABLE = f"(refresh_token IS NOT NULL OR {_REPEATABLE})"
 _DEAD = "(expires_at IS NOT NULL AND expires_at <= :now)"
-_NOT_RENEWED = "(ended_at IS NOT NULL OR refresh_token IS NULL OR renewal_refused_at IS NOT NULL)"
+_NOT_RENEWED = (
+    "(ended_at IS NOT NULL OR refresh_token IS NULL OR renewal_refused_at IS NOT NULL OR rejected_since IS NOT NULL)"
+)
 """True in both states that it stands in; it is the condition of an index."""
 _CANNOT_RENEW = f"(refresh_token IS NULL AND NOT {_REPEATABLE})"
 _UNDER_WAY = "(refresh_begun_at IS NOT NULL OR failing_since IS NOT NULL)"
 """A renewal is under way, or will be tried again."""
-_REFUSED = "renewal_refused_at IS NOT NULL"
+_REFUSED = "(renewal_refused_at IS NOT NULL OR rejected_since IS NOT NULL)"
 
 _BY_ID = "SELECT * FROM grants WHERE id = :id"
 _PAGE = "SELECT * FROM grants WHERE {conditions} ORDER BY id LIMIT :count"
@@ -57,7 +59,7 @@ class GrantState(StrEnum):
 
 _STATES = {
     GrantState.ACTIVE: f"ended_at IS NULL AND {_RENEWABLE}"
-    f" AND ((NOT {_DEAD} AND renewal_refused_at IS NULL) OR ({_DEAD} AND {_UNDER_WAY}))",
+    f" AND ((NOT {_DEAD} AND NOT {_REFUSED}) OR ({_DEAD} AND {_UNDER_WAY}))",
     GrantState.DEGRADED: f"{_NOT_RENEWED} AND ended_at IS NULL AND ({_REFUSED} OR {_CANNOT_RENEW}) AND NOT {_DEAD}",
     GrantState.EXPIRED: f"ended_at IS NULL AND {_RENEWABLE} AND {_DEAD} AND NOT {_UNDER_WAY}",
     GrantState.ENDED: f"{_NOT_RENEWED} AND (ended_at IS NOT NULL OR ({_CANNOT_RENEW} AND {_DEAD}))",

@@ -19,7 +19,9 @@ HEALTH = (
     "DROP INDEX grants_renewable",
     """
     CREATE INDEX grants_renewable
-    ON grants (id, server, principal, expires_at, refresh_begun_at, renewal_refused_at, failing_since)
+    ON grants (
+        id, server, principal, expires_at, refresh_begun_at, renewal_refused_at, failing_since, rejected_since
+    )
     WHERE ended_at IS NULL
         AND (refresh_token IS NOT NULL
             OR grant_type IN ('client_credentials', 'jwt_bearer', 'id_jag', 'token_exchange'))
@@ -27,8 +29,9 @@ HEALTH = (
     "DROP INDEX grants_not_renewable",
     """
     CREATE INDEX grants_not_renewable
-    ON grants (id, server, principal, ended_at, expires_at, grant_type, renewal_refused_at)
+    ON grants (id, server, principal, ended_at, expires_at, grant_type, renewal_refused_at, rejected_since)
     WHERE ended_at IS NOT NULL OR refresh_token IS NULL OR renewal_refused_at IS NOT NULL
+        OR rejected_since IS NOT NULL
     """,
     """
     CREATE INDEX grants_by_refresh ON grants (id, obtained_at, refresh_expires_at, next_try_at, renewal_refused_at)
