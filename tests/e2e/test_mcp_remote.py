@@ -12,6 +12,7 @@ from fakes.proxy import link_in, proxy_process, run_command, write_config
 pytestmark = pytest.mark.clients
 
 
+@pytest.mark.timeout(180)  # a node program and three of ours start, and answer this process in turn
 @pytest.mark.parametrize("version", ["0.1", "0.15"])
 async def test_a_login_of_mcp_remote_goes_on_here(servers: Servers, tmp_path: Path, version: str) -> None:
     issuer = await servers.authorization_server(auto_consent=True, token_seconds=600)

@@ -29,7 +29,7 @@ async def sign_in(version: str, url: str, folder: Path) -> None:
     try:
         assert process.stderr is not None
         assert process.stdin is not None
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(100):
             async for line in process.stderr:
                 said += line.decode()
                 link = re.search(r"http://\S+/authorize\?\S+", said)
