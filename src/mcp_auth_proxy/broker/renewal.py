@@ -364,7 +364,7 @@ class Renewer:
         )
         since = health.failing_since or self._clock()
         if self._clock() - since >= LONG:
-            after += f" It has failed since {moment(since)}. {authorize_again(account, None)}"
+            after += f" It has failed since {moment(since)}. {authorize_again(account, None, by_link=False)}"
         reason = f"its grant can't be renewed now: {error}{after}{until}"
         if grant.health.failing_since is None and not self._outages.is_due(account.server):
             logger.warning("server %s: %s", account.shown, reason)
@@ -404,7 +404,7 @@ class Renewer:
                 account.shown,
                 refused,
                 until,
-                authorize_again(account, server),
+                authorize_again(account, server, by_link=False),
             )
             self._journal.degraded(account, str(refused))
         return noted
