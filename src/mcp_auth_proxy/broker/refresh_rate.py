@@ -112,7 +112,7 @@ class RefreshRate:
         sending = self._sending(issuer)
         await sending.wait(max(1, int(self.rate)))
         if (left := sending.paused_until - self.clock()) > 0:
-            raise _exceeded(self.rate, left)
+            raise _paused(left)
 
     async def pause(self, issuer: str, seconds: float) -> None:
         """Send nothing for a time that the server has asked for: at once in this process, then in the others too.
@@ -277,7 +277,11 @@ class _Lane:
 
     def _exceeded(self) -> RefreshRateExceeded:
         waiting = sum(not waiter.done() for waiter in self._requests)
-        return _exceeded(self._rate.rate, max(1, waiting) / self._rate.rate)
+        return RefreshRateExceeded(
+            f"Too many tokens are being renewed: an authorization server is sent at most {self._rate.rate:g} refreshes "
+            "a second (limits.refresh_rate).",
+            retry_after=_whole_seconds(max(1, waiting) / self._rate.rate),
+        )
 
     # Turns
 
@@ -360,7 +364,7 @@ class _Lane:
         self._times.extend(started + at - now for at in reserved.times)
         self._reserve_at = min(self._reserve_at, started + reserved.next_at - now - ahead + refill)
         if reserved.paused_until - now > LONGEST_WAIT:
-            self.fail(_exceeded(self._rate.rate, reserved.paused_until - now))
+            self.fail(_paused(reserved.paused_until - now))
 
     async def _sleep(self) -> None:
         """Wait for the next turn, for the time to reserve more, or for somebody new."""
@@ -381,12 +385,16 @@ def _resolve(waiter: asyncio.Future[None]) -> bool:
     return True
 
 
-def _exceeded(rate: float, seconds: float) -> RefreshRateExceeded:
+def _paused(seconds: float) -> RefreshRateExceeded:
+    """Return the error for a refresh in a pause that ends in ``seconds``."""
+    left = _whole_seconds(seconds)
     return RefreshRateExceeded(
-        f"Too many tokens are being renewed: an authorization server is sent at most {rate:g} refreshes a second "
-        "(limits.refresh_rate).",
-        retry_after=float(ceil(min(max(seconds, 1.0), LONGEST_PAUSE))),
+        f"The authorization server has asked for a pause (Retry-After), which ends in {left:.0f} s.", retry_after=left
     )
+
+
+def _whole_seconds(seconds: float) -> float:
+    return float(ceil(min(max(seconds, 1.0), LONGEST_PAUSE)))
 
 
 def _shutting_down() -> AuthorizationServerUnavailable:
