@@ -50,8 +50,9 @@ def measure(
         p50s: dict[int, list[float]] = {count: [] for count in running}
         for contender in running.values():
             measures.verify(contender, JSON.key)
-        for _ in range(rounds):
-            for count, contender in running.items():
+        for number in range(rounds):
+            # In the other direction every second time: a machine that slows down favors the first.
+            for count, contender in list(running.items())[:: -1 if number % 2 else 1]:
                 p50s[count].append(measures.speed(contender, JSON.key, connections=1, seconds=seconds).p50)
     finally:
         for contender in running.values():
